@@ -1,0 +1,166 @@
+"""Configuration: pydantic models beside what they configure, one YAML file, one way to override.
+
+`Settings` is the base of every section. A key that no section knows is refused with the nearest one
+that it does know, and every error is one line that names key, value and remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from raybert.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """A section of the configuration: frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, except that `1e-4` is a number (YAML 1.2), not a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[0-9][0-9_]*[eE][-+]?[0-9]+
+        |\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+        |\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        re.X,
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML; a syntax error becomes a ConfigError that names `source` and the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise ConfigError(
+            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
+
+
+def load(root: type[S], path: str | Path | None, overrides: Sequence[str] = ()) -> S:
+    """Read a configuration file, apply `key.path=value` overrides, and validate the result.
+
+    Raises:
+        ConfigError: a missing file, a syntax error, an unknown key, a value that does not fit.
+    """
+    values: Any = {}
+    source = str(path) if path else "the defaults"
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"--config {path}: {reason}") from None
+        values = parse_yaml(text, source) or {}
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{source}: expected `section:` keys at the top, got {type(values).__name__}"
+            )
+    for override in overrides:
+        _override(values, override)
+    return build(root, values, source)
+
+
+def build(root: type[S], values: Mapping[str, Any], source: str) -> S:
+    """Validate a mapping as `root`; the first error becomes a one-line ConfigError."""
+    try:
+        return root.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(root, error, source)) from None
+
+
+def dump(settings: Settings) -> str:
+    """Write a configuration as YAML, complete and in the order of its declaration."""
+    return yaml.safe_dump(
+        settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every leaf of a nested mapping as (dotted key, value)."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys on which two nested mappings differ, as key -> (old, new)."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    keys = list(before) + [key for key in after if key not in before]
+    return {
+        key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
+    }
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: expected `key=value`, as in --set pretrain.lr=3e-4")
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        if not isinstance(values.get(parent), dict):
+            values[parent] = {}
+        values = values[parent]
+    values[leaf] = parse_yaml(text, f"--set {key}")
+
+
+def _one_line(root: type[Settings], error: ValidationError, source: str) -> str:
+    """Say the first error in one line: key, value, what is wrong, what to do."""
+    first = error.errors(include_url=False)[0]
+    # The names of a union's members are in `loc` too; they are no keys of the user's.
+    path = [str(part) for part in first["loc"] if not re.search(r"[^\w]", str(part))]
+    key = ".".join(path) or "(top level)"
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(root, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        parent = ".".join(path[:-1])
+        hint = (
+            f"did you mean {'.'.join([*path[:-1], near[0]])}?"
+            if near
+            else f"known keys{' of ' + parent if parent else ''}: {', '.join(known)}"
+        )
+        return f"{source}: unknown key {key}; {hint}"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "value_error":  # raised by our own validators, which name their keys
+        return f"{source}: {key}: {message}" if path else f"{source}: {message}"
+    if first["type"] == "missing":
+        return f"{source}: {key} is missing; add it, or pass --set {key}=VALUE"
+    return f"{source}: {key}={first.get('input')!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(root: type[BaseModel], path: Sequence[str]) -> list[str]:
+    model: Any = root
+    for part in path:
+        field = model.model_fields.get(part)
+        candidates = _models_in(field.annotation) if field else []
+        if not candidates:
+            return []
+        model = candidates[0]
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]

@@ -1,0 +1,1 @@
+"""Text: sources, tokenizer, corpus, order and masking."""

@@ -1,0 +1,1 @@
+"""The one training loop, its tasks, and the Ray Train worker around it."""
