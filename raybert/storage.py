@@ -30,7 +30,7 @@ class Folder:
             UserError: the URI's scheme or bucket can't be opened.
         """
         text = os.fspath(uri)
-        # On object stores the query carries the endpoint: it belongs to the filesystem, not the path.
+        # The query carries an object store's endpoint: it is no part of the path.
         self._base, _, self._query = text.partition("?") if "://" in text else (text, "", "")
         try:
             if "://" in text:
@@ -48,13 +48,13 @@ class Folder:
         return Folder(f"{base.rstrip('/')}/{name}" + (f"?{self._query}" if self._query else ""))
 
     def __str__(self) -> str:
-        return self.path if self.is_local else self._base
+        return str(self.path) if self.is_local else self._base
 
     @property
     def uri(self) -> str:
         """The address under which another process opens the same folder."""
         if self.is_local:
-            return self.path
+            return str(self.path)
         return self._base + (f"?{self._query}" if self._query else "")
 
     @property
@@ -88,7 +88,8 @@ class Folder:
         path = self.join(name) if name else self.path
         selector = pafs.FileSelector(path, allow_not_found=True)
         with self._translated("listing", path):
-            return sorted(info.base_name for info in self._fs.get_file_info(selector))
+            found = [info.base_name for info in self._fs.get_file_info(selector)]
+        return sorted(name for name in found if not name.startswith("."))
 
     def read_bytes(self, name: str) -> bytes:
         """Read a whole file.
@@ -114,9 +115,7 @@ class Folder:
         try:
             return json.loads(self.read_bytes(name))
         except ValueError as error:
-            raise DamagedError(
-                f"{self.join(name)} is damaged: it is not JSON ({error})"
-            ) from None
+            raise DamagedError(f"{self.join(name)} is damaged: it is not JSON ({error})") from None
 
     def open_input(self, name: str) -> pa.NativeFile:
         """Open a file for reads at any offset (`read_at`, safe from several threads)."""
