@@ -1,0 +1,85 @@
+"""Parts: what is written can be read at any row, by us and by any Parquet reader."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raybert.errors import ConfigError, DamagedError, DataError
+from raybert.storage import Folder
+from raybert.text.parts import Manifest, PartReader, PartWriter
+
+
+def write(folder: Path, n: int, t: int = 24, vocab: int = 30_000) -> tuple[Manifest, np.ndarray]:
+    rng = np.random.default_rng(n)
+    ids, starts = rng.integers(0, vocab, (n, t)), rng.random((n, t)) < 0.5
+    writer = PartWriter(
+        Folder(folder), "train", seq_len=t, vocab_size=vocab, rows_per_part=64, rows_per_group=16
+    )
+    for begin in range(0, n, 37):
+        writer.append(ids[begin : begin + 37], starts[begin : begin + 37])
+    manifest = Manifest(
+        format_version=1,
+        seq_len=t,
+        dtype="uint16" if vocab <= 65536 else "uint32",
+        vocab_size=vocab,
+        tokenizer_hash="",
+        splits={"train": writer.close()},
+    )
+    return manifest, np.stack([ids, starts])
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 400), vocab=st.sampled_from([300, 70_000]), data=st.data())
+def test_any_rows_come_back_in_the_order_asked_for(
+    tmp_path_factory: pytest.TempPathFactory, n: int, vocab: int, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("parts")
+    manifest, written = write(folder, n, vocab=vocab)
+    reader = PartReader(Folder(folder), manifest, "train")
+    reader.check()
+    asked = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))
+    rows = reader.read_rows(asked)
+    assert (rows.input_ids == written[0][asked]).all()
+    assert (rows.word_starts == written[1][asked].astype(bool)).all()
+    assert manifest.splits["train"].rows == n
+
+
+def test_parts_are_ordinary_parquet(tmp_path: Path) -> None:
+    _, written = write(tmp_path, 100)
+    table = pq.read_table(tmp_path / "train-00001.parquet")
+    assert len(table) == 36
+    first = np.frombuffer(table["input_ids"][0].as_py(), np.uint16)
+    assert (first == written[0][64]).all()
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_damaged_part_is_named(tmp_path: Path, harm: str) -> None:
+    manifest, _ = write(tmp_path, 100)
+    part = tmp_path / "train-00001.parquet"
+    part.write_bytes(part.read_bytes()[:-200]) if harm == "cut" else part.unlink()
+    reader = PartReader(Folder(tmp_path), manifest, "train")
+    with pytest.raises(DamagedError, match=r"train-00001.parquet (has|is missing)"):
+        reader.check()
+
+
+def test_a_manifest_that_is_missing_newer_or_cut(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    with pytest.raises(DataError, match="no corpus here"):
+        Manifest.read(folder)
+    folder.write_json("manifest.json", {"format_version": 99})
+    with pytest.raises(DataError, match="format 99, this raybert reads up to 1"):
+        Manifest.read(folder)
+    folder.write_text("manifest.json", '{"format_ver')
+    with pytest.raises(DamagedError, match="manifest.json is damaged"):
+        Manifest.read(folder)
+
+
+def test_sizes_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rows_per_part=100 is not a multiple of .*; use 96"):
+        PartWriter(
+            Folder(tmp_path), "t", seq_len=8, vocab_size=9, rows_per_part=100, rows_per_group=32
+        )
