@@ -1,0 +1,481 @@
+"""The one training loop: pretraining and fine-tuning each give it a task.
+
+It owns the budget, accumulation, precision, clipping, the schedule, evaluation, logging,
+checkpoints and stopping. It knows nothing of Ray: one process runs it bare, and a Ray Train worker is a thin
+adapter around it. Whatever ranks decide, they decide on numbers that all of them have summed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from raybert.errors import DamagedError, RaybertError, StorageError
+from raybert.text.keyed import key_of
+from raybert.train.checkpoint import CheckpointStore, Snapshot
+from raybert.train.group import Group, has_fast_bf16
+from raybert.train.meters import MetricsLog, Rate
+from raybert.train.optim import (
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+    schedule_at,
+    set_lr,
+)
+from raybert.train.settings import TrainConfig
+
+MEASURED_SHARE = (
+    0.02  # of a run limited by minutes, at least: the time that its speed is taken over
+)
+MAX_SKIPPED_IN_A_ROW = 20  # after so many undefined steps the weights, not the data, are broken
+
+
+class Batch(Protocol):
+    """One slot's part of a step."""
+
+    step: int
+    slot: int
+
+    @property
+    def count(self) -> int:
+        """What the loss is averaged over: predicted tokens, or rows."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read, for throughput."""
+
+    def digest(self) -> str:
+        """A hash of the content."""
+
+
+class Task(Protocol):
+    """What is trained: a model, its batches, its loss and its evaluation."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; on the group's device."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in one pass over the data."""
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens in one pass over the data."""
+
+    @property
+    def flops_per_token(self) -> float:
+        """Floating-point operations of forward and backward for a token; 0 where unknown."""
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether the batches depend on how many steps the run has."""
+
+    def batches(self, first_step: int, total_steps: int | None) -> Iterator[Sequence[Batch]]:
+        """Yield this rank's micro-batches of each step from `first_step` on, without end."""
+
+    def empty_batch(self) -> Batch:
+        """A micro-batch that counts nothing: for a rank that has none in an epoch's last step."""
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        """Run the (possibly wrapped) model; return the loss summed over the batch, in fp32."""
+
+    def lr_scale(self, name: str) -> float:
+        """A parameter's share of the learning rate."""
+
+    def prepare(self, step: int) -> bool:
+        """Freeze or unfreeze for a step; return whether anything changed."""
+
+    def evaluate(self) -> dict[str, Any]:
+        """Evaluate with all ranks together; all return the same, with a `score`: higher is better."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: the part of a checkpoint that is not tensors."""
+
+    step: int = 0
+    total_steps: int | None = None  # None while a run limited by minutes measures its speed
+    warmup_steps: int | None = None
+    tokens: float = 0.0
+    seconds: float = 0.0  # of training, over all attempts
+    best_score: float | None = None
+    best_step: int | None = None
+    skipped: int = 0
+    restarts: int = 0
+
+
+class Stopped(RaybertError):
+    """The run was asked to stop; its state is in a checkpoint."""
+
+
+class Loop:
+    """A run of a task over a group of processes."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        group: Group,
+        *,
+        store: CheckpointStore | None = None,
+        open_log: Callable[[int], MetricsLog] | None = None,
+        on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_batch: Callable[[Batch], None] | None = None,
+    ) -> None:
+        """Set up a run.
+
+        Args:
+            task: what is trained.
+            config: how.
+            group: with whom.
+            store: where checkpoints go and come from; None: nowhere (benchmarks, unit tests).
+            open_log: opens the metrics log at the step where the attempt starts; called by rank 0.
+            on_progress: gets every logged record, on rank 0.
+            should_stop: asked before every step; True on any rank stops all after a checkpoint.
+            on_batch: gets every micro-batch before it is trained on; for digests.
+        """
+        self.task, self.config, self.group = task, config, group
+        self._store, self._open_log = store, open_log
+        self._on_progress, self._should_stop = on_progress, should_stop
+        self._on_batch = on_batch
+        self.progress = Progress()
+        self._log: MetricsLog | None = None
+        self._bf16 = config.precision == "bf16" or (
+            config.precision == "auto" and has_fast_bf16(group.device)
+        )
+        self.optimizer = make_optimizer(task.model, config, task.lr_scale)
+        self._module: nn.Module = task.model
+        self._since_checkpoint = time.perf_counter()
+        self._skipped_in_a_row = 0
+        self._loss = torch.zeros((), dtype=torch.float64, device=group.device)
+        self._counted = 0.0
+        self._rate = Rate()
+
+    # The run -----------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train until the budget is spent; return the last evaluation and what the run took.
+
+        Raises:
+            Stopped: it was asked to stop; run it again to go on.
+            RaybertError: the gradients stay undefined.
+        """
+        self._resume()
+        if self.group.rank == 0 and self._open_log is not None:
+            self._log = self._open_log(self.progress.step)
+        result = self._train()
+        if self._store is not None:
+            self._store.wait()
+        if self._log is not None:
+            self._log.close()
+        return result
+
+    def _train(self) -> dict[str, Any]:
+        config, progress, task = self.config, self.progress, self.task
+        if progress.total_steps is None or config.minutes is None:
+            budget = config.budget(task.steps_per_epoch, task.tokens_per_epoch)
+            if budget.steps is not None:
+                progress.total_steps = budget.steps
+                progress.warmup_steps = round(budget.steps * config.warmup_fraction)
+        task.prepare(progress.step)
+        self._wrap()
+        if progress.total_steps is None and task.needs_total:
+            self._train_until(lambda: progress.total_steps is not None)
+        self._train_until(lambda: progress.step == progress.total_steps)
+        result = self._evaluate(final=True)
+        self._save(wait=True)
+        return {**result, **asdict(progress)}
+
+    def _train_until(self, done: Callable[[], bool]) -> None:
+        """Train step after step, from one stream of batches."""
+        if done():
+            return
+        progress = self.progress
+        stream = self.task.batches(progress.step, progress.total_steps)
+        with contextlib.closing(stream):  # type: ignore[type-var]
+            batches = next(stream)
+            # The clock starts with the first batch: start-up is not training.
+            self._rate, waited = Rate(), 0.0
+            begun = time.perf_counter() - progress.seconds
+            while True:
+                self._train_step(batches, waited, time.perf_counter() - begun)
+                if done():
+                    return
+                asked = time.perf_counter()
+                batches = next(stream)
+                waited = time.perf_counter() - asked
+
+    def _train_step(self, batches: Sequence[Batch], waited: float, clock: float) -> None:
+        """Agree with the other ranks on what this step is, take it, and do what is due after it."""
+        progress, first = self.progress, self.group.rank == 0
+        count, tokens, seconds, save, stop = self.group.sum(
+            [
+                sum(batch.count for batch in batches),
+                sum(batch.tokens for batch in batches),
+                clock if first else 0.0,
+                first and self._checkpoint_is_due(),
+                self._should_stop(),
+            ]
+        )
+        progress.seconds = seconds
+        if stop:
+            self._save(wait=True)
+            raise Stopped(f"stopped at step {progress.step}; run it again to go on from there")
+        if save:
+            self._save()
+        if self.task.prepare(progress.step):
+            self._wrap()
+        self._step(batches, count)
+        progress.step += 1
+        progress.tokens += tokens
+        self._rate.add(tokens, waited)
+        if progress.total_steps is None:
+            self._fix_total()
+        if progress.step % self.config.log_every == 0:
+            self._log_train()
+        if progress.step in self._evaluation_steps():
+            self._evaluate()
+
+    def _step(self, batches: Sequence[Batch], count: float) -> None:
+        """One optimizer step over this rank's micro-batches of it."""
+        config, group, step = self.config, self.group, self.progress.step
+        set_lr(self.optimizer, self.lr(step))
+        work = [b for b in batches if b.count] or [self.task.empty_batch()]
+        # DDP averages over ranks; a step's loss is the sum over all ranks by the global count.
+        scale = group.world_size / max(1.0, count)
+        for index, batch in enumerate(work):
+            if self._on_batch is not None and batch.count:
+                self._on_batch(batch)
+            # Draws such as dropout's belong to the micro-batch, not to the rank that computes it.
+            torch.manual_seed(key_of("draws", config.seed, step, batch.slot) >> 1)
+            last = index == len(work) - 1
+            no_sync = getattr(self._module, "no_sync", contextlib.nullcontext)
+            with contextlib.nullcontext() if last else no_sync():
+                with torch.autocast(group.device.type, torch.bfloat16, enabled=self._bf16):
+                    loss = self.task.loss(self._module, batch)
+                torch.autograd.backward(loss * scale)
+            self._loss += loss.detach()
+        self._counted += sum(b.count for b in batches)
+        self._update()
+
+    def _update(self) -> None:
+        parameters = [p for p in self.task.model.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm, foreach=True)
+        self.grad_norm = float(norm)  # the same on all ranks: gradients are averaged by now
+        if math.isfinite(self.grad_norm):
+            self.optimizer.step()
+            self._skipped_in_a_row = 0
+        else:
+            self._non_finite()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # Schedule and budget -------------------------------------------------------------------------
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step."""
+        config, progress = self.config, self.progress
+        if progress.total_steps is None or progress.warmup_steps is None:
+            return config.lr * min(1.0, (progress.seconds + 1e-3) / self._measured_seconds())
+        share = schedule_at(step, progress.total_steps, progress.warmup_steps, config)
+        return config.lr * share
+
+    def _measured_seconds(self) -> float:
+        return (self.config.minutes or 0) * 60 * max(MEASURED_SHARE, self.config.warmup_fraction)
+
+    def _fix_total(self) -> None:
+        """At the end of warm-up, turn minutes into steps, once."""
+        progress, minutes = self.progress, self.config.minutes
+        if minutes is None or progress.seconds < self._measured_seconds() or progress.step < 3:
+            return
+        per_step = progress.seconds / (progress.step - 1)  # the clock was read before this step
+        # Evaluations and checkpoints take their share; 3% is what they take of a short run.
+        progress.total_steps = max(progress.step, int(0.97 * minutes * 60 / per_step))
+        progress.warmup_steps = progress.step
+        self._event("budget", f"{minutes:g} minutes are {progress.total_steps} steps")
+
+    def _evaluation_steps(self) -> frozenset[int]:
+        """The steps after which to evaluate, but for the run's end."""
+        total = self.progress.total_steps
+        if total is None:
+            return frozenset()
+        if self.config.evaluations is None:
+            return frozenset(range(self.task.steps_per_epoch, total, self.task.steps_per_epoch))
+        n = self.config.evaluations
+        return frozenset(round(total * i / n) for i in range(1, n)) - {total}
+
+    # Evaluation and logging ----------------------------------------------------------------------
+
+    def _evaluate(self, final: bool = False) -> dict[str, Any]:
+        progress = self.progress
+        model = self.task.model
+        model.eval()
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.group.device.type, torch.bfloat16, enabled=self._bf16),
+        ):
+            metrics = self.task.evaluate()
+        model.train()
+        score = metrics["score"]
+        if progress.best_score is None or score > progress.best_score:
+            progress.best_score, progress.best_step = score, progress.step
+            if not final:
+                self._save()
+        self._write({"kind": "eval", "step": progress.step, **metrics})
+        if self._log is not None:
+            self._log.flush()
+        self._rate = Rate()
+        return metrics
+
+    def _log_train(self) -> None:
+        loss, counted = self.group.sum([float(self._loss), self._counted])
+        self._loss.zero_()
+        self._counted = 0.0
+        progress, rates = self.progress, self._rate.read()
+        flops = self.task.flops_per_token * rates["tokens_per_second"]
+        peak = peak_flops(self.group.device) * self.group.world_size
+        self._write(
+            {
+                "kind": "train",
+                "step": progress.step,
+                "loss": round(loss / max(1.0, counted), 5),
+                "lr": self.lr(progress.step - 1),
+                "grad_norm": round(self.grad_norm, 4),
+                **rates,
+                "mfu": round(flops / peak, 4) if peak else None,
+                "epoch": round(progress.step / self.task.steps_per_epoch, 4),
+                "tokens": int(progress.tokens),
+                "total_steps": progress.total_steps,
+                "seconds": round(progress.seconds, 2),
+            }
+        )
+
+    def _event(self, event: str, message: str) -> None:
+        step = self.progress.step
+        self._write({"kind": "event", "step": step, "event": event, "message": message})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.group.rank == 0:
+            if self._log is not None:
+                self._log.write(record)
+            self._on_progress({**record, "total_steps": self.progress.total_steps})
+
+    # State ---------------------------------------------------------------------------------------
+
+    def _wrap(self) -> None:
+        """Put the model into DDP; again after every change of what is trained."""
+        module: nn.Module = self.task.model
+        if self.config.compile:
+            module = torch.compile(module)  # type: ignore[assignment]
+        self._module = self.group.wrap(module, deterministic=self.config.deterministic)
+
+    def _checkpoint_is_due(self) -> bool:
+        step = self.progress.step
+        every, minutes = self.config.checkpoint_steps, self.config.checkpoint_minutes
+        if self._store is None or step == 0:
+            return False
+        if every is not None and step % every == 0:
+            return True
+        waited = time.perf_counter() - self._since_checkpoint
+        return minutes is not None and waited >= minutes * 60
+
+    def snapshot(self) -> Snapshot:
+        """Copy the run's state off the tensors that train on."""
+        tensors = self.task.model.state_dict()
+        return Snapshot(
+            step=self.progress.step,
+            model={k: v.detach().to("cpu", copy=True) for k, v in tensors.items()},
+            optimizer={
+                k: v.detach().to("cpu", copy=True).contiguous()
+                for k, v in optimizer_tensors(self.optimizer).items()
+            },
+            state=asdict(self.progress),
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put a snapshot's weights and optimizer state back; progress is the caller's business."""
+        self.task.model.load_state_dict(snapshot.model)
+        restore_optimizer(self.optimizer, snapshot.optimizer)
+
+    def _save(self, wait: bool = False) -> None:
+        self._since_checkpoint = time.perf_counter()
+        if self._store is None or self.group.rank != 0:
+            return
+        try:
+            self._store.save(self.snapshot(), best_step=self.progress.best_step, wait=wait)
+        except StorageError as error:
+            # The run goes on: the checkpoint before is still there, and the next may succeed.
+            self._event("checkpoint failed", str(error))
+
+    def _resume(self) -> None:
+        """Load the youngest whole checkpoint; every rank loads the same one."""
+        if self._store is None:
+            return
+        damaged: list[str] = []
+        snapshot = self._store.load_latest(damaged.append)
+        steps = self.group.gather(-1 if snapshot is None else snapshot.step)
+        if len(set(steps)) > 1:
+            raise RaybertError(
+                f"the workers see different checkpoints: steps {steps}; use storage "
+                "that every node can read"
+            )
+        for message in damaged:
+            self._event("damaged checkpoint", message)
+        if snapshot is not None:
+            self.progress = Progress(**snapshot.state)
+            self.progress.restarts += 1
+            self.restore(snapshot)
+
+    def _non_finite(self) -> None:
+        """The gradient is infinite or undefined: do what the configuration says."""
+        progress, policy = self.progress, self.config.on_non_finite
+        message = f"step {progress.step}: the gradient's norm is {self.grad_norm}"
+        progress.skipped += 1
+        self._skipped_in_a_row += 1
+        if policy == "stop" or self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise RaybertError(
+                f"{message}; lower lr={self.config.lr:g}, or set on_non_finite: skip"
+                if policy == "stop"
+                else f"{message}, for {self._skipped_in_a_row} steps in a row; lower "
+                f"lr={self.config.lr:g}"
+            )
+        if policy == "rollback" and self._store is not None:
+            if self.group.rank == 0:
+                with contextlib.suppress(StorageError):
+                    self._store.wait()
+            self.group.gather(None)  # the others wait until rank 0 has committed what it wrote
+            snapshot = self._store.load_latest(lambda text: self._event("damaged checkpoint", text))
+            if snapshot is not None:
+                self.restore(snapshot)
+                message += f"; weights are those of step {snapshot.step} again"
+        self._event("skipped step", message)
+
+
+def load_best(store: CheckpointStore, progress: dict[str, Any]) -> Snapshot:
+    """The checkpoint with the best score, for the finished model.
+
+    Raises:
+        DamagedError: it can't be read.
+    """
+    step = progress["best_step"]
+    if step is None:
+        raise DamagedError("the run has no evaluated checkpoint")
+    return store.load(int(step))
+
+
+def peak_flops(device: torch.device) -> float:
+    """Dense bf16 operations per second that the maker of a GPU states; 0 where unknown."""
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "L40": 181e12}
+    known |= {"V100": 125e12, "T4": 65e12, "B200": 2250e12, "A10": 125e12}
+    return next((flops for chip, flops in known.items() if chip in name), 0.0)

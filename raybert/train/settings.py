@@ -1,0 +1,144 @@
+"""Settings that pretraining and fine-tuning share: budget, batches, optimizer, safety, workers."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from raybert.config import Settings
+
+
+class Budget(NamedTuple):
+    """How long a run lasts: in steps, or in minutes that become steps once speed is known."""
+
+    steps: int | None
+    minutes: float | None
+
+
+class TrainConfig(Settings):
+    """What every run of the training loop is configured by."""
+
+    seed: int = Field(0, ge=0, description="decides the order, the masks, dropout and the weights")
+
+    steps: int | None = Field(None, ge=1, description="limit in optimizer steps")
+    tokens: int | None = Field(None, ge=1, description="limit in tokens read")
+    epochs: float | None = Field(None, gt=0, description="limit in passes over the data")
+    minutes: float | None = Field(
+        None, gt=0, description="limit in minutes of training, evaluation included, start-up not"
+    )
+
+    global_batch_size: int = Field(256, ge=1, description="sequences in an optimizer step")
+    micro_batch_size: int = Field(32, ge=1, description="sequences in one forward pass")
+
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    schedule: Literal["linear", "cosine", "stable-decay", "constant"] = Field(
+        "linear", description="how the learning rate falls after warm-up, down to zero"
+    )
+    warmup_fraction: float = Field(0.06, ge=0, lt=1, description="share of the run that warms up")
+    decay_fraction: float = Field(
+        0.3, gt=0, le=1, description="share of the run that `stable-decay` takes to decay"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="of matrices; never of biases and norms")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates")
+    eps: float = Field(1e-6, gt=0, description="AdamW's epsilon")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 where the processor or GPU multiplies it in hardware"
+    )
+    compile: bool = Field(False, description="run the model through torch.compile")
+    deterministic: bool = Field(
+        False, description="equal bit for bit for the same number of workers, restarts included"
+    )
+    on_non_finite: Literal["skip", "rollback", "stop"] = Field(
+        "skip", description="what an infinite or undefined gradient does to its step"
+    )
+
+    evaluations: int | None = Field(
+        10, ge=1, description="evaluations spread evenly over the run; null: after every epoch"
+    )
+    log_every: int = Field(10, ge=1, description="steps between logged lines")
+    checkpoint_minutes: float | None = Field(
+        5, gt=0, description="minutes between checkpoints; null: only at the end"
+    )
+    checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, beside the best one")
+
+    workers: int = Field(1, ge=1, description="processes that train")
+    gpu: Literal["auto", "yes", "no"] = Field("auto", description="whether each worker has a GPU")
+    threads: int | None = Field(
+        None, ge=1, description="threads of a CPU worker; null: the cores divided by the workers"
+    )
+    max_failures: int = Field(8, ge=0, description="restarts of the worker group before giving up")
+    collective_timeout_s: float = Field(
+        120, gt=0, description="seconds after which a silent worker counts as lost"
+    )
+    digests: bool = Field(False, description="write a digest of every micro-batch, to compare runs")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        batch, micro = self.global_batch_size, self.micro_batch_size
+        if batch % micro:
+            near = sorted({max(micro, batch // micro * micro), (batch // micro + 1) * micro})
+            raise ValueError(
+                f"global_batch_size={batch} is not a multiple of micro_batch_size={micro}; "
+                f"use {' or '.join(map(str, near))}"
+            )
+        if self.workers > batch // micro:
+            raise ValueError(
+                f"workers={self.workers}, but a step has only {batch // micro} micro-batches "
+                f"(global_batch_size={batch}, micro_batch_size={micro}); lower workers or "
+                "micro_batch_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        limits = ("steps", "tokens", "epochs", "minutes")
+        given = [name for name in limits if getattr(self, name) is not None]
+        if len(given) > 1:
+            shown = " and ".join(f"{name}={getattr(self, name)}" for name in given)
+            raise ValueError(
+                f"{shown} are both limits of the run; keep one and set null for others"
+            )
+        return self
+
+    @property
+    def slots(self) -> int:
+        """Micro-batches in a global batch."""
+        return self.global_batch_size // self.micro_batch_size
+
+    def budget(self, steps_per_epoch: int, tokens_per_epoch: int) -> Budget:
+        """The run's length, given the data's."""
+        if self.minutes is not None:
+            return Budget(None, self.minutes)
+        if self.steps is not None:
+            return Budget(self.steps, None)
+        if self.tokens is not None:
+            return Budget(math.ceil(self.tokens * steps_per_epoch / max(1, tokens_per_epoch)), None)
+        return Budget(max(1, round((self.epochs or 1) * steps_per_epoch)), None)
+
+
+#: What may differ when a run is resumed: how long it lasts, who computes it, what it logs.
+MAY_CHANGE = frozenset(
+    {
+        "steps",
+        "tokens",
+        "epochs",
+        "minutes",
+        "evaluations",
+        "log_every",
+        "checkpoint_minutes",
+        "checkpoint_steps",
+        "keep_checkpoints",
+        "workers",
+        "gpu",
+        "threads",
+        "max_failures",
+        "collective_timeout_s",
+        "digests",
+        "on_non_finite",
+    }
+)
