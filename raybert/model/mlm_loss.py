@@ -1,8 +1,8 @@
 """The vocabulary projection and its cross-entropy in one, a chunk of positions at a time.
 
 Written plainly, M x V logits are stored in fp32 and passed over six times, which at V = 30,000
-takes four times as long as the three matrix products that they are for. Here a chunk's logits become the
-loss and both gradients before the next chunk is computed.
+takes four times as long as the three matrix products that they are for. Here a chunk's logits
+become the loss and both gradients before the next chunk is computed.
 
 Shapes: D hidden, V vocabulary, M masked positions, C positions of a chunk.
 """
