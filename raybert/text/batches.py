@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raybert.text.masking import MaskingConfig, Vocabulary, mask_rows
+from raybert.text.masking import IGNORE_INDEX, MaskingConfig, Vocabulary, mask_rows
 from raybert.text.order import Order
 from raybert.text.parts import PartReader, Rows
 
@@ -33,6 +33,16 @@ class MicroBatch:
     row_ids: npt.NDArray[np.int64]  # [n]
     input_ids: npt.NDArray[np.int32]  # [n, T]
     labels: npt.NDArray[np.int32]  # [n, T]
+
+    @property
+    def count(self) -> int:
+        """Predicted tokens."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read."""
+        return int(self.input_ids.size)
 
     def digest(self) -> str:
         """A hash over step, slot, row ids, inputs and labels: equal for equal batches only."""

@@ -1,8 +1,9 @@
 """The one training loop: pretraining and fine-tuning each give it a task.
 
 It owns the budget, accumulation, precision, clipping, the schedule, evaluation, logging,
-checkpoints and stopping. It knows nothing of Ray: one process runs it bare, and a Ray Train worker is a thin
-adapter around it. Whatever ranks decide, they decide on numbers that all of them have summed.
+checkpoints and stopping. It knows nothing of Ray: one process runs it bare, and a Ray Train
+worker is a thin adapter around it. Whatever ranks decide, they decide on numbers that all of
+them have summed.
 """
 
 from __future__ import annotations
@@ -40,8 +41,13 @@ MAX_SKIPPED_IN_A_ROW = 20  # after so many undefined steps the weights, not the 
 class Batch(Protocol):
     """One slot's part of a step."""
 
-    step: int
-    slot: int
+    @property
+    def step(self) -> int:
+        """The step that it belongs to."""
+
+    @property
+    def slot(self) -> int:
+        """Its place in the global batch."""
 
     @property
     def count(self) -> int:
@@ -94,7 +100,7 @@ class Task(Protocol):
         """Freeze or unfreeze for a step; return whether anything changed."""
 
     def evaluate(self) -> dict[str, Any]:
-        """Evaluate with all ranks together; all return the same, with a `score`: higher is better."""
+        """Evaluate with all ranks together; `score` is among the metrics: higher is better."""
 
 
 @dataclass

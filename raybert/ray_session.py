@@ -1,0 +1,85 @@
+"""Connecting to Ray: a cluster that is there, or one on this machine for the time of a command."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from raybert.config import Settings
+from raybert.errors import UserError
+
+
+class RayConfig(Settings):
+    """Which Ray to use, and how much of this machine where it is started here."""
+
+    address: str | None = Field(
+        None, description="of a running cluster; null: RAY_ADDRESS, or one on this machine"
+    )
+    object_store_gb: float = Field(
+        1.0, gt=0.1, description="shared memory of a Ray started here; a run needs little of it"
+    )
+    logs: bool = Field(False, description="show what Ray and the workers print")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the connected cluster has in all."""
+
+    cpus: float
+    gpus: float
+    object_store: int  # bytes
+
+
+@contextmanager
+def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
+    """Connect to Ray, or start it here for as long as the context lasts.
+
+    Started here, it gets a logical CPU for each worker and two more: workers occupy theirs for the
+    whole run, and Ray Data's operators would starve on the rest of a small machine.
+
+    Raises:
+        UserError: the cluster does not answer.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own notice, answered
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # its Train dashboard
+    import ray
+
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    level = logging.INFO if config.logs else logging.ERROR
+    if ray.is_initialized():  # a pipeline's stages share one session
+        yield _resources()
+        return
+    try:
+        if address:
+            ray.init(address, log_to_driver=config.logs, logging_level=level)
+        else:
+            ray.init(
+                num_cpus=max(len(os.sched_getaffinity(0)), workers) + 2,
+                object_store_memory=int(config.object_store_gb * 1e9),
+                log_to_driver=config.logs,
+                logging_level=level,
+            )
+    except (ConnectionError, RuntimeError) as error:
+        where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{where} does not start or answer: {reason}") from None
+    try:
+        yield _resources()
+    finally:
+        ray.shutdown()
+
+
+def _resources() -> Resources:
+    import ray
+
+    total = ray.cluster_resources()
+    return Resources(
+        cpus=total.get("CPU", 1),
+        gpus=total.get("GPU", 0),
+        object_store=int(total.get("object_store_memory", 1 << 30)),
+    )

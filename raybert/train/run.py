@@ -1,0 +1,205 @@
+"""A run: a folder that knows its configuration, its attempts and its result.
+
+Running a name again resumes it; a finished run says so and does nothing. What continues a run must
+be the run that was begun: apart from budget, workers and logging, no setting may differ.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from raybert import __version__
+from raybert.config import differences, parse_yaml
+from raybert.errors import ConfigError, DamagedError
+from raybert.storage import Folder
+from raybert.train.checkpoint import CheckpointStore, begin_attempt
+from raybert.train.group import Group, use_threads
+from raybert.train.loop import Batch, Loop, Task
+from raybert.train.meters import MetricsLog, merge_metrics
+from raybert.train.settings import MAY_CHANGE, TrainConfig
+
+CONFIG, RESULT = "config.yaml", "result.json"
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where a worker's batches are made: in its own process, or in Ray Data operators."""
+
+    on_ray: bool = False
+    cpus: float = 1.0  # logical CPUs that this worker's share of the operators may use
+    memory: int = 256 << 20  # bytes of the object store that its blocks may fill
+
+
+class Job(Protocol):
+    """A stage of training, picklable: what is sent to the workers."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """The stage's settings."""
+
+    def make_task(self, group: Group, feed: Feed) -> Task:
+        """Build the task on a worker."""
+
+    def finish(self, task: Task, run: Folder) -> dict[str, Any]:
+        """Write what the run is for, from the best weights; on rank 0. Returns lines of result."""
+
+
+def open_run(run: Folder, config_yaml: str, stage: str) -> dict[str, Any] | None:
+    """Create or reopen a run.
+
+    Returns:
+        The result, where the run is finished; None where there is work to do.
+
+    Raises:
+        ConfigError: the run exists, and a setting that must not change has changed.
+    """
+    now = parse_yaml(config_yaml, CONFIG)
+    if run.exists(CONFIG):
+        before = parse_yaml(run.read_text(CONFIG), run.join(CONFIG))
+        changed = _refused(differences(before, now), stage)
+        if changed:
+            shown = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            state = "is finished" if run.exists(RESULT) else "has begun"
+            raise ConfigError(
+                f"{run} {state} with other settings ({shown}); set them back, or choose another "
+                "run.name"
+            )
+    if run.exists(RESULT):
+        result = run.read_json(RESULT)
+        return result if isinstance(result, dict) else {}
+    run.write_text(CONFIG, config_yaml)
+    return None
+
+
+def _refused(changed: Mapping[str, tuple[Any, Any]], stage: str) -> dict[str, tuple[Any, Any]]:
+    allowed = {f"{stage}.{key}" for key in MAY_CHANGE}
+    return {k: v for k, v in changed.items() if k not in allowed and not k.startswith("ray.")}
+
+
+def execute(
+    job: Job,
+    run: Folder,
+    attempt: int,
+    group: Group,
+    feed: Feed,
+    *,
+    workers_here: int = 1,
+    on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Train on this worker, and on rank 0 write the finished model and the result."""
+    config = job.config
+    threads = use_threads(config.threads, workers_here)
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    task = job.make_task(group, feed)
+    store = CheckpointStore(run, attempt, config.keep_checkpoints)
+    digests = _DigestLog(run, attempt, group.rank) if config.digests else None
+    loop = Loop(
+        task,
+        config,
+        group,
+        store=store,
+        open_log=lambda step: MetricsLog(run, attempt, step),
+        on_progress=on_progress,
+        should_stop=should_stop,
+        on_batch=digests,
+    )
+    outcome = loop.run()
+    if digests is not None:
+        digests.close()
+    result: dict[str, Any] = {}
+    if group.rank == 0:
+        _load_best(task, store, outcome["best_step"])
+        result = {**outcome, **job.finish(task, run), "tokens_per_second": _speed(outcome)}
+        result["machine"] = describe_machine(group, threads)
+        result["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        merge_metrics(run)
+        run.write_json(RESULT, result)
+    group.gather(None)  # nobody leaves before the result stands
+    return result
+
+
+def execute_bare(
+    job: Job, run: Folder, *, on_progress: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Train in this process, without Ray."""
+    device = torch.device("cuda" if _wants_gpu(job.config) else "cpu")
+    attempt = begin_attempt(run)
+    return execute(job, run, attempt, Group(device=device), Feed(), on_progress=on_progress)
+
+
+def _wants_gpu(config: TrainConfig) -> bool:
+    return config.gpu == "yes" or (config.gpu == "auto" and torch.cuda.is_available())
+
+
+def _load_best(task: Task, store: CheckpointStore, best_step: int | None) -> None:
+    """Give the model its best weights: those of the best evaluation, or else the last ones."""
+    if best_step is None or best_step not in store.steps():
+        return
+    try:
+        task.model.load_state_dict(store.load(best_step).model)
+    except DamagedError:
+        return  # the last weights are in the model, and they are hardly worse
+
+
+def _speed(outcome: Mapping[str, Any]) -> float:
+    return round(float(outcome["tokens"]) / max(1e-9, float(outcome["seconds"])), 1)
+
+
+def describe_machine(group: Group, threads: int) -> dict[str, Any]:
+    """What the figures of a run were taken on."""
+    return {
+        "raybert": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if group.device.type == "cuda" else _processor(),
+        "workers": group.world_size,
+        "threads": threads,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = (line.partition(":")[2].strip() for line in file if "model name" in line)
+            return next(names, platform.machine())
+    except OSError:
+        return platform.machine()
+
+
+class _DigestLog:
+    """Writes the digest of every micro-batch: `digests/<attempt>-<rank>.txt`."""
+
+    def __init__(self, run: Folder, attempt: int, rank: int) -> None:
+        self._folder, self._name = run / "digests", f"{attempt:04d}-{rank:04d}.txt"
+        self._lines: list[str] = []
+        self._step = -1
+
+    def __call__(self, batch: Batch) -> None:
+        if batch.step != self._step and self._step % 20 == 0:
+            self._write()  # often enough that a killed worker's digests can be compared
+        self._step = batch.step
+        self._lines.append(f"{batch.step} {batch.slot} {batch.digest()}\n")
+
+    def close(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        self._folder.write_text(self._name, "".join(self._lines))
+
+
+def read_digests(run: Folder) -> dict[tuple[int, int], set[str]]:
+    """The digests of every (step, slot) over all attempts and ranks: one each, if all agree."""
+    folder = run / "digests"
+    found: dict[tuple[int, int], set[str]] = {}
+    for name in folder.names():
+        for line in folder.read_text(name).splitlines():
+            step, slot, digest = line.split()
+            found.setdefault((int(step), int(slot)), set()).add(digest)
+    return found
