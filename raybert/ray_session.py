@@ -46,7 +46,6 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
         UserError: the cluster does not answer.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own notice, answered
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # its Train dashboard
     import ray
 
     address = config.address or os.environ.get("RAY_ADDRESS")

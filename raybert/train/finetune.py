@@ -1,0 +1,443 @@
+"""Fine-tuning: a classifier on a pretrained encoder, or from scratch for the comparison."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from raybert.config import Settings
+from raybert.errors import ConfigError, DamagedError
+from raybert.model import hub
+from raybert.model.encoder import Encoder, ModelConfig, flops_per_token
+from raybert.model.heads import Classifier, HeadConfig
+from raybert.storage import Folder
+from raybert.text.order import deal
+from raybert.text.preprocess import LengthOrder, Preprocessing, pad
+from raybert.text.sources import Labelled, SourceConfig, cut, labelled
+from raybert.text.tokenizer import Tokenizer
+from raybert.train.group import Group
+from raybert.train.loop import Batch
+from raybert.train.run import Feed
+from raybert.train.scores import classification_scores
+from raybert.train.settings import TrainConfig
+
+LAYERS = "encoder.layers."
+
+
+class FinetuneConfig(TrainConfig):
+    """How a classifier is fine-tuned. Pretraining's settings hold, with other defaults."""
+
+    source: SourceConfig = Field(SourceConfig(), description="labelled texts to train on")
+    validation: SourceConfig | None = Field(
+        None, description="labelled texts to choose by; null: a share of the source is set apart"
+    )
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of the source that is set apart to choose by"
+    )
+    initialize_from: str = Field(
+        "pretrain",
+        description="pretrain: the model of this experiment's pretraining; scratch: fresh weights; "
+        "or a folder with a model/ of raybert's or of Hugging Face's",
+    )
+    seq_len: int | None = Field(None, ge=8, description="tokens of a text; null: the corpus's rows")
+    head_share: float = Field(
+        0.25, gt=0, le=1, description="of a longer text's tokens: share taken from its beginning"
+    )
+    head: HeadConfig = HeadConfig()
+    dropout: float = Field(0.1, ge=0, lt=1, description="in the encoder: texts are seen often")
+    frozen_epochs: float = Field(0, ge=0, description="epochs in which only the head learns")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="each layer learns this much slower than the one above it"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share spread over all labels")
+    class_weights: Literal["balanced"] | list[float] | None = Field(
+        None, description="weight of each label's loss; balanced: by inverse frequency"
+    )
+
+    global_batch_size: int = Field(32, ge=1, description="texts in an optimizer step")
+    micro_batch_size: int = Field(16, ge=1, description="texts in one forward pass")
+    epochs: float | None = Field(None, gt=0, description="limit in passes over the texts")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    evaluations: int | None = Field(
+        None, ge=1, description="evaluations spread evenly over the run; null: after every epoch"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_limit(cls, values: Any) -> Any:
+        limits = ("steps", "tokens", "epochs", "minutes")
+        if isinstance(values, dict) and all(values.get(name) is None for name in limits):
+            return {**values, "epochs": 3}
+        return values
+
+
+class DataFile(Settings):
+    """A file of tokenized texts, beside the run."""
+
+    name: str
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokenized, labelled texts, in memory."""
+
+    input_ids: list[npt.NDArray[Any]]  # one array a text
+    labels: npt.NDArray[np.int64]  # [rows]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each text."""
+        return np.array([len(ids) for ids in self.input_ids], np.int64)
+
+    def save(self, folder: Folder, name: str) -> DataFile:
+        """Write them as Parquet: input_ids list<uint32>, label int64."""
+        flat = pa.array(np.concatenate(self.input_ids).astype(np.uint32))
+        offsets = pa.array(np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32))
+        ids = pa.ListArray.from_arrays(offsets, flat)
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"input_ids": ids, "label": self.labels}), sink)
+        data = sink.getvalue()
+        folder.write_bytes(name, data)
+        digest = hashlib.sha256(data).hexdigest()
+        return DataFile(name=name, rows=len(self.labels), sha256=digest)
+
+    @classmethod
+    def load(cls, folder: Folder, file: DataFile) -> Texts:
+        """Read what `save` wrote.
+
+        Raises:
+            DamagedError: the file is missing, cut short or altered.
+        """
+        try:
+            data = folder.read_bytes(file.name)
+        except FileNotFoundError:
+            data = b""
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise DamagedError(
+                f"{folder.join(file.name)} is damaged; delete it and run the command again"
+            )
+        table = pq.read_table(io.BytesIO(data)).combine_chunks()
+        column = table["input_ids"].chunk(0)
+        flat, bounds = column.flatten().to_numpy(), column.offsets.to_numpy()
+        ids = [flat[a:b] for a, b in itertools.pairwise(bounds)]
+        return cls(ids, table["label"].to_numpy())
+
+
+class Prepared(Settings):
+    """What `prepare_data` made: written beside the files, and last."""
+
+    train: DataFile
+    validation: DataFile
+    labels: list[str]
+    seq_len: int
+    head_tokens: int
+    skipped: dict[str, int]
+
+
+def prepare_data(
+    config: FinetuneConfig, tokenizer: Tokenizer, seq_len: int, folder: Folder
+) -> Prepared:
+    """Read, split and tokenize the labelled texts, once for all workers and restarts.
+
+    Tokenization runs in Ray Data where Ray is connected.
+
+    Raises:
+        DataError: whatever is wrong with the texts or labels.
+    """
+    if folder.exists("data.json"):
+        return Prepared.model_validate(folder.read_json("data.json"))
+    texts = labelled(config.source)
+    if config.validation is not None:
+        train, validation = texts, labelled(config.validation, names=texts.names)
+    else:
+        held = round(len(texts.labels) * config.validation_fraction)
+        parts = cut((str(text) for text in texts.texts), held, seed=config.seed)
+        train, validation = texts.take(parts.rest), texts.take(parts.held)
+    how = Preprocessing(seq_len, max(1, round(seq_len * config.head_share)))
+    files = {
+        name: _tokenize(part, tokenizer, how).save(folder, f"{name}.parquet")
+        for name, part in (("train", train), ("validation", validation))
+    }
+    prepared = Prepared(
+        **files,
+        labels=texts.names,
+        seq_len=how.seq_len,
+        head_tokens=how.head_tokens,
+        skipped=texts.skipped,
+    )
+    folder.write_json("data.json", prepared.model_dump())
+    return prepared
+
+
+def _tokenize(part: Labelled, tokenizer: Tokenizer, how: Preprocessing) -> Texts:
+    from raybert.text.tokenize_on_ray import tokenize
+
+    return Texts(tokenize(part.texts, tokenizer, how), part.labels)
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """The texts of one slot in one step."""
+
+    step: int
+    slot: int
+    row_ids: npt.NDArray[np.int64]  # [n]
+    input_ids: npt.NDArray[np.int64]  # [n, T]
+    attention_mask: npt.NDArray[np.bool_] | None  # [n, T]
+    labels: npt.NDArray[np.int64]  # [n]; -1 where a text counts for nothing
+
+    @property
+    def count(self) -> int:
+        """Labelled texts."""
+        return int((self.labels >= 0).sum())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read, padding aside."""
+        mask = self.attention_mask
+        return int(self.input_ids.size if mask is None else mask.sum())
+
+    def digest(self) -> str:
+        """A hash over step, slot, row ids, inputs and labels."""
+        state = hashlib.sha256(np.array([self.step, self.slot], np.int64).tobytes())
+        for array in (self.row_ids, self.input_ids, self.labels):
+            state.update(np.ascontiguousarray(array).tobytes())
+        return state.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """A fine-tuning run, as it travels to workers."""
+
+    config: FinetuneConfig
+    model: ModelConfig  # of a fresh encoder
+    start: Folder | None  # the model that it starts from; None: from scratch
+    tokenizer: Folder  # the folder with the tokenizer's files
+    data: Folder
+    prepared: Prepared
+
+    def check(self) -> None:
+        """Find what would fail later, before any worker starts.
+
+        Raises:
+            ConfigError: settings that don't fit each other or the data.
+        """
+        weights = self.config.class_weights
+        names = self.prepared.labels
+        if isinstance(weights, list) and len(weights) != len(names):
+            raise ConfigError(
+                f"finetune.class_weights has {len(weights)} values, the data {len(names)} labels "
+                f"({', '.join(names)}); give one weight for each"
+            )
+
+    def make_task(self, group: Group, feed: Feed) -> FinetuneTask:
+        """Build the task on a worker."""
+        return FinetuneTask(self, group)
+
+    def finish(self, task: Any, run: Folder) -> dict[str, Any]:
+        """Write `model/` from the weights that are in the task."""
+        folder = run / "model"
+        hub.save_classifier(
+            task.model,
+            self.prepared.labels,
+            self.tokenizer,
+            folder,
+            card=model_card(self, task.last),
+            preprocessing={
+                "seq_len": self.prepared.seq_len,
+                "head_tokens": self.prepared.head_tokens,
+                "html_breaks": self.config.source.html_breaks,
+            },
+        )
+        return {"model": folder.uri}
+
+
+class FinetuneTask:
+    """The loop's view of fine-tuning."""
+
+    def __init__(self, job: FinetuneJob, group: Group) -> None:
+        self._job, self._group = job, group
+        config = job.config
+        self._tokenizer = Tokenizer.load(job.tokenizer)
+        self._texts = Texts.load(job.data, job.prepared.train)
+        self._validation = Texts.load(job.data, job.prepared.validation)
+        self._order = LengthOrder(
+            self._texts.lengths, config.global_batch_size, config.micro_batch_size, config.seed
+        )
+        torch.manual_seed(config.seed)
+        num_labels = len(job.prepared.labels)
+        if job.start is None:
+            shape = job.model.model_copy(update={"dropout": config.dropout})
+            encoder = Encoder(shape, self._tokenizer.vocab_size, self._tokenizer.pad_id)
+            model = Classifier(encoder, num_labels, config.head)
+        else:
+            model = hub.load_encoder_into(
+                job.start, num_labels, config.head, config.dropout, self._tokenizer.vocab_size
+            )
+        self._model = model.to(group.device)
+        self._frozen = False
+        self._weights = _class_weights(config, self._texts.labels, num_labels)
+        self.last: dict[str, Any] = {}  # the last evaluation
+
+    @property
+    def model(self) -> Classifier:
+        """The classifier."""
+        return self._model
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in one pass over the texts."""
+        return self._order.steps_per_epoch
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens in one pass over the texts."""
+        return int(self._texts.lengths.sum())
+
+    @property
+    def flops_per_token(self) -> float:
+        """Operations of forward and backward for a token."""
+        length = round(float(self._texts.lengths.mean()))
+        return flops_per_token(self._model.encoder.config, length, 0, 0.0)
+
+    @property
+    def needs_total(self) -> bool:
+        """The batches do not depend on the run's length."""
+        return False
+
+    def batches(self, first_step: int, total_steps: int | None) -> Iterator[Sequence[Batch]]:
+        """Yield this rank's micro-batches, padded to their longest text."""
+        slots = deal(self._order.slots, self._group.world_size)[self._group.rank]
+        epoch, rows = -1, np.empty(0, np.int64)
+        for step in itertools.count(first_step):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                rows = self._order.epoch(epoch)
+            batches = [self._batch(step, s, self._order.micro_batch(rows, step, s)) for s in slots]
+            yield [batch for batch in batches if len(batch.row_ids)]
+
+    def _batch(self, step: int, slot: int, row_ids: npt.NDArray[np.int64]) -> TextBatch:
+        if not len(row_ids):
+            return self.empty_batch()
+        texts = [self._texts.input_ids[i] for i in row_ids]
+        ids, mask = pad(texts, self._tokenizer.pad_id)
+        return TextBatch(step, slot, row_ids, ids, mask, self._texts.labels[row_ids])
+
+    def empty_batch(self) -> TextBatch:
+        """One text that counts for nothing."""
+        nothing = np.empty(0, np.int64)
+        ids = np.full((1, 2), self._tokenizer.cls_id, np.int64)
+        return TextBatch(-1, 0, nothing, ids, None, np.full(1, -1, np.int64))
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        """Sum the cross-entropy over a micro-batch's texts."""
+        assert isinstance(batch, TextBatch)
+        device = self._group.device
+        logits = module(*self._inputs(batch.input_ids, batch.attention_mask))
+        labels = torch.from_numpy(batch.labels).to(device)
+        return F.cross_entropy(
+            logits.float(),
+            labels,
+            weight=None if self._weights is None else self._weights.to(device),
+            ignore_index=-1,
+            reduction="sum",
+            label_smoothing=self._job.config.label_smoothing,
+        )
+
+    def _inputs(
+        self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        device = self._group.device
+        there = None if mask is None else torch.from_numpy(mask).to(device)
+        return torch.from_numpy(ids).to(device), there
+
+    def lr_scale(self, name: str) -> float:
+        """Layer-wise decay: the head learns at the full rate, each layer below it slower."""
+        layers = self._model.encoder.config.num_layers
+        if name.startswith("encoder.embeddings"):
+            depth = 0
+        elif name.startswith(LAYERS):
+            depth = 1 + int(name.removeprefix(LAYERS).partition(".")[0])
+        else:
+            depth = layers + 1
+        return float(self._job.config.layer_decay ** (layers + 1 - depth))
+
+    def prepare(self, step: int) -> bool:
+        """Freeze the encoder for the configured epochs."""
+        frozen = step < self._job.config.frozen_epochs * self.steps_per_epoch
+        changed, self._frozen = frozen != self._frozen, frozen
+        if changed:
+            self._model.encoder.requires_grad_(not frozen)
+        return changed
+
+    def evaluate(self) -> dict[str, Any]:
+        """Score the validation texts, every one once."""
+        order = np.argsort(self._validation.lengths, kind="stable")
+        mine = order[self._group.rank :: self._group.world_size]
+        size = 2 * self._job.config.micro_batch_size
+        found = []
+        for begin in range(0, len(mine), size):
+            rows = mine[begin : begin + size]
+            texts = [self._validation.input_ids[i] for i in rows]
+            logits = self._model(*self._inputs(*pad(texts, self._tokenizer.pad_id)))
+            found.append(logits.float().cpu().numpy())
+        num_labels = len(self._job.prepared.labels)
+        here = np.concatenate(found) if found else np.empty((0, num_labels), np.float32)
+        logits = np.empty((len(order), num_labels), np.float32)
+        for rows, values in self._group.gather((mine, here)):
+            logits[rows] = values
+        scores = classification_scores(logits, self._validation.labels, self._job.prepared.labels)
+        self.last = {
+            # Between equal accuracies the lower loss is better; it never outweighs one text.
+            "score": scores["accuracy"] - 1e-3 * min(scores["loss"], 10.0) / len(order),
+            **{key: scores[key] for key in ("accuracy", "loss", "f1_macro")},
+        }
+        return self.last
+
+
+def _class_weights(
+    config: FinetuneConfig, labels: npt.NDArray[np.int64], num_labels: int
+) -> Tensor | None:
+    if config.class_weights is None:
+        return None
+    if config.class_weights == "balanced":
+        counts = np.bincount(labels, minlength=num_labels)
+        return torch.tensor(len(labels) / (num_labels * np.maximum(counts, 1)), dtype=torch.float32)
+    return torch.tensor(config.class_weights, dtype=torch.float32)
+
+
+def model_card(job: FinetuneJob, metrics: dict[str, Any]) -> str:
+    """The README.md of a classifier."""
+    source = job.config.source.path
+    return f"""---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [raybert]
+---
+# A classifier of {len(job.prepared.labels)} labels, fine-tuned with raybert
+
+Labels: {", ".join(job.prepared.labels)}.
+
+- Texts: {source} ({job.prepared.train.rows:,} to train on, {job.prepared.validation.rows:,} to
+  choose by)
+- Started from: {job.start or "fresh weights"}
+- Validation accuracy: {metrics.get("accuracy", float("nan")):.4f}, texts of up to
+  {job.prepared.seq_len} tokens
+
+`raybert predict --model FOLDER "a text"`
+"""
