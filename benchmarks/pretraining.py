@@ -1,7 +1,7 @@
 """How fast masked-language-model pretraining is, side by side with the peers on one machine.
 
 Every peer runs in a process of its own, one at a time, and they take turns over the repeats: a
-machine that slows down, or a noisy neighbour, falls on all of them alike. README.md has the protocol.
+machine that slows down, or a noisy neighbour, falls on all of them alike. See README.md.
 
     python benchmarks/pretraining.py --shape keras --repeats 3 --json
 """

@@ -1,0 +1,204 @@
+"""The plots, as inline SVG that follows the reader's light or dark theme.
+
+matplotlib draws them in stand-in colours, which become CSS variables afterwards. No text of users'
+is drawn: matplotlib's font knows few scripts, the browser knows all.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from raybert.report.markup import Html, tag
+from raybert.report.stages import Points, Stage, curve, last, number, spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_POINTS = 400  # of a curve: more can't be told apart at a plot's width
+MAX_EVENTS = 50  # marked in a plot; the table has them all
+
+# matplotlib can't write CSS variables: these stand for them until the SVG is done.
+INK, MUTED, GRID, MAIN, PALE, SECOND, WARN = (f"#0{i}0{i}0{i}" for i in range(1, 8))
+_VARIABLES = {
+    INK: "ink", MUTED: "muted", GRID: "line", MAIN: "main", PALE: "pale", SECOND: "second",
+    WARN: "warn",
+}  # fmt: skip
+_PLOT_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+
+
+class Line(NamedTuple):
+    """One curve of a plot."""
+
+    points: Points
+    color: str
+    label: str = ""
+    dots: bool = False
+    dashed: bool = False
+    width: float = 1.6
+
+
+def plots(stage: Stage) -> Html:
+    """All plots of a stage; those that have no data are left out."""
+    train, evals = stage.of_kind("train"), stage.of_kind("eval")
+    events = [
+        r["step"] for r in stage.of_kind("event") if r.get("event") != "start" or r["step"] > 0
+    ]
+    over_steps = {
+        "Loss, nats": _loss_lines(train, evals),
+        "Validation score": [
+            Line(curve(evals, "accuracy"), MAIN, "accuracy", dots=True),
+            Line(curve(evals, "f1_macro"), SECOND, "macro F1", dots=True),
+        ],
+        "Learning rate": [Line(curve(train, "lr"), MAIN)],
+        "Throughput, tokens/s": [Line(curve(train, "tokens_per_second"), MAIN)],
+        "Gradient norm": [Line(curve(train, "grad_norm"), MAIN)],
+    }
+    free_axis = ("Loss, nats", "Validation score")  # the others start at zero
+    figures = [
+        _over_steps(f"{stage.name}/{title}", title, lines, events, from_zero=title not in free_axis)
+        for title, lines in over_steps.items()
+        if any(line.points[0] for line in lines)
+    ]
+    figures += reliability(stage.scores)
+    return tag("div", *figures, class_="plots") if figures else Html()
+
+
+def _loss_lines(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> list[Line]:
+    steps, losses = curve(train, "loss")
+    validation, unigram = curve(evals, "loss"), last(evals, "unigram_loss")
+    lines = [
+        Line((steps, losses), PALE, width=0.8),
+        Line((steps, smoothed(losses)), MAIN, "training, smoothed"),
+        Line(validation, SECOND, "validation", dots=True),
+    ]
+    ends = [*steps[:1], *validation[0][-1:]]
+    if unigram is not None:
+        level = (ends, [unigram] * len(ends))
+        lines.append(Line(level, MUTED, "unigram model", dashed=True, width=1))
+    return lines
+
+
+def _over_steps(
+    salt: str, title: str, lines: Sequence[Line], events: Sequence[int], *, from_zero: bool
+) -> Html:
+    def draw(axes: Axes) -> None:
+        for line in lines:
+            if line.points[0]:
+                axes.plot(
+                    *_thin(line.points),
+                    color=line.color,
+                    label=line.label or None,
+                    marker="o" if line.dots or len(line.points[0]) == 1 else None,
+                    markersize=3,
+                    linestyle="--" if line.dashed else "-",
+                    linewidth=line.width,
+                )
+        for step in events[:MAX_EVENTS]:
+            axes.axvline(step, color=WARN, linewidth=0.9, linestyle=":")
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        _step_axis(axes)
+
+    return figure(title, draw, salt)
+
+
+def reliability(scores: Mapping[str, Any]) -> list[Html]:
+    """Accuracy against confidence, bin by bin, and how many rows each bin holds."""
+    bins = [b for b in scores.get("bins") or [] if b.get("count")]
+    if not bins:
+        return []
+
+    def draw(axes: Axes) -> None:
+        centers = [(b["lower"] + b["upper"]) / 2 for b in bins]
+        width = (bins[0]["upper"] - bins[0]["lower"]) * 0.9
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, ls="--", label="perfectly calibrated")
+        axes.bar(centers, [b["accuracy"] for b in bins], width, color=MAIN, label="accuracy")
+        total = sum(b["count"] for b in bins)
+        shares = [b["count"] / total for b in bins]
+        axes.plot(centers, shares, ".-", color=SECOND, linewidth=1, label="share of rows")
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence")
+
+    error = number(scores.get("expected_calibration_error"))
+    title = "Reliability" + (f", calibration error {error:.4f}" if error is not None else "")
+    return [figure(title, draw, salt=title)]
+
+
+def figure(title: str, draw: Callable[[Axes], None], salt: str) -> Html:
+    """Draw on axes and return the plot as inline SVG with its caption."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # The salt makes the ids of the plots on a page differ, and the file the same every time.
+    with matplotlib.rc_context({**_PLOT_STYLE, "svg.hashsalt": salt}):
+        canvas = Figure(figsize=(4.8, 2.7), layout="constrained")
+        axes = canvas.subplots()
+        draw(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        if handles:
+            canvas.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        canvas.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"|<metadata>.*?</metadata>', "", svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # ids that repeat from plot to plot
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+    return tag("figure", tag("figcaption", title), Html(svg))
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean over a window around each value, 3% of the curve wide.
+
+    The window shrinks towards both ends so that it stays centred: a curve that falls is not shown
+    late, as an exponential mean would show it.
+    """
+    sums = [0.0, *itertools.accumulate(values)]
+    n, widest = len(values), max(1, round(0.015 * len(values)))
+    result = []
+    for i in range(n):
+        reach = min(widest, i, n - 1 - i)
+        result.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
+    return result
+
+
+def _step_axis(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1e3 else f"{y:g}")
+    )
+
+
+def _thin(points: Points) -> Points:
+    kept = spread(list(zip(*points, strict=True)), MAX_POINTS)
+    return [x for x, _ in kept], [y for _, y in kept]
