@@ -144,7 +144,7 @@ def test_everything_is_there(full):
     for expected in (
         "my run", "Summary", "Corpus", "Pretraining", "Fine-tuning",
         "2 min 01 s",  # of all stages
-        "1M", "100", "8,192",  # tokens and rows of both splits, vocabulary
+        "1.00M", "100", "8,192",  # tokens and rows of both splits, vocabulary
         "4.250", "2.25 under the unigram model's", "12,345", "2.0% waiting for data",
         "I liked this [MASK].", "<movie>", "75.0%",
         "attempt 2", "skipped step", "a <b>config</b>", "torch", "2.13",
@@ -308,4 +308,6 @@ def test_durations(seconds, text):
 def test_values_as_text():
     assert show([0.5, True, None, "a"]) == "0.5, yes, none, a"
     assert show(90.0, "seconds") == show(90.0, "seconds.pretrain") == "1 min 30 s"
-    assert (big(950), big(14_310_000)) == ("950", "14.3M")
+    assert [big(n) for n in (950, 9_999, 10_000, 999_999, 14_310_000)] == [
+        "950", "9,999", "10.0k", "1,000k", "14.3M",
+    ]  # fmt: skip

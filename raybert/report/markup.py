@@ -49,11 +49,7 @@ def facts(title: str, values: Mapping[str, Any]) -> Html:
 def rows(values: Mapping[str, Any]) -> Html:
     """A table of a nested mapping, a row a leaf; nothing where it is empty."""
     body = [
-        tag(
-            "tr",
-            tag("th", _spaced(key), scope="row"),
-            tag("td", show(value, key)),
-        )
+        tag("tr", tag("th", _spaced(key), scope="row"), tag("td", show(value, key)))
         for key, value in flatten(values)
     ]
     return table(Html(), body, "facts") if body else Html()
@@ -66,8 +62,8 @@ def _spaced(key: str) -> str:
 def table(head: Html, body: Sequence[Html], class_: str = "") -> Html:
     """A table that scrolls by itself where the screen is narrower; `head` may be empty."""
     inner = [tag("thead", head)] if head else []
-    table = tag("table", *inner, tag("tbody", *body), class_=class_)
-    return tag("div", table, class_="scroll")
+    whole = tag("table", *inner, tag("tbody", *body), class_=class_)
+    return tag("div", whole, class_="scroll")
 
 
 def duration(seconds: float) -> str:
@@ -103,10 +99,11 @@ def show(value: Any, key: str = "") -> str:
 
 def big(value: float) -> str:
     """Three digits and a unit: 14.3M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if value >= size:
-            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
-    return f"{value:,.0f}"
+    if value < 1e4:
+        return f"{value:,.0f}"
+    size, unit = next(u for u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= u[0])
+    scaled = value / size
+    return f"{scaled:,.{0 if scaled >= 100 else 1 if scaled >= 10 else 2}f}{unit}"
 
 
 def clock(seconds: Any) -> str:

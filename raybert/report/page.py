@@ -14,6 +14,7 @@ import yaml
 
 from raybert import __version__
 from raybert.errors import UserError
+from raybert.report.classification import confusion, mistakes
 from raybert.report.markup import (
     Html,
     big,
@@ -39,11 +40,8 @@ TITLES = {
     "finetune": "Fine-tuning",
     "evaluate": "Evaluation",
 }
-SURROUNDINGS = ("environment", "versions", "hardware")  # keys of a result
-MAX_LABELS = 20  # of a confusion matrix; beyond that the worst pairs say more
+SURROUNDINGS = ("environment", "machine", "versions", "hardware")  # keys of a result
 MAX_FILLING_ROWS = 10
-MAX_MISTAKES = 12
-MAX_TEXT = 700  # characters of an example
 
 
 def write_report(run: Folder) -> None:
@@ -98,6 +96,7 @@ def render(title: str, stages: Sequence[Stage]) -> str:
 def section(stage: Stage, alone: bool) -> Html:
     """Everything that is known of one stage."""
     scores = stage.scores
+    shown_elsewhere = {"fillings", *SURROUNDINGS}
     parts = [
         tag("h2", _title(stage, alone), " ", _status(stage)),
         *(tag("p", problem, class_="problem") for problem in stage.problems),
@@ -108,7 +107,7 @@ def section(stage: Stage, alone: bool) -> Html:
         mistakes(scores),
         fold("Events, dotted in the plots", events(stage)),
         facts("Corpus facts", corpus_facts(stage.manifest)),
-        facts("Result", {k: v for k, v in stage.result.items() if k not in SURROUNDINGS}),
+        facts("Result", {k: v for k, v in stage.result.items() if k not in shown_elsewhere}),
         fold("Configuration", _configuration(stage)),
         fold("Versions and hardware", rows(_surroundings(stage))),
     ]
@@ -146,7 +145,9 @@ def tiles(stage: Stage) -> Html:
 
 def _score_tiles(stage: Stage) -> Iterator[Tile]:
     scores, result = stage.scores, stage.result
-    accuracy = number(scores.get("accuracy", result.get("accuracy")))
+    # A fine-tuning run's own result is that of its validation, which has a tile.
+    source = scores if scores or stage.records else result
+    accuracy = number(source.get("accuracy"))
     if accuracy is not None:
         n = scores.get("n")
         yield "Accuracy", f"{accuracy:.2%}", f"on {show(n)} held-out rows" if n else ""
@@ -200,18 +201,18 @@ def fillings(stage: Stage) -> Html:
     tables: dict[str, list[tuple[int, list[dict[str, Any]]]]] = {}
     for record in stage.of_kind("eval"):
         for filling in record.get("fillings") or []:
-            rows = tables.setdefault(str(filling.get("text", "")), [])
-            rows.append((record["step"], filling.get("tokens") or []))
+            history = tables.setdefault(str(filling.get("text", "")), [])
+            history.append((record["step"], filling.get("tokens") or []))
     shown = []
-    for text, rows in tables.items():
+    for text, history in tables.items():
         body = [
             tag("tr", tag("th", show(step), scope="row"), *map(_guess, guesses))
-            for step, guesses in spread(rows, MAX_FILLING_ROWS)
+            for step, guesses in spread(history, MAX_FILLING_ROWS)
         ]
-        width = max(len(guesses) for _, guesses in rows)
+        width = max(len(guesses) for _, guesses in history)
         head = tag("tr", tag("th", "step"), *(tag("th", f"guess {i + 1}") for i in range(width)))
-        shown.append(tag("h3", f"“{text}”") + table(head, body))
-    return join(map(Html, shown))
+        shown += [tag("h3", f"“{text}”"), table(head, body)]
+    return join(shown)
 
 
 def _guess(guess: Mapping[str, Any]) -> Html:
@@ -226,83 +227,9 @@ def _guess(guess: Mapping[str, Any]) -> Html:
     )
 
 
-def confusion(scores: Mapping[str, Any]) -> Html:
-    """The confusion matrix, its colours the share of the true label; and the scores per class."""
-    matrix, names = scores.get("confusion"), _label_names(scores)
-    if not matrix or len(names) != len(matrix):
-        return Html()
-    if len(names) > MAX_LABELS:
-        pairs = sorted(
-            ((c, i, j) for i, row in enumerate(matrix) for j, c in enumerate(row) if i != j and c),
-            reverse=True,
-        )[:MAX_LABELS]
-        head = tag("tr", *(tag("th", t) for t in ("label", "predicted", "rows")))
-        body = [
-            tag("tr", tag("td", names[i]), tag("td", names[j]), tag("td", show(count)))
-            for count, i, j in pairs
-        ]
-        title = "Most frequent confusions"
-    else:
-        head = tag("tr", tag("th", "label \\ predicted"), *(tag("th", name) for name in names))
-        body = []
-        for name, row in zip(names, matrix, strict=True):
-            shares = [count / max(1, sum(row)) for count in row]
-            cells = (
-                tag("td", show(count), " ", tag("small", f"{share:.1%}"), class_="heat",
-                    style=f"--heat:{share:.3f}")
-                for count, share in zip(row, shares, strict=True)
-            )  # fmt: skip
-            body.append(tag("tr", tag("th", name, scope="row"), *cells))
-        title = "Confusion matrix"
-    ratios = ("precision", "recall", "f1")
-    classes = [
-        tag("tr", tag("th", name, scope="row"), *(tag("td", f"{s[r]:.4f}") for r in ratios),
-            tag("td", show(s["support"])))
-        for name, s in scores.get("per_class", {}).items()
-    ]  # fmt: skip
-    class_head = tag("tr", tag("th", "label"), *(tag("th", t) for t in (*ratios, "rows")))
-    return join(
-        [
-            tag("h3", title),
-            table(head, body),
-            fold("Scores per class", table(class_head, classes) if classes else Html()),
-        ]
-    )
-
-
-def mistakes(scores: Mapping[str, Any]) -> Html:
-    """The wrong predictions that the classifier was surest of."""
-    names = _label_names(scores)
-
-    def name(label: Any) -> str:
-        known = isinstance(label, int) and 0 <= label < len(names)
-        return names[label] if known else str(label)
-
-    wrong = [
-        e for e in scores.get("examples") or [] if name(e.get("label")) != name(e.get("predicted"))
-    ]
-    wrong.sort(key=lambda e: number(e.get("probability")) or 0.0, reverse=True)
-    if not wrong:
-        return Html()
-    cards = [
-        tag(
-            "li",
-            tag(
-                "p",
-                tag("b", name(e.get("predicted"))),
-                f" with {number(e.get('probability')) or 0.0:.1%}, in truth ",
-                tag("b", name(e.get("label"))),
-            ),
-            tag("blockquote", _shorten(str(e.get("text", "")))),
-        )
-        for e in wrong[:MAX_MISTAKES]
-    ]
-    return join([tag("h3", "Most confident mistakes"), tag("ol", *cards, class_="cards")])
-
-
 def events(stage: Stage) -> Html:
     """Restarts, skipped steps and the like."""
-    rows = [
+    body = [
         tag(
             "tr",
             tag("td", show(record["step"])),
@@ -313,11 +240,7 @@ def events(stage: Stage) -> Html:
         for record in stage.of_kind("event")
     ]
     head = tag("tr", *(tag("th", t) for t in ("step", "time", "event", "message")))
-    return table(head, rows) if rows else Html()
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT].rsplit(" ", 1)[0] + " …"
+    return table(head, body) if body else Html()
 
 
 def corpus_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,10 +266,6 @@ def _surroundings(stage: Stage) -> dict[str, Any]:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _label_names(scores: Mapping[str, Any]) -> list[str]:
-    return [str(name) for name in scores.get("label_names") or scores.get("per_class") or []]
 
 
 def _attempt(record: Mapping[str, Any]) -> str:
