@@ -37,7 +37,8 @@ from raybert.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, Token
 TRAIN, HELDOUT = "train", "heldout"
 
 _BLOCK_BYTES = 2 << 20  # of text or ids between operators
-_FLIGHT_BYTES = 128 << 20  # object store for blocks under way, at least
+_TOKENIZERS_A_READER = 4
+_FLIGHT_BYTES = 96 << 20  # object store for blocks under way, at least
 _FLIGHT_BYTES_A_CPU = 16 << 20
 _OURS = re.compile(rf"({TRAIN}|{HELDOUT})-\d+\.parquet|{TOKENIZER_FILE}|{CONFIG_FILE}|{MANIFEST}")
 
@@ -277,7 +278,7 @@ def _tokenized(config: CorpusConfig, tokenizer: Tokenizer) -> Iterator[pa.Table]
             # Reading is cheap beside tokenizing, and must not be fused with it: an archive is one
             # task. It takes no CPU: one that waits for its reader would wait for ever on one CPU.
             num_cpus=0,
-            compute=TaskPoolStrategy(size=min(cpus, len(shards))),
+            compute=TaskPoolStrategy(size=min(-(-cpus // _TOKENIZERS_A_READER), len(shards))),
         )
         tokenized = texts.map_batches(
             job.tokenize,

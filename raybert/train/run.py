@@ -50,8 +50,10 @@ class Job(Protocol):
         """Write what the run is for, from the best weights; on rank 0. Returns lines of result."""
 
 
-def open_run(run: Folder, config_yaml: str, stage: str) -> dict[str, Any] | None:
-    """Create or reopen a run.
+def open_run(
+    run: Folder, config_yaml: str, stage: str, sections: tuple[str, ...] = ()
+) -> dict[str, Any] | None:
+    """Create or reopen a run of a stage, whose result depends on its section and some others.
 
     Returns:
         The result, where the run is finished; None where there is work to do.
@@ -62,7 +64,7 @@ def open_run(run: Folder, config_yaml: str, stage: str) -> dict[str, Any] | None
     now = parse_yaml(config_yaml, CONFIG)
     if run.exists(CONFIG):
         before = parse_yaml(run.read_text(CONFIG), run.join(CONFIG))
-        changed = _refused(differences(before, now), stage)
+        changed = _refused(differences(before, now), stage, sections)
         if changed:
             shown = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
             state = "is finished" if run.exists(RESULT) else "has begun"
@@ -77,9 +79,16 @@ def open_run(run: Folder, config_yaml: str, stage: str) -> dict[str, Any] | None
     return None
 
 
-def _refused(changed: Mapping[str, tuple[Any, Any]], stage: str) -> dict[str, tuple[Any, Any]]:
+def _refused(
+    changed: Mapping[str, tuple[Any, Any]], stage: str, sections: tuple[str, ...]
+) -> dict[str, tuple[Any, Any]]:
+    matters = {stage, *sections}
     allowed = {f"{stage}.{key}" for key in MAY_CHANGE}
-    return {k: v for k, v in changed.items() if k not in allowed and not k.startswith("ray.")}
+    return {
+        key: value
+        for key, value in changed.items()
+        if key.partition(".")[0] in matters and key not in allowed
+    }
 
 
 def execute(

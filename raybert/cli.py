@@ -1,0 +1,346 @@
+"""The command line: one short function a command; heavy imports stay inside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raybert.errors import RaybertError, UserError
+
+if TYPE_CHECKING:
+    from raybert.experiment import Experiment
+
+app = typer.Typer(
+    name="raybert",
+    help="From raw text to a BERT of your own, a tuned classifier and an HTTP endpoint, on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="The experiment's YAML file.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Override a key: `--set pretrain.lr=3e-4`. Repeatable."),
+]
+NameOption = Annotated[
+    str | None, typer.Option("--name", "-n", help="The experiment's name; the same one resumes.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="A `model/` folder, a run or an experiment.")
+]
+BareOption = Annotated[
+    bool, typer.Option("--bare", help="Train in this process, without Ray: to debug, to measure.")
+]
+
+
+def main() -> None:
+    """Run the command line; mistakes of the user's end in one line and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        _say("interrupted; run the same command again to go on")
+        sys.exit(130)
+    except RaybertError as error:
+        if _DEBUG:
+            raise
+        _say(str(error))
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+_DEBUG = bool(os.environ.get("RAYBERT_DEBUG"))
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    global _DEBUG
+    _DEBUG = _DEBUG or debug
+
+
+@app.command()
+def demo(
+    name: NameOption = None,
+    overrides: SetOption = None,
+    text: Annotated[str, typer.Option(help="A sentence of yours, to classify at the end.")] = (
+        "The plot was thin, but the actors made it a joy to watch."
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Run the whole pipeline on real movie reviews: about a quarter of an hour on two cores.
+
+    Example: `raybert demo --text "What a waste of two hours."`
+    """
+    from raybert.demo import run_demo
+
+    path = Path(__file__).with_name("demo.yaml")
+    _print(run_demo(_experiment(path, overrides, name), _display(), text), as_json)
+
+
+@app.command()
+def run(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run all stages of a configuration: corpus, pretraining, fine-tuning, evaluation, report.
+
+    Example: `raybert run -c configs/keras-mini.yaml`
+    """
+    from raybert.demo import run_stages
+
+    _print(run_stages(_experiment(config, overrides, name), _display()), as_json)
+
+
+@app.command()
+def corpus(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    force: Annotated[bool, typer.Option(help="Make it again, even if it is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tokenize text into rows, as a Ray Data job.
+
+    Example: `raybert corpus -n mine --set corpus.source.path=reviews.parquet`
+    """
+    from raybert import pipeline
+
+    experiment = _experiment(config, overrides, name)
+    _print(pipeline.make_corpus(experiment, _display(), force=force), as_json)
+
+
+@app.command()
+def pretrain(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    bare: BareOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Pretrain an encoder on a corpus. Running the same name again resumes it.
+
+    Example: `raybert pretrain -n mine --set pretrain.minutes=30 --set pretrain.workers=2`
+    """
+    from raybert import pipeline
+
+    experiment = _experiment(config, overrides, name)
+    _print(pipeline.pretrain(experiment, _display(), bare=bare), as_json)
+
+
+@app.command()
+def finetune(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    bare: BareOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune a classifier on labelled texts. Running the same name again resumes it.
+
+    Example: `raybert finetune -n mine --set finetune.source.path=labelled.csv`
+    """
+    from raybert import pipeline
+
+    experiment = _experiment(config, overrides, name)
+    _print(pipeline.finetune(experiment, _display(), bare=bare), as_json)
+
+
+@app.command()
+def evaluate(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a classifier on labelled texts that nothing was chosen on.
+
+    Example: `raybert evaluate -m runs/mine --set evaluate.source.path=test.csv`
+    """
+    from raybert import pipeline
+
+    experiment = _experiment(config, overrides, name)
+    if model is None:
+        metrics = pipeline.evaluate(experiment, _display())
+    else:
+        folder = pipeline.resolve_model(model)
+        metrics = pipeline.evaluate_model(experiment, folder, _display())
+    if as_json:
+        _print(metrics, as_json)
+    else:
+        _print_scores(metrics)
+
+
+@app.command()
+def predict(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none: lines of stdin.")] = None,
+    model: ModelOption = None,
+    source: Annotated[
+        str | None, typer.Option("--input", "-i", help="A file of texts, read through Ray Data.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="For --input: a .jsonl or .parquet file.")
+    ] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+) -> None:
+    """Label raw texts: arguments, lines of standard input, or files of millions.
+
+    Examples: `raybert predict -m runs/mine "A joy."`,
+    `raybert predict -m runs/mine -i reviews.parquet -o labels.jsonl`
+    """
+    from raybert import predict as bulk
+
+    experiment = _experiment(config, overrides, name)
+    folder = _model(model, experiment)
+    if source is not None:
+        if output is None:
+            raise UserError("--input needs --output: name a .jsonl or a .parquet file")
+        _print(bulk.predict_file(experiment, folder, source, output, _display()), as_json=True)
+    else:
+        for row in bulk.predict_texts(folder, texts or bulk.lines(sys.stdin.buffer)):
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+@app.command("fill-mask")
+def fill_mask(
+    text: Annotated[str, typer.Argument(help="A text with one or more [MASK].")],
+    model: ModelOption = None,
+    top: Annotated[int, typer.Option(min=1, help="Guesses for each mask.")] = 5,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Guess what stands in place of each [MASK].
+
+    Example: `raybert fill-mask -m runs/demo "I have watched this [MASK] and it was awesome."`
+    """
+    from raybert import predict as bulk
+
+    experiment = _experiment(config, overrides, name)
+    found = bulk.fill_mask(_model(model, experiment, "pretrain"), text, top)
+    if as_json:
+        _print({"text": text, "masks": found}, as_json)
+    else:
+        for number, guesses in enumerate(found, 1):
+            for guess in guesses:
+                print(f"{number}  {guess['probability']:.4f}  {guess['token']}")
+
+
+@app.command()
+def report(
+    path: Annotated[str, typer.Argument(help="A run's or an experiment's folder.")],
+) -> None:
+    """Write `report.html`: curves, scores, examples; one self-contained file.
+
+    Example: `raybert report runs/demo`
+    """
+    from raybert.report import write_report
+    from raybert.storage import Folder
+
+    folder = Folder(path)
+    if not folder.exists():
+        raise UserError(f"{path}: no such folder; name a run or an experiment")
+    write_report(folder)
+    print(folder.join("report.html"))
+
+
+@app.command("config")
+def show_config(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema instead.")
+    ] = False,
+) -> None:
+    """Print the resolved configuration, or the schema by which editors check the YAML.
+
+    Example: `raybert config --schema > raybert.schema.json`
+    """
+    from raybert.config import dump
+    from raybert.experiment import Experiment
+
+    if schema:
+        print(json.dumps(Experiment.model_json_schema(), indent=2))
+    else:
+        print(dump(_experiment(config, overrides, None)), end="")
+
+
+@app.command()
+def bench(
+    shape: Annotated[str, typer.Option(help="keras or small.")] = "keras",
+    mode: Annotated[str, typer.Option(help="bare, ray or both.")] = "bare",
+    steps: Annotated[int, typer.Option(min=4, help="Steps that are timed.")] = 40,
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the training loop, bare and under Ray, on generated data.
+
+    Example: `raybert bench --shape small --mode both --json`
+    """
+    from raybert.bench import run_bench
+
+    _print(run_bench(shape, mode, steps, workers, threads, overrides or [], _display()), as_json)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of raybert and of what it stands on."""
+    import importlib.metadata
+
+    for package in ("raybert", "ray", "torch", "tokenizers", "pyarrow"):
+        print(f"{package} {importlib.metadata.version(package)}")
+
+
+def _experiment(path: Path | None, overrides: list[str] | None, name: str | None) -> Experiment:
+    from raybert.config import load
+    from raybert.experiment import Experiment
+
+    named = [f"run.name={name}"] if name is not None else []
+    return load(Experiment, path, [*(overrides or []), *named])
+
+
+def _model(path: str | None, experiment: Experiment, stage: str = "finetune") -> Any:
+    from raybert import pipeline
+
+    if path is None:
+        return pipeline.resolve_model(str(experiment.folder / stage))
+    return pipeline.resolve_model(path, stage)
+
+
+def _display() -> Any:
+    from raybert.display import Display
+
+    return Display()
+
+
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, default=str))
+
+
+def _print_scores(metrics: dict[str, Any]) -> None:
+    for key in ("accuracy", "loss", "f1_macro", "expected_calibration_error"):
+        print(f"{key:<28}{metrics[key]:.4f}")
+    for label, scores in metrics["per_class"].items():
+        shown = "  ".join(f"{k} {v:.4f}" if k != "support" else f"n {v}" for k, v in scores.items())
+        print(f"{label:<28}{shown}")
+
+
+def _say(text: str) -> None:
+    print(f"raybert: {text}", file=sys.stderr)

@@ -1,0 +1,104 @@
+"""All stages in a row: `raybert run`, and `raybert demo` on the embedded reviews."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from raybert import pipeline
+from raybert.display import Display, clock
+from raybert.experiment import Experiment
+from raybert.ray_session import ray_session
+
+
+def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
+    """Corpus, pretraining, fine-tuning, evaluation and report, in one Ray session.
+
+    Stages that are finished are not run again.
+    """
+    from raybert.report import write_report
+
+    begun, spent, results = time.monotonic(), {}, {}
+    workers = max(experiment.pretrain.workers, experiment.finetune.workers)
+    display.say("ray       starting")
+    with ray_session(experiment.ray, workers):
+        for name, stage in (
+            ("corpus", pipeline.make_corpus),
+            ("pretrain", pipeline.pretrain),
+            ("finetune", pipeline.finetune),
+            ("evaluate", pipeline.evaluate),
+        ):
+            stage_begun = time.monotonic()
+            results[name] = stage(experiment, display)
+            spent[name] = round(time.monotonic() - stage_begun, 1)
+    write_report(experiment.folder)
+    spent["all"] = round(time.monotonic() - begun, 1)
+    pretrain, metrics = results["pretrain"], results["evaluate"]
+    return {
+        "seconds": spent,
+        "accuracy": metrics["accuracy"],
+        "texts": metrics["n"],
+        "masked_loss": pretrain["loss"],
+        "unigram_loss": pretrain.get("unigram_loss"),
+        "fillings": pretrain.get("fillings", []),
+        "model": results["finetune"]["model"],
+        "report": experiment.folder.join("report.html"),
+    }
+
+
+def run_demo(experiment: Experiment, display: Display, text: str) -> dict[str, Any]:
+    """Run all stages on the embedded reviews, classify a sentence, and say what to try next."""
+    from raybert.predict import predict_texts
+    from raybert.storage import Folder
+
+    minutes = _estimate(experiment)
+    display.say(
+        f"From 25,000 movie reviews to a BERT of your own and a classifier: about {minutes:.0f} "
+        f"minutes on two cores. Everything goes to {experiment.folder}; Ctrl-C at any time, and "
+        "the same command goes on."
+    )
+    result = run_stages(experiment, display)
+    answer = next(iter(predict_texts(Folder(result["model"]), [text])))
+    result["answer"] = answer
+    print(_summary(experiment, result), flush=True)
+    return result
+
+
+def _estimate(experiment: Experiment) -> float:
+    """Minutes: the two budgets, and what start-up, corpus and evaluation take beside them."""
+    return (experiment.pretrain.minutes or 5) + (experiment.finetune.minutes or 5) + 2.5
+
+
+def _summary(experiment: Experiment, result: dict[str, Any]) -> str:
+    answer, folder = result["answer"], shlex.quote(str(experiment.folder))
+    gain = (result["unigram_loss"] or 0) - result["masked_loss"]
+    guesses = [
+        f"  {guess['probability']:.3f}  {guess['token']}"
+        for example in result["fillings"][:1]
+        for guess in example["tokens"]
+    ]
+    example = result["fillings"][0]["text"] if result["fillings"] else ""
+    raybert = shlex.quote(str(Path(sys.argv[0])))
+    return "\n".join(
+        [
+            "",
+            f"Held-out masked-token loss  {result['masked_loss']:.3f} nats, {gain:.2f} under the "
+            f"unigram model's {result['unigram_loss']:.3f}",
+            f"Accuracy on {result['texts']:,} reviews that nothing was chosen on  "
+            f"{result['accuracy']:.4f}",
+            "",
+            f"{example}",
+            *guesses,
+            "",
+            f"{answer['text']!r}  ->  {answer['label']} ({answer['score']:.3f})",
+            "",
+            f"Took {clock(result['seconds']['all'])}. Report: {result['report']}",
+            "Next:",
+            f'  {raybert} fill-mask -m {folder} "The acting was [MASK]."',
+            f'  {raybert} predict -m {folder} "I want these two hours of my life back."',
+            f"  {raybert} config > mine.yaml   # then set corpus.source.path to text of yours",
+        ]
+    )

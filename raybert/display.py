@@ -1,0 +1,116 @@
+"""Progress: one live line on a terminal, plain lines in a log, nothing on standard output.
+
+Standard output belongs to results, so that `--json` can be piped; progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+PLAIN_SECONDS = 10.0  # between lines where there is no terminal to rewrite
+
+
+class Display:
+    """Shows how far a stage has come."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        """Write to standard error; `quiet` shows nothing but notices."""
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._quiet = quiet
+        self._live = self._console.is_terminal and not quiet
+        self._stage = ""
+        self._begun = self._last_plain = time.monotonic()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Name what is being done; its duration is shown at the end."""
+        self._stage, self._begun = name, time.monotonic()
+        self._last_plain = 0.0
+        self.line("starting")
+        try:
+            yield
+        finally:
+            self._clear()
+            self._stage = ""
+
+    def line(self, text: str) -> None:
+        """Replace the live line; in a log, print a line every few seconds."""
+        if self._quiet:
+            return
+        spent = clock(time.monotonic() - self._begun)
+        if self._live:
+            shown = Text(f"{self._stage:<9} {spent:>6}  {text}")
+            shown.truncate(self._console.width - 1, overflow="ellipsis")
+            sys.stderr.write(f"\r\x1b[2K{shown.plain}")
+            sys.stderr.flush()
+        elif time.monotonic() - self._last_plain >= PLAIN_SECONDS:
+            self._last_plain = time.monotonic()
+            self._console.print(f"{self._stage:<9} {spent:>6}  {text}")
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._clear()
+        if not self._quiet:
+            self._console.print(text)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Show what the training loop logged."""
+        total = record.get("total_steps")
+        if record["kind"] == "train":
+            self.line(_train_line(record, total))
+        elif record["kind"] == "eval":
+            self.say(f"{self._stage:<9} step {record['step']:>6,}  {_eval_line(record)}")
+            for example in record.get("fillings", []):
+                self.say(f"{'':<9} {example['text']}  ->  {_guesses(example['tokens'])}")
+        elif record.get("event") != "start":
+            self.say(f"{self._stage:<9} step {record['step']:>6,}  {record.get('message', '')}")
+
+    def _clear(self) -> None:
+        if self._live:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+
+
+def _train_line(record: dict[str, Any], total: int | None) -> str:
+    steps = f"{record['step']:,}" + (f"/{total:,}" if total else "")
+    parts = [
+        f"step {steps}",
+        f"loss {record['loss']:.3f}",
+        f"lr {record['lr']:.1e}",
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if record.get("mfu"):
+        parts.append(f"mfu {record['mfu']:.0%}")
+    share = record["data_wait"] / max(1e-9, record["step_seconds"])
+    if share >= 0.05:
+        parts.append(f"waiting for data {share:.0%}")
+    if total:
+        parts.append(f"ETA {clock((total - record['step']) * record['step_seconds'])}")
+    return "  ".join(parts)
+
+
+def _eval_line(record: dict[str, Any]) -> str:
+    parts = [f"held-out loss {record['loss']:.4f}"]
+    if "unigram_loss" in record:
+        parts.append(f"(unigram {record['unigram_loss']:.4f})")
+    if "accuracy" in record:
+        parts.append(f"accuracy {record['accuracy']:.4f}")
+    return "  ".join(parts)
+
+
+def _guesses(tokens: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{guess['token']} {guess['probability']:.2f}" for guess in tokens)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    whole = max(0, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

@@ -1,0 +1,59 @@
+"""The configuration file: one section a stage, from raw text to answers."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import Field, field_validator
+
+from raybert.config import Settings
+from raybert.model.encoder import ModelConfig
+from raybert.ray_session import RayConfig
+from raybert.storage import Folder
+from raybert.text.corpus import CorpusConfig
+from raybert.text.sources import SourceConfig
+from raybert.train.finetune import FinetuneConfig
+from raybert.train.pretrain import PretrainConfig
+
+
+class RunConfig(Settings):
+    """Where an experiment lives."""
+
+    name: str = Field("default", description="of the experiment's folder; the same name resumes")
+    storage: str = Field(
+        "runs", description="the folder of all experiments: a path, or a URI that pyarrow reads"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError(
+                f"run.name={value!r} is no name for a folder; use letters, digits, . _ -"
+            )
+        return value
+
+
+class EvaluateConfig(Settings):
+    """What the finished classifier is measured on."""
+
+    source: SourceConfig = Field(
+        SourceConfig(split="test"), description="labelled texts that nothing was chosen on"
+    )
+
+
+class Experiment(Settings):
+    """Everything that a configuration file may say."""
+
+    run: RunConfig = RunConfig()
+    corpus: CorpusConfig = CorpusConfig()
+    model: ModelConfig = ModelConfig()
+    pretrain: PretrainConfig = PretrainConfig.model_validate({})
+    finetune: FinetuneConfig = FinetuneConfig.model_validate({})
+    evaluate: EvaluateConfig = EvaluateConfig()
+    ray: RayConfig = RayConfig()
+
+    @property
+    def folder(self) -> Folder:
+        """The experiment's folder; each stage has one inside it."""
+        return Folder(self.run.storage) / self.run.name

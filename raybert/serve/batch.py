@@ -1,0 +1,187 @@
+"""Answers in bulk: texts of any source through the classifier, on Ray Data.
+
+Reading streams, models sit in actors, results come back in the order of the source: files of
+millions of texts pass through bounded memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raybert.errors import DataError, UserError
+from raybert.serve.classifier import TextClassifier
+from raybert.storage import Folder
+from raybert.text import sources
+from raybert.text.sources import SourceConfig
+
+_ROWS_A_CALL = 512  # enough texts to sort by length, few enough to show progress
+
+
+class _Scorer:
+    """The classifier in an actor."""
+
+    def __init__(self, model: Folder, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._classifier = TextClassifier(model)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        logits = self._classifier.logits(table["text"].to_pylist())
+        flat = pa.array(logits.ravel())
+        scores = pa.FixedSizeListArray.from_arrays(flat, logits.shape[1])
+        return table.append_column("logits", scores)
+
+
+def score(
+    source: SourceConfig, model: Folder, *, labels: bool, workers: int, skipped: Counter[str]
+) -> Iterator[pa.Table]:
+    """Yield tables of text, label and logits [labels] in the order of the source.
+
+    Args:
+        source: what to score.
+        model: a classifier's `model/` directory.
+        labels: whether every row must have a label.
+        workers: how many actors score.
+        skipped: is given the number of rows left out, by reason.
+
+    Raises:
+        DataError: the first bad row, or no rows at all.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    # The driver reads and judges the rows, in order; what is costly is the model.
+    tables = sources.documents(source, labels=labels, skipped=skipped)
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    with DataContext.current(context):
+        for batch in _together(tables, _ROWS_A_CALL * 64):
+            pieces = [
+                batch.slice(begin, _ROWS_A_CALL) for begin in range(0, len(batch), _ROWS_A_CALL)
+            ]
+            dataset = ray.data.from_arrow(pieces).map_batches(
+                _Scorer,
+                fn_constructor_args=(model, threads),
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(size=min(workers, len(pieces))),
+                num_cpus=1,
+            )
+            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def _together(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """Join small tables into larger ones of about `rows` rows."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(map(len, held)) >= rows:
+            yield pa.concat_tables(held).combine_chunks()
+            held = []
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Probabilities of logits [n, labels]."""
+    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(exp / exp.sum(axis=1, keepdims=True), np.float32)
+
+
+def logits_of(table: pa.Table) -> npt.NDArray[np.float32]:
+    """The logits column as [n, labels]."""
+    column = table["logits"].combine_chunks()
+    return np.asarray(column.flatten().to_numpy().reshape(len(table), -1), np.float32)
+
+
+class PredictionWriter:
+    """Writes predictions to one file, JSONL or Parquet by its name; it appears when complete."""
+
+    def __init__(self, path: str, names: list[str]) -> None:
+        """Open `path` for the predictions of a classifier with these labels.
+
+        Raises:
+            UserError: the name ends in neither, or the folder can't be written.
+        """
+        if not path.endswith((".jsonl", ".parquet")):
+            raise UserError(f"--output {path}: name a .jsonl or a .parquet file")
+        folder, _, name = path.rpartition("/")
+        self._folder, self._name = Folder(folder or "."), name
+        self._names = names
+        self._unfinished = self._folder.join(f".{name}.unfinished")
+        try:
+            if self._folder.is_local:
+                os.makedirs(self._folder.path, exist_ok=True)
+            # An object store shows a file only once it is closed: no need for another name.
+            target = self._unfinished if self._folder.is_local else self._folder.join(name)
+            self._stream = self._folder.filesystem.open_output_stream(target)
+        except OSError as error:
+            raise UserError(
+                f"--output {path}: can't be written: {error.strerror or error}"
+            ) from None
+        self._parquet: pq.ParquetWriter | None = None
+
+    def write(self, texts: list[str], probabilities: npt.NDArray[np.float32]) -> None:
+        """Write texts with their label, its probability and every label's."""
+        best = probabilities.argmax(axis=1)
+        rows = [
+            {
+                "text": text,
+                "label": self._names[top],
+                "score": float(scores[top]),
+                "scores": {n: float(s) for n, s in zip(self._names, scores, strict=True)},
+            }
+            for text, top, scores in zip(texts, best, probabilities, strict=True)
+        ]
+        if self._name.endswith(".jsonl"):
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self._stream.write(lines.encode())
+            return
+        table = pa.Table.from_pylist(rows)
+        if self._parquet is None:
+            self._parquet = pq.ParquetWriter(self._stream, table.schema)
+        self._parquet.write_table(table)
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._parquet is not None:
+            self._parquet.close()
+        self._stream.close()
+        if self._folder.is_local:
+            os.replace(self._unfinished, self._folder.join(self._name))
+
+
+def predict_source(
+    source: SourceConfig,
+    model: Folder,
+    output: str,
+    names: list[str],
+    *,
+    workers: int,
+    on_progress: Callable[[int], None],
+) -> dict[str, Any]:
+    """Score a source into a file; returns the number of texts, and of rows left out by reason."""
+    skipped: Counter[str] = Counter()
+    done = 0
+    writer = PredictionWriter(output, names)
+    for table in score(source, model, labels=False, workers=workers, skipped=skipped):
+        writer.write(table["text"].to_pylist(), softmax(logits_of(table)))
+        done += len(table)
+        on_progress(done)
+    if not done:
+        raise DataError(f"{source.path}: no texts")
+    writer.close()
+    return {"texts": done, "skipped": dict(skipped), "output": output}
