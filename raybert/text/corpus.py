@@ -29,6 +29,7 @@ from raybert.errors import DataError, UserError
 from raybert.storage import Folder
 from raybert.text import job, sources, vocabulary
 from raybert.text.duplicates import DigestSet
+from raybert.text.files import text_digest
 from raybert.text.packing import Packer, unigram_loss
 from raybert.text.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter
 from raybert.text.sources import SourceConfig
@@ -249,7 +250,7 @@ def _overlap_digests(config: CorpusConfig) -> DigestSet | None:
     digests = DigestSet()
     for table in sources.documents(config.overlap):
         texts = table.column("text").to_pylist()
-        drawn = np.frombuffer(b"".join(job.digest(t, config.seed) for t in texts), np.uint64)
+        drawn = np.frombuffer(b"".join(text_digest(t, config.seed) for t in texts), np.uint64)
         digests.add(drawn[::2])
     return digests
 

@@ -38,6 +38,8 @@ _COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
 _SHARD_FILES, _SHARD_BYTES = 2000, 16 << 20
 _BUFFER = 1 << 20
 
+LINE_BREAK = re.compile(r"<\s*br\s*/?\s*>", re.IGNORECASE)
+
 _IMDB_SPLITS = ("train", "unsup", "test")
 _IMDB_MEMBER = re.compile(r"(?:^|/)(train|test)/(pos|neg|unsup)/[^/]+\.txt$")
 
@@ -126,7 +128,8 @@ def find(
     if not found:
         raise DataError(f"{path}: no files here; name a file, or a glob such as {path}/*.txt")
     is_imdb = format == "imdb" or (
-        format == "auto" and all(_is_archive(f) or imdb_place(f.path) for f in found)
+        format == "auto"
+        and (all(map(_is_archive, found)) or any(imdb_place(f.path) for f in found))
     )
     if is_imdb:
         return _imdb(path, found, splits, labels)
@@ -166,9 +169,13 @@ def imdb_place(path: str, splits: tuple[str, ...] = _IMDB_SPLITS) -> tuple[str, 
 
 def text_hash(text: str, key: int) -> int:
     """A keyed 64-bit hash of a text, the same on every machine."""
+    return int.from_bytes(text_digest(text, key)[:8], "little")
+
+
+def text_digest(text: str, key: int) -> bytes:
+    """16 keyed bytes of a text. Texts that differ in white space alone have the same."""
     secret = key.to_bytes(16, "little", signed=True)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=secret)
-    return int.from_bytes(digest.digest(), "little")
+    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16, key=secret).digest()
 
 
 def _kind(file: File, format: str) -> Kind | None:
@@ -218,14 +225,17 @@ def _grouped(
 
 def _list(path: str) -> tuple[list[File], str | None]:
     """List the files of a path, and the folder they were found in (None for a single file)."""
-    folder = Folder(path)
-    info = _info(folder, path)
-    if info.type == pafs.FileType.File:
-        return [_file(path, folder.uri, info)], None
-    if info.type == pafs.FileType.Directory:
-        return _walk(folder, path, lambda relative: True), path
-    wild = "*[" if "://" in path else "*?["  # in a URI, ? begins the query
-    if not any(character in path for character in wild):
+    is_uri = "://" in path
+    wild = "*[" if is_uri else "*?["  # in a URI, ? begins the query
+    is_glob = any(character in path for character in wild)
+    if not (is_uri and is_glob):  # a local file may have brackets in its name
+        folder = Folder(path)
+        info = _info(folder, path)
+        if info.type == pafs.FileType.File:
+            return [_file(path, folder.uri, info)], None
+        if info.type == pafs.FileType.Directory:
+            return _walk(folder, path, lambda relative: True), path
+    if not is_glob:
         raise DataError(f"{path}: no such file or folder")
     base, pattern = _glob_base(path, wild)
     folder = Folder(base or ".")
@@ -332,7 +342,7 @@ def read_sample(stream: Any, shard: Shard, labels: bool) -> Iterator[Row]:
         if source not in shard.sources:
             continue
         if thresholds:
-            split = "test" if text_hash(text, 0) <= thresholds[source] else "train"
+            split = "test" if _sample_hash(text) <= thresholds[source] else "train"
             if split not in shard.splits:
                 continue
         yield Row(text, ("neg", "pos")[int(label)] if labels else None, number)
@@ -343,5 +353,9 @@ def _sample_threshold(path: str, source: str) -> int:
     with open(path, encoding="utf-8", newline="") as stream:
         rows = csv.reader(stream)
         next(rows)
-        hashes = [text_hash(text, 0) for text, _, of in rows if of == source]
+        hashes = [_sample_hash(text) for text, _, of in rows if of == source]
     return heapq.nsmallest(max(1, len(hashes) // _SAMPLE_TEST_SHARE), hashes)[-1]
+
+
+def _sample_hash(text: str) -> int:
+    return text_hash(LINE_BREAK.sub(" ", text), 0)

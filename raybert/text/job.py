@@ -7,7 +7,6 @@ so the first mistake is the one that is told, however many workers met one.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from raybert.errors import RaybertError
+from raybert.text.files import text_digest
 from raybert.text.sources import Shard, SourceConfig, read
 from raybert.text.tokenizer import Tokenizer
 
@@ -50,8 +50,8 @@ def tokenize(batch: pa.Table, spec: Any, hash: str, seed: int) -> pa.Table:
 
     Returns:
         Columns ids: list of uint16 or uint32; starts: list of bool, null where the tokenizer tells
-        by the id alone; digest: uint64, equal for equal texts; lot: uint64, uniform; problem and
-        place. Bad rows have no ids.
+        by the id alone; digest: uint64, equal for texts that differ in white space at most; lot:
+        uint64, uniform; problem and place. Bad rows have no ids.
     """
     tokenizer = _tokenizer(spec, hash)
     texts = batch.column("text").to_pylist()
@@ -60,7 +60,7 @@ def tokenize(batch: pa.Table, spec: Any, hash: str, seed: int) -> pa.Table:
     starts = pa.nulls(len(texts), pa.list_(pa.bool_()))
     if tokenizer.starts_by_id is None:
         starts = pa.ListArray.from_arrays(offsets, pa.array(ragged.word_starts))
-    drawn = np.frombuffer(b"".join(digest(text or "", seed) for text in texts), np.uint64)
+    drawn = np.frombuffer(b"".join(text_digest(text or "", seed) for text in texts), np.uint64)
     return pa.table(
         {
             "ids": pa.ListArray.from_arrays(offsets, pa.array(ragged.values)),
@@ -71,12 +71,6 @@ def tokenize(batch: pa.Table, spec: Any, hash: str, seed: int) -> pa.Table:
             "place": batch.column("place"),
         }
     )
-
-
-def digest(text: str, seed: int) -> bytes:
-    """16 keyed bytes of a text: a digest and a lot, 8 each, little-endian."""
-    key = seed.to_bytes(16, "little", signed=True)
-    return hashlib.blake2b(text.encode(), digest_size=16, key=key).digest()
 
 
 @lru_cache(maxsize=2)

@@ -40,8 +40,6 @@ __all__ = [
 
 _BATCH_ROWS = 2048
 _BATCH_CHARS = 1 << 21
-
-_LINE_BREAK = re.compile(r"<\s*br\s*/?\s*>", re.IGNORECASE)
 _SCHEMA = pa.schema(
     [
         ("text", pa.string()),  # null where there is a problem
@@ -412,7 +410,7 @@ class _Judge:
         else:
             return None, f"not text ({type(value).__name__})"
         if self._config.html_breaks == "space" and "<" in text:
-            text = _LINE_BREAK.sub(" ", text)
+            text = files.LINE_BREAK.sub(" ", text)
         text = text.strip()
         return (text, None) if text else (None, "empty")
 
