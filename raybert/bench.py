@@ -19,9 +19,9 @@ from raybert.errors import ConfigError
 from raybert.model.encoder import ModelConfig
 from raybert.ray_session import RayConfig, ray_session
 from raybert.storage import Folder
+from raybert.text import vocabulary
 from raybert.text.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter, id_dtype
-from raybert.text.tokenizer import Tokenizer
-from raybert.text.vocabulary import word_tokenizer
+from raybert.text.tokenizer import TokenizerConfig
 from raybert.train.pretrain import PretrainConfig, PretrainJob
 
 WARM_STEPS = 10
@@ -151,7 +151,10 @@ def make_job(
 
 def generate_corpus(folder: Folder, rows: int, seq_len: int, vocab_size: int) -> Manifest:
     """Write a corpus of random words whose frequencies fall as those of text do (Zipf's law)."""
-    tokenizer: Tokenizer = word_tokenizer([f"w{i}" for i in range(vocab_size - 5)])
+    words = " ".join(f"w{i}" for i in range(vocab_size))
+    tokenizer = vocabulary.make(
+        TokenizerConfig(kind="words", vocab_size=vocab_size, min_frequency=1), [words]
+    )
     tokenizer.save(folder)
     rng = np.random.default_rng(0)
     ordinary = np.flatnonzero(~tokenizer.is_special)
@@ -184,7 +187,7 @@ def generate_corpus(folder: Folder, rows: int, seq_len: int, vocab_size: int) ->
 
 
 def _measure(job: PretrainJob, run: Folder, mode: str, display: Display) -> float:
-    """Tokens per second of one run's timed steps: of their number and the time from first to last."""
+    """Tokens per second over one run's timed steps."""
     seconds: list[float] = []
 
     def note(record: dict[str, Any]) -> None:

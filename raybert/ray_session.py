@@ -46,10 +46,14 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
         UserError: the cluster does not answer.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own notice, answered
+    if not config.logs:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     address = config.address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if config.logs else logging.ERROR
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(level)
     if ray.is_initialized():  # a pipeline's stages share one session
         yield _resources()
         return

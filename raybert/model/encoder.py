@@ -360,7 +360,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.shape[3] < 32:
         with torch.autocast("cpu", enabled=False):
             q, k, v = q.float(), k.float(), v.float()
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).bfloat16()
+            mixed: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return mixed.bfloat16()
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # [B, N, T, T]
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

@@ -40,7 +40,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
         total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, targets, dtype
+            x, weight, bias, targets, dtype, torch.is_grad_enabled()
         )
     return total
 
@@ -48,27 +48,32 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        train: bool,
     ) -> Tensor:
         ctx.dtypes = (x.dtype, weight.dtype, bias.dtype)
         exact = torch.promote_types(x.dtype, torch.float32)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
         total = torch.zeros((), dtype=exact, device=x.device)
-        train = any(ctx.needs_input_grad)
         if train:
             grad_x = torch.empty_like(x)
             grad_weight = torch.zeros_like(weight, dtype=exact)
             grad_bias = torch.zeros_like(bias, dtype=exact)
         chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS))
         size = max(1, -(-x.shape[0] // chunks))
-        # One buffer for all chunks: fresh pages cost as much as the softmax that fills them.
+        on_cpu = x.device.type == "cpu"
+        # One buffer for all chunks, in place: fresh pages cost as much as the softmax that fills them.
         buffer = torch.empty(size, weight.shape[0], dtype=dtype, device=x.device)
         for start in range(0, x.shape[0], size):
             rows = slice(start, start + size)
             at = targets[rows, None]  # [C, 1]
-            softmax = buffer[: at.shape[0]]  # [C, V]
-            torch.addmm(bias, x[rows], weight.T, out=softmax)
-            torch.softmax(softmax, dim=1, out=softmax)
+            logits = torch.addmm(bias, x[rows], weight.T, out=buffer[: at.shape[0]])  # [C, V]
+            softmax = torch.softmax(logits, dim=1, out=logits if on_cpu else None)  # [C, V]
             likelihood = softmax.gather(1, at).to(exact)  # [C, 1]
             total -= likelihood.clamp(min=torch.finfo(exact).tiny).log().sum()
             if train:  # the slope of the loss over the logits is softmax - 1[target]
@@ -87,6 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         return (
             *(g.mul_(grad_total).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)),
+            None,
             None,
             None,
         )
