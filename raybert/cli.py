@@ -33,6 +33,10 @@ SetOption = Annotated[
 NameOption = Annotated[
     str | None, typer.Option("--name", "-n", help="The experiment's name; the same one resumes.")
 ]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", "-d", help="Texts for every stage: sets all `source.path` keys."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="A `model/` folder, a run or an experiment.")
@@ -91,6 +95,7 @@ def run(
     config: ConfigOption = None,
     overrides: SetOption = None,
     name: NameOption = None,
+    data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run all stages of a configuration: corpus, pretraining, fine-tuning, evaluation, report.
@@ -99,7 +104,7 @@ def run(
     """
     from raybert.demo import run_stages
 
-    _print(run_stages(_experiment(config, overrides, name), _display()), as_json)
+    _print(run_stages(_experiment(config, overrides, name, data), _display()), as_json)
 
 
 @app.command()
@@ -107,6 +112,7 @@ def corpus(
     config: ConfigOption = None,
     overrides: SetOption = None,
     name: NameOption = None,
+    data: DataOption = None,
     force: Annotated[bool, typer.Option(help="Make it again, even if it is there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -116,7 +122,7 @@ def corpus(
     """
     from raybert import pipeline
 
-    experiment = _experiment(config, overrides, name)
+    experiment = _experiment(config, overrides, name, data)
     _print(pipeline.make_corpus(experiment, _display(), force=force), as_json)
 
 
@@ -125,6 +131,7 @@ def pretrain(
     config: ConfigOption = None,
     overrides: SetOption = None,
     name: NameOption = None,
+    data: DataOption = None,
     bare: BareOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -134,7 +141,7 @@ def pretrain(
     """
     from raybert import pipeline
 
-    experiment = _experiment(config, overrides, name)
+    experiment = _experiment(config, overrides, name, data)
     _print(pipeline.pretrain(experiment, _display(), bare=bare), as_json)
 
 
@@ -143,6 +150,7 @@ def finetune(
     config: ConfigOption = None,
     overrides: SetOption = None,
     name: NameOption = None,
+    data: DataOption = None,
     bare: BareOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -152,7 +160,7 @@ def finetune(
     """
     from raybert import pipeline
 
-    experiment = _experiment(config, overrides, name)
+    experiment = _experiment(config, overrides, name, data)
     _print(pipeline.finetune(experiment, _display(), bare=bare), as_json)
 
 
@@ -161,6 +169,7 @@ def evaluate(
     config: ConfigOption = None,
     overrides: SetOption = None,
     name: NameOption = None,
+    data: DataOption = None,
     model: ModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -170,7 +179,7 @@ def evaluate(
     """
     from raybert import pipeline
 
-    experiment = _experiment(config, overrides, name)
+    experiment = _experiment(config, overrides, name, data)
     if model is None:
         metrics = pipeline.evaluate(experiment, _display())
     else:
@@ -307,12 +316,15 @@ def version() -> None:
         print(f"{package} {importlib.metadata.version(package)}")
 
 
-def _experiment(path: Path | None, overrides: list[str] | None, name: str | None) -> Experiment:
+def _experiment(
+    path: Path | None, overrides: list[str] | None, name: str | None, data: str | None = None
+) -> Experiment:
     from raybert.config import load
-    from raybert.experiment import Experiment
+    from raybert.experiment import DATA_KEYS, Experiment
 
+    given = [f"{key}={data}" for key in DATA_KEYS] if data is not None else []
     named = [f"run.name={name}"] if name is not None else []
-    return load(Experiment, path, [*(overrides or []), *named])
+    return load(Experiment, path, [*given, *(overrides or []), *named])
 
 
 def _model(path: str | None, experiment: Experiment, stage: str = "finetune") -> Any:

@@ -15,6 +15,9 @@ from raybert.text.sources import SourceConfig
 from raybert.train.finetune import FinetuneConfig
 from raybert.train.pretrain import PretrainConfig
 
+#: The keys that `--data` sets.
+DATA_KEYS = ("corpus.source.path", "finetune.source.path", "evaluate.source.path")
+
 
 class RunConfig(Settings):
     """Where an experiment lives."""
