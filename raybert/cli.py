@@ -322,8 +322,8 @@ def _experiment(
     from raybert.config import load
     from raybert.experiment import DATA_KEYS, Experiment
 
-    given = [f"{key}={data}" for key in DATA_KEYS] if data is not None else []
-    named = [f"run.name={name}"] if name is not None else []
+    given = [f"{key}={json.dumps(data)}" for key in DATA_KEYS] if data is not None else []
+    named = [f"run.name={json.dumps(name)}"] if name is not None else []
     return load(Experiment, path, [*given, *(overrides or []), *named])
 
 

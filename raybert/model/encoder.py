@@ -360,12 +360,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.shape[3] < 32:
         with torch.autocast("cpu", enabled=False):
             q, k, v = q.float(), k.float(), v.float()
-            mixed: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            return mixed.bfloat16()
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).bfloat16()
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # [B, N, T, T]
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1) @ v
+    return torch.matmul(scores.softmax(dim=-1), v)
 
 
 def _rotary_angles(config: ModelConfig, theta: float) -> Tensor:

@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS))
         size = max(1, -(-x.shape[0] // chunks))
         on_cpu = x.device.type == "cpu"
-        # One buffer for all chunks, in place: fresh pages cost as much as the softmax that fills them.
+        # One buffer for all chunks, in place: fresh pages cost as much as the softmax in them.
         buffer = torch.empty(size, weight.shape[0], dtype=dtype, device=x.device)
         for start in range(0, x.shape[0], size):
             rows = slice(start, start + size)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import pickle
 import re
 import time
@@ -259,15 +260,16 @@ def _tokenized(config: CorpusConfig, tokenizer: Tokenizer) -> Iterator[pa.Table]
     """Run the Ray Data job; yield its blocks in the order of the source."""
     import ray
     import ray.data
-    from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
+    from ray.data import DataContext, TaskPoolStrategy
 
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     shards = sources.shards(config.source)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.target_max_block_size = _BLOCK_BYTES
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources.for_limits(
+    options = context.execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(
         object_store_memory=max(_FLIGHT_BYTES, cpus * _FLIGHT_BYTES_A_CPU)
     )
     with DataContext.current(context):
@@ -279,7 +281,7 @@ def _tokenized(config: CorpusConfig, tokenizer: Tokenizer) -> Iterator[pa.Table]
             # Reading is cheap beside tokenizing, and must not be fused with it: an archive is one
             # task. It takes no CPU: one that waits for its reader would wait for ever on one CPU.
             num_cpus=0,
-            compute=TaskPoolStrategy(size=min(-(-cpus // _TOKENIZERS_A_READER), len(shards))),
+            compute=TaskPoolStrategy(size=min(math.ceil(cpus / _TOKENIZERS_A_READER), len(shards))),
         )
         tokenized = texts.map_batches(
             job.tokenize,

@@ -130,13 +130,15 @@ def _spans(
     """Choose spans of whole words, bool [n, T], that cover `rates` [n] in expectation."""
     starts = word_starts.copy()
     starts[:, 0] = True
-    word = np.cumsum(starts, axis=1) - 1  # [n, T], the number of each token's word in its row
+    word: npt.NDArray[np.int64] = (
+        np.cumsum(starts, axis=1) - 1
+    )  # [n, T], the number of each token's word in its row
     n, t = np.nonzero(starts)
     # At each word a span starts with a probability that makes the covered share right, and it lasts
     # 1 + floor(log(1 - u) / log(1 - stop)) words, 10 at most.
     lengths = 1 + np.floor(np.log1p(-length[n, t]) / np.log1p(-_SPAN_STOP)).astype(np.int64)
     begins = draw[n, t] < _start_probability(rates)[n]
-    span = np.zeros(starts.shape, np.int64)
+    span: npt.NDArray[np.int64] = np.zeros(starts.shape, np.int64)
     span[n, word[n, t]] = np.where(begins, np.minimum(lengths, _SPAN_MAX), 0)
     covered = span > 0
     for back in range(1, min(_SPAN_MAX, span.shape[1])):

@@ -125,7 +125,7 @@ class CheckpointStore:
         folder = self._folder / f"step-{snapshot.step:08d}"
         self._folder.delete(f"step-{snapshot.step:08d}.json")
         files: dict[str, dict[str, Any]] = {}
-        contents = {
+        contents: dict[str, Callable[[], bytes]] = {
             "model.safetensors": lambda: safetensors.torch.save(snapshot.model),
             "optimizer.safetensors": lambda: safetensors.torch.save(snapshot.optimizer),
             "state.json": lambda: json.dumps(snapshot.state).encode(),
