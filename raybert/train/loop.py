@@ -303,10 +303,22 @@ class Loop:
         if minutes is None or progress.seconds < self._measured_seconds() or progress.step < 3:
             return
         per_step = progress.seconds / (progress.step - 1)  # the clock was read before this step
-        # Evaluations and checkpoints take their share; 3% is what they take of a short run.
-        progress.total_steps = max(progress.step, int(0.97 * minutes * 60 / per_step))
+        # Evaluations are part of the budget: one is run now, to see what it takes.
+        asked = time.perf_counter()
+        self._evaluate()
+        took = time.perf_counter() - asked if self.group.rank == 0 else 0.0
+        took = self.group.sum([took])[0]
+        left = minutes * 60 - progress.seconds - took
+        # Counted per evaluation, also where their number follows from the epochs in the budget.
+        per_evaluation = took * (
+            (self.config.evaluations or 0) / max(1.0, left / per_step)
+            or 1 / self.task.steps_per_epoch
+        )
+        # Checkpoints and whatever else slows a machine down take their share: 2%.
+        steps = int(0.98 * left / (per_step + per_evaluation))
+        progress.total_steps = progress.step + max(0, steps)
         progress.warmup_steps = progress.step
-        self._event("budget", f"{minutes:g} minutes are {progress.total_steps} steps")
+        self._event("budget", f"{minutes:g} minutes are {progress.total_steps:,} steps")
 
     def _evaluation_steps(self) -> frozenset[int]:
         """The steps after which to evaluate, but for the run's end."""
