@@ -309,13 +309,11 @@ class Loop:
         took = time.perf_counter() - asked if self.group.rank == 0 else 0.0
         took = self.group.sum([took])[0]
         left = minutes * 60 - progress.seconds - took
-        # Counted per evaluation, also where their number follows from the epochs in the budget.
-        per_evaluation = took * (
-            (self.config.evaluations or 0) / max(1.0, left / per_step)
-            or 1 / self.task.steps_per_epoch
-        )
-        # Checkpoints and whatever else slows a machine down take their share: 2%.
-        steps = int(0.98 * left / (per_step + per_evaluation))
+        if self.config.evaluations is None:
+            per_step += took / self.task.steps_per_epoch
+        else:
+            left -= took * self.config.evaluations
+        steps = int(0.98 * left / per_step)  # checkpoints, and what else slows a machine: 2%
         progress.total_steps = progress.step + max(0, steps)
         progress.warmup_steps = progress.step
         self._event("budget", f"{minutes:g} minutes are {progress.total_steps:,} steps")
