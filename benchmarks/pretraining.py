@@ -34,7 +34,7 @@ class Peer:
 
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
-    timed_by_driver: bool = True  # takes --seconds, --min-steps and --threads
+    timed_by_driver: bool = True  # takes --seconds and --min-steps
 
 
 def peer_script(name: str, *options: str, **environment: str) -> Peer:
@@ -124,9 +124,9 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """
     peer = PEERS[name]
     command = [*peer.command, "--shape", arguments.shape]
+    command += ["--threads", str(arguments.threads)]
     if peer.timed_by_driver:
         command += ["--seconds", str(arguments.seconds), "--min-steps", str(arguments.min_steps)]
-        command += ["--threads", str(arguments.threads)]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(arguments.threads),
         "HF_HUB_OFFLINE": "1",

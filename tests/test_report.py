@@ -120,11 +120,7 @@ def make_pipeline(root):
     write(root / "corpus", "manifest.json", {"vocab_size": 8192, "splits": splits, "info": info})
     (root / "pretrain" / "model").mkdir()
     write(root / "pretrain" / "model", "config.json", {})
-    write(
-        root,
-        "result.json",
-        {"accuracy": 0.75, "fill_mask": [{"token": "movie"}], "seconds": {"a": 60, "b": 61}},
-    )
+    write(root, "result.json", {"seconds": {"pretrain": 61}})
 
 
 def report(root):
@@ -143,7 +139,6 @@ def test_everything_is_there(full):
     page = Page(full)
     for expected in (
         "my run", "Summary", "Corpus", "Pretraining", "Fine-tuning",
-        "2 min 01 s",  # of all stages
         "1.00M", "100", "8,192",  # tokens and rows of both splits, vocabulary
         "4.250", "2.25 under the unigram model's", "12,345", "2.0% waiting for data",
         "I liked this [MASK].", "<movie>", "75.0%",
@@ -154,6 +149,12 @@ def test_everything_is_there(full):
         assert expected in page.text, expected
     assert page.text.index("Corpus") < page.text.index("Pretraining") < page.text.index("Fine-t")
     assert page.tags.count("svg") == 4 + 6
+
+
+def test_the_header_tells_what_came_of_it(full):
+    header = Page(full[full.index("<header") : full.index("</header>") + len("</header>")]).text
+    for expected in ("75.00%", "Masked-token loss4.250", "First guess<movie>"):
+        assert expected in header
 
 
 def test_text_is_escaped(full):

@@ -41,6 +41,7 @@ TITLES = {
     "evaluate": "Evaluation",
 }
 SURROUNDINGS = ("environment", "machine", "versions", "hardware")  # keys of a result
+HEADLINES = ("Accuracy", "Macro F1", "Masked-token loss", "First guess")
 MAX_FILLING_ROWS = 10
 
 
@@ -83,7 +84,7 @@ def render(title: str, stages: Sequence[Stage]) -> str:
             "header",
             tag("p", "raybert report", class_="kicker"),
             tag("h1", title),
-            tag("nav", *links) if len(stages) > 1 else Html(),
+            *((tag("nav", *links), _headline(stages)) if len(stages) > 1 else ()),
         ),
         tag("main", *sections),
         tag("footer", f"Written by raybert {__version__} on {now}."),
@@ -93,6 +94,12 @@ def render(title: str, stages: Sequence[Stage]) -> str:
     )
 
 
+def _headline(stages: Sequence[Stage]) -> Html:
+    """The few numbers of all stages that answer what came of it."""
+    found = {tile[0]: tile for stage in stages for tile in tiles(stage)}
+    return _cells([found[label] for label in HEADLINES if label in found])
+
+
 def section(stage: Stage, alone: bool) -> Html:
     """Everything that is known of one stage."""
     scores = stage.scores
@@ -100,7 +107,7 @@ def section(stage: Stage, alone: bool) -> Html:
     parts = [
         tag("h2", _title(stage, alone), " ", _status(stage)),
         *(tag("p", problem, class_="problem") for problem in stage.problems),
-        tiles(stage),
+        _cells(tiles(stage)),
         plots(stage),
         fillings(stage),
         confusion(scores),
@@ -133,9 +140,12 @@ def _status(stage: Stage) -> Html:
 Tile = tuple[str, str, str]  # label, value, note
 
 
-def tiles(stage: Stage) -> Html:
-    """The headline numbers."""
-    found = [*_score_tiles(stage), *_training_tiles(stage), *_corpus_tiles(stage)]
+def tiles(stage: Stage) -> list[Tile]:
+    """The headline numbers of a stage."""
+    return [*_score_tiles(stage), *_training_tiles(stage), *_corpus_tiles(stage)]
+
+
+def _cells(found: Sequence[Tile]) -> Html:
     cells = (
         tag("div", tag("small", label), tag("b", value), tag("small", note), class_="tile")
         for label, value, note in found
@@ -155,20 +165,21 @@ def _score_tiles(stage: Stage) -> Iterator[Tile]:
         yield "Macro F1", f"{f1:.4f}", ""
     if (error := number(scores.get("expected_calibration_error"))) is not None:
         yield "Calibration error", f"{error:.4f}", ""
-    if isinstance(guesses := result.get("fill_mask"), list) and guesses:
-        best = guesses[0]
-        token = best.get("token") if isinstance(best, Mapping) else best
-        yield "First guess", str(token), "for the example sentence"
-    if isinstance(seconds := result.get("seconds"), Mapping):
-        yield "Time", duration(sum(number(s) or 0 for s in seconds.values())), "all stages"
 
 
 def _training_tiles(stage: Stage) -> Iterator[Tile]:
     train, evals = stage.of_kind("train"), stage.of_kind("eval")
     if (loss := last(evals, "loss")) is not None:
         unigram = last(evals, "unigram_loss")
-        note = f"{unigram - loss:.2f} under the unigram model's" if unigram else "nats"
-        yield "Validation loss", f"{loss:.3f}", note
+        if unigram is None:
+            yield "Validation loss", f"{loss:.3f}", "nats"
+        else:
+            note = f"nats, {unigram - loss:.2f} under the unigram model's"
+            yield "Masked-token loss", f"{loss:.3f}", note
+    if example := next((e for r in reversed(evals) for e in r.get("fillings") or []), None):
+        if example.get("tokens"):
+            guess = str(example["tokens"][0].get("token", ""))
+            yield "First guess", guess, str(example.get("text", ""))
     if accuracies := curve(evals, "accuracy")[1]:
         yield "Validation accuracy", f"{max(accuracies):.2%}", "best evaluation"
     if speeds := curve(train, "tokens_per_second")[1]:

@@ -12,6 +12,7 @@ color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-se
 h1{font-size:1.7rem;margin:0 0 .4rem;overflow-wrap:anywhere}
 h2{font-size:1.3rem;margin:2.2rem 0 .8rem;padding-top:1.2rem;border-top:1px solid var(--line)}
 h3{font-size:1rem;margin:1.6rem 0 .5rem}
+header .tiles{margin-top:1rem}
 .kicker{margin:0;color:var(--muted);letter-spacing:.04em}
 nav{display:flex;flex-wrap:wrap;gap:.3rem 1rem}
 a{color:var(--main)}
