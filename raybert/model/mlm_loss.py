@@ -82,17 +82,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += softmax.T @ x[rows]
                 grad_bias += softmax.sum(dim=0)
         if train:
-            ctx.gradients = (grad_x, grad_weight, grad_bias)
+            ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since these are the size of the embedding; a second backward would find none.
-        gradients, ctx.gradients = ctx.gradients, None
-        return (
-            *(g.mul_(grad_total).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)),
-            None,
-            None,
-            None,
+        gradients = (
+            (gradient * grad_total).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
+        return (*gradients, None, None, None)
