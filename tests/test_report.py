@@ -308,6 +308,7 @@ def test_durations(seconds, text):
 
 def test_values_as_text():
     assert show([0.5, True, None, "a"]) == "0.5, yes, none, a"
+    assert [show(x) for x in (360_450.0, 1234, 0.123456)] == ["360,450", "1,234", "0.12346"]
     assert show(90.0, "seconds") == show(90.0, "seconds.pretrain") == "1 min 30 s"
     assert [big(n) for n in (950, 9_999, 10_000, 999_999, 14_310_000)] == [
         "950", "9,999", "10.0k", "1,000k", "14.3M",

@@ -85,7 +85,7 @@ def show(value: Any, key: str = "") -> str:
     if isinstance(value, (int, float)):
         if key.rsplit(".", 1)[-1] == "seconds" or key.startswith("seconds."):
             return duration(value) if math.isfinite(value) else str(value)
-        return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}"
+        return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.5g}"
     if isinstance(value, Mapping):
         if "token" in value:
             return f"{value['token']} {number(value.get('probability')) or 0:.1%}"

@@ -114,7 +114,7 @@ def section(stage: Stage, alone: bool) -> Html:
         mistakes(scores),
         fold("Events, dotted in the plots", events(stage)),
         facts("Corpus facts", corpus_facts(stage.manifest)),
-        facts("Result", {k: v for k, v in stage.result.items() if k not in shown_elsewhere}),
+        fold("Result", rows({k: v for k, v in stage.result.items() if k not in shown_elsewhere})),
         fold("Configuration", _configuration(stage)),
         fold("Versions and hardware", rows(_surroundings(stage))),
     ]
@@ -174,7 +174,8 @@ def _training_tiles(stage: Stage) -> Iterator[Tile]:
         if unigram is None:
             yield "Validation loss", f"{loss:.3f}", "nats"
         else:
-            note = f"nats, {unigram - loss:.2f} under the unigram model's"
+            side = "under" if loss <= unigram else "over"
+            note = f"nats, {abs(unigram - loss):.2f} {side} the unigram model's"
             yield "Masked-token loss", f"{loss:.3f}", note
     if example := next((e for r in reversed(evals) for e in r.get("fillings") or []), None):
         if example.get("tokens"):

@@ -63,8 +63,11 @@ class Line(NamedTuple):
 def plots(stage: Stage) -> Html:
     """All plots of a stage; those that have no data are left out."""
     train, evals = stage.of_kind("train"), stage.of_kind("eval")
+    # A run's first start, and the length that it settles on, are no incidents.
     events = [
-        r["step"] for r in stage.of_kind("event") if r.get("event") != "start" or r["step"] > 0
+        r["step"]
+        for r in stage.of_kind("event")
+        if r.get("event") != "budget" and (r.get("event") != "start" or r["step"] > 0)
     ]
     over_steps = {
         "Loss, nats": _loss_lines(train, evals),
@@ -94,9 +97,9 @@ def _loss_lines(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> lis
         Line((steps, smoothed(losses)), MAIN, "training, smoothed"),
         Line(validation, SECOND, "validation", dots=True),
     ]
-    ends = [*steps[:1], *validation[0][-1:]]
     if unigram is not None:
-        level = (ends, [unigram] * len(ends))
+        seen = steps + validation[0] or [0.0]
+        level = ([min(seen), max(seen)], [unigram, unigram])
         lines.append(Line(level, MUTED, "unigram model", dashed=True, width=1))
     return lines
 
