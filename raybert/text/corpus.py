@@ -268,7 +268,7 @@ def _tokenized(config: CorpusConfig, tokenizer: Tokenizer) -> Iterator[pa.Table]
     context.enable_progress_bars = False
     context.target_max_block_size = _BLOCK_BYTES
     options = context.execution_options
-    options.preserve_order = False
+    options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(
         object_store_memory=max(_FLIGHT_BYTES, cpus * _FLIGHT_BYTES_A_CPU)
     )
