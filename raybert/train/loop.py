@@ -178,11 +178,13 @@ class Loop:
         self._resume()
         if self.group.rank == 0 and self._open_log is not None:
             self._log = self._open_log(self.progress.step)
-        result = self._train()
-        if self._store is not None:
-            self._store.wait()
-        if self._log is not None:
-            self._log.close()
+        try:
+            result = self._train()
+            if self._store is not None:
+                self._store.wait()
+        finally:
+            if self._log is not None:
+                self._log.close()
         return result
 
     def _train(self) -> dict[str, Any]:
@@ -196,7 +198,8 @@ class Loop:
         self._wrap()
         if progress.total_steps is None and task.needs_total:
             self._train_until(lambda: progress.total_steps is not None)
-        self._train_until(lambda: progress.step == progress.total_steps)
+        # A resumed run may be given fewer steps than it has taken.
+        self._train_until(lambda: progress.step >= (progress.total_steps or math.inf))
         result = self._evaluate(final=True)
         self._save(wait=True)
         return {**result, **asdict(progress)}
@@ -341,7 +344,8 @@ class Loop:
             metrics = self.task.evaluate()
         model.train()
         score = metrics["score"]
-        if progress.best_score is None or score > progress.best_score:
+        best = -math.inf if progress.best_score is None else progress.best_score
+        if score > best:  # never where it is undefined
             progress.best_score, progress.best_step = score, progress.step
             if not final:
                 self._save()
@@ -423,13 +427,17 @@ class Loop:
 
     def _save(self, wait: bool = False) -> None:
         self._since_checkpoint = time.perf_counter()
-        if self._store is None or self.group.rank != 0:
+        store = self._store
+        if store is None or self.group.rank != 0:
             return
-        try:
-            self._store.save(self.snapshot(), best_step=self.progress.best_step, wait=wait)
-        except StorageError as error:
-            # The run goes on: the checkpoint before is still there, and the next may succeed.
-            self._event("checkpoint failed", str(error))
+        snapshot, best = self.snapshot(), self.progress.best_step
+        # What went wrong with the checkpoint before comes up first, and must not cost this one.
+        for write in (store.wait, lambda: store.save(snapshot, best_step=best, wait=wait)):
+            try:
+                write()
+            except StorageError as error:
+                # The run goes on: the checkpoint before is still there, and the next may succeed.
+                self._event("checkpoint failed", str(error))
 
     def _resume(self) -> None:
         """Load the youngest whole checkpoint; every rank loads the same one."""

@@ -177,7 +177,11 @@ class PretrainTask:
         """Yield this rank's masked micro-batches."""
         slots = deal(self._order.slots, self._group.world_size)[self._group.rank]
         plan = BatchPlan(
-            self._reader, self._order, self._job.config.masking, self._vocabulary, total_steps or 1
+            self._reader,
+            self._order,
+            self._job.config.masking,
+            self._vocabulary,
+            total_steps or 1 << 62,  # unknown as yet: a falling mask rate has not begun to fall
         )
         while True:
             # One execution serves a run; only runs of over 65,536 steps need another.

@@ -1,0 +1,255 @@
+"""Tiny texts, corpora, jobs and runs, made in this process in a blink: what many tests stand on."""
+
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from raybert.config import build
+from raybert.model.encoder import ModelConfig
+from raybert.storage import Folder
+from raybert.text import corpus as corpus_module
+from raybert.text import vocabulary
+from raybert.text.corpus import CorpusConfig
+from raybert.text.packing import Packer, unigram_loss
+from raybert.text.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter, id_dtype
+from raybert.text.tokenizer import TokenizerConfig
+from raybert.train.checkpoint import CheckpointStore, begin_attempt
+from raybert.train.finetune import FinetuneConfig, FinetuneJob, prepare_data
+from raybert.train.group import Group
+from raybert.train.loop import Loop
+from raybert.train.meters import MetricsLog
+from raybert.train.pretrain import PretrainConfig, PretrainJob
+from raybert.train.run import Feed
+
+GOOD = "wonderful brilliant moving superb delightful".split()
+BAD = "awful boring dreadful clumsy tedious".split()
+NEUTRAL = "the film was a story of two people in some town and it had music".split()
+
+MODEL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_seq_len": 64}
+
+
+def reviews(count, seed=0):
+    """Texts whose label, `neg` or `pos`, is decided by two of their words: [(text, label)]."""
+    draw = random.Random(seed)
+    rows = []
+    for index in range(count):
+        label = ("neg", "pos")[index % 2]
+        words = draw.choices(NEUTRAL, k=draw.randint(4, 14))
+        for word in draw.choices(GOOD if label == "pos" else BAD, k=2):
+            words.insert(draw.randrange(len(words) + 1), word)
+        rows.append((" ".join(words), label))
+    return rows
+
+
+def tokenizer_of(texts):
+    """A tokenizer of whole words that knows every word of these texts."""
+    config = TokenizerConfig(kind="words", vocab_size=512, min_frequency=1)
+    return vocabulary.make(config, texts)
+
+
+def make_corpus(folder, *, texts=None, documents=120, seq_len=16, config=None):
+    """Write a corpus as `raybert corpus` does, without Ray; returns its manifest.
+
+    With a CorpusConfig as `config` it counts as made by that configuration.
+    """
+    texts = texts or [text for text, _ in reviews(documents)]
+    tokenizer = tokenizer_of(texts)
+    tokenizer.save(folder)
+    held = max(1, len(texts) // 10)
+    splits, counts = {}, {}
+    for split, part in (("train", texts[held:]), ("heldout", texts[:held])):
+        writer = PartWriter(
+            folder,
+            split,
+            seq_len=seq_len,
+            vocab_size=tokenizer.vocab_size,
+            rows_per_part=16,
+            rows_per_group=4,
+        )
+        packer = Packer(
+            writer, seq_len=seq_len, pad_id=tokenizer.pad_id, vocab_size=tokenizer.vocab_size
+        )
+        ragged = tokenizer.encode(part)
+        packer.add(ragged.values, ragged.word_starts, len(part))
+        packer.close()
+        splits[split], counts[split] = writer.close(), packer.counts
+    loss = unigram_loss(counts["train"], counts["heldout"], tokenizer.is_special)
+    info = {"unigram_loss": loss}
+    if config is not None:
+        assert isinstance(config, CorpusConfig)
+        info["config"] = config.model_dump(mode="json")
+        info["inputs"] = corpus_module._inputs(config)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        seq_len=seq_len,
+        dtype=id_dtype(tokenizer.vocab_size).name,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        splits=splits,
+        info=info,
+    )
+    folder.write_json(MANIFEST, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def pretrain_job(corpus, model=(), **settings):
+    """A pretraining job over a corpus: 4 steps of 2 micro-batches of 4 rows unless told."""
+    values = {
+        "steps": 4,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "evaluations": 1,
+        "evaluation_rows": 4,
+        "examples": [],
+        "precision": "fp32",
+        "threads": 1,
+        "checkpoint_minutes": None,
+        "log_every": 1,
+        **settings,
+    }
+    return PretrainJob(
+        config=build(PretrainConfig, values, "test"),
+        model=build(ModelConfig, {**MODEL, **dict(model)}, "test"),
+        corpus=corpus,
+        manifest=Manifest.read(corpus),
+        source="generated",
+    )
+
+
+def finetune_job(folder, *, rows=None, model=(), **settings):
+    """A fine-tuning job from scratch on generated reviews, in one process."""
+    rows = rows or reviews(80)
+    csv = write_csv(folder, "labelled.csv", rows)
+    tokenizer = tokenizer_of([text for text, _ in rows])
+    tokenizer.save(folder / "tokenizer")
+    values = {
+        "source": {"path": csv},
+        "steps": 4,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "evaluations": 1,
+        "precision": "fp32",
+        "threads": 1,
+        "checkpoint_minutes": None,
+        "initialize_from": "scratch",
+        "log_every": 1,
+        **settings,
+    }
+    config = build(FinetuneConfig, values, "test")
+    data = folder / "data"
+    return FinetuneJob(
+        config=config,
+        model=build(ModelConfig, {**MODEL, **dict(model)}, "test"),
+        start=None,
+        tokenizer=folder / "tokenizer",
+        data=data,
+        prepared=prepare_data(config, tokenizer, 32, data),
+    )
+
+
+def write_csv(folder, name, rows, header="text,label"):
+    """Write (text, label) rows; returns the path."""
+    lines = [header, *(f'"{text}",{label}' for text, label in rows)]
+    folder.write_text(name, "\n".join(lines) + "\n")
+    return folder.join(name)
+
+
+class Scripted:
+    """A task that does what another does, but for what a test changes of it.
+
+    `batches` replaces the batches of each step; `factor` gives what the loss of a step's
+    micro-batch is multiplied by.
+    """
+
+    def __init__(self, task, *, batches=None, factor=lambda batch: 1.0):
+        self._task, self._batches, self._factor = task, batches, factor
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+    def batches(self, first_step, total_steps):
+        if self._batches is None:
+            yield from self._task.batches(first_step, total_steps)
+        else:
+            yield from self._batches[first_step:]
+            raise AssertionError("more steps were asked for than the test has")
+
+    def loss(self, module, batch):
+        return self._task.loss(module, batch) * self._factor(batch)
+
+
+class Attempt:
+    """One attempt at a run with the bare loop; what it reports is in `records`."""
+
+    def __init__(self, job, run, *, group=None, stop_at=None, task=None, change=None, **options):
+        torch.set_num_threads(1)
+        group = group or Group()
+        task = task or job.make_task(group, Feed())
+        self.task = task if change is None else change(task)
+        self.records = []
+        number = begin_attempt(run) if group.rank == 0 else 0
+        number = int(group.sum([number])[0])
+        self.store = CheckpointStore(run, number, job.config.keep_checkpoints)
+        self.loop = Loop(
+            self.task,
+            job.config,
+            group,
+            store=self.store,
+            open_log=lambda step: MetricsLog(run, number, step),
+            on_progress=self.records.append,
+            should_stop=lambda: self.loop.progress.step == stop_at,
+            **options,
+        )
+
+    def run(self):
+        return self.loop.run()
+
+    def of_kind(self, kind):
+        return [record for record in self.records if record["kind"] == kind]
+
+    def events(self):
+        return {record["event"]: record["message"] for record in self.of_kind("event")}
+
+
+@contextmanager
+def gradients_of(loop, max_norm=None):
+    """Collect each step's gradients by parameter name, as the optimizer gets them."""
+    steps = []
+
+    def note(optimizer, args, kwargs):
+        named = loop.task.model.named_parameters()
+        steps.append({k: p.grad.detach().clone() for k, p in named if p.grad is not None})
+
+    handle = loop.optimizer.register_step_pre_hook(note)
+    try:
+        yield steps
+    finally:
+        handle.remove()
+
+
+def cut_batch(batch, pieces):
+    """Cut a micro-batch of pretraining into micro-batches of the same rows, one a slot."""
+    at = np.array_split(np.arange(len(batch.row_ids)), pieces)
+    return [
+        replace(
+            batch,
+            slot=slot,
+            row_ids=batch.row_ids[rows],
+            input_ids=batch.input_ids[rows],
+            labels=batch.labels[rows],
+        )
+        for slot, rows in enumerate(at)
+    ]
+
+
+def same_tensors(one, other):
+    """Whether two dictionaries of tensors are equal bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def folder(path):
+    """A Folder of a path."""
+    return Folder(path)

@@ -1,0 +1,404 @@
+"""The loop, bare: exact resumption, global averages, what it does when things go wrong."""
+
+import json
+import math
+
+import pytest
+import torch
+from making import (
+    Attempt,
+    Scripted,
+    cut_batch,
+    finetune_job,
+    gradients_of,
+    make_corpus,
+    pretrain_job,
+    same_tensors,
+)
+
+from raybert.errors import RaybertError, Superseded
+from raybert.storage import Folder
+from raybert.text.masking import IGNORE_INDEX
+from raybert.train.checkpoint import begin_attempt
+from raybert.train.group import Group
+from raybert.train.loop import MAX_SKIPPED_IN_A_ROW, Stopped
+from raybert.train.meters import read_metrics
+from raybert.train.run import Feed
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = Folder(tmp_path_factory.mktemp("loop")) / "corpus"
+    make_corpus(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Folder(tmp_path) / "run"
+
+
+def first_batches(job, steps=1):
+    stream = job.make_task(Group(), Feed()).batches(0, steps)
+    return [next(stream) for _ in range(steps)]
+
+
+def test_one_batch_is_learned_by_heart(corpus, run):
+    job = pretrain_job(
+        corpus,
+        {"hidden_size": 32},
+        steps=60,
+        lr=2e-2,
+        global_batch_size=4,
+        weight_decay=0.0,
+        warmup_fraction=0.0,
+    )
+    [batches] = first_batches(job)
+    attempt = Attempt(job, run, change=lambda task: Scripted(task, batches=[batches] * 60))
+    attempt.run()
+    losses = [record["loss"] for record in attempt.of_kind("train")]
+    assert losses[0] > 3.0
+    assert losses[-1] < 0.1
+
+
+# Resumption --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_a_resumed_pretraining_equals_an_undisturbed_one_bit_for_bit(corpus, tmp_path, stop_at):
+    job = pretrain_job(corpus, {"dropout": 0.2}, steps=8, evaluations=4)
+    whole, parted = Folder(tmp_path / "whole"), Folder(tmp_path / "parted")
+    once = Attempt(job, whole)
+    once.run()
+    with pytest.raises(Stopped, match=f"stopped at step {stop_at}; run it again"):
+        Attempt(job, parted, stop_at=stop_at).run()
+    again = Attempt(job, parted)
+    again.run()
+    assert again.of_kind("train")[0]["step"] == stop_at + 1
+    left, right = once.store.load(8), again.store.load(8)
+    assert same_tensors(left.model, right.model)
+    assert same_tensors(left.optimizer, right.optimizer)
+    assert left.state["tokens"] == right.state["tokens"]
+    assert left.state["best_score"] == right.state["best_score"]
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 12])  # frozen; where it thaws; thawed
+def test_a_resumed_fine_tuning_equals_an_undisturbed_one_bit_for_bit(tmp_path, stop_at):
+    job = finetune_job(Folder(tmp_path), steps=16, frozen_epochs=0.7, layer_decay=0.8)
+    once = Attempt(job, Folder(tmp_path / "whole"))
+    once.run()
+    with pytest.raises(Stopped):
+        Attempt(job, Folder(tmp_path / "parted"), stop_at=stop_at).run()
+    again = Attempt(job, Folder(tmp_path / "parted"))
+    again.run()
+    left, right = once.store.load(16), again.store.load(16)
+    assert same_tensors(left.model, right.model)
+    assert same_tensors(left.optimizer, right.optimizer)
+
+
+def test_frozen_layers_keep_their_weights_until_they_thaw(tmp_path):
+    job = finetune_job(Folder(tmp_path), steps=4, frozen_epochs=10.0)
+    attempt = Attempt(job, Folder(tmp_path / "run"))
+    before = {k: v.clone() for k, v in attempt.task.model.state_dict().items()}
+    attempt.run()
+    moved = {k for k, v in attempt.task.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved
+    assert not any(name.startswith("encoder.") for name in moved)
+
+
+def test_another_seed_gives_other_weights(corpus, tmp_path):
+    found = []
+    for seed in (0, 1):
+        attempt = Attempt(pretrain_job(corpus, steps=2, seed=seed), Folder(tmp_path / str(seed)))
+        attempt.run()
+        found.append(attempt.store.load(2).model)
+    assert not same_tensors(*found)
+
+
+def test_fewer_steps_than_were_taken_end_the_run(corpus, run):
+    with pytest.raises(Stopped):
+        Attempt(pretrain_job(corpus, steps=8), run, stop_at=5).run()
+    result = Attempt(pretrain_job(corpus, steps=3), run).run()
+    assert result["step"] == 5
+
+
+def test_more_steps_go_on_from_where_it_stood(corpus, run):
+    with pytest.raises(Stopped):
+        Attempt(pretrain_job(corpus, steps=4), run, stop_at=3).run()
+    longer = Attempt(pretrain_job(corpus, steps=6), run)
+    assert longer.run()["step"] == 6
+    assert [record["step"] for record in longer.of_kind("train")] == [4, 5, 6]
+
+
+# Averages ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_accumulated_gradients_are_those_of_the_whole_batch(corpus, tmp_path, pieces):
+    job = pretrain_job(corpus, steps=1, global_batch_size=8, micro_batch_size=8, max_grad_norm=1e9)
+    [[batch]] = first_batches(job)
+    found = []
+    for name, batches in (("whole", [batch]), ("pieces", cut_batch(batch, pieces))):
+        attempt = Attempt(
+            job,
+            Folder(tmp_path / name),
+            change=lambda task, batches=batches: Scripted(task, batches=[batches]),
+        )
+        with gradients_of(attempt.loop) as steps:
+            attempt.run()
+        found.append(steps[0])
+    whole, accumulated = found
+    assert whole.keys() == accumulated.keys()
+    for name in whole:
+        torch.testing.assert_close(accumulated[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_divided_by_the_predicted_tokens_of_the_global_batch(corpus, run):
+    """Uneven counts: a mean of the micro-batches' means would be another number."""
+    job = pretrain_job(corpus, steps=1, max_grad_norm=1e9)
+    [[first, second]] = first_batches(job)
+    second.labels[1:] = IGNORE_INDEX
+    assert first.count > 2 * second.count > 0
+    attempt = Attempt(job, run, change=lambda task: Scripted(task, batches=[[first, second]]))
+    model = attempt.task.model
+    sums = [attempt.task.loss(model, batch) for batch in (first, second)]
+    expected = torch.autograd.grad(sum(sums) / (first.count + second.count), model.parameters())
+    sums = [float(value.detach()) for value in sums]
+    mean_of_means = (sums[0] / first.count + sums[1] / second.count) / 2
+    names = [name for name, _ in model.named_parameters()]
+    with gradients_of(attempt.loop) as steps:
+        attempt.run()
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(steps[0][name], gradient, rtol=1e-4, atol=1e-6)
+    [record] = attempt.of_kind("train")
+    assert record["loss"] == pytest.approx(sum(sums) / (first.count + second.count), abs=1e-4)
+    assert abs(record["loss"] - mean_of_means) > 1e-3
+
+
+def test_gradients_are_clipped_to_the_configured_norm(corpus, run):
+    attempt = Attempt(pretrain_job(corpus, steps=1, max_grad_norm=0.01), run)
+    with gradients_of(attempt.loop) as steps:
+        attempt.run()
+    norm = math.sqrt(sum(float(g.square().sum()) for g in steps[0].values()))
+    assert norm == pytest.approx(0.01, rel=1e-3)
+    assert attempt.of_kind("train")[0]["grad_norm"] > 0.1  # what is logged is the norm before
+
+
+def test_dropout_belongs_to_the_micro_batch_not_to_the_order_of_work(corpus, tmp_path):
+    job = pretrain_job(corpus, {"dropout": 0.3}, steps=1, max_grad_norm=1e9)
+    [batches] = first_batches(job)
+    found = []
+    for name, order in (("as they come", batches), ("turned round", batches[::-1])):
+        attempt = Attempt(
+            job,
+            Folder(tmp_path / name),
+            change=lambda task, order=order: Scripted(task, batches=[order]),
+        )
+        with gradients_of(attempt.loop) as steps:
+            attempt.run()
+        found.append(steps[0])
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-4, atol=1e-6)
+
+
+# What is not finite ------------------------------------------------------------------------------
+
+
+def infinite_at(*steps):
+    return lambda task: Scripted(task, factor=lambda b: math.inf if b.step in steps else 1.0)
+
+
+def test_skip_leaves_the_weights_of_an_undefined_step_alone(corpus, tmp_path):
+    job = pretrain_job(corpus, steps=4, schedule="constant", warmup_fraction=0.0)
+    attempt = Attempt(job, Folder(tmp_path / "a"), change=infinite_at(0, 1, 2, 3))
+    before = {k: v.clone() for k, v in attempt.task.model.state_dict().items()}
+    result = attempt.run()
+    assert result["skipped"] == 4
+    assert same_tensors(attempt.task.model.state_dict(), before)
+    assert "step 3: the gradient's norm is" in attempt.events()["skipped step"]
+    # One bad step among good ones costs that step only.
+    attempt = Attempt(job, Folder(tmp_path / "b"), change=infinite_at(1))
+    result = attempt.run()
+    assert (result["step"], result["skipped"]) == (4, 1)
+    assert all(torch.isfinite(v).all() for v in attempt.task.model.state_dict().values())
+
+
+def test_an_undefined_loss_is_null_in_the_metrics(corpus, run):
+    Attempt(pretrain_job(corpus), run, change=infinite_at(1)).run()
+    losses = [r["loss"] for r in read_metrics(run) if r["kind"] == "train"]
+    assert losses[1] is None
+    assert None not in (losses[0], losses[2], losses[3])
+    for line in (run / "metrics").read_text("0001.jsonl").splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_stop_ends_the_run_and_says_what_to_change(corpus, run):
+    job = pretrain_job(corpus, on_non_finite="stop")
+    with pytest.raises(RaybertError, match=r"^step 2: the gradient's norm is .*; lower lr=0.001"):
+        Attempt(job, run, change=infinite_at(2)).run()
+
+
+def test_rollback_puts_the_last_checkpoint_back(corpus, run):
+    job = pretrain_job(corpus, steps=3, checkpoint_steps=1, on_non_finite="rollback")
+    attempt = Attempt(job, run, change=infinite_at(2))
+    attempt.run()
+    assert attempt.events()["skipped step"].endswith("weights are those of step 2 again")
+    assert same_tensors(attempt.store.load(3).model, attempt.store.load(2).model)
+
+
+def test_weights_that_stay_broken_end_the_run(corpus, run):
+    job = pretrain_job(corpus, steps=100)
+    with pytest.raises(RaybertError, match=f"for {MAX_SKIPPED_IN_A_ROW + 1} steps in a row"):
+        Attempt(job, run, change=infinite_at(*range(100))).run()
+
+
+def test_an_undefined_first_score_is_not_the_best_for_ever(corpus, run):
+    class Scores(Scripted):
+        def evaluate(self):
+            score = math.nan if attempt.loop.progress.step < 2 else 1.0
+            return {**self._task.evaluate(), "score": score}
+
+    attempt = Attempt(pretrain_job(corpus, evaluations=4), run, change=Scores)
+    assert attempt.run()["best_step"] == 2
+
+
+# Budget, evaluation, stopping --------------------------------------------------------------------
+
+
+def test_minutes_become_steps_once(corpus, run):
+    job = pretrain_job(corpus, minutes=0.02, steps=None)
+    first = Attempt(job, run)
+    with pytest.raises(Stopped):
+        first.loop._should_stop = lambda: first.loop.progress.total_steps is not None
+        first.run()
+    total = first.store.load(first.store.steps()[-1]).state["total_steps"]
+    assert total > first.loop.progress.step
+    assert f"0.02 minutes are {total} steps" in first.events()["budget"]
+    second = Attempt(job, run)
+    result = second.run()
+    assert result["step"] == result["total_steps"] == total
+    assert "budget" not in second.events()
+    assert result["seconds"] < 6 * 0.02 * 60  # generous: the machine may be busy elsewhere
+    lrs = [r["lr"] for r in [*first.of_kind("train"), *second.of_kind("train")]]
+    assert max(lrs) <= job.config.lr
+    assert lrs[-1] < 0.05 * job.config.lr  # the schedule came to its end
+
+
+def test_evaluations_are_spread_evenly_and_the_end_is_evaluated(corpus, run):
+    attempt = Attempt(pretrain_job(corpus, steps=10, evaluations=4), run)
+    attempt.run()
+    assert [r["step"] for r in attempt.of_kind("eval")] == [2, 5, 8, 10]  # round(2.5) is 2
+
+
+def test_without_a_number_evaluation_follows_every_epoch(corpus, run):
+    job = pretrain_job(corpus, steps=None, epochs=2.5, evaluations=None)
+    attempt = Attempt(job, run)
+    attempt.run()
+    epoch = attempt.task.steps_per_epoch
+    assert [r["step"] for r in attempt.of_kind("eval")] == [epoch, 2 * epoch, round(2.5 * epoch)]
+
+
+def test_the_examples_fillings_come_with_each_evaluation(corpus, run):
+    job = pretrain_job(corpus, examples=["the [MASK] was wonderful"])
+    attempt = Attempt(job, run)
+    attempt.run()
+    [filling] = attempt.of_kind("eval")[-1]["fillings"]
+    assert filling["text"] == "the [MASK] was wonderful"
+    shares = [guess["probability"] for guess in filling["tokens"]]
+    assert len(shares) == 5
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_the_tokens_of_a_whole_epoch_are_the_corpus(corpus, run):
+    job = pretrain_job(corpus, steps=None, epochs=1)
+    result = Attempt(job, run).run()
+    assert result["tokens"] == job.manifest.splits["train"].rows * job.manifest.seq_len
+
+
+def test_a_falling_mask_rate_falls(corpus, tmp_path):
+    masking = {"mask_rate": 0.6, "mask_rate_end": 0.1}
+    job = pretrain_job(corpus, steps=40, masking=masking)
+    task = job.make_task(Group(), Feed())
+    stream = task.batches(0, 40)
+    shares = []
+    for _ in range(40):
+        batches = next(stream)
+        ordinary = sum((b.labels != IGNORE_INDEX).sum() for b in batches)
+        shares.append(ordinary / sum(b.labels.size for b in batches))
+    first, last = sum(shares[:8]) / 8, sum(shares[-8:]) / 8
+    assert first > 0.4
+    assert last < 0.2
+    # While a run limited by minutes measures its speed, the rate is that of the beginning.
+    measuring = task.batches(0, None)
+    early = [next(measuring) for _ in range(8)]
+    found = [sum(b.count for b in s) / sum(b.labels.size for b in s) for s in early]
+    assert sum(found) / 8 > 0.4
+
+
+# Checkpoints and attempts ------------------------------------------------------------------------
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    if how == "bit":
+        path.write_bytes(data[:-5] + bytes([data[-5] ^ 4]) + data[-4:])
+    elif how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    ("how", "words"), [("bit", "is altered"), ("cut", "is cut short"), ("gone", "is missing")]
+)
+def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(
+    corpus, run, tmp_path, file, how, words
+):
+    job = pretrain_job(corpus, steps=4, checkpoint_steps=1, keep_checkpoints=3)
+    with pytest.raises(Stopped):
+        Attempt(job, run, stop_at=3).run()
+    damage(tmp_path / "run" / "checkpoints" / "step-00000003" / file, how)
+    attempt = Attempt(job, run)
+    attempt.run()
+    message = attempt.events()["damaged checkpoint"]
+    assert f"step-00000003/{file}" in message
+    assert words in message
+    assert attempt.of_kind("train")[0]["step"] == 3  # step 2's state was taken
+
+
+def test_a_commit_cut_short_is_a_damaged_checkpoint(corpus, run, tmp_path):
+    job = pretrain_job(corpus, steps=4, checkpoint_steps=1, keep_checkpoints=3)
+    with pytest.raises(Stopped):
+        Attempt(job, run, stop_at=3).run()
+    damage(tmp_path / "run" / "checkpoints" / "step-00000003.json", "cut")
+    attempt = Attempt(job, run)
+    attempt.run()
+    assert "step-00000003.json is damaged" in attempt.events()["damaged checkpoint"]
+    assert attempt.of_kind("train")[0]["step"] == 3
+
+
+def test_a_younger_attempt_ends_the_older_one(corpus, run):
+    old = Attempt(pretrain_job(corpus, checkpoint_steps=1), run)
+    younger = begin_attempt(run)
+    assert younger == 2
+    with pytest.raises(Superseded, match="attempt 2 has taken over; attempt 1 ends here"):
+        old.run()
+    assert old.store.steps() == []
+
+
+def test_a_full_disk_costs_the_checkpoint_not_the_run(corpus, run, monkeypatch):
+    from raybert.errors import StorageError
+
+    attempt = Attempt(pretrain_job(corpus, steps=4, checkpoint_steps=2), run)
+    write = attempt.store._write
+
+    def fails_at_2(snapshot):
+        if snapshot.step == 2:
+            raise StorageError("writing it failed: No space left on device")
+        write(snapshot)
+
+    monkeypatch.setattr(attempt.store, "_write", fails_at_2)
+    assert attempt.run()["step"] == 4
+    assert "No space left" in attempt.events()["checkpoint failed"]
+    assert attempt.store.steps() == [4]
