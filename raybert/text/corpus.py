@@ -360,15 +360,20 @@ class _Sink:
         return self.read == self._config.source.limit
 
     def add(self, block: pa.Table) -> None:
+        """Take a block of `job.tokenize`.
+
+        Raises:
+            DataError: it holds a file that could not be read, or a bad row where these fail.
+        """
         source = self._config.source
+        if source.limit is not None:
+            block = sources.first_good(block, source.limit - self.read)
         fatal = pa.compute.and_(block["problem"].is_valid(), block["place"].is_null())
         if pa.compute.any(fatal).as_py():
             at = pa.compute.index(fatal, True).as_py()
             sources.accept(block.slice(0, at), source.on_bad_row, self._skipped)
             raise DataError(block["problem"][at].as_py())
         block = sources.accept(block, source.on_bad_row, self._skipped)
-        if source.limit is not None:
-            block = block.slice(0, source.limit - self.read)
         self.read += block.num_rows
         if block.num_rows:
             self._pack(block)

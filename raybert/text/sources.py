@@ -187,9 +187,8 @@ def documents(
     empty = True
     for shard in shards(config, labels=labels):
         for table in read(shard, config, labels=labels):
-            table = accept(table, config.on_bad_row, skipped).slice(0, left)
-            if left is not None:
-                left -= table.num_rows
+            table = accept(first_good(table, left), config.on_bad_row, skipped)
+            left = None if left is None else left - table.num_rows
             if table.num_rows:
                 empty = False
                 yield table.select(["text", "label"])
@@ -197,6 +196,14 @@ def documents(
                 return
     if empty:
         raise no_documents(config, skipped)
+
+
+def first_good(table: pa.Table, count: int | None) -> pa.Table:
+    """Cut a table after so many good rows, so that no later row is judged; None cuts nothing."""
+    if count is None or count >= table.num_rows:
+        return table
+    good = table.column("problem").is_null().to_numpy()
+    return table.slice(0, int(np.searchsorted(np.cumsum(good), count)) + 1 if count else 0)
 
 
 def accept(table: pa.Table, on_bad_row: str, skipped: Counter[str]) -> pa.Table:
@@ -385,7 +392,8 @@ class _Judge:
             return True
         texts.append(None)
         at = row.place if isinstance(row.place, str) else f"{unit} {row.place}" if unit else None
-        places.append(f"{file.name}: {at}" if at else file.name)
+        place = f"{file.name}: {at}" if at else file.name
+        places.append(place.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
         return False
 
     def _clean(self, value: Any) -> tuple[str | None, str | None]:
@@ -421,9 +429,13 @@ class _Judge:
             value = str(value).lower()
         elif isinstance(value, float) and value.is_integer():  # integers beside a null, by pandas
             value = int(value)
+        elif isinstance(value, list | dict):
+            return None, f"label is no name or number ({type(value).__name__})"
         label = "" if value is None else str(value).strip()
         if not label:
             return None, "no label"
+        if not label.isascii() and any(0xD800 <= ord(c) <= 0xDFFF for c in label):
+            return None, "label is not UTF-8"
         names = self._config.labels
         if names is None or label in self._known:
             return label, None
@@ -434,4 +446,4 @@ class _Judge:
 
 def _reason(problem: str) -> str:
     """The problem without its particulars, as it is counted."""
-    return re.split(r" \(| '", problem)[0] if not problem.startswith("label ") else "unknown label"
+    return "unknown label" if problem.startswith("label '") else problem.split(" (")[0]

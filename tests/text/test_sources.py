@@ -25,6 +25,7 @@ from raybert.text.sources import (
     cut,
     documents,
     fingerprint,
+    first_good,
     labelled,
     read,
     shards,
@@ -318,6 +319,17 @@ def test_labels_in_the_set_by_name_or_by_number(tmp_path):
     assert labelled(SourceConfig(path=path), names=["good", "0", "1"]).labels.tolist() == [2, 0, 1]
 
 
+def test_labels_that_are_none(tmp_path):
+    rows = b'{"text": "a", "label": [1]}\n{"text": "b", "label": "\\ud800"}\n'
+    path = str(write(tmp_path / "a.jsonl", rows + b'{"text": "c", "label": null}'))
+    with pytest.raises(DataError, match=r"line 1: label is no name or number \(list\)"):
+        labelled(SourceConfig(path=path))
+    skipped = Counter()
+    with pytest.raises(DataError, match="a.jsonl: no documents .skipped: 1 label is no name or"):
+        texts_of(SourceConfig(path=path, on_bad_row="skip"), labels=True, skipped=skipped)
+    assert skipped == {"label is no name or number": 1, "label is not UTF-8": 1, "no label": 1}
+
+
 def test_labels_found_in_the_data_sort_as_people_count(tmp_path):
     path = str(write(tmp_path / "a.csv", csv_bytes([(f"t{n}", n) for n in (10, 9, 2)])))
     assert labelled(SourceConfig(path=path)).names == ["2", "9", "10"]
@@ -385,6 +397,18 @@ def test_limit_takes_the_first_good_rows(tmp_path):
     config = SourceConfig(path=str(tmp_path), limit=3, on_bad_row="skip")
     skipped = Counter()
     assert texts_of(config, skipped=skipped) == ["a0", "b0", "a1"]
+    assert skipped == {"not UTF-8": 1}  # that of the third document's file comes after it
+
+
+@given(st.lists(st.booleans(), max_size=12), st.integers(0, 12))
+def test_a_table_is_cut_after_so_many_good_rows(good, count):
+    table = pa.table({"problem": pa.array([None if g else "bad" for g in good], pa.string())})
+    kept = first_good(table, count).column("problem").to_pylist()
+    assert kept == table.column("problem").to_pylist()[: len(kept)]
+    if sum(good) >= count:
+        assert kept.count(None) == count and (not kept or kept[-1] is None)
+    else:
+        assert len(kept) == len(good)
 
 
 def test_shards_travel_and_group_small_files(tmp_path):
