@@ -20,7 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from raybert.errors import DamagedError, Superseded
+from raybert.errors import DamagedError, Superseded, UserError
 from raybert.storage import Folder
 
 FORMAT_VERSION = 1
@@ -97,20 +97,22 @@ class CheckpointStore:
         """Load and verify a checkpoint.
 
         Raises:
-            DamagedError: a file is missing, cut short or altered, or a newer raybert wrote it.
+            DamagedError: a file is missing, cut short or altered.
+            UserError: a newer raybert wrote it.
         """
         commit = self._folder.read_json(f"step-{step:08d}.json")
         folder = self._folder / f"step-{step:08d}"
         try:
-            version, files = int(commit["format_version"]), dict(commit["files"])
+            version = int(commit["format_version"])
+            if version > FORMAT_VERSION:
+                raise UserError(
+                    f"checkpoint {folder} has format {version}, this raybert reads up to "
+                    f"{FORMAT_VERSION}; upgrade raybert"
+                )
+            files = dict(commit["files"])
+            data = {name: _verified(folder, name, expected) for name, expected in files.items()}
         except (KeyError, TypeError, ValueError):
             raise DamagedError(f"the commit of checkpoint {folder} is damaged") from None
-        if version > FORMAT_VERSION:
-            raise DamagedError(
-                f"checkpoint {folder} has format {version}, this raybert reads up to "
-                f"{FORMAT_VERSION}; upgrade raybert"
-            )
-        data = {name: _verified(folder, name, expected) for name, expected in files.items()}
         try:
             return Snapshot(
                 step=step,

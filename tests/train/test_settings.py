@@ -1,0 +1,75 @@
+"""Budgets, and settings that do not fit each other."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raybert.config import build
+from raybert.errors import ConfigError
+from raybert.train.finetune import FinetuneConfig
+from raybert.train.pretrain import PretrainConfig
+from raybert.train.settings import MAY_CHANGE, TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({"tokens": 1000}, 10),  # an epoch is 50 steps of 100 tokens
+        ({"tokens": 1001}, 11),
+        ({"tokens": 1}, 1),
+        ({"epochs": 2}, 100),
+        ({"epochs": 0.5}, 25),
+        ({"epochs": 0.001}, 1),
+    ],
+)
+def test_a_budget_in_steps(limit, steps):
+    budget = TrainConfig(**limit).budget(steps_per_epoch=50, tokens_per_epoch=5000)
+    assert budget == (steps, None)
+
+
+def test_a_budget_in_minutes_has_no_steps_yet():
+    assert TrainConfig(minutes=3).budget(50, 5000) == (None, 3)
+
+
+def test_defaults_are_limits_in_epochs():
+    assert build(PretrainConfig, {}, "x").epochs == 10
+    assert build(FinetuneConfig, {}, "x").epochs == 3
+    assert build(PretrainConfig, {"minutes": 5}, "x").epochs is None
+    assert build(FinetuneConfig, {"steps": 5, "epochs": None}, "x").epochs is None
+
+
+@pytest.mark.parametrize("config", [PretrainConfig, FinetuneConfig])
+def test_two_limits_are_refused(config):
+    with pytest.raises(ConfigError, match=r"steps=100 and minutes=5.*both limits.*keep one"):
+        build(config, {"steps": 100, "minutes": 5}, "x")
+
+
+@given(batch=st.integers(1, 5000), micro=st.integers(1, 5000))
+def test_sizes_that_do_not_divide_come_with_sizes_that_do(batch, micro):
+    values = {"global_batch_size": batch, "micro_batch_size": micro, "steps": 1}
+    if batch % micro == 0:
+        assert build(TrainConfig, values, "x").slots == batch // micro
+        return
+    with pytest.raises(ConfigError) as caught:
+        build(TrainConfig, values, "x")
+    offered = [int(n) for n in str(caught.value).rpartition("use ")[2].split(" or ")]
+    for size in offered:
+        assert build(TrainConfig, {**values, "global_batch_size": size}, "x")
+
+
+def test_more_workers_than_micro_batches_are_refused():
+    values = {"global_batch_size": 8, "micro_batch_size": 4, "workers": 3}
+    with pytest.raises(ConfigError, match="workers=3, but a step has only 2 micro-batches"):
+        build(TrainConfig, values, "x")
+
+
+def test_what_may_change_exists():
+    assert set(TrainConfig.model_fields) >= MAY_CHANGE
+
+
+def test_what_decides_the_result_may_not_change():
+    decides = {"seed", "global_batch_size", "micro_batch_size", "lr", "schedule", "betas"}
+    decides |= {"warmup_fraction", "weight_decay", "max_grad_norm", "precision", "deterministic"}
+    assert decides <= set(TrainConfig.model_fields)
+    assert not decides & MAY_CHANGE
