@@ -51,9 +51,8 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
-        raise ConfigError(
-            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
-        ) from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"{where}: not valid YAML: {problem}") from None
 
 
 def load(root: type[S], path: str | Path | None, overrides: Sequence[str] = ()) -> S:
@@ -143,10 +142,20 @@ def _one_line(root: type[Settings], error: ValidationError, source: str) -> str:
         return f"{source}: unknown key {key}; {hint}"
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "value_error":  # raised by our own validators, which name their keys
-        return f"{source}: {key}: {message}" if path else f"{source}: {message}"
+        named = _with_section(root, message, path)
+        told = not path or re.search(rf"(?<![\w.]){re.escape(key)}\b", named)
+        return f"{source}: {named}" if told else f"{source}: {key}: {named}"
     if first["type"] == "missing":
         return f"{source}: {key} is missing; add it, or pass --set {key}=VALUE"
     return f"{source}: {key}={first.get('input')!r}: {message[0].lower()}{message[1:]}"
+
+
+def _with_section(root: type[BaseModel], message: str, path: Sequence[str]) -> str:
+    """Put the section before the keys that a section's validator names as `key=value`."""
+    known = "|".join(map(re.escape, _known_keys(root, path)))
+    if not path or not known:
+        return message
+    return re.sub(rf"(?<![\w.])(?:{known})(?==)", rf"{'.'.join(path)}.\g<0>", message)
 
 
 def _known_keys(root: type[BaseModel], path: Sequence[str]) -> list[str]:
