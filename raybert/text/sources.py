@@ -89,14 +89,16 @@ class SourceConfig(Settings):
             return value
         names = [str(name) for name in value]
         if len(set(names)) < len(names) or len(names) < 2:
-            raise ValueError(f"expected two or more different labels, got {value}")
+            raise ValueError(f"labels={value}: expected two or more different labels")
         return names
 
     @field_validator("path")
     @classmethod
     def _path(cls, value: str | list[str]) -> str | list[str]:
         if not value or not all([value] if isinstance(value, str) else value):
-            raise ValueError("name a file, a folder, a glob or a URI, or sample:imdb")
+            raise ValueError(
+                f"path={value!r}: name a file, a folder, a glob, a URI, or sample:imdb"
+            )
         return value
 
     @property

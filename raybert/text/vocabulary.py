@@ -50,21 +50,23 @@ def make(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 def sample(texts: Iterable[str], chars: int | None) -> list[str]:
     """Draw documents whose characters sum to at most `chars`, in an order of their own.
 
-    Those with the smallest hashes are taken, so the draw depends on the set of documents alone, and
-    one pass in bounded memory finds it.
+    Those with the smallest hashes are taken until the next one would not fit, so the draw depends
+    on the set of documents alone, and one pass in bounded memory finds it.
     """
     if chars is None:
         return sorted(texts)
     heap: list[tuple[int, str]] = []  # the largest hash first
+    bound: tuple[int, str] | None = None  # the first that did not fit; none may come after it
     total = 0
     for text in texts:
         item = (-text_hash(text, _SAMPLE_KEY), text)
-        if total + len(text) > chars and heap and item < heap[0]:
+        if bound is not None and item <= bound:
             continue
         heapq.heappush(heap, item)
         total += len(text)
         while total > chars and len(heap) > 1:
-            total -= len(heapq.heappop(heap)[1])
+            bound = heapq.heappop(heap)
+            total -= len(bound[1])
     return [text for _, text in sorted(heap, reverse=True)]
 
 

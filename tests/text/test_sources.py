@@ -369,8 +369,10 @@ def test_what_is_missing_is_named(tmp_path):
         labelled(SourceConfig(path=f"{here}/f/a.doc", format="text"))
     with pytest.raises(DataError, match="no such sample; there are sample:imdb"):
         shards(SourceConfig(path="sample:imbd"))
-    with pytest.raises(ConfigError, match="labels: expected two or more different labels"):
+    with pytest.raises(ConfigError, match=r"labels=\['a', 'a'\]: expected two or more"):
         build(SourceConfig, {"labels": ["a", "a"]}, "c.yaml")
+    with pytest.raises(ConfigError, match="path='': name a file, a folder, a glob, a URI, or sam"):
+        build(SourceConfig, {"path": ""}, "c.yaml")
     assert build(SourceConfig, {"labels": [0, 1]}, "c.yaml").labels == ["0", "1"]
 
 

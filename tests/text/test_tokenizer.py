@@ -147,6 +147,7 @@ def test_training_depends_on_the_set_of_texts_alone(kind):
 
 
 @given(st.lists(st.text(max_size=30), max_size=30), st.integers(1, 200), st.randoms())
+@settings(max_examples=300)
 def test_the_sample_is_bounded_and_ignores_the_order(texts, chars, random):
     drawn = vocabulary.sample(texts, chars)
     assert sum(map(len, drawn)) <= chars or len(drawn) == 1
