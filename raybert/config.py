@@ -31,17 +31,28 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, except that `1e-4` is a number (YAML 1.2), not a string."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"""^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
-        |[0-9][0-9_]*[eE][-+]?[0-9]+
-        |\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
-        |\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
-        re.X,
-    ),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's, except that it quotes the line breaks of Unicode, which would read as others."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"""^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+            |[0-9][0-9_]*[eE][-+]?[0-9]+
+            |\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+            |\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+            re.X,
+        ),
+        list("-+0123456789."),
+    )
+_Dumper.add_representer(str, _represent_text)
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -89,8 +100,12 @@ def build(root: type[S], values: Mapping[str, Any], source: str) -> S:
 
 def dump(settings: Settings) -> str:
     """Write a configuration as YAML, complete and in the order of its declaration."""
-    return yaml.safe_dump(
-        settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    return yaml.dump(
+        settings.model_dump(mode="json"),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=100,
     )
 
 

@@ -22,7 +22,9 @@ class Display:
 
     def __init__(self, quiet: bool = False) -> None:
         """Write to standard error; `quiet` shows nothing but notices."""
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(
+            stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True
+        )
         self._quiet = quiet
         self._live = self._console.is_terminal and not quiet
         self._stage = ""
