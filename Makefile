@@ -21,8 +21,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/pretraining.py --shape keras --json
-	$(BIN)/python benchmarks/pretraining.py --shape small --json
+	$(BIN)/python benchmarks/peers.py --shape keras --json
+	$(BIN)/python benchmarks/peers.py --shape small --json
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raybert needs Python 3.11 or later: make PYTHON=python3.11")'

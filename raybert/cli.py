@@ -23,6 +23,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+bench_app = typer.Typer(help="Measure raybert on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="The experiment's YAML file.")
 ]
@@ -171,6 +174,9 @@ def evaluate(
     name: NameOption = None,
     data: DataOption = None,
     model: ModelOption = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of the source: train, test; sets evaluate.source.split.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a classifier on labelled texts that nothing was chosen on.
@@ -179,7 +185,8 @@ def evaluate(
     """
     from raybert import pipeline
 
-    experiment = _experiment(config, overrides, name, data)
+    chosen = [f"evaluate.source.split={split}"] if split is not None else []
+    experiment = _experiment(config, [*(overrides or []), *chosen], name, data)
     if model is None:
         metrics = pipeline.evaluate(experiment, _display())
     else:
@@ -288,23 +295,29 @@ def show_config(
         print(dump(_experiment(config, overrides, None)), end="")
 
 
-@app.command()
-def bench(
-    shape: Annotated[str, typer.Option(help="keras or small.")] = "keras",
-    mode: Annotated[str, typer.Option(help="bare, ray or both.")] = "bare",
-    steps: Annotated[int, typer.Option(min=4, help="Steps that are timed.")] = 40,
-    workers: Annotated[int, typer.Option(min=1)] = 1,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
+@bench_app.command("train")
+def bench_train(
+    config: ConfigOption = None,
     overrides: SetOption = None,
+    bare: BareOption = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Training processes.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the training loop, bare and under Ray, on generated data.
+    """Measure the training loop on generated words, under Ray or bare.
 
-    Example: `raybert bench --shape small --mode both --json`
+    Example: `raybert bench train -c configs/bench-keras.yaml --workers 2 --threads 1`
     """
-    from raybert.bench import run_bench
+    from raybert import bench
 
-    _print(run_bench(shape, mode, steps, workers, threads, overrides or [], _display()), as_json)
+    given = {"pretrain.workers": workers, "pretrain.threads": threads}
+    more = [f"{key}={value}" for key, value in given.items() if value is not None]
+    experiment = _experiment(config, [*(overrides or []), *more], None)
+    result = bench.bench_train(experiment, bare=bare, display=_display())
+    if as_json:
+        _print(result, as_json)
+    else:
+        print(f"{result['tokens_per_second']:,.0f} tokens/s over {result['steps']} steps")
 
 
 @app.command()

@@ -43,7 +43,8 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
         "texts": metrics["n"],
         "masked_loss": pretrain["loss"],
         "unigram_loss": pretrain.get("unigram_loss"),
-        "fillings": pretrain.get("fillings", []),
+        "fill_mask": pretrain.get("fillings", []),
+        "run": experiment.folder.uri,
         "model": results["finetune"]["model"],
         "report": experiment.folder.join("report.html"),
     }
@@ -77,10 +78,10 @@ def _summary(experiment: Experiment, result: dict[str, Any]) -> str:
     gain = (result["unigram_loss"] or 0) - result["masked_loss"]
     guesses = [
         f"  {guess['probability']:.3f}  {guess['token']}"
-        for example in result["fillings"][:1]
+        for example in result["fill_mask"][:1]
         for guess in example["tokens"]
     ]
-    example = result["fillings"][0]["text"] if result["fillings"] else ""
+    example = result["fill_mask"][0]["text"] if result["fill_mask"] else ""
     raybert = shlex.quote(str(Path(sys.argv[0])))
     return "\n".join(
         [

@@ -310,6 +310,7 @@ def fillings(
 def model_card(job: PretrainJob, metrics: dict[str, Any]) -> str:
     """The README.md of a pretrained model."""
     shape = job.model
+    example = next(iter(job.config.examples), "This is [MASK].")
     return f"""---
 library_name: transformers
 pipeline_tag: fill-mask
@@ -326,6 +327,6 @@ tags: [raybert]
 
 ```python
 from transformers import pipeline
-pipeline("fill-mask", model="path/of/this/folder")("{job.config.examples[0]}")
+pipeline("fill-mask", model="path/of/this/folder")("{example}")
 ```
 """

@@ -3,7 +3,7 @@
 Every peer runs in a process of its own, one at a time, and they take turns over the repeats: a
 machine that slows down, or a noisy neighbour, falls on all of them alike. See README.md.
 
-    python benchmarks/pretraining.py --shape keras --repeats 3 --json
+    python benchmarks/peers.py --shape keras --repeats 3 --json
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ class Peer:
 
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
-    timed_by_driver: bool = True  # takes --seconds and --min-steps
 
 
 def peer_script(name: str, *options: str, **environment: str) -> Peer:
@@ -46,7 +45,7 @@ PEERS = {
     "keras-torch": peer_script("keras_mlm.py", KERAS_BACKEND="torch"),
     "hf-fp32": peer_script("hf_trainer.py", "--precision", "fp32"),
     "hf-bf16": peer_script("hf_trainer.py", "--precision", "bf16"),
-    US: Peer((str(Path(sys.executable).parent / "raybert"), "bench", "--json"), {}, False),
+    US: Peer((str(Path(sys.executable).parent / "raybert"), "bench", "train")),
 }
 GROUPS = {"hf": ("hf-fp32", "hf-bf16"), "keras": ("keras-tf", "keras-torch")}
 # Keras' example has one shape; at the other one the Trainer is the peer.
@@ -123,10 +122,19 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         PeerFailed: it is not installed, it failed, or it printed no result.
     """
     peer = PEERS[name]
-    command = [*peer.command, "--shape", arguments.shape]
-    command += ["--threads", str(arguments.threads)]
-    if peer.timed_by_driver:
-        command += ["--seconds", str(arguments.seconds), "--min-steps", str(arguments.min_steps)]
+    command = [*peer.command, "--threads", str(arguments.threads)]
+    if name == US:
+        config = HERE.parent / "configs" / f"bench-{arguments.shape}.yaml"
+        command += ["--config", str(config), "--bare", "--json"]
+    else:
+        command += [
+            "--shape",
+            arguments.shape,
+            "--seconds",
+            str(arguments.seconds),
+            "--min-steps",
+            str(arguments.min_steps),
+        ]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(arguments.threads),
         "HF_HUB_OFFLINE": "1",
