@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raybert.errors import RaybertError, UserError
+from raybert.errors import DamagedError, RaybertError, StorageError, UserError
 
 if TYPE_CHECKING:
     from raybert.experiment import Experiment
@@ -53,16 +53,21 @@ def main() -> None:
     """Run the command line; mistakes of the user's end in one line and exit code 2."""
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer's own ends
+            raise
         _say("interrupted; run the same command again to go on")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except RaybertError as error:
         if _DEBUG:
             raise
         _say(str(error))
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        sys.exit(2 if isinstance(error, _MENDABLE) else 1)
 
 
+INTERRUPTED = 130
+# What a user can mend: the input, the storage, a file that is damaged.
+_MENDABLE = (UserError, StorageError, DamagedError)
 _DEBUG = bool(os.environ.get("RAYBERT_DEBUG"))
 
 

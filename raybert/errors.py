@@ -4,8 +4,8 @@ RaybertError
 ├── UserError          a mistake that the user can mend: one line, exit code 2
 │   ├── ConfigError    a key of the configuration
 │   └── DataError      a file, row, column or label
-├── StorageError       the storage could not be read or written
-├── DamagedError       a checkpoint, part or model that is cut short or altered
+├── StorageError       the storage could not be read or written: exit code 2, too
+├── DamagedError       a checkpoint, part or model that is cut short or altered: exit code 2, too
 └── Superseded         a younger attempt at the same run owns its storage
 """
 

@@ -7,6 +7,7 @@ Every stage that is finished says so and does nothing, so a pipeline can be run 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from raybert.config import dump
@@ -84,21 +85,21 @@ def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) ->
 
 def finetune(experiment: Experiment, display: Display, *, bare: bool = False) -> dict[str, Any]:
     """Labelled texts and a pretrained model -> a run with a classifier in `model/`."""
-    from raybert.train.finetune import FinetuneJob, prepare_data
-    from raybert.train.run import RESULT
+    from raybert.train.finetune import FinetuneJob, prepare_data, prepared_data
+    from raybert.train.run import CONFIG
 
     config, run = experiment.finetune, experiment.folder / "finetune"
     start, tokenizer = _start(experiment)
-    if run.exists(RESULT):
-        prepared = prepare_data(config, Tokenizer.load(tokenizer), 0, run / "data")
-    else:
+    # A run that has begun keeps the texts that it began with.
+    prepared = prepared_data(run / "data") if run.exists(CONFIG) else None
+    if prepared is None:
         seq_len = min(config.seq_len or experiment.corpus.seq_len, _longest(experiment, start))
         if config.seq_len is not None and config.seq_len > seq_len:
             raise UserError(
                 f"finetune.seq_len={config.seq_len} is past the model's {seq_len} tokens; lower "
                 f"it, or pretrain with model.max_seq_len={config.seq_len}"
             )
-        with display.stage("texts"), ray_session(experiment.ray):
+        with display.stage("texts"), nullcontext() if bare else ray_session(experiment.ray):
             display.line("reading and tokenizing labelled texts")
             prepared = prepare_data(config, Tokenizer.load(tokenizer), seq_len, run / "data")
         skipped = "".join(f", {n:,} skipped ({why})" for why, n in prepared.skipped.items())

@@ -24,6 +24,7 @@ from raybert.model import hub
 from raybert.model.encoder import Encoder, ModelConfig, flops_per_token
 from raybert.model.heads import Classifier, HeadConfig
 from raybert.storage import Folder
+from raybert.text import sources
 from raybert.text.order import deal
 from raybert.text.preprocess import LengthOrder, Preprocessing, pad
 from raybert.text.sources import Labelled, SourceConfig, cut, labelled
@@ -35,6 +36,7 @@ from raybert.train.scores import classification_scores
 from raybert.train.settings import TrainConfig
 
 LAYERS = "encoder.layers."
+DATA = "data.json"
 
 
 class FinetuneConfig(TrainConfig):
@@ -129,7 +131,7 @@ class Texts:
             data = b""
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise DamagedError(
-                f"{folder.join(file.name)} is damaged; delete it and run the command again"
+                f"{folder.join(file.name)} is damaged; delete {folder} and run the command again"
             )
         table = pq.read_table(io.BytesIO(data)).combine_chunks()
         column = table["input_ids"].chunk(0)
@@ -141,6 +143,7 @@ class Texts:
 class Prepared(Settings):
     """What `prepare_data` made: written beside the files, and last."""
 
+    made_from: dict[str, Any]
     train: DataFile
     validation: DataFile
     labels: list[str]
@@ -159,8 +162,11 @@ def prepare_data(
     Raises:
         DataError: whatever is wrong with the texts or labels.
     """
-    if folder.exists("data.json"):
-        return Prepared.model_validate(folder.read_json("data.json"))
+    made_from = _made_from(config, tokenizer, seq_len)
+    made = prepared_data(folder)
+    if made is not None and made.made_from == made_from:
+        return made
+    folder.delete(DATA)
     texts = labelled(config.source)
     if config.validation is not None:
         train, validation = texts, labelled(config.validation, names=texts.names)
@@ -174,14 +180,32 @@ def prepare_data(
         for name, part in (("train", train), ("validation", validation))
     }
     prepared = Prepared(
+        made_from=made_from,
         **files,
         labels=texts.names,
         seq_len=how.seq_len,
         head_tokens=how.head_tokens,
         skipped=texts.skipped,
     )
-    folder.write_json("data.json", prepared.model_dump())
+    folder.write_json(DATA, prepared.model_dump())
     return prepared
+
+
+def prepared_data(folder: Folder) -> Prepared | None:
+    """What `prepare_data` has made in a folder; None where it has not."""
+    return Prepared.model_validate(folder.read_json(DATA)) if folder.exists(DATA) else None
+
+
+def _made_from(config: FinetuneConfig, tokenizer: Tokenizer, seq_len: int) -> dict[str, Any]:
+    """All that decides what `prepare_data` makes."""
+    used = {"source", "validation", "validation_fraction", "head_share", "seed"}
+    given = [config.source, *([config.validation] if config.validation else [])]
+    return {
+        **config.model_dump(mode="json", include=used),
+        "files": [sources.fingerprint(source, labels=True) for source in given],
+        "tokenizer": tokenizer.hash,
+        "seq_len": seq_len,
+    }
 
 
 def _tokenize(part: Labelled, tokenizer: Tokenizer, how: Preprocessing) -> Texts:

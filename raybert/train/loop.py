@@ -182,6 +182,11 @@ class Loop:
             result = self._train()
             if self._store is not None:
                 self._store.wait()
+        except Exception:
+            if self._store is not None:  # the checkpoint under way is worth the wait
+                with contextlib.suppress(RaybertError):
+                    self._store.wait()
+            raise
         finally:
             if self._log is not None:
                 self._log.close()

@@ -8,12 +8,14 @@ the merged lines in `metrics.jsonl`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from raybert.errors import StorageError
 from raybert.storage import Folder
 
 MERGED = "metrics.jsonl"
@@ -35,12 +37,20 @@ class MetricsLog:
         self.write({"kind": "event", "step": first_step, "event": "start", "attempt": attempt})
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one record; its time is added. NaN and infinity become null, as JSON demands."""
+        """Write one record; its time is added. NaN and infinity become null, as JSON demands.
+
+        Raises:
+            StorageError: the disk is full.
+        """
         record = {"kind": record["kind"], "time": round(time.time(), 3), **record}
         line = json.dumps(_finite(record), ensure_ascii=False)
         if self._file is not None:
-            self._file.write(line + "\n")
-            self._file.flush()
+            try:
+                self._file.write(line + "\n")
+                self._file.flush()
+            except OSError as error:
+                name = self._folder.join(self._name)
+                raise StorageError(f"writing {name} failed: {error.strerror or error}") from None
         else:
             self._lines.append(line)
 
@@ -53,7 +63,8 @@ class MetricsLog:
         """Write what is left."""
         self.flush()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what can't be written was told by `write`
+                self._file.close()
 
 
 def read_metrics(run: Folder) -> list[dict[str, Any]]:

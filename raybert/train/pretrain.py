@@ -297,7 +297,7 @@ def fillings(
     batch = torch.from_numpy(ids)[None].to(device)
     with torch.inference_mode():
         logits = model.logits(batch, None, torch.from_numpy(where).to(device))
-    probabilities, best = logits.float().softmax(-1).topk(top)
+    probabilities, best = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
     return [
         [
             {"token": tokenizer.hf.id_to_token(int(i)), "probability": round(float(p), 5)}

@@ -7,9 +7,13 @@ be the run that was begun: apart from budget, workers and logging, no setting ma
 from __future__ import annotations
 
 import platform
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +24,7 @@ from raybert.errors import ConfigError, DamagedError
 from raybert.storage import Folder
 from raybert.train.checkpoint import CheckpointStore, begin_attempt
 from raybert.train.group import Group, use_threads
-from raybert.train.loop import Batch, Loop, Task
+from raybert.train.loop import Batch, Loop, Stopped, Task
 from raybert.train.meters import MetricsLog, merge_metrics
 from raybert.train.settings import MAY_CHANGE, TrainConfig
 
@@ -137,10 +141,46 @@ def execute(
 def execute_bare(
     job: Job, run: Folder, *, on_progress: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Train in this process, without Ray."""
+    """Train in this process, without Ray.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C; a checkpoint of the last step is written.
+    """
     device = torch.device("cuda" if _wants_gpu(job.config) else "cpu")
     attempt = begin_attempt(run)
-    return execute(job, run, attempt, Group(device=device), Feed(), on_progress=on_progress)
+    group = Group(device=device)
+    try:
+        with _interruptible() as is_interrupted:
+            return execute(
+                job,
+                run,
+                attempt,
+                group,
+                Feed(),
+                on_progress=on_progress,
+                should_stop=is_interrupted,
+            )
+    except Stopped:
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Make the first Ctrl-C a wish to stop after a checkpoint; the second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # has no say over signals
+        yield asked.is_set
+        return
+
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _wants_gpu(config: TrainConfig) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raybert.config import Settings
 
@@ -76,6 +76,11 @@ class TrainConfig(Settings):
         120, gt=0, description="seconds after which a silent worker counts as lost"
     )
     digests: bool = Field(False, description="write a digest of every micro-batch, to compare runs")
+
+    @field_validator("gpu", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        return ("no", "yes")[value] if isinstance(value, bool) else value  # as YAML reads them
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

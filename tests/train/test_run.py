@@ -1,0 +1,206 @@
+"""Runs: what a folder remembers, what may change, how a run ends and goes on."""
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from making import make_corpus, pretrain_job, same_tensors
+
+from raybert.config import dump, load
+from raybert.errors import ConfigError, StorageError
+from raybert.experiment import Experiment
+from raybert.storage import Folder
+from raybert.train.checkpoint import CheckpointStore
+from raybert.train.meters import MERGED, MetricsLog, read_metrics
+from raybert.train.run import CONFIG, RESULT, execute_bare, open_run, read_digests
+from raybert.train.settings import MAY_CHANGE
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = Folder(tmp_path_factory.mktemp("run")) / "corpus"
+    make_corpus(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Folder(tmp_path) / "run"
+
+
+def yaml(*overrides):
+    return dump(load(Experiment, None, overrides))
+
+
+def reopen(run, *overrides, stage="pretrain", sections=("corpus", "model")):
+    return open_run(run, yaml(*overrides), stage, sections)
+
+
+# The configuration of a run ----------------------------------------------------------------------
+
+
+def test_a_changed_setting_is_refused_with_key_and_both_values(run):
+    assert reopen(run, "pretrain.lr=0.001") is None
+    with pytest.raises(ConfigError) as caught:
+        reopen(run, "pretrain.lr=0.002", "pretrain.seed=7")
+    assert str(caught.value) == (
+        f"{run} has begun with other settings (pretrain.seed: 0 -> 7; pretrain.lr: 0.001 -> "
+        "0.002); set them back, or choose another run.name"
+    )
+
+
+@pytest.mark.parametrize(
+    "override", ["corpus.seq_len=64", "model.num_layers=3", "pretrain.masking.mask_rate=0.3"]
+)
+def test_whatever_decides_the_result_is_refused(run, override):
+    reopen(run)
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        reopen(run, override)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["finetune.lr=0.5"],
+        ["evaluate.source.split=train"],
+        ["ray.logs=true"],
+        ["pretrain.workers=2"],
+        ["pretrain.minutes=5"],
+        ["pretrain.log_every=3", "pretrain.evaluations=2"],
+    ],
+)
+def test_other_stages_budget_workers_and_logging_may_change(run, overrides):
+    reopen(run)
+    assert reopen(run, *overrides) is None
+    assert run.read_text(CONFIG) == yaml(*overrides)
+
+
+def test_every_setting_that_may_change_may_change(run):
+    reopen(run)
+    before = Experiment().pretrain.model_dump()
+    values = {"steps": 3, "tokens": 3, "minutes": 3, "gpu": "no", "on_non_finite": "stop"}
+    for key in MAY_CHANGE:
+        value = values.get(key)
+        if value is None:
+            value = True if key == "digests" else (before[key] or 0) + 1
+        limit = {"steps", "tokens", "minutes"} & {key}
+        more = ["pretrain.epochs=null"] if limit else []
+        assert reopen(run, f"pretrain.{key}={value}", *more) is None
+
+
+def test_a_finished_run_gives_its_result_and_still_refuses_changes(run):
+    reopen(run)
+    run.write_json(RESULT, {"step": 9})
+    before = run.read_text(CONFIG)
+    assert reopen(run, "pretrain.log_every=3") == {"step": 9}
+    assert run.read_text(CONFIG) == before
+    with pytest.raises(ConfigError, match="is finished with other settings"):
+        reopen(run, "pretrain.lr=0.5")
+
+
+# Running bare ------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_model_result_metrics_and_digests(corpus, run):
+    job = pretrain_job(corpus, steps=3, digests=True)
+    result = execute_bare(job, run, on_progress=lambda record: None)
+    assert result["step"] == 3
+    assert result == run.read_json(RESULT)
+    assert (run / "model").exists("config.json")
+    assert (run / "model").exists("model.safetensors")
+    assert run.exists(MERGED)
+    assert [r["step"] for r in read_metrics(run) if r["kind"] == "train"] == [1, 2, 3]
+    digests = read_digests(run)
+    assert sorted(digests) == [(step, slot) for step in range(3) for slot in range(2)]
+    assert len(set.union(*digests.values())) == 6
+    assert result["machine"]["threads"] == 1
+
+
+def test_the_model_has_the_weights_of_the_best_evaluation(corpus, run):
+    from raybert.model import hub
+
+    job = pretrain_job(corpus, steps=6, evaluations=3, lr=0.3, schedule="constant", seed=1)
+    result = execute_bare(job, run, on_progress=lambda record: None)
+    evaluations = [r for r in read_metrics(run) if r["kind"] == "eval"]
+    best = max(evaluations, key=lambda record: record["score"])["step"]
+    assert result["best_step"] == best
+    store = CheckpointStore(run, 99, keep=2)
+    found = hub.load_masked_lm(run / "model").state_dict()
+    expected = store.load(best).model
+    for name in found:
+        assert torch.equal(found[name], expected[name])
+    others = [step for step in store.steps() if step != best]
+    assert not all(same_tensors(store.load(step).model, expected) for step in others)
+
+
+class Interrupts:
+    """Presses Ctrl-C as soon as a step is logged."""
+
+    def __init__(self, at):
+        self._at = at
+
+    def __call__(self, record):
+        if record["kind"] == "train" and record["step"] in self._at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_exactly(corpus, tmp_path):
+    job = pretrain_job(corpus, {"dropout": 0.1}, steps=6)
+    whole, parted = Folder(tmp_path / "whole"), Folder(tmp_path / "parted")
+    execute_bare(job, whole, on_progress=lambda record: None)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        execute_bare(job, parted, on_progress=Interrupts([4]))
+    assert signal.getsignal(signal.SIGINT) == before
+    assert CheckpointStore(parted, 99, 2).steps() == [4]
+    assert not parted.exists(RESULT)
+    assert execute_bare(job, parted, on_progress=lambda record: None)["step"] == 6
+    left, right = (CheckpointStore(run, 99, 2).load(6) for run in (whole, parted))
+    assert same_tensors(left.model, right.model)
+    assert same_tensors(left.optimizer, right.optimizer)
+
+
+def test_a_second_ctrl_c_does_not_wait(corpus, run):
+    def twice(record):
+        if record["kind"] == "train" and record["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        execute_bare(pretrain_job(corpus), run, on_progress=twice)
+    assert CheckpointStore(run, 99, 2).steps() == []
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(corpus, run):
+    before = signal.getsignal(signal.SIGINT)
+    results = []
+    job = pretrain_job(corpus, steps=2)
+    thread = threading.Thread(
+        target=lambda: results.append(execute_bare(job, run, on_progress=lambda record: None))
+    )
+    thread.start()
+    thread.join()
+    assert results[0]["step"] == 2
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(corpus, run, monkeypatch):
+    """The metrics can't be written any more: an error of ours, and what was saved stays."""
+    job = pretrain_job(corpus, steps=6, checkpoint_steps=2)
+    write = MetricsLog.write
+
+    def full(self, record):
+        if record["step"] == 5:
+            self._file.close()
+            self._file = open("/dev/full", "w")  # noqa: SIM115 - the log closes it
+        write(self, record)
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    with pytest.raises(StorageError, match=r"^writing .*metrics/0001.jsonl failed: No space left"):
+        execute_bare(job, run, on_progress=lambda record: None)
+    monkeypatch.undo()
+    assert CheckpointStore(run, 99, 2).steps() == [2, 4]
+    assert execute_bare(job, run, on_progress=lambda record: None)["step"] == 6
+    assert [r["step"] for r in read_metrics(run) if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
