@@ -59,11 +59,12 @@ class Group:
         ids = [self.device] if self.device.type == "cuda" else None
         wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
         if deterministic:
-            wrapped.register_comm_hook(None, _sum_in_rank_order)
+            # A lambda, for DDP refuses a hook whose annotations are strings, as they are here.
+            wrapped.register_comm_hook(None, lambda state, bucket: _sum_in_rank_order(bucket))
         return wrapped
 
 
-def _sum_in_rank_order(state: None, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+def _sum_in_rank_order(bucket: Any) -> torch.futures.Future[torch.Tensor]:
     """Average a bucket by adding the ranks' gradients in the order of ranks.
 
     A ring adds each chunk in an order that follows from where it lies in its bucket, and DDP lays
