@@ -25,16 +25,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from meter import Meter
 
 from raybert.storage import Folder
 from raybert.text import sources, vocabulary
@@ -204,44 +203,6 @@ def memory(listing: Path, threads: int) -> dict[str, int]:
     meter.stop.set()
     meter.join()
     return {"peak": meter.peak, "documents": manifest.info["documents_read"]}
-
-
-class Meter(threading.Thread):
-    """Watches this process and its descendants, and with them all of a local Ray."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.stop, self.peak = threading.Event(), 0
-
-    def run(self) -> None:
-        """Look four times a second until told to stop."""
-        while not self.stop.wait(0.25):
-            me = psutil.Process()
-            private = sum(map(private_pss, [me.pid, *(c.pid for c in me.children(recursive=True))]))
-            self.peak = max(self.peak, private + plasma_in_use(me))
-
-
-def private_pss(pid: int) -> int:
-    """PSS of a process without shared memory, in bytes."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    sizes = {line.split()[0]: int(line.split()[1]) for line in lines[1:]}
-    return (sizes["Pss:"] - sizes.get("Pss_Shmem:", 0)) * 1024
-
-
-def plasma_in_use(me: psutil.Process) -> int:
-    """The bytes in use of the object store: of an unlinked file that the raylet keeps open."""
-    for child in me.children(recursive=True):
-        if child.name() == "raylet":
-            for link in Path(f"/proc/{child.pid}/fd").iterdir():
-                try:
-                    if "plasma" in os.readlink(link):
-                        return os.stat(link).st_blocks * 512
-                except OSError:
-                    continue
-    return 0
 
 
 def start_ray(threads: int) -> None:

@@ -46,8 +46,6 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
         UserError: the cluster does not answer.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own notice, answered
-    if not config.logs:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     address = config.address or os.environ.get("RAY_ADDRESS")

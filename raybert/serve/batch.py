@@ -79,6 +79,7 @@ def score(
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(size=min(workers, len(pieces))),
                 num_cpus=1,
+                max_restarts=0,  # a lost actor ends the command, which is short and starts anew
             )
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
