@@ -21,6 +21,7 @@ import torch
 from raybert import __version__
 from raybert.config import differences, parse_yaml
 from raybert.errors import ConfigError, DamagedError
+from raybert.model.allocator import keep_freed_memory
 from raybert.storage import Folder
 from raybert.train.checkpoint import CheckpointStore, begin_attempt
 from raybert.train.group import Group, use_threads
@@ -109,6 +110,8 @@ def execute(
     """Train on this worker, and on rank 0 write the finished model and the result."""
     config = job.config
     threads = use_threads(config.threads, workers_here)
+    if group.device.type == "cpu":
+        keep_freed_memory()
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     task = job.make_task(group, feed)
     store = CheckpointStore(run, attempt, config.keep_checkpoints)
