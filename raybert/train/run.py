@@ -11,10 +11,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 
@@ -126,9 +127,8 @@ def execute(
         should_stop=should_stop,
         on_batch=digests,
     )
-    outcome = loop.run()
-    if digests is not None:
-        digests.close()
+    with nullcontext() if digests is None else closing(digests):
+        outcome = loop.run()
     result: dict[str, Any] = {}
     if group.rank == 0:
         _load_best(task, store, outcome["best_step"])
@@ -226,24 +226,32 @@ def _processor() -> str:
 
 
 class _DigestLog:
-    """Writes the digest of every micro-batch: `digests/<attempt>-<rank>.txt`."""
+    """Writes the digest of every micro-batch: `digests/<attempt>-<rank>.txt`.
+
+    On a disk line by line, so that a killed worker's are there to be compared.
+    """
 
     def __init__(self, run: Folder, attempt: int, rank: int) -> None:
         self._folder, self._name = run / "digests", f"{attempt:04d}-{rank:04d}.txt"
         self._lines: list[str] = []
-        self._step = -1
+        self._file: TextIO | None = None
+        if self._folder.is_local:
+            path = Path(self._folder.join(self._name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w", encoding="utf-8", buffering=1)
 
     def __call__(self, batch: Batch) -> None:
-        if batch.step != self._step and self._step % 20 == 0:
-            self._write()  # often enough that a killed worker's digests can be compared
-        self._step = batch.step
-        self._lines.append(f"{batch.step} {batch.slot} {batch.digest()}\n")
+        line = f"{batch.step} {batch.slot} {batch.digest()}\n"
+        if self._file is not None:
+            self._file.write(line)
+        else:
+            self._lines.append(line)
 
     def close(self) -> None:
-        self._write()
-
-    def _write(self) -> None:
-        self._folder.write_text(self._name, "".join(self._lines))
+        if self._file is not None:
+            self._file.close()
+        else:
+            self._folder.write_text(self._name, "".join(self._lines))
 
 
 def read_digests(run: Folder) -> dict[tuple[int, int], set[str]]:
