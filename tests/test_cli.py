@@ -1,0 +1,562 @@
+"""The command line: from raw reviews to answers, and one clear line for whatever goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from making import MODEL, make_corpus, reviews, tokenizer_of, write_csv
+
+from raybert import cli
+from raybert.config import build
+from raybert.storage import Folder
+from raybert.text.corpus import CorpusConfig
+
+RAYBERT = Path(sys.executable).with_name("raybert")
+
+
+class Result:
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self):
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def raybert(capsys, monkeypatch):
+    """Run the command line in this process."""
+
+    def run(*arguments, stdin=b""):
+        import io
+
+        torch.set_num_threads(1)
+        monkeypatch.setattr(sys, "argv", ["raybert", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+def refused(result):
+    """The one line that a mistake ends in; what progress said before it does not count."""
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("raybert: ")]
+    assert result.code == 2, result.err
+    assert "Traceback" not in result.err
+    assert len(said) == 1 and lines[-1] == said[0], result.err
+    return said[0].removeprefix("raybert: ")
+
+
+class Experiment:
+    """An experiment's folder with its configuration, and a corpus that was made without Ray."""
+
+    def __init__(self, path, corpus=True, **finetune):
+        self.path = path
+        folder = Folder(path)
+        self.texts = write_csv(folder, "labelled.csv", reviews(160))
+        self.config = path / "tiny.yaml"
+        self.values = {
+            "run": {"name": "tiny", "storage": str(path / "runs")},
+            "corpus": {
+                "source": {"path": self.texts},
+                "tokenizer": {"kind": "words", "vocab_size": 512, "min_frequency": 1},
+                "seq_len": 16,
+                "heldout_fraction": 0.1,
+                "rows_per_part": 16,
+                "rows_per_group": 4,
+            },
+            "model": MODEL,
+            "pretrain": {
+                "steps": 4,
+                "global_batch_size": 8,
+                "micro_batch_size": 4,
+                "evaluations": 1,
+                "evaluation_rows": 8,
+                "threads": 1,
+                "precision": "fp32",
+                "checkpoint_steps": 1,
+                "checkpoint_minutes": None,
+                "log_every": 1,
+                "examples": ["the film was [MASK]"],
+            },
+            "finetune": {
+                "source": {"path": self.texts},
+                "seq_len": 32,
+                "global_batch_size": 16,
+                "micro_batch_size": 8,
+                "epochs": 8,
+                "lr": 1e-2,
+                "threads": 1,
+                "precision": "fp32",
+                **finetune,
+            },
+            "evaluate": {"source": {"path": str(path / "test.csv")}},
+        }
+        write_csv(folder, "test.csv", reviews(80, seed=1))
+        self.config.write_text(json.dumps(self.values))  # JSON is YAML
+        self.folder = folder / "runs" / "tiny"
+        if corpus:
+            config = build(CorpusConfig, self.values["corpus"], "test")
+            make_corpus(self.folder / "corpus", texts=[t for t, _ in reviews(160)], config=config)
+
+    @property
+    def run(self):
+        return self.path / "runs" / "tiny"
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    return Experiment(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An experiment that is pretrained and fine-tuned, bare."""
+    from raybert import pipeline
+    from raybert.config import load
+    from raybert.display import Display
+    from raybert.experiment import Experiment as Configured
+
+    torch.set_num_threads(1)
+    experiment = Experiment(tmp_path_factory.mktemp("trained"))
+    configured = load(Configured, experiment.config)
+    pipeline.pretrain(configured, Display(quiet=True), bare=True)
+    pipeline.finetune(configured, Display(quiet=True), bare=True)
+    return experiment
+
+
+# What a user asks --------------------------------------------------------------------------------
+
+
+def test_a_classifier_answers_raw_texts(raybert, trained):
+    done = raybert("predict", "-m", trained.run, "a wonderful superb film", "an awful boring film")
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [row["label"] for row in rows] == ["pos", "neg"]
+    assert rows[0]["score"] > 0.9
+    assert sum(rows[0]["scores"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_texts_come_from_standard_input_too(raybert, trained):
+    done = raybert("predict", "-m", trained.run, stdin=b"superb, moving\n\n  \nclumsy, tedious\n")
+    assert [json.loads(line)["label"] for line in done.out.splitlines()] == ["pos", "neg"]
+
+
+def test_a_mask_is_filled(raybert, trained):
+    done = raybert("fill-mask", "-m", trained.run, "the [MASK] was superb", "--json", "--top", 3)
+    [guesses] = done.json["masks"]
+    assert len(guesses) == 3
+    assert guesses[0]["probability"] >= guesses[1]["probability"]
+
+
+def test_three_masks_are_filled_each(raybert, trained):
+    done = raybert("fill-mask", "-m", trained.run, "[MASK] [MASK] was [MASK]", "--json")
+    assert [len(guesses) for guesses in done.json["masks"]] == [5, 5, 5]
+
+
+def test_more_guesses_than_words_are_all_words(raybert, trained):
+    done = raybert("fill-mask", "-m", trained.run, "a [MASK]", "--json", "--top", 100000)
+    assert (
+        len(done.json["masks"][0])
+        == json.loads((trained.run / "corpus" / "manifest.json").read_text())["vocab_size"]
+    )
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_finished_run_says_so_and_gives_its_result(raybert, trained, stage):
+    before = {path: path.stat().st_mtime_ns for path in (trained.run / stage).rglob("*")}
+    done = raybert(stage, "-c", trained.config, "--bare", "--json")
+    assert done.code == 0
+    assert "is finished already, at step" in done.err
+    assert (
+        done.json["step"] == json.loads((trained.run / stage / "result.json").read_text())["step"]
+    )
+    assert before == {path: path.stat().st_mtime_ns for path in (trained.run / stage).rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "words"),
+    [
+        ("pretrain", "pretrain.lr=0.5", "is finished with other settings (pretrain.lr: 0.001 ->"),
+        ("pretrain", "model.num_layers=2", "(model.num_layers: 1 -> 2); set them back, or choose"),
+        ("finetune", "finetune.label_smoothing=0.1", "finetune.label_smoothing: 0.0 -> 0.1"),
+    ],
+)
+def test_a_finished_run_refuses_other_settings(raybert, trained, stage, override, words):
+    done = raybert(stage, "-c", trained.config, "--bare", "--set", override)
+    assert words in refused(done)
+
+
+def test_a_report_is_written(raybert, trained):
+    done = raybert("report", trained.run)
+    assert done.code == 0, done.err
+    path = Path(done.out.strip())
+    assert "<html" in path.read_text()
+    assert path.parent == trained.run
+
+
+def test_config_prints_what_it_reads(raybert, experiment, tmp_path):
+    done = raybert("config", "-c", experiment.config, "--set", "pretrain.lr=1e-5")
+    (tmp_path / "again.yaml").write_text(done.out)
+    again = raybert("config", "-c", tmp_path / "again.yaml")
+    assert again.out == done.out
+    assert "lr: 1.0e-05" in done.out
+
+
+def test_the_schema_is_json(raybert):
+    assert raybert("config", "--schema").code == 0
+    schema = json.loads(raybert("config", "--schema").out)
+    assert schema["additionalProperties"] is False
+    assert "pretrain" in schema["properties"]
+
+
+def test_versions_are_shown(raybert):
+    assert [line.split()[0] for line in raybert("version").out.splitlines()][:2] == [
+        "raybert",
+        "ray",
+    ]
+
+
+# What goes wrong: the configuration and the model ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("pretrain.stps=3", "unknown key pretrain.stps; did you mean pretrain.steps?"),
+        (
+            "pretrain.micro_batch_size=3",
+            "pretrain.global_batch_size=8 is not a multiple of pretrain.micro_batch_size=3; "
+            "use 6 or 9",
+        ),
+        ("pretrain.lr", "--set pretrain.lr: expected `key=value`"),
+        ("pretrain.minutes=5", "are both limits of the run; keep one"),
+        ("pretrain.examples=[no mask]", "'no mask' has no [MASK]; put one where a word is"),
+        ("model.max_seq_len=8", "corpus.seq_len=16 is past model.max_seq_len=8; set model.max_"),
+        ("corpus.seq_len=8", "was made with corpus.seq_len=16, now it is 8"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(raybert, experiment, override, words):
+    done = raybert("pretrain", "-c", experiment.config, "--bare", "--set", override)
+    assert words in refused(done)
+    assert not (experiment.run / "pretrain" / "config.yaml").exists()
+
+
+def test_a_configuration_that_is_not_there(raybert):
+    assert refused(raybert("pretrain", "-c", "/none.yaml")) == (
+        "--config /none.yaml: No such file or directory"
+    )
+
+
+def test_a_corpus_that_is_not_there(raybert, tmp_path):
+    bare = Experiment(tmp_path, corpus=False)
+    words = "no corpus here (manifest.json is missing); make one with `raybert corpus`"
+    assert words in refused(raybert("pretrain", "-c", bare.config, "--bare"))
+
+
+def test_a_corpus_of_another_tokenizer(raybert, experiment):
+    tokenizer_of(["other words altogether"]).save(experiment.folder / "corpus")
+    done = raybert("pretrain", "-c", experiment.config, "--bare")
+    assert "tokenizer.json is not the one that made the corpus" in refused(done)
+
+
+def test_a_part_cut_short(raybert, experiment):
+    part = experiment.run / "corpus" / "train-00000.parquet"
+    data = part.read_bytes()
+    part.write_bytes(data[:-100])
+    message = refused(raybert("pretrain", "-c", experiment.config, "--bare"))
+    assert f"{part} has {len(data) - 100:,} bytes, its manifest says {len(data):,}" in message
+    part.unlink()
+    message = refused(raybert("pretrain", "-c", experiment.config, "--bare"))
+    assert f"{part} is missing" in message
+
+
+def test_fine_tuning_before_pretraining(raybert, experiment):
+    done = raybert("finetune", "-c", experiment.config, "--bare")
+    assert "is not there yet; run `raybert pretrain` first" in refused(done)
+
+
+def test_fine_tuning_past_the_models_length(raybert, trained, tmp_path):
+    done = raybert(
+        "finetune", "-c", trained.config, "--bare", "-n", "other", "--set",
+        f"finetune.initialize_from={trained.run}/pretrain", "--set", "finetune.seq_len=65",
+    )  # fmt: skip
+    assert "finetune.seq_len=65 is past the model's 64 tokens" in refused(done)
+
+
+def test_a_model_that_is_not_there(raybert, tmp_path):
+    for command in (["predict", "-m", tmp_path, "x"], ["fill-mask", "-m", tmp_path, "[MASK]"]):
+        assert "no model here (config.json is missing)" in refused(raybert(*command))
+
+
+def test_a_model_of_the_other_kind(raybert, trained):
+    refused(raybert("predict", "-m", trained.run / "pretrain", "a text"))
+    refused(raybert("fill-mask", "-m", trained.run / "finetune", "a [MASK]"))
+
+
+def test_weights_cut_short(raybert, trained, tmp_path):
+    import shutil
+
+    shutil.copytree(trained.run / "finetune" / "model", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    assert "model.safetensors is damaged" in refused(
+        raybert("predict", "-m", tmp_path / "model", "x")
+    )
+
+
+def test_a_text_without_a_mask_and_one_too_long(raybert, trained):
+    def fill(text):
+        return refused(raybert("fill-mask", "-m", trained.run, text))
+
+    assert fill("no mask at all") == (
+        "'no mask at all' has no [MASK]: put one where a word is to be guessed"
+    )
+    assert fill("film " * 50_000 + "[MASK]").startswith(
+        "the text has 50,003 tokens, the model reads 64; shorten it around the [MASK]"
+    )
+
+
+def test_standard_input_that_is_not_utf8(raybert, trained):
+    message = refused(raybert("predict", "-m", trained.run, stdin=b"good\nb\xffd\n"))
+    assert message.startswith("standard input: line 2 is not UTF-8")
+
+
+def test_input_without_output(raybert, trained):
+    message = refused(raybert("predict", "-m", trained.run, "-i", trained.texts))
+    assert message.startswith("--input needs --output")
+
+
+def test_a_report_on_nothing(raybert, tmp_path):
+    assert "no such folder" in refused(raybert("report", tmp_path / "none"))
+
+
+# What goes wrong: labelled texts -----------------------------------------------------------------
+
+
+def damaged_rows():
+    good = "".join(f'"{text}",{label}\n' for text, label in reviews(40)).encode()
+    head = b"text,label\n"
+    return {
+        "missing column": (b"body,label\n" + good, "text"),
+        "missing label column": (b"text,sentiment\n" + good, "label"),
+        "no label": (head + good + b"a film,\n", "no label"),
+        "empty": (head + good + b",pos\n", "empty"),
+        "white space": (head + good + b'"  \t ",pos\n', "empty"),
+        "not UTF-8": (head + good + b"a f\xfflm,pos\n", "not UTF-8"),
+        "one label": (head + b"a,pos\nb,pos\n", "every row has the label 'pos'"),
+        "nothing": (head, "no documents"),
+    }
+
+
+@pytest.mark.parametrize("kind", damaged_rows())
+def test_labelled_texts_that_can_not_be_used(raybert, trained, tmp_path, kind):
+    data, words = damaged_rows()[kind]
+    path = tmp_path / "bad.csv"
+    path.write_bytes(data)
+    message = refused(finetune(raybert, trained, path))
+    assert words in message
+    assert str(path) in message
+    if kind in ("no label", "empty", "white space", "not UTF-8"):
+        assert "row 41" in message or "line 42" in message
+
+
+def finetune(raybert, trained, path, *more):
+    return raybert(
+        "finetune", "-c", trained.config, "--bare", "-n", path.stem, "--set",
+        f"finetune.initialize_from={trained.run}/pretrain", "--set",
+        f"finetune.source.path={path}", "--set", "finetune.epochs=0.1", *more,
+    )  # fmt: skip
+
+
+def test_a_file_that_is_not_there(raybert, trained, tmp_path):
+    assert str(tmp_path / "none.csv") in refused(finetune(raybert, trained, tmp_path / "none.csv"))
+
+
+def test_a_label_that_is_not_in_the_set(raybert, trained, tmp_path):
+    path = write_csv(Folder(tmp_path), "third.csv", [*reviews(40), ("so so", "meh")])
+    done = finetune(raybert, trained, Path(path), "--set", "finetune.source.labels=[neg, pos]")
+    assert "label 'meh' is not one of labels=['neg', 'pos']" in refused(done)
+
+
+def test_an_archive_cut_short(raybert, trained, tmp_path):
+    path = tmp_path / "aclImdb.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for index, (text, label) in enumerate(reviews(200)):
+            file = tmp_path / "review.txt"
+            file.write_text(text + os.urandom(64).hex())
+            archive.add(file, f"aclImdb/train/{label}/{index}_1.txt")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    message = refused(finetune(raybert, trained, path))
+    assert "aclImdb.tar.gz" in message
+
+
+def test_bad_rows_are_skipped_and_counted_if_so_configured(raybert, trained, tmp_path):
+    path = tmp_path / "skips.csv"
+    path.write_bytes(damaged_rows()["not UTF-8"][0] + b",pos\n,neg\n")
+    done = finetune(raybert, trained, path, "--set", "finetune.source.on_bad_row=skip")
+    assert done.code == 0, done.err
+    assert "1 skipped (not UTF-8)" in done.err
+    assert "2 skipped (empty)" in done.err
+
+
+def test_texts_are_made_anew_while_the_run_has_not_begun(raybert, trained, tmp_path):
+    """A setting that was refused late leaves nothing behind that the next try would use."""
+    path = Path(write_csv(Folder(tmp_path), "late.csv", reviews(60)))
+    bad = finetune(raybert, trained, path, "--set", "finetune.class_weights=[1.0]")
+    assert "finetune.class_weights has 1 values, the data 2 labels" in refused(bad)
+    data = trained.path / "runs" / "late" / "finetune" / "data" / "data.json"
+    assert json.loads(data.read_text())["train"]["rows"] == 54
+    done = finetune(raybert, trained, path, "--set", "finetune.validation_fraction=0.5")
+    assert done.code == 0, done.err
+    assert json.loads(data.read_text())["train"]["rows"] == 30
+
+
+def test_prepared_texts_cut_short_say_what_to_delete(raybert, trained, tmp_path):
+    import shutil
+
+    path = Path(write_csv(Folder(tmp_path), "hurt.csv", reviews(60)))
+    assert finetune(raybert, trained, path).code == 0
+    run = trained.path / "runs" / "hurt" / "finetune"
+    (run / "result.json").unlink()
+    file = run / "data" / "train.parquet"
+    file.write_bytes(file.read_bytes()[:-9])
+    message = refused(finetune(raybert, trained, path))
+    assert f"{file} is damaged; delete {run}/data and run the command again" in message
+    shutil.rmtree(run / "data")
+    assert finetune(raybert, trained, path).code == 0
+
+
+# What goes wrong in between ----------------------------------------------------------------------
+
+
+def start(*arguments):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [RAYBERT, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
+
+
+def wait_for(path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not list(path.parent.glob(path.name)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{path} does not come"
+        time.sleep(0.05)
+
+
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(raybert, experiment):
+    command = ("pretrain", "-c", experiment.config, "--bare", "--set", "pretrain.steps=100000")
+    process = start(*command)
+    try:
+        wait_for(experiment.run / "pretrain" / "checkpoints" / "step-*.json", process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "raybert: interrupted; run the same command again to go on"
+    assert "Traceback" not in err
+    commits = sorted((experiment.run / "pretrain" / "checkpoints").glob("*.json"))
+    reached = json.loads(commits[-1].read_text())["step"]
+
+    changed = raybert(*command, "--set", "pretrain.lr=0.5")
+    assert "has begun with other settings (pretrain.lr: 0.001 -> 0.5)" in refused(changed)
+
+    # The newest checkpoint is cut short: it is named, and the one before is taken.
+    weights = commits[-1].with_suffix("") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    done = raybert(*command[:-1], f"pretrain.steps={reached + 2}")
+    assert done.code == 0, done.err
+    assert f"{weights} is cut short" in done.err
+    assert json.loads((experiment.run / "pretrain" / "result.json").read_text())["restarts"] == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.yaml"])
+def test_a_full_disk_is_one_line(raybert, experiment, monkeypatch, name):
+    import errno
+
+    from raybert import storage
+
+    write = storage._write_local
+
+    def full(path, data):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data)
+
+    monkeypatch.setattr(storage, "_write_local", full)
+    message = refused(raybert("pretrain", "-c", experiment.config, "--bare"))
+    assert message.startswith("writing ")
+    assert message.endswith(f"{name} failed: No space left on device")
+    monkeypatch.undo()
+
+
+def test_debug_shows_the_traceback(raybert, monkeypatch):
+    from raybert.errors import ConfigError
+
+    monkeypatch.setattr(cli, "_DEBUG", False)
+    with pytest.raises(ConfigError):
+        raybert("--debug", "pretrain", "-c", "/none.yaml")
+    cli._DEBUG = False
+
+
+# All stages, with Ray Data and Ray Train ---------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_from_raw_reviews_to_a_measured_classifier(raybert, ray_session, tmp_path):
+    experiment = Experiment(tmp_path, corpus=False)
+    at = ("-c", experiment.config)
+    made = raybert("corpus", *at, "--json")
+    assert made.code == 0, made.err
+    assert made.json["rows"]["train"] > 50
+    again = raybert("corpus", *at, "--json")
+    assert "is made already" in again.err
+    assert again.json["rows"] == made.json["rows"]
+    assert raybert("pretrain", *at, "--bare").code == 0
+    assert raybert("finetune", *at, "--bare").code == 0
+
+    measured = raybert("evaluate", *at, "--json")
+    assert measured.code == 0, measured.err
+    assert measured.json["n"] == 80
+    assert measured.json["accuracy"] > 0.9
+    assert "is measured already" in raybert("evaluate", *at).err
+    by_model = raybert("evaluate", *at, "-m", experiment.run, "--json")
+    assert by_model.json["accuracy"] == measured.json["accuracy"]
+
+    output = tmp_path / "labels.jsonl"
+    done = raybert("predict", *at, "-m", experiment.run, "-i", tmp_path / "test.csv", "-o", output)
+    assert done.json["texts"] == 80
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["text"] for row in rows] == [text for text, _ in reviews(80, seed=1)]
+    right = [
+        row["label"] == label for row, (_, label) in zip(rows, reviews(80, seed=1), strict=True)
+    ]
+    assert sum(right) / 80 == measured.json["accuracy"]
+
+    write_csv(Folder(tmp_path), "test.csv", [*reviews(20, seed=2), ("so so", "meh")])
+    unknown = raybert("evaluate", *at, "-m", experiment.run)
+    assert "label 'meh' is not one of labels=['neg', 'pos']" in refused(unknown)
+    assert raybert("report", experiment.run).code == 0
