@@ -20,34 +20,45 @@ from raybert.ray_session import Resources
 from raybert.storage import Folder
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
+from raybert.train.loop import Stopped
 from raybert.train.run import RESULT, Feed, Job, execute
 
 _POLL_SECONDS = 0.5
+_GRACE_SECONDS = 60  # for the step under way and its checkpoint, after Ctrl-C
 
 
 class Board:
-    """An actor that workers write to and the driver reads: progress, and the first fatal error."""
+    """An actor between driver and workers: progress, the first fatal error, the wish to stop."""
 
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []
         self._error: Exception | None = None
+        self._stopping = False
 
     def put(self, record: dict[str, Any]) -> None:
         """Add a record of progress."""
         self._records.append(record)
 
+    def take(self) -> tuple[list[dict[str, Any]], Exception | None]:
+        """Return the records since the last call, and the fatal error if there is one."""
+        records, self._records = self._records, []
+        return records, self._error
+
     def fail(self, error: Exception) -> None:
         """Report an error that no restart mends; the first one stays."""
         self._error = self._error or error
 
-    def error(self) -> Exception | None:
-        """The error that was reported."""
-        return self._error
+    def stop(self) -> None:
+        """Ask the workers to stop after a checkpoint."""
+        self._stopping = True
 
-    def take(self) -> list[dict[str, Any]]:
-        """Return the records since the last call."""
-        records, self._records = self._records, []
-        return records
+    def is_stopping(self) -> bool:
+        """Whether the workers should stop."""
+        return self._stopping
+
+    def is_over(self) -> bool:
+        """Whether there is nothing to do for a worker that starts now."""
+        return self._stopping or self._error is not None
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,6 @@ def train_on_ray(
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     config = job.config
     gpu = config.gpu == "yes" or (config.gpu == "auto" and resources.gpus >= config.workers)
@@ -113,15 +123,7 @@ def train_on_ray(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    watcher = _Watcher(board, on_progress)
-    with watcher:
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise watcher.error() or _said_by_worker(error) from None
-    fatal = watcher.error()
-    if fatal is not None:
-        raise fatal
+    _Fit(trainer, board, on_progress).wait()
     run.delete("ray")
     result = run.read_json(RESULT)
     return result if isinstance(result, dict) else {}
@@ -132,14 +134,14 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train
 
     work: _Work = config["work"]
-    if ray.get(work.board.error.remote()) is not None:
-        return  # a restart can't mend it: end in peace, the driver has the message
+    if ray.get(work.board.is_over.remote()):
+        return  # a restart can't mend what went wrong: end in peace, the driver has the message
     context = ray.train.get_context()
     device = torch.device("cuda", torch.cuda.current_device()) if work.gpu else torch.device("cpu")
     group = Group.current(device)
     attempt = begin_attempt(work.run) if group.rank == 0 else 0
     attempt = int(group.sum([attempt])[0])
-    reporter = _Reporter(work.board) if group.rank == 0 else None
+    link = _Link(work.board) if group.rank == 0 else None
     try:
         execute(
             work.job,
@@ -148,55 +150,94 @@ def _worker(config: dict[str, Any]) -> None:
             group,
             Feed(on_ray=True, cpus=work.data_cpus, memory=work.data_memory),
             workers_here=context.get_local_world_size(),
-            on_progress=reporter or (lambda record: None),
+            on_progress=link.report if link else lambda record: None,
+            should_stop=link.is_stopping if link else lambda: False,
         )
+    except Stopped:
+        return
     except RaybertError as error:
         ray.get(work.board.fail.remote(error))
         raise
 
 
-class _Reporter:
-    """Sends records to the board without waiting for it."""
+class _Link:
+    """Rank 0's link to the board. Neither way costs a step any time."""
 
     def __init__(self, board: Any) -> None:
         self._board = board
+        self._stopping = threading.Event()
+        threading.Thread(target=self._listen, name="stop", daemon=True).start()
 
-    def __call__(self, record: dict[str, Any]) -> None:
+    def report(self, record: dict[str, Any]) -> None:
         self._board.put.remote(record)
 
+    def is_stopping(self) -> bool:
+        return self._stopping.is_set()
 
-class _Watcher:
-    """Reads the board while `fit` blocks the driver's main thread."""
-
-    def __init__(self, board: Any, on_progress: Callable[[dict[str, Any]], None]) -> None:
-        self._board, self._on_progress = board, on_progress
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
-
-    def __enter__(self) -> _Watcher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def error(self) -> Exception | None:
-        """The fatal error that a worker reported."""
+    def _listen(self) -> None:
         import ray
 
-        error: Exception | None = ray.get(self._board.error.remote())
-        return error
+        while not ray.get(self._board.is_stopping.remote()):
+            time.sleep(_POLL_SECONDS)
+        self._stopping.set()
+
+
+class _Fit:
+    """Runs `fit` in a thread, while the main thread shows progress and listens to Ctrl-C.
+
+    In the main thread `fit` would install a handler of its own for Ctrl-C, which kills the workers
+    without a checkpoint, ends the process with 0, and stays installed.
+    """
+
+    def __init__(
+        self, trainer: Any, board: Any, on_progress: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._trainer, self._board, self._on_progress = trainer, board, on_progress
+        self._error: Exception | None = None
+        # An event, for a `join` that Ctrl-C interrupts takes the thread for ended (CPython 3.11).
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._fit, name="fit", daemon=True)
+
+    def wait(self) -> None:
+        """Wait for the end.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed; a checkpoint of the last step is written.
+            RaybertError: what the first failing worker said.
+        """
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
+        self._thread.start()
+        try:
+            self._watch()
+        except KeyboardInterrupt:
+            self._board.stop.remote()
+            self._over.wait(_GRACE_SECONDS)  # a second Ctrl-C ends this, too
+            raise
+        if isinstance(self._error, TrainingFailedError):
+            raise _said_by_worker(self._error) from None
+        if self._error is not None:
+            raise self._error
 
     def _watch(self) -> None:
         import ray
 
-        while True:
-            done = self._done.wait(_POLL_SECONDS)
-            for record in ray.get(self._board.take.remote()):
+        over = False
+        while not over:
+            over = self._over.wait(_POLL_SECONDS)
+            records, fatal = ray.get(self._board.take.remote())
+            for record in records:
                 self._on_progress(record)
-            if done:
-                return
+            if fatal is not None:  # no use in waiting until Ray has tried again
+                raise fatal
+
+    def _fit(self) -> None:
+        try:
+            self._trainer.fit()
+        except Exception as error:  # raised by `wait`, in the main thread
+            self._error = error
+        finally:
+            self._over.set()
 
 
 def _said_by_worker(error: Any) -> Exception:
