@@ -37,13 +37,15 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
     write_report(experiment.folder)
     spent["all"] = round(time.monotonic() - begun, 1)
     pretrain, metrics = results["pretrain"], results["evaluate"]
+    example = next(iter(pretrain.get("fillings", [])), {})
     return {
         "seconds": spent,
         "accuracy": metrics["accuracy"],
         "texts": metrics["n"],
         "masked_loss": pretrain["loss"],
         "unigram_loss": pretrain.get("unigram_loss"),
-        "fill_mask": pretrain.get("fillings", []),
+        "example": example.get("text"),
+        "fill_mask": example.get("tokens", []),
         "run": experiment.folder.uri,
         "model": results["finetune"]["model"],
         "report": experiment.folder.join("report.html"),
@@ -76,12 +78,7 @@ def _estimate(experiment: Experiment) -> float:
 def _summary(experiment: Experiment, result: dict[str, Any]) -> str:
     answer, folder = result["answer"], shlex.quote(str(experiment.folder))
     gain = (result["unigram_loss"] or 0) - result["masked_loss"]
-    guesses = [
-        f"  {guess['probability']:.3f}  {guess['token']}"
-        for example in result["fill_mask"][:1]
-        for guess in example["tokens"]
-    ]
-    example = result["fill_mask"][0]["text"] if result["fill_mask"] else ""
+    guesses = [f"  {guess['probability']:.3f}  {guess['token']}" for guess in result["fill_mask"]]
     raybert = shlex.quote(str(Path(sys.argv[0])))
     return "\n".join(
         [
@@ -91,7 +88,7 @@ def _summary(experiment: Experiment, result: dict[str, Any]) -> str:
             f"Accuracy on {result['texts']:,} reviews that nothing was chosen on  "
             f"{result['accuracy']:.4f}",
             "",
-            f"{example}",
+            str(result["example"] or ""),
             *guesses,
             "",
             f"{answer['text']!r}  ->  {answer['label']} ({answer['score']:.3f})",
