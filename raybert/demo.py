@@ -37,7 +37,7 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
     write_report(experiment.folder)
     spent["all"] = round(time.monotonic() - begun, 1)
     pretrain, metrics = results["pretrain"], results["evaluate"]
-    example = next(iter(pretrain.get("fillings", [])), {})
+    example: dict[str, Any] = next(iter(pretrain.get("fillings", [])), {})
     return {
         "seconds": spent,
         "accuracy": metrics["accuracy"],

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raybert.errors import DataError, UserError
+from raybert.errors import DataError, StorageError, UserError
 from raybert.serve.classifier import TextClassifier
 from raybert.storage import Folder
 from raybert.text import sources
@@ -72,15 +74,18 @@ def score(
             pieces = [
                 batch.slice(begin, _ROWS_A_CALL) for begin in range(0, len(batch), _ROWS_A_CALL)
             ]
-            dataset = ray.data.from_arrow(pieces).map_batches(
-                _Scorer,
-                fn_constructor_args=(model, threads),
-                batch_size=None,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(size=min(workers, len(pieces))),
-                num_cpus=1,
-                max_restarts=0,  # a lost actor ends the command, which is short and starts anew
-            )
+            with warnings.catch_warnings():
+                # Ray 2.60 deprecates `max_restarts` here, and has no named parameter for it yet.
+                warnings.simplefilter("ignore")
+                dataset = ray.data.from_arrow(pieces).map_batches(
+                    _Scorer,
+                    fn_constructor_args=(model, threads),
+                    batch_size=None,
+                    batch_format="pyarrow",
+                    compute=ActorPoolStrategy(size=min(workers, len(pieces))),
+                    num_cpus=1,
+                    max_restarts=0,  # a lost actor ends the command, which is short
+                )
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
@@ -136,7 +141,11 @@ class PredictionWriter:
         self._parquet: pq.ParquetWriter | None = None
 
     def write(self, texts: list[str], probabilities: npt.NDArray[np.float32]) -> None:
-        """Write texts with their label, its probability and every label's."""
+        """Write texts with their label, its probability and every label's.
+
+        Raises:
+            StorageError: the disk is full.
+        """
         best = probabilities.argmax(axis=1)
         rows = [
             {
@@ -149,20 +158,43 @@ class PredictionWriter:
         ]
         if self._name.endswith(".jsonl"):
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            self._stream.write(lines.encode())
+            with self._translated():
+                self._stream.write(lines.encode())
             return
         table = pa.Table.from_pylist(rows)
-        if self._parquet is None:
-            self._parquet = pq.ParquetWriter(self._stream, table.schema)
-        self._parquet.write_table(table)
+        with self._translated():
+            if self._parquet is None:
+                self._parquet = pq.ParquetWriter(self._stream, table.schema)
+            self._parquet.write_table(table)
 
-    def close(self) -> None:
-        """Finish the file."""
-        if self._parquet is not None:
-            self._parquet.close()
-        self._stream.close()
-        if self._folder.is_local:
-            os.replace(self._unfinished, self._folder.join(self._name))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Finish the file, or leave none after an error."""
+        if kind is not None:
+            with suppress(OSError):
+                if self._parquet is not None:
+                    self._parquet.close()
+                self._stream.close()
+            self._folder.delete(
+                f".{self._name}.unfinished" if self._folder.is_local else self._name
+            )
+            return
+        with self._translated():
+            if self._parquet is not None:
+                self._parquet.close()
+            self._stream.close()
+            if self._folder.is_local:
+                os.replace(self._unfinished, self._folder.join(self._name))
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            path = self._folder.join(self._name)
+            raise StorageError(f"writing {path} failed: {error.strerror or error}") from None
 
 
 def predict_source(
@@ -177,12 +209,11 @@ def predict_source(
     """Score a source into a file; returns the number of texts, and of rows left out by reason."""
     skipped: Counter[str] = Counter()
     done = 0
-    writer = PredictionWriter(output, names)
-    for table in score(source, model, labels=False, workers=workers, skipped=skipped):
-        writer.write(table["text"].to_pylist(), softmax(logits_of(table)))
-        done += len(table)
-        on_progress(done)
-    if not done:
-        raise DataError(f"{source.path}: no texts")
-    writer.close()
+    with PredictionWriter(output, names) as writer:
+        for table in score(source, model, labels=False, workers=workers, skipped=skipped):
+            writer.write(table["text"].to_pylist(), softmax(logits_of(table)))
+            done += len(table)
+            on_progress(done)
+        if not done:
+            raise DataError(f"{source.path}: no texts")
     return {"texts": done, "skipped": dict(skipped), "output": output}
