@@ -1,0 +1,114 @@
+"""Answers do not depend on company: a text alone, in a batch or in any order scores the same."""
+
+import numpy as np
+import pytest
+import torch
+from making import finetune_job, reviews
+
+from raybert.errors import RaybertError
+from raybert.predict import lines, predict_texts
+from raybert.serve import classifier as module
+from raybert.serve.classifier import TextClassifier
+from raybert.storage import Folder
+from raybert.train.run import execute_bare
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = Folder(tmp_path_factory.mktemp("serve"))
+    job = finetune_job(folder, rows=reviews(200), steps=None, epochs=5, lr=1e-2)
+    execute_bare(job, folder / "run", on_progress=lambda record: None)
+    return folder / "run" / "model"
+
+
+TEXTS = [text for text, _ in reviews(40, seed=3)] + ["superb " * 100, "awful", "zzz unknown zzz"]
+
+
+def test_scores_do_not_depend_on_company_or_order(model):
+    classifier = TextClassifier(model, precision="fp32")
+    together = classifier.logits(TEXTS)
+    alone = np.concatenate([classifier.logits([text]) for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(classifier.logits(TEXTS[::-1])[::-1], together, atol=1e-5)
+
+
+def test_scores_do_not_depend_on_the_batch_size(model, monkeypatch):
+    classifier = TextClassifier(model, precision="fp32")
+    expected = classifier.logits(TEXTS)
+    monkeypatch.setattr(module, "TOKENS_PER_BATCH", 40)
+    np.testing.assert_allclose(classifier.logits(TEXTS), expected, atol=1e-5)
+
+
+def test_batches_keep_to_the_token_budget(model, monkeypatch):
+    classifier = TextClassifier(model, precision="fp32")
+    sizes = []
+    forward = classifier._forward
+
+    def note(ids, mask):
+        sizes.append(ids.shape)
+        return forward(ids, mask)
+
+    monkeypatch.setattr(classifier, "_forward", note)
+    monkeypatch.setattr(module, "TOKENS_PER_BATCH", 64)
+    classifier.logits(TEXTS)
+    assert sum(rows for rows, _ in sizes) == len(TEXTS)
+    assert all(rows * width <= 64 or rows == 1 for rows, width in sizes)
+    assert len(sizes) < len(TEXTS)
+
+
+def test_probabilities_sum_to_one_and_name_the_right_label(model):
+    classifier = TextClassifier(model)
+    assert classifier.labels == ["neg", "pos"]
+    shares = classifier.probabilities(["a superb moving film", "a dreadful clumsy film"])
+    assert shares.sum(1) == pytest.approx([1, 1])
+    assert shares.argmax(1).tolist() == [1, 0]
+
+
+def test_html_breaks_are_spaces_as_in_training(model):
+    classifier = TextClassifier(model, precision="fp32")
+    np.testing.assert_allclose(
+        classifier.logits(["superb<br /><BR>film"]), classifier.logits(["superb  film"]), atol=1e-6
+    )
+
+
+def test_what_is_past_the_length_keeps_head_and_tail(model):
+    classifier = TextClassifier(model, precision="fp32")
+    how = classifier.preprocessing
+    words = ["film"] * 200
+    middle = [*words[:100], "superb", *words[101:]]
+    tail = [*words[:-1], "superb"]
+    plain, hidden, seen = classifier.logits([" ".join(t) for t in (words, middle, tail)])
+    assert how.seq_len == 32
+    np.testing.assert_allclose(hidden, plain, atol=1e-6)
+    assert abs(seen - plain).max() > 1e-3
+
+
+def test_no_texts_give_no_scores(model):
+    assert TextClassifier(model).logits([]).shape == (0, 2)
+    assert list(predict_texts(model, [])) == []
+
+
+def test_predictions_stream(model):
+    """Answers come before the last text is read."""
+    taken = []
+
+    def texts():
+        for index in range(1000):
+            taken.append(index)
+            yield "superb film"
+
+    answers = predict_texts(model, texts())
+    first = next(answers)
+    assert first["label"] == "pos"
+    assert len(taken) < 1000
+    answers.close()
+
+
+def test_lines_leave_out_what_is_empty():
+    assert list(lines([b"a\n", b"  \n", b"\n", "ü\r\n".encode()])) == ["a", "ü"]
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(RaybertError):
+        TextClassifier(Folder(tmp_path))

@@ -1,0 +1,154 @@
+"""Fine-tuning as a task: its texts, its weights, its layers, what it learns."""
+
+import numpy as np
+import pytest
+import torch
+from making import Attempt, finetune_job, make_corpus, pretrain_job, reviews, same_tensors
+
+from raybert.errors import ConfigError, DamagedError
+from raybert.model import hub
+from raybert.storage import Folder
+from raybert.train.finetune import Texts, prepare_data
+from raybert.train.group import Group
+from raybert.train.run import Feed, execute_bare
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+def task_of(job, rank=0, world_size=1):
+    return job.make_task(Group(rank, world_size), Feed())
+
+
+def test_a_classifier_learns_what_decides_the_label(folder):
+    job = finetune_job(folder, rows=reviews(300), steps=None, epochs=6, lr=1e-2)
+    result = execute_bare(job, folder / "run", on_progress=lambda record: None)
+    assert result["accuracy"] > 0.9
+    model, labels = hub.load_classifier(folder / "run" / "model")
+    assert labels == ["neg", "pos"]
+    assert hub.read_preprocessing(folder / "run" / "model")["seq_len"] == 32
+
+
+def test_texts_are_read_as_they_were_written(folder):
+    texts = Texts([np.array([3, 70_000], np.uint32), np.array([1], np.uint32)], np.array([1, 0]))
+    file = texts.save(folder, "t.parquet")
+    found = Texts.load(folder, file)
+    assert [ids.tolist() for ids in found.input_ids] == [[3, 70_000], [1]]
+    assert found.labels.tolist() == [1, 0]
+    folder.write_bytes("t.parquet", folder.read_bytes("t.parquet")[:-1])
+    with pytest.raises(DamagedError, match=f"t.parquet is damaged; delete {folder} and run"):
+        Texts.load(folder, file)
+
+
+def test_texts_are_prepared_once_and_anew_when_what_decides_them_changes(folder):
+    job = finetune_job(folder)
+    path = folder.join("data/train.parquet")
+    from pathlib import Path
+
+    from raybert.text.tokenizer import Tokenizer
+
+    def prepare(seq_len=32, **changes):
+        config = job.config.model_copy(update=changes)
+        return prepare_data(config, Tokenizer.load(job.tokenizer), seq_len, job.data)
+
+    before = Path(path).stat().st_mtime_ns
+    assert prepare(lr=0.5, steps=9) == job.prepared
+    assert Path(path).stat().st_mtime_ns == before
+    for changed in (prepare(validation_fraction=0.4), prepare(seed=5), prepare(seq_len=8)):
+        assert changed.train.sha256 != job.prepared.train.sha256
+    assert prepare() == job.prepared
+    with open(folder.join("labelled.csv"), "a") as file:
+        file.write("one more superb film,pos\n")
+    assert prepare().train.rows + prepare().validation.rows == 81
+
+
+def test_training_and_validation_texts_are_disjoint(folder):
+    job = finetune_job(folder, validation_fraction=0.25)
+    train, held = (Texts.load(job.data, f) for f in (job.prepared.train, job.prepared.validation))
+    assert (len(train.labels), len(held.labels)) == (60, 20)
+    seen = {ids.tobytes() for ids in train.input_ids}
+    assert not seen & {ids.tobytes() for ids in held.input_ids}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_epoch_reads_every_text_once_however_many_ranks(folder, world_size):
+    job = finetune_job(folder, rows=reviews(77))
+    rows = []
+    for rank in range(world_size):
+        task = task_of(job, rank, world_size)
+        stream = task.batches(0, None)
+        for _ in range(task.steps_per_epoch):
+            rows += [row for batch in next(stream) for row in batch.row_ids.tolist()]
+    assert sorted(rows) == list(range(job.prepared.train.rows))
+
+
+def test_lower_layers_learn_slower(folder):
+    task = task_of(finetune_job(folder, model={"num_layers": 2}, layer_decay=0.5))
+    names = [name for name, _ in task.model.named_parameters()]
+    scales = {name: task.lr_scale(name) for name in names}
+    assert {s for n, s in scales.items() if n.startswith("encoder.embeddings")} == {0.125}
+    assert {s for n, s in scales.items() if n.startswith("encoder.layers.0.")} == {0.25}
+    assert {s for n, s in scales.items() if n.startswith("encoder.layers.1.")} == {0.5}
+    assert {s for n, s in scales.items() if not n.startswith("encoder.")} == {1.0}
+    attempt = Attempt(finetune_job(folder, layer_decay=0.5), folder / "run")
+    assert {group["scale"] for group in attempt.loop.optimizer.param_groups} == {0.25, 0.5, 1.0}
+
+
+def test_class_weights_smoothing_and_empty_batches_in_the_loss(folder):
+    rows = [row for row in reviews(120) if row[1] == "pos" or len(row[0]) % 3]
+    plain = task_of(finetune_job(folder, rows=rows))
+    [batch, *_] = next(plain.batches(0, None))
+    with torch.inference_mode():
+        there = batch.attention_mask
+        ids = torch.from_numpy(batch.input_ids)
+        logits = plain.model.eval()(ids, None if there is None else torch.from_numpy(there))
+        log = logits.float().log_softmax(-1)
+        each = -log[torch.arange(len(log)), torch.from_numpy(batch.labels)]
+        assert float(plain.loss(plain.model, batch)) == pytest.approx(float(each.sum()), rel=1e-4)
+        assert float(plain.loss(plain.model, plain.empty_batch())) == 0
+        weighted = task_of(finetune_job(folder, rows=rows, class_weights=[2.0, 0.5]))
+        weighted.model.load_state_dict(plain.model.state_dict())
+        weights = torch.tensor([2.0, 0.5])[torch.from_numpy(batch.labels)]
+        got = float(weighted.loss(weighted.model.eval(), batch))
+        assert got == pytest.approx(float((each * weights).sum()), rel=1e-4)
+    balanced = task_of(finetune_job(folder, rows=rows, class_weights="balanced"))._weights
+    counts = np.bincount(balanced_labels(folder, rows))
+    assert balanced.numpy() == pytest.approx(counts.sum() / (2 * counts))
+
+
+def balanced_labels(folder, rows):
+    job = finetune_job(folder, rows=rows)
+    return Texts.load(job.data, job.prepared.train).labels
+
+
+def test_class_weights_must_be_as_many_as_labels(folder):
+    with pytest.raises(ConfigError, match="has 3 values, the data 2 labels"):
+        finetune_job(folder, class_weights=[1.0, 1.0, 1.0]).check()
+
+
+def test_a_pretrained_encoder_is_taken_over(folder):
+    from dataclasses import replace
+
+    texts = [text for text, _ in reviews(80)]
+    make_corpus(folder / "corpus", texts=texts)
+    result = execute_bare(
+        pretrain_job(folder / "corpus", steps=2), folder / "pre", on_progress=lambda record: None
+    )
+    model = Folder(result["model"])
+    job = replace(finetune_job(folder), start=model, tokenizer=model)
+    task = task_of(job)
+    expected = hub.load_masked_lm(model).encoder.state_dict()
+    assert same_tensors(task.model.encoder.state_dict(), expected)
+
+
+def test_evaluation_scores_every_text_once_whatever_the_batches(folder):
+    found = []
+    for micro in (1, 4):
+        task = task_of(finetune_job(folder, micro_batch_size=micro, validation_fraction=0.3))
+        with torch.inference_mode():
+            task.model.eval()
+            found.append(task.evaluate())
+    assert found[0]["accuracy"] == found[1]["accuracy"]
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], abs=1e-5)
