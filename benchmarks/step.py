@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from raybert.model.allocator import keep_freed_memory
 from raybert.model.encoder import Encoder, ModelConfig, flops_per_token
 from raybert.model.heads import MaskedLM
-from raybert.model.mlm_loss import IGNORE_INDEX
+from raybert.text.masking import IGNORE_INDEX
 
 MASKED = 0.15
 # name -> (shape, vocabulary, rows, tokens a row)

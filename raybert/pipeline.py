@@ -85,8 +85,9 @@ def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) ->
 
 def finetune(experiment: Experiment, display: Display, *, bare: bool = False) -> dict[str, Any]:
     """Labelled texts and a pretrained model -> a run with a classifier in `model/`."""
-    from raybert.train.finetune import FinetuneJob, prepare_data, prepared_data
+    from raybert.train.finetune import FinetuneJob
     from raybert.train.run import CONFIG
+    from raybert.train.texts import prepare_data, prepared_data
 
     config, run = experiment.finetune, experiment.folder / "finetune"
     start, tokenizer = _start(experiment)
@@ -101,7 +102,9 @@ def finetune(experiment: Experiment, display: Display, *, bare: bool = False) ->
             )
         with display.stage("texts"), nullcontext() if bare else ray_session(experiment.ray):
             display.line("reading and tokenizing labelled texts")
-            prepared = prepare_data(config, Tokenizer.load(tokenizer), seq_len, run / "data")
+            prepared = prepare_data(
+                config, Tokenizer.load(tokenizer), seq_len, config.seed, run / "data"
+            )
         skipped = "".join(f", {n:,} skipped ({why})" for why, n in prepared.skipped.items())
         display.say(
             f"texts     {prepared.train.rows:,} to train on, {prepared.validation.rows:,} to "

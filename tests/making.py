@@ -17,12 +17,13 @@ from raybert.text.packing import Packer, unigram_loss
 from raybert.text.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter, id_dtype
 from raybert.text.tokenizer import TokenizerConfig
 from raybert.train.checkpoint import CheckpointStore, begin_attempt
-from raybert.train.finetune import FinetuneConfig, FinetuneJob, prepare_data
+from raybert.train.finetune import FinetuneConfig, FinetuneJob
 from raybert.train.group import Group
 from raybert.train.loop import Loop
 from raybert.train.meters import MetricsLog
 from raybert.train.pretrain import PretrainConfig, PretrainJob
 from raybert.train.run import Feed
+from raybert.train.texts import prepare_data
 
 GOOD = "wonderful brilliant moving superb delightful".split()
 BAD = "awful boring dreadful clumsy tedious".split()
@@ -146,7 +147,7 @@ def finetune_job(folder, *, rows=None, model=(), **settings):
         start=None,
         tokenizer=folder / "tokenizer",
         data=data,
-        prepared=prepare_data(config, tokenizer, 32, data),
+        prepared=prepare_data(config, tokenizer, 32, config.seed, data),
     )
 
 

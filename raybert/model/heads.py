@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from raybert.config import Settings
 from raybert.model.encoder import Encoder, ModelConfig
-from raybert.model.mlm_loss import IGNORE_INDEX, linear_cross_entropy
+from raybert.model.mlm_loss import linear_cross_entropy
+from raybert.text.masking import IGNORE_INDEX
 
 KERAS_HEAD_SIZE = 64  # the dense layer of the Keras example's classifier
 

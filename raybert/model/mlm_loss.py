@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100  # the label of positions that are not predicted
-
 CHUNK_LOGITS = 1 << 24  # logits held at once: 32 MiB of bf16
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,10 +47,15 @@ class MicroBatch:
 
     def digest(self) -> str:
         """A hash over step, slot, row ids, inputs and labels: equal for equal batches only."""
-        state = hashlib.sha256(np.array([self.step, self.slot], np.int64).tobytes())
-        for array in (self.row_ids, self.input_ids, self.labels):
-            state.update(np.ascontiguousarray(array).tobytes())
-        return state.hexdigest()[:32]
+        return digest(self.step, self.slot, self.row_ids, self.input_ids, self.labels)
+
+
+def digest(step: int, slot: int, *arrays: npt.NDArray[Any]) -> str:
+    """A hash of a micro-batch's place and content, 32 hexadecimal digits."""
+    state = hashlib.sha256(np.array([step, slot], np.int64).tobytes())
+    for array in arrays:
+        state.update(np.ascontiguousarray(array).tobytes())
+    return state.hexdigest()[:32]
 
 
 @dataclass(frozen=True)

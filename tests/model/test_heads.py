@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from raybert.model.allocator import keep_freed_memory
 from raybert.model.encoder import Encoder, ModelConfig, num_parameters
 from raybert.model.heads import Classifier, HeadConfig, MaskedLM, pool, unsupported_by_transformers
-from raybert.model.mlm_loss import IGNORE_INDEX
+from raybert.text.masking import IGNORE_INDEX
 
 LAYOUTS = ["modern", "classic"]
 

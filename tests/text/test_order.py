@@ -1,4 +1,4 @@
-"""The laws of the data order: what a step trains on depends on the seed, the corpus and the step."""
+"""The laws of the data order: a step's rows depend on seed, corpus and step alone."""
 
 import numpy as np
 import pytest

@@ -8,9 +8,9 @@ from making import Attempt, finetune_job, make_corpus, pretrain_job, reviews, sa
 from raybert.errors import ConfigError, DamagedError
 from raybert.model import hub
 from raybert.storage import Folder
-from raybert.train.finetune import Texts, prepare_data
 from raybert.train.group import Group
 from raybert.train.run import Feed, execute_bare
+from raybert.train.texts import Texts, prepare_data
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_texts_are_prepared_once_and_anew_when_what_decides_them_changes(folder)
 
     def prepare(seq_len=32, **changes):
         config = job.config.model_copy(update=changes)
-        return prepare_data(config, Tokenizer.load(job.tokenizer), seq_len, job.data)
+        return prepare_data(config, Tokenizer.load(job.tokenizer), seq_len, config.seed, job.data)
 
     before = Path(path).stat().st_mtime_ns
     assert prepare(lr=0.5, steps=9) == job.prepared
