@@ -34,6 +34,7 @@ HOMES = {
     "ray.data": {
         "raybert.text.batches",
         "raybert.text.corpus",
+        "raybert.text.pace",
         "raybert.text.tokenize_on_ray",
         "raybert.serve.batch",
     },
