@@ -26,6 +26,13 @@ class RayConfig(Settings):
     logs: bool = Field(False, description="show what Ray and the workers print")
 
 
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Resources:
     """What the connected cluster has in all."""
@@ -60,7 +67,7 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
             ray.init(address, log_to_driver=config.logs, logging_level=level)
         else:
             ray.init(
-                num_cpus=max(len(os.sched_getaffinity(0)), workers) + 2,
+                num_cpus=max(cores(), workers) + 2,
                 object_store_memory=int(config.object_store_gb * 1e9),
                 log_to_driver=config.logs,
                 logging_level=level,

@@ -49,6 +49,7 @@ CORE = {
     "raybert.text.batches",
     "raybert.text.corpus",
     "raybert.text.job",
+    "raybert.text.pace",
     "raybert.text.tokenize_on_ray",
     "raybert.serve.batch",
     "raybert.train.worker",

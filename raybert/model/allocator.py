@@ -13,6 +13,14 @@ import platform
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _KEEP_BYTES = 2**31 - 1  # mallopt takes an int
 
+#: The same, for the environment of a process that is started to train. One arena, because a thread
+#: that is not the main one has heaps of 64 MB, which are unmapped whenever they are empty.
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(_KEEP_BYTES),
+    "MALLOC_ARENA_MAX": "1",
+}
+
 
 def keep_freed_memory() -> bool:
     """Make this process keep up to 2 GiB that it freed; call it once, before the first step.

@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raybert.errors import DataError, StorageError, UserError
+from raybert.ray_session import cores
 from raybert.serve.classifier import TextClassifier
 from raybert.storage import Folder
-from raybert.text import sources
+from raybert.text import job, sources
 from raybert.text.sources import SourceConfig
 
 _ROWS_A_CALL = 512  # enough texts to sort by length, few enough to show progress
@@ -31,14 +32,15 @@ _ROWS_A_CALL = 512  # enough texts to sort by length, few enough to show progres
 class _Scorer:
     """The classifier in an actor."""
 
-    def __init__(self, model: Folder, threads: int) -> None:
+    def __init__(self, model: str, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self._classifier = TextClassifier(model)
+        self._classifier = TextClassifier(Folder(model))
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        logits = self._classifier.logits(table["text"].to_pylist())
+        # A bad row is scored as an empty text: who reads in order drops it or stops at it.
+        logits = self._classifier.logits([text or "" for text in table["text"].to_pylist()])
         flat = pa.array(logits.ravel())
         scores = pa.FixedSizeListArray.from_arrays(flat, logits.shape[1])
         return table.append_column("logits", scores)
@@ -57,48 +59,44 @@ def score(
         skipped: is given the number of rows left out, by reason.
 
     Raises:
-        DataError: the first bad row, or no rows at all.
+        DataError: the first bad row, or an unreadable file.
     """
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    # The driver reads and judges the rows, in order; what is costly is the model.
-    tables = sources.documents(source, labels=labels, skipped=skipped)
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    shards = sources.shards(source, labels=labels)
+    left = source.limit
     with DataContext.current(context):
-        for batch in _together(tables, _ROWS_A_CALL * 64):
-            pieces = [
-                batch.slice(begin, _ROWS_A_CALL) for begin in range(0, len(batch), _ROWS_A_CALL)
-            ]
-            with warnings.catch_warnings():
-                # Ray 2.60 deprecates `max_restarts` here, and has no named parameter for it yet.
-                warnings.simplefilter("ignore")
-                dataset = ray.data.from_arrow(pieces).map_batches(
-                    _Scorer,
-                    fn_constructor_args=(model, threads),
-                    batch_size=None,
-                    batch_format="pyarrow",
-                    compute=ActorPoolStrategy(size=min(workers, len(pieces))),
-                    num_cpus=1,
-                    max_restarts=0,  # a lost actor ends the command, which is short
-                )
-            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-
-
-def _together(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """Join small tables into larger ones of about `rows` rows."""
-    held: list[pa.Table] = []
-    for table in tables:
-        held.append(table)
-        if sum(map(len, held)) >= rows:
-            yield pa.concat_tables(held).combine_chunks()
-            held = []
-    if held:
-        yield pa.concat_tables(held).combine_chunks()
+        texts = ray.data.from_arrow([job.shard_table(shard) for shard in shards]).map_batches(
+            job.read_rows,
+            fn_kwargs={"config": source, "labels": labels},
+            batch_format="pyarrow",
+            num_cpus=0,  # waits for its file most of the time
+            compute=TaskPoolStrategy(size=min(workers, len(shards))),
+        )
+        with warnings.catch_warnings():
+            # Ray 2.60 deprecates `max_restarts` here, and has no named parameter for it yet.
+            warnings.simplefilter("ignore")
+            scored = texts.map_batches(
+                _Scorer,
+                fn_constructor_args=(model.uri, max(1, cores() // workers)),
+                batch_size=_ROWS_A_CALL,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(size=workers),
+                num_cpus=1,
+                max_restarts=0,  # a lost actor ends the command, which is short
+            )
+        for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+            good = job.accept_rows(table, source.on_bad_row, skipped).slice(0, left)
+            left = None if left is None else left - len(good)
+            if len(good):
+                yield good
+            if left == 0:
+                return
 
 
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -141,10 +141,10 @@ def ray_micro_batches(
     context.execution_options.resource_limits = ExecutionResources(
         cpu=cpus, object_store_memory=memory
     )
-    windows = _windows(plan.order, steps)
+    windows = _count_windows(plan.order, steps)
     with DataContext.current(context):
         # 4,096 blocks keep the driver's bookkeeping flat; a longer run has more windows a block.
-        dataset = ray.data.range(len(windows), override_num_blocks=min(len(windows), 4096))
+        dataset = ray.data.range(windows, override_num_blocks=min(windows, 4096))
         dataset = dataset.map_batches(
             _mask_windows,
             fn_args=(plan, list(slots), steps),
@@ -156,25 +156,37 @@ def ray_micro_batches(
         yield from _by_step(blocks, steps)
 
 
-def _windows(order: Order, steps: range) -> list[range]:
-    """Cut a range of steps where windows end."""
-    cuts, step = [], steps.start
-    while step < steps.stop:
-        last = min(order.steps_of(*order.window_of(step)).stop, steps.stop)
-        cuts.append(range(step, last))
-        step = last
-    return cuts
+def _count_windows(order: Order, steps: range) -> int:
+    """How many windows a range of steps reads from."""
+    return _number(order, steps.stop - 1) - _number(order, steps.start) + 1 if steps else 0
+
+
+def _window_at(order: Order, steps: range, index: int) -> range:
+    """The steps of a range that read from its window `index`."""
+    number = _number(order, steps.start) + index
+    window = order.steps_of(*divmod(number, _windows_per_epoch(order)))
+    return range(max(window.start, steps.start), min(window.stop, steps.stop))
+
+
+def _number(order: Order, step: int) -> int:
+    """The number of a step's window, counted from the run's first."""
+    epoch, window = order.window_of(step)
+    return epoch * _windows_per_epoch(order) + window
+
+
+def _windows_per_epoch(order: Order) -> int:
+    return -(-order.steps_per_epoch // order.window_steps)
 
 
 def _mask_windows(
     items: dict[str, npt.NDArray[np.int64]], plan: BatchPlan, slots: list[int], steps: range
 ) -> Iterator[pa.Table]:
     """The operator: window numbers in, tables of masked rows out, several whole steps a table."""
-    windows = _windows(plan.order, steps)
     for item in items["id"]:
+        window = _window_at(plan.order, steps, int(item))
         pending: list[MicroBatch] = []
         size = 0
-        for step in plan.micro_batches(slots, windows[int(item)]):
+        for step in plan.micro_batches(slots, window):
             pending += step
             size += sum(batch.input_ids.nbytes + batch.labels.nbytes for batch in step)
             if size >= BLOCK_BYTES // 2:

@@ -33,16 +33,19 @@ from raybert.text.duplicates import DigestSet
 from raybert.text.files import text_digest
 from raybert.text.packing import Packer, unigram_loss
 from raybert.text.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter
-from raybert.text.sources import SourceConfig
+from raybert.text.sources import EvaluationSource, SourceConfig
 from raybert.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, TokenizerConfig
 
 TRAIN, HELDOUT = "train", "heldout"
+
+_REMEDY = "name another folder, or pass --force to make this one again"
 
 _BLOCK_BYTES = 2 << 20  # of text or ids between operators
 _TOKENIZERS_A_READER = 4
 _FLIGHT_BYTES = 96 << 20  # object store for blocks under way, at least
 _FLIGHT_BYTES_A_CPU = 16 << 20
 _OURS = re.compile(rf"({TRAIN}|{HELDOUT})-\d+\.parquet|{TOKENIZER_FILE}|{CONFIG_FILE}|{MANIFEST}")
+_UNFINISHED = re.compile(rf"\.(?:{_OURS.pattern})\.[0-9a-f]{{8}}")
 
 
 class CorpusConfig(Settings):
@@ -55,12 +58,15 @@ class CorpusConfig(Settings):
         0.01, gt=0, lt=1, description="of the documents, set apart for evaluation by a text hash"
     )
     heldout_max_documents: int = Field(
-        5000, ge=1, description="held-out documents at most: evaluation keeps them in memory"
+        5000,
+        ge=1,
+        description="held-out documents at most, since evaluation keeps them in memory; where the "
+        "fraction is more than that, they come from the source's beginning: lower the fraction",
     )
     duplicates: Literal["drop", "keep"] = Field(
         "drop", description="documents whose text came before"
     )
-    overlap: SourceConfig | None = Field(
+    overlap: EvaluationSource | None = Field(
         None, description="a test set; how many documents stand in it, too, is reported"
     )
     overlap_drop: bool = Field(False, description="leave out what stands in the test set")
@@ -92,18 +98,26 @@ def existing(config: CorpusConfig, folder: Folder) -> Manifest | None:
     if not folder.exists(MANIFEST):
         return None
     manifest = Manifest.read(folder)
-    remedy = "name another folder, or pass --force to make this one again"
+    check_config(config, manifest, folder)
+    for name, was, now in _inputs_changed(manifest.info.get("inputs", {}), _inputs(config)):
+        raise UserError(f"{folder}: its corpus was made from {name} {was}, now {now}; {_REMEDY}")
+    return manifest
+
+
+def check_config(config: CorpusConfig, manifest: Manifest, folder: Folder) -> None:
+    """Compare the configuration that made a corpus with this one; needs no source file.
+
+    Raises:
+        UserError: they differ.
+    """
     changed = differences(manifest.info.get("config", {}), config.model_dump(mode="json"))
     if changed:
         key, (old, new) = next(iter(changed.items()))
         more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
         raise UserError(
             f"{folder}: its corpus was made with corpus.{key}={old!r}, now it is {new!r}{more}; "
-            f"{remedy}"
+            f"{_REMEDY}"
         )
-    for name, was, now in _inputs_changed(manifest.info.get("inputs", {}), _inputs(config)):
-        raise UserError(f"{folder}: its corpus was made from {name} {was}, now {now}; {remedy}")
-    return manifest
 
 
 def build(
@@ -130,8 +144,9 @@ def build(
     began = time.monotonic()
     inputs = _inputs(config)
     _check(config)
-    for name in [MANIFEST, *folder.names()]:  # the manifest first: from then on it is no corpus
-        if _OURS.fullmatch(name) or re.match(rf"\.(?:{_OURS.pattern})\.[0-9a-f]{{8}}$", name):
+    # The manifest first: from then on it is no corpus. Hidden are files whose writing was cut off.
+    for name in [MANIFEST, *folder.names(hidden=True)]:
+        if _OURS.fullmatch(name) or _UNFINISHED.fullmatch(name):
             folder.delete(name)
     overlap = _overlap_digests(config)
     tokenizer, total = _make_tokenizer(config, progress)
@@ -368,12 +383,7 @@ class _Sink:
         source = self._config.source
         if source.limit is not None:
             block = sources.first_good(block, source.limit - self.read)
-        fatal = pa.compute.and_(block["problem"].is_valid(), block["place"].is_null())
-        if pa.compute.any(fatal).as_py():
-            at = pa.compute.index(fatal, True).as_py()
-            sources.accept(block.slice(0, at), source.on_bad_row, self._skipped)
-            raise DataError(block["problem"][at].as_py())
-        block = sources.accept(block, source.on_bad_row, self._skipped)
+        block = job.accept_rows(block, source.on_bad_row, self._skipped)
         self.read += block.num_rows
         if block.num_rows:
             self._pack(block)

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
-from raybert.errors import RaybertError
+from raybert.errors import DataError, RaybertError
 from raybert.text.files import text_digest
-from raybert.text.sources import Shard, SourceConfig, read
+from raybert.text.sources import Shard, SourceConfig, accept, read
 from raybert.text.tokenizer import Tokenizer
 
 TEXT = pa.schema([("text", pa.string()), ("problem", pa.string()), ("place", pa.string())])
+LABELLED = TEXT.insert(1, pa.field("label", pa.string()))
 
 
 def shard_table(shard: Shard) -> pa.Table:
@@ -31,12 +34,32 @@ def shard_table(shard: Shard) -> pa.Table:
 
 def read_shards(batch: pa.Table, config: SourceConfig) -> Iterator[pa.Table]:
     """Read shards as tables of schema `TEXT`; an unreadable file is a last row without place."""
+    for table in read_rows(batch, config, labels=False):
+        yield table.select(TEXT.names)
+
+
+def read_rows(batch: pa.Table, config: SourceConfig, labels: bool) -> Iterator[pa.Table]:
+    """Read shards as tables of schema `LABELLED`; the labels are null unless asked for."""
     for pickled in batch.column("shard").to_pylist():
         try:
-            for table in read(pickle.loads(pickled), config):
-                yield table.select(TEXT.names)
+            for table in read(pickle.loads(pickled), config, labels=labels):
+                yield table.select(LABELLED.names)
         except RaybertError as error:
-            yield pa.table([[None], [str(error)], [None]], schema=TEXT)
+            yield pa.table([[None], [None], [str(error)], [None]], schema=LABELLED)
+
+
+def accept_rows(table: pa.Table, on_bad_row: str, skipped: Counter[str]) -> pa.Table:
+    """Drop and count a table's bad rows, or raise for the first one, in order.
+
+    Raises:
+        DataError: a bad row with `on_bad_row: fail`, or an unreadable file.
+    """
+    fatal = pa.compute.and_(table["problem"].is_valid(), table["place"].is_null())
+    if pa.compute.any(fatal).as_py():
+        at = pa.compute.index(fatal, True).as_py()
+        accept(table.slice(0, at), on_bad_row, skipped)
+        raise DataError(table["problem"][at].as_py())
+    return accept(table, on_bad_row, skipped)
 
 
 def tokenize(batch: pa.Table, spec: Any, hash: str, seed: int) -> pa.Table:

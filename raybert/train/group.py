@@ -6,7 +6,6 @@ One process is a group, too: then nothing is sent, and the loop runs without Ray
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from raybert.ray_session import cores
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,6 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 def use_threads(threads: int | None, workers_here: int) -> int:
     """Set the number of threads of this CPU worker: a given one, or a fair share of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    count = threads or max(1, (cores or 1) // max(1, workers_here))
+    count = threads or max(1, cores() // max(1, workers_here))
     torch.set_num_threads(count)
     return count

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from raybert.errors import RaybertError, UserError
+from raybert.errors import ConfigError, RaybertError, StorageError, Superseded, UserError
+from raybert.model.allocator import KEEP_FREED_MEMORY
 from raybert.ray_session import Resources
 from raybert.storage import Folder
 from raybert.train.checkpoint import begin_attempt
@@ -93,6 +94,7 @@ def train_on_ray(
 
     config = job.config
     gpu = config.gpu == "yes" or (config.gpu == "auto" and resources.gpus >= config.workers)
+    _check_resources(config.workers, gpu, resources)
     board = ray.remote(num_cpus=0)(Board).remote()
     work = _Work(
         job=job,
@@ -121,12 +123,31 @@ def train_on_ray(
             storage_filesystem=ray_folder.filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
+            worker_runtime_env={"env_vars": {} if gpu else KEEP_FREED_MEMORY},
         ),
     )
     _Fit(trainer, board, on_progress).wait()
     run.delete("ray")
     result = run.read_json(RESULT)
     return result if isinstance(result, dict) else {}
+
+
+def _check_resources(workers: int, gpu: bool, resources: Resources) -> None:
+    """Refuse what would wait for ever: workers without a place, operators without a CPU.
+
+    Raises:
+        ConfigError: the cluster is too small.
+    """
+    if gpu and resources.gpus < workers:
+        raise ConfigError(
+            f"workers={workers} with gpu=yes need {workers} GPUs, the cluster has "
+            f"{resources.gpus:g}; lower workers or set gpu: no"
+        )
+    if resources.cpus < workers + 1:
+        raise ConfigError(
+            f"workers={workers} leave no CPU for Ray Data's operators: the cluster has "
+            f"{resources.cpus:g}; lower workers to {max(1, int(resources.cpus) - 1)} or add a node"
+        )
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -153,8 +174,10 @@ def _worker(config: dict[str, Any]) -> None:
             on_progress=link.report if link else lambda record: None,
             should_stop=link.is_stopping if link else lambda: False,
         )
-    except Stopped:
-        return
+    except (Stopped, Superseded):
+        return  # the one was asked for; in the other's place a younger attempt is at work
+    except StorageError:
+        raise  # may pass: Ray starts the workers again
     except RaybertError as error:
         ray.get(work.board.fail.remote(error))
         raise
