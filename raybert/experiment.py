@@ -11,7 +11,7 @@ from raybert.model.encoder import ModelConfig
 from raybert.ray_session import RayConfig
 from raybert.storage import Folder
 from raybert.text.corpus import CorpusConfig
-from raybert.text.sources import SourceConfig
+from raybert.text.sources import EvaluationSource
 from raybert.train.finetune import FinetuneConfig
 from raybert.train.pretrain import PretrainConfig
 
@@ -40,8 +40,8 @@ class RunConfig(Settings):
 class EvaluateConfig(Settings):
     """What the finished classifier is measured on."""
 
-    source: SourceConfig = Field(
-        SourceConfig(split="test"), description="labelled texts that nothing was chosen on"
+    source: EvaluationSource = Field(
+        EvaluationSource(), description="labelled texts that nothing was chosen on"
     )
 
 

@@ -6,18 +6,20 @@ Every stage that is finished says so and does nothing, so a pipeline can be run 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from contextlib import nullcontext
 from typing import Any
 
-from raybert.config import dump
+from raybert.config import build, dump, parse_yaml
 from raybert.display import Display, clock
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.ray_session import ray_session
 from raybert.storage import Folder
-from raybert.text import corpus
+from raybert.text import corpus, sources
 from raybert.text.parts import Manifest
+from raybert.text.sources import SourceConfig
 from raybert.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 METRICS = "metrics.json"
@@ -68,19 +70,30 @@ def _corpus_result(folder: Folder, manifest: Manifest) -> dict[str, Any]:
 
 def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) -> dict[str, Any]:
     """Corpus -> a run with a pretrained `model/`."""
+    from raybert.model import hub
     from raybert.train.pretrain import PretrainJob
 
+    sections = ("corpus", "model")
+    finished = _finished("pretrain", experiment, display, sections)
+    if finished is not None:
+        return finished
     folder = experiment.folder / "corpus"
-    corpus.existing(experiment.corpus, folder)  # refuses a corpus that was made otherwise
-    source = experiment.corpus.source.path
+    manifest = Manifest.read(folder)
+    # The text itself is not looked at: it may be gone by now.
+    corpus.check_config(experiment.corpus, manifest, folder)
+    model, start, where = experiment.model, None, experiment.pretrain.initialize_from
+    if where is not None:
+        start = resolve_model(where, "pretrain", key="pretrain.initialize_from")
+        model = hub.read_shape(start)[0].model_copy(update={"dropout": model.dropout})
     job = PretrainJob(
         config=experiment.pretrain,
-        model=experiment.model,
+        model=model,
         corpus=folder,
-        manifest=Manifest.read(folder),
-        source=source if isinstance(source, str) else ", ".join(source),
+        manifest=manifest,
+        source=", ".join(experiment.corpus.source.paths),
+        start=start,
     )
-    return _train("pretrain", job, experiment, display, ("corpus", "model"), bare)
+    return _train("pretrain", job, experiment, display, sections, bare)
 
 
 def finetune(experiment: Experiment, display: Display, *, bare: bool = False) -> dict[str, Any]:
@@ -89,6 +102,9 @@ def finetune(experiment: Experiment, display: Display, *, bare: bool = False) ->
     from raybert.train.run import CONFIG
     from raybert.train.texts import prepare_data, prepared_data
 
+    finished = _finished("finetune", experiment, display, ("model",))
+    if finished is not None:
+        return finished
     config, run = experiment.finetune, experiment.folder / "finetune"
     start, tokenizer = _start(experiment)
     # A run that has begun keeps the texts that it began with.
@@ -137,7 +153,7 @@ def _start(experiment: Experiment) -> tuple[Folder | None, Folder]:
                 "finetune.initialize_from to scratch or to a folder with a model"
             )
         return pretrained, pretrained
-    folder = resolve_model(where)
+    folder = resolve_model(where, key="finetune.initialize_from")
     return folder, folder
 
 
@@ -148,6 +164,19 @@ def _longest(experiment: Experiment, start: Folder | None) -> int:
     return int(start.read_json("config.json").get("max_position_embeddings", 512))
 
 
+def _finished(
+    stage: str, experiment: Experiment, display: Display, sections: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """The result of a run that is finished, which needs nothing that it was made from."""
+    from raybert.train.run import RESULT, open_run
+
+    run = experiment.folder / stage
+    result = open_run(run, dump(experiment), stage, sections) if run.exists(RESULT) else None
+    if result is not None:
+        display.say(f"{stage:<9} {run} is finished already, at step {result['step']:,}")
+    return result
+
+
 def _train(
     stage: str,
     job: Any,
@@ -156,15 +185,12 @@ def _train(
     sections: tuple[str, ...],
     bare: bool,
 ) -> dict[str, Any]:
-    """Run a job to its end, or say that it is there already."""
+    """Run a job to its end."""
     from raybert.train.run import execute_bare, open_run
 
     run = experiment.folder / stage
     job.check()
-    finished = open_run(run, dump(experiment), stage, sections)
-    if finished is not None:
-        display.say(f"{stage:<9} {run} is finished already, at step {finished['step']:,}")
-        return finished
+    open_run(run, dump(experiment), stage, sections)
     begun = time.monotonic()
     with display.stage(stage):
         if bare:
@@ -184,12 +210,19 @@ def _train(
 def evaluate(experiment: Experiment, display: Display) -> dict[str, Any]:
     """The classifier on texts that nothing was chosen on -> `metrics.json` in its run."""
     run = experiment.folder / "finetune"
-    if run.exists(METRICS):
+    if run.exists(METRICS) and run.exists("model/config.json"):
         metrics = run.read_json(METRICS)
-        if metrics.get("source") == experiment.evaluate.source.model_dump(mode="json"):
+        if metrics.get("made_from") == _measured_from(experiment, run / "model"):
             display.say(f"evaluate  {run} is measured already: accuracy {metrics['accuracy']:.4f}")
             return dict(metrics)
+    seen = _trained_on(run, experiment.evaluate.source)
+    if seen is not None:
+        display.say(
+            f"evaluate  {seen} was trained on: the scores say little about new texts; name others "
+            "with --set evaluate.source.path=FILE"
+        )
     metrics = evaluate_model(experiment, run / "model", display)
+    metrics["seen_in_training"] = seen is not None
     run.write_json(METRICS, metrics)
     return metrics
 
@@ -200,6 +233,7 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
     from raybert.serve.evaluate import evaluate as measure
 
     source = experiment.evaluate.source
+    made_from = _measured_from(experiment, model)
     names = hub.load_classifier(model)[1]
     with display.stage("evaluate"), ray_session(experiment.ray) as resources:
         metrics = measure(
@@ -210,11 +244,75 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
             on_progress=lambda done: display.line(f"{done:,} texts"),
         )
     display.say(f"evaluate  accuracy {metrics['accuracy']:.4f} on {metrics['n']:,} texts")
-    return {**metrics, "source": source.model_dump(mode="json"), "model": model.uri}
+    return {
+        **metrics,
+        "source": source.model_dump(mode="json"),
+        "model": model.uri,
+        "made_from": made_from,
+    }
 
 
-def resolve_model(path: str, stage: str = "finetune") -> Folder:
+def _measured_from(experiment: Experiment, model: Folder) -> dict[str, Any]:
+    """All that decides what an evaluation finds: the source, its files, the weights."""
+    from raybert.model.hub import WEIGHTS
+
+    source = experiment.evaluate.source
+    try:
+        weights = model.read_bytes(WEIGHTS)
+    except FileNotFoundError:
+        weights = b""  # loading the model says it better
+    return {
+        "source": source.model_dump(mode="json"),
+        "files": sources.fingerprint(source, labels=True),
+        "weights": {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()},
+    }
+
+
+def _trained_on(run: Folder, source: SourceConfig) -> str | None:
+    """A file of which both a run's training and this source read the same part, if there is one."""
+    from raybert.train.run import CONFIG
+
+    values = parse_yaml(run.read_text(CONFIG), run.join(CONFIG)) if run.exists(CONFIG) else {}
+    try:
+        config = build(SourceConfig, values.get("finetune", {}).get("source", {}), CONFIG)
+        training = sources.shards(config, labels=True)
+    except UserError:
+        return None  # the texts are gone
+    read = {file.uri: set(shard.splits) for shard in training for file in shard.files}
+    for shard in sources.shards(source, labels=True):
+        for file in shard.files:
+            splits = read.get(file.uri)
+            if splits is not None and (not splits or splits & set(shard.splits)):
+                return file.name
+    return None
+
+
+def check_sources(experiment: Experiment) -> None:
+    """Look for every stage's files, so that a typo ends the command before hours of training.
+
+    Raises:
+        DataError: a source has no such files.
+        UserError: a `sample:` whose package is not installed.
+    """
+    from raybert.train.run import CONFIG
+
+    sources.fingerprint(experiment.corpus.source)
+    if experiment.corpus.overlap is not None:
+        sources.fingerprint(experiment.corpus.overlap)
+    if not (experiment.folder / "finetune").exists(CONFIG):  # it keeps the texts it began with
+        sources.fingerprint(experiment.finetune.source, labels=True)
+        if experiment.finetune.validation is not None:
+            sources.fingerprint(experiment.finetune.validation, labels=True)
+    sources.fingerprint(experiment.evaluate.source, labels=True)
+
+
+def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
     """The model directory that a path means: itself, a run's `model/`, or an experiment's.
+
+    Args:
+        path: a folder.
+        stage: the run that is meant inside an experiment.
+        key: the configuration's key that names it, for messages.
 
     Raises:
         UserError: there is none.
@@ -224,4 +322,5 @@ def resolve_model(path: str, stage: str = "finetune") -> Folder:
         candidate = folder / inside if inside else folder
         if candidate.exists("config.json"):
             return candidate
-    raise UserError(f"{path}: no model here (config.json is missing); name a model/ or a run")
+    named = f"{key}={path}" if key else path
+    raise UserError(f"{named}: no model here (config.json is missing); name a model/ or a run")

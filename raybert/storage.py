@@ -83,13 +83,13 @@ class Folder:
             info = self._fs.get_file_info(self.join(name))
         return int(info.size) if info.type == pafs.FileType.File else None
 
-    def names(self, name: str = "") -> list[str]:
+    def names(self, name: str = "", *, hidden: bool = False) -> list[str]:
         """The sorted names of the files and folders directly inside; empty where there is none."""
         path = self.join(name) if name else self.path
         selector = pafs.FileSelector(path, allow_not_found=True)
         with self._translated("listing", path):
             found = [info.base_name for info in self._fs.get_file_info(selector)]
-        return sorted(name for name in found if not name.startswith("."))
+        return sorted(name for name in found if hidden or not name.startswith("."))
 
     def read_bytes(self, name: str) -> bytes:
         """Read a whole file.

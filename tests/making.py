@@ -111,12 +111,14 @@ def pretrain_job(corpus, model=(), **settings):
         "log_every": 1,
         **settings,
     }
+    config = build(PretrainConfig, values, "test")
     return PretrainJob(
-        config=build(PretrainConfig, values, "test"),
+        config=config,
         model=build(ModelConfig, {**MODEL, **dict(model)}, "test"),
         corpus=corpus,
         manifest=Manifest.read(corpus),
         source="generated",
+        start=Folder(config.initialize_from) if config.initialize_from else None,
     )
 
 

@@ -238,6 +238,22 @@ def load_encoder_into(
     return model
 
 
+def read_shape(folder: Folder) -> tuple[ModelConfig, int]:
+    """Read an encoder's shape and the size of its vocabulary off `config.json`; no weights.
+
+    Raises:
+        UserError: no model there, or one of another architecture.
+        DamagedError: `config.json` lacks a value.
+    """
+    config = _read_config(folder)
+    try:
+        return _model_config(folder, config), int(config["vocab_size"])
+    except KeyError as error:
+        raise DamagedError(
+            f"{folder.join('config.json')} is damaged: {error.args[0]} is missing"
+        ) from None
+
+
 def read_preprocessing(folder: Folder) -> dict[str, Any]:
     """Read what was given as `preprocessing` on saving; empty for models of others.
 

@@ -1,1 +1,1 @@
-"""Answering: the classifier over raw texts, in bulk through Ray Data and over HTTP."""
+"""Answering: the classifier over raw texts, in bulk through Ray Data and one by one."""

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from raybert.errors import DataError
+from raybert.model import hub
 from raybert.serve.batch import logits_of, score, softmax
 from raybert.storage import Folder
 from raybert.text.sources import SourceConfig
@@ -35,7 +36,9 @@ def evaluate(
     Raises:
         DataError: a label that the classifier does not know, or any bad row.
     """
-    source = source.model_copy(update={"labels": names})
+    # As in training and in every answer: the model says what becomes of line breaks.
+    breaks = hub.read_preprocessing(model).get("html_breaks", "space")
+    source = source.model_copy(update={"labels": names, "html_breaks": breaks})
     skipped: Counter[str] = Counter()
     begun, tables, done = time.monotonic(), [], 0
     for table in score(source, model, labels=True, workers=workers, skipped=skipped):

@@ -28,6 +28,7 @@ from raybert.storage import Folder
 from raybert.text.readers import Row
 
 Kind = Literal["parquet", "csv", "jsonl", "text", "imdb-archive", "imdb-file", "sample"]
+Purpose = Literal["corpus", "train", "evaluate"]
 
 _SUFFIXES: dict[str, Kind] = {
     ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "csv",
@@ -41,6 +42,13 @@ _BUFFER = 1 << 20
 LINE_BREAK = re.compile(r"<\s*br\s*/?\s*>", re.IGNORECASE)
 
 _IMDB_SPLITS = ("train", "unsup", "test")
+# What an unset split means where a source has splits; other files are read whole.
+_IMDB_DEFAULT: dict[Purpose, tuple[str, ...]] = {
+    "corpus": ("train", "unsup"), "train": ("train",), "evaluate": ("test",),
+}  # fmt: skip
+_SAMPLE_DEFAULT: dict[Purpose, tuple[str, ...]] = {
+    "corpus": ("train",), "train": ("train",), "evaluate": ("test",),
+}  # fmt: skip
 _IMDB_MEMBER = re.compile(r"(?:^|/)(train|test)/(pos|neg|unsup)/[^/]+\.txt$")
 
 _SAMPLE = {
@@ -110,20 +118,27 @@ class Shard:
 
 
 def find(
-    path: str, format: str, document: str, splits: list[str] | None, labels: bool
+    path: str, format: str, document: str, splits: list[str] | None, purpose: Purpose
 ) -> list[Shard]:
     """List the shards of one configured path.
+
+    Args:
+        path: a file, folder, glob, URI or `sample:` name.
+        format: auto, or the files' format.
+        document: what one document is, in text: line or file.
+        splits: which parts; None: those that the purpose asks for, where the source has splits.
+        purpose: what the texts are read for.
 
     Raises:
         DataError: nothing there, an unknown format, a split that the source does not have.
     """
     if path.startswith("sample:"):
-        return [_sample(path, splits, labels)]
+        return [_sample(path, splits, purpose)]
     if "{split}" in path:
         if not splits:
             raise DataError(f"{path}: set split to what stands for {{split}}")
         expanded = [path.replace("{split}", split) for split in splits]
-        return [s for p in expanded for s in find(p, format, document, None, labels)]
+        return [s for p in expanded for s in find(p, format, document, None, purpose)]
     found, root = _list(path)
     if not found:
         raise DataError(f"{path}: no files here; name a file, or a glob such as {path}/*.txt")
@@ -132,7 +147,7 @@ def find(
         and (all(map(_is_archive, found)) or any(imdb_place(f.path) for f in found))
     )
     if is_imdb:
-        return _imdb(path, found, splits, labels)
+        return _imdb(path, found, splits, purpose)
     if splits:
         raise DataError(
             f"{path}: split={', '.join(splits)} is for IMDB's archive and the sample; for other "
@@ -191,11 +206,11 @@ def _is_archive(file: File) -> bool:
     return file.path.lower().endswith(_ARCHIVES)
 
 
-def _imdb(path: str, found: list[File], splits: list[str] | None, labels: bool) -> list[Shard]:
+def _imdb(path: str, found: list[File], splits: list[str] | None, purpose: Purpose) -> list[Shard]:
     unknown = [split for split in splits or () if split not in _IMDB_SPLITS]
     if unknown:
         raise DataError(f"{path}: no split {unknown[0]!r}; there are {', '.join(_IMDB_SPLITS)}")
-    wanted = tuple(splits or (("train",) if labels else ("train", "unsup")))
+    wanted = tuple(splits or _IMDB_DEFAULT[purpose])
     archives = [Shard("imdb-archive", (f,), wanted) for f in found if _is_archive(f)]
     members: list[tuple[Kind, File]] = [
         ("imdb-file", f) for f in found if not _is_archive(f) and imdb_place(f.path, wanted)
@@ -308,7 +323,7 @@ def _strerror(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error).splitlines()[0]
 
 
-def _sample(path: str, splits: list[str] | None, labels: bool) -> Shard:
+def _sample(path: str, splits: list[str] | None, purpose: Purpose) -> Shard:
     if path not in _SAMPLE:
         raise DataError(f"{path}: no such sample; there are {', '.join(_SAMPLE)}")
     unknown = [split for split in splits or () if split not in ("train", "test")]
@@ -323,7 +338,8 @@ def _sample(path: str, splits: list[str] | None, labels: bool) -> Shard:
             "run `pip install 'raybert[sample]'`, or set path to a source of your own"
         )
     file = File(path, str(csv_file), csv_file.stat().st_size, None)
-    return Shard("sample", (file,), tuple(splits or ("train",)), sources=_SAMPLE[path])
+    wanted = tuple(splits or _SAMPLE_DEFAULT[purpose])
+    return Shard("sample", (file,), wanted, sources=_SAMPLE[path])
 
 
 def read_sample(stream: Any, shard: Shard, labels: bool) -> Iterator[Row]:

@@ -6,7 +6,6 @@ end, its subject at its beginning (Sun et al., arXiv 1905.05583, section 5.3.1).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raybert.text.files import LINE_BREAK
 from raybert.text.keyed import I64, Permutation, key_of
 from raybert.text.tokenizer import Ragged, Tokenizer
-
-_LINE_BREAK = re.compile(r"<\s*br\s*/?\s*>", re.IGNORECASE)
 
 # Long enough that batches hold texts of equal length, short enough that an epoch stays shuffled.
 _BATCHES_SORTED_TOGETHER = 50
@@ -44,7 +42,7 @@ class Preprocessing:
     def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Turn raw texts into ids, [up to seq_len] each."""
         if self.html_breaks == "space":
-            texts = [_LINE_BREAK.sub(" ", text) if "<" in text else text for text in texts]
+            texts = [LINE_BREAK.sub(" ", text) if "<" in text else text for text in texts]
         return [self.shorten(ids) for ids in split(tokenizer.encode(texts))]
 
     def shorten(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:

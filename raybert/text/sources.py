@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,12 @@ from pydantic import Field, field_validator
 from raybert.config import Settings
 from raybert.errors import DataError
 from raybert.text import files, readers
-from raybert.text.files import File, Kind, Shard
+from raybert.text.files import File, Kind, Purpose, Shard
 from raybert.text.readers import Columns, Row
 
 __all__ = [
     "Cut",
+    "EvaluationSource",
     "Labelled",
     "Shard",
     "SourceConfig",
@@ -53,6 +54,8 @@ _SCHEMA = pa.schema(
 class SourceConfig(Settings):
     """A set of documents, labelled or not."""
 
+    is_for_evaluation: ClassVar[bool] = False
+
     path: str | list[str] = Field(
         "sample:imdb",
         description="local paths, URIs that pyarrow's filesystems read, globs, or the embedded "
@@ -64,7 +67,7 @@ class SourceConfig(Settings):
     split: str | list[str] | None = Field(
         None,
         description="which parts of the source: train, test, unsup of IMDB's archive; train, test "
-        "of the sample; null: train for labels, all but test for a corpus",
+        "of the sample; null: train for labels, all but test for a corpus, test for evaluation",
     )
     text_column: str = "text"
     label_column: str = "label"
@@ -112,21 +115,30 @@ class SourceConfig(Settings):
         return [self.split] if isinstance(self.split, str) else self.split
 
 
+class EvaluationSource(SourceConfig):
+    """Documents that nothing is trained on: an unset split means test where there are splits."""
+
+    is_for_evaluation: ClassVar[bool] = True
+
+
 def shards(config: SourceConfig, *, labels: bool = False) -> list[Shard]:
     """List what `read` can read, in the order in which the documents come.
 
     Args:
         config: the source.
-        labels: whether labels are wanted, which decides the default split.
+        labels: whether labels are wanted; with the source's class it decides the default split.
 
     Raises:
         DataError: a missing file, an empty glob or folder, an unknown format or split.
         UserError: `sample:` without the package that holds it.
     """
+    purpose: Purpose = "train" if labels else "corpus"
+    if config.is_for_evaluation:
+        purpose = "evaluate"
     return [
         shard
         for path in config.paths
-        for shard in files.find(path, config.format, config.document, config.splits, labels)
+        for shard in files.find(path, config.format, config.document, config.splits, purpose)
     ]
 
 

@@ -21,12 +21,15 @@ from raybert.text.batches import BatchPlan, MicroBatch, ray_micro_batches
 from raybert.text.masking import EVALUATION, IGNORE_INDEX, MaskingConfig, Vocabulary, mask_rows
 from raybert.text.order import Order, deal
 from raybert.text.parts import Manifest, PartReader
-from raybert.text.tokenizer import Tokenizer
+from raybert.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from raybert.train.group import Group
 from raybert.train.loop import Batch
 from raybert.train.run import Feed
 from raybert.train.settings import TrainConfig
 
+_THEIR_TOKENIZER = (
+    "make the corpus with corpus.tokenizer.kind=file and corpus.tokenizer.path=that folder"
+)
 EVALUATION_SEED = 15  # evaluation's masks are the same in every run, so that losses compare
 
 
@@ -65,6 +68,7 @@ class PretrainJob:
     corpus: Folder
     manifest: Manifest
     source: str  # what the model card says of the data
+    start: Folder | None = None  # the model whose weights it starts from, and `model` its shape
 
     def check(self) -> None:
         """Find what would fail later, before any worker starts.
@@ -75,6 +79,11 @@ class PretrainJob:
             DamagedError: a part is missing or cut short.
         """
         manifest, model = self.manifest, self.model
+        if self.start is not None and manifest.seq_len > model.max_seq_len:
+            raise ConfigError(
+                f"corpus.seq_len={manifest.seq_len} is past the {model.max_seq_len} tokens that "
+                f"pretrain.initialize_from={self.start} reads; make a corpus with rows that fit"
+            )
         if manifest.seq_len > model.max_seq_len:
             raise ConfigError(
                 f"corpus.seq_len={manifest.seq_len} is past model.max_seq_len={model.max_seq_len}; "
@@ -93,12 +102,36 @@ class PretrainJob:
                 f"{self.corpus}: tokenizer.json is not the one that made the corpus; put it back "
                 "or make the corpus again"
             )
+        if self.start is not None:
+            self._check_vocabulary(self.start, tokenizer)
         for text in self.config.examples:
             if tokenizer.mask_token not in text:
                 raise ConfigError(
                     f"pretrain.examples: {text!r} has no {tokenizer.mask_token}; put one where a "
                     "word is to be guessed"
                 )
+            length = len(tokenizer.encode_batch([text])[0])
+            if length > model.max_seq_len:
+                raise ConfigError(
+                    f"pretrain.examples: {text[:40]!r}... has {length:,} tokens, the model reads "
+                    f"{model.max_seq_len}; shorten it around the {tokenizer.mask_token}"
+                )
+
+    def _check_vocabulary(self, start: Folder, tokenizer: Tokenizer) -> None:
+        """Raise where the ids of the corpus do not mean to the model what they mean here."""
+        known = hub.read_shape(start)[1]
+        if self.manifest.vocab_size > known:
+            raise ConfigError(
+                f"pretrain.initialize_from={start} knows {known:,} tokens, the corpus has "
+                f"{self.manifest.vocab_size:,}; {_THEIR_TOKENIZER}"
+            )
+        if not start.exists(TOKENIZER_FILE):
+            return
+        if Tokenizer.load(start).hf.get_vocab() != tokenizer.hf.get_vocab():
+            raise ConfigError(
+                f"pretrain.initialize_from={start} has another vocabulary than the corpus; "
+                f"{_THEIR_TOKENIZER}"
+            )
 
     def make_task(self, group: Group, feed: Feed) -> PretrainTask:
         """Build the task on a worker."""
@@ -113,9 +146,17 @@ class PretrainJob:
             self.corpus,
             folder,
             card=model_card(self, metrics),
-            preprocessing={"seq_len": self.manifest.seq_len, "html_breaks": "space"},
+            preprocessing={
+                "seq_len": self.manifest.seq_len,
+                "html_breaks": self._html_breaks(),
+            },
         )
         return {"model": folder.uri}
+
+    def _html_breaks(self) -> str:
+        """How the corpus was read; its manifest keeps the configuration that made it."""
+        made_with = self.manifest.info.get("config", {})
+        return str(made_with.get("source", {}).get("html_breaks", "space"))
 
 
 class PretrainTask:
@@ -135,8 +176,8 @@ class PretrainTask:
         )
         self._vocabulary = Vocabulary(self._tokenizer.mask_id, self._tokenizer.is_special)
         torch.manual_seed(config.seed)
-        if config.initialize_from:
-            model = hub.load_masked_lm(Folder(config.initialize_from), job.model.dropout)
+        if job.start is not None:
+            model = hub.load_masked_lm(job.start, job.model.dropout)
         else:
             encoder = Encoder(job.model, self._tokenizer.vocab_size, self._tokenizer.pad_id)
             model = MaskedLM(encoder)
@@ -252,16 +293,17 @@ class PretrainTask:
         """The loss on held-out rows in nats a predicted token, and the examples' fillings."""
         inputs, labels = self._heldout
         size = 2 * self._job.config.micro_batch_size
-        total, count, right = 0.0, 0.0, 0.0
+        total, count = 0.0, 0.0
         for begin in range(0, len(inputs), size):
             at = slice(begin, begin + size)
             loss, predicted = self._loss(self._model, inputs[at], labels[at])
             total, count = total + float(loss), count + predicted
-        total, count, right = self._group.sum([total, count, right])
+        total, count = self._group.sum([total, count])
         loss_mean = total / max(1.0, count)
         self.last = {"score": -loss_mean, "loss": round(loss_mean, 5)}
-        if "unigram_loss" in self._job.manifest.info:
-            self.last["unigram_loss"] = round(self._job.manifest.info["unigram_loss"], 5)
+        unigram = self._job.manifest.info.get("unigram_loss")
+        if unigram is not None:  # held-out words that training never saw have no such loss
+            self.last["unigram_loss"] = round(unigram, 5)
         if self._group.rank == 0:
             self.last["fillings"] = [
                 {"text": text, "tokens": fillings(self._model, self._tokenizer, text)[0]}
@@ -310,6 +352,10 @@ def fillings(
 def model_card(job: PretrainJob, metrics: dict[str, Any]) -> str:
     """The README.md of a pretrained model."""
     shape = job.model
+    loss = f"{metrics['loss']:.4f} nats a masked token" if "loss" in metrics else "not measured"
+    if "unigram_loss" in metrics:
+        loss += f"\n  (a unigram model: {metrics['unigram_loss']:.4f})"
+    start = f"\n- Started from: {job.start}" if job.start is not None else ""
     example = next(iter(job.config.examples), "This is [MASK].")
     return f"""---
 library_name: transformers
@@ -322,8 +368,7 @@ tags: [raybert]
 {job.manifest.seq_len} tokens, masked language modelling at {job.config.masking.mask_rate:.0%}.
 
 - Text: {job.source} ({job.manifest.splits["train"].rows:,} rows)
-- Held-out loss: {metrics.get("loss", float("nan")):.4f} nats a masked token
-  (a unigram model: {metrics.get("unigram_loss", float("nan")):.4f})
+- Held-out loss: {loss}{start}
 
 ```python
 from transformers import pipeline

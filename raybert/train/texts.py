@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from raybert.config import Settings
-from raybert.errors import DamagedError
+from raybert.errors import DamagedError, DataError
 from raybert.storage import Folder
 from raybert.text import sources
 from raybert.text.preprocess import Preprocessing
@@ -125,12 +125,20 @@ def prepare_data(
     folder.delete(DATA)
     texts = labelled(config.source)
     if config.validation is not None:
-        train, validation = texts, labelled(config.validation, names=texts.names)
+        alike = config.validation.model_copy(update={"html_breaks": config.source.html_breaks})
+        train, validation = texts, labelled(alike, names=texts.names)
     else:
         held = round(len(texts.labels) * config.validation_fraction)
         parts = cut((str(text) for text in texts.texts), held, seed=seed)
+        if not len(parts.held) or not len(parts.rest):
+            raise DataError(
+                f"finetune.validation_fraction={config.validation_fraction} sets "
+                f"{len(parts.held):,} of {len(texts.labels):,} labelled texts apart to choose by "
+                f"and leaves {len(parts.rest):,} to train on; change it, or give more texts"
+            )
         train, validation = texts.take(parts.rest), texts.take(parts.held)
-    how = Preprocessing(seq_len, max(1, round(seq_len * config.head_share)))
+    head_tokens = max(1, round(seq_len * config.head_share))
+    how = Preprocessing(seq_len, head_tokens, config.source.html_breaks)
     files = {
         name: _tokenize(part, tokenizer, how).save(folder, f"{name}.parquet")
         for name, part in (("train", train), ("validation", validation))

