@@ -1,9 +1,11 @@
 """Checkpoints: everything that continues a run bit for bit, committed last, verified when read.
 
-A checkpoint is a folder `checkpoints/step-<n>/` of safetensors files and a `state.json`. It counts
-only once its commit object, `checkpoints/step-<n>.json`, stands beside it with every file's size
+A checkpoint is a folder `checkpoints/step-<n>-a<attempt>/` of safetensors files and a `state.json`.
+It counts only once its commit object, `checkpoints/step-<n>.json`, names it with every file's size
 and SHA-256. Object stores can't rename, so this order is the whole protocol: files first, commit
-last, and a reader that finds a file other than committed takes the checkpoint before.
+last, and a reader that finds a file other than committed takes the checkpoint before. No two
+writers share a folder, and nothing that a commit names is written to: a step that is saved again
+has two folders until the new commit stands.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import hashlib
 import json
 import re
 import threading
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +28,8 @@ from raybert.storage import Folder
 
 FORMAT_VERSION = 1
 _COMMIT = re.compile(r"step-(\d{8})\.json")
+_FOLDER = re.compile(r"step-\d{8}-a(\d+)(-[0-9a-f]{8})?")
+_ATTEMPT = re.compile(r"(\d+)-[0-9a-f]{8}\.json")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -61,7 +66,7 @@ class CheckpointStore:
         def write() -> None:
             try:
                 self._write(snapshot)
-                self._prune(best_step)
+                self._prune(snapshot.step, best_step)
             except Exception as error:  # handed to the training thread, which must see it
                 self._error = error
 
@@ -100,19 +105,22 @@ class CheckpointStore:
             DamagedError: a file is missing, cut short or altered.
             UserError: a newer raybert wrote it.
         """
-        commit = self._folder.read_json(f"step-{step:08d}.json")
-        folder = self._folder / f"step-{step:08d}"
+        name = self._folder.join(f"step-{step:08d}.json")
         try:
+            commit = self._folder.read_json(f"step-{step:08d}.json")
             version = int(commit["format_version"])
             if version > FORMAT_VERSION:
                 raise UserError(
-                    f"checkpoint {folder} has format {version}, this raybert reads up to "
+                    f"checkpoint {name} has format {version}, this raybert reads up to "
                     f"{FORMAT_VERSION}; upgrade raybert"
                 )
+            folder = self._folder / _plain(commit["folder"])
             files = dict(commit["files"])
             data = {name: _verified(folder, name, expected) for name, expected in files.items()}
+        except FileNotFoundError:
+            raise DamagedError(f"the commit {name} is missing") from None
         except (KeyError, TypeError, ValueError):
-            raise DamagedError(f"the commit of checkpoint {folder} is damaged") from None
+            raise DamagedError(f"the commit {name} is damaged") from None
         try:
             return Snapshot(
                 step=step,
@@ -124,37 +132,63 @@ class CheckpointStore:
             raise DamagedError(f"checkpoint {folder} can't be read: {error}") from None
 
     def _write(self, snapshot: Snapshot) -> None:
-        folder = self._folder / f"step-{snapshot.step:08d}"
-        self._folder.delete(f"step-{snapshot.step:08d}.json")
+        check_attempt(self._run, self._attempt)
+        name = f"step-{snapshot.step:08d}-a{self._attempt:04d}"
+        if self._folder.exists(name):  # by this attempt, too: it may be what the commit names
+            name += f"-{uuid.uuid4().hex[:8]}"
+        folder = self._folder / name
         files: dict[str, dict[str, Any]] = {}
         contents: dict[str, Callable[[], bytes]] = {
             "model.safetensors": lambda: safetensors.torch.save(snapshot.model),
             "optimizer.safetensors": lambda: safetensors.torch.save(snapshot.optimizer),
             "state.json": lambda: json.dumps(snapshot.state).encode(),
         }
-        for name, serialize in contents.items():
+        for file, serialize in contents.items():
             data = serialize()
-            folder.write_bytes(name, data)
-            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        check_attempt(self._run, self._attempt)
+            folder.write_bytes(file, data)
+            files[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         commit = {
             "format_version": FORMAT_VERSION,
             "step": snapshot.step,
             "attempt": self._attempt,
+            "folder": name,
             "files": files,
         }
+        check_attempt(self._run, self._attempt)  # writing may have taken minutes
         self._folder.write_json(f"step-{snapshot.step:08d}.json", commit)
 
-    def _prune(self, best_step: int | None) -> None:
-        """Delete all but the last ones and the best: commits first, so that none is half there."""
-        keep = {*self.steps()[-self._keep :], best_step}
-        for step in self.steps():
-            if step not in keep:
+    def _prune(self, written: int, best_step: int | None) -> None:
+        """Delete all but the last ones and the best: commits first, so that none is half there.
+
+        What lies ahead of the step just written goes, too: this attempt began behind it, for it
+        was damaged. Nothing of a younger attempt is touched, committed or not.
+        """
+        check_attempt(self._run, self._attempt)
+        commits = {step: self._writer(step) for step in self.steps()}
+        keep = {*[step for step in commits if step <= written][-self._keep :], best_step}
+        for step, (attempt, _) in commits.items():
+            if step not in keep and attempt <= self._attempt:
                 self._folder.delete(f"step-{step:08d}.json")
-        kept = {f"step-{step:08d}" for step in self.steps()}
+        named = {self._writer(step)[1] for step in self.steps()}
         for name in self._folder.names():
-            if not name.endswith(".json") and name not in kept:
+            match = _FOLDER.fullmatch(name)
+            if match and name not in named and int(match[1]) <= self._attempt:
                 self._folder.delete(name)
+
+    def _writer(self, step: int) -> tuple[int, str]:
+        """Which attempt committed a step, and the folder: (0, "") where the commit is damaged."""
+        try:
+            commit = self._folder.read_json(f"step-{step:08d}.json")
+            return int(commit["attempt"]), str(commit["folder"])
+        except (FileNotFoundError, DamagedError, KeyError, TypeError, ValueError):
+            return 0, ""
+
+
+def _plain(name: str) -> str:
+    """The name of a checkpoint's folder; anything else would lead a reader elsewhere."""
+    if not _FOLDER.fullmatch(name):
+        raise ValueError(name)
+    return name
 
 
 def _verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:
@@ -173,12 +207,21 @@ def _verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:
 
 
 def begin_attempt(run: Folder) -> int:
-    """Register a new attempt at a run; from now on only it may commit."""
-    attempt = 1 + max(
-        (int(name.partition(".")[0]) for name in (run / "attempts").names()), default=0
-    )
-    (run / "attempts").write_json(f"{attempt:04d}.json", {"attempt": attempt})
-    return attempt
+    """Register a new attempt at a run under a number of its own; from now on only it may commit.
+
+    Two may ask for the same number at once. Each registers under a name that nobody else has, and
+    then looks: of those with one number, whoever wrote last sees the others, and moves on.
+    """
+    folder = run / "attempts"
+    number = 1 + max(_numbers(folder), default=0)
+    while True:
+        mine = f"{number:04d}-{uuid.uuid4().hex[:8]}.json"
+        folder.write_json(mine, {"attempt": number})
+        rivals = [n for n in folder.names() if n.startswith(f"{number:04d}-")]
+        if rivals == [mine]:
+            return number
+        # Those that saw each other move to different numbers.
+        number = 1 + max(_numbers(folder)) + rivals.index(mine)
 
 
 def check_attempt(run: Folder, attempt: int) -> None:
@@ -187,6 +230,10 @@ def check_attempt(run: Folder, attempt: int) -> None:
     Raises:
         Superseded: there is one.
     """
-    youngest = max((int(n.partition(".")[0]) for n in (run / "attempts").names()), default=attempt)
+    youngest = max(_numbers(run / "attempts"), default=attempt)
     if youngest > attempt:
         raise Superseded(f"{run}: attempt {youngest} has taken over; attempt {attempt} ends here")
+
+
+def _numbers(attempts: Folder) -> list[int]:
+    return [int(match[1]) for match in map(_ATTEMPT.fullmatch, attempts.names()) if match]

@@ -1,5 +1,7 @@
 """Checkpoints: what is committed, what is kept, who may commit."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_the_last_ones_and_the_best_are_kept(run):
         store.save(snapshot(step), best_step=best, wait=True)
     assert store.steps() == [2, 4, 5]
     folders = [name for name in (run / "checkpoints").names() if not name.endswith(".json")]
-    assert folders == ["step-00000002", "step-00000004", "step-00000005"]
+    assert folders == ["step-00000002-a0001", "step-00000004-a0001", "step-00000005-a0001"]
     store.save(snapshot(6), best_step=6, wait=True)
     assert store.steps() == [5, 6]
 
@@ -79,7 +81,7 @@ def test_nothing_is_committed_while_files_are_being_written(run, monkeypatch):
     monkeypatch.undo()
     store.save(snapshot(4), best_step=None, wait=True)
     assert store.steps() == [4]
-    assert (run / "checkpoints").names() == ["step-00000004", "step-00000004.json"]
+    assert (run / "checkpoints").names() == ["step-00000004-a0001", "step-00000004.json"]
 
 
 def test_a_failure_in_the_background_is_raised_by_the_next_call(run, monkeypatch):
@@ -104,8 +106,107 @@ def test_only_the_youngest_attempt_commits(run):
         check_attempt(run, 1)
 
 
+def test_a_superseded_attempt_leaves_the_younger_ones_checkpoint_of_the_same_step(run):
+    """It is stopped before it writes, while it writes, and between its commit and its pruning."""
+    old = store_of(run, keep=1)
+    old.save(snapshot(1), best_step=None, wait=True)
+    young = store_of(run, keep=1)
+    young.save(snapshot(2), best_step=None, wait=True)
+    for step in (1, 2, 3):
+        with pytest.raises(Superseded):
+            old.save(snapshot(step), best_step=None, wait=True)
+    with pytest.raises(Superseded):
+        old._prune(1, None)
+    assert (run / "checkpoints").names() == ["step-00000002-a0002", "step-00000002.json"]
+    assert young.load_latest(pytest.fail).step == 2
+
+
+def test_an_attempt_that_is_superseded_while_it_writes_does_not_commit(run, monkeypatch):
+    old = store_of(run)
+    write = Folder.write_bytes
+
+    def superseded(self, name, data):
+        write(self, name, data)
+        if name == "optimizer.safetensors":
+            monkeypatch.undo()
+            store_of(run).save(snapshot(5), best_step=None, wait=True)
+
+    monkeypatch.setattr(Folder, "write_bytes", superseded)
+    with pytest.raises(Superseded):
+        old.save(Snapshot(5, {"weight": torch.zeros(1)}, {}), best_step=None, wait=True)
+    young = CheckpointStore(run, 2, keep=2)
+    assert torch.equal(young.load(5).model["weight"], snapshot(5).model["weight"])
+
+
+def test_a_step_that_is_saved_again_stands_until_its_successor_does(run, monkeypatch):
+    store = store_of(run, keep=1)
+    store.save(snapshot(5), best_step=None, wait=True)
+    write = Folder.write_bytes
+
+    def breaks(self, name, data):
+        if name == "state.json":
+            raise StorageError("No space left on device")
+        write(self, name, data)
+
+    for resumes in (False, True):  # the same attempt, and one that resumed there
+        writer = store_of(run, keep=1) if resumes else store
+        monkeypatch.setattr(Folder, "write_bytes", breaks)
+        with pytest.raises(StorageError):
+            writer.save(snapshot(5), best_step=5, wait=True)
+        assert store.load_latest(pytest.fail).step == 5
+        monkeypatch.undo()
+        writer.save(snapshot(5), best_step=5, wait=True)
+        assert store.load_latest(pytest.fail).step == 5
+        assert len((run / "checkpoints").names()) == 2  # what no commit names is gone
+
+
+def test_what_a_younger_attempt_writes_is_not_pruned(run):
+    old = store_of(run, keep=1)
+    young = CheckpointStore(run, 2, keep=1)  # registers only after the older one has looked
+    young.save(snapshot(3), best_step=None, wait=True)
+    (run / "checkpoints" / "step-00000004-a0002").write_text("model.safetensors", "half of it")
+    old.save(snapshot(5), best_step=None, wait=True)
+    names = (run / "checkpoints").names()
+    assert {"step-00000003.json", "step-00000003-a0002", "step-00000004-a0002"} <= set(names)
+
+
+def test_damaged_checkpoints_ahead_do_not_displace_the_ones_being_written(run):
+    store = store_of(run, keep=1)
+    store.save(snapshot(10), best_step=None, wait=True)
+    (run / "checkpoints" / "step-00000010-a0001").write_text("state.json", "{")
+    again = store_of(run, keep=1)
+    assert again.load_latest(lambda message: None) is None
+    again.save(snapshot(4), best_step=None, wait=True)
+    assert again.load_latest(pytest.fail).step == 4
+
+
+def test_attempts_that_begin_at_once_get_different_numbers(run, monkeypatch):
+    """Both have listed before either writes, in either order of what follows."""
+    write, begun = Folder.write_json, []
+
+    def meanwhile(self, name, value):
+        if not begun:
+            begun.append(None)
+            begun[0] = begin_attempt(run)  # lists, writes and looks before the outer one writes
+        write(self, name, value)
+
+    monkeypatch.setattr(Folder, "write_json", meanwhile)
+    number = begin_attempt(run)
+    assert begun == [1]
+    assert number == 2
+    with pytest.raises(Superseded):
+        check_attempt(run, 1)
+    check_attempt(run, 2)
+
+
+def test_many_attempts_at_once_are_one_order(run):
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(lambda _: begin_attempt(run), range(24)))
+    assert len(set(numbers)) == 24
+
+
 def test_attempts_are_numbered_past_nine_thousand(run):
-    (run / "attempts").write_json("9999.json", {})
+    (run / "attempts").write_json("9999-0123abcd.json", {})
     assert begin_attempt(run) == 10000
     assert begin_attempt(run) == 10001
 
@@ -123,7 +224,14 @@ def test_a_newer_format_is_refused_by_name(run):
 
 
 @pytest.mark.parametrize(
-    "commit", ["{}", "[]", "null", "3", '{"format_version": 1, "files": {"model.safetensors": {}}}']
+    "commit",
+    [
+        "{}",
+        "[]",
+        "null",
+        "3",
+        '{"format_version": 1, "folder": "step-00000002-a0001", "files": {"a": {}}}',
+    ],
 )
 def test_a_commit_of_another_shape_is_damaged(run, commit):
     store = store_of(run)
