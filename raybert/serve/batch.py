@@ -26,6 +26,7 @@ from raybert.storage import Folder
 from raybert.text import job, sources
 from raybert.text.sources import SourceConfig
 
+_BLOCK_BYTES = 1 << 20  # of text: what an actor takes at a time
 _ROWS_A_CALL = 512  # enough texts to sort by length, few enough to show progress
 
 
@@ -68,6 +69,7 @@ def score(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    context.target_max_block_size = _BLOCK_BYTES
     shards = sources.shards(source, labels=labels)
     left = source.limit
     with DataContext.current(context):
@@ -86,7 +88,7 @@ def score(
                 fn_constructor_args=(model.uri, max(1, cores() // workers)),
                 batch_size=_ROWS_A_CALL,
                 batch_format="pyarrow",
-                compute=ActorPoolStrategy(size=workers),
+                compute=ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
                 num_cpus=1,
                 max_restarts=0,  # a lost actor ends the command, which is short
             )
