@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="raybert",
-    help="From raw text to a BERT of your own, a tuned classifier and an HTTP endpoint, on Ray.",
+    help="From raw text to a BERT of your own and a classifier that stands on it, on Ray.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -216,8 +218,13 @@ def predict(
     config: ConfigOption = None,
     overrides: SetOption = None,
     name: NameOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line, as it is without this, too.")
+    ] = False,
 ) -> None:
     """Label raw texts: arguments, lines of standard input, or files of millions.
+
+    Answers are JSON, one object a line; `row` is the number of the text's line or argument from 0.
 
     Examples: `raybert predict -m runs/mine "A joy."`,
     `raybert predict -m runs/mine -i reviews.parquet -o labels.jsonl`
@@ -231,8 +238,11 @@ def predict(
             raise UserError("--input needs --output: name a .jsonl or a .parquet file")
         _print(bulk.predict_file(experiment, folder, source, output, _display()), as_json=True)
     else:
-        for row in bulk.predict_texts(folder, texts or bulk.lines(sys.stdin.buffer)):
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+        batches = (
+            bulk.numbered(texts) if texts else bulk.lines(cast(io.BufferedReader, sys.stdin.buffer))
+        )
+        for row in bulk.predict_texts(folder, batches):
+            _print(row, as_json=True)
 
 
 @app.command("fill-mask")
@@ -264,6 +274,7 @@ def fill_mask(
 @app.command()
 def report(
     path: Annotated[str, typer.Argument(help="A run's or an experiment's folder.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Write `report.html`: curves, scores, examples; one self-contained file.
 
@@ -276,7 +287,11 @@ def report(
     if not folder.exists():
         raise UserError(f"{path}: no such folder; name a run or an experiment")
     write_report(folder)
-    print(folder.join("report.html"))
+    written = (folder / "report.html").uri
+    if as_json:
+        _print({"report": written}, as_json)
+    else:
+        print(written)
 
 
 @app.command("config")
@@ -286,6 +301,7 @@ def show_config(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema instead.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Print the resolved configuration, or the schema by which editors check the YAML.
 
@@ -294,8 +310,12 @@ def show_config(
     from raybert.config import dump
     from raybert.experiment import Experiment
 
-    if schema:
+    if schema and as_json:
+        _print(Experiment.model_json_schema(), as_json)
+    elif schema:
         print(json.dumps(Experiment.model_json_schema(), indent=2))
+    elif as_json:
+        _print(_experiment(config, overrides, None).model_dump(mode="json"), as_json)
     else:
         print(dump(_experiment(config, overrides, None)), end="")
 
@@ -326,12 +346,17 @@ def bench_train(
 
 
 @app.command()
-def version() -> None:
+def version(as_json: JsonOption = False) -> None:
     """Print the versions of raybert and of what it stands on."""
     import importlib.metadata
 
-    for package in ("raybert", "ray", "torch", "tokenizers", "pyarrow"):
-        print(f"{package} {importlib.metadata.version(package)}")
+    packages = ("raybert", "ray", "torch", "tokenizers", "pyarrow")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    if as_json:
+        _print(versions, as_json)
+    else:
+        for package, number in versions.items():
+            print(f"{package} {number}")
 
 
 def _experiment(
@@ -349,7 +374,7 @@ def _model(path: str | None, experiment: Experiment, stage: str = "finetune") ->
     from raybert import pipeline
 
     if path is None:
-        return pipeline.resolve_model(str(experiment.folder / stage))
+        return pipeline.resolve_model((experiment.folder / stage).uri)
     return pipeline.resolve_model(path, stage)
 
 
@@ -361,7 +386,17 @@ def _display() -> Any:
 
 def _print(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result, ensure_ascii=False, default=str))
+        text = json.dumps(_finite(result), ensure_ascii=False, allow_nan=False, default=str)
+        print(text, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for each number that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _print_scores(metrics: dict[str, Any]) -> None:

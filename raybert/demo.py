@@ -21,6 +21,7 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
     """
     from raybert.report import write_report
 
+    pipeline.check_sources(experiment)
     begun, spent, results = time.monotonic(), {}, {}
     workers = max(experiment.pretrain.workers, experiment.finetune.workers)
     display.say("ray       starting")
@@ -48,13 +49,13 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
         "fill_mask": example.get("tokens", []),
         "run": experiment.folder.uri,
         "model": results["finetune"]["model"],
-        "report": experiment.folder.join("report.html"),
+        "report": (experiment.folder / "report.html").uri,
     }
 
 
 def run_demo(experiment: Experiment, display: Display, text: str) -> dict[str, Any]:
     """Run all stages on the embedded reviews, classify a sentence, and say what to try next."""
-    from raybert.predict import predict_texts
+    from raybert.predict import numbered, predict_texts
     from raybert.storage import Folder
 
     minutes = _estimate(experiment)
@@ -64,7 +65,7 @@ def run_demo(experiment: Experiment, display: Display, text: str) -> dict[str, A
         "the same command goes on."
     )
     result = run_stages(experiment, display)
-    answer = next(iter(predict_texts(Folder(result["model"]), [text])))
+    answer = next(iter(predict_texts(Folder(result["model"]), numbered([text]))))
     result["answer"] = answer
     print(_summary(experiment, result), flush=True)
     return result
@@ -76,15 +77,19 @@ def _estimate(experiment: Experiment) -> float:
 
 
 def _summary(experiment: Experiment, result: dict[str, Any]) -> str:
-    answer, folder = result["answer"], shlex.quote(str(experiment.folder))
-    gain = (result["unigram_loss"] or 0) - result["masked_loss"]
+    answer, folder = result["answer"], shlex.quote(experiment.folder.uri)
+    loss, unigram = result["masked_loss"], result["unigram_loss"]
+    told = (
+        ""
+        if unigram is None
+        else (f", {unigram - loss:.2f} under the unigram model's {unigram:.3f}")
+    )
     guesses = [f"  {guess['probability']:.3f}  {guess['token']}" for guess in result["fill_mask"]]
     raybert = shlex.quote(str(Path(sys.argv[0])))
     return "\n".join(
         [
             "",
-            f"Held-out masked-token loss  {result['masked_loss']:.3f} nats, {gain:.2f} under the "
-            f"unigram model's {result['unigram_loss']:.3f}",
+            f"Held-out masked-token loss  {loss:.3f} nats{told}",
             f"Accuracy on {result['texts']:,} reviews that nothing was chosen on  "
             f"{result['accuracy']:.4f}",
             "",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from raybert.display import Display
 from raybert.errors import DataError
@@ -14,36 +15,73 @@ from raybert.storage import Folder
 from raybert.text.sources import SourceConfig
 
 _TEXTS_A_CALL = 256
+_BYTES_A_READ = 1 << 16
 
 
-def lines(stream: BinaryIO) -> Iterator[str]:
-    """Yield the texts of a stream, one a line, empty ones left out.
+class Numbered(NamedTuple):
+    """A text, and the number from 0 of the line or argument that it is."""
+
+    row: int
+    text: str
+
+
+def numbered(texts: Iterable[str]) -> Iterator[list[Numbered]]:
+    """Number texts and yield them some hundred at a time."""
+    remaining = itertools.starmap(Numbered, enumerate(texts))
+    while chunk := list(itertools.islice(remaining, _TEXTS_A_CALL)):
+        yield chunk
+
+
+def lines(stream: io.BufferedIOBase) -> Iterator[list[Numbered]]:
+    """Yield the lines of a stream as they come, empty ones left out but counted.
 
     Raises:
-        DataError: a line is not UTF-8.
+        DataError: a line is not UTF-8; those before it have been yielded.
     """
-    for number, line in enumerate(stream, 1):
+    number, pieces = 0, [b""]  # of a line that has not ended yet
+    while True:
+        read = stream.read1(_BYTES_A_READ)  # what has come; waits only where nothing has
+        pieces.append(read)
+        if read and b"\n" not in read:
+            continue
+        *whole, last = b"".join(pieces).split(b"\n")
+        whole, pieces = (whole, [last]) if read else ([*whole, last], [])
+        for begin in range(0, len(whole), _TEXTS_A_CALL):
+            yield from _decoded(whole[begin : begin + _TEXTS_A_CALL], number + begin)
+        number += len(whole)
+        if not read:
+            return
+
+
+def _decoded(found: Sequence[bytes], first: int) -> Iterator[list[Numbered]]:
+    texts: list[Numbered] = []
+    for row, line in enumerate(found, first):
         try:
             text = line.decode("utf-8").strip()
         except UnicodeDecodeError as error:
+            if texts:
+                yield texts
             raise DataError(
-                f"standard input: line {number} is not UTF-8 ({error.reason})"
+                f"standard input: line {row + 1} is not UTF-8 ({error.reason})"
             ) from None
         if text:
-            yield text
+            texts.append(Numbered(row, text))
+    if texts:
+        yield texts
 
 
-def predict_texts(model: Folder, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Label texts in this process; yields text, label, score and all labels' scores."""
+def predict_texts(model: Folder, batches: Iterable[Sequence[Numbered]]) -> Iterator[dict[str, Any]]:
+    """Label texts in this process; yields row, text, label, score and all labels' scores."""
     from raybert.serve.classifier import TextClassifier
 
     classifier = TextClassifier(model)
-    remaining = iter(texts)
-    while chunk := list(itertools.islice(remaining, _TEXTS_A_CALL)):
-        for text, scores in zip(chunk, classifier.probabilities(chunk), strict=True):
+    for batch in batches:
+        found = classifier.probabilities([text for _, text in batch])
+        for (row, text), scores in zip(batch, found, strict=True):
             best = int(scores.argmax())
             named = {n: round(float(s), 6) for n, s in zip(classifier.labels, scores, strict=True)}
             yield {
+                "row": row,
                 "text": text,
                 "label": classifier.labels[best],
                 "score": round(float(scores[best]), 6),
@@ -62,7 +100,8 @@ def predict_file(
     columns = experiment.evaluate.source.model_dump(
         include={"text_column", "on_bad_row", "document"}
     )
-    source = SourceConfig(path=path, **columns)
+    # Texts as they stand: the model's own preprocessing sees to HTML.
+    source = SourceConfig(path=path, html_breaks="keep", **columns)
     with display.stage("predict"), ray_session(experiment.ray) as resources:
         return predict_source(
             source,

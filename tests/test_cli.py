@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,7 +154,24 @@ def test_a_classifier_answers_raw_texts(raybert, trained):
 
 def test_texts_come_from_standard_input_too(raybert, trained):
     done = raybert("predict", "-m", trained.run, stdin=b"superb, moving\n\n  \nclumsy, tedious\n")
-    assert [json.loads(line)["label"] for line in done.out.splitlines()] == ["pos", "neg"]
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [(row["row"], row["label"]) for row in rows] == [(0, "pos"), (3, "neg")]
+
+
+def test_every_command_can_end_in_one_json_object(raybert, trained):
+    assert raybert("predict", "-m", trained.run, "--json", "superb", "awful").json["row"] == 1
+    assert raybert("report", trained.run, "--json").json == {
+        "report": str(trained.run / "report.html")
+    }
+    shown = raybert("config", "-c", trained.config, "--json").json
+    assert shown["pretrain"]["steps"] == 4
+    assert raybert("config", "--schema", "--json").json["additionalProperties"] is False
+    assert raybert("version", "--json").json["torch"] == torch.__version__
+
+
+def test_what_json_does_not_have_is_null(capsys):
+    cli._print({"loss": float("nan"), "by": [float("inf"), 1, {"x": -1.5}]}, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "by": [None, 1, {"x": -1.5}]}
 
 
 def test_a_mask_is_filled(raybert, trained):
@@ -215,6 +233,125 @@ def test_config_prints_what_it_reads(raybert, experiment, tmp_path):
     again = raybert("config", "-c", tmp_path / "again.yaml")
     assert again.out == done.out
     assert "lr: 1.0e-05" in done.out
+
+
+def test_a_stored_configuration_takes_other_texts(raybert, experiment, tmp_path):
+    """No default split stands in the way of a file that has none; archives give their test."""
+    from raybert import pipeline
+    from raybert.config import load
+    from raybert.experiment import Experiment as Configured
+    from raybert.text import sources
+
+    (tmp_path / "mine.yaml").write_text(raybert("config").out)
+
+    def splits(*overrides):
+        source = load(Configured, tmp_path / "mine.yaml", overrides).evaluate.source
+        return [shard.splits for shard in sources.shards(source, labels=True)]
+
+    assert splits() == [("test",)]
+    assert splits(f"evaluate.source.path={experiment.texts}") == [()]
+    assert splits("evaluate.source.path=sample:all") == [("test",)]
+    given = cli._experiment(None, None, None, "sample:rotten-tomatoes")
+    assert [s.splits for s in sources.shards(given.evaluate.source, labels=True)] == [("test",)]
+    pipeline.check_sources(given)
+
+
+@pytest.mark.parametrize(
+    "key", ["corpus.source", "corpus.overlap", "finetune.source", "finetune.validation",
+            "evaluate.source"],
+)  # fmt: skip
+def test_a_typo_ends_a_run_before_any_stage(raybert, experiment, key):
+    done = raybert("run", "-c", experiment.config, "--set", f"{key}.path=/typo.csv")
+    assert refused(done) == "/typo.csv: no such file or folder"
+    assert "starting" not in done.err
+    assert os.listdir(experiment.run) == ["corpus"]
+
+
+def test_pretraining_does_not_need_the_raw_text(raybert, experiment):
+    os.remove(experiment.texts)
+    assert raybert("pretrain", "-c", experiment.config, "--bare").code == 0
+    changed = raybert("pretrain", "-c", experiment.config, "--bare", "--set", "corpus.seq_len=8",
+                      "-n", "tiny")  # fmt: skip
+    assert "is finished with other settings (corpus.seq_len: 16 -> 8)" in refused(changed)
+
+
+def test_finished_runs_say_so_when_what_made_them_is_gone(raybert, tmp_path, trained):
+    shutil.copytree(trained.run, tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "corpus")
+    at = ("-c", trained.config, "--bare", "--set", f"run.storage={tmp_path}", "--json")
+    assert raybert("pretrain", *at).json["step"] == 4
+    shutil.rmtree(tmp_path / "tiny" / "pretrain")
+    done = raybert("finetune", *at)
+    assert "is finished already, at step" in done.err
+    assert done.json["accuracy"] > 0.5
+
+
+def test_pretraining_starts_from_a_model_wherever_the_workers_run(
+    raybert, experiment, trained, monkeypatch
+):
+    monkeypatch.chdir(trained.path)
+    at = ("pretrain", "-c", experiment.config, "--bare", "--json")
+    # The model's own shape counts, not the section `model`.
+    done = raybert(*at, "--set", "pretrain.initialize_from=runs/tiny", "--set",
+                   "model.hidden_size=32")  # fmt: skip
+    assert done.code == 0, done.err
+    card = (Path(done.json["model"]) / "README.md").read_text()
+    assert "16 hidden" in card and f"Started from: {trained.run}/pretrain/model" in card
+    shutil.copytree(experiment.run / "corpus", trained.path / "more" / "tiny" / "corpus")
+    gone = raybert(*at, "--set", "run.storage=more", "--set", "pretrain.initialize_from=none")
+    assert refused(gone).startswith("pretrain.initialize_from=none: no model here")
+
+
+def test_a_measurement_counts_for_its_texts_and_weights_alone(
+    raybert, trained, tmp_path, monkeypatch
+):
+    from raybert import pipeline
+
+    shutil.copytree(trained.run, tmp_path / "tiny")
+    texts = shutil.copy(trained.path / "test.csv", tmp_path / "t.csv")
+    measured = []
+
+    def measure(experiment, model, display):
+        measured.append(1)
+        return {"accuracy": 0.5, "n": 1, "made_from": pipeline._measured_from(experiment, model)}
+
+    monkeypatch.setattr(pipeline, "evaluate_model", measure)
+    at = ("-c", trained.config, "--set", f"run.storage={tmp_path}", "--json")
+
+    def evaluate(path=texts):
+        return raybert("evaluate", *at, "--set", f"evaluate.source.path={path}")
+
+    assert "trained on" not in evaluate().err
+    assert "is measured already" in evaluate().err
+    assert len(measured) == 1
+    with open(texts, "a") as file:
+        file.write("one more superb film,pos\n")
+    evaluate()
+    assert len(measured) == 2
+    weights = tmp_path / "tiny" / "finetune" / "model" / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    evaluate()
+    evaluate()
+    assert len(measured) == 3
+    seen = evaluate(trained.texts)
+    assert f"{trained.texts} was trained on: the scores say little about new texts" in seen.err
+    assert seen.json["seen_in_training"] is True
+
+
+def test_a_summary_without_a_unigram_loss():
+    from raybert.demo import _summary
+    from raybert.experiment import Experiment as Configured
+
+    result = {
+        "masked_loss": 4.0, "unigram_loss": None, "fill_mask": [], "texts": 9, "accuracy": 0.5,
+        "example": None, "answer": {"text": "x", "label": "pos", "score": 0.5},
+        "seconds": {"all": 3}, "report": "r",
+    }  # fmt: skip
+    assert "loss  4.000 nats\n" in _summary(Configured(), result)
+    assert "2.00 under the unigram model's 6.000" in _summary(
+        Configured(), {**result, "unigram_loss": 6.0}
+    )
 
 
 def test_the_schema_is_json(raybert):
@@ -309,8 +446,6 @@ def test_a_model_of_the_other_kind(raybert, trained):
 
 
 def test_weights_cut_short(raybert, trained, tmp_path):
-    import shutil
-
     shutil.copytree(trained.run / "finetune" / "model", tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-50])
@@ -428,8 +563,6 @@ def test_texts_are_made_anew_while_the_run_has_not_begun(raybert, trained, tmp_p
 
 
 def test_prepared_texts_cut_short_say_what_to_delete(raybert, trained, tmp_path):
-    import shutil
-
     path = Path(write_csv(Folder(tmp_path), "hurt.csv", reviews(60)))
     assert finetune(raybert, trained, path).code == 0
     run = trained.path / "runs" / "hurt" / "finetune"

@@ -1,12 +1,15 @@
 """Answers do not depend on company: a text alone, in a batch or in any order scores the same."""
 
+import io
+import os
+
 import numpy as np
 import pytest
 import torch
 from making import finetune_job, reviews
 
-from raybert.errors import RaybertError
-from raybert.predict import lines, predict_texts
+from raybert.errors import DataError, RaybertError
+from raybert.predict import lines, numbered, predict_texts
 from raybert.serve import classifier as module
 from raybert.serve.classifier import TextClassifier
 from raybert.storage import Folder
@@ -98,7 +101,7 @@ def test_predictions_stream(model):
             taken.append(index)
             yield "superb film"
 
-    answers = predict_texts(model, texts())
+    answers = predict_texts(model, numbered(texts()))
     first = next(answers)
     assert first["label"] == "pos"
     assert len(taken) < 1000
@@ -106,7 +109,36 @@ def test_predictions_stream(model):
 
 
 def test_lines_leave_out_what_is_empty():
-    assert list(lines([b"a\n", b"  \n", b"\n", "ü\r\n".encode()])) == ["a", "ü"]
+    found = list(lines(io.BytesIO(b"a\n  \n\n" + "ü\r\nlast".encode())))
+    assert found == [[(0, "a"), (3, "ü")], [(4, "last")]]
+    assert list(lines(io.BytesIO(b""))) == list(lines(io.BytesIO(b"\n\n"))) == []
+
+
+def test_lines_of_any_length_come_whole_and_in_order():
+    texts = [str(n) * (n % 700) for n in range(2000)] + ["x" * 300_000, "end"]
+    found = list(lines(io.BytesIO("\n".join(texts).encode())))
+    assert [item for batch in found for item in batch] == [
+        (row, text) for row, text in enumerate(texts) if text
+    ]
+
+
+def test_a_line_is_answered_before_the_next_one_comes(model):
+    reading, writing = os.pipe()
+    with open(reading, "rb") as stream, open(writing, "wb", buffering=0) as sender:
+        answers = predict_texts(model, lines(stream))
+        for row, label in ((0, "pos"), (2, "neg")):
+            sender.write(b"superb film\n" if label == "pos" else b"\nawful film\n")
+            answer = next(answers)  # would wait for ever if more had to come first
+            assert (answer["row"], answer["label"]) == (row, label)
+        sender.close()
+        assert list(answers) == []
+
+
+def test_lines_before_a_bad_one_are_answered():
+    found = lines(io.BytesIO(b"good\nb\xffd\n"))
+    assert next(found) == [(0, "good")]
+    with pytest.raises(DataError, match="line 2 is not UTF-8"):
+        next(found)
 
 
 def test_a_folder_without_a_model(tmp_path):
