@@ -88,7 +88,11 @@ class Folder:
         path = self.join(name) if name else self.path
         selector = pafs.FileSelector(path, allow_not_found=True)
         with self._translated("listing", path):
-            found = [info.base_name for info in self._fs.get_file_info(selector)]
+            try:
+                infos = self._fs.get_file_info(selector)
+            except FileNotFoundError:  # somebody made the folder just as Arrow looked for it
+                infos = self._fs.get_file_info(selector)
+            found = [info.base_name for info in infos]
         return sorted(name for name in found if hidden or not name.startswith("."))
 
     def read_bytes(self, name: str) -> bytes:

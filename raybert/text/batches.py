@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raybert.errors import RaybertError
 from raybert.text.masking import IGNORE_INDEX, MaskingConfig, Vocabulary, mask_rows
 from raybert.text.order import Order
 from raybert.text.parts import PartReader, Rows
@@ -153,7 +154,7 @@ def ray_micro_batches(
             num_cpus=1,
         )
         blocks = dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow")
-        yield from _by_step(blocks, steps)
+        yield from _by_step(blocks, plan.order, slots, steps)
 
 
 def _count_windows(order: Order, steps: range) -> int:
@@ -215,14 +216,33 @@ def _to_table(batches: list[MicroBatch]) -> pa.Table:
     )
 
 
-def _by_step(tables: Iterable[pa.Table], steps: range) -> Iterator[list[MicroBatch]]:
-    """Cut tables back into the steps' micro-batches; a step may straddle two tables."""
-    due = steps.start
-    for batches in _cut_whole(tables):
-        yield from ([] for _ in range(due, batches[0].step))  # no row of these is this rank's
+def _by_step(
+    tables: Iterable[pa.Table], order: Order, slots: Sequence[int], steps: range
+) -> Iterator[list[MicroBatch]]:
+    """Cut tables back into the steps' micro-batches; a step may straddle two tables.
+
+    Raises:
+        RaybertError: micro-batches are missing, come twice or out of order.
+    """
+    made = _cut_whole(tables)
+    for step in steps:
+        due = _slots_with_rows(order, slots, step)
+        batches = next(made, []) if due else []  # an epoch's last step may have no row of this rank
+        found = [(batch.step, batch.slot) for batch in batches]
+        if found != [(step, slot) for slot in due]:
+            raise RaybertError(
+                f"Ray Data gave the micro-batches (step, slot) {found} where those of step {step}, "
+                f"slots {due}, were due; run it again to go on from the last checkpoint"
+            )
         yield batches
-        due = batches[0].step + 1
-    yield from ([] for _ in range(due, steps.stop))
+
+
+def _slots_with_rows(order: Order, slots: Sequence[int], step: int) -> list[int]:
+    """Those of the slots that have a row in a step: all of them, but in an epoch's last step."""
+    used = step % order.steps_per_epoch * order.micro_batch_size
+    ends = [order.rows * (slot + 1) // order.slots for slot in slots]
+    begins = [order.rows * slot // order.slots for slot in slots]
+    return [s for s, begin, end in zip(slots, begins, ends, strict=True) if end - begin > used]
 
 
 def _cut_whole(tables: Iterable[pa.Table]) -> Iterator[list[MicroBatch]]:

@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,7 @@ from raybert.errors import DamagedError, RaybertError, StorageError
 from raybert.text.keyed import key_of
 from raybert.train.checkpoint import CheckpointStore, Snapshot
 from raybert.train.group import Group, has_fast_bf16
-from raybert.train.meters import MetricsLog, Rate
+from raybert.train.meters import MetricsLog, Rate, finite
 from raybert.train.optim import (
     make_optimizer,
     optimizer_tensors,
@@ -63,6 +63,8 @@ class Batch(Protocol):
 
 class Task(Protocol):
     """What is trained: a model, its batches, its loss and its evaluation."""
+
+    last: dict[str, Any]  # the last evaluation; in the end that of the weights in the model
 
     @property
     def model(self) -> nn.Module:
@@ -110,10 +112,12 @@ class Progress:
     step: int = 0
     total_steps: int | None = None  # None while a run limited by minutes measures its speed
     warmup_steps: int | None = None
+    minutes: float | None = None  # the limit that total_steps was fixed by, if it was minutes
     tokens: float = 0.0
     seconds: float = 0.0  # of training, over all attempts
     best_score: float | None = None
     best_step: int | None = None
+    best_metrics: dict[str, Any] | None = None
     skipped: int = 0
     restarts: int = 0
 
@@ -161,6 +165,8 @@ class Loop:
         self.optimizer = make_optimizer(task.model, config, task.lr_scale)
         self._module: nn.Module = task.model
         self._since_checkpoint = time.perf_counter()
+        self._saved: tuple[Any, ...] | None = None  # the state that the last checkpoint has
+        self._damaged: list[str] = []  # what was found before there was a log
         self._skipped_in_a_row = 0
         self._loss = torch.zeros((), dtype=torch.float64, device=group.device)
         self._counted = 0.0
@@ -169,7 +175,10 @@ class Loop:
     # The run -----------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Train until the budget is spent; return the last evaluation and what the run took.
+        """Train until the budget is spent; leave the best weights in rank 0's model.
+
+        Returns:
+            The evaluation of these weights, and how far the run came.
 
         Raises:
             Stopped: it was asked to stop; run it again to go on.
@@ -179,9 +188,12 @@ class Loop:
         if self.group.rank == 0 and self._open_log is not None:
             self._log = self._open_log(self.progress.step)
         try:
-            result = self._train()
+            for message in self._damaged:
+                self._event("damaged checkpoint", message)
+            last = self._train()
             if self._store is not None:
                 self._store.wait()
+            result = self._take_best(last)
         except Exception:
             if self._store is not None:  # the checkpoint under way is worth the wait
                 with contextlib.suppress(RaybertError):
@@ -194,20 +206,43 @@ class Loop:
 
     def _train(self) -> dict[str, Any]:
         config, progress, task = self.config, self.progress, self.task
-        if progress.total_steps is None or config.minutes is None:
-            budget = config.budget(task.steps_per_epoch, task.tokens_per_epoch)
-            if budget.steps is not None:
-                progress.total_steps = budget.steps
-                progress.warmup_steps = round(budget.steps * config.warmup_fraction)
+        budget = config.budget(task.steps_per_epoch, task.tokens_per_epoch)
+        if budget.steps is not None:
+            progress.total_steps, progress.minutes = budget.steps, None
+            progress.warmup_steps = round(budget.steps * config.warmup_fraction)
+        elif progress.total_steps is not None and progress.minutes != budget.minutes:
+            self._fix_total_again()
         task.prepare(progress.step)
         self._wrap()
         if progress.total_steps is None and task.needs_total:
             self._train_until(lambda: progress.total_steps is not None)
         # A resumed run may be given fewer steps than it has taken.
         self._train_until(lambda: progress.step >= (progress.total_steps or math.inf))
-        result = self._evaluate(final=True)
+        last = self._evaluate(final=True)
         self._save(wait=True)
-        return {**result, **asdict(progress)}
+        return last
+
+    def _take_best(self, last: dict[str, Any]) -> dict[str, Any]:
+        """Put the best weights into rank 0's model; the last ones are there if they can't be read.
+
+        What is returned describes the weights that the model has: best_step is the step that they
+        are of, and None where no evaluation gave a score.
+        """
+        progress, store, metrics = self.progress, self._store, last
+        if progress.best_step == progress.step:
+            metrics = progress.best_metrics or last
+        elif progress.best_step is not None and store is not None and self.group.rank == 0:
+            try:
+                self.task.model.load_state_dict(store.load(progress.best_step).model)
+                metrics = progress.best_metrics or {}
+            except (DamagedError, StorageError) as error:
+                message = f"{error}; the model has the weights of step {progress.step} instead"
+                self._event("best checkpoint lost", message)
+                score, step = last["score"], progress.step
+                progress = replace(progress, best_score=score, best_step=step)
+        result = {**metrics, **asdict(progress)}
+        del result["best_metrics"]
+        return result
 
     def _train_until(self, done: Callable[[], bool]) -> None:
         """Train step after step, from one stream of batches."""
@@ -231,6 +266,13 @@ class Loop:
     def _train_step(self, batches: Sequence[Batch], waited: float, clock: float) -> None:
         """Agree with the other ranks on what this step is, take it, and do what is due after it."""
         progress, first = self.progress, self.group.rank == 0
+        for batch in batches:
+            if batch.step != progress.step:
+                raise RaybertError(
+                    f"step {progress.step} was given a micro-batch of step {batch.step}: the "
+                    "stream of batches has lost its place; run it again to go on from the last "
+                    "checkpoint"
+                )
         count, tokens, seconds, save, stop = self.group.sum(
             [
                 sum(batch.count for batch in batches),
@@ -324,6 +366,21 @@ class Loop:
         steps = int(0.98 * left / per_step)  # checkpoints, and what else slows a machine: 2%
         progress.total_steps = progress.step + max(0, steps)
         progress.warmup_steps = progress.step
+        progress.minutes = minutes
+        self._event("budget", f"{minutes:g} minutes are {progress.total_steps:,} steps")
+
+    def _fix_total_again(self) -> None:
+        """A resumed run was given minutes, or others: turn them into steps by its speed so far."""
+        progress, minutes = self.progress, self.config.minutes or 0.0
+        if progress.step < 3 or not progress.seconds:  # no speed as yet: measure it
+            progress.total_steps = progress.warmup_steps = None
+            return
+        left = minutes * 60 - progress.seconds
+        steps = int(0.98 * left * progress.step / progress.seconds)
+        progress.total_steps = progress.step + max(0, steps)
+        progress.minutes = minutes
+        if progress.warmup_steps is None or progress.step < progress.warmup_steps:
+            progress.warmup_steps = round(progress.total_steps * self.config.warmup_fraction)
         self._event("budget", f"{minutes:g} minutes are {progress.total_steps:,} steps")
 
     def _evaluation_steps(self) -> frozenset[int]:
@@ -352,6 +409,7 @@ class Loop:
         best = -math.inf if progress.best_score is None else progress.best_score
         if score > best:  # never where it is undefined
             progress.best_score, progress.best_step = score, progress.step
+            progress.best_metrics = finite(metrics)
             if not final:
                 self._save()
         self._write({"kind": "eval", "step": progress.step, **metrics})
@@ -435,33 +493,46 @@ class Loop:
         store = self._store
         if store is None or self.group.rank != 0:
             return
-        snapshot, best = self.snapshot(), self.progress.best_step
-        # What went wrong with the checkpoint before comes up first, and must not cost this one.
-        for write in (store.wait, lambda: store.save(snapshot, best_step=best, wait=wait)):
+        try:
+            store.wait()  # what went wrong with the checkpoint before must not cost this one
+        except StorageError as error:
+            # The run goes on: the checkpoint before is still there, and the next may succeed.
+            self._saved = None
+            self._event("checkpoint failed", str(error))
+        if self._saved != self._state():
+            self._saved = self._state()
             try:
-                write()
+                store.save(self.snapshot(), best_step=self.progress.best_step, wait=wait)
             except StorageError as error:
-                # The run goes on: the checkpoint before is still there, and the next may succeed.
+                self._saved = None
                 self._event("checkpoint failed", str(error))
+        if self._log is not None:
+            self._log.flush()
+
+    def _state(self) -> tuple[Any, ...]:
+        """What makes a checkpoint worth writing: clocks aside, all that differs from the last."""
+        progress = self.progress
+        return progress.step, progress.total_steps, progress.minutes, progress.best_step
 
     def _resume(self) -> None:
         """Load the youngest whole checkpoint; every rank loads the same one."""
         if self._store is None:
             return
-        damaged: list[str] = []
-        snapshot = self._store.load_latest(damaged.append)
+        snapshot = self._store.load_latest(self._damaged.append)
         steps = self.group.gather(-1 if snapshot is None else snapshot.step)
         if len(set(steps)) > 1:
             raise RaybertError(
                 f"the workers see different checkpoints: steps {steps}; use storage "
                 "that every node can read"
             )
-        for message in damaged:
-            self._event("damaged checkpoint", message)
-        if snapshot is not None:
-            self.progress = Progress(**snapshot.state)
-            self.progress.restarts += 1
-            self.restore(snapshot)
+        if snapshot is None:
+            return
+        progress = self.progress = Progress(**snapshot.state)
+        self._saved = self._state()
+        progress.restarts += 1
+        if progress.best_step not in self._store.steps():  # it gave way to one that was damaged
+            progress.best_score = progress.best_step = progress.best_metrics = None
+        self.restore(snapshot)
 
     def _non_finite(self) -> None:
         """The gradient is infinite or undefined: do what the configuration says."""
@@ -486,18 +557,6 @@ class Loop:
                 self.restore(snapshot)
                 message += f"; weights are those of step {snapshot.step} again"
         self._event("skipped step", message)
-
-
-def load_best(store: CheckpointStore, progress: dict[str, Any]) -> Snapshot:
-    """The checkpoint with the best score, for the finished model.
-
-    Raises:
-        DamagedError: it can't be read.
-    """
-    step = progress["best_step"]
-    if step is None:
-        raise DamagedError("the run has no evaluated checkpoint")
-    return store.load(int(step))
 
 
 def peak_flops(device: torch.device) -> float:

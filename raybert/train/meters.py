@@ -43,7 +43,7 @@ class MetricsLog:
             StorageError: the disk is full.
         """
         record = {"kind": record["kind"], "time": round(time.time(), 3), **record}
-        line = json.dumps(_finite(record), ensure_ascii=False)
+        line = json.dumps(finite(record), ensure_ascii=False)
         if self._file is not None:
             try:
                 self._file.write(line + "\n")
@@ -97,13 +97,14 @@ def _parse(text: str) -> list[dict[str, Any]]:
     return records
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value of JSON with null for NaN and infinity, which JSON has not."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
     return value
 
 

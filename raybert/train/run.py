@@ -21,13 +21,13 @@ import torch
 
 from raybert import __version__
 from raybert.config import differences, parse_yaml
-from raybert.errors import ConfigError, DamagedError
+from raybert.errors import ConfigError
 from raybert.model.allocator import keep_freed_memory
 from raybert.storage import Folder
 from raybert.train.checkpoint import CheckpointStore, begin_attempt
 from raybert.train.group import Group, use_threads
 from raybert.train.loop import Batch, Loop, Stopped, Task
-from raybert.train.meters import MetricsLog, merge_metrics
+from raybert.train.meters import MetricsLog, finite, merge_metrics
 from raybert.train.settings import MAY_CHANGE, TrainConfig
 
 CONFIG, RESULT = "config.yaml", "result.json"
@@ -131,10 +131,11 @@ def execute(
         outcome = loop.run()
     result: dict[str, Any] = {}
     if group.rank == 0:
-        _load_best(task, store, outcome["best_step"])
+        task.last = outcome  # the model's figures are those of the weights that it gets
         result = {**outcome, **job.finish(task, run), "tokens_per_second": _speed(outcome)}
         result["machine"] = describe_machine(group, threads)
         result["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        result = finite(result)
         merge_metrics(run)
         run.write_json(RESULT, result)
     group.gather(None)  # nobody leaves before the result stands
@@ -147,14 +148,15 @@ def execute_bare(
     """Train in this process, without Ray.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C; a checkpoint of the last step is written.
+        KeyboardInterrupt: after Ctrl-C; a checkpoint of the last step is written, or, where the
+            last step was already taken, the result.
     """
     device = torch.device("cuda" if _wants_gpu(job.config) else "cpu")
     attempt = begin_attempt(run)
     group = Group(device=device)
     try:
         with _interruptible() as is_interrupted:
-            return execute(
+            result = execute(
                 job,
                 run,
                 attempt,
@@ -165,6 +167,9 @@ def execute_bare(
             )
     except Stopped:
         raise KeyboardInterrupt from None
+    if is_interrupted():
+        raise KeyboardInterrupt
+    return result
 
 
 @contextmanager
@@ -188,16 +193,6 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 def _wants_gpu(config: TrainConfig) -> bool:
     return config.gpu == "yes" or (config.gpu == "auto" and torch.cuda.is_available())
-
-
-def _load_best(task: Task, store: CheckpointStore, best_step: int | None) -> None:
-    """Give the model its best weights: those of the best evaluation, or else the last ones."""
-    if best_step is None or best_step not in store.steps():
-        return
-    try:
-        task.model.load_state_dict(store.load(best_step).model)
-    except DamagedError:
-        return  # the last weights are in the model, and they are hardly worse
 
 
 def _speed(outcome: Mapping[str, Any]) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raybert.errors import DataError
+from raybert.errors import DataError, RaybertError
 
 NUM_BINS = 15  # of the calibration error, as in arXiv 1706.04599, section 5
 
@@ -43,7 +43,8 @@ def classification_scores(
 
     Raises:
         DataError: there is no row, or a label lies outside the names.
-        ValueError: the shapes do not fit, or a logit is not finite.
+        RaybertError: a logit is not finite.
+        ValueError: the shapes do not fit.
     """
     scores = np.asarray(logits, dtype=np.float64)  # [n, L]
     truth = np.asarray(labels)  # [n]
@@ -141,7 +142,10 @@ def _check(
         )
     if not np.isfinite(scores).all():
         row = int((~np.isfinite(scores)).any(axis=1).argmax())
-        raise ValueError(f"the logits of row {row} are not finite: {scores[row].tolist()}")
+        raise RaybertError(
+            f"the logits of row {row} are not finite: {scores[row].tolist()}; the weights have "
+            "diverged, train again with a lower lr"
+        )
 
 
 def _log_softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
