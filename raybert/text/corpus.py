@@ -144,10 +144,7 @@ def build(
     began = time.monotonic()
     inputs = _inputs(config)
     _check(config)
-    # The manifest first: from then on it is no corpus. Hidden are files whose writing was cut off.
-    for name in [MANIFEST, *folder.names(hidden=True)]:
-        if _OURS.fullmatch(name) or _UNFINISHED.fullmatch(name):
-            folder.delete(name)
+    _clear(folder)
     overlap = _overlap_digests(config)
     tokenizer, total = _make_tokenizer(config, progress)
     sink = _Sink(config, folder, tokenizer, overlap)
@@ -181,6 +178,13 @@ def build(
     )
     folder.write_json(MANIFEST, manifest.model_dump(mode="json"))
     return manifest
+
+
+def _clear(folder: Folder) -> None:
+    """Delete what an earlier build wrote, also files whose writing was cut off; nothing else."""
+    for name in [MANIFEST, *folder.names(hidden=True)]:  # the manifest first: then it is no corpus
+        if _OURS.fullmatch(name) or _UNFINISHED.fullmatch(name):
+            folder.delete(name)
 
 
 def _check(config: CorpusConfig) -> None:

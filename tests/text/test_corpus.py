@@ -345,3 +345,19 @@ def test_defaults_are_a_valid_configuration():
     assert config.rows_per_part % config.rows_per_group == 0
     assert config.tokenizer == TokenizerConfig()
     assert config.source == SourceConfig()
+
+
+def test_a_new_build_clears_what_an_earlier_one_left_and_nothing_else(tmp_path):
+    from raybert.text.corpus import _clear
+
+    ours = [
+        "manifest.json",
+        "train-00000.parquet",
+        ".train-00001.parquet.0a1b2c3d",
+        "tokenizer.json",
+    ]
+    theirs = ["notes.txt", "train-x.parquet", ".hidden", ".train-00001.parquet.old"]
+    for name in [*ours, *theirs]:
+        (tmp_path / name).write_text("x")
+    _clear(Folder(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)
