@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from raybert.text.masking import IGNORE_INDEX
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
 from raybert.train.loop import MAX_SKIPPED_IN_A_ROW, Stopped
-from raybert.train.meters import read_metrics
+from raybert.train.meters import MetricsLog, read_metrics
 from raybert.train.run import Feed
 
 
@@ -54,7 +56,8 @@ def test_one_batch_is_learned_by_heart(corpus, run):
         warmup_fraction=0.0,
     )
     [batches] = first_batches(job)
-    attempt = Attempt(job, run, change=lambda task: Scripted(task, batches=[batches] * 60))
+    again = [[replace(batch, step=step) for batch in batches] for step in range(60)]
+    attempt = Attempt(job, run, change=lambda task: Scripted(task, batches=again))
     attempt.run()
     losses = [record["loss"] for record in attempt.of_kind("train")]
     assert losses[0] > 3.0
@@ -239,11 +242,13 @@ def test_stop_ends_the_run_and_says_what_to_change(corpus, run):
 
 
 def test_rollback_puts_the_last_checkpoint_back(corpus, run):
-    job = pretrain_job(corpus, steps=3, checkpoint_steps=1, on_non_finite="rollback")
-    attempt = Attempt(job, run, change=infinite_at(2))
+    job = pretrain_job(corpus, steps=4, checkpoint_steps=2, on_non_finite="rollback")
+    attempt = Attempt(job, run, change=infinite_at(3))  # a step was taken since the checkpoint
     attempt.run()
     assert attempt.events()["skipped step"].endswith("weights are those of step 2 again")
-    assert same_tensors(attempt.store.load(3).model, attempt.store.load(2).model)
+    last, before = attempt.store.load(4), attempt.store.load(2)
+    assert same_tensors(last.model, before.model)
+    assert same_tensors(last.optimizer, before.optimizer)
 
 
 def test_weights_that_stay_broken_end_the_run(corpus, run):
@@ -282,6 +287,79 @@ def test_minutes_become_steps_once(corpus, run):
     lrs = [r["lr"] for r in [*first.of_kind("train"), *second.of_kind("train")]]
     assert max(lrs) <= job.config.lr
     assert lrs[-1] < 0.05 * job.config.lr  # the schedule came to its end
+
+
+def test_other_minutes_on_resumption_are_turned_into_steps_by_the_speed_so_far(corpus, run):
+    begun = Attempt(pretrain_job(corpus, steps=1000), run, stop_at=20)
+    with pytest.raises(Stopped):
+        begun.run()
+    seconds = begun.store.load(20).state["seconds"]
+    minutes = seconds * 2 / 60  # from steps to minutes: as long again as it took so far
+    timed = pretrain_job(corpus, minutes=minutes, steps=None)
+    changed = Attempt(timed, run, stop_at=22)
+    with pytest.raises(Stopped):
+        changed.run()
+    total = changed.loop.progress.total_steps
+    assert total == 20 + int(0.98 * 20)
+    assert f"{minutes:g} minutes are {total} steps" in changed.events()["budget"]
+    same = Attempt(timed, run, stop_at=23)
+    with pytest.raises(Stopped):
+        same.run()
+    assert same.loop.progress.total_steps == total  # fixed once for these minutes
+    assert "budget" not in same.events()
+    fewer = Attempt(pretrain_job(corpus, minutes=minutes / 1e3, steps=None), run)
+    assert fewer.run()["step"] == 23
+    back = Attempt(pretrain_job(corpus, steps=25), run)
+    assert back.run()["step"] == 25
+    assert back.loop.progress.minutes is None
+
+
+def test_a_change_to_minutes_before_there_is_a_speed_measures_it(corpus, run):
+    with pytest.raises(Stopped):
+        Attempt(pretrain_job(corpus, steps=1000), run, stop_at=1).run()
+    attempt = Attempt(pretrain_job(corpus, minutes=0.01, steps=None), run)
+    result = attempt.run()
+    assert 3 <= result["step"] == result["total_steps"]
+    assert result["minutes"] == 0.01
+    assert "budget" in attempt.events()
+
+
+def test_a_micro_batch_of_another_step_ends_the_run(corpus, run):
+    job = pretrain_job(corpus, steps=3)
+    batches = first_batches(job, 3)
+    attempt = Attempt(
+        job, run, change=lambda task: Scripted(task, batches=[batches[0], batches[2], batches[1]])
+    )
+    with pytest.raises(RaybertError, match="step 1 was given a micro-batch of step 2"):
+        attempt.run()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_outcome_describes_the_weights_that_the_model_has(corpus, run, lost):
+    """The second of three evaluations is the best; its checkpoint may get lost."""
+
+    class Scores(Scripted):
+        def evaluate(self):
+            step = attempt.loop.progress.step
+            if lost and step == 6:
+                attempt.store.wait()
+                damage(committed(run, 4) / "model.safetensors", "bit")
+            return {"score": {2: 1.0, 4: 3.0, 6: 2.0}[step], "loss": float(step), "bad": math.nan}
+
+    job = pretrain_job(corpus, steps=6, evaluations=3, keep_checkpoints=1)
+    attempt = Attempt(job, run, change=Scores)
+    result = attempt.run()
+    step = 6 if lost else 4
+    assert result["step"] == 6
+    assert (result["best_step"], result["loss"]) == (step, float(step))
+    assert result["score"] == result["best_score"] == (2.0 if lost else 3.0)
+    assert "best_metrics" not in result
+    assert same_tensors(attempt.task.model.state_dict(), attempt.store.load(step).model)
+    state = attempt.store.load(6).state
+    assert state["best_metrics"] == {"score": 3.0, "loss": 4.0, "bad": None}
+    events = [r["message"] for r in read_metrics(run) if r.get("event") == "best checkpoint lost"]
+    assert len(events) == lost
+    assert all(message.endswith("has the weights of step 6 instead") for message in events)
 
 
 def test_evaluations_are_spread_evenly_and_the_end_is_evaluated(corpus, run):
@@ -338,6 +416,12 @@ def test_a_falling_mask_rate_falls(corpus, tmp_path):
 # Checkpoints and attempts ------------------------------------------------------------------------
 
 
+def committed(run, step):
+    """The folder that a checkpoint's commit names."""
+    name = (run / "checkpoints").read_json(f"step-{step:08d}.json")["folder"]
+    return Path((run / "checkpoints").path) / name
+
+
 def damage(path, how):
     data = path.read_bytes()
     if how == "bit":
@@ -352,18 +436,18 @@ def damage(path, how):
 @pytest.mark.parametrize(
     ("how", "words"), [("bit", "is altered"), ("cut", "is cut short"), ("gone", "is missing")]
 )
-def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(
-    corpus, run, tmp_path, file, how, words
-):
+def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(corpus, run, file, how, words):
     job = pretrain_job(corpus, steps=4, checkpoint_steps=1, keep_checkpoints=3)
     with pytest.raises(Stopped):
         Attempt(job, run, stop_at=3).run()
-    damage(tmp_path / "run" / "checkpoints" / "step-00000003" / file, how)
+    damage(committed(run, 3) / file, how)
     attempt = Attempt(job, run)
     attempt.run()
     message = attempt.events()["damaged checkpoint"]
-    assert f"step-00000003/{file}" in message
+    assert f"step-00000003-a0001/{file}" in message
     assert words in message
+    logged = [r["message"] for r in read_metrics(run) if r.get("event") == "damaged checkpoint"]
+    assert logged == [message]
     assert attempt.of_kind("train")[0]["step"] == 3  # step 2's state was taken
 
 
@@ -376,6 +460,49 @@ def test_a_commit_cut_short_is_a_damaged_checkpoint(corpus, run, tmp_path):
     attempt.run()
     assert "step-00000003.json is damaged" in attempt.events()["damaged checkpoint"]
     assert attempt.of_kind("train")[0]["step"] == 3
+
+
+def test_resuming_at_a_step_that_is_due_keeps_its_checkpoint(corpus, run, monkeypatch):
+    job = pretrain_job(corpus, steps=8, checkpoint_steps=4, keep_checkpoints=1)
+    with pytest.raises(Stopped):
+        Attempt(job, run, stop_at=4).run()
+    assert committed(run, 4).name == "step-00000004-a0001"
+    again = Attempt(job, run, stop_at=5)
+    written = []
+    write = again.store._write
+
+    def notes(snapshot):
+        written.append(snapshot.step)
+        write(snapshot)
+
+    monkeypatch.setattr(again.store, "_write", notes)
+    with pytest.raises(Stopped):
+        again.run()
+    assert written == [5]
+    assert again.store.steps() == [5]
+
+
+def test_the_metrics_are_flushed_with_every_checkpoint(corpus, run, monkeypatch):
+    flushed = []
+    attempt = Attempt(pretrain_job(corpus, steps=6, checkpoint_steps=2), run)
+    monkeypatch.setattr(
+        MetricsLog, "flush", lambda self: flushed.append(attempt.loop.progress.step)
+    )
+    attempt.run()
+    assert {2, 4, 6} <= set(flushed)
+
+
+def test_a_best_step_whose_checkpoint_is_gone_is_no_best_step(corpus, run):
+    job = pretrain_job(corpus, steps=6, evaluations=3, checkpoint_steps=1)
+    first = Attempt(job, run, stop_at=5)
+    with pytest.raises(Stopped):
+        first.run()
+    best = first.loop.progress.best_step
+    assert best is not None
+    (run / "checkpoints").delete(f"step-{best:08d}.json")
+    again = Attempt(job, run)
+    again.run()
+    assert again.loop.progress.best_step == 6
 
 
 def test_a_younger_attempt_ends_the_older_one(corpus, run):

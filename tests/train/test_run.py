@@ -1,5 +1,7 @@
 """Runs: what a folder remembers, what may change, how a run ends and goes on."""
 
+import json
+import math
 import os
 import signal
 import threading
@@ -135,6 +137,34 @@ def test_the_model_has_the_weights_of_the_best_evaluation(corpus, run):
     assert not all(same_tensors(store.load(step).model, expected) for step in others)
 
 
+def test_the_result_and_the_card_have_the_figures_of_the_best_evaluation(corpus, run):
+    job = pretrain_job(corpus, steps=6, evaluations=3, lr=0.3, schedule="constant", seed=1)
+    result = execute_bare(job, run, on_progress=lambda record: None)
+    evaluations = [r for r in read_metrics(run) if r["kind"] == "eval"]
+    best = max(evaluations, key=lambda record: record["score"])
+    assert best["step"] < 6
+    assert result["loss"] == best["loss"] != evaluations[-1]["loss"]
+    assert result["score"] == result["best_score"] == best["score"]
+    assert f"Held-out loss: {best['loss']:.4f}" in (run / "model").read_text("README.md")
+
+
+def test_a_result_that_is_undefined_is_strict_json(corpus, run):
+    class Undefined:
+        def __init__(self, job):
+            self._job = job
+
+        def __getattr__(self, name):
+            return getattr(self._job, name)
+
+        def finish(self, task, run):
+            return {"undefined": math.nan, "nested": [math.inf, 1.5]}
+
+    job = Undefined(pretrain_job(corpus, steps=1))
+    result = execute_bare(job, run, on_progress=lambda record: None)
+    assert (result["undefined"], result["nested"]) == (None, [None, 1.5])
+    json.loads(run.read_text(RESULT), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
 class Interrupts:
     """Presses Ctrl-C as soon as a step is logged."""
 
@@ -160,6 +190,19 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_exactly(corpus, tmp_path
     left, right = (CheckpointStore(run, 99, 2).load(6) for run in (whole, parted))
     assert same_tensors(left.model, right.model)
     assert same_tensors(left.optimizer, right.optimizer)
+
+
+def test_ctrl_c_while_the_run_is_being_finished_is_not_swallowed(corpus, run):
+    def interrupt(record):
+        if record["kind"] == "eval":  # the only one: all steps are taken
+            os.kill(os.getpid(), signal.SIGINT)
+
+    job = pretrain_job(corpus, steps=2)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        execute_bare(job, run, on_progress=interrupt)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert run.read_json(RESULT)["step"] == 2
 
 
 def test_a_second_ctrl_c_does_not_wait(corpus, run):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raybert.errors import DataError
+from raybert.errors import DataError, RaybertError
 from raybert.train.scores import NUM_BINS, calibration, classification_scores
 
 
@@ -85,7 +85,7 @@ def test_large_logits_do_not_overflow():
         ([[0.0, 1.0]], [0, 1], ["a", "b"], ValueError, "labels of shape"),
         ([[0.0, 1.0]], [0.0], ["a", "b"], ValueError, "must be integers"),
         ([[0.0, 1.0]], [0], ["a", "a"], ValueError, "differ"),
-        ([[0.0, 1.0], [0.0, np.nan]], [0, 1], ["a", "b"], ValueError, "row 1 are not finite"),
+        ([[0.0, 1.0], [0.0, np.nan]], [0, 1], ["a", "b"], RaybertError, "row 1 .* lower lr"),
     ],
 )
 def test_refusals(logits, labels, names, kind, message):
