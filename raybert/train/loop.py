@@ -32,9 +32,8 @@ from raybert.train.optim import (
 )
 from raybert.train.settings import TrainConfig
 
-MEASURED_SHARE = (
-    0.02  # of a run limited by minutes, at least: the time that its speed is taken over
-)
+MEASURED_SHARE = 0.02  # of a run's minutes, at least: the time that its speed is taken over
+SETTLING_STEPS = 3  # at first libraries choose their kernels, and memory is mapped
 MAX_SKIPPED_IN_A_ROW = 20  # after so many undefined steps the weights, not the data, are broken
 
 
@@ -168,6 +167,7 @@ class Loop:
         self._saved: tuple[Any, ...] | None = None  # the state that the last checkpoint has
         self._damaged: list[str] = []  # what was found before there was a log
         self._skipped_in_a_row = 0
+        self._settled: tuple[int, float] | None = None  # steps and seconds once speed is steady
         self._loss = torch.zeros((), dtype=torch.float64, device=group.device)
         self._counted = 0.0
         self._rate = Rate()
@@ -350,9 +350,15 @@ class Loop:
     def _fix_total(self) -> None:
         """At the end of warm-up, turn minutes into steps, once."""
         progress, minutes = self.progress, self.config.minutes
-        if minutes is None or progress.seconds < self._measured_seconds() or progress.step < 3:
+        taken = progress.step - 1  # the clock was read before this step
+        if self._settled is None and taken >= SETTLING_STEPS:
+            self._settled = (taken, progress.seconds)
+        if minutes is None or self._settled is None or progress.seconds < self._measured_seconds():
             return
-        per_step = progress.seconds / (progress.step - 1)  # the clock was read before this step
+        steps, seconds = taken - self._settled[0], progress.seconds - self._settled[1]
+        if not steps:
+            return
+        per_step = seconds / steps
         # Evaluations are part of the budget: one is run now, to see what it takes.
         asked = time.perf_counter()
         self._evaluate()
