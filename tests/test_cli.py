@@ -612,13 +612,14 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(raybert, experiment):
     assert err.splitlines()[-1] == "raybert: interrupted; run the same command again to go on"
     assert "Traceback" not in err
     commits = sorted((experiment.run / "pretrain" / "checkpoints").glob("*.json"))
-    reached = json.loads(commits[-1].read_text())["step"]
+    commit = json.loads(commits[-1].read_text())
+    reached = commit["step"]
 
     changed = raybert(*command, "--set", "pretrain.lr=0.5")
     assert "has begun with other settings (pretrain.lr: 0.001 -> 0.5)" in refused(changed)
 
     # The newest checkpoint is cut short: it is named, and the one before is taken.
-    weights = commits[-1].with_suffix("") / "model.safetensors"
+    weights = commits[-1].parent / commit["folder"] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     done = raybert(*command[:-1], f"pretrain.steps={reached + 2}")
     assert done.code == 0, done.err
