@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -57,8 +58,6 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
 
     address = config.address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if config.logs else logging.ERROR
-    for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(level)
     if ray.is_initialized():  # a pipeline's stages share one session
         yield _resources()
         return
@@ -76,10 +75,18 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{where} does not start or answer: {reason}") from None
+    _set_log_level(level)
     try:
         yield _resources()
     finally:
         ray.shutdown()
+
+
+def _set_log_level(level: int) -> None:
+    """Quiet Ray's libraries; Ray Data sets its loggers up when it is first imported."""
+    importlib.import_module("ray.data")
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(level)
 
 
 def _resources() -> Resources:
