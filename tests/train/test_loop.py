@@ -271,19 +271,19 @@ def test_an_undefined_first_score_is_not_the_best_for_ever(corpus, run):
 
 
 def test_minutes_become_steps_once(corpus, run):
-    job = pretrain_job(corpus, minutes=0.02, steps=None)
+    job = pretrain_job(corpus, minutes=0.05, steps=None)
     first = Attempt(job, run)
     with pytest.raises(Stopped):
         first.loop._should_stop = lambda: first.loop.progress.total_steps is not None
         first.run()
     total = first.store.load(first.store.steps()[-1]).state["total_steps"]
     assert total > first.loop.progress.step
-    assert f"0.02 minutes are {total} steps" in first.events()["budget"]
+    assert f"0.05 minutes are {total} steps" in first.events()["budget"]
     second = Attempt(job, run)
     result = second.run()
     assert result["step"] == result["total_steps"] == total
     assert "budget" not in second.events()
-    assert result["seconds"] < 6 * 0.02 * 60  # generous: the machine may be busy elsewhere
+    assert result["seconds"] < 6 * 0.05 * 60  # generous: the machine may be busy elsewhere
     lrs = [r["lr"] for r in [*first.of_kind("train"), *second.of_kind("train")]]
     assert max(lrs) <= job.config.lr
     assert lrs[-1] < 0.05 * job.config.lr  # the schedule came to its end
