@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peers.common import SHAPES
+from contenders.common import SHAPES
 
 HERE = Path(__file__).resolve().parent
 US = "raybert"
@@ -37,7 +37,7 @@ class Peer:
 
 
 def peer_script(name: str, *options: str, **environment: str) -> Peer:
-    return Peer((sys.executable, str(HERE / "peers" / name), *options), environment)
+    return Peer((sys.executable, str(HERE / "contenders" / name), *options), environment)
 
 
 PEERS = {
