@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -386,17 +385,10 @@ def _display() -> Any:
 
 def _print(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        text = json.dumps(_finite(result), ensure_ascii=False, allow_nan=False, default=str)
+        from raybert.train.meters import finite
+
+        text = json.dumps(finite(result), ensure_ascii=False, allow_nan=False, default=str)
         print(text, flush=True)
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for each number that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _print_scores(metrics: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from raybert.errors import DataError, StorageError, UserError
 from raybert.ray_session import cores
-from raybert.serve.classifier import TextClassifier
+from raybert.serve.classifier import TextClassifier, softmax
 from raybert.storage import Folder
 from raybert.text import job, sources
 from raybert.text.sources import SourceConfig
@@ -99,12 +99,6 @@ def score(
                 yield good
             if left == 0:
                 return
-
-
-def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Probabilities of logits [n, labels]."""
-    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(exp / exp.sum(axis=1, keepdims=True), np.float32)
 
 
 def logits_of(table: pa.Table) -> npt.NDArray[np.float32]:

@@ -53,9 +53,7 @@ class TextClassifier:
 
     def probabilities(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """The labels' probabilities for each text: [n, labels]."""
-        logits = self.logits(texts)
-        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return np.asarray(exp / exp.sum(axis=1, keepdims=True), np.float32)
+        return softmax(self.logits(texts))
 
     def _forward(
         self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_] | None
@@ -67,6 +65,12 @@ class TextClassifier:
         ):
             logits = self.model(torch.from_numpy(ids).to(self._device), there)
         return np.asarray(logits.float().cpu().numpy())
+
+
+def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Probabilities of logits [n, labels]."""
+    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(exp / exp.sum(axis=1, keepdims=True), np.float32)
 
 
 def _batch_end(rows: Sequence[npt.NDArray[Any]], order: npt.NDArray[np.int64], begin: int) -> int:

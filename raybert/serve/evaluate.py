@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from raybert.errors import DataError
 from raybert.model import hub
-from raybert.serve.batch import logits_of, score, softmax
+from raybert.serve.batch import logits_of, score
+from raybert.serve.classifier import softmax
 from raybert.storage import Folder
 from raybert.text.sources import SourceConfig
 from raybert.train.scores import classification_scores

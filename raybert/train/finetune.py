@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from raybert.errors import ConfigError
@@ -36,6 +36,8 @@ LAYERS = "encoder.layers."
 class FinetuneConfig(TextsConfig, TrainConfig):
     """How a classifier is fine-tuned. Pretraining's settings hold, with other defaults."""
 
+    default_epochs: ClassVar = 3
+
     initialize_from: str = Field(
         "pretrain",
         description="pretrain: the model of this experiment's pretraining; scratch: fresh weights; "
@@ -59,14 +61,6 @@ class FinetuneConfig(TextsConfig, TrainConfig):
     evaluations: int | None = Field(
         None, ge=1, description="evaluations spread evenly over the run; null: after every epoch"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_limit(cls, values: Any) -> Any:
-        limits = ("steps", "tokens", "epochs", "minutes")
-        if isinstance(values, dict) and all(values.get(name) is None for name in limits):
-            return {**values, "epochs": 3}
-        return values
 
 
 @dataclass(frozen=True)

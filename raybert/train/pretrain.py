@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from raybert.errors import ConfigError, DataError
@@ -36,6 +36,8 @@ EVALUATION_SEED = 15  # evaluation's masks are the same in every run, so that lo
 class PretrainConfig(TrainConfig):
     """How an encoder is pretrained."""
 
+    default_epochs: ClassVar = 10
+
     epochs: float | None = Field(None, gt=0, description="limit in passes over the corpus")
     masking: MaskingConfig = MaskingConfig()
     packed_documents: Literal["separate", "joined"] = Field(
@@ -49,14 +51,6 @@ class PretrainConfig(TrainConfig):
         ["I have watched this [MASK] and it was awesome."],
         description="sentences whose five likeliest fillings are logged at every evaluation",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_limit(cls, values: Any) -> Any:
-        limits = ("steps", "tokens", "epochs", "minutes")
-        if isinstance(values, dict) and all(values.get(name) is None for name in limits):
-            return {**values, "epochs": 10}
-        return values
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,8 +17,13 @@ class Budget(NamedTuple):
     minutes: float | None
 
 
+LIMITS = ("steps", "tokens", "epochs", "minutes")  # a run has exactly one of them
+
+
 class TrainConfig(Settings):
     """What every run of the training loop is configured by."""
+
+    default_epochs: ClassVar[float | None] = None  # the limit where none is configured
 
     seed: int = Field(0, ge=0, description="decides the order, the masks, dropout and the weights")
 
@@ -82,6 +87,15 @@ class TrainConfig(Settings):
     def _yes_or_no(cls, value: Any) -> Any:
         return ("no", "yes")[value] if isinstance(value, bool) else value  # as YAML reads them
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_limit(cls, values: Any) -> Any:
+        if cls.default_epochs is None or not isinstance(values, dict):
+            return values
+        if any(values.get(name) is not None for name in LIMITS):
+            return values
+        return {**values, "epochs": cls.default_epochs}
+
     @model_validator(mode="after")
     def _divides(self) -> Self:
         batch, micro = self.global_batch_size, self.micro_batch_size
@@ -101,8 +115,7 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
-        limits = ("steps", "tokens", "epochs", "minutes")
-        given = [name for name in limits if getattr(self, name) is not None]
+        given = [name for name in LIMITS if getattr(self, name) is not None]
         if len(given) > 1:
             shown = " and ".join(f"{name}={getattr(self, name)}" for name in given)
             raise ValueError(

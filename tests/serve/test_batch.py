@@ -11,8 +11,8 @@ import torch
 from making import finetune_job, reviews, write_csv
 
 from raybert.errors import DataError, StorageError, UserError
-from raybert.serve.batch import PredictionWriter, predict_source, score, softmax
-from raybert.serve.classifier import TextClassifier
+from raybert.serve.batch import PredictionWriter, predict_source, score
+from raybert.serve.classifier import TextClassifier, softmax
 from raybert.serve.evaluate import evaluate
 from raybert.storage import Folder
 from raybert.text.sources import SourceConfig
