@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from raybert.config import Settings
 from raybert.errors import ConfigError
+from raybert.model.attention import Dropout, attend
 
 
 class ModelConfig(Settings):
@@ -163,7 +164,7 @@ class Embeddings(nn.Module):
             self.token_type = nn.Parameter(torch.empty(1, config.hidden_size))
             config.initialize(self.token_type, config.initializer_range)
         self.norm = config.layer_norm()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, positions: Tensor | None) -> Tensor:
         """Embed `input_ids` [B, T]; `positions` [B, T] are 0 .. T-1 where they are None."""
@@ -194,7 +195,7 @@ class Attention(nn.Module):
             qkv = rotate(qkv, plan.cos.to(qkv.dtype), plan.sin.to(qkv.dtype))
         q, k, v = qkv.unbind(2)  # [B, T, N, H] each
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, N, T, H]
-        mixed = _attend(q, k, v, plan.mask)  # [B, N, T, H]
+        mixed = attend(q, k, v, plan.mask)  # [B, N, T, H]
         x = self.out(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
         return x
 
@@ -233,7 +234,7 @@ class EncoderLayer(nn.Module):
         self.attention = Attention(config)
         self.feed_forward_norm = config.layer_norm()
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         """Transform `x` [B, T, D]."""
@@ -344,27 +345,6 @@ def flops_per_token(
     attention = 2 * min(seq_len, config.max_seq_len) * hidden
     head = masked_fraction * (hidden**2 + hidden * vocab_size) if vocab_size else 0.0
     return 6.0 * (config.num_layers * (layer + attention) + head)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of [B, N, T, H] over `mask`, by the fastest way there is.
-
-    PyTorch's fused kernel is that, except for bf16 on CPUs: there its backward pass runs at a tenth
-    of what matrix products reach, and plain products take a third of the time (64 x 128 tokens,
-    4 heads of 64: 34 ms against 113, one core of an AMD EPYC with AVX-512, torch 2.13). Heads under
-    32 dimensions are too thin for that, and fare best with the fused kernel in fp32.
-    """
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
-    if not slow or q.shape[2] > 512:  # products hold T x T scores, which past that is much
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    if q.shape[3] < 32:
-        with torch.autocast("cpu", enabled=False):
-            q, k, v = q.float(), k.float(), v.float()
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).bfloat16()
-    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # [B, N, T, T]
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return torch.matmul(scores.softmax(dim=-1), v)
 
 
 def _rotary_angles(config: ModelConfig, theta: float) -> Tensor:

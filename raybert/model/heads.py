@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raybert.config import Settings
+from raybert.model.attention import Dropout
 from raybert.model.encoder import Encoder, ModelConfig
 from raybert.model.mlm_loss import linear_cross_entropy
 from raybert.text.masking import IGNORE_INDEX
@@ -143,7 +144,7 @@ class Classifier(nn.Module):
             self.transform = PredictionHead(model)
         else:
             self.transform = nn.Sequential(model.linear(size, size), nn.Tanh())
-        self.dropout = nn.Dropout(self.config.dropout)
+        self.dropout = Dropout(self.config.dropout)
         self.classifier = nn.Linear(size, num_labels)
         std = size**-0.5 if model.layout == "modern" else model.initializer_range
         model.initialize(self.classifier.weight, std)

@@ -69,15 +69,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = torch.empty(size, weight.shape[0], dtype=dtype, device=x.device)
         for start in range(0, x.shape[0], size):
             rows = slice(start, start + size)
-            at = targets[rows, None]  # [C, 1]
-            logits = torch.addmm(bias, x[rows], weight.T, out=buffer[: at.shape[0]])  # [C, V]
+            part, at = x[rows], targets[rows]  # [C, D], [C]
+            logits = torch.addmm(bias, part, weight.T, out=buffer[: len(part)])  # [C, V]
             softmax = torch.softmax(logits, dim=1, out=logits if on_cpu else None)  # [C, V]
-            likelihood = softmax.gather(1, at).to(exact)  # [C, 1]
+            here = torch.arange(len(part), device=x.device)
+            likelihood = softmax[here, at].to(exact)  # [C]
             total -= likelihood.clamp(min=torch.finfo(exact).tiny).log().sum()
             if train:  # the slope of the loss over the logits is softmax - 1[target]
-                softmax.scatter_(1, at, (likelihood - 1).to(dtype))
+                # Not `scatter_`, which copies the chunk.
+                softmax[here, at] = (likelihood - 1).to(dtype)
                 torch.mm(softmax, weight, out=grad_x[rows])
-                grad_weight += softmax.T @ x[rows]
+                grad_weight += softmax.T @ part
                 grad_bias += softmax.sum(dim=0)
         if train:
             ctx.save_for_backward(grad_x, grad_weight, grad_bias)
