@@ -24,7 +24,15 @@ class RayConfig(Settings):
     object_store_gb: float = Field(
         1.0, gt=0.1, description="shared memory of a Ray started here; a run needs little of it"
     )
+    dashboard: bool = Field(
+        False, description="Ray's web pages, for a Ray started here; they take 3% of a core"
+    )
     logs: bool = Field(False, description="show what Ray and the workers print")
+
+
+#: For a Ray started here. Each of its processes wakes a hundred times a second, which takes 0.8% of
+#: a core, and a trainer's threads wait for the slowest one of them: of idle workers one is enough.
+_SPARING = {"num_workers_soft_limit": 1}
 
 
 def cores() -> int:
@@ -41,6 +49,7 @@ class Resources:
     cpus: float
     gpus: float
     object_store: int  # bytes
+    started_here: bool  # for this process, and ends with it
 
 
 @contextmanager
@@ -59,8 +68,11 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if config.logs else logging.ERROR
     if ray.is_initialized():  # a pipeline's stages share one session
-        yield _resources()
+        yield _resources(not address)
         return
+    if not address:
+        # A machine that is its own cluster has no notice of its end that Ray could watch for.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         if address:
             ray.init(address, log_to_driver=config.logs, logging_level=level)
@@ -68,6 +80,8 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
             ray.init(
                 num_cpus=max(cores(), workers) + 2,
                 object_store_memory=int(config.object_store_gb * 1e9),
+                include_dashboard=config.dashboard,
+                _system_config=_SPARING,
                 log_to_driver=config.logs,
                 logging_level=level,
             )
@@ -77,7 +91,7 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
         raise UserError(f"{where} does not start or answer: {reason}") from None
     _set_log_level(level)
     try:
-        yield _resources()
+        yield _resources(not address)
     finally:
         ray.shutdown()
 
@@ -89,7 +103,7 @@ def _set_log_level(level: int) -> None:
         logging.getLogger(name).setLevel(level)
 
 
-def _resources() -> Resources:
+def _resources(started_here: bool) -> Resources:
     import ray
 
     total = ray.cluster_resources()
@@ -97,4 +111,5 @@ def _resources() -> Resources:
         cpus=total.get("CPU", 1),
         gpus=total.get("GPU", 0),
         object_store=int(total.get("object_store_memory", 1 << 30)),
+        started_here=started_here,
     )

@@ -1,8 +1,9 @@
 """What tests share."""
 
-import logging
-
 import pytest
+
+from raybert.ray_session import RayConfig
+from raybert.ray_session import ray_session as session
 
 
 @pytest.fixture(scope="session")
@@ -10,7 +11,5 @@ def ray_session():
     """One Ray on this machine for all tests that need it."""
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    ray.init(num_cpus=4, object_store_memory=512 << 20, logging_level=logging.ERROR)
-    yield ray
-    ray.shutdown()
+    with session(RayConfig(object_store_gb=0.5), workers=2):
+        yield ray

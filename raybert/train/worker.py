@@ -19,6 +19,7 @@ from raybert.errors import ConfigError, RaybertError, StorageError, Superseded, 
 from raybert.model.allocator import KEEP_FREED_MEMORY
 from raybert.ray_session import Resources
 from raybert.storage import Folder
+from raybert.train.board import Board, Link
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
 from raybert.train.loop import Stopped
@@ -26,40 +27,6 @@ from raybert.train.run import RESULT, Feed, Job, execute
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60  # for the step under way and its checkpoint, after Ctrl-C
-
-
-class Board:
-    """An actor between driver and workers: progress, the first fatal error, the wish to stop."""
-
-    def __init__(self) -> None:
-        self._records: list[dict[str, Any]] = []
-        self._error: Exception | None = None
-        self._stopping = False
-
-    def put(self, record: dict[str, Any]) -> None:
-        """Add a record of progress."""
-        self._records.append(record)
-
-    def take(self) -> tuple[list[dict[str, Any]], Exception | None]:
-        """Return the records since the last call, and the fatal error if there is one."""
-        records, self._records = self._records, []
-        return records, self._error
-
-    def fail(self, error: Exception) -> None:
-        """Report an error that no restart mends; the first one stays."""
-        self._error = self._error or error
-
-    def stop(self) -> None:
-        """Ask the workers to stop after a checkpoint."""
-        self._stopping = True
-
-    def is_stopping(self) -> bool:
-        """Whether the workers should stop."""
-        return self._stopping
-
-    def is_over(self) -> bool:
-        """Whether there is nothing to do for a worker that starts now."""
-        return self._stopping or self._error is not None
 
 
 @dataclass(frozen=True)
@@ -71,7 +38,7 @@ class _Work:
     gpu: bool
     data_cpus: float
     data_memory: int
-    board: Any  # the Board's actor handle
+    board: Board
 
 
 def train_on_ray(
@@ -88,14 +55,13 @@ def train_on_ray(
         RaybertError: training failed more often than `max_failures` allows; says what the first
             failing worker said.
     """
-    import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     config = job.config
     gpu = config.gpu == "yes" or (config.gpu == "auto" and resources.gpus >= config.workers)
     _check_resources(config.workers, gpu, resources)
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = Board()
     work = _Work(
         job=job,
         run=run,
@@ -106,7 +72,7 @@ def train_on_ray(
         board=board,
     )
     ray_folder = run / "ray"
-    trainer = TorchTrainer(
+    trainer = _trainer_class(resources)(
         _worker,
         train_loop_config={"work": work},
         torch_config=TorchConfig(
@@ -132,6 +98,27 @@ def train_on_ray(
     return result if isinstance(result, dict) else {}
 
 
+def _trainer_class(resources: Resources) -> Any:
+    """TorchTrainer; on a Ray that ends with this process, one without the watch over its end.
+
+    On a cluster an actor outlives a killed driver, to free what the driver's run had reserved.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
+
+    if not resources.started_here:
+        return TorchTrainer
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]  # of an untyped package
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+
+    return Trainer
+
+
 def _check_resources(workers: int, gpu: bool, resources: Resources) -> None:
     """Refuse what would wait for ever: workers without a place, operators without a CPU.
 
@@ -151,18 +138,17 @@ def _check_resources(workers: int, gpu: bool, resources: Resources) -> None:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    import ray
     import ray.train
 
     work: _Work = config["work"]
-    if ray.get(work.board.is_over.remote()):
+    if work.board.is_over():
         return  # a restart can't mend what went wrong: end in peace, the driver has the message
     context = ray.train.get_context()
     device = torch.device("cuda", torch.cuda.current_device()) if work.gpu else torch.device("cpu")
     group = Group.current(device)
     attempt = begin_attempt(work.run) if group.rank == 0 else 0
     attempt = int(group.sum([attempt])[0])
-    link = _Link(work.board) if group.rank == 0 else None
+    link = Link(work.board, attempt) if group.rank == 0 else None
     try:
         execute(
             work.job,
@@ -179,30 +165,11 @@ def _worker(config: dict[str, Any]) -> None:
     except StorageError:
         raise  # may pass: Ray starts the workers again
     except RaybertError as error:
-        ray.get(work.board.fail.remote(error))
+        work.board.fail(error)
         raise
-
-
-class _Link:
-    """Rank 0's link to the board. Neither way costs a step any time."""
-
-    def __init__(self, board: Any) -> None:
-        self._board = board
-        self._stopping = threading.Event()
-        threading.Thread(target=self._listen, name="stop", daemon=True).start()
-
-    def report(self, record: dict[str, Any]) -> None:
-        self._board.put.remote(record)
-
-    def is_stopping(self) -> bool:
-        return self._stopping.is_set()
-
-    def _listen(self) -> None:
-        import ray
-
-        while not ray.get(self._board.is_stopping.remote()):
-            time.sleep(_POLL_SECONDS)
-        self._stopping.set()
+    finally:
+        if link is not None:
+            link.close()
 
 
 class _Fit:
@@ -213,7 +180,7 @@ class _Fit:
     """
 
     def __init__(
-        self, trainer: Any, board: Any, on_progress: Callable[[dict[str, Any]], None]
+        self, trainer: Any, board: Board, on_progress: Callable[[dict[str, Any]], None]
     ) -> None:
         self._trainer, self._board, self._on_progress = trainer, board, on_progress
         self._error: Exception | None = None
@@ -234,23 +201,23 @@ class _Fit:
         try:
             self._watch()
         except KeyboardInterrupt:
-            self._board.stop.remote()
+            self._board.stop()
             self._over.wait(_GRACE_SECONDS)  # a second Ctrl-C ends this, too
             raise
+        finally:
+            self._board.clear()
         if isinstance(self._error, TrainingFailedError):
             raise _said_by_worker(self._error) from None
         if self._error is not None:
             raise self._error
 
     def _watch(self) -> None:
-        import ray
-
         over = False
         while not over:
             over = self._over.wait(_POLL_SECONDS)
-            records, fatal = ray.get(self._board.take.remote())
-            for record in records:
+            for record in self._board.take():
                 self._on_progress(record)
+            fatal = self._board.error()
             if fatal is not None:  # no use in waiting until Ray has tried again
                 raise fatal
 

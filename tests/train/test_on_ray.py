@@ -24,7 +24,7 @@ from raybert.train.run import Feed, execute_bare, read_digests
 
 pytestmark = pytest.mark.ray
 
-RESOURCES = Resources(cpus=4, gpus=0, object_store=512 << 20)
+RESOURCES = Resources(cpus=4, gpus=0, object_store=512 << 20, started_here=True)
 
 
 @pytest.fixture(scope="module")

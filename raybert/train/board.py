@@ -1,0 +1,125 @@
+"""What the driver and the workers of a run tell each other: progress, a fatal error, "stop".
+
+It is kept in the key-value store of Ray's head, not in an actor: an actor would be one more process
+that wakes a hundred times a second, and would be lost with the node that it happens to be on.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import uuid
+from contextlib import suppress
+from typing import Any
+
+_NAMESPACE = b"raybert"
+_SECONDS = 0.5  # between two looks of a worker
+
+
+class Board:
+    """A run's place in the store. Picklable: it travels to the workers."""
+
+    def __init__(self) -> None:
+        """Open a new one, on the connected cluster."""
+        self._prefix = f"board-{uuid.uuid4().hex}/"
+
+    def put(self, record: dict[str, Any], place: tuple[int, int]) -> None:
+        """Add a record of progress; `place`, (attempt, number), orders it among the others."""
+        attempt, number = place
+        self._put(f"record/{attempt:06d}-{number:09d}", json.dumps(record).encode())
+
+    def take(self) -> list[dict[str, Any]]:
+        """Return the records since the last call."""
+        from ray.experimental import internal_kv as kv
+
+        prefix = f"{self._prefix}record/".encode()
+        records = []
+        for key in sorted(kv._internal_kv_list(prefix, namespace=_NAMESPACE)):
+            records.append(json.loads(kv._internal_kv_get(key, namespace=_NAMESPACE)))
+            kv._internal_kv_del(key, namespace=_NAMESPACE)
+        return records
+
+    def fail(self, error: Exception) -> None:
+        """Report an error that no restart mends; the first one stays."""
+        from ray import cloudpickle
+
+        self._put("error", cloudpickle.dumps(error), overwrite=False)
+
+    def error(self) -> Exception | None:
+        """The fatal error, if there is one."""
+        from ray import cloudpickle
+
+        pickled = self._get("error")
+        error: Exception | None = cloudpickle.loads(pickled) if pickled else None
+        return error
+
+    def stop(self) -> None:
+        """Ask the workers to stop after a checkpoint."""
+        self._put("stop", b"1")
+
+    def is_stopping(self) -> bool:
+        """Whether the workers should stop."""
+        return self._get("stop") is not None
+
+    def is_over(self) -> bool:
+        """Whether there is nothing to do for a worker that starts now."""
+        return self.is_stopping() or self._get("error") is not None
+
+    def clear(self) -> None:
+        """Remove all that was written."""
+        from ray.experimental import internal_kv as kv
+
+        kv._internal_kv_del(self._prefix, del_by_prefix=True, namespace=_NAMESPACE)
+
+    def _put(self, name: str, value: bytes, overwrite: bool = True) -> None:
+        from ray.experimental import internal_kv as kv
+
+        kv._internal_kv_put(self._prefix + name, value, overwrite, namespace=_NAMESPACE)
+
+    def _get(self, name: str) -> bytes | None:
+        from ray.experimental import internal_kv as kv
+
+        value: bytes | None = kv._internal_kv_get(self._prefix + name, namespace=_NAMESPACE)
+        return value
+
+
+class Link:
+    """Rank 0's link to the board. Neither way costs a step any time."""
+
+    def __init__(self, board: Board, attempt: int) -> None:
+        """Listen from now on."""
+        self._board, self._attempt = board, attempt
+        self._records: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._sent = 0
+        self._stopping, self._closed = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._talk, name="board", daemon=True)
+        self._thread.start()
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Send a record of progress, within half a second."""
+        self._records.put(record)
+
+    def is_stopping(self) -> bool:
+        """Whether the driver asked to stop, as of half a second ago."""
+        return self._stopping.is_set()
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._closed.set()
+        self._thread.join()
+
+    def _talk(self) -> None:
+        closing = False
+        while not closing:
+            closing = self._closed.wait(_SECONDS)
+            # The head may be away for a while: progress can wait, and training goes on.
+            with suppress(Exception):
+                self._send()
+                if self._board.is_stopping():
+                    self._stopping.set()
+
+    def _send(self) -> None:
+        while not self._records.empty():
+            self._board.put(self._records.get(), (self._attempt, self._sent))
+            self._sent += 1
