@@ -18,7 +18,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RAYBERT = Path(sys.executable).with_name("raybert")
-STEP = ["--set", "pretrain.global_batch_size=64", "--set", "pretrain.micro_batch_size=32"]
+# Long enough that Ray's operators, whose processes start beside the first steps, are a part as small
+# as in a real run.
+STEP = [
+    *("--set", "pretrain.global_batch_size=64"),
+    *("--set", "pretrain.micro_batch_size=32"),
+    *("--set", "pretrain.steps=140"),
+]
 TURNS = {
     "bare": ["--bare", "--threads", "2"],
     "one_worker": ["--workers", "1", "--threads", "2"],

@@ -34,6 +34,7 @@ from raybert.train.settings import TrainConfig
 
 MEASURED_SHARE = 0.02  # of a run's minutes, at least: the time that its speed is taken over
 SETTLING_STEPS = 3  # at first libraries choose their kernels, and memory is mapped
+SETTLING_SHARE = 0.5  # of that time, in which Ray Data fills its first blocks, too
 MAX_SKIPPED_IN_A_ROW = 20  # after so many undefined steps the weights, not the data, are broken
 
 
@@ -351,9 +352,11 @@ class Loop:
         """At the end of warm-up, turn minutes into steps, once."""
         progress, minutes = self.progress, self.config.minutes
         taken = progress.step - 1  # the clock was read before this step
-        if self._settled is None and taken >= SETTLING_STEPS:
+        measured = self._measured_seconds()
+        settled = taken >= SETTLING_STEPS and progress.seconds >= SETTLING_SHARE * measured
+        if self._settled is None and settled:
             self._settled = (taken, progress.seconds)
-        if minutes is None or self._settled is None or progress.seconds < self._measured_seconds():
+        if minutes is None or self._settled is None or progress.seconds < measured:
             return
         steps, seconds = taken - self._settled[0], progress.seconds - self._settled[1]
         if not steps:
