@@ -18,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RAYBERT = Path(sys.executable).with_name("raybert")
-# Long enough that Ray's operators, whose processes start beside the first steps, are a part as small
-# as in a real run.
+# Long enough that the start of Ray's operators, beside the first steps, is a part as small as in a
+# real run.
 STEP = [
     *("--set", "pretrain.global_batch_size=64"),
     *("--set", "pretrain.micro_batch_size=32"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from raybert.entry import INTERRUPTED
 from raybert.errors import DamagedError, RaybertError, StorageError, UserError
 
 if TYPE_CHECKING:
@@ -64,9 +67,15 @@ def main() -> None:
             raise
         _say(str(error))
         sys.exit(2 if isinstance(error, _MENDABLE) else 1)
+    except OSError as error:
+        if _DEBUG or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _say(f"{error.filename or 'writing'}: {error.strerror}; free some space, and go on")
+        with suppress(OSError):  # what standard output still holds can't be written either
+            sys.stdout.close()
+        sys.exit(2)
 
 
-INTERRUPTED = 130
 # What a user can mend: the input, the storage, a file that is damaged.
 _MENDABLE = (UserError, StorageError, DamagedError)
 _DEBUG = bool(os.environ.get("RAYBERT_DEBUG"))

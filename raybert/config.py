@@ -142,8 +142,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _one_line(root: type[Settings], error: ValidationError, source: str) -> str:
     """Say the first error in one line: key, value, what is wrong, what to do."""
     first = error.errors(include_url=False)[0]
-    # The names of a union's members are in `loc` too; they are no keys of the user's.
-    path = [str(part) for part in first["loc"] if not re.search(r"[^\w]", str(part))]
+    path = _path(root, first["loc"], unknown=first["type"] == "extra_forbidden")
     key = ".".join(path) or "(top level)"
     if first["type"] == "extra_forbidden":
         known = _known_keys(root, path[:-1])
@@ -163,6 +162,16 @@ def _one_line(root: type[Settings], error: ValidationError, source: str) -> str:
     if first["type"] == "missing":
         return f"{source}: {key} is missing; add it, or pass --set {key}=VALUE"
     return f"{source}: {key}={first.get('input')!r}: {message[0].lower()}{message[1:]}"
+
+
+def _path(root: type[BaseModel], loc: Sequence[int | str], *, unknown: bool) -> list[str]:
+    """The keys of the user's in an error's place, which names the members of unions, too."""
+    path: list[str] = []
+    for at, part in enumerate(loc):
+        is_unknown_key = unknown and at == len(loc) - 1
+        if is_unknown_key or isinstance(part, int) or part in _known_keys(root, path):
+            path.append(str(part))
+    return path
 
 
 def _with_section(root: type[BaseModel], message: str, path: Sequence[str]) -> str:

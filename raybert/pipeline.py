@@ -6,14 +6,14 @@ Every stage that is finished says so and does nothing, so a pipeline can be run 
 
 from __future__ import annotations
 
-import hashlib
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 from raybert.config import build, dump, parse_yaml
 from raybert.display import Display, clock
-from raybert.errors import UserError
+from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.ray_session import ray_session
 from raybert.storage import Folder
@@ -23,6 +23,7 @@ from raybert.text.sources import SourceConfig
 from raybert.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 METRICS = "metrics.json"
+MASK = "[MASK]"  # of every tokenizer that raybert makes
 
 
 def make_corpus(experiment: Experiment, display: Display, *, force: bool = False) -> dict[str, Any]:
@@ -52,14 +53,21 @@ def make_corpus(experiment: Experiment, display: Display, *, force: bool = False
 def _corpus_line(manifest: Manifest) -> str:
     rows = manifest.splits["train"].rows
     info = manifest.info
-    left_out = [
-        f"{info[key]:,} {key}" for key in ("duplicates",) if isinstance(info.get(key), int)
-    ] + [f"{count:,} skipped ({reason})" for reason, count in info.get("skipped", {}).items()]
+    counts = {"duplicates": "duplicates", "overlap": "also in the test set"}
+    left_out = "".join(
+        f", {info[key]:,} {name}" for key, name in counts.items() if isinstance(info.get(key), int)
+    )
     return (
         f"{rows:,} rows of {manifest.seq_len} tokens, vocabulary {manifest.vocab_size:,}, "
         f"{manifest.splits['heldout'].rows:,} rows held out"
-        + (f", {', '.join(left_out)}" if left_out else "")
+        + left_out
+        + _told(info.get("skipped", {}))
     )
+
+
+def _told(skipped: Mapping[str, int]) -> str:
+    """The rows that were left out, as the end of a line."""
+    return "".join(f", {count:,} skipped ({reason})" for reason, count in skipped.items())
 
 
 def _corpus_result(folder: Folder, manifest: Manifest) -> dict[str, Any]:
@@ -121,10 +129,9 @@ def finetune(experiment: Experiment, display: Display, *, bare: bool = False) ->
             prepared = prepare_data(
                 config, Tokenizer.load(tokenizer), seq_len, config.seed, run / "data"
             )
-        skipped = "".join(f", {n:,} skipped ({why})" for why, n in prepared.skipped.items())
         display.say(
             f"texts     {prepared.train.rows:,} to train on, {prepared.validation.rows:,} to "
-            f"choose by{skipped}; labels {', '.join(prepared.labels)}"
+            f"choose by{_told(prepared.skipped)}; labels {', '.join(prepared.labels)}"
         )
     job = FinetuneJob(
         config=config,
@@ -153,7 +160,7 @@ def _start(experiment: Experiment) -> tuple[Folder | None, Folder]:
                 "finetune.initialize_from to scratch or to a folder with a model"
             )
         return pretrained, pretrained
-    folder = resolve_model(where, key="finetune.initialize_from")
+    folder = resolve_model(where, "pretrain", key="finetune.initialize_from")
     return folder, folder
 
 
@@ -190,7 +197,14 @@ def _train(
 
     run = experiment.folder / stage
     job.check()
-    open_run(run, dump(experiment), stage, sections)
+    open_run(
+        run,
+        dump(experiment),
+        stage,
+        sections,
+        inputs=job.inputs(),
+        tell=lambda text: display.say(f"{stage:<9} {text}"),
+    )
     begun = time.monotonic()
     with display.stage(stage):
         if bare:
@@ -243,7 +257,10 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
             workers=max(1, int(resources.cpus) - 2),
             on_progress=lambda done: display.line(f"{done:,} texts"),
         )
-    display.say(f"evaluate  accuracy {metrics['accuracy']:.4f} on {metrics['n']:,} texts")
+    display.say(
+        f"evaluate  accuracy {metrics['accuracy']:.4f} on {metrics['n']:,} texts"
+        + _told(metrics["skipped"])
+    )
     return {
         **metrics,
         "source": source.model_dump(mode="json"),
@@ -254,17 +271,13 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
 
 def _measured_from(experiment: Experiment, model: Folder) -> dict[str, Any]:
     """All that decides what an evaluation finds: the source, its files, the weights."""
-    from raybert.model.hub import WEIGHTS
+    from raybert.model.hub import weights_hash
 
     source = experiment.evaluate.source
-    try:
-        weights = model.read_bytes(WEIGHTS)
-    except FileNotFoundError:
-        weights = b""  # loading the model says it better
     return {
         "source": source.model_dump(mode="json"),
         "files": sources.fingerprint(source, labels=True),
-        "weights": {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()},
+        "weights": weights_hash(model),
     }
 
 
@@ -288,22 +301,44 @@ def _trained_on(run: Folder, source: SourceConfig) -> str | None:
 
 
 def check_sources(experiment: Experiment) -> None:
-    """Look for every stage's files, so that a typo ends the command before hours of training.
+    """Look at what later stages need, so that a typo ends the command before hours of training.
 
     Raises:
-        DataError: a source has no such files.
+        ConfigError: lengths that don't fit each other, an example without a mask.
+        DataError: a source has no such files, or its first row no such column or label.
         UserError: a `sample:` whose package is not installed.
     """
     from raybert.train.run import CONFIG
 
+    _check_lengths(experiment)
     sources.fingerprint(experiment.corpus.source)
     if experiment.corpus.overlap is not None:
         sources.fingerprint(experiment.corpus.overlap)
     if not (experiment.folder / "finetune").exists(CONFIG):  # it keeps the texts it began with
-        sources.fingerprint(experiment.finetune.source, labels=True)
+        sources.peek(experiment.finetune.source)
         if experiment.finetune.validation is not None:
-            sources.fingerprint(experiment.finetune.validation, labels=True)
-    sources.fingerprint(experiment.evaluate.source, labels=True)
+            sources.peek(experiment.finetune.validation)
+    sources.peek(experiment.evaluate.source)
+
+
+def _check_lengths(experiment: Experiment) -> None:
+    model = experiment.model.max_seq_len
+    if experiment.corpus.seq_len > model and experiment.pretrain.initialize_from is None:
+        raise ConfigError(
+            f"corpus.seq_len={experiment.corpus.seq_len} is past model.max_seq_len={model}; raise "
+            "that, or make shorter rows"
+        )
+    seq_len, start = experiment.finetune.seq_len, experiment.finetune.initialize_from
+    own = experiment.pretrain.initialize_from is None and start in ("pretrain", "scratch")
+    if seq_len is not None and own and seq_len > model:
+        raise ConfigError(
+            f"finetune.seq_len={seq_len} is past model.max_seq_len={model}; raise that, or lower it"
+        )
+    for text in experiment.pretrain.examples:
+        if experiment.corpus.tokenizer.kind != "file" and MASK not in text:
+            raise ConfigError(
+                f"pretrain.examples: {text!r} has no {MASK}; put one where a word is to be guessed"
+            )
 
 
 def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:

@@ -12,7 +12,7 @@ from raybert.errors import DataError
 from raybert.experiment import Experiment
 from raybert.ray_session import ray_session
 from raybert.storage import Folder
-from raybert.text.sources import SourceConfig
+from raybert.text.sources import SourceConfig, fingerprint
 
 _TEXTS_A_CALL = 256
 _BYTES_A_READ = 1 << 16
@@ -98,10 +98,11 @@ def predict_file(
 
     names = hub.load_classifier(model)[1]
     columns = experiment.evaluate.source.model_dump(
-        include={"text_column", "on_bad_row", "document"}
+        include={"text_column", "on_bad_row", "document", "format"}
     )
     # Texts as they stand: the model's own preprocessing sees to HTML.
     source = SourceConfig(path=path, html_breaks="keep", **columns)
+    fingerprint(source)  # that there is such a file, before Ray is started
     with display.stage("predict"), ray_session(experiment.ray) as resources:
         return predict_source(
             source,
@@ -116,7 +117,11 @@ def predict_file(
 def fill_mask(model: Folder, text: str, top: int) -> list[list[dict[str, Any]]]:
     """The likeliest tokens for each mask of a text."""
     from raybert.model import hub
+    from raybert.text.preprocess import Preprocessing
     from raybert.text.tokenizer import Tokenizer
     from raybert.train.pretrain import fillings
 
-    return fillings(hub.load_masked_lm(model).eval(), Tokenizer.load(model), text, top)
+    network = hub.load_masked_lm(model).eval()
+    limit = network.encoder.config.max_seq_len
+    how = Preprocessing.read(hub.read_preprocessing(model), limit)
+    return fillings(network, Tokenizer.load(model), how.clean(text), top)

@@ -30,9 +30,13 @@ class RayConfig(Settings):
     logs: bool = Field(False, description="show what Ray and the workers print")
 
 
+_PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 #: For a Ray started here. Each of its processes wakes a hundred times a second, which takes 0.8% of
 #: a core, and a trainer's threads wait for the slowest one of them: of idle workers one is enough.
 _SPARING = {"num_workers_soft_limit": 1}
+
+
+_started_here = False  # whether the connected Ray is one that `ray_session` started
 
 
 def cores() -> int:
@@ -62,22 +66,24 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     Raises:
         UserError: the cluster does not answer.
     """
+    global _started_here
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own notice, answered
     import ray
 
     address = config.address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if config.logs else logging.ERROR
     if ray.is_initialized():  # a pipeline's stages share one session
-        yield _resources(not address)
+        yield _resources()
         return
-    if not address:
-        # A machine that is its own cluster has no notice of its end that Ray could watch for.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    watched = os.environ.get(_PREEMPTION)
     try:
         if address:
             ray.init(address, log_to_driver=config.logs, logging_level=level)
         else:
+            # A machine that is its own cluster has no notice of its end that Ray could watch for.
+            os.environ[_PREEMPTION] = "0"
             ray.init(
+                "local",  # also where `ray start` has left word of a cluster on this machine
                 num_cpus=max(cores(), workers) + 2,
                 object_store_memory=int(config.object_store_gb * 1e9),
                 include_dashboard=config.dashboard,
@@ -85,15 +91,21 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
                 log_to_driver=config.logs,
                 logging_level=level,
             )
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{where} does not start or answer: {reason}") from None
     _set_log_level(level)
     try:
-        yield _resources(not address)
+        _started_here = not address
+        yield _resources()
     finally:
+        _started_here = False
         ray.shutdown()
+        if watched is None:
+            os.environ.pop(_PREEMPTION, None)
+        else:
+            os.environ[_PREEMPTION] = watched
 
 
 def _set_log_level(level: int) -> None:
@@ -103,7 +115,7 @@ def _set_log_level(level: int) -> None:
         logging.getLogger(name).setLevel(level)
 
 
-def _resources(started_here: bool) -> Resources:
+def _resources() -> Resources:
     import ray
 
     total = ray.cluster_resources()
@@ -111,5 +123,5 @@ def _resources(started_here: bool) -> Resources:
         cpus=total.get("CPU", 1),
         gpus=total.get("GPU", 0),
         object_store=int(total.get("object_store_memory", 1 << 30)),
-        started_here=started_here,
+        started_here=_started_here,
     )

@@ -27,6 +27,12 @@ def refused(values=None, *overrides, path=None):
     ("values", "message"),
     [
         ({"pretrian": {}}, "my.yaml: unknown key pretrian; did you mean pretrain?"),
+        ({"fine-tune": 1}, "my.yaml: unknown key fine-tune; did you mean finetune?"),
+        (
+            {"pretrain": {"masking": {"mask-rate": 0.1}}},
+            "my.yaml: unknown key pretrain.masking.mask-rate; did you mean "
+            "pretrain.masking.mask_rate?",
+        ),
         (
             {"pretrain": {"lerning_rate": 1}},
             "my.yaml: unknown key pretrain.lerning_rate; known keys of pretrain: ",

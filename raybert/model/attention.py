@@ -43,7 +43,7 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 
     Against the fused kernel, forward and backward on one core of an AMD EPYC with AVX-512, torch
     2.13: 52 ms against 127 (32 x 256 tokens, 8 heads of 16), 32 against 105 (64 x 128, 4 of 64).
-    Probabilities are rounded to the inputs' dtype, sums over them are fp32.
+    Probabilities and their slopes are rounded to the inputs' dtype, sums over them are fp32.
     """
     mixed: Tensor = _Products.apply(q, k, v, mask)  # type: ignore[no-untyped-call]
     return mixed
@@ -66,24 +66,22 @@ class _Products(torch.autograd.Function):
                 scores.masked_fill_(~seen, torch.finfo(part.dtype).min)
             torch.softmax(part, dim=-1, out=part)
             torch.bmm(part, v[at], out=out[at])
-        ctx.save_for_backward(q, k, v, softmax, out)
+        ctx.save_for_backward(q, k, v, softmax)
         return out.view(ctx.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, softmax, out = ctx.saved_tensors
+        q, k, v, softmax = ctx.saved_tensors
         grad = grad.flatten(0, 1)  # [B N, T, H]
-        # A softmax's slope needs, for each token, the sum of its probabilities times their
-        # gradients, which is its output times the output's (arXiv 2205.14135, appendix B.2).
-        exact = torch.promote_types(grad.dtype, torch.float32)
-        inner = (grad.to(exact) * out.to(exact)).sum(-1, keepdim=True)  # [B N, T, 1]
-        inner = inner.to(grad.dtype)
         grad_q, grad_k, grad_v = (torch.empty_like(tensor) for tensor in (q, k, v))
         for _, at in _chunks(ctx.shape):
             part = softmax[at]
             torch.bmm(part.transpose(1, 2), grad[at], out=grad_v[at])
-            slope = torch.bmm(grad[at], v[at].transpose(1, 2)).sub_(inner[at]).mul_(part)
+            slope = torch.bmm(grad[at], v[at].transpose(1, 2))
+            # In place, and with its sum in fp32: rounded, that sum would be an error common to a
+            # row, which grad_q takes times the mean key.
+            torch.ops.aten._softmax_backward_data.out(slope, part, -1, part.dtype, grad_input=slope)
             torch.bmm(slope, k[at], out=grad_q[at])
             torch.bmm(slope.transpose(1, 2), q[at], out=grad_k[at])
         grad_q *= ctx.scale
@@ -102,20 +100,24 @@ def _chunks(shape: torch.Size) -> list[tuple[slice, slice]]:
 class Dropout(nn.Module):
     """`nn.Dropout`, and on CPUs four times as fast: four draws from every 64 random bits.
 
-    There `p` is rounded to 1/65,536.
+    There `p` is rounded to 1/65,536. A compiled model has PyTorch's.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
+    def extra_repr(self) -> str:
+        """Show `p` where the model is printed."""
+        return f"p={self.p}"
+
     def forward(self, x: Tensor) -> Tensor:
         """Zero a share `p` of `x` while training, and scale the rest up for it."""
         if not self.training or self.p == 0:
             return x
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or torch.compiler.is_compiling():  # which can't trace random_
             return F.dropout(x, self.p)
-        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
+        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
         bits.random_(-(2**63), None)  # without bounds the sign's bit would never be set
         dropped = min(round(self.p * 2**16), 2**16 - 1)
         kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15

@@ -9,6 +9,7 @@ head where `transformers` has none like it. Weights are read from safetensors on
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -261,6 +262,14 @@ def read_preprocessing(folder: Folder) -> dict[str, Any]:
         UserError: no model there.
     """
     return dict(_read_config(folder).get("raybert", {}).get("preprocessing", {}))
+
+
+def weights_hash(folder: Folder) -> str:
+    """SHA-256 of a model's weights; empty where there are none, which loading says better."""
+    try:
+        return hashlib.sha256(folder.read_bytes(WEIGHTS)).hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 # Writing

@@ -15,16 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_LOGITS = 1 << 26  # logits held at once: 128 MiB of bf16
+CHUNK_LOGITS = 1 << 26  # logits held at once: 128 MiB of bf16, and on GPUs their softmax, too
+#: Columns that the bias takes: processors multiply at full speed in pairs (CPUs), eights (GPUs).
+BIAS_COLUMNS = {"cpu": 2}
+OTHER_BIAS_COLUMNS = 8
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """Sum the cross-entropy of `softmax(x weight^T + bias)` against `targets`.
 
     Logits and their softmax have autocast's dtype where it is on, else that of `x`; sums over
-    positions and the gradients of `weight` and `bias` are fp32. In bf16 the sum is then off by some
-    1e-4 of its value, and gradients by 1% of their norm, as with any bf16 matrix product. Gradients
-    are computed in the forward pass, and only if gradients are on.
+    chunks, of the loss and of the gradients of `weight` and `bias`, are fp32. In bf16 the sum is
+    then off by some 1e-4 of its value, and gradients by 1% of their norm, as with any bf16 matrix
+    product. Gradients are computed in the forward pass, and only if gradients are on.
 
     Args:
         x: hidden states [M, D].
@@ -59,14 +62,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(x.dtype, torch.float32)
         on_cpu = x.device.type == "cpu"
         # The bias is one column more of the weight, against a one: adding it to the logits, and
-        # summing their slopes for its gradient, would each pass over all of them once more. The
-        # width grows to what processors multiply at full speed: pairs on CPUs, eights on GPUs.
+        # summing their slopes for its gradient, would each pass over all of them once more.
         width = x.shape[1]
-        padding = (0, 2 if on_cpu else 8)
+        padding = (0, BIAS_COLUMNS.get(x.device.type, OTHER_BIAS_COLUMNS))
         x, weight = F.pad(x.to(dtype), padding), F.pad(weight.to(dtype), padding)
         x[:, width], weight[:, width] = 1, bias
         total = torch.zeros((), dtype=exact, device=x.device)
-        grad_x = torch.empty_like(x)
+        grad_x = torch.empty_like(x) if train else x
         grad_weight: Tensor | None = None
         chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS))
         size = max(1, -(-x.shape[0] // chunks))

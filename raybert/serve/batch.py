@@ -50,7 +50,9 @@ class _Scorer:
 def score(
     source: SourceConfig, model: Folder, *, labels: bool, workers: int, skipped: Counter[str]
 ) -> Iterator[pa.Table]:
-    """Yield tables of text, label and logits [labels] in the order of the source.
+    """Yield tables of text, label, row and logits [labels] in the order of the source.
+
+    `row` is the number from 0 among all rows of the source, those left out included.
 
     Args:
         source: what to score.
@@ -71,7 +73,7 @@ def score(
     context.execution_options.preserve_order = True
     context.target_max_block_size = _BLOCK_BYTES
     shards = sources.shards(source, labels=labels)
-    left = source.limit
+    left, rows = source.limit, 0
     with DataContext.current(context):
         texts = ray.data.from_arrow([job.shard_table(shard) for shard in shards]).map_batches(
             job.read_rows,
@@ -93,6 +95,8 @@ def score(
                 max_restarts=0,  # a lost actor ends the command, which is short
             )
         for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+            table = table.append_column("row", pa.array(range(rows, rows + len(table))))
+            rows += len(table)
             good = job.accept_rows(table, source.on_bad_row, skipped).slice(0, left)
             left = None if left is None else left - len(good)
             if len(good):
@@ -134,28 +138,31 @@ class PredictionWriter:
             ) from None
         self._parquet: pq.ParquetWriter | None = None
 
-    def write(self, texts: list[str], probabilities: npt.NDArray[np.float32]) -> None:
-        """Write texts with their label, its probability and every label's.
+    def write(
+        self, rows: list[int], texts: list[str], probabilities: npt.NDArray[np.float32]
+    ) -> None:
+        """Write texts with the row numbers, their label, its probability and every label's.
 
         Raises:
             StorageError: the disk is full.
         """
         best = probabilities.argmax(axis=1)
-        rows = [
+        records = [
             {
+                "row": row,
                 "text": text,
                 "label": self._names[top],
                 "score": float(scores[top]),
                 "scores": {n: float(s) for n, s in zip(self._names, scores, strict=True)},
             }
-            for text, top, scores in zip(texts, best, probabilities, strict=True)
+            for row, text, top, scores in zip(rows, texts, best, probabilities, strict=True)
         ]
         if self._name.endswith(".jsonl"):
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records)
             with self._translated():
                 self._stream.write(lines.encode())
             return
-        table = pa.Table.from_pylist(rows)
+        table = pa.Table.from_pylist(records)
         with self._translated():
             if self._parquet is None:
                 self._parquet = pq.ParquetWriter(self._stream, table.schema)
@@ -205,7 +212,8 @@ def predict_source(
     done = 0
     with PredictionWriter(output, names) as writer:
         for table in score(source, model, labels=False, workers=workers, skipped=skipped):
-            writer.write(table["text"].to_pylist(), softmax(logits_of(table)))
+            rows, texts = table["row"].to_pylist(), table["text"].to_pylist()
+            writer.write(rows, texts, softmax(logits_of(table)))
             done += len(table)
             on_progress(done)
         if not done:

@@ -144,9 +144,9 @@ def build(
     began = time.monotonic()
     inputs = _inputs(config)
     _check(config)
-    _clear(folder)
     overlap = _overlap_digests(config)
     tokenizer, total = _make_tokenizer(config, progress)
+    _clear(folder)  # not before the whole source has been read once without a mistake
     sink = _Sink(config, folder, tokenizer, overlap)
     started = time.monotonic()
     for block in _tokenized(config, tokenizer):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -95,6 +96,14 @@ class Manifest(Settings):
             return build(cls, values, folder.join(MANIFEST))
         except ConfigError as error:
             raise DamagedError(f"{error}; make the corpus again") from None
+
+    @property
+    def digest(self) -> str:
+        """A hash of what was made; not of when, from which files or by whom."""
+        made = self.model_dump(mode="json", exclude={"info"})
+        # The unigram model's loss follows from every token of the training split.
+        made["content"] = {key: self.info.get(key) for key in ("tokens", "unigram_loss")}
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -41,9 +41,14 @@ class Preprocessing:
 
     def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Turn raw texts into ids, [up to seq_len] each."""
-        if self.html_breaks == "space":
-            texts = [LINE_BREAK.sub(" ", text) if "<" in text else text for text in texts]
-        return [self.shorten(ids) for ids in split(tokenizer.encode(texts))]
+        cleaned = [self.clean(text) for text in texts]
+        return [self.shorten(ids) for ids in split(tokenizer.encode(cleaned))]
+
+    def clean(self, text: str) -> str:
+        """A text as the tokenizer is to read it."""
+        if self.html_breaks == "space" and "<" in text:
+            return LINE_BREAK.sub(" ", text)
+        return text
 
     def shorten(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Cut the middle out of ids [n] that are too long; the closing special token stays."""

@@ -7,6 +7,7 @@ consumes it, in order, decides (fail or skip) and counts: the same row fails how
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -180,6 +181,16 @@ def read(shard: Shard, config: SourceConfig, *, labels: bool = False) -> Iterato
         yield judge.flush()
 
 
+def peek(config: SourceConfig) -> None:
+    """Read a labelled source's first batch of rows, to find mistakes that all rows share.
+
+    Raises:
+        DataError: as `documents`, for these rows.
+    """
+    one = config.model_copy(update={"limit": 1})
+    next(documents(one, labels=True))
+
+
 def documents(
     config: SourceConfig, *, labels: bool = False, skipped: Counter[str] | None = None
 ) -> Iterator[pa.Table]:
@@ -234,7 +245,8 @@ def accept(table: pa.Table, on_bad_row: str, skipped: Counter[str]) -> pa.Table:
             continue
         if on_bad_row == "fail":
             raise DataError(
-                f"{row['place']}: {row['problem']}; mend the row, or set on_bad_row to skip"
+                f"{row['place']}: {row['problem']}; mend the row, or set on_bad_row: skip "
+                "beside its source's path"
             )
         skipped[_reason(row["problem"])] += 1
     return table.filter(problems.is_null())
@@ -445,7 +457,9 @@ class _Judge:
             value = int(value)
         elif isinstance(value, list | dict):
             return None, f"label is no name or number ({type(value).__name__})"
-        label = "" if value is None else str(value).strip()
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return None, "no label"
+        label = str(value).strip()
         if not label:
             return None, "no label"
         if not label.isascii() and any(0xD800 <= ord(c) <= 0xDFFF for c in label):
@@ -453,7 +467,9 @@ class _Judge:
         names = self._config.labels
         if names is None or label in self._known:
             return label, None
-        if label.isdecimal() and int(label) < len(names):
+        # Where names are numbers themselves, a number is a name: stars from 1 to 5 have no 0.
+        numbered = not any(name.isdecimal() for name in names)
+        if numbered and label.isdecimal() and int(label) < len(names):
             return names[int(label)], None
         return None, f"label {label!r} is not one of labels={names}"
 

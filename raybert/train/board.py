@@ -7,38 +7,47 @@ that wakes a hundred times a second, and would be lost with the node that it hap
 from __future__ import annotations
 
 import json
-import queue
 import threading
 import uuid
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 _NAMESPACE = b"raybert"
 _SECONDS = 0.5  # between two looks of a worker
+_CLOSE_SECONDS = 5.0
 
 
 class Board:
     """A run's place in the store. Picklable: it travels to the workers."""
 
     def __init__(self) -> None:
-        """Open a new one, on the connected cluster."""
+        """Name a new one; nothing is written yet."""
         self._prefix = f"board-{uuid.uuid4().hex}/"
 
-    def put(self, record: dict[str, Any], place: tuple[int, int]) -> None:
-        """Add a record of progress; `place`, (attempt, number), orders it among the others."""
+    def put(self, record: str, place: tuple[int, int]) -> None:
+        """Add a record of progress, as JSON; `place`, (attempt, number), orders it among others."""
         attempt, number = place
-        self._put(f"record/{attempt:06d}-{number:09d}", json.dumps(record).encode())
+        self._put(f"record/{attempt:06d}-{number:09d}", record.encode())
 
-    def take(self) -> list[dict[str, Any]]:
-        """Return the records since the last call."""
+    def take(self) -> Iterator[dict[str, Any]]:
+        """Yield the records since the last call; each is removed before the next is read."""
         from ray.experimental import internal_kv as kv
 
         prefix = f"{self._prefix}record/".encode()
-        records = []
         for key in sorted(kv._internal_kv_list(prefix, namespace=_NAMESPACE)):
-            records.append(json.loads(kv._internal_kv_get(key, namespace=_NAMESPACE)))
+            record = json.loads(kv._internal_kv_get(key, namespace=_NAMESPACE))
             kv._internal_kv_del(key, namespace=_NAMESPACE)
-        return records
+            yield record
+
+    def begin(self, attempt: int) -> None:
+        """Say which attempt is at work now; a restart's is younger."""
+        self._put("attempt", str(attempt).encode())
+
+    def attempt(self) -> int:
+        """The attempt that is at work; 0 before the first one."""
+        return int(self._get("attempt") or 0)
 
     def fail(self, error: Exception) -> None:
         """Report an error that no restart mends; the first one stays."""
@@ -90,7 +99,7 @@ class Link:
     def __init__(self, board: Board, attempt: int) -> None:
         """Listen from now on."""
         self._board, self._attempt = board, attempt
-        self._records: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._records: deque[str] = deque()
         self._sent = 0
         self._stopping, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._talk, name="board", daemon=True)
@@ -98,28 +107,30 @@ class Link:
 
     def report(self, record: dict[str, Any]) -> None:
         """Send a record of progress, within half a second."""
-        self._records.put(record)
+        self._records.append(json.dumps(record))
 
     def is_stopping(self) -> bool:
         """Whether the driver asked to stop, as of half a second ago."""
         return self._stopping.is_set()
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left; give up after some seconds where Ray's head does not answer."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(_CLOSE_SECONDS)
 
     def _talk(self) -> None:
         closing = False
-        while not closing:
+        while not closing or self._records:
             closing = self._closed.wait(_SECONDS)
             # The head may be away for a while: progress can wait, and training goes on.
             with suppress(Exception):
-                self._send()
                 if self._board.is_stopping():
                     self._stopping.set()
+            with suppress(Exception):
+                self._send()
 
     def _send(self) -> None:
-        while not self._records.empty():
-            self._board.put(self._records.get(), (self._attempt, self._sent))
+        while self._records:
+            self._board.put(self._records[0], (self._attempt, self._sent))
+            self._records.popleft()
             self._sent += 1

@@ -115,6 +115,13 @@ class FinetuneJob:
                 f"({', '.join(names)}); give one weight for each"
             )
 
+    def inputs(self) -> dict[str, str]:
+        """The identity of the tokenizer, by which the texts were prepared, and of the weights."""
+        found = {"tokenizer": Tokenizer.load(self.tokenizer).hash}
+        if self.start is not None:
+            found["model to start from"] = hub.weights_hash(self.start)
+        return found
+
     def make_task(self, group: Group, feed: Feed) -> FinetuneTask:
         """Build the task on a worker."""
         return FinetuneTask(self, group)

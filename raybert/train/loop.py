@@ -168,7 +168,8 @@ class Loop:
         self._saved: tuple[Any, ...] | None = None  # the state that the last checkpoint has
         self._damaged: list[str] = []  # what was found before there was a log
         self._skipped_in_a_row = 0
-        self._settled: tuple[int, float] | None = None  # steps and seconds once speed is steady
+        self._begun = (0, 0.0)  # steps and seconds at which this attempt began
+        self._settled: tuple[int, float] | None = None  # the same, once its speed is steady
         self._loss = torch.zeros((), dtype=torch.float64, device=group.device)
         self._counted = 0.0
         self._rate = Rate()
@@ -256,6 +257,7 @@ class Loop:
             # The clock starts with the first batch: start-up is not training.
             self._rate, waited = Rate(), 0.0
             begun = time.perf_counter() - progress.seconds
+            self._begun = (progress.step, progress.seconds)
             while True:
                 self._train_step(batches, waited, time.perf_counter() - begun)
                 if done():
@@ -352,11 +354,13 @@ class Loop:
         """At the end of warm-up, turn minutes into steps, once."""
         progress, minutes = self.progress, self.config.minutes
         taken = progress.step - 1  # the clock was read before this step
+        # In this attempt: one that resumes a run in its warm-up has slow first steps of its own.
+        taken_here, here = taken - self._begun[0], progress.seconds - self._begun[1]
         measured = self._measured_seconds()
-        settled = taken >= SETTLING_STEPS and progress.seconds >= SETTLING_SHARE * measured
+        settled = taken_here >= SETTLING_STEPS and here >= SETTLING_SHARE * measured
         if self._settled is None and settled:
             self._settled = (taken, progress.seconds)
-        if minutes is None or self._settled is None or progress.seconds < measured:
+        if minutes is None or self._settled is None or here < measured:
             return
         steps, seconds = taken - self._settled[0], progress.seconds - self._settled[1]
         if not steps:

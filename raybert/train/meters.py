@@ -31,9 +31,7 @@ class MetricsLog:
         self._lines: list[str] = []
         self._file: TextIO | None = None
         if self._folder.is_local:
-            path = Path(self._folder.join(self._name))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
+            self._file = open_lines(self._folder, self._name)
         self.write({"kind": "event", "step": first_step, "event": "start", "attempt": attempt})
 
     def write(self, record: dict[str, Any]) -> None:
@@ -65,6 +63,20 @@ class MetricsLog:
         if self._file is not None:
             with contextlib.suppress(OSError):  # what can't be written was told by `write`
                 self._file.close()
+
+
+def open_lines(folder: Folder, name: str) -> TextIO:
+    """Open a local file that is written line by line, each of which is on the disk at once.
+
+    Raises:
+        StorageError: it can't be made.
+    """
+    path = Path(folder.join(name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise StorageError(f"writing {path} failed: {error.strerror or error}") from None
 
 
 def read_metrics(run: Folder) -> list[dict[str, Any]]:

@@ -127,6 +127,10 @@ class PretrainJob:
                 f"{_THEIR_TOKENIZER}"
             )
 
+    def inputs(self) -> dict[str, str]:
+        """The identity of the corpus: its parts follow from what its manifest says."""
+        return {"corpus": self.manifest.digest}
+
     def make_task(self, group: Group, feed: Feed) -> PretrainTask:
         """Build the task on a worker."""
         return PretrainTask(self, group, feed)

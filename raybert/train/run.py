@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TextIO
 
@@ -21,16 +20,16 @@ import torch
 
 from raybert import __version__
 from raybert.config import differences, parse_yaml
-from raybert.errors import ConfigError
+from raybert.errors import ConfigError, DataError, StorageError
 from raybert.model.allocator import keep_freed_memory
 from raybert.storage import Folder
 from raybert.train.checkpoint import CheckpointStore, begin_attempt
 from raybert.train.group import Group, use_threads
 from raybert.train.loop import Batch, Loop, Stopped, Task
-from raybert.train.meters import MetricsLog, finite, merge_metrics
+from raybert.train.meters import MetricsLog, finite, merge_metrics, open_lines
 from raybert.train.settings import MAY_CHANGE, TrainConfig
 
-CONFIG, RESULT = "config.yaml", "result.json"
+CONFIG, RESULT, INPUTS = "config.yaml", "result.json", "inputs.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,9 @@ class Job(Protocol):
     def config(self) -> TrainConfig:
         """The stage's settings."""
 
+    def inputs(self) -> dict[str, str]:
+        """Hashes of what the run reads, by a name for messages."""
+
     def make_task(self, group: Group, feed: Feed) -> Task:
         """Build the task on a worker."""
 
@@ -57,32 +59,65 @@ class Job(Protocol):
 
 
 def open_run(
-    run: Folder, config_yaml: str, stage: str, sections: tuple[str, ...] = ()
+    run: Folder,
+    config_yaml: str,
+    stage: str,
+    sections: tuple[str, ...] = (),
+    *,
+    inputs: Mapping[str, str] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any] | None:
     """Create or reopen a run of a stage, whose result depends on its section and some others.
+
+    Args:
+        run: its folder.
+        config_yaml: the whole resolved configuration.
+        stage: the section that is the run's own.
+        sections: others that decide its result.
+        inputs: hashes of what the run reads, by name; None where that is not known, or not needed.
+        tell: is given what differs and may, in a line.
 
     Returns:
         The result, where the run is finished; None where there is work to do.
 
     Raises:
         ConfigError: the run exists, and a setting that must not change has changed.
+        DataError: the run has begun on other inputs.
     """
     now = parse_yaml(config_yaml, CONFIG)
     if run.exists(CONFIG):
         before = parse_yaml(run.read_text(CONFIG), run.join(CONFIG))
-        changed = _refused(differences(before, now), stage, sections)
+        all_changed = differences(before, now)
+        changed = _refused(all_changed, stage, sections)
         if changed:
-            shown = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            shown = _shown(changed)
             state = "is finished" if run.exists(RESULT) else "has begun"
             raise ConfigError(
                 f"{run} {state} with other settings ({shown}); set them back, or choose another "
                 "run.name"
             )
+        allowed = {k: v for k, v in all_changed.items() if k.partition(".")[0] == stage}
+        if allowed and not run.exists(RESULT):
+            tell(f"goes on with other settings: {_shown(allowed)}")
+    if inputs is not None and run.exists(INPUTS):
+        begun_on = run.read_json(INPUTS)
+        for name, digest in inputs.items():
+            if begun_on.get(name, digest) != digest:
+                raise DataError(
+                    f"{run} has begun on another {name} than is there now; put that one back, or "
+                    "choose another run.name"
+                )
     if run.exists(RESULT):
         result = run.read_json(RESULT)
         return result if isinstance(result, dict) else {}
+    if inputs is not None and not run.exists(INPUTS):
+        run.write_json(INPUTS, dict(inputs))
     run.write_text(CONFIG, config_yaml)
     return None
+
+
+def _shown(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
 
 
 def _refused(
@@ -231,14 +266,16 @@ class _DigestLog:
         self._lines: list[str] = []
         self._file: TextIO | None = None
         if self._folder.is_local:
-            path = Path(self._folder.join(self._name))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8", buffering=1)
+            self._file = open_lines(self._folder, self._name)
 
     def __call__(self, batch: Batch) -> None:
         line = f"{batch.step} {batch.slot} {batch.digest()}\n"
         if self._file is not None:
-            self._file.write(line)
+            try:
+                self._file.write(line)
+            except OSError as error:
+                path = self._folder.join(self._name)
+                raise StorageError(f"writing {path} failed: {error.strerror or error}") from None
         else:
             self._lines.append(line)
 

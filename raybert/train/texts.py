@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,9 +125,11 @@ def prepare_data(
         return made
     folder.delete(DATA)
     texts = labelled(config.source)
+    skipped = Counter(texts.skipped)
     if config.validation is not None:
         alike = config.validation.model_copy(update={"html_breaks": config.source.html_breaks})
         train, validation = texts, labelled(alike, names=texts.names)
+        skipped.update(validation.skipped)
     else:
         held = round(len(texts.labels) * config.validation_fraction)
         parts = cut((str(text) for text in texts.texts), held, seed=seed)
@@ -149,7 +152,7 @@ def prepare_data(
         labels=texts.names,
         seq_len=how.seq_len,
         head_tokens=how.head_tokens,
-        skipped=texts.skipped,
+        skipped=dict(skipped),
     )
     folder.write_json(DATA, prepared.model_dump())
     return prepared

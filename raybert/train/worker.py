@@ -10,12 +10,20 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from raybert.errors import ConfigError, RaybertError, StorageError, Superseded, UserError
+from raybert.errors import (
+    ConfigError,
+    DamagedError,
+    RaybertError,
+    StorageError,
+    Superseded,
+    UserError,
+)
 from raybert.model.allocator import KEEP_FREED_MEMORY
 from raybert.ray_session import Resources
 from raybert.storage import Folder
@@ -27,6 +35,7 @@ from raybert.train.run import RESULT, Feed, Job, execute
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60  # for the step under way and its checkpoint, after Ctrl-C
+_SILENCE_SECONDS = 120  # without an answer of Ray's head: it may come back
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ def train_on_ray(
         data_memory=int(min(256 << 20, resources.object_store / 2 / config.workers)),
         board=board,
     )
-    ray_folder = run / "ray"
+    ray_folder, name = run / "ray", f"attempt-{time.time_ns()}"
     trainer = _trainer_class(resources)(
         _worker,
         train_loop_config={"work": work},
@@ -84,7 +93,7 @@ def train_on_ray(
             resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpu else {}),
         ),
         run_config=RunConfig(
-            name=f"attempt-{int(time.time())}",
+            name=name,
             storage_path=ray_folder.path,
             storage_filesystem=ray_folder.filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
@@ -93,23 +102,26 @@ def train_on_ray(
         ),
     )
     _Fit(trainer, board, on_progress).wait()
-    run.delete("ray")
+    ray_folder.delete(name)
+    if not ray_folder.names(hidden=True):  # another driver's attempt may be at work there
+        run.delete("ray")
     result = run.read_json(RESULT)
     return result if isinstance(result, dict) else {}
 
 
 def _trainer_class(resources: Resources) -> Any:
-    """TorchTrainer; on a Ray that ends with this process, one without the watch over its end.
+    """TorchTrainer; on a Ray that ends with this process, one without the cleaner of its remains.
 
-    On a cluster an actor outlives a killed driver, to free what the driver's run had reserved.
+    That is an actor which outlives a killed driver and frees what its run had reserved. Here
+    nothing outlives the driver, and the cleaner fails without Ray's dashboard.
     """
     from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.placement_group_callback import (
-        PlacementGroupCleanerCallback,
-    )
 
     if not resources.started_here:
         return TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
 
     class Trainer(TorchTrainer):  # type: ignore[misc]  # of an untyped package
         def _create_default_callbacks(self) -> list[Any]:
@@ -148,6 +160,8 @@ def _worker(config: dict[str, Any]) -> None:
     group = Group.current(device)
     attempt = begin_attempt(work.run) if group.rank == 0 else 0
     attempt = int(group.sum([attempt])[0])
+    if group.rank == 0:
+        work.board.begin(attempt)
     link = Link(work.board, attempt) if group.rank == 0 else None
     try:
         execute(
@@ -160,12 +174,18 @@ def _worker(config: dict[str, Any]) -> None:
             on_progress=link.report if link else lambda record: None,
             should_stop=link.is_stopping if link else lambda: False,
         )
-    except (Stopped, Superseded):
-        return  # the one was asked for; in the other's place a younger attempt is at work
+    except Stopped:
+        return  # as asked
+    except Superseded as error:
+        if work.board.attempt() == attempt:  # by another driver, else by a restart of this one's
+            work.board.fail(error)
     except StorageError:
         raise  # may pass: Ray starts the workers again
     except RaybertError as error:
-        work.board.fail(error)
+        if link is not None:
+            link.close()  # what came before the error is shown before it
+        with suppress(Exception):  # Ray hands it on, too
+            work.board.fail(error)
         raise
     finally:
         if link is not None:
@@ -201,23 +221,34 @@ class _Fit:
         try:
             self._watch()
         except KeyboardInterrupt:
-            self._board.stop()
+            with suppress(Exception):  # a head that is gone takes the workers with it
+                self._board.stop()
             self._over.wait(_GRACE_SECONDS)  # a second Ctrl-C ends this, too
             raise
         finally:
-            self._board.clear()
+            if self._over.is_set():  # workers that are left must still find "stop" or the error
+                with suppress(Exception):
+                    self._board.clear()
         if isinstance(self._error, TrainingFailedError):
             raise _said_by_worker(self._error) from None
         if self._error is not None:
             raise self._error
 
     def _watch(self) -> None:
-        over = False
+        from ray.exceptions import RpcError
+
+        over, heard = False, time.monotonic()
         while not over:
             over = self._over.wait(_POLL_SECONDS)
-            for record in self._board.take():
-                self._on_progress(record)
-            fatal = self._board.error()
+            try:
+                fatal = self._board.error()  # before the records, which came before it
+                for record in self._board.take():
+                    self._on_progress(record)
+            except RpcError as error:
+                if time.monotonic() - heard > _SILENCE_SECONDS:
+                    raise RaybertError(f"Ray's head does not answer: {error}") from None
+                continue
+            heard = time.monotonic()
             if fatal is not None:  # no use in waiting until Ray has tried again
                 raise fatal
 
@@ -237,7 +268,7 @@ def _said_by_worker(error: Any) -> Exception:
         return RaybertError(f"training failed: {str(error).strip().splitlines()[-1]}")
     rank, failure = min(failures.items())
     cause = getattr(failure, "cause", None) or failure
-    if isinstance(cause, UserError):
+    if isinstance(cause, UserError | StorageError | DamagedError):
         return cause
     last = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
     return RaybertError(f"training failed: worker {rank}: {last}")

@@ -59,6 +59,42 @@ def test_bf16_attention_is_near_that_of_fp32(mask: Tensor | None) -> None:
         torch.testing.assert_close(ours.float(), theirs, atol=0.03, rtol=0.03)
 
 
+@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("mean", [0.0, 3.0])  # keys and values of one direction, as trained ones
+def test_bf16_gradients_are_those_of_fp64(head_dim: int, mean: float) -> None:
+    torch.manual_seed(0)
+    shape = (2, 2, 128, head_dim)
+    exact = [torch.randn(shape, dtype=torch.float64) + shift for shift in (0.0, mean, mean)]
+    exact = [tensor.bfloat16().double().requires_grad_() for tensor in exact]
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    weight = torch.randn(shape, dtype=torch.float64)
+    ours = torch.autograd.grad((attend(*rounded, None) * weight).sum(), rounded)
+    theirs = torch.autograd.grad((attend(*exact, None) * weight).sum(), exact)
+    for rough, right in zip(ours, theirs, strict=True):
+        assert (rough.double() - right).norm() < 0.04 * right.norm()
+
+
+def test_a_token_that_sees_nothing_spoils_nothing() -> None:
+    mask = torch.ones(B, 1, T, T, dtype=torch.bool)
+    mask[0, 0, 2] = False
+    inputs = heads(torch.bfloat16)
+    out = attend(*inputs, mask)
+    assert torch.isfinite(out).all()
+    for gradient in torch.autograd.grad(out.float().square().sum(), inputs):
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # dynamo's own
+def test_a_compiled_model_computes_the_same() -> None:
+    inputs = heads(torch.bfloat16)
+    compiled = torch.compile(lambda q, k, v: attend(q, k, v, None), backend="aot_eager")
+    plain = torch.autograd.grad(attend(*inputs, None).float().sum(), inputs)
+    for ours, theirs in zip(
+        torch.autograd.grad(compiled(*inputs).float().sum(), inputs), plain, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_long_rows_keep_no_probabilities() -> None:
     seq_len = attention.MOST_TOKENS + 1
     q, k, v = (torch.randn(1, 1, seq_len, 8, dtype=torch.bfloat16) for _ in range(3))

@@ -19,10 +19,13 @@ def reference(x, weight, bias, targets):
     return F.cross_entropy(F.linear(x, weight, bias), targets, reduction="sum")
 
 
+@pytest.mark.parametrize("columns", [2, 8])  # CPUs' and GPUs'
+@pytest.mark.parametrize("hidden", [15, 16])
 @pytest.mark.parametrize("chunk", [1, 211 * 5, 211 * 37, 1 << 24])
-def test_fp32_is_the_plain_cross_entropy_for_any_chunk(chunk, monkeypatch):
+def test_fp32_is_the_plain_cross_entropy_for_any_chunk(chunk, hidden, columns, monkeypatch):
     monkeypatch.setattr(mlm_loss, "CHUNK_LOGITS", chunk)
-    inputs, targets = problem()
+    monkeypatch.setattr(mlm_loss, "BIAS_COLUMNS", {"cpu": columns})
+    inputs, targets = problem(hidden=hidden)
     expected = reference(*inputs, targets)
     expected_gradients = torch.autograd.grad(expected / 7, inputs)
     total = linear_cross_entropy(*inputs, targets)

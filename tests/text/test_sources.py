@@ -28,6 +28,7 @@ from raybert.text.sources import (
     fingerprint,
     first_good,
     labelled,
+    peek,
     read,
     shards,
 )
@@ -280,7 +281,7 @@ BAD_JSONL = (
 )
 def test_bad_rows_stop_the_reading_or_are_counted(tmp_path, name, data, first, reasons):
     path = write(tmp_path / name, data)
-    message = rf"^{path}: {first}; mend the row, or set on_bad_row to skip$"
+    message = rf"^{path}: {first}; mend the row, or set on_bad_row: skip beside its source's path$"
     with pytest.raises(DataError, match=message):
         texts_of(SourceConfig(path=str(path)))
     skipped = Counter()
@@ -318,6 +319,25 @@ def test_labels_in_the_set_by_name_or_by_number(tmp_path):
     skipping = SourceConfig(path=path, labels=["x", "y"], on_bad_row="skip")
     assert labelled(skipping).skipped == {"unknown label": 1}
     assert labelled(SourceConfig(path=path), names=["good", "0", "1"]).labels.tolist() == [2, 0, 1]
+
+
+def test_names_that_are_numbers_are_no_positions(tmp_path):
+    path = str(write(tmp_path / "stars.csv", b"text,label\ngood,5\nbad,0\n"))
+    with pytest.raises(DataError, match=r"row 2: label '0' is not one of labels="):
+        labelled(SourceConfig(path=path, labels=["1", "2", "3", "4", "5"]))
+
+
+def test_not_a_number_is_no_label(tmp_path):
+    path = str(write(tmp_path / "a.jsonl", b'{"text": "good", "label": NaN}\n'))
+    with pytest.raises(DataError, match="row 1: no label|line 1: no label"):
+        labelled(SourceConfig(path=path))
+
+
+def test_a_peek_reads_the_first_row_alone(tmp_path):
+    path = str(write(tmp_path / "a.csv", b"text,label\ngood,1\n ,0\n"))
+    peek(SourceConfig(path=path))
+    with pytest.raises(DataError, match="stars"):
+        peek(SourceConfig(path=path, label_column="stars"))
 
 
 def test_labels_that_are_none(tmp_path):

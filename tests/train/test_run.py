@@ -11,7 +11,7 @@ import torch
 from making import make_corpus, pretrain_job, same_tensors
 
 from raybert.config import dump, load
-from raybert.errors import ConfigError, StorageError
+from raybert.errors import ConfigError, DataError, StorageError
 from raybert.experiment import Experiment
 from raybert.storage import Folder
 from raybert.train.checkpoint import CheckpointStore
@@ -51,6 +51,29 @@ def test_a_changed_setting_is_refused_with_key_and_both_values(run):
         f"{run} has begun with other settings (pretrain.seed: 0 -> 7; pretrain.lr: 0.001 -> "
         "0.002); set them back, or choose another run.name"
     )
+
+
+def test_a_run_that_has_begun_keeps_to_its_inputs(run):
+    reopen_on(run, corpus="a", tokenizer="b")
+    assert reopen_on(run, corpus="a", tokenizer="b") is None
+    with pytest.raises(DataError, match="has begun on another corpus than is there now"):
+        reopen_on(run, corpus="z", tokenizer="b")
+
+
+def reopen_on(run, **inputs):
+    return open_run(run, yaml(), "pretrain", ("corpus", "model"), inputs=inputs)
+
+
+def test_allowed_changes_are_told(run):
+    told = []
+    reopen(run, "pretrain.steps=10")
+    open_run(run, yaml("pretrain.steps=20", "pretrain.workers=2"), "pretrain", tell=told.append)
+    assert told == [
+        "goes on with other settings: pretrain.steps: 10 -> 20; pretrain.workers: 1 -> 2"
+    ]
+    told.clear()
+    open_run(run, yaml("pretrain.steps=20", "pretrain.workers=2"), "pretrain", tell=told.append)
+    assert told == []
 
 
 @pytest.mark.parametrize(
