@@ -41,13 +41,13 @@ from raybert.text.corpus import CorpusConfig, Progress, build
 from raybert.text.sources import SourceConfig
 from raybert.text.tokenizer import Tokenizer, TokenizerConfig
 
-ARCHIVE = Path(__file__).parents[2] / "shared/data/aclImdb_v1.tar.gz"
+ARCHIVE = "aclImdb_v1.tar.gz"
 OBJECT_STORE = 256 << 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--archive", default=os.environ.get("RAYBERT_IMDB", str(ARCHIVE)))
+    parser.add_argument("--archive", default=os.environ.get("RAYBERT_IMDB", ARCHIVE))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--documents", type=int, default=75_000, help="for the speed")
