@@ -104,7 +104,7 @@ def test_training_starts_from_a_given_model(corpus, tmp_path):
 
 
 def test_separate_documents_do_not_see_each_other(corpus):
-    joined = task_of(pretrain_job(corpus))
+    joined = task_of(pretrain_job(corpus, packed_documents="joined"))
     separate = task_of(pretrain_job(corpus, packed_documents="separate"))
     separate.model.load_state_dict(joined.model.state_dict())
     [[batch, _]] = take(joined, 0, 1)
