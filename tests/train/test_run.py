@@ -143,10 +143,8 @@ def test_a_run_leaves_model_result_metrics_and_digests(corpus, run):
     assert result["machine"]["threads"] == 1
 
 
-def test_the_model_has_the_weights_of_the_best_evaluation(corpus, run):
-    from raybert.model import hub
-
-    job = pretrain_job(
+def worsening_job(corpus):
+    return pretrain_job(
         corpus,
         steps=6,
         evaluations=3,
@@ -155,6 +153,12 @@ def test_the_model_has_the_weights_of_the_best_evaluation(corpus, run):
         seed=1,
         packed_documents="joined",
     )
+
+
+def test_the_model_has_the_weights_of_the_best_evaluation(corpus, run):
+    from raybert.model import hub
+
+    job = worsening_job(corpus)
     result = execute_bare(job, run, on_progress=lambda record: None)
     evaluations = [r for r in read_metrics(run) if r["kind"] == "eval"]
     best = max(evaluations, key=lambda record: record["score"])["step"]
@@ -169,15 +173,7 @@ def test_the_model_has_the_weights_of_the_best_evaluation(corpus, run):
 
 
 def test_the_result_and_the_card_have_the_figures_of_the_best_evaluation(corpus, run):
-    job = pretrain_job(
-        corpus,
-        steps=6,
-        evaluations=3,
-        lr=0.3,  # so high that later evaluations are worse
-        schedule="constant",
-        seed=1,
-        packed_documents="joined",
-    )
+    job = worsening_job(corpus)
     result = execute_bare(job, run, on_progress=lambda record: None)
     evaluations = [r for r in read_metrics(run) if r["kind"] == "eval"]
     best = max(evaluations, key=lambda record: record["score"])
