@@ -35,6 +35,10 @@ from raybert.train.run import RESULT, Feed, Job, execute
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60  # for the step under way and its checkpoint, after Ctrl-C
+#: Bytes of masked rows that may wait for a worker. A GPU reads 8 MB/s and more, and half a minute
+#: of them rides out a slow storage. On a CPU the operators share the processors with the training,
+#: and what they make ahead slows the steps at the start, by which a run of minutes is measured.
+_LOOK_AHEAD = {"gpu": 256 << 20, "cpu": 64 << 20}
 _SILENCE_SECONDS = 120  # without an answer of Ray's head: it may come back
 
 
@@ -77,7 +81,9 @@ def train_on_ray(
         gpu=gpu,
         # Every worker drives a Ray Data execution of its own: none may think it owns the cluster.
         data_cpus=max(1.0, math.floor((resources.cpus - config.workers) / config.workers)),
-        data_memory=int(min(256 << 20, resources.object_store / 2 / config.workers)),
+        data_memory=int(
+            min(_LOOK_AHEAD["gpu" if gpu else "cpu"], resources.object_store / 2 / config.workers)
+        ),
         board=board,
     )
     ray_folder, name = run / "ray", f"attempt-{time.time_ns()}"
@@ -110,23 +116,26 @@ def train_on_ray(
 
 
 def _trainer_class(resources: Resources) -> Any:
-    """TorchTrainer; on a Ray that ends with this process, one without the cleaner of its remains.
+    """TorchTrainer without the helpers that a run has no use for; each is one more process.
 
-    That is an actor which outlives a killed driver and frees what its run had reserved. Here
-    nothing outlives the driver, and the cleaner fails without Ray's dashboard.
+    The datasets' manager serves datasets given to the trainer; here every worker makes its own.
+    The cleaner outlives a killed driver and frees what its run had reserved; on a Ray that ends
+    with this process there is nothing to outlive, and it fails without Ray's dashboard.
     """
     from ray.train.torch import TorchTrainer
-
-    if not resources.started_here:
-        return TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import (
         PlacementGroupCleanerCallback,
     )
 
+    unused: tuple[type, ...] = (DatasetsCallback,)
+    if resources.started_here:
+        unused = (*unused, PlacementGroupCleanerCallback)
+
     class Trainer(TorchTrainer):  # type: ignore[misc]  # of an untyped package
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
-            return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+            return [c for c in callbacks if not isinstance(c, unused)]
 
     return Trainer
 
