@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from raybert.display import Display
+from raybert.errors import ConfigError
 from raybert.experiment import Experiment
 from raybert.ray_session import ray_session
 from raybert.storage import Folder
@@ -27,7 +28,16 @@ _ROWS = 8192
 
 
 def bench_train(experiment: Experiment, *, bare: bool, display: Display) -> dict[str, Any]:
-    """Run the configured pretraining on generated words; time every step after the first ten."""
+    """Run the configured pretraining on generated words; time every step after the first ten.
+
+    Raises:
+        ConfigError: no step would be left to time.
+    """
+    if experiment.pretrain.steps is not None and experiment.pretrain.steps <= WARM_STEPS:
+        raise ConfigError(
+            f"pretrain.steps={experiment.pretrain.steps}: the first {WARM_STEPS} are not timed; "
+            "set more"
+        )
     config = experiment.pretrain.model_copy(
         update={
             "log_every": 1,

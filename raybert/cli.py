@@ -78,6 +78,7 @@ def main() -> None:
 
 # What a user can mend: the input, the storage, a file that is damaged.
 _MENDABLE = (UserError, StorageError, DamagedError)
+_MATRIX_LABELS = 12  # of a confusion matrix on a terminal
 _DEBUG = bool(os.environ.get("RAYBERT_DEBUG"))
 
 
@@ -104,6 +105,8 @@ def demo(
     """
     from raybert.demo import run_demo
 
+    if not text.strip():
+        raise UserError("--text is empty; give it a sentence")
     path = Path(__file__).with_name("demo.yaml")
     _print(run_demo(_experiment(path, overrides, name), _display(), text), as_json)
 
@@ -245,12 +248,18 @@ def predict(
         if output is None:
             raise UserError("--input needs --output: name a .jsonl or a .parquet file")
         _print(bulk.predict_file(experiment, folder, source, output, _display()), as_json=True)
-    else:
-        batches = (
-            bulk.numbered(texts) if texts else bulk.lines(cast(io.BufferedReader, sys.stdin.buffer))
-        )
-        for row in bulk.predict_texts(folder, batches):
-            _print(row, as_json=True)
+        return
+    for number, text in enumerate(texts or [], 1):
+        if not text.strip():
+            raise UserError(f"text {number} is empty; give it words, or leave it out")
+    batches = (
+        bulk.numbered(texts) if texts else bulk.lines(cast(io.BufferedReader, sys.stdin.buffer))
+    )
+    row = None
+    for row in bulk.predict_texts(folder, batches):
+        _print(row, as_json=True)
+    if row is None:
+        raise UserError("standard input has no text; give one a line, or texts as arguments")
 
 
 @app.command("fill-mask")
@@ -406,6 +415,15 @@ def _print_scores(metrics: dict[str, Any]) -> None:
     for label, scores in metrics["per_class"].items():
         shown = "  ".join(f"{k} {v:.4f}" if k != "support" else f"n {v}" for k, v in scores.items())
         print(f"{label:<28}{shown}")
+    names = list(metrics["per_class"])
+    if len(names) <= _MATRIX_LABELS:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("label \\ predicted", *names, title="Confusion matrix")
+        for name, row in zip(names, metrics["confusion"], strict=True):
+            table.add_row(name, *map(str, row))
+        Console(markup=False).print(table)
 
 
 def _say(text: str) -> None:

@@ -24,6 +24,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+_MOST_HINTS = 4  # more keys of one name say little
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -145,15 +147,7 @@ def _one_line(root: type[Settings], error: ValidationError, source: str) -> str:
     path = _path(root, first["loc"], unknown=first["type"] == "extra_forbidden")
     key = ".".join(path) or "(top level)"
     if first["type"] == "extra_forbidden":
-        known = _known_keys(root, path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        parent = ".".join(path[:-1])
-        hint = (
-            f"did you mean {'.'.join([*path[:-1], near[0]])}?"
-            if near
-            else f"known keys{' of ' + parent if parent else ''}: {', '.join(known)}"
-        )
-        return f"{source}: unknown key {key}; {hint}"
+        return f"{source}: unknown key {key}; {_hint(root, path, first.get('input'))}"
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "value_error":  # raised by our own validators, which name their keys
         named = _with_section(root, message, path)
@@ -162,6 +156,23 @@ def _one_line(root: type[Settings], error: ValidationError, source: str) -> str:
     if first["type"] == "missing":
         return f"{source}: {key} is missing; add it, or pass --set {key}=VALUE"
     return f"{source}: {key}={first.get('input')!r}: {message[0].lower()}{message[1:]}"
+
+
+def _hint(root: type[BaseModel], path: Sequence[str], value: Any) -> str:
+    """What was meant by an unknown key: a known one of its name elsewhere, or the nearest here."""
+    meant = [*path]
+    while isinstance(value, Mapping) and value:  # an unknown section: what was set inside it
+        inner, value = next(iter(value.items()))
+        meant.append(str(inner))
+    parent, known = ".".join(path[:-1]), _known_keys(root, path[:-1])
+    leaf = meant[-1].replace("-", "_")
+    same = [known for known in _all_keys(root) if known.rpartition(".")[2] == leaf]
+    inside = [known for known in same if parent and known.startswith(f"{parent}.")]
+    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+    likely = inside or ([".".join([*path[:-1], *near])] if near else same)
+    if 0 < len(likely) <= _MOST_HINTS:
+        return f"did you mean {' or '.join(likely)}?"
+    return f"known keys{' of ' + parent if parent else ''}: {', '.join(known)}"
 
 
 def _path(root: type[BaseModel], loc: Sequence[int | str], *, unknown: bool) -> list[str]:
@@ -191,6 +202,14 @@ def _known_keys(root: type[BaseModel], path: Sequence[str]) -> list[str]:
             return []
         model = candidates[0]
     return list(model.model_fields)
+
+
+def _all_keys(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key that a configuration may set."""
+    for name, field in root.model_fields.items():
+        yield prefix + name
+        for model in _models_in(field.annotation)[:1]:
+            yield from _all_keys(model, f"{prefix}{name}.")
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from raybert import pipeline
 from raybert.display import Display, clock
+from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.ray_session import ray_session
 
@@ -35,7 +36,12 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
             stage_begun = time.monotonic()
             results[name] = stage(experiment, display)
             spent[name] = round(time.monotonic() - stage_begun, 1)
-    write_report(experiment.folder)
+    report: str | None = (experiment.folder / "report.html").uri
+    try:
+        write_report(experiment.folder)
+    except UserError as error:  # without matplotlib; the results are worth no less
+        display.say(f"report    {error}")
+        report = None
     spent["all"] = round(time.monotonic() - begun, 1)
     pretrain, metrics = results["pretrain"], results["evaluate"]
     example: dict[str, Any] = next(iter(pretrain.get("fillings", [])), {})
@@ -49,7 +55,7 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
         "fill_mask": example.get("tokens", []),
         "run": experiment.folder.uri,
         "model": results["finetune"]["model"],
-        "report": (experiment.folder / "report.html").uri,
+        "report": report,
     }
 
 
@@ -98,7 +104,8 @@ def _summary(experiment: Experiment, result: dict[str, Any]) -> str:
             "",
             f"{answer['text']!r}  ->  {answer['label']} ({answer['score']:.3f})",
             "",
-            f"Took {clock(result['seconds']['all'])}. Report: {result['report']}",
+            f"Took {clock(result['seconds']['all'])}."
+            + (f" Report: {result['report']}" if result["report"] else ""),
             "Next:",
             f'  {raybert} fill-mask -m {folder} "The acting was [MASK]."',
             f'  {raybert} predict -m {folder} "I want these two hours of my life back."',

@@ -11,6 +11,7 @@ from raybert import cli
 from raybert.bench import WARM_STEPS, bench_train, generate_corpus
 from raybert.config import build
 from raybert.display import Display
+from raybert.errors import ConfigError
 from raybert.experiment import Experiment
 from raybert.storage import Folder
 from raybert.text.parts import Manifest, PartReader
@@ -51,6 +52,12 @@ def test_a_bare_measurement_times_the_steps_after_the_warm_ones():
     assert result["tokens_per_second"] > 0
     assert result["bare"] is True
     json.dumps(result)
+
+
+def test_a_measurement_without_a_timed_step_is_refused():
+    values = TINY | {"pretrain": TINY["pretrain"] | {"steps": WARM_STEPS}}
+    with pytest.raises(ConfigError, match=r"^pretrain\.steps=10: the first 10 are not timed"):
+        bench_train(build(Experiment, values, "x"), bare=True, display=Display(quiet=True))
 
 
 def test_the_command_prints_one_json_object_last(tmp_path, capsys, monkeypatch):

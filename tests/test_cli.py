@@ -471,6 +471,14 @@ def test_standard_input_that_is_not_utf8(raybert, trained):
     assert message.startswith("standard input: line 2 is not UTF-8")
 
 
+def test_nothing_to_label(raybert, trained):
+    def predict(*texts):
+        return refused(raybert("predict", "-m", trained.run, *texts, stdin=b" \n\n"))
+
+    assert "standard input has no text" in predict()
+    assert "text 2 is empty" in predict("good", " ")
+
+
 def test_input_without_output(raybert, trained):
     message = refused(raybert("predict", "-m", trained.run, "-i", trained.texts))
     assert message.startswith("--input needs --output")
@@ -676,9 +684,18 @@ def test_from_raw_reviews_to_a_measured_classifier(raybert, ray_session, tmp_pat
     assert measured.code == 0, measured.err
     assert measured.json["n"] == 80
     assert measured.json["accuracy"] > 0.9
-    assert "is measured already" in raybert("evaluate", *at).err
+    again = raybert("evaluate", *at)
+    assert "is measured already" in again.err
+    assert "Confusion matrix" in again.out
     by_model = raybert("evaluate", *at, "-m", experiment.run, "--json")
     assert by_model.json["accuracy"] == measured.json["accuracy"]
+
+    ran = raybert("run", *at, "--json")  # every stage is finished: what comes of them all
+    assert ran.code == 0, ran.err
+    assert ran.json["accuracy"] == measured.json["accuracy"]
+    assert set(ran.json["seconds"]) == {"corpus", "pretrain", "finetune", "evaluate", "all"}
+    assert Path(ran.json["report"]).exists()
+    assert [len(ran.json["fill_mask"]), ran.json["run"]] == [5, str(experiment.run)]
 
     output = tmp_path / "labels.jsonl"
     done = raybert("predict", *at, "-m", experiment.run, "-i", tmp_path / "test.csv", "-o", output)

@@ -56,6 +56,14 @@ def refused(values=None, *overrides, path=None):
             {"finetune": {"validation": {"pth": "a"}}},
             "my.yaml: unknown key finetune.validation.pth; did you mean finetune.validation.path?",
         ),
+        (  # of another section
+            {"pretrain": {"mask-rate": 0.2}},
+            "my.yaml: unknown key pretrain.mask-rate; did you mean pretrain.masking.mask_rate?",
+        ),
+        (
+            {"data": {"on_bad_row": "skip"}},
+            "my.yaml: unknown key data; did you mean corpus.source.on_bad_row or ",
+        ),
         ({"zzz": 1}, "my.yaml: unknown key zzz; known keys: run, corpus, model, pretrain, "),
     ],
 )

@@ -297,7 +297,7 @@ class Tokenizer:
             names = " or ".join(_USUAL_NAMES[role])
             raise ConfigError(
                 f"{self.name}: the tokenizer has no {role} ({token or names}); use one that has, "
-                "or tokenizer.kind=wordpiece"
+                "or corpus.tokenizer.kind=wordpiece"
             )
         return index
 

@@ -77,7 +77,7 @@ def _wordpiece(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
     fixed = [*SPECIAL_TOKENS, *continuing]
     if len(fixed) + len(alphabet) > config.vocab_size:
         raise DataError(
-            f"tokenizer.vocab_size={config.vocab_size} is too small for the text's "
+            f"corpus.tokenizer.vocab_size={config.vocab_size} is too small for the text's "
             f"{len(alphabet)} characters; use at least {len(fixed) + len(alphabet) + 1}"
         )
     trainer = WordPieceTrainer(

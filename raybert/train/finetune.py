@@ -36,6 +36,7 @@ LAYERS = "encoder.layers."
 class FinetuneConfig(TextsConfig, TrainConfig):
     """How a classifier is fine-tuned. Pretraining's settings hold, with other defaults."""
 
+    section: ClassVar = "finetune"
     default_epochs: ClassVar = 3
 
     initialize_from: str = Field(

@@ -554,11 +554,12 @@ class Loop:
         progress.skipped += 1
         self._skipped_in_a_row += 1
         if policy == "stop" or self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            section = self.config.section
+            remedy = f"lower {section}.lr={self.config.lr:g}"
             raise RaybertError(
-                f"{message}; lower lr={self.config.lr:g}, or set on_non_finite: skip"
+                f"{message}; {remedy}, or set {section}.on_non_finite=skip"
                 if policy == "stop"
-                else f"{message}, for {self._skipped_in_a_row} steps in a row; lower "
-                f"lr={self.config.lr:g}"
+                else f"{message}, for {self._skipped_in_a_row} steps in a row; {remedy}"
             )
         if policy == "rollback" and self._store is not None:
             if self.group.rank == 0:

@@ -36,6 +36,7 @@ EVALUATION_SEED = 15  # evaluation's masks are the same in every run, so that lo
 class PretrainConfig(TrainConfig):
     """How an encoder is pretrained."""
 
+    section: ClassVar = "pretrain"
     default_epochs: ClassVar = 10
 
     epochs: float | None = Field(None, gt=0, description="limit in passes over the corpus")
@@ -89,7 +90,7 @@ class PretrainJob:
             if split not in manifest.splits or not manifest.splits[split].rows:
                 raise DataError(
                     f"{self.corpus}: the split {split!r} has no rows; make the corpus again from "
-                    "more text or with another corpus.heldout"
+                    "more text or with another corpus.heldout_fraction"
                 )
             PartReader(self.corpus, manifest, split).check()
         tokenizer = Tokenizer.load(self.corpus)

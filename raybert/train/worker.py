@@ -32,6 +32,7 @@ from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
 from raybert.train.loop import Stopped
 from raybert.train.run import RESULT, Feed, Job, execute
+from raybert.train.settings import TrainConfig
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60  # for the step under way and its checkpoint, after Ctrl-C
@@ -73,7 +74,7 @@ def train_on_ray(
 
     config = job.config
     gpu = config.gpu == "yes" or (config.gpu == "auto" and resources.gpus >= config.workers)
-    _check_resources(config.workers, gpu, resources)
+    _check_resources(config, gpu, resources)
     board = Board()
     work = _Work(
         job=job,
@@ -140,20 +141,21 @@ def _trainer_class(resources: Resources) -> Any:
     return Trainer
 
 
-def _check_resources(workers: int, gpu: bool, resources: Resources) -> None:
+def _check_resources(config: TrainConfig, gpu: bool, resources: Resources) -> None:
     """Refuse what would wait for ever: workers without a place, operators without a CPU.
 
     Raises:
         ConfigError: the cluster is too small.
     """
+    workers, key = config.workers, f"{config.section}.workers={config.workers}"
     if gpu and resources.gpus < workers:
         raise ConfigError(
-            f"workers={workers} with gpu=yes need {workers} GPUs, the cluster has "
+            f"{key} with {config.section}.gpu={config.gpu} need {workers} GPUs, the cluster has "
             f"{resources.gpus:g}; lower workers or set gpu: no"
         )
     if resources.cpus < workers + 1:
         raise ConfigError(
-            f"workers={workers} leave no CPU for Ray Data's operators: the cluster has "
+            f"{key} leave no CPU for Ray Data's operators: the cluster has "
             f"{resources.cpus:g}; lower workers to {max(1, int(resources.cpus) - 1)} or add a node"
         )
 
