@@ -238,7 +238,7 @@ def test_an_undefined_loss_is_null_in_the_metrics(corpus, run):
 def test_stop_ends_the_run_and_says_what_to_change(corpus, run):
     job = pretrain_job(corpus, on_non_finite="stop")
     with pytest.raises(
-        RaybertError, match=r"^step 2: the gradient's norm is .*; lower train.lr=0.001"
+        RaybertError, match=r"^step 2: the gradient's norm is .*; lower pretrain.lr=0.001"
     ):
         Attempt(job, run, change=infinite_at(2)).run()
 
