@@ -32,8 +32,8 @@ class RayConfig(Settings):
 
 _PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 #: For a Ray started here. Each of its processes wakes a hundred times a second, which takes 0.8% of
-#: a core, and a trainer's threads wait for the slowest one of them: idle workers end at once.
-_SPARING = {"num_workers_soft_limit": 0}
+#: a core, and a trainer's threads wait for the slowest one of them: of idle workers one is enough.
+_SPARING = {"num_workers_soft_limit": 1}
 
 
 _started_here = False  # whether the connected Ray is one that `ray_session` started

@@ -144,8 +144,9 @@ def ray_micro_batches(
     )
     windows = _count_windows(plan.order, steps)
     with DataContext.current(context):
-        # 4,096 blocks keep the driver's bookkeeping flat; a longer run has more windows a block.
-        dataset = ray.data.range(windows, override_num_blocks=min(windows, 4096))
+        # Not `ray.data.range`: it reads in tasks of its own, hundreds of them beside the first
+        # steps. 1,024 blocks keep the bookkeeping flat; a longer run has more windows a block.
+        dataset = ray.data.from_items(range(windows), override_num_blocks=min(windows, 1024))
         dataset = dataset.map_batches(
             _mask_windows,
             fn_args=(plan, list(slots), steps),
@@ -183,7 +184,7 @@ def _mask_windows(
     items: dict[str, npt.NDArray[np.int64]], plan: BatchPlan, slots: list[int], steps: range
 ) -> Iterator[pa.Table]:
     """The operator: window numbers in, tables of masked rows out, several whole steps a table."""
-    for item in items["id"]:
+    for item in items["item"]:
         window = _window_at(plan.order, steps, int(item))
         pending: list[MicroBatch] = []
         size = 0

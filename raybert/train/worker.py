@@ -50,7 +50,7 @@ class _Work:
     job: Job
     run: Folder
     gpu: bool
-    data_cpus: float
+    data_cpus: int
     data_memory: int
     board: Board
 
@@ -75,13 +75,14 @@ def train_on_ray(
     config = job.config
     gpu = config.gpu == "yes" or (config.gpu == "auto" and resources.gpus >= config.workers)
     _check_resources(config, gpu, resources)
-    board = Board()
+    board, free = Board(), int(resources.cpus) - config.workers
     work = _Work(
         job=job,
         run=run,
         gpu=gpu,
         # Every worker drives a Ray Data execution of its own: none may think it owns the cluster.
-        data_cpus=max(1.0, math.floor((resources.cpus - config.workers) / config.workers)),
+        # One operator masks ten million tokens a second; a second one hides a slow read.
+        data_cpus=max(1, min(2 if gpu else 1, free // config.workers)),
         data_memory=int(
             min(_LOOK_AHEAD["gpu" if gpu else "cpu"], resources.object_store / 2 / config.workers)
         ),
