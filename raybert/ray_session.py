@@ -91,6 +91,8 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
                 log_to_driver=config.logs,
                 logging_level=level,
             )
+            if not config.logs:  # what it reads would be shown to nobody
+                ray._private.worker._global_node.kill_log_monitor()
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         reason = str(error).strip().splitlines()[0]
