@@ -5,7 +5,7 @@
 The three runs are started one after the other, each alone until its first timed step, and stopped
 there (SIGSTOP, with all processes of its Ray). Then they take turns of a few seconds: one goes on,
 the others stay stopped, so a noisy machine is as noisy for each of them. The first second and a
-half of a turn is not timed, for any of the three: caches fill again, and every timer that was missed
+half of a turn is not timed, for any of the three: caches fill again, and every missed timer
 goes off at once, which is the stopping's doing. Ends with one JSON object: tokens/s,
 `one_worker_to_bare` (same threads), and `two_workers_to_one` (2 workers x 1 thread against 1 worker
 x 2 threads), over 64 rows of 256 a step, and the same ratios for each third of the time.
