@@ -13,8 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from raybert import cli_jobs
 from raybert.entry import INTERRUPTED
 from raybert.errors import DamagedError, RaybertError, StorageError, UserError
+from raybert.options import (
+    ConfigOption,
+    DataOption,
+    JsonOption,
+    ModelOption,
+    NameOption,
+    SetOption,
+    load_experiment,
+    new_display,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from raybert.experiment import Experiment
@@ -29,25 +41,8 @@ app = typer.Typer(
 
 bench_app = typer.Typer(help="Measure raybert on this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.add_typer(cli_jobs.app)
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="The experiment's YAML file.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="Override a key: `--set pretrain.lr=3e-4`. Repeatable."),
-]
-NameOption = Annotated[
-    str | None, typer.Option("--name", "-n", help="The experiment's name; the same one resumes.")
-]
-DataOption = Annotated[
-    str | None,
-    typer.Option("--data", "-d", help="Texts for every stage: sets all `source.path` keys."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="A `model/` folder, a run or an experiment.")
-]
 BareOption = Annotated[
     bool, typer.Option("--bare", help="Train in this process, without Ray: to debug, to measure.")
 ]
@@ -108,7 +103,7 @@ def demo(
     if not text.strip():
         raise UserError("--text is empty; give it a sentence")
     path = Path(__file__).with_name("demo.yaml")
-    _print(run_demo(_experiment(path, overrides, name), _display(), text), as_json)
+    _print(run_demo(load_experiment(path, overrides, name), new_display(), text), as_json)
 
 
 @app.command()
@@ -125,7 +120,7 @@ def run(
     """
     from raybert.demo import run_stages
 
-    _print(run_stages(_experiment(config, overrides, name, data), _display()), as_json)
+    _print(run_stages(load_experiment(config, overrides, name, data), new_display()), as_json)
 
 
 @app.command()
@@ -143,8 +138,8 @@ def corpus(
     """
     from raybert import pipeline
 
-    experiment = _experiment(config, overrides, name, data)
-    _print(pipeline.make_corpus(experiment, _display(), force=force), as_json)
+    experiment = load_experiment(config, overrides, name, data)
+    _print(pipeline.make_corpus(experiment, new_display(), force=force), as_json)
 
 
 @app.command()
@@ -162,8 +157,8 @@ def pretrain(
     """
     from raybert import pipeline
 
-    experiment = _experiment(config, overrides, name, data)
-    _print(pipeline.pretrain(experiment, _display(), bare=bare), as_json)
+    experiment = load_experiment(config, overrides, name, data)
+    _print(pipeline.pretrain(experiment, new_display(), bare=bare), as_json)
 
 
 @app.command()
@@ -181,8 +176,8 @@ def finetune(
     """
     from raybert import pipeline
 
-    experiment = _experiment(config, overrides, name, data)
-    _print(pipeline.finetune(experiment, _display(), bare=bare), as_json)
+    experiment = load_experiment(config, overrides, name, data)
+    _print(pipeline.finetune(experiment, new_display(), bare=bare), as_json)
 
 
 @app.command()
@@ -204,12 +199,12 @@ def evaluate(
     from raybert import pipeline
 
     chosen = [f"evaluate.source.split={split}"] if split is not None else []
-    experiment = _experiment(config, [*(overrides or []), *chosen], name, data)
+    experiment = load_experiment(config, [*(overrides or []), *chosen], name, data)
     if model is None:
-        metrics = pipeline.evaluate(experiment, _display())
+        metrics = pipeline.evaluate(experiment, new_display())
     else:
         folder = pipeline.resolve_model(model)
-        metrics = pipeline.evaluate_model(experiment, folder, _display())
+        metrics = pipeline.evaluate_model(experiment, folder, new_display())
     if as_json:
         _print(metrics, as_json)
     else:
@@ -242,12 +237,12 @@ def predict(
     """
     from raybert import predict as bulk
 
-    experiment = _experiment(config, overrides, name)
+    experiment = load_experiment(config, overrides, name)
     folder = _model(model, experiment)
     if source is not None:
         if output is None:
             raise UserError("--input needs --output: name a .jsonl or a .parquet file")
-        _print(bulk.predict_file(experiment, folder, source, output, _display()), as_json=True)
+        _print(bulk.predict_file(experiment, folder, source, output, new_display()), as_json=True)
         return
     for number, text in enumerate(texts or [], 1):
         if not text.strip():
@@ -278,7 +273,7 @@ def fill_mask(
     """
     from raybert import predict as bulk
 
-    experiment = _experiment(config, overrides, name)
+    experiment = load_experiment(config, overrides, name)
     found = bulk.fill_mask(_model(model, experiment, "pretrain"), text, top)
     if as_json:
         _print({"text": text, "masks": found}, as_json)
@@ -332,9 +327,9 @@ def show_config(
     elif schema:
         print(json.dumps(Experiment.model_json_schema(), indent=2))
     elif as_json:
-        _print(_experiment(config, overrides, None).model_dump(mode="json"), as_json)
+        _print(load_experiment(config, overrides, None).model_dump(mode="json"), as_json)
     else:
-        print(dump(_experiment(config, overrides, None)), end="")
+        print(dump(load_experiment(config, overrides, None)), end="")
 
 
 @bench_app.command("train")
@@ -354,8 +349,8 @@ def bench_train(
 
     given = {"pretrain.workers": workers, "pretrain.threads": threads}
     more = [f"{key}={value}" for key, value in given.items() if value is not None]
-    experiment = _experiment(config, [*(overrides or []), *more], None)
-    result = bench.bench_train(experiment, bare=bare, display=_display())
+    experiment = load_experiment(config, [*(overrides or []), *more], None)
+    result = bench.bench_train(experiment, bare=bare, display=new_display())
     if as_json:
         _print(result, as_json)
     else:
@@ -376,17 +371,6 @@ def version(as_json: JsonOption = False) -> None:
             print(f"{package} {number}")
 
 
-def _experiment(
-    path: Path | None, overrides: list[str] | None, name: str | None, data: str | None = None
-) -> Experiment:
-    from raybert.config import load
-    from raybert.experiment import DATA_KEYS, Experiment
-
-    given = [f"{key}={json.dumps(data)}" for key in DATA_KEYS] if data is not None else []
-    named = [f"run.name={json.dumps(name)}"] if name is not None else []
-    return load(Experiment, path, [*given, *(overrides or []), *named])
-
-
 def _model(path: str | None, experiment: Experiment, stage: str = "finetune") -> Any:
     from raybert import pipeline
 
@@ -395,18 +379,9 @@ def _model(path: str | None, experiment: Experiment, stage: str = "finetune") ->
     return pipeline.resolve_model(path, stage)
 
 
-def _display() -> Any:
-    from raybert.display import Display
-
-    return Display()
-
-
 def _print(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        from raybert.train.meters import finite
-
-        text = json.dumps(finite(result), ensure_ascii=False, allow_nan=False, default=str)
-        print(text, flush=True)
+        print_json(result)
 
 
 def _print_scores(metrics: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Standard output belongs to results, so that `--json` can be piped; progress goes
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from rich.console import Console
 from rich.text import Text
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal to rewrite
+FOLLOWED_SECONDS = 2.0  # the same, where somebody follows the log with a terminal
+#: Set in a submitted job: whoever follows it shows its progress as a line that is rewritten.
+FOLLOWED = "RAYBERT_FOLLOWED"
+_PROGRESS = "\x1f"  # begins such a line in the log; invisible where it is just printed
 
 
 class Display:
@@ -27,6 +32,7 @@ class Display:
         )
         self._quiet = quiet
         self._live = self._console.is_terminal and not quiet
+        self._followed = bool(os.environ.get(FOLLOWED))
         self._stage = ""
         self._begun = self._last_plain = time.monotonic()
 
@@ -47,14 +53,26 @@ class Display:
         if self._quiet:
             return
         spent = clock(time.monotonic() - self._begun)
+        self._progress(f"{self._stage:<9} {spent:>6}  {text}")
+
+    def relay(self, line: str) -> None:
+        """Show a line of a followed job's log: its progress is rewritten, all else stays."""
+        if line.startswith(_PROGRESS):
+            self._progress(line.removeprefix(_PROGRESS))
+        else:
+            self.say(line)
+
+    def _progress(self, text: str) -> None:
         if self._live:
-            shown = Text(f"{self._stage:<9} {spent:>6}  {text}")
+            shown = Text(text)
             shown.truncate(self._console.width - 1, overflow="ellipsis")
             sys.stderr.write(f"\r\x1b[2K{shown.plain}")
             sys.stderr.flush()
-        elif time.monotonic() - self._last_plain >= PLAIN_SECONDS:
+            return
+        pause = FOLLOWED_SECONDS if self._followed else PLAIN_SECONDS
+        if time.monotonic() - self._last_plain >= pause:
             self._last_plain = time.monotonic()
-            self._console.print(f"{self._stage:<9} {spent:>6}  {text}")
+            self._console.print((_PROGRESS if self._followed else "") + text)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""

@@ -16,6 +16,7 @@ from making import MODEL, make_corpus, reviews, tokenizer_of, write_csv
 
 from raybert import cli
 from raybert.config import build
+from raybert.options import load_experiment, print_json
 from raybert.storage import Folder
 from raybert.text.corpus import CorpusConfig
 
@@ -170,7 +171,7 @@ def test_every_command_can_end_in_one_json_object(raybert, trained):
 
 
 def test_what_json_does_not_have_is_null(capsys):
-    cli._print({"loss": float("nan"), "by": [float("inf"), 1, {"x": -1.5}]}, as_json=True)
+    print_json({"loss": float("nan"), "by": [float("inf"), 1, {"x": -1.5}]})
     assert json.loads(capsys.readouterr().out) == {"loss": None, "by": [None, 1, {"x": -1.5}]}
 
 
@@ -251,7 +252,7 @@ def test_a_stored_configuration_takes_other_texts(raybert, experiment, tmp_path)
     assert splits() == [("test",)]
     assert splits(f"evaluate.source.path={experiment.texts}") == [()]
     assert splits("evaluate.source.path=sample:all") == [("test",)]
-    given = cli._experiment(None, None, None, "sample:rotten-tomatoes")
+    given = load_experiment(None, None, None, "sample:rotten-tomatoes")
     assert [s.splits for s in sources.shards(given.evaluate.source, labels=True)] == [("test",)]
     pipeline.check_sources(given)
 

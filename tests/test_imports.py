@@ -21,8 +21,9 @@ LAYERS = [
     {"train"},
     {"tune", "serve", "jobs", "report"},
     {"experiment", "display"},
-    {"pipeline", "predict", "bench"},
-    {"demo"},
+    {"options"},
+    {"pipeline", "predict", "bench", "submit"},
+    {"demo", "cli_jobs"},
     {"cli"},
     {"__main__"},
 ]
@@ -50,6 +51,7 @@ HOMES = {
 # Ray's core: connecting, and the modules that hand objects to its libraries.
 CORE = {
     "raybert.ray_session",
+    "raybert.jobs",
     "raybert.text.batches",
     "raybert.text.corpus",
     "raybert.text.job",
@@ -60,7 +62,6 @@ CORE = {
     "raybert.train.worker",
     "raybert.tune.search",
     "raybert.serve.app",
-    "raybert.jobs",
 }
 
 HEAVY = ["torch", "ray", "pyarrow", "numpy", "tokenizers", "safetensors", "pydantic", "pandas"]

@@ -1,0 +1,317 @@
+"""Ray Jobs: a command of raybert's, run on a cluster and followed from here.
+
+A job carries the package and one resolved configuration, nothing else. The run's name makes
+submitting idempotent: while a job of that run and command is alive, submitting it again follows
+that one; a run that died is resumed by the job that comes after, as it is on one machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from raybert.config import Settings, dump
+from raybert.errors import RaybertError, StorageError, UserError
+
+PORT = 8265  # of Ray's dashboard, which takes jobs
+CONFIG = "experiment.yaml"
+MOST_BYTES = 20 << 20  # of a package: code and a configuration are far below
+_CONNECT_SECONDS = 4
+_RETRY_SECONDS = 1.0
+_SILENCE_SECONDS = 300  # of a head that may come back
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
+_ID = re.compile(r"raybert-(?P<run>.+)-(?P<command>[a-z]+)-(?P<number>\d+)")
+_TOKEN_FILE = "~/.ray/auth_token"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted command."""
+
+    id: str
+    run: str
+    command: str
+    status: str  # PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED
+    begun: float | None = None  # Unix time, seconds
+    ended: float | None = None
+    message: str = ""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it waits or runs."""
+        return self.status in ("PENDING", "RUNNING")
+
+
+class Cluster:
+    """The jobs of a Ray cluster, through its dashboard's address."""
+
+    def __init__(self, address: str | None) -> None:
+        """Connect.
+
+        Args:
+            address: `http://head:8265`; None: RAY_API_SERVER_ADDRESS, or a Ray on this machine.
+
+        Raises:
+            UserError: nobody answers there, or the token is missing or wrong.
+        """
+        from ray.job_submission import JobSubmissionClient
+
+        given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or f"http://127.0.0.1:{PORT}"
+        self.address = _checked(given)
+        _find_token()
+        # Ray's client prefers the variable to its argument.
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address
+        with self._told():
+            self._client = JobSubmissionClient(self.address)
+
+    def submit(
+        self,
+        command: str,
+        run: str,
+        settings: Settings,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> Job:
+        """Submit a command of a run, or find the job that is at it already.
+
+        Args:
+            command: of the command line: `pretrain`.
+            run: the run's name.
+            settings: the resolved configuration; it travels as it is.
+            arguments: more of the command line.
+            environment: variables of the job; they are shown to whoever may look at jobs.
+
+        Raises:
+            UserError: the package is too large, or the cluster refuses.
+        """
+        mine = [job for job in self.jobs() if (job.run, job.command) == (run, command)]
+        for job in mine:
+            if job.is_alive:
+                return job
+        number = 1 + max((_number(job.id) for job in mine), default=0)
+        identity = f"raybert-{run}-{command}-{number}"
+        with tempfile.TemporaryDirectory(prefix="raybert-job-") as folder:
+            package(Path(folder), settings)
+            words = ["python", "-u", "-m", "raybert", command, "-c", CONFIG, *arguments, "--json"]
+            with self._told():
+                try:
+                    self._client.submit_job(
+                        entrypoint=shlex.join(words),
+                        submission_id=identity,
+                        runtime_env={"working_dir": folder, "env_vars": dict(environment)},
+                        metadata={"raybert.run": run, "raybert.command": command},
+                    )
+                except RuntimeError as error:
+                    if "already exists" not in str(error):  # somebody was faster: follow that one
+                        raise
+        return self.job(identity)
+
+    def jobs(self) -> list[Job]:
+        """The jobs that raybert submitted, the youngest last."""
+        with self._told():
+            found = self._client.list_jobs()
+        ours = [_job(details) for details in found if _ID.fullmatch(details.submission_id or "")]
+        return sorted(ours, key=lambda job: (job.begun or 0.0, job.id))
+
+    def job(self, identity: str) -> Job:
+        """One job, by its id."""
+        with self._told():
+            return _job(self._client.get_job_info(identity))
+
+    def latest(self, run: str) -> Job:
+        """The job of a run that is alive, or the last one.
+
+        Raises:
+            UserError: the cluster knows no job of that run.
+        """
+        ours = self.jobs()
+        mine = [job for job in ours if run in (job.run, job.id)]
+        if not mine:
+            known = ", ".join(sorted({job.run for job in ours})) or "none"
+            raise UserError(f"no job of a run named {run} at {self.address}; runs: {known}")
+        return next((job for job in mine if job.is_alive), mine[-1])
+
+    def logs(self, job: Job) -> str:
+        """All that a job has printed."""
+        with self._told():
+            return str(self._client.get_job_logs(job.id))
+
+    def follow(self, job: Job) -> Iterator[str]:
+        """Yield the lines that a job prints, from its first one, until it ends.
+
+        A connection that breaks is made again, and the lines that have been yielded are passed
+        over: a head that is replaced, or a laptop that sleeps, is no reason to lose sight of a job.
+
+        Raises:
+            StorageError: the cluster has not answered for minutes.
+        """
+        shown, heard = 0, time.monotonic()
+        while True:
+            try:
+                for number, line in enumerate(self._lines(job), 1):
+                    heard = time.monotonic()
+                    if number > shown:
+                        shown = number
+                        yield line
+                if not self.job(job.id).is_alive:
+                    return
+            except (RaybertError, aiohttp.ClientError) as error:
+                if time.monotonic() - heard > _SILENCE_SECONDS:
+                    raise StorageError(
+                        f"{self.address} does not answer any more: {error}"
+                    ) from None
+            time.sleep(_RETRY_SECONDS)
+
+    def _lines(self, job: Job) -> Iterator[str]:
+        rest = ""
+        for chunk in self._chunks(job):
+            *lines, rest = (rest + chunk).split("\n")
+            yield from lines
+        if rest:
+            yield rest
+
+    def exit_code(self, job: Job) -> int:
+        """The exit code of a job that has ended; 1 where its command did not get to give one."""
+        with self._told():
+            details = self._client.get_job_info(job.id)
+        code = details.driver_exit_code
+        if str(details.status) == "SUCCEEDED":
+            return 0
+        return int(code) if code is not None and code > 0 else 1
+
+    def stop(self, job: Job) -> bool:
+        """Ask a job to end: it writes a checkpoint first. Returns whether it was alive."""
+        with self._told():
+            return bool(self._client.stop_job(job.id))
+
+    def _chunks(self, job: Job) -> Iterator[str]:
+        stream = self._client.tail_job_logs(job.id)
+        with asyncio.Runner() as runner, self._told():
+            while True:
+                try:
+                    yield runner.run(anext(stream))
+                except StopAsyncIteration:
+                    return
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say what Ray's client raises in one line each."""
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError:
+            raise UserError(_token_line(self.address)) from None
+        except (ConnectionError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise StorageError(f"{self.address} does not answer: {reason}") from None
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RaybertError(f"{self.address}: {reason}") from None
+
+
+def package(folder: Path, settings: Settings) -> int:
+    """Put the package and a configuration into an empty folder; return its bytes.
+
+    Raises:
+        UserError: it is larger than code has any reason to be; names the largest file.
+    """
+    source = Path(__file__).resolve().parent
+    shutil.copytree(source, folder / "raybert", ignore=_LEFT_OUT)
+    (folder / CONFIG).write_text(dump(settings), encoding="utf-8")
+    sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    total = sum(sizes.values())
+    if total > MOST_BYTES:
+        largest = max(sizes, key=lambda file: sizes[file])
+        raise UserError(
+            f"the package has {total / 1e6:.0f} MB, more than {MOST_BYTES >> 20} MB: "
+            f"{source / largest.relative_to(folder / 'raybert')} has "
+            f"{sizes[largest] / 1e6:.0f} MB; put data where every node reads it, not into the code"
+        )
+    return total
+
+
+def result_of(lines: list[str]) -> dict[str, Any] | None:
+    """The result that a command printed last, if it did."""
+    for line in reversed(lines):
+        if line.startswith("{"):
+            try:
+                value = json.loads(line)
+            except ValueError:
+                return None
+            return value if isinstance(value, dict) else None
+    return None
+
+
+def _job(details: Any) -> Job:
+    match = _ID.fullmatch(details.submission_id or "")
+    metadata = details.metadata or {}
+    return Job(
+        id=details.submission_id,
+        run=metadata.get("raybert.run") or (match["run"] if match else ""),
+        command=metadata.get("raybert.command") or (match["command"] if match else ""),
+        status=str(details.status),
+        begun=details.start_time / 1000 if details.start_time else None,
+        ended=details.end_time / 1000 if details.end_time else None,
+        message=details.message or "",
+    )
+
+
+def _number(identity: str) -> int:
+    match = _ID.fullmatch(identity)
+    return int(match["number"]) if match else 0
+
+
+def _checked(address: str) -> str:
+    """The address as Ray's client takes it, after somebody has answered there.
+
+    Raises:
+        UserError: it is no address, or nobody answers; Ray's client would wait for minutes.
+    """
+    url = urlsplit(address if "://" in address else f"http://{address}")
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise UserError(
+            f"--address {address}: expected http://HEAD:{PORT}, the dashboard's address"
+        )
+    try:
+        port = url.port or PORT
+        with socket.create_connection((url.hostname, port), timeout=_CONNECT_SECONDS):
+            pass
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--address {address}: nobody answers ({error}); start Ray's head with its dashboard, "
+            f"or name another address: http://HEAD:{PORT}"
+        ) from None
+    return f"{url.scheme}://{url.hostname}:{port}"
+
+
+def _find_token() -> None:
+    """Use a token where there is one: Ray's client asks to be told."""
+    there = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if there or Path(_TOKEN_FILE).expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _token_line(address: str) -> str:
+    has = "RAY_AUTH_TOKEN" in os.environ or Path(_TOKEN_FILE).expanduser().exists()
+    state = "refuses your token" if has else "asks for a token, and you have none"
+    return (
+        f"{address} {state}; copy the cluster's into {_TOKEN_FILE} (mode 0600) or RAY_AUTH_TOKEN; "
+        "on the head, `ray get-auth-token` prints it"
+    )
