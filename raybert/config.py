@@ -24,7 +24,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-_MOST_HINTS = 4  # more keys of one name say little
+_MOST_HINTS = 6  # more keys of one name say little
 
 S = TypeVar("S", bound=Settings)
 
