@@ -33,11 +33,6 @@ def bench_train(experiment: Experiment, *, bare: bool, display: Display) -> dict
     Raises:
         ConfigError: no step would be left to time.
     """
-    if experiment.pretrain.steps is not None and experiment.pretrain.steps <= WARM_STEPS:
-        raise ConfigError(
-            f"pretrain.steps={experiment.pretrain.steps}: the first {WARM_STEPS} are not timed; "
-            "set more"
-        )
     config = experiment.pretrain.model_copy(
         update={
             "log_every": 1,
@@ -64,6 +59,10 @@ def bench_train(experiment: Experiment, *, bare: bool, display: Display) -> dict
         else:
             with ray_session(experiment.ray, config.workers) as resources:
                 result = train_on_ray(job, run, resources, on_progress=note)
+    if not seconds:
+        raise ConfigError(
+            f"pretrain.steps={result['step']}: the first {WARM_STEPS} are not timed; set more"
+        )
     tokens = config.global_batch_size * manifest.seq_len
     return {
         "tokens_per_second": round(tokens * len(seconds) / max(1e-9, sum(seconds)), 1),

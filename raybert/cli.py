@@ -390,15 +390,21 @@ def _print_scores(metrics: dict[str, Any]) -> None:
     for label, scores in metrics["per_class"].items():
         shown = "  ".join(f"{k} {v:.4f}" if k != "support" else f"n {v}" for k, v in scores.items())
         print(f"{label:<28}{shown}")
-    names = list(metrics["per_class"])
-    if len(names) <= _MATRIX_LABELS:
-        from rich.console import Console
-        from rich.table import Table
+    if len(metrics["confusion"]) <= _MATRIX_LABELS:
+        print(_matrix(list(metrics["per_class"]), metrics["confusion"]))
 
-        table = Table("label \\ predicted", *names, title="Confusion matrix")
-        for name, row in zip(names, metrics["confusion"], strict=True):
-            table.add_row(name, *map(str, row))
-        Console(markup=False).print(table)
+
+def _matrix(names: list[str], counts: list[list[int]]) -> str:
+    """A confusion matrix as text: a row for each true label, a column for each prediction."""
+    head = "label \\ predicted"
+    rows = [[head, *names]]
+    rows += [[name, *(f"{n:,}" for n in row)] for name, row in zip(names, counts, strict=True)]
+    first, *rest = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        aligned = (cell.rjust(width) for cell, width in zip(cells, rest, strict=True))
+        lines.append("  ".join([name.ljust(first), *aligned]))
+    return "\n".join(lines)
 
 
 def _say(text: str) -> None:

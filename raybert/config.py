@@ -24,9 +24,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-_MOST_HINTS = 4  # more keys of one name say little
-
 S = TypeVar("S", bound=Settings)
+
+_MOST_HINTS = 6  # more keys of one name say little
+_MOST_LEVELS = 8  # of sections; YAML's anchors can make a mapping that has no end
 
 
 class _Loader(yaml.SafeLoader):
@@ -159,20 +160,32 @@ def _one_line(root: type[Settings], error: ValidationError, source: str) -> str:
 
 
 def _hint(root: type[BaseModel], path: Sequence[str], value: Any) -> str:
-    """What was meant by an unknown key: a known one of its name elsewhere, or the nearest here."""
-    meant = [*path]
-    while isinstance(value, Mapping) and value:  # an unknown section: what was set inside it
-        inner, value = next(iter(value.items()))
-        meant.append(str(inner))
-    parent, known = ".".join(path[:-1]), _known_keys(root, path[:-1])
-    leaf = meant[-1].replace("-", "_")
-    same = [known for known in _all_keys(root) if known.rpartition(".")[2] == leaf]
-    inside = [known for known in same if parent and known.startswith(f"{parent}.")]
-    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-    likely = inside or ([".".join([*path[:-1], *near])] if near else same)
+    """What was meant by an unknown key.
+
+    The key beside it that is written nearly so; one of its very name, further inside or anywhere;
+    the nearest beside it.
+    """
+    prefix, known = "".join(f"{part}." for part in path[:-1]), _known_keys(root, path[:-1])
+    leaf = path[-1]
+    for _ in range(_MOST_LEVELS):  # of an unknown section: what was set inside it
+        if not isinstance(value, Mapping) or not value:
+            break
+        leaf, value = next(iter(value.items()))
+    name = str(leaf).replace("-", "_")
+    same = [key for key in _all_keys(root) if key.rpartition(".")[2] == name]
+    likely = (
+        _nearest(prefix, path[-1], known, 0.8)
+        or [key for key in same if prefix and key.startswith(prefix)]
+        or same
+        or _nearest(prefix, path[-1], known, 0.5)
+    )
     if 0 < len(likely) <= _MOST_HINTS:
         return f"did you mean {' or '.join(likely)}?"
-    return f"known keys{' of ' + parent if parent else ''}: {', '.join(known)}"
+    return f"known keys{' of ' + prefix[:-1] if prefix else ''}: {', '.join(known)}"
+
+
+def _nearest(prefix: str, key: str, known: Sequence[str], cutoff: float) -> list[str]:
+    return [prefix + near for near in difflib.get_close_matches(key, known, n=1, cutoff=cutoff)]
 
 
 def _path(root: type[BaseModel], loc: Sequence[int | str], *, unknown: bool) -> list[str]:

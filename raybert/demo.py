@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 import time
@@ -10,7 +11,6 @@ from typing import Any
 
 from raybert import pipeline
 from raybert.display import Display, clock
-from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.ray_session import ray_session
 
@@ -23,6 +23,9 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
     from raybert.report import write_report
 
     pipeline.check_sources(experiment)
+    has_report = importlib.util.find_spec("matplotlib") is not None
+    if not has_report:  # the results are worth no less without it
+        display.say("report    none: matplotlib is not installed; pip install 'raybert[report]'")
     begun, spent, results = time.monotonic(), {}, {}
     workers = max(experiment.pretrain.workers, experiment.finetune.workers)
     display.say("ray       starting")
@@ -36,12 +39,8 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
             stage_begun = time.monotonic()
             results[name] = stage(experiment, display)
             spent[name] = round(time.monotonic() - stage_begun, 1)
-    report: str | None = (experiment.folder / "report.html").uri
-    try:
+    if has_report:
         write_report(experiment.folder)
-    except UserError as error:  # without matplotlib; the results are worth no less
-        display.say(f"report    {error}")
-        report = None
     spent["all"] = round(time.monotonic() - begun, 1)
     pretrain, metrics = results["pretrain"], results["evaluate"]
     example: dict[str, Any] = next(iter(pretrain.get("fillings", [])), {})
@@ -55,7 +54,7 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
         "fill_mask": example.get("tokens", []),
         "run": experiment.folder.uri,
         "model": results["finetune"]["model"],
-        "report": report,
+        "report": (experiment.folder / "report.html").uri if has_report else None,
     }
 
 

@@ -91,8 +91,6 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
                 log_to_driver=config.logs,
                 logging_level=level,
             )
-            if not config.logs:  # what it reads would be shown to nobody
-                ray._private.worker._global_node.kill_log_monitor()
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         reason = str(error).strip().splitlines()[0]
@@ -100,6 +98,8 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     _set_log_level(level)
     try:
         _started_here = not address
+        if _started_here and not config.logs:  # what the monitor reads would be shown to nobody
+            ray._private.worker._global_node.kill_log_monitor(check_alive=False)
         yield _resources()
     finally:
         _started_here = False

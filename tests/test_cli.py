@@ -480,6 +480,10 @@ def test_nothing_to_label(raybert, trained):
     assert "text 2 is empty" in predict("good", " ")
 
 
+def test_a_demo_of_no_sentence(raybert):
+    assert "--text is empty" in refused(raybert("demo", "--text", " "))
+
+
 def test_input_without_output(raybert, trained):
     message = refused(raybert("predict", "-m", trained.run, "-i", trained.texts))
     assert message.startswith("--input needs --output")
@@ -687,7 +691,13 @@ def test_from_raw_reviews_to_a_measured_classifier(raybert, ray_session, tmp_pat
     assert measured.json["accuracy"] > 0.9
     again = raybert("evaluate", *at)
     assert "is measured already" in again.err
-    assert "Confusion matrix" in again.out
+    (a, b), (c, d) = measured.json["confusion"]
+    matrix = [line.split() for line in again.out.splitlines()[-3:]]
+    assert matrix == [
+        ["label", "\\", "predicted", "neg", "pos"],
+        ["neg", str(a), str(b)],
+        ["pos", str(c), str(d)],
+    ]
     by_model = raybert("evaluate", *at, "-m", experiment.run, "--json")
     assert by_model.json["accuracy"] == measured.json["accuracy"]
 

@@ -64,6 +64,18 @@ def refused(values=None, *overrides, path=None):
             {"data": {"on_bad_row": "skip"}},
             "my.yaml: unknown key data; did you mean corpus.source.on_bad_row or ",
         ),
+        (  # nearly one beside it, which holds more than what it was given
+            {"finetune": {"validaton": {"path": "a"}}},
+            "my.yaml: unknown key finetune.validaton; did you mean finetune.validation?",
+        ),
+        (
+            {"corpus": {"tokeniser": {"path": "x"}}},
+            "my.yaml: unknown key corpus.tokeniser; did you mean corpus.tokenizer?",
+        ),
+        (  # of that very name elsewhere, before one that only looks like it
+            {"pretrain": {"vocab_size": 9}},
+            "my.yaml: unknown key pretrain.vocab_size; did you mean corpus.tokenizer.vocab_size?",
+        ),
         ({"zzz": 1}, "my.yaml: unknown key zzz; known keys: run, corpus, model, pretrain, "),
     ],
 )

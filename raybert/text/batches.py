@@ -8,6 +8,7 @@ Where a run resumes, and with how many workers, only decides which items there a
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from raybert.text.parts import PartReader, Rows
 # Ray Data holds finished blocks in the object store. 8 MiB are a few hundred steps of a small
 # model and a few of a large one: they hide a read, and no run needs much of the store.
 BLOCK_BYTES = 8 << 20
+_MOST_TASKS = 1024  # they keep the bookkeeping flat: a longer run has more windows in each
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def ray_micro_batches(
         plan: the run's plan.
         slots: this rank's slots.
         steps: the steps to make, from anywhere.
-        cpus: logical CPUs that this execution may use; a worker's share of those left for data.
+        cpus: logical CPUs that this execution may use, a part of one where they are few.
         memory: bytes of the object store that its blocks may fill.
     """
     import ray
@@ -144,15 +146,14 @@ def ray_micro_batches(
     )
     windows = _count_windows(plan.order, steps)
     with DataContext.current(context):
-        # Not `ray.data.range`: it reads in tasks of its own, hundreds of them beside the first
-        # steps. 1,024 blocks keep the bookkeeping flat; a longer run has more windows a block.
-        dataset = ray.data.from_items(range(windows), override_num_blocks=min(windows, 1024))
+        # Not `ray.data.range`: it reads in tasks of its own, hundreds beside the first steps.
+        dataset = ray.data.from_items(range(windows), override_num_blocks=min(windows, _MOST_TASKS))
         dataset = dataset.map_batches(
             _mask_windows,
             fn_args=(plan, list(slots), steps),
             batch_size=1,
             batch_format="numpy",
-            num_cpus=1,
+            num_cpus=min(1.0, math.floor(cpus * 1e4) / 1e4),  # as fine as Ray counts
         )
         blocks = dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow")
         yield from _by_step(blocks, plan.order, slots, steps)

@@ -23,7 +23,7 @@ LIMITS = ("steps", "tokens", "epochs", "minutes")  # a run has exactly one of th
 class TrainConfig(Settings):
     """What every run of the training loop is configured by."""
 
-    section: ClassVar[str] = "train"  # of the configuration file, for messages
+    section: ClassVar[str]  # of the configuration file, for messages
     default_epochs: ClassVar[float | None] = None  # the limit where none is configured
 
     seed: int = Field(0, ge=0, description="decides the order, the masks, dropout and the weights")

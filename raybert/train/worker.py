@@ -50,7 +50,7 @@ class _Work:
     job: Job
     run: Folder
     gpu: bool
-    data_cpus: int
+    data_cpus: float
     data_memory: int
     board: Board
 
@@ -75,14 +75,12 @@ def train_on_ray(
     config = job.config
     gpu = config.gpu == "yes" or (config.gpu == "auto" and resources.gpus >= config.workers)
     _check_resources(config, gpu, resources)
-    board, free = Board(), int(resources.cpus) - config.workers
+    board = Board()
     work = _Work(
         job=job,
         run=run,
         gpu=gpu,
-        # Every worker drives a Ray Data execution of its own: none may think it owns the cluster.
-        # One operator masks ten million tokens a second; a second one hides a slow read.
-        data_cpus=max(1, min(2 if gpu else 1, free // config.workers)),
+        data_cpus=operator_cpus(int(resources.cpus) - config.workers, config.workers, gpu),
         data_memory=int(
             min(_LOOK_AHEAD["gpu" if gpu else "cpu"], resources.object_store / 2 / config.workers)
         ),
@@ -142,6 +140,19 @@ def _trainer_class(resources: Resources) -> Any:
     return Trainer
 
 
+def operator_cpus(free: int, workers: int, gpu: bool) -> float:
+    """The logical CPUs of each worker's masking, so that all workers' fit beside each other.
+
+    Every worker drives a Ray Data execution of its own. An operator that waits for its rows to be
+    taken keeps its CPU, and a worker whose operator finds none waits for ever, and with it, in the
+    next all-reduce, all others: where CPUs are few, operators share them, whichever nodes they are
+    on. One operator masks far more than a CPU trains on; a second one hides a GPU's slow reads.
+    """
+    if free >= workers:
+        return min(2 if gpu else 1, free // workers)
+    return 1 / math.ceil(workers / max(1, free))
+
+
 def _check_resources(config: TrainConfig, gpu: bool, resources: Resources) -> None:
     """Refuse what would wait for ever: workers without a place, operators without a CPU.
 
@@ -152,12 +163,12 @@ def _check_resources(config: TrainConfig, gpu: bool, resources: Resources) -> No
     if gpu and resources.gpus < workers:
         raise ConfigError(
             f"{key} with {config.section}.gpu={config.gpu} need {workers} GPUs, the cluster has "
-            f"{resources.gpus:g}; lower workers or set gpu: no"
+            f"{resources.gpus:g}; lower {config.section}.workers or set {config.section}.gpu=no"
         )
     if resources.cpus < workers + 1:
         raise ConfigError(
             f"{key} leave no CPU for Ray Data's operators: the cluster has "
-            f"{resources.cpus:g}; lower workers to {max(1, int(resources.cpus) - 1)} or add a node"
+            f"{resources.cpus:g}; lower it to {max(1, int(resources.cpus) - 1)} or add a node"
         )
 
 

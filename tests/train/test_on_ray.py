@@ -62,8 +62,9 @@ def digests(stream):
     return [[(b.step, b.slot, b.digest()) for b in batches] for batches in stream]
 
 
-def test_batches_from_ray_are_those_of_this_process(ray_session, corpus):
+def test_batches_from_ray_are_those_of_this_process(ray_session, corpus, monkeypatch):
     """For one to four workers, from a step in mid-epoch and into the next epochs."""
+    monkeypatch.setattr("raybert.text.batches._MOST_TASKS", 2)  # fewer than windows: some share one
     plan = plan_of(corpus, 300)
     begin = plan.order.steps_per_epoch // 2
     steps = range(begin, begin + 2 * plan.order.steps_per_epoch + 3)
@@ -72,7 +73,7 @@ def test_batches_from_ray_are_those_of_this_process(ray_session, corpus):
     for world_size in (1, 2, 3, 4):
         merged = [[] for _ in steps]
         for slots in deal(4, world_size):
-            made = digests(ray_micro_batches(plan, slots, steps, cpus=2, memory=64 << 20))
+            made = digests(ray_micro_batches(plan, slots, steps, cpus=0.4, memory=64 << 20))
             assert len(made) == len(steps)
             for step, part in zip(merged, made, strict=True):
                 step += part

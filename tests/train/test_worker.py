@@ -1,0 +1,70 @@
+"""What is decided before Ray Train starts: who gets which CPU, and what is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raybert.config import build
+from raybert.errors import ConfigError
+from raybert.ray_session import Resources
+from raybert.train.finetune import FinetuneConfig
+from raybert.train.pretrain import PretrainConfig
+from raybert.train.worker import _check_resources, _trainer_class, operator_cpus
+
+
+def resources(cpus, gpus=0, started_here=True):
+    return Resources(cpus=cpus, gpus=gpus, object_store=1 << 30, started_here=started_here)
+
+
+@given(
+    free=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any),
+    workers=st.integers(1, 100),
+    gpu=st.booleans(),
+)
+def test_all_workers_operators_fit_beside_each_other(free, workers, gpu):
+    """On whichever nodes the free CPUs are; else those that wait stop those that don't."""
+    cpus = operator_cpus(sum(free), workers, gpu)
+    task = min(1, cpus)
+    fitting = sum(int(node / task + 1e-9) for node in free)
+    assert fitting >= workers * int(max(1, cpus))
+    assert 0 < cpus <= (2 if gpu else 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "gpu", "have", "words"),
+    [
+        (
+            build(PretrainConfig, {"workers": 3}, "x"),
+            False,
+            resources(3),
+            "pretrain.workers=3 leave no CPU for Ray Data's operators: the cluster has 3; "
+            "lower it to 2 or add a node",
+        ),
+        (
+            build(FinetuneConfig, {"workers": 2, "gpu": "yes"}, "x"),
+            True,
+            resources(64, gpus=1),
+            "finetune.workers=2 with finetune.gpu=yes need 2 GPUs, the cluster has 1; "
+            "lower finetune.workers or set finetune.gpu=no",
+        ),
+    ],
+)
+def test_a_cluster_that_is_too_small_is_refused(config, gpu, have, words):
+    with pytest.raises(ConfigError) as refused:
+        _check_resources(config, gpu, have)
+    assert str(refused.value) == words
+    _check_resources(config, gpu, resources(65, gpus=4))
+
+
+@pytest.mark.parametrize("started_here", [True, False])
+def test_helpers_without_a_use_are_left_out(started_here):
+    from ray.train.torch import TorchTrainer
+
+    def names(trainer):
+        made = trainer(lambda: None)._create_default_callbacks()
+        return {type(callback).__name__ for callback in made}
+
+    usual, ours = names(TorchTrainer), names(_trainer_class(resources(4, 0, started_here)))
+    cleaner = {"PlacementGroupCleanerCallback"} if started_here else set()
+    assert usual - ours == {"DatasetsCallback"} | cleaner
+    assert not ours - usual
