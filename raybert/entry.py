@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 
 INTERRUPTED = 130
 
 
+def _as_ctrl_c(signum: int, frame: FrameType | None) -> None:
+    """A cluster that stops a job asks for what Ctrl-C does: a checkpoint, and the end."""
+    handler = signal.getsignal(signal.SIGINT)
+    if callable(handler):
+        handler(signum, frame)
+    else:  # ignored, as in a shell's background
+        raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run `raybert`."""
+    signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
         from raybert import cli
     except KeyboardInterrupt:

@@ -202,12 +202,16 @@ class Cluster:
 
     def _chunks(self, job: Job) -> Iterator[str]:
         stream = self._client.tail_job_logs(job.id)
+
+        async def following() -> str | None:
+            return await anext(stream, None)
+
         with asyncio.Runner() as runner, self._told():
-            while True:
-                try:
-                    yield runner.run(anext(stream))
-                except StopAsyncIteration:
-                    return
+            try:
+                while (chunk := runner.run(following())) is not None:
+                    yield chunk
+            finally:  # also where nobody listens any more
+                runner.run(_close(stream))
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -224,6 +228,10 @@ class Cluster:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise RaybertError(f"{self.address}: {reason}") from None
+
+
+async def _close(stream: Any) -> None:
+    await stream.aclose()
 
 
 def package(folder: Path, settings: Settings) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +77,7 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     if ray.is_initialized():  # a pipeline's stages share one session
         yield _resources()
         return
-    watched = os.environ.get(_PREEMPTION)
+    watched, on_sigterm = os.environ.get(_PREEMPTION), signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address, log_to_driver=config.logs, logging_level=level)
@@ -95,6 +97,8 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{where} does not start or answer: {reason}") from None
+    if threading.current_thread() is threading.main_thread():  # Ray's own would just exit
+        signal.signal(signal.SIGTERM, on_sigterm)
     _set_log_level(level)
     try:
         _started_here = not address

@@ -21,6 +21,8 @@ READS = {
     "predict": (),
 }
 READS["run"] = tuple(key for keys in READS.values() for key in keys)
+#: Of a job. Ray gives a job that is to stop three seconds; a checkpoint may take longer.
+_ENVIRONMENT = {FOLLOWED: "1", "RAY_JOB_STOP_WAIT_TIME_S": "90"}
 _OWN = ("scratch", "pretrain")  # of `initialize_from`: in the run's storage
 _TAIL = 50  # lines of a log that may hold the result
 
@@ -61,7 +63,7 @@ def submit(
     )
     name = experiment.run.name
     before = {job.id for job in cluster.jobs()}
-    job = cluster.submit(command, name, there, arguments, {FOLLOWED: "1"})
+    job = cluster.submit(command, name, there, arguments, _ENVIRONMENT)
     if job.id in before:
         display.say(f"{job.id} is at work already: following it")
     else:
