@@ -610,12 +610,13 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.05)
 
 
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(raybert, experiment):
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(raybert, experiment, asked):
     command = ("pretrain", "-c", experiment.config, "--bare", "--set", "pretrain.steps=100000")
     process = start(*command)
     try:
         wait_for(experiment.run / "pretrain" / "checkpoints" / "step-*.json", process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(asked)
         out, err = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
