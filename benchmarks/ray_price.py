@@ -68,7 +68,8 @@ class Run:
     def __init__(self, name: str, config: Path) -> None:
         command = [sys.executable, __file__, "--config", str(config), "--run", name]
         print(" ".join(command), file=sys.stderr)
-        self.name, self.steps = name, [0.0]  # seconds of each step
+        self.name = name
+        self.steps: list[float] = []  # seconds of each step
         self._begun = threading.Event()
         # It ends by SIGKILL, which leaves files behind; Ray's sockets want a short path.
         self._scratch = tempfile.TemporaryDirectory(prefix="price-", ignore_cleanup_errors=True)
