@@ -7,23 +7,27 @@ there (SIGSTOP, with all processes of its Ray). Then they take turns of a few se
 the others stay stopped, so a noisy machine is as noisy for each of them. Every step says how long
 it took. The one in which the others' turns fell is left out, for all three, and the two after it,
 in which caches fill again and every timer that was missed goes off at once: the stopping's doing.
-Ends with one JSON object: tokens/s, `one_worker_to_bare` (same threads), and `two_workers_to_one`
-(2 workers x 1 thread against 1 worker x 2 threads), over 64 rows of 256 a step, and the same ratios
-for each third of the time.
+What a process is given of caches and memory stays with it, and shifts a ratio by some percent: the
+three are launched three times. Ends with one JSON object: medians of tokens/s,
+`one_worker_to_bare` (same threads) and `two_workers_to_one` (2 workers x 1 thread against 1 worker
+x 2 threads), over 64 rows of 256 a step, and each launch's ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -43,6 +47,10 @@ SETTINGS = {
     "one_worker": {"workers": 1, "threads": 2},
     "two_workers": {"workers": 2, "threads": 1},
 }
+RATIOS = (
+    ("one_worker_to_bare", "one_worker", "bare"),
+    ("two_workers_to_one", "two_workers", "one_worker"),
+)
 
 
 class Steps(Display):
@@ -60,9 +68,13 @@ class Run:
     def __init__(self, name: str, config: Path) -> None:
         command = [sys.executable, __file__, "--config", str(config), "--run", name]
         print(" ".join(command), file=sys.stderr)
-        self.name, self.steps = name, [0.0]  # seconds of each step
+        self.name = name
+        self.steps: list[float] = []  # seconds of each step
         self._begun = threading.Event()
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        # It ends by SIGKILL, which leaves files behind; Ray's sockets want a short path.
+        self._scratch = tempfile.TemporaryDirectory(prefix="price-", ignore_cleanup_errors=True)
+        env = os.environ | {"TMPDIR": self._scratch.name}
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
         threading.Thread(target=self._read, daemon=True).start()
 
     def begin(self) -> None:
@@ -85,6 +97,7 @@ class Run:
         """Kill all of its processes."""
         self._signal(signal.SIGKILL)
         self._process.wait()
+        self._scratch.cleanup()
 
     def _check(self) -> None:
         if self._process.poll() is not None:
@@ -114,35 +127,25 @@ def train(name: str, config: Path) -> None:
     bench_train(load(Experiment, config, overrides), bare=name == "bare", display=Steps(quiet=True))
 
 
-def measure(config: Path, rounds: int, seconds: float) -> dict[str, Any]:
-    """Start the three, let them take turns, and compare."""
+def measure(config: Path, rounds: int, seconds: float) -> dict[str, float]:
+    """Start the three, let them take turns, and return each one's tokens/s."""
     tokens = ROWS * load(Experiment, config).corpus.seq_len
     runs: list[Run] = []
-    thirds = []
     try:
         for name in SETTINGS:
             runs.append(Run(name, config))
             runs[-1].begin()
-        first = marks = [len(run.steps) for run in runs]
-        for third in range(3):
-            for number in range(rounds // 3):
-                for run in runs if number % 2 else reversed(runs):
-                    run.turn(seconds)
-            rates = _rates(runs, marks, tokens, seconds)
-            marks = [len(run.steps) for run in runs]
-            thirds.append(_ratios(rates))
-            shown = "  ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-            print(f"third {third + 1}: tokens/s {shown}", file=sys.stderr, flush=True)
+        first = [len(run.steps) for run in runs]
+        for number in range(rounds):
+            for run in runs if number % 2 else reversed(runs):
+                run.turn(seconds)
     finally:
         for run in runs:
             run.end()
-    whole = _rates(runs, first, tokens, seconds)
-    return {
-        "tokens_per_second": {name: round(rate) for name, rate in whole.items()},
-        **_ratios(whole),
-        "thirds": thirds,
-        "steps": {run.name: len(run.steps) for run in runs},
-    }
+    rates = _rates(runs, first, tokens, seconds)
+    shown = "  ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+    print(f"tokens/s  {shown}", file=sys.stderr, flush=True)
+    return rates
 
 
 def _rates(
@@ -163,27 +166,31 @@ def _timed(steps: Sequence[float], seconds: float) -> list[float]:
     ]
 
 
-def _ratios(rates: dict[str, float]) -> dict[str, float]:
-    return {
-        "one_worker_to_bare": round(rates["one_worker"] / rates["bare"], 3),
-        "two_workers_to_one": round(rates["two_workers"] / rates["one_worker"], 3),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/bench-keras.yaml")
-    parser.add_argument("--rounds", type=int, default=24, help="turns of each run; a multiple of 3")
+    parser.add_argument("--launches", type=int, default=3, help="of all three runs")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each run in a launch")
     parser.add_argument("--seconds", type=float, default=6, help="of a turn")
     parser.add_argument("--run", choices=SETTINGS, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="kept for symmetry: JSON is printed")
     arguments = parser.parse_args()
-    if arguments.rounds < 3 or arguments.rounds % 3:
-        parser.error(f"--rounds {arguments.rounds}: give a multiple of 3")
     if arguments.run:
         train(arguments.run, arguments.config)
         return
-    print(json.dumps(measure(arguments.config, arguments.rounds, arguments.seconds)))
+    launches = [
+        measure(arguments.config, arguments.rounds, arguments.seconds)
+        for _ in range(arguments.launches)
+    ]
+    result: dict[str, Any] = {
+        "tokens_per_second": {
+            name: round(median(rates[name] for rates in launches)) for name in SETTINGS
+        }
+    }
+    for key, part, whole in RATIOS:
+        ratios = [round(rates[part] / rates[whole], 3) for rates in launches]
+        result |= {key: median(ratios), f"{key}_by_launch": ratios}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 from raybert import pipeline
 from raybert.display import Display, clock
+from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.ray_session import ray_session
 
@@ -20,12 +20,15 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
 
     Stages that are finished are not run again.
     """
-    from raybert.report import write_report
+    from raybert.report import check_report, write_report
 
     pipeline.check_sources(experiment)
-    has_report = importlib.util.find_spec("matplotlib") is not None
-    if not has_report:  # the results are worth no less without it
-        display.say("report    none: matplotlib is not installed; pip install 'raybert[report]'")
+    has_report = True
+    try:
+        check_report()
+    except UserError as error:  # the results are worth no less without it
+        has_report = False
+        display.say(f"report    none: {error}")
     begun, spent, results = time.monotonic(), {}, {}
     workers = max(experiment.pretrain.workers, experiment.finetune.workers)
     display.say("ray       starting")

@@ -8,6 +8,6 @@ page.py            the page itself
 style.py           its look
 """
 
-from raybert.report.page import write_report
+from raybert.report.page import check_report, write_report
 
-__all__ = ["write_report"]
+__all__ = ["check_report", "write_report"]

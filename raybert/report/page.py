@@ -6,6 +6,7 @@ It has no script, and its policy forbids requests of any kind.
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -45,18 +46,25 @@ HEADLINES = ("Accuracy", "Macro F1", "Masked-token loss", "First guess")
 MAX_FILLING_ROWS = 10
 
 
+def check_report() -> None:
+    """Make sure that a report can be made, before anything is read or any work is done.
+
+    Raises:
+        UserError: matplotlib, an extra, is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            f"{FILE} needs matplotlib, which is not installed; pip install 'raybert[report]'"
+        )
+
+
 def write_report(run: Folder) -> None:
     """Write `report.html` into the folder of a run, or of a pipeline with a run in each subfolder.
 
     Raises:
         UserError: matplotlib is not installed, or the folder holds nothing to report on.
     """
-    try:
-        import matplotlib  # noqa: F401 - an extra: asked for before anything is read
-    except ImportError:
-        raise UserError(
-            f"{FILE} needs matplotlib, which is not installed; pip install 'raybert[report]'"
-        ) from None
+    check_report()
     stages = read_stages(run)
     if not stages:
         raise UserError(
