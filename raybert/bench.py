@@ -57,7 +57,7 @@ def bench_train(experiment: Experiment, *, bare: bool, display: Display) -> dict
         if bare:
             result = execute_bare(job, run, on_progress=note)
         else:
-            with ray_session(experiment.ray, config.workers) as resources:
+            with ray_session(experiment.ray, config.max_workers) as resources:
                 result = train_on_ray(job, run, resources, on_progress=note)
     if not seconds:
         raise ConfigError(

@@ -30,7 +30,7 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
         has_report = False
         display.say(f"report    none: {error}")
     begun, spent, results = time.monotonic(), {}, {}
-    workers = max(experiment.pretrain.workers, experiment.finetune.workers)
+    workers = max(experiment.pretrain.max_workers, experiment.finetune.max_workers)
     display.say("ray       starting")
     with ray_session(experiment.ray, workers):
         for name, stage in (

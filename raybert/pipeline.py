@@ -212,7 +212,7 @@ def _train(
         else:
             from raybert.train.worker import train_on_ray
 
-            with ray_session(experiment.ray, job.config.workers) as resources:
+            with ray_session(experiment.ray, job.config.max_workers) as resources:
                 result = train_on_ray(job, run, resources, on_progress=display.record)
     display.say(
         f"{stage:<9} {result['step']:,} steps, {result['tokens']:,.0f} tokens in "

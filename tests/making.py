@@ -19,7 +19,7 @@ from raybert.text.tokenizer import TokenizerConfig
 from raybert.train.checkpoint import CheckpointStore, begin_attempt
 from raybert.train.finetune import FinetuneConfig, FinetuneJob
 from raybert.train.group import Group
-from raybert.train.loop import Loop
+from raybert.train.loop import Loop, Wishes
 from raybert.train.meters import MetricsLog
 from raybert.train.pretrain import PretrainConfig, PretrainJob
 from raybert.train.run import Feed
@@ -203,7 +203,7 @@ class Attempt:
             store=self.store,
             open_log=lambda step: MetricsLog(run, number, step),
             on_progress=self.records.append,
-            should_stop=lambda: self.loop.progress.step == stop_at,
+            wishes=Wishes(stop=lambda: self.loop.progress.step == stop_at),
             **options,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
@@ -71,6 +72,19 @@ class Board:
         """Whether the workers should stop."""
         return self._get("stop") is not None
 
+    def tell(self, event: str, message: str, step: int) -> None:
+        """Add an event to the records, between those of the attempt at work and of the next."""
+        record = {"kind": "event", "step": step, "event": event, "message": message}
+        self.put(json.dumps(record), (self.attempt(), 900_000_000 + int(time.time()) % 90_000_000))
+
+    def ask_to_save(self) -> None:
+        """Ask for a checkpoint now; once for every call."""
+        self._put("save", uuid.uuid4().bytes)
+
+    def asked_to_save(self) -> bytes | None:
+        """What tells the last wish for a checkpoint from those before; None where there is none."""
+        return self._get("save")
+
     def is_over(self) -> bool:
         """Whether there is nothing to do for a worker that starts now."""
         return self.is_stopping() or self._get("error") is not None
@@ -102,6 +116,8 @@ class Link:
         self._records: deque[str] = deque()
         self._sent = 0
         self._stopping, self._closed = threading.Event(), threading.Event()
+        self._saving = threading.Event()
+        self._heard: bytes | None = None  # the last wish for a checkpoint
         self._thread = threading.Thread(target=self._talk, name="board", daemon=True)
         self._thread.start()
 
@@ -112,6 +128,12 @@ class Link:
     def is_stopping(self) -> bool:
         """Whether the driver asked to stop, as of half a second ago."""
         return self._stopping.is_set()
+
+    def is_asked_to_save(self) -> bool:
+        """Whether a checkpoint was asked for since the last call."""
+        asked = self._saving.is_set()
+        self._saving.clear()
+        return asked
 
     def close(self) -> None:
         """Send what is left; give up after some seconds where Ray's head does not answer."""
@@ -126,6 +148,10 @@ class Link:
             with suppress(Exception):
                 if self._board.is_stopping():
                     self._stopping.set()
+                asked = self._board.asked_to_save()
+                if asked != self._heard:
+                    self._heard = asked
+                    self._saving.set()
             with suppress(Exception):
                 self._send()
 

@@ -6,6 +6,10 @@ One process is a group, too: then nothing is sent, and the loop runs without Ray
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +107,28 @@ def has_fast_bf16(device: torch.device) -> bool:
     except OSError:  # not Linux
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def use_interface_of(address: str) -> None:
+    """Make gloo talk over the network interface that has an IPv4 address; unless one is set."""
+    name = _interface_of(address)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _interface_of(address: str) -> str | None:
+    """The name of the interface that has an IPv4 address; None where there is none, or no Linux."""
+    get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), get_address, request)
+            except OSError:  # it has no IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
 
 
 def use_threads(threads: int | None, workers_here: int) -> int:

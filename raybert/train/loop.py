@@ -126,6 +126,22 @@ class Stopped(RaybertError):
     """The run was asked to stop; its state is in a checkpoint."""
 
 
+class Evicted(RaybertError):
+    """A worker's node is about to go; the run's state is in a checkpoint, to go on elsewhere."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What may be asked of a run from outside; each is looked at before every step."""
+
+    stop: Callable[[], bool] = lambda: False  # end, from any rank
+    leave: Callable[[], bool] = lambda: False  # end, for the node of this rank goes away
+    save: Callable[[], bool] = lambda: False  # write a checkpoint now; of rank 0
+
+
+NO_WISHES = Wishes()
+
+
 class Loop:
     """A run of a task over a group of processes."""
 
@@ -138,7 +154,7 @@ class Loop:
         store: CheckpointStore | None = None,
         open_log: Callable[[int], MetricsLog] | None = None,
         on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
-        should_stop: Callable[[], bool] = lambda: False,
+        wishes: Wishes = NO_WISHES,
         on_batch: Callable[[Batch], None] | None = None,
     ) -> None:
         """Set up a run.
@@ -150,12 +166,12 @@ class Loop:
             store: where checkpoints go and come from; None: nowhere (benchmarks, unit tests).
             open_log: opens the metrics log at the step where the attempt starts; called by rank 0.
             on_progress: gets every logged record, on rank 0.
-            should_stop: asked before every step; True on any rank stops all after a checkpoint.
+            wishes: what others may want of the run; to end comes after a checkpoint.
             on_batch: gets every micro-batch before it is trained on; for digests.
         """
         self.task, self.config, self.group = task, config, group
         self._store, self._open_log = store, open_log
-        self._on_progress, self._should_stop = on_progress, should_stop
+        self._on_progress, self._wishes = on_progress, wishes
         self._on_batch = on_batch
         self.progress = Progress()
         self._log: MetricsLog | None = None
@@ -184,6 +200,7 @@ class Loop:
 
         Raises:
             Stopped: it was asked to stop; run it again to go on.
+            Evicted: a node goes away; go on with the others.
             RaybertError: the gradients stay undefined.
         """
         self._resume()
@@ -276,19 +293,25 @@ class Loop:
                     "stream of batches has lost its place; run it again to go on from the last "
                     "checkpoint"
                 )
-        count, tokens, seconds, save, stop = self.group.sum(
+        wishes = self._wishes
+        count, tokens, seconds, save, stop, leave = self.group.sum(
             [
                 sum(batch.count for batch in batches),
                 sum(batch.tokens for batch in batches),
                 clock if first else 0.0,
-                first and self._checkpoint_is_due(),
-                self._should_stop(),
+                first and (wishes.save() or self._checkpoint_is_due()),
+                wishes.stop(),
+                wishes.leave(),
             ]
         )
         progress.seconds = seconds
         if stop:
             self._save(wait=True)
             raise Stopped(f"stopped at step {progress.step}; run it again to go on from there")
+        if leave:
+            self._event("eviction", "a node is about to go: a checkpoint, and on without it")
+            self._save(wait=True)
+            raise Evicted(f"a node goes away at step {progress.step}")
         if save:
             self._save()
         if self.task.prepare(progress.step):

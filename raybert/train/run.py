@@ -25,7 +25,7 @@ from raybert.model.allocator import keep_freed_memory
 from raybert.storage import Folder
 from raybert.train.checkpoint import CheckpointStore, begin_attempt
 from raybert.train.group import Group, use_threads
-from raybert.train.loop import Batch, Loop, Stopped, Task
+from raybert.train.loop import NO_WISHES, Batch, Loop, Stopped, Task, Wishes
 from raybert.train.meters import MetricsLog, finite, merge_metrics, open_lines
 from raybert.train.settings import MAY_CHANGE, TrainConfig
 
@@ -128,7 +128,7 @@ def _refused(
     return {
         key: value
         for key, value in changed.items()
-        if key.partition(".")[0] in matters and key not in allowed
+        if key.partition(".")[0] in matters and ".".join(key.split(".")[:2]) not in allowed
     }
 
 
@@ -141,7 +141,7 @@ def execute(
     *,
     workers_here: int = 1,
     on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    wishes: Wishes = NO_WISHES,
 ) -> dict[str, Any]:
     """Train on this worker, and on rank 0 write the finished model and the result."""
     config = job.config
@@ -159,7 +159,7 @@ def execute(
         store=store,
         open_log=lambda step: MetricsLog(run, attempt, step),
         on_progress=on_progress,
-        should_stop=should_stop,
+        wishes=wishes,
         on_batch=digests,
     )
     with nullcontext() if digests is None else closing(digests):
@@ -198,7 +198,7 @@ def execute_bare(
                 group,
                 Feed(),
                 on_progress=on_progress,
-                should_stop=is_interrupted,
+                wishes=Wishes(stop=is_interrupted),
             )
     except Stopped:
         raise KeyboardInterrupt from None

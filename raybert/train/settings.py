@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from raybert.config import Settings
 
@@ -16,6 +16,25 @@ class Budget(NamedTuple):
     steps: int | None
     minutes: float | None
 
+
+class Elastic(Settings):
+    """A number of workers that follows the cluster, while its nodes come and go."""
+
+    min: int = Field(1, ge=1, description="with fewer, training waits for nodes")
+    max: int = Field(ge=1, description="no more, however large the cluster")
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is more than max={self.max}; lower min or raise max")
+        return self
+
+
+#: One number, or a range. Tagged, so that an error speaks of the one that was meant.
+Workers = Annotated[
+    Annotated[int, Field(ge=1), Tag("number")] | Annotated[Elastic, Tag("range")],
+    Discriminator(lambda value: "range" if isinstance(value, dict | Elastic) else "number"),
+]
 
 LIMITS = ("steps", "tokens", "epochs", "minutes")  # a run has exactly one of them
 
@@ -72,12 +91,18 @@ class TrainConfig(Settings):
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, beside the best one")
 
-    workers: int = Field(1, ge=1, description="processes that train")
+    workers: Workers = Field(
+        1,
+        description="processes that train; {min: 1, max: 8} follows a cluster whose nodes come "
+        "and go, with the same batches",
+    )
     gpu: Literal["auto", "yes", "no"] = Field("auto", description="whether each worker has a GPU")
     threads: int | None = Field(
         None, ge=1, description="threads of a CPU worker; null: the cores divided by the workers"
     )
-    max_failures: int = Field(8, ge=0, description="restarts of the worker group before giving up")
+    max_failures: int = Field(
+        8, ge=0, description="restarts without a new checkpoint in between, before giving up"
+    )
     collective_timeout_s: float = Field(
         120, gt=0, description="seconds after which a silent worker counts as lost"
     )
@@ -106,9 +131,10 @@ class TrainConfig(Settings):
                 f"global_batch_size={batch} is not a multiple of micro_batch_size={micro}; "
                 f"use {' or '.join(map(str, near))}"
             )
-        if self.workers > batch // micro:
+        if self.max_workers > batch // micro:
+            key = "workers" if isinstance(self.workers, int) else "workers.max"
             raise ValueError(
-                f"workers={self.workers}, but a step has only {batch // micro} micro-batches "
+                f"{key}={self.max_workers}, but a step has only {batch // micro} micro-batches "
                 f"(global_batch_size={batch}, micro_batch_size={micro}); lower workers or "
                 "micro_batch_size"
             )
@@ -123,6 +149,16 @@ class TrainConfig(Settings):
                 f"{shown} are both limits of the run; keep one and set null for others"
             )
         return self
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that train."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that train."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
 
     @property
     def slots(self) -> int:

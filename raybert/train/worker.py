@@ -7,6 +7,7 @@ storage: a restarted worker group finds the youngest whole one there, whatever R
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from raybert.storage import Folder
 from raybert.train.board import Board, Link
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
-from raybert.train.loop import Stopped
+from raybert.train.loop import Evicted, Stopped, Wishes
 from raybert.train.run import RESULT, Feed, Job, execute
 from raybert.train.settings import TrainConfig
 
@@ -40,6 +41,7 @@ _GRACE_SECONDS = 60  # for the step under way and its checkpoint, after Ctrl-C
 #: of them rides out a slow storage. On a CPU the operators share the processors with the training,
 #: and what they make ahead slows the steps at the start, by which a run of minutes is measured.
 _LOOK_AHEAD = {"gpu": 256 << 20, "cpu": 64 << 20}
+_RESIZE_SECONDS = 30.0  # between two looks whether there is room for more workers
 _SILENCE_SECONDS = 120  # without an answer of Ray's head: it may come back
 
 
@@ -50,7 +52,6 @@ class _Work:
     job: Job
     run: Folder
     gpu: bool
-    data_cpus: float
     data_memory: int
     board: Board
 
@@ -69,32 +70,42 @@ def train_on_ray(
         RaybertError: training failed more often than `max_failures` allows; says what the first
             failing worker said.
     """
+    for name, value in _patience(job.config).items():
+        os.environ.setdefault(name, value)
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
+
+    from raybert.train.recovery import NodesInterface, Trainer
 
     config = job.config
-    gpu = config.gpu == "yes" or (config.gpu == "auto" and resources.gpus >= config.workers)
+    gpu = config.gpu == "yes" or (config.gpu == "auto" and resources.gpus >= config.min_workers)
     _check_resources(config, gpu, resources)
     board = Board()
     work = _Work(
         job=job,
         run=run,
         gpu=gpu,
-        data_cpus=operator_cpus(int(resources.cpus) - config.workers, config.workers, gpu),
         data_memory=int(
-            min(_LOOK_AHEAD["gpu" if gpu else "cpu"], resources.object_store / 2 / config.workers)
+            min(
+                _LOOK_AHEAD["gpu" if gpu else "cpu"],
+                resources.object_store / 2 / config.max_workers,
+            )
         ),
         board=board,
     )
     ray_folder, name = run / "ray", f"attempt-{time.time_ns()}"
-    trainer = _trainer_class(resources)(
+    fewest, most = config.min_workers, config.max_workers
+    trainer = Trainer(
         _worker,
+        run=run,
+        board=board,
+        resources=resources,
         train_loop_config={"work": work},
-        torch_config=TorchConfig(
+        torch_config=NodesInterface(
             backend="nccl" if gpu else "gloo", timeout_s=math.ceil(config.collective_timeout_s)
         ),
         scaling_config=ScalingConfig(
-            num_workers=config.workers,
+            num_workers=most if fewest == most else (fewest, most),
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=gpu,
             resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpu else {}),
         ),
@@ -115,29 +126,14 @@ def train_on_ray(
     return result if isinstance(result, dict) else {}
 
 
-def _trainer_class(resources: Resources) -> Any:
-    """TorchTrainer without the helpers that a run has no use for; each is one more process.
-
-    The datasets' manager serves datasets given to the trainer; here every worker makes its own.
-    The cleaner outlives a killed driver and frees what its run had reserved; on a Ray that ends
-    with this process there is nothing to outlive, and it fails without Ray's dashboard.
-    """
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import (
-        PlacementGroupCleanerCallback,
-    )
-
-    unused: tuple[type, ...] = (DatasetsCallback,)
-    if resources.started_here:
-        unused = (*unused, PlacementGroupCleanerCallback)
-
-    class Trainer(TorchTrainer):  # type: ignore[misc]  # of an untyped package
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [c for c in callbacks if not isinstance(c, unused)]
-
-    return Trainer
+def _patience(config: TrainConfig) -> dict[str, str]:
+    """How soon Ray Train takes a worker for lost: its own ten minutes are for GPUs that compile."""
+    return {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(math.ceil(config.collective_timeout_s)),
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",
+    }
 
 
 def operator_cpus(free: int, workers: int, gpu: bool) -> float:
@@ -159,11 +155,13 @@ def _check_resources(config: TrainConfig, gpu: bool, resources: Resources) -> No
     Raises:
         ConfigError: the cluster is too small.
     """
-    workers, key = config.workers, f"{config.section}.workers={config.workers}"
+    workers, name = config.min_workers, f"{config.section}.workers"
+    name += "" if isinstance(config.workers, int) else ".min"
+    key = f"{name}={workers}"
     if gpu and resources.gpus < workers:
         raise ConfigError(
             f"{key} with {config.section}.gpu={config.gpu} need {workers} GPUs, the cluster has "
-            f"{resources.gpus:g}; lower {config.section}.workers or set {config.section}.gpu=no"
+            f"{resources.gpus:g}; lower {name} or set {config.section}.gpu=no"
         )
     if resources.cpus < workers + 1:
         raise ConfigError(
@@ -192,17 +190,19 @@ def _worker(config: dict[str, Any]) -> None:
             work.run,
             attempt,
             group,
-            Feed(on_ray=True, cpus=work.data_cpus, memory=work.data_memory),
+            Feed(on_ray=True, cpus=_data_cpus(group.world_size, work.gpu), memory=work.data_memory),
             workers_here=context.get_local_world_size(),
             on_progress=link.report if link else lambda record: None,
-            should_stop=link.is_stopping if link else lambda: False,
+            wishes=Wishes(link.is_stopping, _is_leaving, link.is_asked_to_save)
+            if link
+            else Wishes(leave=_is_leaving),
         )
     except Stopped:
         return  # as asked
     except Superseded as error:
         if work.board.attempt() == attempt:  # by another driver, else by a restart of this one's
             work.board.fail(error)
-    except StorageError:
+    except (StorageError, Evicted):
         raise  # may pass: Ray starts the workers again
     except RaybertError as error:
         if link is not None:
@@ -213,6 +213,23 @@ def _worker(config: dict[str, Any]) -> None:
     finally:
         if link is not None:
             link.close()
+
+
+def _data_cpus(workers: int, gpu: bool) -> float:
+    """The CPUs of this worker's operators, on the cluster as it is now."""
+    import ray
+
+    return operator_cpus(int(ray.cluster_resources().get("CPU", 1)) - workers, workers, gpu)
+
+
+def _is_leaving() -> bool:
+    """Whether Ray has word that a worker's node will be taken away.
+
+    `ray.train.get_preemption_info` is a barrier of all workers; the loop sums this up by itself.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 class _Fit:
@@ -286,12 +303,9 @@ class _Fit:
 
 def _said_by_worker(error: Any) -> Exception:
     """What the first failing worker said, in one line."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    if not failures:
-        return RaybertError(f"training failed: {str(error).strip().splitlines()[-1]}")
-    rank, failure = min(failures.items())
-    cause = getattr(failure, "cause", None) or failure
+    from raybert.train.recovery import causes_of, reason_of
+
+    cause = causes_of(error)[0]
     if isinstance(cause, UserError | StorageError | DamagedError):
         return cause
-    last = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
-    return RaybertError(f"training failed: worker {rank}: {last}")
+    return RaybertError(f"training failed: {reason_of(error)}")

@@ -23,7 +23,7 @@ from raybert.storage import Folder
 from raybert.text.masking import IGNORE_INDEX
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
-from raybert.train.loop import MAX_SKIPPED_IN_A_ROW, Stopped
+from raybert.train.loop import MAX_SKIPPED_IN_A_ROW, Stopped, Wishes
 from raybert.train.meters import MetricsLog, read_metrics
 from raybert.train.run import Feed
 
@@ -276,7 +276,7 @@ def test_minutes_become_steps_once(corpus, run):
     job = pretrain_job(corpus, minutes=0.05, steps=None)
     first = Attempt(job, run)
     with pytest.raises(Stopped):
-        first.loop._should_stop = lambda: first.loop.progress.total_steps is not None
+        first.loop._wishes = Wishes(stop=lambda: first.loop.progress.total_steps is not None)
         first.run()
     total = first.store.load(first.store.steps()[-1]).state["total_steps"]
     assert total > first.loop.progress.step

@@ -1,0 +1,288 @@
+"""A cluster of several nodes on one machine: network namespaces, each with a Ray of its own.
+
+Every node has an address on a bridge, its own processes and its own `ray start`, with Ray's token.
+A supervisor starts again what died, as Kubernetes does with pods. Needs Linux and root.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_SUBNET = "10.77.0"
+_BRIDGE, _OUTSIDE = "rbbr", f"{_SUBNET}.254"
+_DASHBOARD, _GCS = 8265, 6379
+_BIN = Path(sys.executable).parent
+_START_SECONDS = 120
+
+
+def refusal() -> str | None:
+    """Why this machine can't have such a cluster; None where it can."""
+    if sys.platform != "linux":
+        return "network namespaces need Linux"
+    if os.geteuid() != 0:
+        return "network namespaces need root: run it with sudo"
+    if shutil.which("ip") is None:
+        return "`ip` is missing: install iproute2"
+    return None
+
+
+def _ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@dataclass
+class Node:
+    """A network namespace and the `ray start` in it."""
+
+    index: int  # 0 is the head
+    folder: Path
+    cpus: int
+    env: dict[str, str]
+    process: subprocess.Popen[bytes] | None = None
+    wanted: bool = True  # whether the supervisor starts it again
+    starts: int = 0
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def name(self) -> str:
+        """Of the namespace."""
+        return f"rb{self.index}"
+
+    @property
+    def address(self) -> str:
+        """On the bridge."""
+        return f"{_SUBNET}.{self.index + 1}"
+
+    def connect(self) -> None:
+        """Make the namespace and its link to the bridge."""
+        inside, outside = f"{self.name}i", f"{self.name}o"
+        _ip("netns", "add", self.name)
+        _ip("link", "add", outside, "type", "veth", "peer", "name", inside)
+        _ip("link", "set", inside, "netns", self.name)
+        _ip("link", "set", outside, "master", _BRIDGE, "up")
+        for words in (
+            ("addr", "add", f"{self.address}/24", "dev", inside),
+            ("link", "set", inside, "up"),
+            ("link", "set", "lo", "up"),
+        ):
+            _ip("-n", self.name, *words)
+
+    def start(self) -> None:
+        """Run `ray start`; it stays in the foreground."""
+        with self.lock:
+            self.folder.mkdir(exist_ok=True)
+            words = [
+                *("ip", "netns", "exec", self.name, str(_BIN / "ray"), "start", "--block"),
+                *(f"--node-ip-address={self.address}", f"--num-cpus={self.cpus}"),
+                *(f"--temp-dir={self.folder}", "--object-store-memory=200000000"),
+                *("--disable-usage-stats", "--log-style=record"),
+            ]
+            if self.index == 0:
+                words += ["--head", f"--port={_GCS}", f"--dashboard-host={self.address}"]
+            else:
+                words += [f"--address={_SUBNET}.1:{_GCS}"]
+            log = (self.folder / "start.log").open("ab")
+            self.process = subprocess.Popen(
+                words, env=self.env, stdout=log, stderr=log, start_new_session=True
+            )
+            self.starts += 1
+
+    def pids(self, word: str = "") -> list[int]:
+        """The processes in the namespace whose command line has a word, the oldest first."""
+        found = []
+        for pid in map(int, _ip("netns", "pids", self.name).split()):
+            with suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if word in " ".join(process.cmdline()):
+                    found.append((process.create_time(), pid))
+        return [pid for _, pid in sorted(found)]
+
+    def kill(self) -> None:
+        """Kill all processes at once, as when a machine loses its power."""
+        with self.lock:
+            for pid in self.pids():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if self.process is not None:
+                self.process.wait()
+
+    def cut(self) -> None:
+        """Pull the network's plug."""
+        _ip("link", "set", f"{self.name}o", "down")
+
+    def mend(self) -> None:
+        """Put it in again."""
+        _ip("link", "set", f"{self.name}o", "up")
+
+    def remove(self) -> None:
+        """Kill what runs and delete the namespace."""
+        self.wanted = False
+        with suppress(subprocess.CalledProcessError):
+            self.kill()
+            _ip("netns", "del", self.name)
+
+
+class Disk:
+    """A shared folder that can refuse to be written to: a tmpfs, filled to its last page."""
+
+    def __init__(self, path: Path, megabytes: int) -> None:
+        """Mount it."""
+        self.path = path
+        path.mkdir()
+        options = f"size={megabytes}m,mode=755"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], check=True)
+        self._full = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def refuse(self) -> None:
+        """Leave no room, and none that is given back by others."""
+        self._full.set()
+        self._fill()
+        self._thread = threading.Thread(target=self._keep_full, daemon=True)
+        self._thread.start()
+
+    def accept(self) -> None:
+        """Give the room back."""
+        self._full.clear()
+        if self._thread is not None:
+            self._thread.join()
+        (self.path / ".ballast").unlink(missing_ok=True)
+
+    def _keep_full(self) -> None:
+        while self._full.is_set():
+            self._fill()
+            time.sleep(0.2)
+
+    def _fill(self) -> None:
+        size = 16 << 20
+        with (self.path / ".ballast").open("ab", buffering=0) as file:
+            while size >= 1:
+                try:
+                    file.write(bytes(size))
+                except OSError:
+                    size //= 4
+
+    def unmount(self) -> None:
+        """Throw it away, with all that is on it."""
+        self.accept()
+        subprocess.run(["umount", "--lazy", str(self.path)], check=False)
+
+
+class Cluster:
+    """A head and workers, a shared disk, and the supervisor; a context manager."""
+
+    def __init__(self, workers: int, *, cpus: int = 2, head_cpus: int = 1, disk_mb: int = 1024):
+        """Describe it; `cpus` are logical ones, of each worker's node."""
+        self.folder = Path(tempfile.mkdtemp(prefix="rb-", dir="/tmp"))  # sockets want a short path
+        token = self.folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        self.env = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "PATH": f"{_BIN}:{os.environ['PATH']}",
+        }
+        self._disk_mb = disk_mb
+        self.nodes = [
+            Node(i, self.folder / f"n{i}", cpus if i else head_cpus, self.env)
+            for i in range(workers + 1)
+        ]
+        self._over = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, daemon=True)
+
+    @property
+    def head(self) -> Node:
+        """The node with the dashboard."""
+        return self.nodes[0]
+
+    @property
+    def workers(self) -> list[Node]:
+        """The others."""
+        return self.nodes[1:]
+
+    @property
+    def address(self) -> str:
+        """Of the dashboard."""
+        return f"http://{self.head.address}:{_DASHBOARD}"
+
+    def __enter__(self) -> Cluster:
+        try:
+            self.disk = Disk(self.folder / "disk", self._disk_mb)
+            _ip("link", "add", _BRIDGE, "type", "bridge")
+            _ip("addr", "add", f"{_OUTSIDE}/24", "dev", _BRIDGE)
+            _ip("link", "set", _BRIDGE, "up")
+            for node in self.nodes:
+                node.connect()
+            self.head.start()
+            self.wait_for_head()
+            for node in self.workers:
+                if node.wanted:
+                    node.start()
+            self._supervisor.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._supervisor.is_alive():
+            self._supervisor.join()
+        for node in reversed(self.nodes):
+            node.remove()
+        with suppress(subprocess.CalledProcessError):
+            _ip("link", "del", _BRIDGE)
+        if hasattr(self, "disk"):
+            self.disk.unmount()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def wait_for_head(self) -> None:
+        """Wait until the head takes jobs.
+
+        Raises:
+            RuntimeError: it does not come up.
+        """
+        ends = time.monotonic() + _START_SECONDS
+        while self.call("jobs").returncode != 0:
+            if time.monotonic() > ends:
+                log = (self.head.folder / "start.log").read_text(errors="replace")
+                raise RuntimeError(f"the head does not come up: {log[-2000:]}")
+            time.sleep(1)
+
+    def call(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run `raybert` outside of the nodes, as from a laptop, and wait for it."""
+        return subprocess.run(
+            self._command(words), env=self.env, capture_output=True, text=True, check=False
+        )
+
+    def begin(self, *words: str, **more: Any) -> subprocess.Popen[str]:
+        """Run `raybert` outside of the nodes."""
+        return subprocess.Popen(self._command(words), env=self.env, text=True, **more)
+
+    def _command(self, words: tuple[str, ...]) -> list[str]:
+        return [sys.executable, "-m", "raybert", *words, "--address", self.address]
+
+    def _supervise(self) -> None:
+        while not self._over.wait(1):
+            for node in self.nodes:
+                with node.lock:
+                    process = node.process
+                    if not node.wanted or process is None or process.poll() is None:
+                        continue
+                    node.kill()  # a container that ends takes all its processes with it
+                    node.start()
