@@ -1,12 +1,13 @@
-"""The fault drill: a pretraining run that is killed, cut off and refused, against an undisturbed one.
+"""The fault drill: a run that is killed, cut off and refused, against an undisturbed one.
 
     sudo .venv/bin/python benchmarks/faults.py --seed 0 --faults 20 --json
 
-Builds a cluster of network namespaces (`nodes.py`) with a worker on each of three nodes, makes a
-corpus of real reviews there and submits `pretrain` twice: once left alone, once with faults drawn
-from the seed: what fails, which node, after how many steps, and in what moment (in mid-step, while a
-checkpoint is written, while the run evaluates, while the workers start again). A supervisor starts
-again what died; where the driver or the head was killed, the drill submits again, as a user would.
+Builds a cluster of network namespaces (`nodes.py`) with a head and three nodes for workers, makes a
+corpus of real sentences there and submits `pretrain` twice: once left alone, once with faults drawn
+from the seed: what fails, which node, after how many steps, and in what moment (between two of
+them, while a checkpoint is written, while the run evaluates, while the workers start again). A
+supervisor starts again what died; where the driver or the head was killed, the drill submits again,
+as a user would.
 Ends with one JSON object: `identical` (SHA-256 of the finished weights), `digests_equal` (of every
 micro-batch of every step, over all attempts), `faults`, each with the seconds until the first new
 step and where they went, and `manual_steps`.

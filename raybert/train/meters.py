@@ -25,14 +25,15 @@ SEGMENTS = "metrics"
 class MetricsLog:
     """Writes an attempt's segment: appended line by line on a disk, rewritten whole elsewhere."""
 
-    def __init__(self, run: Folder, attempt: int, first_step: int) -> None:
-        """Open the segment of an attempt that starts at `first_step`."""
+    def __init__(self, run: Folder, attempt: int, first_step: int, workers: int = 1) -> None:
+        """Open the segment of an attempt that starts at `first_step` with so many workers."""
         self._folder, self._name = run / SEGMENTS, f"{attempt:04d}.jsonl"
         self._lines: list[str] = []
         self._file: TextIO | None = None
         if self._folder.is_local:
             self._file = open_lines(self._folder, self._name)
-        self.write({"kind": "event", "step": first_step, "event": "start", "attempt": attempt})
+        start = {"kind": "event", "step": first_step, "event": "start"}
+        self.write({**start, "attempt": attempt, "workers": workers})
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record; its time is added. NaN and infinity become null, as JSON demands.

@@ -157,7 +157,7 @@ def execute(
         config,
         group,
         store=store,
-        open_log=lambda step: MetricsLog(run, attempt, step),
+        open_log=lambda step: MetricsLog(run, attempt, step, group.world_size),
         on_progress=on_progress,
         wishes=wishes,
         on_batch=digests,

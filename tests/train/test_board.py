@@ -174,3 +174,41 @@ def test_what_a_user_can_mend_is_said_by_its_own_class():
     assert _said_by_worker(Failed(full)) is full
     other = _said_by_worker(Failed(ValueError("odd")))
     assert str(other) == "training failed: worker 0: odd"
+
+
+def test_a_wish_to_save_is_heard_once_and_again_when_it_is_repeated(monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS", 0.01)
+    store = Store()
+    link = Link(store, attempt=1)
+
+    def heard():
+        ends = time.monotonic() + 20
+        while not (asked := link.is_asked_to_save()) and time.monotonic() < ends:
+            time.sleep(0.01)
+        return asked
+
+    try:
+        assert not link.is_asked_to_save()
+        for _ in range(2):
+            store.ask_to_save()
+            assert heard()
+            time.sleep(0.1)
+            assert not link.is_asked_to_save()
+    finally:
+        link.close()
+
+
+def test_an_event_comes_after_the_records_of_its_attempt_and_before_the_next_ones():
+    store = Store()
+    store.begin(2)
+    store.put('{"step": 9}', (2, 40))
+    store.put('{"step": 8}', (3, 0))
+    store.tell("restart", "a worker was lost", 8)
+    kept = list(store.take())
+    assert [record["step"] for record in kept] == [9, 8, 8]
+    assert kept[1] == {
+        "kind": "event",
+        "step": 8,
+        "event": "restart",
+        "message": "a worker was lost",
+    }

@@ -23,7 +23,7 @@ from raybert.storage import Folder
 from raybert.text.masking import IGNORE_INDEX
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
-from raybert.train.loop import MAX_SKIPPED_IN_A_ROW, Stopped, Wishes
+from raybert.train.loop import MAX_SKIPPED_IN_A_ROW, Evicted, Stopped, Wishes
 from raybert.train.meters import MetricsLog, read_metrics
 from raybert.train.run import Feed
 
@@ -531,3 +531,28 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(corpus, run, monkeypatch):
     assert attempt.run()["step"] == 4
     assert "No space left" in attempt.events()["checkpoint failed"]
     assert attempt.store.steps() == [4]
+
+
+# Wishes from outside -----------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_is_asked_for_is_written_at_once(corpus, run):
+    attempt = Attempt(pretrain_job(corpus, steps=6, keep_checkpoints=9), run)
+    attempt.loop._wishes = Wishes(save=lambda: attempt.loop.progress.step in (2, 3))
+    attempt.run()
+    assert {2, 3} <= set(attempt.store.steps())
+
+
+def test_whoever_must_leave_leaves_after_a_checkpoint_and_nothing_is_lost(corpus, tmp_path):
+    job = pretrain_job(corpus, {"dropout": 0.1}, steps=6)
+    once = Attempt(job, Folder(tmp_path / "whole"))
+    once.run()
+    first = Attempt(job, Folder(tmp_path / "parted"))
+    first.loop._wishes = Wishes(leave=lambda: first.loop.progress.step == 3)
+    with pytest.raises(Evicted):
+        first.run()
+    assert "a node is about to go" in first.events()["eviction"]
+    again = Attempt(job, Folder(tmp_path / "parted"))
+    again.run()
+    assert [record["step"] for record in again.of_kind("train")] == [4, 5, 6]
+    assert same_tensors(once.store.load(6).model, again.store.load(6).model)

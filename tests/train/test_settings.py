@@ -73,3 +73,34 @@ def test_what_decides_the_result_may_not_change():
     decides |= {"warmup_fraction", "weight_decay", "max_grad_norm", "precision", "deterministic"}
     assert decides <= set(TrainConfig.model_fields)
     assert not decides & MAY_CHANGE
+
+
+@pytest.mark.parametrize(
+    ("values", "fewest", "most"),
+    [
+        ({}, 1, 1),
+        ({"workers": 3}, 3, 3),
+        ({"workers": {"max": 4}}, 1, 4),
+        ({"workers": {"min": 2, "max": 4}}, 2, 4),
+    ],
+)
+def test_a_number_of_workers_or_a_range(values, fewest, most):
+    config = build(PretrainConfig, values, "x")
+    assert (config.min_workers, config.max_workers) == (fewest, most)
+    assert build(PretrainConfig, config.model_dump(mode="json"), "again") == config
+
+
+@pytest.mark.parametrize(
+    ("workers", "words"),
+    [
+        (0, "x: workers=0: input should be greater than or equal to 1"),
+        ({"min": 2}, "x: workers.max is missing; add it, or pass --set workers.max=VALUE"),
+        ({"min": 3, "max": 2}, "x: workers.min=3 is more than max=2; lower min or raise max"),
+        ({"max": 99}, "x: workers.max=99, but a step has only 8 micro-batches"),
+        ({"max": 2, "most": 3}, "x: unknown key workers.most; did you mean workers.max?"),
+    ],
+)
+def test_workers_that_can_not_be(workers, words):
+    with pytest.raises(ConfigError) as caught:
+        build(PretrainConfig, {"workers": workers}, "x")
+    assert str(caught.value).startswith(words)

@@ -9,7 +9,7 @@ from raybert.errors import ConfigError
 from raybert.ray_session import Resources
 from raybert.train.finetune import FinetuneConfig
 from raybert.train.pretrain import PretrainConfig
-from raybert.train.worker import _check_resources, _trainer_class, operator_cpus
+from raybert.train.worker import _check_resources, operator_cpus
 
 
 def resources(cpus, gpus=0, started_here=True):
@@ -47,6 +47,13 @@ def test_all_workers_operators_fit_beside_each_other(free, workers, gpu):
             "finetune.workers=2 with finetune.gpu=yes need 2 GPUs, the cluster has 1; "
             "lower finetune.workers or set finetune.gpu=no",
         ),
+        (
+            build(PretrainConfig, {"workers": {"min": 4, "max": 8}}, "x"),
+            False,
+            resources(4),
+            "pretrain.workers.min=4 leave no CPU for Ray Data's operators: the cluster has 4; "
+            "lower it to 3 or add a node",
+        ),
     ],
 )
 def test_a_cluster_that_is_too_small_is_refused(config, gpu, have, words):
@@ -54,17 +61,3 @@ def test_a_cluster_that_is_too_small_is_refused(config, gpu, have, words):
         _check_resources(config, gpu, have)
     assert str(refused.value) == words
     _check_resources(config, gpu, resources(65, gpus=4))
-
-
-@pytest.mark.parametrize("started_here", [True, False])
-def test_helpers_without_a_use_are_left_out(started_here):
-    from ray.train.torch import TorchTrainer
-
-    def names(trainer):
-        made = trainer(lambda: None)._create_default_callbacks()
-        return {type(callback).__name__ for callback in made}
-
-    usual, ours = names(TorchTrainer), names(_trainer_class(resources(4, 0, started_here)))
-    cleaner = {"PlacementGroupCleanerCallback"} if started_here else set()
-    assert usual - ours == {"DatasetsCallback"} | cleaner
-    assert not ours - usual
