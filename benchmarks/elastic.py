@@ -2,10 +2,10 @@
 
     sudo .venv/bin/python benchmarks/elastic.py --json
 
-On the cluster of `nodes.py`, with room for one worker on each node: two nodes join in mid-run, later
-one is lost. Ends with one JSON object: `digests_equal` (of every micro-batch of every step),
+On the cluster of `nodes.py`, with room for one worker on each node: two nodes join in mid-run,
+later one is lost. Ends with one JSON object: `digests_equal` (of every micro-batch of every step),
 `largest_loss_difference` over all evaluations, the `workers` of every attempt, `seconds` from a
-node's coming or loss to the first step of the new size.
+node's coming or loss to the steps of the new size.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from raybert.train.recovery import Patience, Trainer, _Losses, causes_of, reason
 LOST = WorkerGroupError("lost", {1: RuntimeError("Connection closed by peer"), 2: RayActorError()})
 NO_PLACE = ControllerError(WorkerGroupStartupTimeoutError(3))
 EVICTED = WorkerGroupError("left", {0: Evicted("a node goes away at step 7")})
-TAKEN = PreemptionError("", PreemptionInfo(None, {"a": [1]}))
+TAKEN = PreemptionError(PreemptionInfo(None, {"a": [1]}))
 
 
 class Losses:
