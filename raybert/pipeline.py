@@ -15,6 +15,7 @@ from raybert.config import build, dump, parse_yaml
 from raybert.display import Display, clock
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
+from raybert.model.find import resolve_model
 from raybert.ray_session import ray_session
 from raybert.storage import Folder
 from raybert.text import corpus, sources
@@ -339,23 +340,3 @@ def _check_lengths(experiment: Experiment) -> None:
             raise ConfigError(
                 f"pretrain.examples: {text!r} has no {MASK}; put one where a word is to be guessed"
             )
-
-
-def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
-    """The model directory that a path means: itself, a run's `model/`, or an experiment's.
-
-    Args:
-        path: a folder.
-        stage: the run that is meant inside an experiment.
-        key: the configuration's key that names it, for messages.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = Folder(path)
-    for inside in ("", "model", f"{stage}/model"):
-        candidate = folder / inside if inside else folder
-        if candidate.exists("config.json"):
-            return candidate
-    named = f"{key}={path}" if key else path
-    raise UserError(f"{named}: no model here (config.json is missing); name a model/ or a run")

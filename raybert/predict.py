@@ -116,12 +116,6 @@ def predict_file(
 
 def fill_mask(model: Folder, text: str, top: int) -> list[list[dict[str, Any]]]:
     """The likeliest tokens for each mask of a text."""
-    from raybert.model import hub
-    from raybert.text.preprocess import Preprocessing
-    from raybert.text.tokenizer import Tokenizer
-    from raybert.train.pretrain import fillings
+    from raybert.serve.filler import MaskFiller
 
-    network = hub.load_masked_lm(model).eval()
-    limit = network.encoder.config.max_seq_len
-    how = Preprocessing.read(hub.read_preprocessing(model), limit)
-    return fillings(network, Tokenizer.load(model), how.clean(text), top)
+    return MaskFiller(model).fill(text, top)

@@ -9,7 +9,9 @@ Shapes: B batch, T tokens, N heads, H head dim.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +38,40 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if slow and q.shape[2] <= MOST_TOKENS:
         return attend_by_products(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend_each(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], reach: int | None = None
+) -> Tensor:
+    """Same as `attend` for texts that stand end to end in one row: each sees itself alone.
+
+    Nothing is computed for padding, and a text's values do not depend on its neighbours. Texts of
+    one length that follow each other are worked on together.
+
+    Args:
+        q: [1, N, T, H].
+        k: [1, N, T, H].
+        v: [1, N, T, H].
+        lengths: tokens of each text; they sum to T.
+        reach: tokens to either side that each one sees; None: all of its text.
+
+    Returns:
+        [1, N, T, H].
+    """
+    rows = [tensor[0].transpose(0, 1) for tensor in (q, k, v)]  # [T, N, H] each
+    mixed = torch.empty_like(rows[2], memory_format=torch.contiguous_format)  # [T, N, H]
+    begin = 0
+    for length, alike in itertools.groupby(lengths):
+        count = len(list(alike))
+        end = begin + count * length
+        parts = [row[begin:end].unflatten(0, (count, length)).transpose(1, 2) for row in rows]
+        mask = None
+        if reach is not None and length > reach + 1:
+            at = torch.arange(length, device=q.device)
+            mask = ((at[:, None] - at).abs() <= reach)[None, None]  # [1, 1, length, length]
+        mixed[begin:end] = attend(*parts, mask).transpose(1, 2).flatten(0, 1)
+        begin = end
+    return mixed.transpose(0, 1)[None]
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

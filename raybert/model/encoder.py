@@ -10,6 +10,7 @@ M masked positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from raybert.config import Settings
 from raybert.errors import ConfigError
-from raybert.model.attention import Dropout, attend
+from raybert.model.attention import Dropout, attend, attend_each
 
 
 class ModelConfig(Settings):
@@ -145,6 +146,8 @@ class AttentionPlan(NamedTuple):
     mask: Tensor | None  # bool [B or 1, 1, T or 1, T], True: may be seen; None: everything may
     cos: Tensor | None  # fp32 [B or 1, T, 1, 1, H/2]; None: no rotary positions
     sin: Tensor | None
+    lengths: Sequence[int] | None = None  # of texts end to end in one row; then no mask is needed
+    reach: int | None = None  # of a local layer, where there are lengths
 
 
 class Embeddings(nn.Module):
@@ -195,7 +198,10 @@ class Attention(nn.Module):
             qkv = rotate(qkv, plan.cos.to(qkv.dtype), plan.sin.to(qkv.dtype))
         q, k, v = qkv.unbind(2)  # [B, T, N, H] each
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, N, T, H]
-        mixed = attend(q, k, v, plan.mask)  # [B, N, T, H]
+        if plan.lengths is None:
+            mixed = attend(q, k, v, plan.mask)  # [B, N, T, H]
+        else:
+            mixed = attend_each(q, k, v, plan.lengths, plan.reach)
         x = self.out(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
         return x
 
@@ -274,6 +280,7 @@ class Encoder(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Encode a batch.
 
@@ -283,23 +290,28 @@ class Encoder(nn.Module):
                 attention then runs without a mask.
             document_ids: int64 [B, T], 0 and up, a number for each packed document: tokens see
                 their own document only, and its positions start at 0. None: a row is one document.
+            lengths: tokens of each text where B is 1 and texts stand end to end in the row, which
+                may then be of any length: the way to answer without padding. None: they don't.
 
         Returns:
             Hidden states [B, T, D]. Those at padding mean nothing.
 
         Raises:
-            ConfigError: T is more than max_seq_len.
+            ConfigError: a text is longer than max_seq_len.
         """
-        seq_len = input_ids.shape[1]
+        seq_len = input_ids.shape[1] if lengths is None else max(lengths)
         if seq_len > self.config.max_seq_len:
             raise ConfigError(
                 f"a row of {seq_len} tokens is longer than max_seq_len={self.config.max_seq_len}; "
                 f"shorten it, or train a model with max_seq_len={seq_len}"
             )
         positions = None if document_ids is None else _positions(document_ids)  # [B, T]
+        if lengths is not None:
+            starts = torch.arange(seq_len, device=input_ids.device)
+            positions = torch.cat([starts[:length] for length in lengths])[None]  # [1, T]
         mask = _mask(attention_mask, document_ids)
-        global_plan = self._plan(mask, positions, seq_len, local=False)
-        local_plan = self._plan(mask, positions, seq_len, local=True)
+        global_plan = self._plan(mask, positions, seq_len, lengths, local=False)
+        local_plan = self._plan(mask, positions, seq_len, lengths, local=True)
 
         x: Tensor = self.embeddings(input_ids, positions)  # [B, T, D]
         for index, layer in enumerate(self.layers):
@@ -308,15 +320,25 @@ class Encoder(nn.Module):
         return x
 
     def _plan(
-        self, mask: Tensor | None, positions: Tensor | None, seq_len: int, *, local: bool
+        self,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        seq_len: int,
+        lengths: Sequence[int] | None,
+        *,
+        local: bool,
     ) -> AttentionPlan:
         if self.config.layout == "classic":
-            return AttentionPlan(mask, None, None)
+            return AttentionPlan(mask, None, None, lengths)
         angles = self.get_buffer("local_angles" if local else "global_angles")
         # [T, H/2], or [B, T, H/2] by document; then broadcast over query and key, and heads
         angles = angles[:seq_len] if positions is None else angles[positions]
         angles = angles[..., None, None, :]
         reach = self.config.local_attention // 2
+        if lengths is not None:
+            return AttentionPlan(
+                mask, angles.cos(), angles.sin(), lengths, reach if local else None
+            )
         if local and seq_len > reach + 1:
             at = torch.arange(seq_len, device=angles.device)
             near = ((at[:, None] - at).abs() <= reach)[None, None]  # [1, 1, T, T]

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D hidden, V vocabulary, M masked positions, L labels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -150,18 +151,29 @@ class Classifier(nn.Module):
         model.initialize(self.classifier.weight, std)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
         """Score the labels.
 
         Args:
             input_ids: int64 [B, T].
             attention_mask: bool [B, T], False at padding; None: no padding.
+            lengths: tokens of each text, where they stand end to end in one row [1, T]: B is then
+                the number of texts. None: a row is a text.
 
         Returns:
             Logits, fp32 [B, L].
         """
-        x: Tensor = self.encoder(input_ids, attention_mask)  # [B, T, D]
-        x = pool(x, attention_mask, self.pooling)  # [B, D]
+        x: Tensor = self.encoder(input_ids, attention_mask, lengths=lengths)  # [B, T, D]
+        if lengths is None:
+            x = pool(x, attention_mask, self.pooling)  # [B, D]
+        else:
+            texts = x[0].split(list(lengths))  # [T of each, D]
+            x = torch.cat([pool(text[None], None, self.pooling) for text in texts])
         x = self.classifier(self.dropout(self.transform(x)))  # [B, L]
         return x.float()
 

@@ -10,6 +10,7 @@ head where `transformers` has none like it. Weights are read from safetensors on
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -123,10 +124,12 @@ def save_classifier(
     folder: Folder,
     card: str,
     preprocessing: Mapping[str, Any] | None = None,
+    temperature: float | None = None,
 ) -> None:
     """Write a classifier; arguments as in `save_masked_lm`, and the label of each logit.
 
-    Where `transformers` can't load it, `config.json` and the card say so.
+    `temperature` is what logits are divided by before they are probabilities. Where `transformers`
+    can't load the model, `config.json` and the card say so.
     """
     if len(label_names) != model.num_labels:
         raise ValueError(f"{len(label_names)} label names for {model.num_labels} labels")
@@ -135,6 +138,8 @@ def save_classifier(
     config["label2id"] = {name: index for index, name in enumerate(label_names)}
     config["problem_type"] = "single_label_classification"
     config["classifier_dropout"] = model.config.dropout
+    if temperature is not None:
+        config["raybert"]["temperature"] = temperature
     reason = unsupported_by_transformers(model.config, model.encoder.config)
     if reason is None:
         if model.encoder.config.layout == "modern":
@@ -262,6 +267,21 @@ def read_preprocessing(folder: Folder) -> dict[str, Any]:
         UserError: no model there.
     """
     return dict(_read_config(folder).get("raybert", {}).get("preprocessing", {}))
+
+
+def read_temperature(folder: Folder) -> float:
+    """Read what a classifier's logits are divided by; 1.0 for models that don't say.
+
+    Raises:
+        UserError: no model there.
+        DamagedError: it is no positive number.
+    """
+    value = _read_config(folder).get("raybert", {}).get("temperature", 1.0)
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise DamagedError(
+            f"{folder.join('config.json')} is damaged: temperature={value!r} is no positive number"
+        )
+    return float(value)
 
 
 def weights_hash(folder: Folder) -> str:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raybert.errors import DataError, StorageError, UserError
+from raybert.model import hub
 from raybert.ray_session import cores
 from raybert.serve.classifier import TextClassifier, softmax
 from raybert.storage import Folder
@@ -209,11 +210,11 @@ def predict_source(
 ) -> dict[str, Any]:
     """Score a source into a file; returns the number of texts, and of rows left out by reason."""
     skipped: Counter[str] = Counter()
-    done = 0
+    done, temperature = 0, np.float32(hub.read_temperature(model))
     with PredictionWriter(output, names) as writer:
         for table in score(source, model, labels=False, workers=workers, skipped=skipped):
             rows, texts = table["row"].to_pylist(), table["text"].to_pylist()
-            writer.write(rows, texts, softmax(logits_of(table)))
+            writer.write(rows, texts, softmax(logits_of(table) / temperature))
             done += len(table)
             on_progress(done)
         if not done:

@@ -1,4 +1,9 @@
-"""The classifier as an object: raw texts in, probabilities out. Batch and HTTP answers use it."""
+"""The classifier as an object: raw texts in, probabilities out. Batch and HTTP answers use it.
+
+On CPUs the texts of a batch stand end to end in one row, each seeing itself alone
+(`attend_each`): nothing is computed for padding, and but for the rounding of matrix products a
+text's scores do not depend on its company.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,17 @@ import numpy.typing as npt
 import torch
 
 from raybert.model import hub
+from raybert.serve import precision as precisions
+from raybert.serve.windows import windows
 from raybert.storage import Folder
-from raybert.text.preprocess import Preprocessing, pad
+from raybert.text.preprocess import Preprocessing, pad, split
 from raybert.text.tokenizer import Tokenizer
-from raybert.train.group import has_fast_bf16
 
-TOKENS_PER_BATCH = 8192  # of padded input: large enough that products, not calls, take the time
+Row = npt.NDArray[Any]  # a text's ids, [tokens]
+
+#: Of one forward pass: large enough that products, not calls, take the time, and small enough that
+#: on CPUs what lies between two products stays in the cache.
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32_768}
 
 
 class TextClassifier:
@@ -24,46 +34,99 @@ class TextClassifier:
     def __init__(self, folder: Folder, *, device: str = "cpu", precision: str = "auto") -> None:
         """Load a `model/` directory.
 
+        Args:
+            folder: the directory.
+            device: cpu or cuda.
+            precision: one of `precision.PRECISIONS`; auto: what was chosen for this model and
+                machine, or bf16 where the device multiplies it in hardware.
+
         Raises:
             UserError: there is no classifier there.
             DamagedError: a file is cut short or altered.
         """
-        self.model, self.labels = hub.load_classifier(folder)
+        model, self.labels = hub.load_classifier(folder)
         self.tokenizer = Tokenizer.load(folder)
         self.preprocessing = Preprocessing.read(
-            hub.read_preprocessing(folder), self.model.encoder.config.max_seq_len
+            hub.read_preprocessing(folder), model.encoder.config.max_seq_len
         )
+        self.temperature = hub.read_temperature(folder)
         self._device = torch.device(device)
-        self._bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(self._device))
-        self.model.to(self._device).eval()
+        self.precision = precisions.resolve(precision, folder, self._device)
+        #: In fp32, for explanations; scores come from what `precision` makes of it.
+        self.model = model.to(self._device).eval().requires_grad_(False)
+        self._engine = precisions.engine(self.model, self.precision)
+        self.tokens_per_batch = TOKENS_PER_BATCH.get(self._device.type, TOKENS_PER_BATCH["cuda"])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a text that the model reads at once, special ones included."""
+        return self.preprocessing.seq_len
 
     def logits(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Score texts: [n, labels]. Texts are computed by length, so that little is padding."""
-        rows = self.preprocessing.encode(self.tokenizer, texts)
-        order = np.argsort([len(row) for row in rows], kind="stable")
+        """Score texts: [n, labels]. One that is too long for the model loses its middle."""
+        return self.score(self.encode(texts))
+
+    def probabilities(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """The labels' calibrated probabilities for each text: [n, labels]."""
+        return self.calibrated(self.logits(texts))
+
+    def calibrated(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Probabilities of logits [n, labels], as sure as the model has a right to be."""
+        return softmax(logits / np.float32(self.temperature))
+
+    def encode(self, texts: Sequence[str]) -> list[Row]:
+        """Turn texts into ids, [up to the model's length] each. Safe for threads."""
+        return self.preprocessing.encode(self.tokenizer, texts)
+
+    def encode_windows(self, texts: Sequence[str]) -> list[list[Row]]:
+        """Turn texts into ids, each text as windows that together cover it. Safe for threads."""
+        cleaned = [self.preprocessing.clean(text) for text in texts]
+        whole = split(self.tokenizer.encode(cleaned))
+        return [windows(ids, self.longest) for ids in whole]
+
+    def score(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
+        """Score texts as `encode` gives them: [n, labels], computed by length in batches."""
+        lengths = [len(row) for row in rows]
+        order = np.argsort(lengths, kind="stable")
         scores = np.empty((len(rows), len(self.labels)), np.float32)
         begin = 0
         while begin < len(order):
-            end = _batch_end(rows, order, begin)
+            end = self._batch_end(lengths, order, begin)
             at = order[begin:end]
-            ids, mask = pad([rows[i] for i in at], self.tokenizer.pad_id)
-            scores[at] = self._forward(ids, mask)
+            scores[at] = self._forward([rows[i] for i in at])
             begin = end
         return scores
 
-    def probabilities(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """The labels' probabilities for each text: [n, labels]."""
-        return softmax(self.logits(texts))
+    def _batch_end(self, lengths: Sequence[int], order: npt.NDArray[np.int64], begin: int) -> int:
+        """The end of the batch that starts at `begin`: as many texts as fit the token budget."""
+        if self.precision in precisions.ONE_BY_ONE:
+            return begin + 1
+        end, total = begin, 0
+        while end < len(order):
+            length = lengths[order[end]]
+            total += length
+            # Lengths rise. Padded, all texts are as wide as the last one.
+            cost = total if self._is_packed else length * (end - begin + 1)
+            if end > begin and cost > self.tokens_per_batch:
+                break
+            end += 1
+        return end
 
-    def _forward(
-        self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_] | None
-    ) -> npt.NDArray[Any]:
-        there = None if mask is None else torch.from_numpy(mask).to(self._device)
-        with (
-            torch.inference_mode(),
-            torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16),
-        ):
-            logits = self.model(torch.from_numpy(ids).to(self._device), there)
+    @property
+    def _is_packed(self) -> bool:
+        return self._device.type == "cpu"
+
+    def _forward(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
+        # A text of which nothing is left would have no state to pool.
+        rows = [row if len(row) else np.array([self.tokenizer.pad_id]) for row in rows]
+        with torch.inference_mode():
+            if self._is_packed:
+                ids = torch.from_numpy(np.concatenate(rows).astype(np.int64))[None]  # [1, T]
+                logits = self._engine(ids, None, [len(row) for row in rows])
+            else:
+                padded, mask = pad(rows, self.tokenizer.pad_id)
+                there = None if mask is None else torch.from_numpy(mask).to(self._device)
+                logits = self._engine(torch.from_numpy(padded).to(self._device), there)
         return np.asarray(logits.float().cpu().numpy())
 
 
@@ -71,14 +134,3 @@ def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Probabilities of logits [n, labels]."""
     exp = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(exp / exp.sum(axis=1, keepdims=True), np.float32)
-
-
-def _batch_end(rows: Sequence[npt.NDArray[Any]], order: npt.NDArray[np.int64], begin: int) -> int:
-    """The end of the batch that starts at `begin`: as many texts as fit into the token budget."""
-    end = begin
-    while end < len(order):
-        width = len(rows[order[end]])  # lengths rise: the last row is the widest
-        if end > begin and width * (end - begin + 1) > TOKENS_PER_BATCH:
-            break
-        end += 1
-    return end

@@ -50,6 +50,7 @@ def evaluate(
         raise DataError(f"{source.path}: no labelled texts")
     table = pa.concat_tables(tables)
     logits = np.concatenate([logits_of(part) for part in tables])
+    logits = logits / np.float32(hub.read_temperature(model))  # as answers are: calibrated
     ids = {name: index for index, name in enumerate(names)}
     labels = np.array([ids[name] for name in table["label"].to_pylist()])
     return {

@@ -28,6 +28,7 @@ from raybert.train.loop import Batch
 from raybert.train.run import Feed
 from raybert.train.scores import classification_scores
 from raybert.train.settings import TrainConfig
+from raybert.train.temperature import fit_temperature
 from raybert.train.texts import Prepared, Texts, TextsConfig
 
 LAYERS = "encoder.layers."
@@ -141,6 +142,7 @@ class FinetuneJob:
                 "head_tokens": self.prepared.head_tokens,
                 "html_breaks": self.config.source.html_breaks,
             },
+            temperature=task.last.get("temperature"),
         )
         return {"model": folder.uri}
 
@@ -284,6 +286,7 @@ class FinetuneTask:
             # Between equal accuracies the lower loss is better; it never outweighs one text.
             "score": scores["accuracy"] - 1e-3 * min(scores["loss"], 10.0) / len(order),
             **{key: scores[key] for key in ("accuracy", "loss", "f1_macro")},
+            "temperature": fit_temperature(logits, self._validation.labels),
         }
         return self.last
 

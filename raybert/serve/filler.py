@@ -1,0 +1,40 @@
+"""The pretrained model as an object: texts with masks in, likely tokens out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raybert.model import hub
+from raybert.storage import Folder
+from raybert.text.preprocess import Preprocessing
+from raybert.text.tokenizer import Tokenizer
+from raybert.train.pretrain import fillings
+
+
+class MaskFiller:
+    """A masked language model with its tokenizer."""
+
+    def __init__(self, folder: Folder, *, device: str = "cpu") -> None:
+        """Load a `model/` directory.
+
+        Raises:
+            UserError: there is no masked language model there.
+            DamagedError: a file is cut short or altered.
+        """
+        self._model = hub.load_masked_lm(folder).to(device).eval()
+        self._tokenizer = Tokenizer.load(folder)
+        limit = self._model.encoder.config.max_seq_len
+        self._preprocessing = Preprocessing.read(hub.read_preprocessing(folder), limit)
+
+    @property
+    def mask_token(self) -> str:
+        """What stands for a token that is to be guessed."""
+        return self._tokenizer.mask_token
+
+    def fill(self, text: str, top: int) -> list[list[dict[str, Any]]]:
+        """Guess each mask of a text: `top` of {"token", "probability"}, the likeliest first.
+
+        Raises:
+            DataError: the text has no mask, or is longer than the model reads.
+        """
+        return fillings(self._model, self._tokenizer, self._preprocessing.clean(text), top)
