@@ -1,7 +1,8 @@
-"""Measure the training loop on generated words: bare, or under Ray as a run would be.
+"""Measure the training loop on generated words, and a classifier's precisions on labelled texts.
 
-The figure is the loop's own tokens per second over the timed steps: after the first batch, and
-after the first steps, in which libraries choose their kernels.
+Training runs bare, or under Ray as a run would. Its figure is the loop's own tokens per second over
+the timed steps: after the first batch, and after the first steps, in which libraries choose their
+kernels.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import tempfile
 from typing import Any
 
 import numpy as np
+import torch
 
 from raybert.display import Display
 from raybert.errors import ConfigError
@@ -18,6 +20,7 @@ from raybert.ray_session import ray_session
 from raybert.storage import Folder
 from raybert.text import vocabulary
 from raybert.text.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter, id_dtype
+from raybert.text.sources import labelled
 from raybert.text.tokenizer import TokenizerConfig
 from raybert.train.pretrain import PretrainJob
 from raybert.train.run import execute_bare
@@ -70,6 +73,32 @@ def bench_train(experiment: Experiment, *, bare: bool, display: Display) -> dict
         "bare": bare,
         "machine": result["machine"],
     }
+
+
+def bench_serve(
+    experiment: Experiment, model: Folder, most: int, display: Display
+) -> dict[str, Any]:
+    """Measure a classifier in every precision on the experiment's evaluation source.
+
+    Returns:
+        As `choice.compare`: the precision chosen, what was measured, and whether it was stored.
+
+    Raises:
+        DataError: a bad row, or a label that the classifier does not know.
+    """
+    from raybert.model import hub
+    from raybert.serve.choice import compare
+
+    names = hub.load_classifier(model)[1]
+    # Texts as they stand: the model's own preprocessing sees to HTML.
+    source = experiment.evaluate.source.model_copy(update={"html_breaks": "keep"})
+    found = labelled(source, names=names)
+    rows = np.random.default_rng(0).permutation(len(found.labels))[:most]
+    found = found.take(np.sort(rows))  # from all of it: sources are often sorted by label
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with display.stage("bench"):
+        texts = [str(text) for text in found.texts.to_pylist()]
+        return compare(model, texts, found.labels, device, on_progress=display.line)
 
 
 def generate_corpus(folder: Folder, rows: int, seq_len: int, vocab_size: int) -> Manifest:

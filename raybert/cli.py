@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from raybert import cli_jobs
+from raybert import cli_jobs, cli_serve
 from raybert.entry import INTERRUPTED
 from raybert.errors import DamagedError, RaybertError, StorageError, UserError
 from raybert.options import (
@@ -42,6 +42,7 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure raybert on this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.add_typer(cli_jobs.app)
+app.add_typer(cli_serve.app)
 
 BareOption = Annotated[
     bool, typer.Option("--bare", help="Train in this process, without Ray: to debug, to measure.")
@@ -355,6 +356,35 @@ def bench_train(
         _print(result, as_json)
     else:
         print(f"{result['tokens_per_second']:,.0f} tokens/s over {result['steps']} steps")
+
+
+@bench_app.command("serve")
+def bench_serve(
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    texts: Annotated[int, typer.Option(min=1, help="Of the evaluation source, at most.")] = 2000,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what each precision gains and costs; the best one is kept with the model.
+
+    Example: `raybert bench serve -m runs/mine --set evaluate.source.path=test.csv`
+    """
+    from raybert import bench
+
+    experiment = load_experiment(config, overrides, name)
+    result = bench.bench_serve(experiment, _model(model, experiment), texts, new_display())
+    if as_json:
+        _print(result, as_json)
+        return
+    for precision, found in result["measured"].items():
+        print(
+            f"{precision:<10}{found['texts_per_second']:>10,.1f} texts/s  "
+            f"accuracy {found['accuracy']:.4f} ({-found['points_lost']:+.2f} points)"
+        )
+    kept = "kept with the model" if result["stored"] else "not kept: the model can't be written to"
+    print(f"{result['precision']} for {result['machine']}: {kept}")
 
 
 @app.command()

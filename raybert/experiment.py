@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from raybert.config import Settings
 from raybert.model.encoder import ModelConfig
 from raybert.ray_session import RayConfig
+from raybert.serve.settings import ServeConfig
 from raybert.storage import Folder
 from raybert.text.corpus import CorpusConfig
 from raybert.text.sources import EvaluationSource
@@ -54,6 +55,7 @@ class Experiment(Settings):
     pretrain: PretrainConfig = PretrainConfig.model_validate({})
     finetune: FinetuneConfig = FinetuneConfig.model_validate({})
     evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
     ray: RayConfig = RayConfig()
 
     @property

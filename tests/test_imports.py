@@ -23,7 +23,7 @@ LAYERS = [
     {"experiment", "display"},
     {"options"},
     {"pipeline", "predict", "bench", "submit"},
-    {"demo", "cli_jobs"},
+    {"demo", "cli_jobs", "cli_serve"},
     {"cli"},
     {"__main__"},
 ]
@@ -45,7 +45,7 @@ HOMES = {
     },
     "ray.train": {"raybert.train.worker", "raybert.train.recovery"},
     "ray.tune": {"raybert.tune.search"},
-    "ray.serve": {"raybert.serve.app"},
+    "ray.serve": {"raybert.serve.app", "raybert.serve.launch"},
     "ray.job_submission": {"raybert.jobs"},
 }
 # Ray's core: connecting, and the modules that hand objects to its libraries.
@@ -63,6 +63,7 @@ CORE = {
     "raybert.train.worker",
     "raybert.tune.search",
     "raybert.serve.app",
+    "raybert.serve.launch",
 }
 
 HEAVY = ["torch", "ray", "pyarrow", "numpy", "tokenizers", "safetensors", "pydantic", "pandas"]
@@ -176,3 +177,11 @@ def test_the_loop_knows_nothing_of_ray():
 
 def test_serving_texts_in_this_process_needs_no_ray():
     assert "ray" not in loaded_by("import raybert.serve.classifier, raybert.predict")
+
+
+def test_the_service_and_its_http_need_no_ray():
+    assert "ray" not in loaded_by("import raybert.serve.api, raybert.serve.launch")
+
+
+def test_the_client_needs_nothing():
+    assert loaded_by("import raybert.serve.client") == []

@@ -1,4 +1,4 @@
-"""Choosing a precision: by speed at start-up, or by speed and accuracy with `raybert bench serve`."""
+"""Choosing a precision: by speed at start-up, or with `raybert bench serve` by accuracy, too."""
 
 from __future__ import annotations
 

@@ -31,6 +31,11 @@ class MaskFiller:
         """What stands for a token that is to be guessed."""
         return self._tokenizer.mask_token
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a text that the model reads."""
+        return self._model.encoder.config.max_seq_len
+
     def fill(self, text: str, top: int) -> list[list[dict[str, Any]]]:
         """Guess each mask of a text: `top` of {"token", "probability"}, the likeliest first.
 

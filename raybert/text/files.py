@@ -39,7 +39,8 @@ _COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
 _SHARD_FILES, _SHARD_BYTES = 2000, 16 << 20
 _BUFFER = 1 << 20
 
-LINE_BREAK = re.compile(r"<\s*br\s*/?\s*>", re.IGNORECASE)
+# One way to read any run of spaces: with two, a text of nothing else would take minutes.
+LINE_BREAK = re.compile(r"<\s*br\s*(?:/\s*)?>", re.IGNORECASE)
 
 _IMDB_SPLITS = ("train", "unsup", "test")
 # What an unset split means where a source has splits; other files are read whole.

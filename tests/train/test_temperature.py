@@ -39,9 +39,7 @@ def test_it_lowers_the_loss_and_the_calibration_error(sharpened):
 @given(
     st.integers(1, 30).flatmap(
         lambda n: st.tuples(
-            st.lists(
-                st.lists(st.floats(-50, 50), min_size=3, max_size=3), min_size=n, max_size=n
-            ),
+            st.lists(st.lists(st.floats(-50, 50), min_size=3, max_size=3), min_size=n, max_size=n),
             st.lists(st.integers(0, 2), min_size=n, max_size=n),
         )
     )

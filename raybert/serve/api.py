@@ -1,0 +1,265 @@
+"""The HTTP API: routes that read a body, ask the service, and answer in JSON.
+
+`/predict` and `/fill-mask` speak text-embeddings-inference's language, `/v2` the Open Inference
+Protocol's. A mistake ends in `{"error", "error_type"}` and a status of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from raybert import __version__
+from raybert.serve import bodies, infer
+from raybert.serve.auth import Keys
+from raybert.serve.bodies import (
+    B,
+    Body,
+    Error,
+    Explained,
+    FillMaskRequest,
+    Guess,
+    InferRequest,
+    PredictRequest,
+    Refused,
+    Score,
+)
+from raybert.serve.gate import TEXTS, Gate
+from raybert.serve.service import Service
+
+PAGE = Path(__file__).with_name("page")
+
+_OPEN = ("/docs", "/openapi.json", "/health", "/health/live", "/health/ready")
+_OPEN_V2 = ("/v2/health/live", "/v2/health/ready")
+_STATUSES = (400, 401, 404, 408, 413, 415, 422, 424, 429, 504)
+_KINDS = {404: "NotFound", 405: "MethodNotAllowed"}
+_DEFINED = "#/components/schemas/{model}"
+
+
+def make_api(
+    service: Service, keys: Keys, *, log: logging.Logger, page: Path | None = PAGE
+) -> FastAPI:
+    """Make the application.
+
+    Args:
+        service: answers; it has loaded its models.
+        keys: that are let in.
+        log: gets a record for each request.
+        page: a folder whose files are served at `/`; None, or where there is none: no page.
+    """
+
+    @asynccontextmanager
+    async def following(app: FastAPI) -> AsyncIterator[None]:
+        watch = asyncio.create_task(service.catalog.watch())
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+    app = FastAPI(
+        lifespan=following,
+        title="raybert",
+        version=__version__,
+        docs_url="/docs",
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    _add_answers(app, service)
+    _add_states(app, service)
+    _add_errors(app)
+    open_paths = [*_OPEN, *_OPEN_V2, *_add_page(app, page)]
+    app.add_middleware(Gate, service=service, keys=keys, open_paths=open_paths, log=log)
+    if service.config.cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.config.cors,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After"],
+        )
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    """Add the routes that run a model."""
+    refusals: dict[int | str, dict[str, Any]] = {code: {"model": Error} for code in _STATUSES}
+
+    @app.post(
+        "/predict",
+        response_model=list[Score] | list[list[Score]] | Explained | list[Explained],
+        responses=refusals,
+        openapi_extra=_body(PredictRequest),
+        summary="Label texts",
+    )
+    async def predict(request: Request) -> Response:
+        asked = await _read(request, PredictRequest, service)
+        request.scope[TEXTS] = _count(asked.inputs)
+        return JSONResponse(await service.predict(asked))
+
+    @app.post(
+        "/fill-mask",
+        response_model=list[list[Guess]] | list[list[list[Guess]]],
+        responses=refusals,
+        openapi_extra=_body(FillMaskRequest),
+        summary="Guess masked words",
+    )
+    async def fill_mask(request: Request) -> Response:
+        asked = await _read(request, FillMaskRequest, service)
+        request.scope[TEXTS] = _count(asked.inputs)
+        return JSONResponse(await service.fill_mask(asked))
+
+    @app.post(
+        "/v2/models/{name}/infer",
+        response_model=dict[str, Any],
+        responses=refusals,
+        openapi_extra=_body(InferRequest),
+        summary="Label texts, as tensors",
+    )
+    async def infer_model(name: str, request: Request) -> Response:
+        asked = await _read(request, InferRequest, service)
+        request.scope[TEXTS] = sum(len(given.data) for given in asked.inputs)
+        return JSONResponse(await infer.infer(service, name, asked))
+
+
+def _add_states(app: FastAPI, service: Service) -> None:
+    """Add the routes that tell what is served, and whether it works."""
+    unknown: dict[int | str, dict[str, Any]] = {404: {"model": Error}}
+
+    def ready() -> dict[str, bool]:
+        try:
+            service.check()
+        except RuntimeError as error:
+            raise Refused(503, "Unhealthy", str(error)) from None
+        return {"ready": True}
+
+    @app.get("/health", summary="Whether it works")
+    @app.get("/health/ready", summary="Whether it works")
+    @app.get("/v2/health/ready", summary="Whether it works")
+    async def health_ready() -> dict[str, bool]:
+        return ready()
+
+    @app.get("/health/live", summary="Whether it runs")
+    @app.get("/v2/health/live", summary="Whether it runs")
+    async def health_live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/info", summary="What is served")
+    async def info() -> dict[str, Any]:
+        return service.info()
+
+    @app.get("/metrics", response_class=PlainTextResponse, summary="Counters, for Prometheus")
+    async def metrics() -> str:
+        return service.metrics.render(service.gauges)
+
+    @app.get("/v2", summary="The server's metadata")
+    async def server() -> dict[str, Any]:
+        return {"name": "raybert", "version": __version__, "extensions": []}
+
+    @app.get("/v2/models/{name}", responses=unknown, summary="A model's metadata")
+    async def model(name: str) -> dict[str, Any]:
+        return infer.describe(service.find(name))
+
+    @app.get("/v2/models/{name}/ready", responses=unknown, summary="Whether a model is there")
+    async def model_ready(name: str) -> dict[str, Any]:
+        served = service.find(name)
+        return {"name": served.name, **ready()}
+
+
+def _add_page(app: FastAPI, page: Path | None) -> list[str]:
+    """Serve a folder at `/`, after all other routes; returns the paths of its files."""
+    if page is None or not page.joinpath("index.html").exists():
+        return []
+    app.mount("/", StaticFiles(directory=page, html=True))
+    files = (file.relative_to(page) for file in page.rglob("*") if file.is_file())
+    return ["/", *(f"/{file.as_posix()}" for file in files)]
+
+
+def _add_errors(app: FastAPI) -> None:
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        return JSONResponse(error.body, error.status, error.headers)
+
+    async def no_route(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        kind = _KINDS.get(error.status_code, "Validation")
+        body = {"error": str(error.detail), "error_type": kind}
+        return JSONResponse(body, error.status_code, dict(error.headers or {}))
+
+    async def broken(request: Request, error: Exception) -> Response:
+        body = {"error": "the server failed; its log says why", "error_type": "Internal"}
+        return JSONResponse(body, 500)
+
+    app.add_exception_handler(Refused, refused)
+    app.add_exception_handler(HTTPException, no_route)
+    app.add_exception_handler(Exception, broken)
+
+
+async def _read(request: Request, model: type[B], service: Service) -> B:
+    """Read and parse a body of bounded size.
+
+    Raises:
+        Refused: it is too large or too slow, no JSON, or of another form.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise Refused(415, "Validation", "send JSON, with Content-Type: application/json")
+    limit, seconds = 1024 * service.config.max_body_kb, service.config.timeout_s
+    told = request.headers.get("content-length", "")
+    if told.isdecimal() and int(told[:20]) > limit:
+        raise bodies.too_large(f"the body has more than {limit:,} bytes; send less at once")
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise bodies.too_large(
+                        f"the body has more than {limit:,} bytes; send less at once"
+                    )
+                parts.append(part)
+    except TimeoutError:
+        message = f"the body did not come within {seconds:g} s"
+        raise Refused(408, "Timeout", message) from None
+    except ClientDisconnect:
+        raise Refused(400, "Validation", "the body was cut short") from None
+    return bodies.parse(model, b"".join(parts))
+
+
+def _count(inputs: str | list[str]) -> int:
+    return 1 if isinstance(inputs, str) else len(inputs)
+
+
+def _body(model: type[Body]) -> dict[str, Any]:
+    reference = {"$ref": _DEFINED.format(model=model.__name__)}
+    content = {"application/json": {"schema": reference}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document: bodies are read by hand, so that their schemas are added by hand."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        components = document.setdefault("components", {})
+        schemas = components.setdefault("schemas", {})
+        for model in (PredictRequest, FillMaskRequest, InferRequest):
+            schema = model.model_json_schema(ref_template=_DEFINED)
+            schemas.update(schema.pop("$defs", {}))
+            schemas[model.__name__] = schema
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}, {}]  # {}: where no keys are set
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,195 @@
+"""The application on Ray Serve: one deployment, whose replicas take HTTP and hold the models.
+
+Ingress and model are in one process, for a hop between two costs milliseconds. `build` is what
+`serve deploy` and a RayService import: `import_path: raybert.serve.app:build`, with the keys of the
+`serve` section as `args`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+import torch
+from fastapi import FastAPI
+from ray import serve
+
+from raybert.config import build as build_settings
+from raybert.errors import ConfigError, UserError
+from raybert.model import hub
+from raybert.model.allocator import KEEP_FREED_MEMORY, keep_freed_memory
+from raybert.model.find import resolve_model
+from raybert.serve import models
+from raybert.serve.api import make_api
+from raybert.serve.auth import VARIABLE, Keys, read_keys
+from raybert.serve.metrics import Metrics
+from raybert.serve.service import Service
+from raybert.serve.settings import ServeConfig, is_own
+from raybert.storage import Folder
+
+NAME = "classifier"  # of the deployment, by which `serve deploy` sets its options
+APP = "raybert"
+
+#: Requests under way in a replica. What it can't answer in time it refuses by itself, with words;
+#: behind this number Serve refuses, without.
+_MOST_ONGOING = 2048
+_SURGE_PERCENT = 25  # of the replicas, one at least: new ones are ready before old ones end
+
+
+class Server:
+    """A replica."""
+
+    def __init__(self, settings: dict[str, Any], digests: list[str]) -> None:
+        """Load the models.
+
+        Args:
+            settings: the `serve` section, resolved.
+            digests: of the keys that are let in.
+        """
+        config = build_settings(ServeConfig, settings, "serve")
+        context = ray.get_runtime_context()
+        gpu = bool(context.get_accelerator_ids().get("GPU")) and torch.cuda.is_available()
+        cpus = float(context.get_assigned_resources().get("CPU", 1))
+        if not gpu:
+            keep_freed_memory()
+        self._keys, self._log = Keys(digests), logging.getLogger("ray.serve")
+        self._service = Service(
+            config,
+            device="cuda" if gpu else "cpu",
+            threads=config.threads or max(1, int(cpus)),
+            metrics=Metrics(replica=serve.get_replica_context().replica_tag),
+            log=self._log,
+        )
+        self._service.load()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve once the replica is made."""
+        return make_api(self._service, self._keys, log=self._log)
+
+    def check_health(self) -> None:
+        """Called by Serve every few seconds; whoever fails three times is replaced."""
+        self._service.check()
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica has drained."""
+        if hasattr(self, "_service"):  # it may have failed to load
+            self._service.close()
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Build the application from the keys of the `serve` section.
+
+    Raises:
+        ConfigError: an unknown key, a value that does not fit, or no key for a server that others
+            can reach.
+        UserError: there is no such model, or no such file of keys.
+    """
+    config = completed(build_settings(ServeConfig, args, "args"))
+    digests = read_keys(config.keys)
+    check_is_closed(_listening_on() or config.host, digests)
+    return application(config, digests)
+
+
+def completed(config: ServeConfig) -> ServeConfig:
+    """Fill in what follows from the model: whether it labels or fills masks, and what lies beside.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if config.model is None:
+        if config.fill_mask is None:
+            raise ConfigError("serve.model=null: name a model/, a run, or an experiment")
+        return config
+    source = models.find(config.model, config.registry)
+    described = source.current().read_json("config.json")
+    kinds = described.get("architectures") or [""]
+    if str(kinds[0]).endswith("MaskedLM"):
+        return config.model_copy(update={"model": None, "fill_mask": config.model})
+    if config.fill_mask is None and source.storage is None:
+        pretrained = Folder(config.model) / "pretrain"
+        if pretrained.exists("model/config.json"):
+            return config.model_copy(update={"fill_mask": resolve_model(pretrained.uri).uri})
+    return config
+
+
+def check_models(config: ServeConfig) -> None:
+    """Load every model once, so that a broken one is told before replicas are started.
+
+    Raises:
+        UserError: a model is not there, or is none of its kind.
+        DamagedError: a file is cut short or altered.
+    """
+    given = [config.model, *config.models.values(), config.canary and config.canary.model]
+    for one in given:
+        if one is not None:
+            hub.load_classifier(models.find(one, config.registry).current())
+    if config.fill_mask is not None:
+        hub.load_masked_lm(models.find(config.fill_mask, None, stage="pretrain").current())
+
+
+def check_is_closed(host: str, digests: list[str]) -> None:
+    """Refuse to answer everybody.
+
+    Raises:
+        ConfigError: others can connect, and there is no key.
+    """
+    if not digests and not is_own(host):
+        raise ConfigError(
+            f"serve.host={host}: others can connect there, so it needs a key: name a file with "
+            f"serve.keys, or set {VARIABLE}; `openssl rand -hex 32` makes one"
+        )
+
+
+def application(config: ServeConfig, digests: list[str]) -> serve.Application:
+    """Bind the deployment to its arguments.
+
+    Args:
+        config: resolved by `completed`.
+        digests: of the keys that are let in.
+    """
+    replicas: dict[str, Any] = {"num_replicas": config.replicas}
+    if not isinstance(config.replicas, int):
+        scaling = config.replicas
+        replicas = {
+            "autoscaling_config": {
+                "min_replicas": scaling.min,
+                "max_replicas": scaling.max,
+                "target_ongoing_requests": scaling.target,
+            }
+        }
+    gpus = config.gpus
+    if gpus is None:
+        gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0.0
+    actor: dict[str, Any] = {"num_cpus": config.cpus, "num_gpus": gpus}
+    if not gpus and ray.is_initialized() and not ray.get_runtime_context().runtime_env:
+        actor["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
+    deployment = serve.deployment(
+        serve.ingress()(Server),
+        name=NAME,
+        **replicas,
+        ray_actor_options=actor,
+        max_ongoing_requests=_MOST_ONGOING,
+        max_queued_requests=_MOST_ONGOING,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
+        graceful_shutdown_timeout_s=config.drain_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5,
+        max_constructor_retry_count=3,
+        max_surge_percent=_SURGE_PERCENT,
+        logging_config={"encoding": "JSON", "enable_access_log": False},
+    )
+    return deployment.bind(config.model_dump(mode="json"), digests)
+
+
+def _listening_on() -> str | None:
+    """The address that Serve's sockets are bound to; None where Serve does not run yet."""
+    from ray.serve.context import _get_global_client
+
+    if not ray.is_initialized():
+        return None
+    try:
+        client = _get_global_client(raise_if_no_controller_running=False)
+    except Exception as error:  # of Ray's many: nobody answers
+        raise UserError(f"Ray Serve does not answer: {type(error).__name__}") from None
+    return None if client is None else client.http_config.host

@@ -1,0 +1,274 @@
+"""Batches of texts by a budget of tokens, out of requests that come at any time.
+
+A request's texts join the queue row by row, so that a long list shares batches with others. While
+one batch is computed in a thread, the next one gathers: under load batches fill themselves, and a
+lone request waits for nobody. What would wait too long is refused at once.
+
+All methods belong to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from raybert.errors import RaybertError
+
+Row = npt.NDArray[Any]  # a text's ids
+Scores = npt.NDArray[np.float32]
+
+T = TypeVar("T")
+
+_MEMORY = 0.2  # weight of the newest full batch in the speed that waiting is judged by
+_FIRST_BATCHES = 16  # that may wait before any speed is known
+_FEWEST_BATCHES = 2  # that may wait at any speed
+
+
+class Overloaded(Exception):
+    """There is too much before a request; `wait_s` says how long that will take."""
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__(f"overloaded for {wait_s:.1f} s")
+        self.wait_s = wait_s
+
+
+class Failed(Exception):
+    """A batch could not be computed; each of its requests gets an exception of its own."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(f"the model failed: {type(cause).__name__}")
+        self.__cause__ = cause
+
+
+class _Request:
+    """The rows of one request, and the scores that have come for them."""
+
+    def __init__(self, rows: Sequence[Row], future: asyncio.Future[Scores]) -> None:
+        self.rows, self.future = rows, future
+        self.scores: list[Any] = [None] * len(rows)
+        self.missing = len(rows)
+        self.waiting = sum(map(_cost, rows))  # tokens that are still in the queue
+
+
+class _Item(NamedTuple):
+    request: _Request
+    index: int
+
+    @property
+    def row(self) -> Row:
+        return self.request.rows[self.index]
+
+
+class Batcher:
+    """Hands rows to a function in batches, one at a time, in the order in which they came."""
+
+    def __init__(
+        self,
+        compute: Callable[[list[Row]], Scores],
+        executor: Executor,
+        *,
+        tokens_per_batch: int,
+        queue_s: float,
+        wait_s: float = 0.0,
+        on_batch: Callable[[int, int, float], None] = lambda rows, tokens, seconds: None,
+    ) -> None:
+        """Set up an empty queue.
+
+        Args:
+            compute: rows, sorted by length, to scores [rows, labels]; runs in the executor.
+            executor: where; of one thread, or batches would compete.
+            tokens_per_batch: in a batch at most, unless a single row has more.
+            queue_s: seconds of work that may wait, at the speed of the last batches.
+            wait_s: for which a batch that is not full waits for company while nothing runs.
+            on_batch: is told rows, tokens and seconds of every batch.
+        """
+        self._compute, self._executor = compute, executor
+        self._tokens_per_batch, self._queue_s, self._wait_s = tokens_per_batch, queue_s, wait_s
+        self._on_batch = on_batch
+        self._items: deque[_Item] = deque()
+        self._queued = 0  # tokens of the items whose requests are still wanted
+        self._running: list[_Item] = []
+        self._begun = 0.0
+        self._speed: float | None = None  # tokens per second
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def queued(self) -> int:
+        """Tokens that wait."""
+        return self._queued
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that may wait."""
+        if self._speed is None:
+            return _FIRST_BATCHES * self._tokens_per_batch
+        return max(_FEWEST_BATCHES * self._tokens_per_batch, int(self._queue_s * self._speed))
+
+    @property
+    def expected_wait_s(self) -> float:
+        """Seconds until what waits now is computed, by the speed of the last batches."""
+        return self._queued / self._speed if self._speed else 0.0
+
+    @property
+    def running_s(self) -> float:
+        """Seconds since the batch under way has begun; 0 where there is none."""
+        return time.monotonic() - self._begun if self._running else 0.0
+
+    def check(self) -> None:
+        """Refuse what comes while the queue is full.
+
+        Raises:
+            Overloaded: it is.
+        """
+        if self._queued >= self.capacity:
+            raise Overloaded(self.expected_wait_s)
+
+    async def score(self, rows: Sequence[Row]) -> Scores:
+        """Score rows, at least one: [rows, labels].
+
+        A request that is larger than the whole queue may wait alone. Cancelling takes rows that
+        have not begun out of the queue.
+
+        Raises:
+            Overloaded: too many tokens wait already.
+        """
+        tokens = sum(map(_cost, rows))
+        if self._queued and self._queued + tokens > self.capacity:
+            raise Overloaded(self.expected_wait_s)
+        request = _Request(rows, asyncio.get_running_loop().create_future())
+        self._items.extend(_Item(request, index) for index in range(len(rows)))
+        self._queued += tokens
+        self._start(forced=False)
+        try:
+            return await request.future
+        finally:
+            self._queued -= request.waiting  # what a cancelled request leaves behind
+            request.waiting = 0
+
+    def _start(self, *, forced: bool) -> None:
+        """Begin a batch where none is under way, and enough waits, or has waited enough."""
+        if forced:
+            self._timer = None
+        if self._running or not self._queued:
+            return
+        if self._wait_s and not forced and self._queued < self._tokens_per_batch:
+            if self._timer is None:
+                loop = asyncio.get_running_loop()
+                self._timer = loop.call_later(self._wait_s, lambda: self._start(forced=True))
+            return
+        batch = self._take()
+        if not batch:
+            return
+        # Texts of one length are computed together.
+        batch.sort(key=lambda item: len(item.row))
+        rows = [item.row for item in batch]
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._executor, self._compute, rows)
+        self._running, self._begun = batch, time.monotonic()
+        future.add_done_callback(self._finish)
+
+    def _take(self) -> list[_Item]:
+        """The rows from the head of the queue that fit into a batch; at least one."""
+        batch: list[_Item] = []
+        tokens = 0
+        while self._items:
+            item = self._items[0]
+            if item.request.future.done():  # nobody waits for it any more
+                self._items.popleft()
+                continue
+            cost = _cost(item.row)
+            if batch and tokens + cost > self._tokens_per_batch:
+                break
+            self._items.popleft()
+            batch.append(item)
+            tokens += cost
+            item.request.waiting -= cost
+            self._queued -= cost
+        return batch
+
+    def _finish(self, future: asyncio.Future[Scores]) -> None:
+        batch, self._running = self._running, []
+        seconds = max(1e-9, time.monotonic() - self._begun)
+        self._start(forced=False)  # before answers are handed out: the thread must not wait
+        error = asyncio.CancelledError() if future.cancelled() else future.exception()
+        if error is None:
+            tokens = sum(_cost(item.row) for item in batch)
+            self._note_speed(tokens, seconds)
+            self._on_batch(len(batch), tokens, seconds)
+            scores = future.result()
+        for place, item in enumerate(batch):
+            request = item.request
+            if request.future.done():
+                continue
+            if error is not None:
+                request.future.set_exception(Failed(error))
+                continue
+            request.scores[item.index] = scores[place]
+            request.missing -= 1
+            if not request.missing:
+                request.future.set_result(np.stack(request.scores))
+
+    def _note_speed(self, tokens: int, seconds: float) -> None:
+        """Follow the speed; small batches, which are slow for their size, say little about it."""
+        speed = tokens / seconds
+        before = speed if self._speed is None else self._speed
+        weight = _MEMORY * min(1.0, tokens / self._tokens_per_batch)
+        self._speed = (1 - weight) * before + weight * speed
+
+
+def _cost(row: Row) -> int:
+    """The tokens of a row; one of which nothing is left counts, too."""
+    return max(1, len(row))
+
+
+class Aside:
+    """Work that no batch helps, such as explanations: one at a time in a thread, few waiting."""
+
+    def __init__(self, executor: Executor, most: int) -> None:
+        """Set up; the executor has one thread, and `most` is what may wait or run."""
+        self._executor, self._most = executor, most
+        self._count = 0
+        self._seconds = 0.5  # of a piece, by those that were done
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do a piece of work.
+
+        Raises:
+            Overloaded: too many wait.
+            RaybertError: the work's own.
+            Failed: it raised anything else.
+        """
+        if self._count >= self._most:
+            raise Overloaded(self._count * self._seconds)
+        self._count += 1
+        loop = asyncio.get_running_loop()
+        future = self._executor.submit(self._timed, work)
+        # Counted until it is done: what was begun goes on, even if nobody waits any more.
+        future.add_done_callback(lambda done: self._forget(loop))
+        try:
+            return await asyncio.wrap_future(future)
+        except RaybertError:
+            raise
+        except Exception as error:
+            raise Failed(error) from error
+
+    def _timed(self, work: Callable[[], T]) -> T:
+        begun = time.monotonic()
+        result = work()
+        self._seconds += _MEMORY * (time.monotonic() - begun - self._seconds)
+        return result
+
+    def _forget(self, loop: asyncio.AbstractEventLoop) -> None:
+        def forget() -> None:
+            self._count -= 1
+
+        with suppress(RuntimeError):  # the loop is closed: the server has ended
+            loop.call_soon_threadsafe(forget)

@@ -1,0 +1,206 @@
+"""What requests may say, and what is answered where one can't be: text-embeddings-inference's form.
+
+Bodies are parsed from bytes in one step: what is no valid JSON, no UTF-8 or too deep is refused
+there. What is refused is told in a line without the input.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+
+_MOST_SHOWN = 60  # characters of a key that nobody knows
+
+
+class Refused(Exception):
+    """A request that is not answered: a status, and a line that says why."""
+
+    def __init__(
+        self, status: int, kind: str, message: str, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.message = status, kind, message
+        self.headers = headers or {}
+
+    @property
+    def body(self) -> dict[str, str]:
+        """What is answered."""
+        return {"error": self.message, "error_type": self.kind}
+
+
+def empty(what: str) -> Refused:
+    """There is nothing to read."""
+    return Refused(400, "Empty", f"{what} is empty; give it a text")
+
+
+def too_large(message: str) -> Refused:
+    """There is more than is taken at once."""
+    return Refused(413, "Validation", message)
+
+
+def invalid(message: str) -> Refused:
+    """It has another form than asked for."""
+    return Refused(422, "Validation", message)
+
+
+def unreadable(message: str) -> Refused:
+    """The text can't be turned into tokens as asked."""
+    return Refused(422, "Tokenizer", message)
+
+
+def not_found(message: str) -> Refused:
+    """There is no such thing here."""
+    return Refused(404, "NotFound", message)
+
+
+def overloaded(wait_s: float) -> Refused:
+    """Too much waits already."""
+    seconds = max(1, math.ceil(wait_s))
+    message = f"the server is busy; try again in {seconds} s"
+    return Refused(429, "Overloaded", message, {"Retry-After": str(seconds)})
+
+
+def timed_out(seconds: float) -> Refused:
+    """The answer took too long."""
+    return Refused(504, "Timeout", f"no answer within {seconds:g} s; shorten the request")
+
+
+def failed() -> Refused:
+    """The model could not compute it."""
+    return Refused(424, "Backend", "the model failed on this request; the server's log says why")
+
+
+class Body(BaseModel):
+    """A request's body: closed to keys that it does not know, and to values of other types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+Texts = Annotated[
+    str | Annotated[list[str], FailFast()],
+    Field(
+        union_mode="left_to_right",
+        description="a text, or several",
+        examples=["The plot was thin, but the actors made it a joy to watch."],
+    ),
+]
+
+
+class PredictRequest(Body):
+    """Texts to label."""
+
+    inputs: Texts
+    truncate: bool | None = Field(
+        None,
+        description="true: a text past the model's length loses its middle, as in training; false: "
+        "it is read in windows and their scores are averaged; null: as the server is set",
+    )
+    raw_scores: bool = Field(False, description="logits in place of probabilities")
+    all_scores: bool = Field(True, description="all labels, the likeliest first; false: that one")
+    explain: bool = Field(False, description="a weight for each word, too")
+    model: str | None = Field(None, description="which, where several are served; null: the first")
+
+
+class FillMaskRequest(Body):
+    """Texts with masks to fill in."""
+
+    inputs: Texts
+    top_k: int = Field(5, ge=1, le=100, description="guesses for each mask")
+
+
+class InferInput(Body):
+    """A tensor of the Open Inference Protocol: texts."""
+
+    name: str = "text"
+    shape: Annotated[list[int], FailFast()]
+    datatype: Literal["BYTES"]
+    data: Annotated[list[str], FailFast()]
+    parameters: dict[str, Any] = {}
+
+
+class InferOutput(Body):
+    """An output that is asked for."""
+
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class InferRequest(Body):
+    """A request of the Open Inference Protocol, version 2."""
+
+    id: str | None = Field(None, max_length=256)
+    inputs: Annotated[list[InferInput], FailFast()]
+    outputs: Annotated[list[InferOutput], FailFast()] | None = None
+    parameters: dict[str, Any] = {}
+
+
+class Score(BaseModel):
+    """A label and how likely it is."""
+
+    label: str
+    score: float
+
+
+class WeighedWord(BaseModel):
+    """A word, where it stands in the text in characters, and what it weighed."""
+
+    text: str
+    start: int
+    end: int
+    weight: float
+
+
+class Explained(BaseModel):
+    """Scores with the words that decided."""
+
+    predictions: list[Score]
+    words: list[WeighedWord]
+    error: float
+
+
+class Guess(BaseModel):
+    """A token, and how likely it is in a mask's place."""
+
+    token_str: str
+    score: float
+
+
+class Error(BaseModel):
+    """Why a request was refused."""
+
+    error: str
+    error_type: str
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(model: type[B], body: bytes) -> B:
+    """Read a body.
+
+    Raises:
+        Refused: 400, it is no JSON; 422, it has another form.
+    """
+    if not body.strip():
+        raise Refused(400, "Validation", "the request has no body; send JSON")
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    if first["type"] == "json_invalid":
+        raise Refused(400, "Validation", str(first["msg"]))
+    kind = str(first["loc"][1]) if len(first["loc"]) > 1 else ""
+    if first["loc"][:1] == ("inputs",) and kind.startswith(("str", "list")):
+        raise invalid("inputs: give a text, or a list of texts")
+    path = ".".join(_shown(part) for part in first["loc"]) or "the body"
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(model.model_fields)
+        raise invalid(f"unknown key {path}; known are {known}")
+    raise invalid(f"{path}: {str(first['msg'])[0].lower()}{str(first['msg'])[1:]}")
+
+
+def _shown(part: int | str) -> str:
+    text = str(part)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

