@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+_AGAIN = frozenset({0, 408, 429, 500, 502, 503, 504})  # 0: no answer at all
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds
 
 
@@ -113,15 +113,13 @@ class Client:
     def _ask(self, method: str, path: str, body: bytes | None) -> Any:
         deadline, pause = time.monotonic() + self._patience_s, _FIRST_PAUSE
         while True:
-            error, wish = self._try(method, path, body)
-            if not isinstance(error, ServerError):
-                return error
-            if error.status not in _AGAIN and error.status:
-                raise error
+            answer, wish = self._try(method, path, body)
+            if not isinstance(answer, ServerError):
+                return answer
             # Not all at once, where many wait for the same server.
             wait = max(wish, pause * random.uniform(0.5, 1.5))
-            if time.monotonic() + wait > deadline:
-                raise error
+            if answer.status not in _AGAIN or time.monotonic() + wait > deadline:
+                raise answer
             time.sleep(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
 

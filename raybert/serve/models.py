@@ -16,7 +16,7 @@ from raybert.errors import UserError
 from raybert.model import hub
 from raybert.model.find import resolve_model
 from raybert.serve import choice
-from raybert.serve.batcher import Batcher
+from raybert.serve.batcher import Batcher, Failed
 from raybert.serve.classifier import Row, TextClassifier
 from raybert.serve.explain import Explainer
 from raybert.serve.metrics import Metrics
@@ -167,7 +167,10 @@ class Served:
             Overloaded: too much waits already.
             Failed: the model failed.
         """
-        return pool(await self.batcher.score(rows), counts)
+        logits = pool(await self.batcher.score(rows), counts)
+        if not np.isfinite(logits).all():
+            raise Failed(ValueError("scores are not finite: the weights have diverged"))
+        return logits
 
 
 def load(

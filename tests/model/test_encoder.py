@@ -47,6 +47,42 @@ def test_padding_changes_nothing(layout, precision):
     assert torch.equal(padded[1, :13], other[1, :13])
 
 
+@pytest.mark.parametrize("lengths", [[20], [1, 1, 5, 5, 5, 20, 24], [24, 3, 3, 24, 1]])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_texts_end_to_end_equal_each_alone(layout, precision, lengths):
+    encoder = encoder_of(layout).eval()
+    row = ids_of(1, sum(lengths))
+    texts = row.split(lengths, dim=1)
+    with (
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16),
+    ):
+        together = encoder(row, lengths=lengths)
+        alone = torch.cat([encoder(text) for text in texts], dim=1)
+    assert together.shape == (1, sum(lengths), 64)
+    tolerance = 1e-5 if precision == torch.float32 else 5e-2
+    torch.testing.assert_close(together, alone, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_stands_beside_a_text_changes_nothing_of_it(layout):
+    encoder = encoder_of(layout).eval()
+    row, lengths = ids_of(1, 30), [10, 12, 8]
+    other = row.clone()
+    other[:, :10], other[:, 22:] = row[:, 20:30], row[:, :8]
+    with torch.inference_mode():
+        one, two = (encoder(ids, lengths=lengths)[:, 10:22] for ids in (row, other))
+    assert torch.equal(one, two)
+
+
+def test_a_text_of_a_row_may_not_be_longer_than_the_model_reads():
+    encoder = encoder_of("modern")
+    assert encoder(ids_of(1, 48), lengths=[24, 24]).shape == (1, 48, 64)
+    with pytest.raises(ConfigError, match="a row of 25 tokens is longer than max_seq_len=24"):
+        encoder(ids_of(1, 48), lengths=[23, 25])
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_packed_row_equals_its_documents(layout, precision):

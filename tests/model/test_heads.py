@@ -128,3 +128,17 @@ def test_null_pooling_is_what_the_head_is_known_for():
 def test_freed_memory_is_kept_on_glibc_only(monkeypatch):
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_texts_end_to_end_are_pooled_each_by_itself(layout, pooling):
+    torch.manual_seed(0)
+    model = Classifier(encoder_of(layout), 3, HeadConfig(pooling=pooling)).eval()
+    lengths = [5, 5, 1, 24, 13]
+    row = torch.randint(1, 50, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        together = model(row, None, lengths)
+        alone = torch.cat([model(text) for text in row.split(lengths, dim=1)])
+    assert together.shape == (5, 3)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)

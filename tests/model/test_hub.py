@@ -14,6 +14,7 @@ from raybert.model.hub import (
     load_encoder_into,
     load_masked_lm,
     read_preprocessing,
+    read_temperature,
     save_classifier,
     save_masked_lm,
 )
@@ -286,3 +287,16 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(saved):
     load_encoder_into(saved, 2, HeadConfig(), vocab_size=50)
     with pytest.raises(UserError, match="tokenizer has 51 tokens and the model in .* knows 50"):
         load_encoder_into(saved, 2, HeadConfig(), vocab_size=51)
+
+
+def test_a_temperature_is_kept_and_a_broken_one_is_refused(tmp_path):
+    model = Classifier(encoder_of("modern"), 2)
+    save_classifier(model, ["no", "yes"], Tokenizer(), Folder(tmp_path), "card")
+    assert read_temperature(Folder(tmp_path)) == 1.0
+    save_classifier(model, ["no", "yes"], Tokenizer(), Folder(tmp_path), "card", temperature=1.5)
+    assert read_temperature(Folder(tmp_path)) == 1.5
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["raybert"]["temperature"] = 0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DamagedError, match="temperature=0 is no positive number"):
+        read_temperature(Folder(tmp_path))

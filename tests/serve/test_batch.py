@@ -7,8 +7,7 @@ from collections import Counter
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
-from making import finetune_job, reviews, write_csv
+from making import reviews, write_csv
 
 from raybert.errors import DataError, StorageError, UserError
 from raybert.serve.batch import PredictionWriter, predict_source, score
@@ -16,7 +15,6 @@ from raybert.serve.classifier import TextClassifier, softmax
 from raybert.serve.evaluate import evaluate
 from raybert.storage import Folder
 from raybert.text.sources import SourceConfig
-from raybert.train.run import execute_bare
 
 SHARES = np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
 
@@ -77,15 +75,6 @@ def test_a_folder_that_can_not_be_made_is_refused(tmp_path):
         PredictionWriter(str(tmp_path / "file" / "a.jsonl"), ["neg", "pos"])
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = Folder(tmp_path_factory.mktemp("batch"))
-    job = finetune_job(folder, rows=reviews(200), steps=None, epochs=4, lr=1e-2)
-    execute_bare(job, folder / "run", on_progress=lambda record: None)
-    return folder / "run" / "model"
-
-
 @pytest.mark.ray
 def test_texts_are_scored_in_order_and_as_in_one_process(ray_session, model, tmp_path):
     rows = reviews(1300, seed=4)  # three calls of an actor
@@ -102,7 +91,10 @@ def test_texts_are_scored_in_order_and_as_in_one_process(ray_session, model, tmp
         source, model, str(output), ["neg", "pos"], workers=2, on_progress=done.append
     )
     assert result["texts"] == 1300 == done[-1]
-    assert pq.read_table(output)["text"].to_pylist() == [text for text, _ in rows]
+    written = pq.read_table(output)
+    assert written["text"].to_pylist() == [text for text, _ in rows]
+    shares = TextClassifier(model).probabilities([text for text, _ in rows])  # calibrated
+    np.testing.assert_allclose(written["score"].to_numpy(), shares.max(axis=1), atol=2e-2)
 
     metrics = evaluate(source, model, ["neg", "pos"], workers=2, on_progress=lambda n: None)
     truth = np.array([label == "pos" for _, label in rows])

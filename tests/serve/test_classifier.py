@@ -5,25 +5,13 @@ import os
 
 import numpy as np
 import pytest
-import torch
-from making import finetune_job, reviews
+from making import reviews
 
 from raybert.errors import DataError, RaybertError
+from raybert.model import hub
 from raybert.predict import lines, numbered, predict_texts
-from raybert.serve import classifier as module
-from raybert.serve.classifier import TextClassifier
+from raybert.serve.classifier import TextClassifier, softmax
 from raybert.storage import Folder
-from raybert.train.run import execute_bare
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = Folder(tmp_path_factory.mktemp("serve"))
-    job = finetune_job(folder, rows=reviews(200), steps=None, epochs=5, lr=1e-2)
-    execute_bare(job, folder / "run", on_progress=lambda record: None)
-    return folder / "run" / "model"
-
 
 TEXTS = [text for text, _ in reviews(40, seed=3)] + ["superb " * 100, "awful", "zzz unknown zzz"]
 
@@ -36,28 +24,71 @@ def test_scores_do_not_depend_on_company_or_order(model):
     np.testing.assert_allclose(classifier.logits(TEXTS[::-1])[::-1], together, atol=1e-5)
 
 
-def test_scores_do_not_depend_on_the_batch_size(model, monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 40, 10_000])
+def test_scores_do_not_depend_on_the_batch_size(model, tokens):
     classifier = TextClassifier(model, precision="fp32")
     expected = classifier.logits(TEXTS)
-    monkeypatch.setattr(module, "TOKENS_PER_BATCH", 40)
+    classifier.tokens_per_batch = tokens
     np.testing.assert_allclose(classifier.logits(TEXTS), expected, atol=1e-5)
 
 
-def test_batches_keep_to_the_token_budget(model, monkeypatch):
+def test_padded_batches_score_as_packed_ones(model, monkeypatch):
+    """On GPUs texts are padded."""
     classifier = TextClassifier(model, precision="fp32")
-    sizes = []
+    packed = classifier.logits(TEXTS)
+    monkeypatch.setattr(TextClassifier, "_is_packed", False)
+    np.testing.assert_allclose(classifier.logits(TEXTS), packed, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_batches_keep_to_the_token_budget(model, monkeypatch, packed):
+    classifier = TextClassifier(model, precision="fp32")
+    batches = []
     forward = classifier._forward
 
-    def note(ids, mask):
-        sizes.append(ids.shape)
-        return forward(ids, mask)
+    def note(rows):
+        batches.append([len(row) for row in rows])
+        return forward(rows)
 
     monkeypatch.setattr(classifier, "_forward", note)
-    monkeypatch.setattr(module, "TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr(TextClassifier, "_is_packed", packed)
+    classifier.tokens_per_batch = 64
     classifier.logits(TEXTS)
-    assert sum(rows for rows, _ in sizes) == len(TEXTS)
-    assert all(rows * width <= 64 or rows == 1 for rows, width in sizes)
-    assert len(sizes) < len(TEXTS)
+    costs = [sum(b) if packed else len(b) * max(b) for b in batches]
+    assert sum(map(len, batches)) == len(TEXTS)
+    assert all(cost <= 64 or len(b) == 1 for cost, b in zip(costs, batches, strict=True))
+    assert len(batches) < len(TEXTS)
+    lengths = [length for batch in batches for length in batch]
+    assert lengths == sorted(lengths)
+
+
+def test_a_text_of_which_nothing_is_left_has_a_score(model):
+    classifier = TextClassifier(model)
+    rows = [np.empty(0, np.uint16), *classifier.encode(["superb"])]
+    assert np.isfinite(classifier.score(rows)).all()
+
+
+def test_windows_cover_what_cutting_leaves_out(model):
+    classifier = TextClassifier(model, precision="fp32")
+    words = ["film"] * 200
+    words[100] = "superb"
+    plain, hidden = (classifier.encode_windows([" ".join(w)])[0] for w in (["film"] * 200, words))
+    assert all(len(row) == classifier.longest for row in hidden)
+    difference = abs(classifier.score(hidden) - classifier.score(plain))
+    assert difference.max() > 1e-3
+    [short] = classifier.encode_windows(["a superb film"])
+    assert [row.tolist() for row in short] == [
+        row.tolist() for row in classifier.encode(["a superb film"])
+    ]
+
+
+def test_probabilities_are_calibrated(model):
+    classifier = TextClassifier(model, precision="fp32")
+    assert classifier.temperature == hub.read_temperature(model) != 1.0
+    logits = classifier.logits(TEXTS)
+    expected = softmax(logits / np.float32(classifier.temperature))
+    np.testing.assert_allclose(classifier.probabilities(TEXTS), expected, atol=1e-6)
+    assert (classifier.probabilities(TEXTS).argmax(1) == logits.argmax(1)).all()
 
 
 def test_probabilities_sum_to_one_and_name_the_right_label(model):

@@ -39,6 +39,7 @@ def test_a_classifier_learns_what_decides_the_label(folder):
     model, labels = hub.load_classifier(folder / "run" / "model")
     assert labels == ["neg", "pos"]
     assert hub.read_preprocessing(folder / "run" / "model")["seq_len"] == 32
+    assert hub.read_temperature(folder / "run" / "model") == result["temperature"]
 
 
 def test_texts_are_read_as_they_were_written(folder):

@@ -1,0 +1,517 @@
+"""The HTTP API in this process: its forms, its refusals, and that nothing makes it fail."""
+
+import asyncio
+import json
+import logging
+from concurrent.futures import Future
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from making import reviews
+
+from raybert.predict import numbered, predict_texts
+from raybert.serve.api import make_api
+from raybert.serve.auth import Keys, digest
+from raybert.serve.classifier import TextClassifier
+from raybert.serve.service import Service
+from raybert.serve.settings import ServeConfig
+
+KEY = "a-key-of-mine-0123456789"
+TEXTS = [text for text, _ in reviews(20, seed=7)] + ["superb " * 100]
+LOG = logging.getLogger("raybert.test")
+
+
+class Api:
+    """The application with its models; every call runs in a loop of its own."""
+
+    def __init__(self, model, pretrained, keys=(), page=None, **changes):
+        values = {
+            "model": model.uri,
+            "fill_mask": pretrained.uri,
+            "precision": "fp32",
+            "max_body_kb": 64,
+            "max_texts": 40,
+            "max_tokens": 2000,
+            **changes,
+        }
+        torch.set_num_threads(1)
+        self.service = Service(ServeConfig.model_validate(values))
+        self.service.load()
+        digests = [digest(key.encode()) for key in keys]
+        self.app = make_api(self.service, Keys(digests), log=LOG, page=page)
+
+    def ask(self, method, path, **options):
+        async def asked():
+            transport = httpx.ASGITransport(app=self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await asyncio.wait_for(client.request(method, path, **options), 60)
+
+        return asyncio.run(asked())
+
+    def post(self, path, body, **options):
+        return self.ask("POST", path, json=body, **options)
+
+    def send(self, path, content, kind="application/json"):
+        return self.ask("POST", path, content=content, headers={"Content-Type": kind})
+
+
+@pytest.fixture(scope="module")
+def api(model, pretrained):
+    made = Api(model, pretrained)
+    yield made
+    made.service.close()
+
+
+@pytest.fixture(scope="module")
+def closed(model, pretrained):
+    made = Api(model, pretrained, keys=[KEY])
+    yield made
+    made.service.close()
+
+
+def refused(response, status, words=""):
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error", "error_type"}
+    assert words in body["error"]
+    return body
+
+
+# Answers -----------------------------------------------------------------------------------------
+
+
+def test_one_text_and_a_list(api):
+    one = api.post("/predict", {"inputs": "a superb film"}).json()
+    assert [set(score) for score in one] == [{"label", "score"}] * 2
+    assert one[0]["label"] == "pos" and one[0]["score"] > one[1]["score"]
+    assert sum(score["score"] for score in one) == pytest.approx(1, abs=1e-5)
+    many = api.post("/predict", {"inputs": ["a superb film", "an awful film"]}).json()
+    assert many[0] == one
+    assert many[1][0]["label"] == "neg"
+
+
+def test_options_of_an_answer(api):
+    raw = api.post("/predict", {"inputs": "superb", "raw_scores": True}).json()
+    logits = TextClassifier(api.service.find(None).folder, precision="fp32").logits(["superb"])
+    assert sorted(score["score"] for score in raw) == pytest.approx(sorted(logits[0]), abs=1e-5)
+    best = api.post("/predict", {"inputs": "superb", "all_scores": False}).json()
+    assert [score["label"] for score in best] == ["pos"]
+
+
+def test_a_text_scores_the_same_alone_in_a_list_and_through_predict(api):
+    """Whatever company a text has, its label and score are those of `raybert predict`."""
+    listed = api.post("/predict", {"inputs": TEXTS}).json()
+    found = [row for row in predict_texts(api.service.find(None).folder, numbered(TEXTS))]
+    exact = TextClassifier(api.service.find(None).folder, precision="fp32").probabilities(TEXTS)
+    for text, scores, row, shares in zip(TEXTS, listed, found, exact, strict=True):
+        alone = api.post("/predict", {"inputs": text}).json()
+        assert alone[0]["label"] == scores[0]["label"] == row["label"]
+        assert alone[0]["score"] == pytest.approx(scores[0]["score"], abs=1e-5)
+        assert alone[0]["score"] == pytest.approx(float(shares.max()), abs=1e-5)
+
+
+def test_many_at_once_score_as_each_alone(api):
+    async def ask():
+        transport = httpx.ASGITransport(app=api.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            asked = [client.post("/predict", json={"inputs": text}) for text in TEXTS * 3]
+            return [response.json() for response in await asyncio.gather(*asked)]
+
+    answers = asyncio.run(ask())
+    exact = TextClassifier(api.service.find(None).folder, precision="fp32").probabilities(TEXTS)
+    for scores, shares in zip(answers, np.tile(exact, (3, 1)), strict=True):
+        assert scores[0]["score"] == pytest.approx(float(shares.max()), abs=1e-5)
+
+
+def test_long_texts_are_cut_or_read_in_windows(api):
+    hidden = " ".join(["film"] * 60 + ["superb"] * 20 + ["film"] * 60)
+    plain = " ".join(["film"] * 140)
+
+    def score(text, **options):
+        scores = api.post("/predict", {"inputs": text, **options}).json()
+        return next(one["score"] for one in scores if one["label"] == "pos")
+
+    assert score(hidden) == score(hidden, truncate=True) == pytest.approx(score(plain), abs=1e-5)
+    assert score(hidden, truncate=False) > score(plain, truncate=False) + 0.01
+    assert score("superb", truncate=False) == score("superb")
+
+
+def test_explanations(api):
+    text = "the film was superb"
+    found = api.post("/predict", {"inputs": text, "explain": True}).json()
+    assert set(found) == {"predictions", "words", "error"}
+    assert found["predictions"] == api.post("/predict", {"inputs": text}).json()
+    assert [set(word) for word in found["words"]] == [{"text", "start", "end", "weight"}] * 4
+    assert max(found["words"], key=lambda word: word["weight"])["text"] == "superb"
+    assert found["error"] < 0.05
+    [one, two] = api.post("/predict", {"inputs": [text, "awful"], "explain": True}).json()
+    assert one["words"] == found["words"]
+    assert two["predictions"][0]["label"] == "neg"
+    refused(api.post("/predict", {"inputs": ["a"] * 9, "explain": True}), 413, "8 that are")
+
+
+def test_masks_are_filled(api):
+    [one] = api.post("/fill-mask", {"inputs": "the [MASK] was", "top_k": 3}).json()
+    assert [set(guess) for guess in one] == [{"token_str", "score"}] * 3
+    assert one[0]["score"] >= one[1]["score"]
+    two = api.post("/fill-mask", {"inputs": ["[MASK] [MASK]", "a [MASK]"]}).json()
+    assert [len(masks) for masks in two] == [2, 1]
+    refused(api.post("/fill-mask", {"inputs": "no mask"}), 422, "has no [MASK]")
+    refused(api.post("/fill-mask", {"inputs": "[MASK] " * 100}), 422, "the model reads 64")
+
+
+def test_info_and_metrics_tell_what_is_served(api):
+    api.post("/predict", {"inputs": ["a", "b"]})
+    info = api.ask("GET", "/info").json()
+    assert info["labels"] == ["neg", "pos"]
+    assert info["max_input_length"] == 32
+    assert info["mask_token"] == "[MASK]"
+    assert info["model_dtype"] == "fp32"
+    lines = api.ask("GET", "/metrics").text.splitlines()
+    name = info["model_id"]
+    assert 'raybert_requests_total{route="/predict",status="200"} ' in "\n".join(lines)
+    texts = next(line for line in lines if line.startswith(f'raybert_texts_total{{model="{name}"'))
+    assert float(texts.split()[-1]) >= 2
+    assert any(line.startswith('raybert_request_seconds_bucket{route="/predict"') for line in lines)
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/ready", "/v2/health/ready"])
+def test_health(api, path):
+    assert api.ask("GET", path).json() == {"ready": True}
+    assert api.ask("GET", "/health/live").json() == {"live": True}
+
+
+# The Open Inference Protocol ---------------------------------------------------------------------
+
+
+def tensor(texts, **changes):
+    return {"name": "text", "shape": [len(texts)], "datatype": "BYTES", "data": texts, **changes}
+
+
+def test_open_inference(api):
+    assert api.ask("GET", "/v2").json()["name"] == "raybert"
+    name = api.ask("GET", "/info").json()["model_id"]
+    described = api.ask("GET", f"/v2/models/{name}").json()
+    assert described["outputs"][1] == {"name": "scores", "datatype": "FP32", "shape": [-1, 2]}
+    assert api.ask("GET", f"/v2/models/{name}/ready").json() == {"name": name, "ready": True}
+    path, texts = f"/v2/models/{name}/infer", ["a superb film", "awful"]
+    found = api.post(path, {"id": "7", "inputs": [tensor(texts)]}).json()
+    assert (found["id"], found["model_name"]) == ("7", name)
+    label, scores = found["outputs"]
+    assert label["data"] == ["pos", "neg"] and label["shape"] == [2]
+    assert scores["shape"] == [2, 2] and len(scores["data"]) == 4
+    expected = api.post("/predict", {"inputs": texts[0]}).json()[0]["score"]
+    assert scores["data"][1] == pytest.approx(expected, abs=1e-5)
+    only = api.post(path, {"inputs": [tensor(texts)], "outputs": [{"name": "label"}]}).json()
+    assert [output["name"] for output in only["outputs"]] == ["label"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"inputs": []}, 422),
+        ({"inputs": [tensor(["a"], shape=[2])]}, 422),
+        ({"inputs": [tensor(["a"], shape=[-1, -1])]}, 422),
+        ({"inputs": [tensor(["a"], datatype="FP32")]}, 422),
+        ({"inputs": [tensor(["a"]), tensor(["b"])]}, 422),
+        ({"inputs": [tensor([])]}, 400),
+        ({"inputs": [tensor(["a"])], "outputs": [{"name": "x"}]}, 422),
+        ({"inputs": [tensor(["a"])], "parameters": {"truncate": "yes"}}, 422),
+    ],
+)
+def test_open_inference_refuses(api, body, status):
+    name = next(iter(api.service.catalog.served))
+    refused(api.post(f"/v2/models/{name}/infer", body), status)
+
+
+def test_a_model_that_is_not_served(api):
+    for path in ("/v2/models/other", "/v2/models/other/ready"):
+        refused(api.ask("GET", path), 404)
+    refused(api.post("/v2/models/other/infer", {"inputs": [tensor(["a"])]}), 404)
+    refused(api.post("/predict", {"inputs": "a", "model": "other"}), 404, "no such classifier")
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"inputs": ""}, 400, "is empty"),
+        ({"inputs": " \n\t"}, 400, "is empty"),
+        ({"inputs": []}, 400, "is empty"),
+        ({"inputs": ["a", ""]}, 400, "inputs.1 is empty"),
+        ({"inputs": 5}, 422, "inputs: give a text, or a list of texts"),
+        ({"inputs": ["a", 5]}, 422, "inputs: give a text"),
+        ({"inputs": [["a", "b"]]}, 422, "inputs: give a text"),
+        ({"inputs": None}, 422, "inputs: give a text"),
+        ({}, 422, "inputs"),
+        ([], 422, ""),
+        ({"inputs": "a", "truncate": "yes"}, 422, "truncate"),
+        ({"inputs": "a", "explian": True}, 422, "unknown key explian"),
+        ({"inputs": "a", "x" * 5000: 1}, 422, "unknown key xxxx"),
+        ({"inputs": ["a"] * 41}, 413, "41 texts are more than the 40"),
+        ({"inputs": ["film " * 100] * 40, "truncate": False}, 413, "tokens are more than"),
+        ({"inputs": "film " * 20_000}, 413, "the body has more than 65,536 bytes"),
+    ],
+)
+def test_what_predict_refuses(api, body, status, words):
+    found = refused(api.post("/predict", body), status, words)
+    assert len(found["error"]) < 300
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"nonsense",
+        b'{"inputs": "\xff\xfe"}',
+        b'{"inputs": "\\ud800"}',
+        b'{"inputs": "\\ud800\\ud800 film"}',
+        b"[" * 60_000,
+        b'{"inputs": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
+        b"",
+        b"   ",
+        b"\x00",
+    ],
+)
+def test_what_is_no_json_is_refused(api, content):
+    refused(api.send("/predict", content), 400)
+
+
+def test_what_is_not_sent_as_json_is_refused(api):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        refused(api.send("/predict", b'{"inputs": "a"}', kind), 415)
+    assert api.send("/predict", b'{"inputs": "a"}', "Application/JSON; charset=utf-8").is_success
+
+
+def test_a_body_without_end_is_refused_at_the_limit(api):
+    async def parts():
+        while True:
+            yield b'{"inputs": "' + b"a" * 8192
+
+    refused(api.send("/predict", parts()), 413)
+
+
+def test_paths_and_methods_that_are_not_there(api):
+    refused(api.ask("GET", "/nothing"), 404)
+    refused(api.ask("GET", "/predict"), 405)
+    refused(api.ask("DELETE", "/info"), 405)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\x00\x01\x02",
+        "<br" + " " * 60_000,
+        "<" * 60_000,
+        "😀" * 10_000,
+        "e" + "\u0301" * 20_000,
+        "\u202e\ufeff\u200b",
+        "[CLS] [SEP] [PAD] [UNK] [MASK]",
+        "a" * 60_000,
+        "!?" * 30_000,
+    ],
+)
+def test_strange_texts_are_answered_or_refused(api, text):
+    response = api.post("/predict", {"inputs": text})
+    if response.status_code == 200:
+        assert {score["label"] for score in response.json()} == {"neg", "pos"}
+    else:
+        assert 400 <= response.status_code < 500
+        refused(response, response.status_code)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+bodies = st.fixed_dictionaries(
+    {},
+    optional={
+        "inputs": values | st.text() | st.lists(st.text(), max_size=5),
+        "truncate": values | st.booleans(),
+        "raw_scores": values | st.booleans(),
+        "explain": values | st.booleans(),
+        "top_k": values | st.integers(1, 9),
+        "shape": values,
+        "model": values,
+    },
+)
+
+
+@given(path=st.sampled_from(["/predict", "/fill-mask", "/v2/models/x/infer"]), body=bodies | values)
+@settings(max_examples=300, deadline=None)
+def test_no_body_makes_it_fail(api, path, body):
+    content = json.dumps(body).encode()  # surrogates and NaN are written, too
+    response = api.send(path, content)
+    assert response.status_code == 200 or 400 <= response.status_code < 500, response.text
+    if response.status_code != 200:
+        error = refused(response, response.status_code)["error"]
+        assert "Traceback" not in error and "/site-packages/" not in error
+
+
+@given(content=st.binary(max_size=300))
+@settings(max_examples=200, deadline=None)
+def test_no_bytes_make_it_fail(api, content):
+    assert 400 <= api.send("/predict", content).status_code < 500
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_every_text_has_probabilities_or_is_empty(api, text):
+    response = api.post("/predict", {"inputs": text})
+    if not text.strip():
+        refused(response, 400)
+        return
+    assert sum(score["score"] for score in response.json()) == pytest.approx(1, abs=1e-4)
+
+
+# Keys --------------------------------------------------------------------------------------------
+
+ASKED = [("GET", "/info"), ("GET", "/metrics"), ("POST", "/predict"), ("GET", "/v2"), ("GET", "/x")]
+
+
+@pytest.mark.parametrize(("method", "path"), ASKED)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": f"Bearer {KEY}x"},
+        {"Authorization": f"Basic {KEY}"},
+        {"Authorization": KEY},
+        {"X-Api-Key": KEY},
+    ],
+)
+def test_without_the_key_nothing_is_answered(closed, method, path, headers):
+    response = closed.ask(method, path, headers=headers)
+    refused(response, 401)
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_a_key_in_the_url_is_none_and_is_not_logged(closed, caplog):
+    caplog.set_level(logging.DEBUG)
+    for path in (f"/info?key={KEY}", f"/info?authorization=Bearer%20{KEY}", f"/{KEY}"):
+        refused(closed.ask("GET", path), 401)
+    closed.post("/predict", {"inputs": "secret words"}, headers={"Authorization": f"Bearer {KEY}"})
+    ours = [vars(record) for record in caplog.records if record.name.startswith("raybert")]
+    assert len(ours) == 4
+    assert KEY not in str(ours) and "secret" not in str(ours)
+
+
+def test_with_the_key_it_is_answered(closed):
+    headers = {"Authorization": f"bearer  {KEY}"}
+    assert closed.ask("GET", "/info", headers=headers).is_success
+    assert closed.post("/predict", {"inputs": "superb"}, headers=headers).is_success
+
+
+def test_health_is_told_to_everybody(closed):
+    for path in ("/health", "/health/live", "/v2/health/ready", "/docs", "/openapi.json"):
+        assert closed.ask("GET", path).is_success
+
+
+def test_one_line_a_request_is_logged(api, caplog):
+    caplog.set_level(logging.INFO, logger=LOG.name)
+    api.post("/predict", {"inputs": ["one text", "another"]})
+    api.ask("GET", "/nothing/secret")
+    one, two = (r for r in caplog.records if r.name == LOG.name)
+    assert (one.http_method, one.http_route, one.http_status) == ("POST", "/predict", 200)
+    assert one.texts == 2 and one.milliseconds > 0
+    assert (two.http_route, two.http_status) == ("-", 404)
+
+
+def test_no_other_origin_is_let_in_unless_it_is_named(model, pretrained, api):
+    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    answer = api.ask("OPTIONS", "/predict", headers=asked)
+    assert "access-control-allow-origin" not in answer.headers
+    opened = Api(model, pretrained, keys=[KEY], cors=["https://a.example"])
+    answer = opened.ask("OPTIONS", "/predict", headers=asked)  # browsers ask that without a key
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+    other = opened.ask("OPTIONS", "/predict", headers={**asked, "Origin": "https://b.example"})
+    assert "access-control-allow-origin" not in other.headers
+    opened.service.close()
+
+
+# Overload, time-outs, failures -------------------------------------------------------------------
+
+
+def test_a_full_queue_is_told_before_a_body_is_read(api, monkeypatch):
+    batcher = api.service.find(None).batcher
+    monkeypatch.setattr(batcher, "_speed", 1000.0)
+    monkeypatch.setattr(batcher, "_queued", 5000)
+    response = api.send("/predict", b"not even JSON")
+    refused(response, 429, "try again in 5 s")
+    assert response.headers["Retry-After"] == "5"
+    assert api.post("/fill-mask", {"inputs": "a [MASK]"}).is_success  # has a queue of its own
+
+
+def test_what_takes_too_long_is_given_up(model, pretrained):
+    slow = Api(model, pretrained, timeout_s=0.05)
+    block = Future()
+    slow.service._computing.submit(block.result, 30)  # something else computes
+    try:
+        refused(slow.post("/predict", {"inputs": "superb"}), 504, "no answer within 0.05 s")
+    finally:
+        block.set_result(None)
+    slow.service._computing.submit(int).result(30)
+    assert slow.service.find(None).batcher.queued == 0
+    slow.service.close()
+
+
+def test_a_model_that_fails_is_told_without_its_traceback(api, monkeypatch, caplog):
+    served = api.service.find(None)
+
+    def broken(rows):
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(served.batcher, "_compute", broken)
+    body = refused(api.post("/predict", {"inputs": "superb"}), 424)
+    assert "secret" not in str(body)
+    assert "RuntimeError" in caplog.text
+    monkeypatch.undo()
+    assert api.post("/predict", {"inputs": "superb"}).is_success
+
+
+def test_scores_that_are_no_numbers_are_a_failure(api, monkeypatch):
+    served = api.service.find(None)
+    nothing = np.full((1, 2), np.nan, np.float32)
+    monkeypatch.setattr(served.batcher, "_compute", lambda rows: nothing)
+    refused(api.post("/predict", {"inputs": "superb"}), 424)
+
+
+# The document and the page -----------------------------------------------------------------------
+
+
+def test_the_document_describes_every_body(api):
+    document = api.ask("GET", "/openapi.json").json()
+    schemas = document["components"]["schemas"]
+
+    def references(value):
+        if isinstance(value, dict):
+            yield from ([value["$ref"]] if "$ref" in value else [])
+            value = list(value.values())
+        for inner in value if isinstance(value, list) else []:
+            yield from references(inner)
+
+    used = {reference.rpartition("/")[2] for reference in references(document)}
+    assert {"PredictRequest", "FillMaskRequest", "InferRequest", "Error"} <= used
+    assert used <= set(schemas)
+    body = document["paths"]["/predict"]["post"]["requestBody"]
+    assert body["content"]["application/json"]["schema"]["$ref"].endswith("/PredictRequest")
+
+
+def test_a_page_is_served_beside_the_api(model, pretrained, tmp_path):
+    (tmp_path / "index.html").write_text("<!doctype html><title>here</title>")
+    (tmp_path / "app.js").write_text("1;")
+    api = Api(model, pretrained, keys=[KEY], page=tmp_path)
+    assert "here" in api.ask("GET", "/").text
+    assert api.ask("GET", "/app.js").text == "1;"
+    assert api.ask("GET", "/health").json() == {"ready": True}
+    for path in ("/secret.txt", "/../conftest.py", "/%2e%2e/conftest.py"):
+        assert api.ask("GET", path).status_code == 401
+    api.service.close()

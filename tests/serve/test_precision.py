@@ -1,0 +1,151 @@
+"""Precisions: how far each moves a score, and that replicas take the same one."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from making import reviews
+
+from raybert.errors import UserError
+from raybert.serve import choice
+from raybert.serve import precision as precisions
+from raybert.serve.classifier import TextClassifier
+from raybert.storage import Folder
+
+CPU = torch.device("cpu")
+TEXTS = [text for text, _ in reviews(30, seed=5)]
+QUICK = [name for name in precisions.available(CPU) if name != "compiled"]
+
+
+@pytest.fixture
+def own(model, tmp_path):
+    """A copy of the model, to write to."""
+    shutil.copytree(model.path, tmp_path / "model")
+    return Folder(tmp_path / "model")
+
+
+def choices(folder):
+    return [name for name in folder.names() if name.startswith("serving-")]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_precision_moves_scores_little(model, name):
+    exact = TextClassifier(model, precision="fp32").probabilities(TEXTS)
+    found = TextClassifier(model, precision=name).probabilities(TEXTS)
+    assert np.abs(found - exact).max() < (1e-5 if name == "fp32" else 0.05)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_neighbour_does_not_change_a_score(model, name):
+    classifier = TextClassifier(model, precision=name)
+    together = classifier.logits(TEXTS)
+    alone = np.concatenate([classifier.logits([text]) for text in TEXTS])
+    # int8 computes each text by itself; the others differ by the rounding of products at most.
+    tolerance = {"fp32": 1e-5, "bf16": 2e-2, "int8": 0}[name]
+    np.testing.assert_allclose(together, alone, rtol=0, atol=tolerance)
+
+
+def test_positions_are_exact_in_bf16(model):
+    served = precisions.engine(TextClassifier(model, precision="fp32").model, "bf16")
+    dtypes = {name: tensor.dtype for name, tensor in served.named_buffers()}
+    assert {dtype for name, dtype in dtypes.items() if "angles" in name} == {torch.float32}
+    weights = {name: p.dtype for name, p in served.named_parameters()}
+    assert {d for n, d in weights.items() if n.startswith("encoder.")} == {torch.bfloat16}
+    assert {d for n, d in weights.items() if not n.startswith("encoder.")} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "compiled" not in precisions.available(CPU), reason="there is no C++ compiler here"
+)
+def test_a_compiled_model_scores_alike(model):
+    exact = TextClassifier(model, precision="fp32").probabilities(TEXTS)
+    found = TextClassifier(model, precision="compiled").probabilities(TEXTS)
+    assert np.abs(found - exact).max() < 0.05
+
+
+def test_an_unknown_precision_is_refused(model):
+    with pytest.raises(UserError, match="serve.precision=fp8: use auto, fp32, bf16"):
+        TextClassifier(model, precision="fp8")
+
+
+def test_the_choice_is_stored_and_everybody_takes_it(own):
+    rule = precisions.fallback(CPU)
+    other = "fp32" if rule == "bf16" else "bf16"
+    assert TextClassifier(own).precision == rule
+    assert precisions.store(own, CPU, {"precision": other})["precision"] == other
+    assert TextClassifier(own).precision == other
+    assert choice.settle(own, "cpu") == other  # without measuring
+    assert choice.settle(own, "cpu", "fp32") == other
+    assert len(choices(own)) == 1
+
+
+def test_of_replicas_that_choose_at_once_the_first_decides(own):
+    names = ["fp32", "bf16"] * 8
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda name: choice.settle(own, "cpu", name), names))
+    assert len(set(found)) == 1
+    assert len(choices(own)) == 1
+    assert own.names(hidden=True) == own.names()
+
+
+def test_a_choice_holds_for_its_weights_and_machine_only(own, monkeypatch):
+    precisions.store(own, CPU, {"precision": "fp32"})
+    assert precisions.stored(own, CPU)["machine"] == precisions.machine(CPU)
+    monkeypatch.setattr(precisions, "machine", lambda device: "another one")
+    assert precisions.stored(own, CPU) is None
+    monkeypatch.undo()
+    own.write_bytes("model.safetensors", own.read_bytes("model.safetensors") + b" ")
+    assert precisions.stored(own, CPU) is None
+
+
+def test_a_choice_can_be_replaced_by_a_better_one(own):
+    precisions.store(own, CPU, {"precision": "fp32"})
+    precisions.store(own, CPU, {"precision": "bf16"})
+    assert precisions.stored(own, CPU)["precision"] == "fp32"
+    precisions.store(own, CPU, {"precision": "bf16"}, replace=True)
+    assert precisions.stored(own, CPU)["precision"] == "bf16"
+
+
+def test_a_choice_that_is_damaged_counts_for_none(own):
+    precisions.store(own, CPU, {"precision": "fp32"})
+    Path(own.join(choices(own)[0])).write_text(json.dumps({"precision": "fp8"}))
+    assert precisions.stored(own, CPU) is None
+
+
+def test_measuring_chooses_among_what_scores_alike(own, monkeypatch):
+    monkeypatch.setattr(choice, "_SECONDS", 0.02)
+    monkeypatch.setattr(precisions, "available", lambda device: tuple(QUICK))
+    found = choice.measure(own, "cpu")
+    assert set(found["measured"]) == set(QUICK)
+    assert found["measured"]["fp32"]["max_difference"] == 0
+    assert found["measured"]["fp32"]["company"] < 1e-5
+    assert all(one["tokens_per_second"] > 0 for one in found["measured"].values())
+    assert found["precision"] in QUICK
+    monkeypatch.setattr(choice, "MOST_DIFFERENCE", 0.0)
+    assert choice.measure(own, "cpu")["precision"] == "fp32"
+    assert choice.settle(own, "cpu") == precisions.stored(own, CPU)["precision"]
+
+
+def test_a_faster_precision_must_be_worth_it():
+    assert choice.fastest({"fp32": 100, "bf16": 104, "int8": 90}) == "fp32"
+    assert choice.fastest({"fp32": 100, "bf16": 150, "int8": 151}) == "bf16"
+    assert choice.fastest({"fp32": 100, "bf16": 150, "int8": 200}) == "int8"
+
+
+def test_comparing_on_labelled_texts_states_what_each_costs(own, monkeypatch):
+    monkeypatch.setattr(precisions, "available", lambda device: tuple(QUICK))
+    rows = reviews(40, seed=11)
+    labels = np.array([("neg", "pos").index(label) for _, label in rows])
+    told = []
+    found = choice.compare(own, [text for text, _ in rows], labels, on_progress=told.append)
+    assert found["measured"]["fp32"]["points_lost"] == 0
+    assert found["measured"]["fp32"]["accuracy"] > 0.9
+    assert len(told) == len(QUICK)
+    assert found["stored"]
+    assert precisions.stored(own, CPU)["precision"] == found["precision"]
+    assert TextClassifier(own).precision == found["precision"]

