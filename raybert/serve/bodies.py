@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 _MOST_SHOWN = 60  # characters of a key that nobody knows
 
@@ -79,7 +79,7 @@ class Body(BaseModel):
 
 
 Texts = Annotated[
-    str | Annotated[list[str], FailFast()],
+    str | Annotated[list[str], Field(fail_fast=True)],
     Field(
         union_mode="left_to_right",
         description="a text, or several",
@@ -114,9 +114,9 @@ class InferInput(Body):
     """A tensor of the Open Inference Protocol: texts."""
 
     name: str = "text"
-    shape: Annotated[list[int], FailFast()]
+    shape: Annotated[list[int], Field(fail_fast=True)]
     datatype: Literal["BYTES"]
-    data: Annotated[list[str], FailFast()]
+    data: Annotated[list[str], Field(fail_fast=True)]
     parameters: dict[str, Any] = {}
 
 
@@ -131,8 +131,8 @@ class InferRequest(Body):
     """A request of the Open Inference Protocol, version 2."""
 
     id: str | None = Field(None, max_length=256)
-    inputs: Annotated[list[InferInput], FailFast()]
-    outputs: Annotated[list[InferOutput], FailFast()] | None = None
+    inputs: Annotated[list[InferInput], Field(fail_fast=True)]
+    outputs: Annotated[list[InferOutput], Field(fail_fast=True)] | None = None
     parameters: dict[str, Any] = {}
 
 

@@ -1,9 +1,10 @@
 """Which words decided: integrated gradients (Sundararajan et al., arXiv 1703.01365, section 3).
 
 On the straight way from the text with every word masked to the text itself, the gradient of the
-decision over the words' embeddings is summed up. A word's weight is the sum over its pieces; all
-weights together are the difference of the decision between the two ends, but for the error of the
-sum over a finite number of steps, which is stated.
+decision over the words' embeddings is summed up: over the normalised ones, which are all of one
+length, for before the norm a small vector's first step would turn it around. A word's weight is the
+sum over its pieces; all weights together are the difference of the decision between the two ends,
+but for the error of the sum over a finite number of steps, which is stated.
 
 Shapes: T tokens, D hidden, L labels, S steps.
 """
@@ -24,7 +25,9 @@ from raybert.errors import ConfigError
 from raybert.serve.classifier import TextClassifier
 from raybert.text.files import LINE_BREAK
 
-STEPS = 24  # of the Gauss-Legendre sum; its error falls much faster than that of equal steps
+STEPS = (24, 48, 96)  # of the Gauss-Legendre sum, until its error is small
+TOLERANCE = 0.02  # of the decision's difference, or of 1 where that is less
+_MOST_TOKENS = 16_384  # on the way in all, for the time that a request may take
 _TOKENS_AT_ONCE = 2048  # gradients keep the states of all layers, about 20 KB a token and layer
 
 
@@ -51,7 +54,7 @@ class Explanation:
 class Explainer:
     """Explains a classifier's answers; not safe for threads."""
 
-    def __init__(self, classifier: TextClassifier, steps: int = STEPS) -> None:
+    def __init__(self, classifier: TextClassifier) -> None:
         """Use the classifier's fp32 weights, whatever it answers in."""
         self._classifier = classifier
         # Modules of its own, for it hooks them, on the same weights.
@@ -59,9 +62,6 @@ class Explainer:
         tensors = itertools.chain(model.parameters(), model.buffers())
         self._model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         self._device = next(self._model.parameters()).device
-        nodes, weights = np.polynomial.legendre.leggauss(steps)  # over [-1, 1]
-        self._at = torch.tensor((nodes + 1) / 2, dtype=torch.float32, device=self._device)
-        self._weights = torch.tensor(weights / 2, dtype=torch.float32, device=self._device)
 
     def explain(self, text: str, label: int | None = None) -> Explanation:
         """Weigh the words of a text.
@@ -75,32 +75,41 @@ class Explainer:
         tokens = _tokenize(self._classifier, text)
         ids = torch.tensor(tokens.ids, dtype=torch.int64, device=self._device)  # [T]
         with torch.no_grad():
-            embed = self._model.encoder.embeddings.tokens
-            there = embed(ids)  # [T, D]
-            fixed = torch.tensor(tokens.is_frame, device=self._device)[:, None]  # [T, 1]
-            masked = embed(torch.full_like(ids, tokens.mask_id))
-            start = torch.where(fixed, there, masked)  # [T, D]
+            embed = self._model.encoder.embeddings
+            fixed = torch.tensor(tokens.is_frame, device=self._device)  # [T]
+            masked = torch.where(fixed, ids, tokens.mask_id)
+            start, there = embed(torch.stack([masked, ids]), None)  # [T, D] each
             ends = self._logits(ids, torch.stack([start, there]))  # [2, L]
         chosen = int(ends[1].argmax()) if label is None else label
         before, after = self._decision(ends, chosen).tolist()
+        for steps in STEPS:
+            pieces = self._weights(ids, start, there, chosen, steps).tolist()
+            words = _by_word(text, tokens, pieces)
+            error = abs(sum(word.weight for word in words) - (after - before))
+            is_good = error <= TOLERANCE * max(1.0, abs(after - before))
+            if is_good or 2 * steps * len(ids) > _MOST_TOKENS:
+                break
+        return Explanation(words, error, self._classifier.labels[chosen], after - before)
+
+    def _weights(self, ids: Tensor, start: Tensor, there: Tensor, label: int, steps: int) -> Tensor:
+        """Integrate the gradient on the way between two embeddings [T, D]: [T]."""
+        nodes, weights = np.polynomial.legendre.leggauss(steps)  # over [-1, 1]
+        at = torch.tensor((nodes + 1) / 2, dtype=torch.float32, device=self._device)
+        shares = torch.tensor(weights / 2, dtype=torch.float32, device=self._device)
         way = there - start  # [T, D]
         gradient = torch.zeros_like(way)
         size = max(1, _TOKENS_AT_ONCE // len(ids))
-        for begin in range(0, len(self._at), size):
-            at, weights = (t[begin : begin + size, None, None] for t in (self._at, self._weights))
-            points = (start + at * way).requires_grad_()  # [S, T, D]
-            total = self._decision(self._logits(ids, points), chosen).sum()
+        for begin in range(0, steps, size):
+            part, share = (t[begin : begin + size, None, None] for t in (at, shares))
+            points = (start + part * way).requires_grad_()  # [S, T, D]
+            total = self._decision(self._logits(ids, points), label).sum()
             [slope] = torch.autograd.grad(total, points)
-            gradient += (weights * slope).sum(dim=0)
-        pieces = (way * gradient).sum(dim=1).tolist()  # [T]
-        words = _by_word(text, tokens, pieces)
-        error = abs(sum(word.weight for word in words) - (after - before))
-        label_name = self._classifier.labels[chosen]
-        return Explanation(words, error, label_name, after - before)
+            gradient += (share * slope).sum(dim=0)
+        return (way * gradient).sum(dim=1)
 
     def _logits(self, ids: Tensor, embedded: Tensor) -> Tensor:
         """Run the model on embeddings [S, T, D] in place of the ids' own: [S, L]."""
-        embed = self._model.encoder.embeddings.tokens
+        embed = self._model.encoder.embeddings
         handle = embed.register_forward_hook(lambda module, given, output: embedded)
         try:
             logits: Tensor = self._model(ids.expand(len(embedded), -1))

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def fallback(device: torch.device) -> str:
 def available(device: torch.device) -> tuple[str, ...]:
     """The precisions that this machine can compute in, fp32 first."""
     has = {
-        "int8": device.type == "cpu" and torch.backends.quantized.engine in _INT8_ENGINES,
+        "int8": device.type == "cpu"
+        and hasattr(torch, "quantize_per_channel")
+        and torch.backends.quantized.engine in _INT8_ENGINES,
         "compiled": shutil.which(os.environ.get("CXX", "g++")) is not None,
     }
     return tuple(name for name in PRECISIONS if has.get(name, True))
@@ -118,8 +121,11 @@ class _Int8Linear(nn.Module):
         weight = dense.weight.detach().float()  # [out, in]
         scales = weight.abs().amax(dim=1).clamp(min=1e-8).double() / 127
         zeros = torch.zeros(len(scales), dtype=torch.int64)
-        quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         bias = None if dense.bias is None else dense.bias.detach().float()
+        with warnings.catch_warnings():
+            # PyTorch means to drop such tensors one day; `available` then leaves int8 out.
+            warnings.simplefilter("ignore")
+            quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         self._packed = torch.ops.quantized.linear_prepack(quantized, bias)
         # Without VNNI, sums of two products overflow 16 bits unless activations have 7.
         self._reduced = not _has_vnni()

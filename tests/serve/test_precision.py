@@ -59,6 +59,7 @@ def test_positions_are_exact_in_bf16(model):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own parts of each other
 @pytest.mark.skipif(
     "compiled" not in precisions.available(CPU), reason="there is no C++ compiler here"
 )
