@@ -204,8 +204,7 @@ def evaluate(
     if model is None:
         metrics = pipeline.evaluate(experiment, new_display())
     else:
-        folder = pipeline.resolve_model(model)
-        metrics = pipeline.evaluate_model(experiment, folder, new_display())
+        metrics = pipeline.evaluate_model(experiment, _model(model, experiment), new_display())
     if as_json:
         _print(metrics, as_json)
     else:
@@ -402,11 +401,11 @@ def version(as_json: JsonOption = False) -> None:
 
 
 def _model(path: str | None, experiment: Experiment, stage: str = "finetune") -> Any:
-    from raybert import pipeline
+    from raybert.model.find import resolve_model
 
     if path is None:
-        return pipeline.resolve_model((experiment.folder / stage).uri)
-    return pipeline.resolve_model(path, stage)
+        return resolve_model((experiment.folder / stage).uri)
+    return resolve_model(path, stage)
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:

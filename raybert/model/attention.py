@@ -58,18 +58,20 @@ def attend_each(
     Returns:
         [1, N, T, H].
     """
+    _, heads, seq_len, head_dim = q.shape
     rows = [tensor[0].transpose(0, 1) for tensor in (q, k, v)]  # [T, N, H] each
-    mixed = torch.empty_like(rows[2], memory_format=torch.contiguous_format)  # [T, N, H]
+    mixed = q.new_empty(seq_len, heads, head_dim)
     begin = 0
     for length, alike in itertools.groupby(lengths):
         count = len(list(alike))
         end = begin + count * length
-        parts = [row[begin:end].unflatten(0, (count, length)).transpose(1, 2) for row in rows]
+        shape = (count, length, heads, head_dim)
+        of_q, of_k, of_v = (row[begin:end].reshape(shape).transpose(1, 2) for row in rows)
         mask = None
         if reach is not None and length > reach + 1:
             at = torch.arange(length, device=q.device)
             mask = ((at[:, None] - at).abs() <= reach)[None, None]  # [1, 1, length, length]
-        mixed[begin:end] = attend(*parts, mask).transpose(1, 2).flatten(0, 1)
+        mixed[begin:end] = attend(of_q, of_k, of_v, mask).transpose(1, 2).flatten(0, 1)
         begin = end
     return mixed.transpose(0, 1)[None]
 

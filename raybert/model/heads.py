@@ -172,7 +172,7 @@ class Classifier(nn.Module):
         if lengths is None:
             x = pool(x, attention_mask, self.pooling)  # [B, D]
         else:
-            texts = x[0].split(list(lengths))  # [T of each, D]
+            texts = x[0].split_with_sizes(list(lengths))  # [T of each, D]
             x = torch.cat([pool(text[None], None, self.pooling) for text in texts])
         x = self.classifier(self.dropout(self.transform(x)))  # [B, L]
         return x.float()

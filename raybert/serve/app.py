@@ -120,10 +120,11 @@ def check_models(config: ServeConfig) -> None:
         UserError: a model is not there, or is none of its kind.
         DamagedError: a file is cut short or altered.
     """
-    given = [config.model, *config.models.values(), config.canary and config.canary.model]
+    given = list(config.models.values())
+    given += [config.model] if config.model is not None else []
+    given += [config.canary.model] if config.canary is not None else []
     for one in given:
-        if one is not None:
-            hub.load_classifier(models.find(one, config.registry).current())
+        hub.load_classifier(models.find(one, config.registry).current())
     if config.fill_mask is not None:
         hub.load_masked_lm(models.find(config.fill_mask, None, stage="pretrain").current())
 

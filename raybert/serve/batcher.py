@@ -60,11 +60,11 @@ class _Request:
 
 class _Item(NamedTuple):
     request: _Request
-    index: int
+    place: int  # of the row among the request's
 
     @property
     def row(self) -> Row:
-        return self.request.rows[self.index]
+        return self.request.rows[self.place]
 
 
 class Batcher:
@@ -144,7 +144,7 @@ class Batcher:
         if self._queued and self._queued + tokens > self.capacity:
             raise Overloaded(self.expected_wait_s)
         request = _Request(rows, asyncio.get_running_loop().create_future())
-        self._items.extend(_Item(request, index) for index in range(len(rows)))
+        self._items.extend(_Item(request, place) for place in range(len(rows)))
         self._queued += tokens
         self._start(forced=False)
         try:
@@ -204,14 +204,14 @@ class Batcher:
             self._note_speed(tokens, seconds)
             self._on_batch(len(batch), tokens, seconds)
             scores = future.result()
-        for place, item in enumerate(batch):
+        for row, item in enumerate(batch):
             request = item.request
             if request.future.done():
                 continue
             if error is not None:
                 request.future.set_exception(Failed(error))
                 continue
-            request.scores[item.index] = scores[place]
+            request.scores[item.place] = scores[row]
             request.missing -= 1
             if not request.missing:
                 request.future.set_result(np.stack(request.scores))

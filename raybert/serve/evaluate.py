@@ -49,8 +49,9 @@ def evaluate(
     if not tables:
         raise DataError(f"{source.path}: no labelled texts")
     table = pa.concat_tables(tables)
-    logits = np.concatenate([logits_of(part) for part in tables])
-    logits = logits / np.float32(hub.read_temperature(model))  # as answers are: calibrated
+    # As answers are: calibrated.
+    scaled = np.concatenate([logits_of(part) for part in tables]) / hub.read_temperature(model)
+    logits = np.asarray(scaled, np.float32)
     ids = {name: index for index, name in enumerate(names)}
     labels = np.array([ids[name] for name in table["label"].to_pylist()])
     return {

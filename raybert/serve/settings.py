@@ -51,14 +51,14 @@ class ServeConfig(Settings):
         None, description="the same, for filling masks; null: the experiment's pretrained model"
     )
     models: dict[str, str] = Field({}, description="more classifiers: a name, and as `model`")
-    canary: Canary | None = None
+    canary: Canary | None = Field(None, description="a new model on trial; null: none")
     registry: str | None = Field(
         None, description="the storage whose registry has the names; null: run.storage"
     )
     poll_s: float = Field(10, gt=0, description="seconds between looks at the registry")
 
     host: str = Field("127.0.0.1", description="any but this machine's own asks for a key")
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(8000, ge=1, le=65535, description="of the host")
     keys: str | None = Field(
         None, description="a file with a bearer key a line; null: RAYBERT_API_KEYS, if it is set"
     )
