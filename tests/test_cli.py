@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -274,6 +275,32 @@ def test_pretraining_does_not_need_the_raw_text(raybert, experiment):
     changed = raybert("pretrain", "-c", experiment.config, "--bare", "--set", "corpus.seq_len=8",
                       "-n", "tiny")  # fmt: skip
     assert "is finished with other settings (corpus.seq_len: 16 -> 8)" in refused(changed)
+
+
+def test_serving_refuses_what_it_can_not_serve_before_ray_is_started(raybert, tmp_path, trained):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    missing = raybert("serve", tmp_path / "none", "--port", port)
+    assert "none: no model here (config.json is missing)" in refused(missing)
+    opened = raybert("serve", trained.run, "--port", port, "--host", "0.0.0.0")
+    assert "serve.host=0.0.0.0: others can connect there" in refused(opened)
+    told = refused(raybert("serve", trained.run, "--set", "serve.prot=1"))
+    assert "unknown key serve.prot; did you mean serve.port?" in told
+
+
+def test_what_a_precision_costs_is_measured_and_kept(raybert, tmp_path, trained, monkeypatch):
+    from raybert.serve import precision
+
+    shutil.copytree(trained.run / "finetune" / "model", tmp_path / "model")
+    monkeypatch.setattr(precision, "available", lambda device: ("fp32", "bf16"))
+    at = ("bench", "serve", "-c", trained.config, "-m", tmp_path / "model", "--texts", "60")
+    found = raybert(*at, "--json").json
+    assert set(found["measured"]) == {"fp32", "bf16"}
+    assert found["texts"] == 60 and found["stored"]
+    assert found["measured"]["fp32"]["accuracy"] > 0.5
+    shown = raybert(*at).out
+    assert "texts/s" in shown and "kept with the model" in shown
 
 
 def test_finished_runs_say_so_when_what_made_them_is_gone(raybert, tmp_path, trained):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from concurrent.futures import Executor
 
-from raybert.errors import RaybertError, StorageError
+from raybert.errors import ConfigError, RaybertError, StorageError
 from raybert.serve import models
 from raybert.serve.filler import MaskFiller
 from raybert.serve.metrics import Metrics
@@ -48,7 +48,7 @@ class Catalog:
         """Load everything.
 
         Raises:
-            UserError: a model is not there, or is none of its kind.
+            UserError: a model is not there, or is none of its kind; two have one name.
             DamagedError: a file is cut short or altered.
         """
         config = self._config
@@ -65,6 +65,10 @@ class Catalog:
             self.filler_name = source.name
 
     def _add(self, source: Source) -> None:
+        if source.name in self.served:
+            raise ConfigError(
+                f"serve.models: two models have the name {source.name}; give one another name"
+            )
         self.served[source.name] = self._load(source, source.current())
 
     def _load(self, source: Source, folder: Folder, like: str | None = None) -> Served:

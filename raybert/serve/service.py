@@ -23,7 +23,7 @@ from raybert import __version__
 from raybert.errors import DataError
 from raybert.serve import bodies
 from raybert.serve.batcher import Aside, Failed, Overloaded, Row
-from raybert.serve.bodies import FillMaskRequest, PredictRequest
+from raybert.serve.bodies import FillMaskRequest, PredictRequest, Refused
 from raybert.serve.catalog import Catalog
 from raybert.serve.metrics import Metrics
 from raybert.serve.models import Served
@@ -204,12 +204,11 @@ class Service:
         if canary is None or name is not None or random.random() >= share:
             self.metrics.add("texts_total", len(texts), model=served.name)
             return Scored(await served.score(rows, counts), served)
-        theirs_rows, theirs_counts = await self._encode(canary, texts, windows)
         mine = await served.score(rows, counts)
         try:
-            theirs = await canary.score(theirs_rows, theirs_counts)
-        except (Overloaded, Failed):  # what is on trial must not cost an answer
-            self._log.exception("the canary failed")
+            theirs = await canary.score(*await self._encode(canary, texts, windows))
+        except (Overloaded, Failed, Refused) as error:  # what is on trial must not cost an answer
+            self._log.error("the canary failed: %s", error)
             return Scored(mine, served)
         self._compare(Scored(mine, served), Scored(theirs, canary))
         self.metrics.add("texts_total", len(texts), model=canary.name)
@@ -258,8 +257,9 @@ class Service:
     ) -> list[Any]:
         found = []
         for text, label, scores in zip(texts, logits.argmax(axis=1), answers, strict=True):
-            work = functools.partial(served.explainer.explain, text, int(label))
-            explanation = await self._aside.run(work)
+            explanation = await self._aside.run(
+                lambda text=text, label=int(label): served.explainer.explain(text, label)
+            )
             words = [vars(word) for word in explanation.words]
             found.append({"predictions": scores, "words": words, "error": explanation.error})
         return found

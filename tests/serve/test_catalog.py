@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 from making import reviews
 
-from raybert.errors import UserError
+from raybert.errors import ConfigError, UserError
 from raybert.serve import models
 from raybert.serve.bodies import PredictRequest
 from raybert.serve.models import Source, find
@@ -177,6 +177,14 @@ def test_several_models_by_name(registry):
 
     assert [asyncio.run(go(name)) for name in (None, "1", "second")] == ["pos", "pos", "neg"]
     assert [one["name"] for one in service.info()["models"]] == ["1", "second"]
+    service.close()
+
+
+def test_two_models_of_one_name_are_refused(registry):
+    values = {"model": (registry / "1").uri, "models": {"1": (registry / "2").uri}}
+    service = Service(ServeConfig.model_validate({**values, "precision": "fp32"}))
+    with pytest.raises(ConfigError, match="two models have the name 1"):
+        service.load()
     service.close()
 
 

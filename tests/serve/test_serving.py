@@ -1,12 +1,15 @@
 """`raybert serve` itself: real Serve, real HAProxy where it is installed, real HTTP."""
 
 import contextlib
+import datetime
 import http.client
+import ipaddress
 import json
 import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -227,3 +230,62 @@ def test_ctrl_c_ends_it_and_leaves_nothing(model, tmp_path):
             pass
     finally:
         server.clear()
+
+
+def test_tls_through_serves_own_proxy(model, tmp_path):
+    files = certificate(tmp_path)
+    server = Server(
+        tmp_path,
+        model.uri,
+        "-s",
+        "serve.precision=fp32",
+        "-s",
+        f"serve.tls_cert={files[0]}",
+        "-s",
+        f"serve.tls_key={files[1]}",
+    )
+    try:
+        assert server.url.startswith("https://")
+        context = ssl.create_default_context(cafile=str(files[0]))
+        with Client(server.url, context=context) as client:
+            assert client.predict("a superb film")[0]["label"] == "pos"
+        with Client(server.url, patience_s=0) as stranger:
+            with pytest.raises(ServerError, match="certificate verify failed"):
+                stranger.predict("a superb film")
+        assert server.stop() == 0
+    finally:
+        server.clear()
+
+
+def certificate(folder):
+    """Make a certificate of 127.0.0.1's own; returns the files of it and of its key."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=2))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    encoding = serialization.Encoding.PEM
+    (folder / "cert.pem").write_bytes(made.public_bytes(encoding))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(
+            encoding,
+            serialization.PrivateFormat.TraditionalOpenSSL,
+            serialization.NoEncryption(),
+        )
+    )
+    return folder / "cert.pem", folder / "key.pem"
