@@ -25,6 +25,7 @@ from raybert.serve import bodies
 from raybert.serve.batcher import Aside, Failed, Overloaded, Row
 from raybert.serve.bodies import FillMaskRequest, PredictRequest, Refused
 from raybert.serve.catalog import Catalog
+from raybert.serve.explain import Explanation
 from raybert.serve.metrics import Metrics
 from raybert.serve.models import Served
 from raybert.serve.settings import ServeConfig
@@ -256,10 +257,9 @@ class Service:
         served: Served,
     ) -> list[Any]:
         found = []
-        for text, label, scores in zip(texts, logits.argmax(axis=1), answers, strict=True):
-            explanation = await self._aside.run(
-                lambda text=text, label=int(label): served.explainer.explain(text, label)
-            )
+        for text, label, scores in zip(texts, logits.argmax(axis=1).tolist(), answers, strict=True):
+            # The explainer is made in the thread that uses it, at its first text.
+            explanation = await self._aside.run(functools.partial(_explain, served, text, label))
             words = [vars(word) for word in explanation.words]
             found.append({"predictions": scores, "words": words, "error": explanation.error})
         return found
@@ -325,6 +325,10 @@ class Service:
         except Failed as error:
             self._log.error("%s", error, exc_info=error.__cause__)
             raise bodies.failed() from None
+
+
+def _explain(served: Served, text: str, label: int) -> Explanation:
+    return served.explainer.explain(text, label)
 
 
 def _use_threads(threads: int | None) -> None:
