@@ -85,6 +85,15 @@ class Folder:
 
     def names(self, name: str = "", *, hidden: bool = False) -> list[str]:
         """The sorted names of the files and folders directly inside; empty where there is none."""
+        found = [info.base_name for info in self._listed(name)]
+        return sorted(name for name in found if hidden or not name.startswith("."))
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes in bytes of the files directly inside, by name, from one listing."""
+        files = (info for info in self._listed() if info.type == pafs.FileType.File)
+        return {info.base_name: int(info.size) for info in files}
+
+    def _listed(self, name: str = "") -> list[pafs.FileInfo]:
         path = self.join(name) if name else self.path
         selector = pafs.FileSelector(path, allow_not_found=True)
         with self._translated("listing", path):
@@ -92,8 +101,7 @@ class Folder:
                 infos = self._fs.get_file_info(selector)
             except FileNotFoundError:  # somebody made the folder just as Arrow looked for it
                 infos = self._fs.get_file_info(selector)
-            found = [info.base_name for info in infos]
-        return sorted(name for name in found if hidden or not name.startswith("."))
+        return list(infos)
 
     def read_bytes(self, name: str) -> bytes:
         """Read a whole file.
