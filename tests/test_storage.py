@@ -45,6 +45,15 @@ def test_what_is_not_there(folder):
         folder.open_input("none")
 
 
+@pytest.mark.parametrize("address", ["local", "mock:///elsewhere"])
+def test_a_file_in_pieces_is_one_file(folder, address):
+    folder = folder if address == "local" else Folder(address)
+    folder.filesystem.create_dir(folder.path)
+    folder.write_bytes("a", [memoryview(b"abc"), memoryview(b""), memoryview(b"de")])
+    assert folder.read_bytes("a") == b"abcde"
+    assert folder.sizes() == {"a": 5}
+
+
 def test_delete_takes_files_and_folders(folder):
     folder.write_text("a", "x")
     folder.write_text("b/c/d", "x")
