@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,15 @@ class Folder:
 
     def names(self, name: str = "", *, hidden: bool = False) -> list[str]:
         """The sorted names of the files and folders directly inside; empty where there is none."""
+        found = [info.base_name for info in self._listed(name)]
+        return sorted(name for name in found if hidden or not name.startswith("."))
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes in bytes of the files directly inside, by name, from one listing."""
+        files = (info for info in self._listed() if info.type == pafs.FileType.File)
+        return {info.base_name: int(info.size) for info in files}
+
+    def _listed(self, name: str = "") -> list[pafs.FileInfo]:
         path = self.join(name) if name else self.path
         selector = pafs.FileSelector(path, allow_not_found=True)
         with self._translated("listing", path):
@@ -92,8 +101,7 @@ class Folder:
                 infos = self._fs.get_file_info(selector)
             except FileNotFoundError:  # somebody made the folder just as Arrow looked for it
                 infos = self._fs.get_file_info(selector)
-            found = [info.base_name for info in infos]
-        return sorted(name for name in found if hidden or not name.startswith("."))
+        return list(infos)
 
     def read_bytes(self, name: str) -> bytes:
         """Read a whole file.
@@ -126,15 +134,18 @@ class Folder:
         with self._translated("opening", self.join(name)):
             return self._fs.open_input_file(self.join(name))
 
-    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
-        """Write a file that appears whole or not at all."""
+    def write_bytes(self, name: str, data: bytes | memoryview | Sequence[memoryview]) -> None:
+        """Write a file, given whole or in pieces, that appears whole or not at all."""
+        pieces: Sequence[bytes | memoryview]
+        pieces = [data] if isinstance(data, bytes | memoryview) else data
         path = self.join(name)
         with self._translated("writing", path):
             if self.is_local:
-                _write_local(Path(path), data)
+                _write_local(Path(path), pieces)
             else:
                 with self._fs.open_output_stream(path) as stream:
-                    stream.write(data)
+                    for piece in pieces:
+                        stream.write(piece)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a UTF-8 file that appears whole or not at all."""
@@ -165,12 +176,12 @@ class Folder:
             raise StorageError(f"{doing} {path} failed: {reason}") from error
 
 
-def _write_local(path: Path, data: bytes | memoryview) -> None:
+def _write_local(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with beside.open("wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

@@ -27,6 +27,7 @@ def test_what_is_written_is_read(folder):
     assert folder.names() == ["a.bin", "sub"]
     assert folder.names("sub") == ["b.txt", "c.json"]
     assert folder.size("a.bin") == 2
+    assert folder.sizes() == {"a.bin": 2}
     with folder.open_input("sub/b.txt") as file:
         assert file.read_at(3, 0) == b"Gr\xc3"
 
@@ -36,11 +37,21 @@ def test_what_is_not_there(folder):
     assert folder.exists()
     assert folder.size("none") is None
     assert (folder / "none").names() == []
+    assert (folder / "none").sizes() == {}
     folder.delete("none")
     with pytest.raises(FileNotFoundError):
         folder.read_bytes("none")
     with pytest.raises(FileNotFoundError):
         folder.open_input("none")
+
+
+@pytest.mark.parametrize("address", ["local", "mock:///elsewhere"])
+def test_a_file_in_pieces_is_one_file(folder, address):
+    folder = folder if address == "local" else Folder(address)
+    folder.filesystem.create_dir(folder.path)
+    folder.write_bytes("a", [memoryview(b"abc"), memoryview(b""), memoryview(b"de")])
+    assert folder.read_bytes("a") == b"abcde"
+    assert folder.sizes() == {"a": 5}
 
 
 def test_delete_takes_files_and_folders(folder):
@@ -183,6 +194,7 @@ def test_an_object_store_does_what_a_disk_does(bucket):
     assert folder.read_text("a") == "new"
     assert folder.names() == ["a", "sub"]
     assert folder.size("a") == 3
+    assert folder.sizes() == {"a": 3}
     with pytest.raises(FileNotFoundError):
         folder.read_bytes("none")
     folder.delete("sub")

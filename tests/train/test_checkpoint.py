@@ -4,10 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raybert.errors import StorageError, Superseded, UserError
 from raybert.storage import Folder
 from raybert.train.checkpoint import (
+    _DTYPES,
     FORMAT_VERSION,
     CheckpointStore,
     Snapshot,
@@ -43,6 +46,37 @@ def test_what_is_loaded_is_what_was_saved(run):
     assert torch.equal(found.model["weight"], torch.full((3, 2), 7.0))
     assert found.optimizer["weight|exp_avg"].dtype == torch.bfloat16
     assert torch.equal(found.optimizer["weight|exp_avg"], snapshot(7).optimizer["weight|exp_avg"])
+
+
+def drawn(dtype, shape, layout):
+    """A tensor of small numbers; `turned` is one whose elements do not lie in the order of rows."""
+    tensor = torch.randint(0, 2, shape).to(dtype)
+    return tensor.movedim(0, -1) if layout == "turned" and shape else tensor
+
+
+tensors = st.dictionaries(
+    st.text(max_size=9),
+    st.builds(
+        drawn,
+        st.sampled_from(list(_DTYPES)),
+        st.lists(st.integers(0, 5), max_size=3),
+        st.sampled_from(["plain", "turned"]),
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(model=tensors, optimizer=tensors)
+def test_tensors_of_any_type_and_shape_come_back(tmp_path_factory, model, optimizer):
+    store = store_of(Folder(tmp_path_factory.mktemp("run")))
+    store.save(Snapshot(1, model, optimizer), best_step=None, wait=True)
+    found = store.load(1)
+    for written, read in ((model, found.model), (optimizer, found.optimizer)):
+        assert written.keys() == read.keys()
+        for name, tensor in written.items():
+            assert read[name].dtype == tensor.dtype
+            assert torch.equal(read[name], tensor)
 
 
 def test_the_last_ones_and_the_best_are_kept(run):
