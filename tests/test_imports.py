@@ -59,6 +59,7 @@ CORE = {
     "raybert.text.tokenize_on_ray",
     "raybert.serve.batch",
     "raybert.train.board",
+    "raybert.train.telemetry",
     "raybert.train.worker",
     "raybert.tune.search",
     "raybert.serve.app",

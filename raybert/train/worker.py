@@ -33,6 +33,7 @@ from raybert.train.group import Group
 from raybert.train.loop import Stopped
 from raybert.train.run import RESULT, Feed, Job, execute
 from raybert.train.settings import TrainConfig
+from raybert.train.telemetry import Telemetry
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60  # for the step under way and its checkpoint, after Ctrl-C
@@ -186,6 +187,13 @@ def _worker(config: dict[str, Any]) -> None:
     if group.rank == 0:
         work.board.begin(attempt)
     link = Link(work.board, attempt) if group.rank == 0 else None
+    telemetry = Telemetry(work.run, attempt, group.world_size) if group.rank == 0 else None
+
+    def on_progress(record: dict[str, Any]) -> None:
+        if link is not None and telemetry is not None:
+            link.report(record)
+            telemetry.report(record)
+
     try:
         execute(
             work.job,
@@ -194,7 +202,7 @@ def _worker(config: dict[str, Any]) -> None:
             group,
             Feed(on_ray=True, cpus=work.data_cpus, memory=work.data_memory),
             workers_here=context.get_local_world_size(),
-            on_progress=link.report if link else lambda record: None,
+            on_progress=on_progress,
             should_stop=link.is_stopping if link else lambda: False,
         )
     except Stopped:
@@ -213,6 +221,8 @@ def _worker(config: dict[str, Any]) -> None:
     finally:
         if link is not None:
             link.close()
+        if telemetry is not None:
+            telemetry.close()
 
 
 class _Fit:
