@@ -44,7 +44,7 @@ _LOOK_AHEAD = {"gpu": 256 << 20, "cpu": 64 << 20}
 _SILENCE_SECONDS = 120  # without an answer of Ray's head: it may come back
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # Ray's page of training runs shows it: URIs may hold keys
 class _Work:
     """What travels to every worker."""
 

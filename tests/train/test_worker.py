@@ -1,5 +1,7 @@
 """What is decided before Ray Train starts: who gets which CPU, and what is refused."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,3 +70,9 @@ def test_helpers_without_a_use_are_left_out(started_here):
     cleaner = {"PlacementGroupCleanerCallback"} if started_here else set()
     assert usual - ours == {"DatasetsCallback"} | cleaner
     assert not ours - usual
+
+
+@pytest.mark.ray
+def test_nothing_runs_for_a_page_that_nobody_can_see(ray_session):
+    """The processes of a Ray that was started for a command take time from the training."""
+    assert "RAY_TRAIN_ENABLE_STATE_TRACKING" not in os.environ
