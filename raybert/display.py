@@ -89,7 +89,7 @@ class Display:
             self.say(f"{self._stage:<9} step {record['step']:>6,}  {_eval_line(record)}")
             for example in record.get("fillings", []):
                 self.say(f"{'':<9} {example['text']}  ->  {_guesses(example['tokens'])}")
-        elif record.get("event") != "start":
+        elif record["kind"] == "event" and record["event"] != "start":
             self.say(f"{self._stage:<9} step {record['step']:>6,}  {record.get('message', '')}")
 
     def _clear(self) -> None:

@@ -33,6 +33,8 @@ class RayConfig(Settings):
 
 
 _PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+#: Fills the dashboard's page of training runs, from one more process that stays on the head.
+_TRAIN_PAGE = "RAY_TRAIN_ENABLE_STATE_TRACKING"
 #: For a Ray started here. Each of its processes wakes a hundred times a second, which takes 0.8% of
 #: a core, and a trainer's threads wait for the slowest one of them: of idle workers one is enough.
 _SPARING = {"num_workers_soft_limit": 1}
@@ -77,7 +79,10 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     if ray.is_initialized():  # a pipeline's stages share one session
         yield _resources()
         return
-    watched, on_sigterm = os.environ.get(_PREEMPTION), signal.getsignal(signal.SIGTERM)
+    before = {name: os.environ.get(name) for name in (_PREEMPTION, _TRAIN_PAGE)}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    if address or config.dashboard:
+        os.environ.setdefault(_TRAIN_PAGE, "1")
     try:
         if address:
             ray.init(address, log_to_driver=config.logs, logging_level=level)
@@ -108,10 +113,11 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     finally:
         _started_here = False
         ray.shutdown()
-        if watched is None:
-            os.environ.pop(_PREEMPTION, None)
-        else:
-            os.environ[_PREEMPTION] = watched
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _set_log_level(level: int) -> None:

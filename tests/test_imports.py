@@ -60,6 +60,7 @@ CORE = {
     "raybert.serve.batch",
     "raybert.train.board",
     "raybert.train.recovery",
+    "raybert.train.telemetry",
     "raybert.train.worker",
     "raybert.tune.search",
     "raybert.serve.app",

@@ -12,6 +12,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -113,9 +115,23 @@ def free_port():
         return found.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    """A head of its own with a token, as `ray start` makes one; its address and environment."""
+@dataclass
+class Head:
+    """A head of a test's own."""
+
+    folder: Path  # of Ray's temporary files
+    address: str  # of the dashboard
+    gcs: str  # of the head itself: what drivers connect to
+    env: dict  # of those who may
+
+    @property
+    def token(self):
+        return (self.folder / "token").read_text()
+
+
+@contextmanager
+def ray_head():
+    """Start a head with a token, as `ray start` makes one."""
     folder = Path("/tmp") / f"raybert-head-{secrets.token_hex(4)}"  # sockets want a short path
     folder.mkdir()
     token = folder / "token"
@@ -126,12 +142,12 @@ def head(tmp_path_factory):
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}",
     }
-    port = free_port()
+    port, gcs_port = free_port(), free_port()
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
-        *("--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--dashboard-port={port}"),
+        *("--node-ip-address=127.0.0.1", f"--port={gcs_port}", f"--dashboard-port={port}"),
         *("--num-cpus=4", "--object-store-memory=300000000", f"--temp-dir={folder}"),
         "--disable-usage-stats",
     ]
@@ -141,7 +157,7 @@ def head(tmp_path_factory):
         )
         try:
             wait_for_dashboard(port, process, folder)
-            yield f"http://127.0.0.1:{port}", env
+            yield Head(folder, f"http://127.0.0.1:{port}", f"127.0.0.1:{gcs_port}", env)
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -149,6 +165,13 @@ def head(tmp_path_factory):
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head():
+    """The address of a head, and the environment of those who may use it."""
+    with ray_head() as started:
+        yield started.address, started.env
 
 
 def wait_for_dashboard(port, process, folder):

@@ -14,10 +14,11 @@ import hashlib
 import json
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -58,6 +59,14 @@ class Snapshot:
     state: dict[str, Any] = field(default_factory=dict)
 
 
+class Committed(NamedTuple):
+    """What writing a checkpoint took, once it is committed."""
+
+    step: int
+    seconds: float  # in the background
+    size: int  # bytes
+
+
 class CheckpointStore:
     """The checkpoints of one run, written by one attempt at it."""
 
@@ -67,6 +76,7 @@ class CheckpointStore:
         self._attempt, self._keep = attempt, keep
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._committed: Committed | None = None
 
     def save(self, snapshot: Snapshot, *, best_step: int | None, wait: bool = False) -> None:
         """Write a checkpoint in the background; a failure is raised by the next call.
@@ -97,6 +107,13 @@ class CheckpointStore:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def take_committed(self) -> Committed | None:
+        """The checkpoint that was committed since the last call, if there is one."""
+        committed = self._committed
+        if committed is not None:  # else the thread may set it just now
+            self._committed = None
+        return committed
 
     def steps(self) -> list[int]:
         """The steps of the committed checkpoints, in rising order."""
@@ -146,6 +163,7 @@ class CheckpointStore:
             raise DamagedError(f"checkpoint {folder} can't be read: {error}") from None
 
     def _write(self, snapshot: Snapshot) -> None:
+        begun = time.perf_counter()
         check_attempt(self._run, self._attempt)
         name = f"step-{snapshot.step:08d}-a{self._attempt:04d}"
         if self._folder.exists(name):  # by this attempt, too: it may be what the commit names
@@ -172,6 +190,8 @@ class CheckpointStore:
         }
         check_attempt(self._run, self._attempt)  # writing may have taken minutes
         self._folder.write_json(f"step-{snapshot.step:08d}.json", commit)
+        size = sum(file["bytes"] for file in files.values())
+        self._committed = Committed(snapshot.step, time.perf_counter() - begun, size)
 
     def _prune(self, written: int, best_step: int | None) -> None:
         """Delete all but the last ones and the best: commits first, so that none is half there.

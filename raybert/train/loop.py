@@ -182,6 +182,7 @@ class Loop:
         self._module: nn.Module = task.model
         self._since_checkpoint = time.perf_counter()
         self._saved: tuple[Any, ...] | None = None  # the state that the last checkpoint has
+        self._stalled = 0.0  # seconds that training stood still for it
         self._damaged: list[str] = []  # what was found before there was a log
         self._skipped_in_a_row = 0
         self._begun = (0, 0.0)  # steps and seconds at which this attempt began
@@ -217,6 +218,7 @@ class Loop:
             if self._store is not None:  # the checkpoint under way is worth the wait
                 with contextlib.suppress(RaybertError):
                     self._store.wait()
+                    self._log_checkpoint()
             raise
         finally:
             if self._log is not None:
@@ -455,6 +457,7 @@ class Loop:
         return metrics
 
     def _log_train(self) -> None:
+        self._log_checkpoint()
         loss, counted = self.group.sum([float(self._loss), self._counted])
         self._loss.zero_()
         self._counted = 0.0
@@ -476,6 +479,20 @@ class Loop:
                 "seconds": round(progress.seconds, 2),
             }
         )
+
+    def _log_checkpoint(self) -> None:
+        """Log what the last checkpoint took, once it is committed."""
+        done = None if self._store is None else self._store.take_committed()
+        if done is not None:
+            self._write(
+                {
+                    "kind": "checkpoint",
+                    "step": done.step,
+                    "stalled": round(self._stalled, 4),
+                    "written": round(done.seconds, 4),
+                    "bytes": done.size,
+                }
+            )
 
     def _event(self, event: str, message: str) -> None:
         step = self.progress.step
@@ -525,7 +542,7 @@ class Loop:
         restore_optimizer(self.optimizer, snapshot.optimizer)
 
     def _save(self, wait: bool = False) -> None:
-        self._since_checkpoint = time.perf_counter()
+        begun = self._since_checkpoint = time.perf_counter()
         store = self._store
         if store is None or self.group.rank != 0:
             return
@@ -535,13 +552,18 @@ class Loop:
             # The run goes on: the checkpoint before is still there, and the next may succeed.
             self._saved = None
             self._event("checkpoint failed", str(error))
+        self._log_checkpoint()
         if self._saved != self._state():
             self._saved = self._state()
             try:
-                store.save(self.snapshot(), best_step=self.progress.best_step, wait=wait)
+                store.save(self.snapshot(), best_step=self.progress.best_step)
+                self._stalled = time.perf_counter() - begun
+                if wait:
+                    store.wait()
             except StorageError as error:
                 self._saved = None
                 self._event("checkpoint failed", str(error))
+        self._log_checkpoint()
         if self._log is not None:
             self._log.flush()
 

@@ -34,6 +34,7 @@ from raybert.train.group import Group
 from raybert.train.loop import Evicted, Stopped, Wishes
 from raybert.train.run import RESULT, Feed, Job, execute
 from raybert.train.settings import TrainConfig
+from raybert.train.telemetry import Telemetry
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60  # for the step under way and its checkpoint, after Ctrl-C
@@ -45,7 +46,7 @@ _RESIZE_SECONDS = 30.0  # between two looks whether there is room for more worke
 _SILENCE_SECONDS = 120  # without an answer of Ray's head: it may come back
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # Ray's page of training runs shows it: URIs may hold keys
 class _Work:
     """What travels to every worker."""
 
@@ -184,6 +185,13 @@ def _worker(config: dict[str, Any]) -> None:
     if group.rank == 0:
         work.board.begin(attempt)
     link = Link(work.board, attempt) if group.rank == 0 else None
+    telemetry = Telemetry(work.run, attempt, group.world_size) if group.rank == 0 else None
+
+    def on_progress(record: dict[str, Any]) -> None:
+        if link is not None and telemetry is not None:
+            link.report(record)
+            telemetry.report(record)
+
     try:
         execute(
             work.job,
@@ -192,7 +200,7 @@ def _worker(config: dict[str, Any]) -> None:
             group,
             Feed(on_ray=True, cpus=_data_cpus(group.world_size, work.gpu), memory=work.data_memory),
             workers_here=context.get_local_world_size(),
-            on_progress=link.report if link else lambda record: None,
+            on_progress=on_progress,
             wishes=Wishes(link.is_stopping, _is_leaving, link.is_asked_to_save)
             if link
             else Wishes(leave=_is_leaving),
@@ -213,6 +221,8 @@ def _worker(config: dict[str, Any]) -> None:
     finally:
         if link is not None:
             link.close()
+        if telemetry is not None:
+            telemetry.close()
 
 
 def _data_cpus(workers: int, gpu: bool) -> float:

@@ -129,6 +129,26 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(run, monkeypatch
     store.wait()  # told once
 
 
+def test_what_was_committed_is_told_once(run, monkeypatch):
+    store = store_of(run)
+    assert store.take_committed() is None
+    store.save(snapshot(3), best_step=None, wait=True)
+    told = store.take_committed()
+    files = run / "checkpoints" / "step-00000003-a0001"
+    assert told.step == 3
+    assert told.size == sum(files.size(name) for name in files.names()) > 0
+    assert told.seconds > 0
+    assert store.take_committed() is None
+
+    def breaks(self, name, value):
+        raise StorageError(f"writing {self.join(name)} failed: No space left on device")
+
+    monkeypatch.setattr(Folder, "write_json", breaks)  # the commit
+    with pytest.raises(StorageError):
+        store.save(snapshot(4), best_step=None, wait=True)
+    assert store.take_committed() is None
+
+
 def test_only_the_youngest_attempt_commits(run):
     old, young = store_of(run), store_of(run)
     young.save(snapshot(1), best_step=None, wait=True)

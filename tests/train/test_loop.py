@@ -1,7 +1,10 @@
 """The loop, bare: exact resumption, global averages, what it does when things go wrong."""
 
+import contextlib
 import json
 import math
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -492,6 +495,45 @@ def test_the_metrics_are_flushed_with_every_checkpoint(corpus, run, monkeypatch)
     )
     attempt.run()
     assert {2, 4, 6} <= set(flushed)
+
+
+def test_what_checkpoints_took_is_logged_once_by_the_training_thread(corpus, run):
+    """Over two attempts, the first of which is stopped between two checkpoints."""
+    job = pretrain_job(corpus, steps=6, checkpoint_steps=2, keep_checkpoints=9)
+    threads = []
+    for stop_at in (3, None):
+        attempt = Attempt(job, run, stop_at=stop_at)
+        note = attempt.loop._on_progress
+        attempt.loop._on_progress = lambda record, note=note: (
+            note(record),
+            threads.append(threading.current_thread()),
+        )
+        with pytest.raises(Stopped) if stop_at else contextlib.nullcontext():
+            attempt.run()
+    found = [r for r in read_metrics(run) if r["kind"] == "checkpoint"]
+    assert [r["step"] for r in found] == [2, 3, 4, 6]
+    for record in found:
+        files = committed(run, record["step"]).iterdir()
+        assert record["bytes"] == sum(file.stat().st_size for file in files)
+    assert set(threads) == {threading.current_thread()}
+
+
+def test_what_is_written_in_the_background_is_no_standstill(corpus, run, monkeypatch):
+    """Not even for the last checkpoint, whose writing the loop waits for."""
+    attempt = Attempt(pretrain_job(corpus, steps=2), run)
+    write = attempt.store._write
+
+    def write_when_counted(snapshot):
+        ends = time.monotonic() + 30
+        while not attempt.loop._stalled:
+            assert time.monotonic() < ends, "the standstill lasts as long as the writing"
+            time.sleep(0.001)
+        write(snapshot)
+
+    monkeypatch.setattr(attempt.store, "_write", write_when_counted)
+    attempt.run()
+    [record] = attempt.of_kind("checkpoint")
+    assert record["step"] == 2 and record["stalled"] > 0
 
 
 def test_a_best_step_whose_checkpoint_is_gone_is_no_best_step(corpus, run):

@@ -1,5 +1,7 @@
 """What is decided before Ray Train starts: who gets which CPU, and what is refused."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,3 +63,9 @@ def test_a_cluster_that_is_too_small_is_refused(config, gpu, have, words):
         _check_resources(config, gpu, have)
     assert str(refused.value) == words
     _check_resources(config, gpu, resources(65, gpus=4))
+
+
+@pytest.mark.ray
+def test_nothing_runs_for_a_page_that_nobody_can_see(ray_session):
+    """The processes of a Ray that was started for a command take time from the training."""
+    assert "RAY_TRAIN_ENABLE_STATE_TRACKING" not in os.environ
