@@ -93,7 +93,8 @@ def train_on_ray(
         ),
         board=board,
     )
-    ray_folder, name = run / "ray", f"attempt-{time.time_ns()}"
+    names = run.path.rstrip("/").split("/")[-2:]  # experiment and stage, for Ray's pages
+    ray_folder, name = run / "ray", "-".join([*names, str(time.time_ns())])
     fewest, most = config.min_workers, config.max_workers
     trainer = Trainer(
         _worker,
