@@ -130,6 +130,8 @@ def ray_job(v: Values, command: str, entrypoint: str, experiment: str) -> list[M
     name = f"raybert-{command}"
     section = "finetune" if command == "tune" else command
     processes = yaml.safe_load(experiment)[section]["workers"]
+    if isinstance(processes, dict):  # a range: it grows as the autoscaler brings nodes
+        processes = processes.get("min", 1)
     workers = {
         "cpu": v["nodes"]["cpu"]["min"],
         "gpu": math.ceil(processes / v["nodes"]["gpu"]["gpus"]),

@@ -154,9 +154,13 @@ def operator_cpus(free: int, workers: int, gpu: bool) -> float:
 def _check_resources(config: TrainConfig, gpu: bool, resources: Resources) -> None:
     """Refuse what would wait for ever: workers without a place, operators without a CPU.
 
+    A range of workers waits on purpose, for nodes that an autoscaler brings.
+
     Raises:
         ConfigError: the cluster is too small.
     """
+    if not isinstance(config.workers, int) and not resources.started_here:
+        return
     workers, name = config.min_workers, f"{config.section}.workers"
     name += "" if isinstance(config.workers, int) else ".min"
     key = f"{name}={workers}"
