@@ -65,6 +65,11 @@ def test_a_cluster_that_is_too_small_is_refused(config, gpu, have, words):
     _check_resources(config, gpu, resources(65, gpus=4))
 
 
+def test_a_range_waits_for_the_nodes_of_an_autoscaler():
+    config = build(PretrainConfig, {"workers": {"min": 4, "max": 8}, "gpu": "yes"}, "x")
+    _check_resources(config, True, resources(1, started_here=False))
+
+
 @pytest.mark.ray
 def test_nothing_runs_for_a_page_that_nobody_can_see(ray_session):
     """The processes of a Ray that was started for a command take time from the training."""
