@@ -9,7 +9,7 @@ from raybert.errors import ConfigError
 from raybert.ray_session import Resources
 from raybert.train.finetune import FinetuneConfig
 from raybert.train.pretrain import PretrainConfig
-from raybert.train.worker import _check_resources, _trainer_class, operator_cpus
+from raybert.train.worker import _trainer_class, check_resources, operator_cpus
 
 
 def resources(cpus, gpus=0, started_here=True):
@@ -51,9 +51,9 @@ def test_all_workers_operators_fit_beside_each_other(free, workers, gpu):
 )
 def test_a_cluster_that_is_too_small_is_refused(config, gpu, have, words):
     with pytest.raises(ConfigError) as refused:
-        _check_resources(config, gpu, have)
+        check_resources(config, gpu, have)
     assert str(refused.value) == words
-    _check_resources(config, gpu, resources(65, gpus=4))
+    check_resources(config, gpu, resources(65, gpus=4))
 
 
 @pytest.mark.parametrize("started_here", [True, False])
