@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from raybert import auth
 from raybert.config import Settings
 from raybert.errors import UserError
 
@@ -68,11 +69,12 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     whole run, and Ray Data's operators would starve on the rest of a small machine.
 
     Raises:
-        UserError: the cluster does not answer.
+        UserError: the cluster does not answer, or wants another token.
     """
     global _started_here
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own notice, answered
     import ray
+    from ray.exceptions import AuthenticationError
 
     address = config.address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if config.logs else logging.ERROR
@@ -89,6 +91,7 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
         else:
             # A machine that is its own cluster has no notice of its end that Ray could watch for.
             os.environ[_PREEMPTION] = "0"
+            auth.make_token()
             ray.init(
                 "local",  # also where `ray start` has left word of a cluster on this machine
                 num_cpus=max(cores(), workers) + 2,
@@ -98,10 +101,13 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
                 log_to_driver=config.logs,
                 logging_level=level,
             )
+    except AuthenticationError:
+        raise UserError(auth.refusal(f"the Ray cluster at {address}")) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{where} does not start or answer: {reason}") from None
+    auth.close_token()
     if threading.current_thread() is threading.main_thread():  # Ray's own would just exit
         signal.signal(signal.SIGTERM, on_sigterm)
     _set_log_level(level)

@@ -12,12 +12,20 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raybert.errors import DamagedError, StorageError, UserError
+
+
+class File(NamedTuple):
+    """A file somewhere inside a folder."""
+
+    name: str  # its path from the folder
+    bytes: int
+    changed: float  # Unix time, seconds
 
 
 class Folder:
@@ -102,6 +110,18 @@ class Folder:
             except FileNotFoundError:  # somebody made the folder just as Arrow looked for it
                 infos = self._fs.get_file_info(selector)
         return list(infos)
+
+    def files(self) -> list[File]:
+        """Every file inside, at any depth and hidden or not, by name."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        with self._translated("listing", self.path):
+            infos = self._fs.get_file_info(selector)
+        base = self.join("")
+        return sorted(
+            File(info.path.removeprefix(base), info.size or 0, (info.mtime_ns or 0) / 1e9)
+            for info in infos
+            if info.type == pafs.FileType.File
+        )
 
     def read_bytes(self, name: str) -> bytes:
         """Read a whole file.

@@ -1,9 +1,14 @@
 """What tests share."""
 
+import io
+import json
 import signal
+import sys
 
 import pytest
+import torch
 
+from raybert import cli
 from raybert.ray_session import RayConfig
 from raybert.ray_session import ray_session as session
 
@@ -23,3 +28,33 @@ def ray_session():
 
     with session(RayConfig(object_store_gb=0.5), workers=2):
         yield ray
+
+
+class Result:
+    """What a command of the command line came to."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self):
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def raybert(capsys, monkeypatch):
+    """Run the command line in this process."""
+
+    def run(*arguments, stdin=b""):
+        torch.set_num_threads(1)
+        monkeypatch.setattr(sys, "argv", ["raybert", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return Result(code, *capsys.readouterr())
+
+    return run

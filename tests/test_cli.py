@@ -23,36 +23,6 @@ from raybert.text.corpus import CorpusConfig
 RAYBERT = Path(sys.executable).with_name("raybert")
 
 
-class Result:
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self):
-        return json.loads(self.out.splitlines()[-1])
-
-
-@pytest.fixture
-def raybert(capsys, monkeypatch):
-    """Run the command line in this process."""
-
-    def run(*arguments, stdin=b""):
-        import io
-
-        torch.set_num_threads(1)
-        monkeypatch.setattr(sys, "argv", ["raybert", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return run
-
-
 def refused(result):
     """The one line that a mistake ends in; what progress said before it does not count."""
     lines = [line for line in result.err.splitlines() if line.strip()]

@@ -284,9 +284,14 @@ def test_a_run_has_one_job_which_can_be_followed_and_stopped(head, config):
     first = call(head, "submit", "pretrain", "-c", config, "--no-wait", "--json")
     assert first.returncode == 0, first.stderr
     job = json.loads(first.stdout)["id"]
+    told = first.stderr.splitlines()
+    assert "parameters; at most 4 checkpoints of " in told[0]
+    assert "100,000 steps" in told[1] and "assumed 50 GFLOP/s on a core" in told[1]
+    assert f"submitted {job} to " in told[2] and ", package " in told[2]
     second = call(head, "submit", "pretrain", "-c", config, "--no-wait", "--json")
     assert json.loads(second.stdout)["id"] == job
     assert "is at work already" in second.stderr
+    assert "estimate" not in second.stderr
 
     address, env = head
     follower = subprocess.Popen(
@@ -309,6 +314,7 @@ def test_a_run_has_one_job_which_can_be_followed_and_stopped(head, config):
     follower.send_signal(signal.SIGINT)
     assert follower.wait(30) == 130
     assert any("detached" in line for line in lines)
+    assert any("no problem in 9 checks" in line for line in lines)
 
     stopped = call(head, "stop", "tiny-1", "--json")
     assert json.loads(stopped.stdout) == {"job": job, "stopped": True}
@@ -316,6 +322,45 @@ def test_a_run_has_one_job_which_can_be_followed_and_stopped(head, config):
     assert ended.returncode != 0
     checkpoints = config.parent / "runs/tiny-1/pretrain/checkpoints"
     assert list(checkpoints.glob("step-*.json")), "stopped without a checkpoint"
+
+
+@pytest.mark.ray
+def test_the_doctor_visits_the_cluster(head, config):
+    done = call(head, "doctor", "-c", config, "--json")
+    assert done.returncode == 0, done.stderr
+    found = {one["name"]: one for one in json.loads(done.stdout)["findings"]}
+    # /dev/shm is small in some containers.
+    assert {one["status"] for name, one in found.items() if name != "memory"} == {"ok"}, found
+    assert found["token"]["message"].startswith("on")
+    assert "summed up in" in done.stderr
+    listed = json.loads(call(head, "jobs", "--json").stdout)["jobs"]
+    assert [job["status"] for job in listed if job["command"] == "doctor"] == ["SUCCEEDED"]
+    # A visit is no part of the run that it was for.
+    assert "summed up in" not in call(head, "logs", "tiny-1", "--no-follow").stdout
+
+
+@pytest.mark.ray
+def test_what_the_doctor_minds_ends_with_its_line_and_exit_code(head, config):
+    done = call(head, "doctor", "-c", config, "--set", "run.storage=/dev/null/runs")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("raybert: storage: 127.0.0.1 can't use it: ")
+    assert "Traceback" not in done.stderr
+    done = call(head, "doctor", "-c", config, "--set", "run.storage=runs")
+    assert done.returncode == 2
+    assert "run.storage=runs is relative" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.ray
+def test_a_run_that_would_fail_is_stopped_before_it_trains(head, config):
+    more = ("--set", "run.name=tiny-2", "--set", "pretrain.gpu=yes", "-c", config)
+    assert call(head, "submit", "corpus", *more).returncode == 0
+    done = call(head, "submit", "pretrain", *more)
+    assert done.returncode == 2, done.stderr
+    assert "pretrain workers: pretrain.workers=1 with pretrain.gpu=yes need 1 GPUs" in done.stderr
+    assert "--no-check" in done.stderr
+    bold = call(head, "submit", "pretrain", "--no-check", *more)
+    assert bold.returncode == 2
+    assert "need 1 GPUs" in bold.stderr and "pretrain workers:" not in bold.stderr
 
 
 @pytest.mark.ray

@@ -620,9 +620,11 @@ class Loop:
 
 def peak_flops(device: torch.device) -> float:
     """Dense bf16 operations per second that the maker of a GPU states; 0 where unknown."""
-    if device.type != "cuda":
-        return 0.0
-    name = torch.cuda.get_device_name(device)
-    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "L40": 181e12}
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
+
+
+def peak_of(name: str) -> float:
+    """The same, by the GPU's name."""
+    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "L4": 121e12}
     known |= {"V100": 125e12, "T4": 65e12, "B200": 2250e12, "A10": 125e12}
     return next((flops for chip, flops in known.items() if chip in name), 0.0)

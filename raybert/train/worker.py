@@ -78,8 +78,8 @@ def train_on_ray(
     from raybert.train.recovery import NodesInterface, Trainer
 
     config = job.config
-    gpu = config.gpu == "yes" or (config.gpu == "auto" and resources.gpus >= config.min_workers)
-    _check_resources(config, gpu, resources)
+    gpu = uses_gpus(config, resources.gpus)
+    check_resources(config, gpu, resources)
     board = Board()
     work = _Work(
         job=job,
@@ -151,7 +151,12 @@ def operator_cpus(free: int, workers: int, gpu: bool) -> float:
     return 1 / math.ceil(workers / max(1, free))
 
 
-def _check_resources(config: TrainConfig, gpu: bool, resources: Resources) -> None:
+def uses_gpus(config: TrainConfig, gpus: float) -> bool:
+    """Whether each worker gets a GPU, in a cluster that has so many."""
+    return config.gpu == "yes" or (config.gpu == "auto" and gpus >= config.min_workers)
+
+
+def check_resources(config: TrainConfig, gpu: bool, resources: Resources) -> None:
     """Refuse what would wait for ever: workers without a place, operators without a CPU.
 
     A range of workers waits on purpose, for nodes that an autoscaler brings.

@@ -11,7 +11,7 @@ from raybert.errors import ConfigError
 from raybert.ray_session import Resources
 from raybert.train.finetune import FinetuneConfig
 from raybert.train.pretrain import PretrainConfig
-from raybert.train.worker import _check_resources, operator_cpus
+from raybert.train.worker import check_resources, operator_cpus
 
 
 def resources(cpus, gpus=0, started_here=True):
@@ -60,14 +60,14 @@ def test_all_workers_operators_fit_beside_each_other(free, workers, gpu):
 )
 def test_a_cluster_that_is_too_small_is_refused(config, gpu, have, words):
     with pytest.raises(ConfigError) as refused:
-        _check_resources(config, gpu, have)
+        check_resources(config, gpu, have)
     assert str(refused.value) == words
-    _check_resources(config, gpu, resources(65, gpus=4))
+    check_resources(config, gpu, resources(65, gpus=4))
 
 
 def test_a_range_waits_for_the_nodes_of_an_autoscaler():
     config = build(PretrainConfig, {"workers": {"min": 4, "max": 8}, "gpu": "yes"}, "x")
-    _check_resources(config, True, resources(1, started_here=False))
+    check_resources(config, True, resources(1, started_here=False))
 
 
 @pytest.mark.ray
