@@ -100,14 +100,19 @@ class Link:
         """Listen from now on."""
         self._board, self._attempt = board, attempt
         self._records: deque[str] = deque()
-        self._sent = 0
+        self._sent = self._step = 0
         self._stopping, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._talk, name="board", daemon=True)
         self._thread.start()
 
     def report(self, record: dict[str, Any]) -> None:
         """Send a record of progress, within half a second."""
+        self._step = record.get("step", self._step)
         self._records.append(json.dumps(record))
+
+    def tell(self, message: str) -> None:
+        """Send what is to be said about the storage, as of the last step that was reported."""
+        self.report({"kind": "event", "step": self._step, "event": "storage", "message": message})
 
     def is_stopping(self) -> bool:
         """Whether the driver asked to stop, as of half a second ago."""
