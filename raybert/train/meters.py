@@ -44,19 +44,20 @@ class LineLog:
         self._folder, self._name, self._tell = folder, name, tell
         self._lines: deque[bytes] = deque()  # on a disk: those that are not on it yet
         self._bytes = 0  # of these lines
-        self._written = 0  # bytes of whole lines that are stored
-        self._dropped = 0  # lines
+        self._waiting = self._dropped = 0  # lines: not stored yet, and never to be
         self._file: FileIO | None = None
+        self._end = 0  # of a disk's last whole line, in bytes
         self._retry_at: float | None = None  # None while all is well
 
     def write(self, line: str) -> None:
         """Add a line."""
         self._lines.append(f"{line}\n".encode())
         self._bytes += len(self._lines[-1])
+        self._waiting += 1
         if self._folder.is_local:
             self._store()
             while self._bytes > MOST_WAITING:
-                self._bytes -= len(self._lines.popleft())
+                self._take_off()
                 self._dropped += 1
 
     def flush(self) -> None:
@@ -70,7 +71,7 @@ class LineLog:
             self._retry_at = 0.0
         self._store()
         if self._retry_at is not None:
-            lost = len(self._lines) + self._dropped
+            lost = self._waiting + self._dropped
             self._tell(f"{self._path} lacks the last {lost:,} lines")
         self._let_go()
 
@@ -94,16 +95,16 @@ class LineLog:
             self._tell(f"{self._path} is written again{lacks}")
 
     def _rewrite(self) -> None:
-        if self._bytes != self._written:
+        if self._waiting:
             self._folder.write_bytes(self._name, b"".join(self._lines))
-            self._written = self._bytes
+            self._waiting = 0
 
     def _append(self) -> None:
         with self._folder.translated("writing", self._path):
             try:
                 while self._lines:
                     self._append_whole(self._lines[0])
-                    self._bytes -= len(self._lines.popleft())
+                    self._take_off()
             except OSError:
                 self._let_go()
                 raise
@@ -114,19 +115,23 @@ class LineLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = FileIO(path, "a")
             # Behind the last whole line: what a full disk took of the next one is no line.
-            self._written = min(self._written, self._file.tell())
-            self._file.truncate(self._written)
+            self._end = min(self._end, self._file.tell())
+            self._file.truncate(self._end)
         rest = line
         while rest:  # a disk that is nearly full takes a part
             rest = rest[self._file.write(rest) :]
-        self._written += len(line)
+        self._end += len(line)
+
+    def _take_off(self) -> None:
+        self._bytes -= len(self._lines.popleft())
+        self._waiting -= 1
 
     def _let_go(self) -> None:
         """Close a disk's file, with nothing behind its last whole line."""
         if self._file is not None:
             file, self._file = self._file, None
             with suppress(OSError):
-                file.truncate(self._written)
+                file.truncate(self._end)
             with suppress(OSError):
                 file.close()
 

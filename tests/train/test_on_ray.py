@@ -161,7 +161,7 @@ def test_a_killed_worker_changes_nothing_in_the_result(ray_session, corpus, tmp_
 @pytest.mark.slow
 def test_workers_start_again_where_the_model_can_not_be_written(ray_session, corpus, tmp_path):
     """The driver hears why; once the storage is mended the run ends as it would have."""
-    settings = {"workers": 2, "deterministic": True, "collective_timeout_s": 8}
+    settings = {"workers": 2, "deterministic": True, "collective_timeout_s": 40}
     job = pretrain_job(corpus, {"dropout": 0.1}, **settings)
     whole, hindered = Folder(tmp_path / "whole"), Folder(tmp_path / "hindered")
     train(job, whole)
