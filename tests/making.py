@@ -154,10 +154,10 @@ def finetune_job(folder, *, rows=None, model=(), **settings):
 
 
 def write_csv(folder, name, rows, header="text,label"):
-    """Write (text, label) rows; returns the path."""
+    """Write (text, label) rows; returns the path, or the URI."""
     lines = [header, *(f'"{text}",{label}' for text, label in rows)]
     folder.write_text(name, "\n".join(lines) + "\n")
-    return folder.join(name)
+    return (folder / name).uri
 
 
 class Scripted:
@@ -201,7 +201,7 @@ class Attempt:
             job.config,
             group,
             store=self.store,
-            open_log=lambda step: MetricsLog(run, number, step),
+            open_log=lambda step: MetricsLog(run, number, step, self.loop.tell),
             on_progress=self.records.append,
             wishes=Wishes(stop=lambda: self.loop.progress.step == stop_at),
             **options,

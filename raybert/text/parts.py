@@ -335,9 +335,11 @@ class PartReader:
         part = first_row // split.rows_per_part
         within = (first_row - part * split.rows_per_part) // self.rows_per_group
         stride = split.layout.stride if split.layout else 0
-        data = self._open(part).read_at(layout.stride, layout.first + within * stride)
+        name = self._folder.join(self._names[part])
+        file = self._open(part)
+        with self._folder.translated("reading", name):
+            data = file.read_at(layout.stride, layout.first + within * stride)
         if len(data) < layout.stride:
-            name = self._folder.join(self._names[part])
             raise DamagedError(f"{name} is cut short: row group {within} is not all there")
         ids = np.frombuffer(data, self._dtype, count * self._seq_len, layout.input_ids)
         width = (self._seq_len + 7) // 8

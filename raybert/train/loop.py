@@ -13,12 +13,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from raybert.errors import DamagedError, RaybertError, StorageError
+from raybert.errors import DamagedError, RaybertError, StorageError, UserError
+from raybert.storage import patiently
 from raybert.text.keyed import key_of
 from raybert.train.checkpoint import CheckpointStore, Snapshot
 from raybert.train.group import Group, has_fast_bf16
@@ -35,6 +37,7 @@ from raybert.train.settings import TrainConfig
 MEASURED_SHARE = 0.02  # of a run's minutes, at least: the time that its speed is taken over
 SETTLING_STEPS = 3  # at first libraries choose their kernels, and memory is mapped
 SETTLING_SHARE = 0.5  # of that time, in which Ray Data fills its first blocks, too
+RETRY_SECONDS = 60.0  # until a checkpoint that failed is tried again, where none is due before
 MAX_SKIPPED_IN_A_ROW = 20  # after so many undefined steps the weights, not the data, are broken
 
 
@@ -183,6 +186,9 @@ class Loop:
         self._since_checkpoint = time.perf_counter()
         self._saved: tuple[Any, ...] | None = None  # the state that the last checkpoint has
         self._stalled = 0.0  # seconds that training stood still for it
+        self._retry_at = math.inf  # when to try again for a checkpoint that failed
+        self._is_failing = False  # whether it was told that checkpoints fail
+        self._broken: UserError | None = None  # on rank 0: the failure that ends the run
         self._damaged: list[str] = []  # what was found before there was a log
         self._skipped_in_a_row = 0
         self._begun = (0, 0.0)  # steps and seconds at which this attempt began
@@ -202,6 +208,8 @@ class Loop:
         Raises:
             Stopped: it was asked to stop; run it again to go on.
             Evicted: a node goes away; go on with the others.
+            UserError: a checkpoint can't be written, and the run is to stop for that; on rank 0.
+            StorageError: the best weights can't be read, for minutes.
             RaybertError: the gradients stay undefined.
         """
         self._resume()
@@ -223,7 +231,22 @@ class Loop:
         finally:
             if self._log is not None:
                 self._log.close()
+                self._log = None
         return result
+
+    def tell(self, message: str) -> None:
+        """Show and log what is to be said about the storage."""
+        self._event("storage", message)
+
+    def whereabouts(self) -> str:
+        """What is safe, and how the run goes on: the end of a message about its storage."""
+        last = self._store.last if self._store is not None else None
+        if last is None:
+            return "there is no checkpoint yet: mend the storage, and run it again"
+        return (
+            f"the checkpoint of step {last:,} is whole: mend the storage, and run it again to go "
+            "on from there"
+        )
 
     def _train(self) -> dict[str, Any]:
         config, progress, task = self.config, self.progress, self.task
@@ -241,6 +264,8 @@ class Loop:
         self._train_until(lambda: progress.step >= (progress.total_steps or math.inf))
         last = self._evaluate(final=True)
         self._save(wait=True)
+        [broken] = self.group.sum([self._heed_checkpoint()])
+        self._end_if(broken)
         return last
 
     def _take_best(self, last: dict[str, Any]) -> dict[str, Any]:
@@ -250,13 +275,15 @@ class Loop:
         are of, and None where no evaluation gave a score.
         """
         progress, store, metrics = self.progress, self._store, last
-        if progress.best_step == progress.step:
+        best, patience = progress.best_step, self.config.patience_s
+        if best == progress.step:
             metrics = progress.best_metrics or last
-        elif progress.best_step is not None and store is not None and self.group.rank == 0:
+        elif best is not None and store is not None and self.group.rank == 0:
             try:
-                self.task.model.load_state_dict(store.load(progress.best_step).model)
+                found = patiently(partial(store.load, best), patience, self.tell)
+                self.task.model.load_state_dict(found.model)
                 metrics = progress.best_metrics or {}
-            except (DamagedError, StorageError) as error:
+            except DamagedError as error:
                 message = f"{error}; the model has the weights of step {progress.step} instead"
                 self._event("best checkpoint lost", message)
                 score, step = last["score"], progress.step
@@ -296,19 +323,22 @@ class Loop:
                     "checkpoint"
                 )
         wishes = self._wishes
-        count, tokens, seconds, save, stop, leave = self.group.sum(
+        count, tokens, seconds, broken, save, stop, leave = self.group.sum(
             [
                 sum(batch.count for batch in batches),
                 sum(batch.tokens for batch in batches),
                 clock if first else 0.0,
+                self._heed_checkpoint(),
                 first and (wishes.save() or self._checkpoint_is_due()),
                 wishes.stop(),
                 wishes.leave(),
             ]
         )
         progress.seconds = seconds
+        self._end_if(broken)
         if stop:
             self._save(wait=True)
+            self._end_if(self._broken is not None)
             raise Stopped(f"stopped at step {progress.step}; run it again to go on from there")
         if leave:
             self._event("eviction", "a node is about to go: a checkpoint, and on without it")
@@ -520,8 +550,45 @@ class Loop:
             return False
         if every is not None and step % every == 0:
             return True
-        waited = time.perf_counter() - self._since_checkpoint
-        return minutes is not None and waited >= minutes * 60
+        if self._store.is_busy:  # no reason to stand still until it is written
+            return False
+        now = time.perf_counter()
+        due = self._since_checkpoint + minutes * 60 if minutes is not None else math.inf
+        return now >= min(due, self._retry_at)
+
+    def _heed_checkpoint(self) -> bool:
+        """Hear how the last checkpoint went; return whether its failure is to end the run."""
+        store = self._store
+        if store is None or self.group.rank != 0:
+            return False
+        try:
+            store.check()
+        except StorageError as error:
+            self._checkpoint_failed(error)
+        if self._is_failing and not store.is_failing:
+            self._is_failing = False
+            self._event("checkpoint written", f"the checkpoint of step {store.last:,} is written")
+        return self._broken is not None
+
+    def _checkpoint_failed(self, error: StorageError) -> None:
+        """Say so, and see to the next one; or keep the error that is to end the run."""
+        self._saved, self._retry_at = None, time.perf_counter() + RETRY_SECONDS
+        section = self.config.section
+        if self.config.on_checkpoint_failure == "stop":
+            self._broken = UserError(
+                f"{error}; {self.whereabouts()}, or set {section}.on_checkpoint_failure=continue "
+                "to train on without"
+            )
+        elif not self._is_failing:  # once for all that fail in a row
+            self._is_failing = True
+            last = self._store.last if self._store is not None else None
+            kept = "there is none before it" if last is None else f"that of step {last:,} is kept"
+            self._event("checkpoint failed", f"{error}; {kept}; the next try is within a minute")
+
+    def _end_if(self, broken: float) -> None:
+        """End the run on all ranks, if rank 0 could not write a checkpoint; it has the reason."""
+        if broken:
+            raise self._broken or Stopped("rank 0 could not write a checkpoint")
 
     def snapshot(self) -> Snapshot:
         """Copy the run's state off the tensors that train on."""
@@ -549,20 +616,17 @@ class Loop:
         try:
             store.wait()  # what went wrong with the checkpoint before must not cost this one
         except StorageError as error:
-            # The run goes on: the checkpoint before is still there, and the next may succeed.
-            self._saved = None
-            self._event("checkpoint failed", str(error))
+            self._checkpoint_failed(error)
         self._log_checkpoint()
-        if self._saved != self._state():
-            self._saved = self._state()
+        if self._broken is None and self._saved != self._state():
+            self._saved, self._retry_at = self._state(), math.inf
             try:
                 store.save(self.snapshot(), best_step=self.progress.best_step)
                 self._stalled = time.perf_counter() - begun
                 if wait:
                     store.wait()
             except StorageError as error:
-                self._saved = None
-                self._event("checkpoint failed", str(error))
+                self._checkpoint_failed(error)
         self._log_checkpoint()
         if self._log is not None:
             self._log.flush()
@@ -573,15 +637,24 @@ class Loop:
         return progress.step, progress.total_steps, progress.minutes, progress.best_step
 
     def _resume(self) -> None:
-        """Load the youngest whole checkpoint; every rank loads the same one."""
-        if self._store is None:
+        """Load the youngest whole checkpoint: rank 0 finds it, and the others load the same one."""
+        store, first = self._store, self.group.rank == 0
+        if store is None:
             return
-        snapshot = self._store.load_latest(self._damaged.append)
-        steps = self.group.gather(-1 if snapshot is None else snapshot.step)
-        if len(set(steps)) > 1:
-            raise RaybertError(
-                f"the workers see different checkpoints: steps {steps}; use storage "
-                "that every node can read"
+        snapshot = store.load_latest(self._damaged.append) if first else None
+        found = -1 if snapshot is None else snapshot.step
+        step = int(self.group.sum([found if first else 0])[0])
+        trouble = ""
+        if step >= 0 and not first:
+            try:
+                snapshot = store.load(step)
+            except (DamagedError, StorageError) as error:
+                trouble = f"rank {self.group.rank}: {error}"
+        troubles = list(filter(None, self.group.gather(trouble)))
+        if troubles:
+            raise StorageError(
+                f"not every worker can read the checkpoint of step {step}; use a run.storage that "
+                f"all nodes share ({troubles[0]})"
             )
         if snapshot is None:
             return
@@ -608,8 +681,10 @@ class Loop:
             )
         if policy == "rollback" and self._store is not None:
             if self.group.rank == 0:
-                with contextlib.suppress(StorageError):
+                try:
                     self._store.wait()
+                except StorageError as error:
+                    self._checkpoint_failed(error)
             self.group.gather(None)  # the others wait until rank 0 has committed what it wrote
             snapshot = self._store.load_latest(lambda text: self._event("damaged checkpoint", text))
             if snapshot is not None:

@@ -121,9 +121,10 @@ def train_on_ray(
         ),
     )
     _Fit(trainer, board, on_progress).wait()
-    ray_folder.delete(name)
-    if not ray_folder.names(hidden=True):  # another driver's attempt may be at work there
-        run.delete("ray")
+    with suppress(StorageError):  # what is left over is no reason to fail
+        ray_folder.delete(name)
+        if not ray_folder.names(hidden=True):  # another driver's attempt may be at work there
+            run.delete("ray")
     result = run.read_json(RESULT)
     return result if isinstance(result, dict) else {}
 
@@ -190,7 +191,8 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     device = torch.device("cuda", torch.cuda.current_device()) if work.gpu else torch.device("cpu")
     group = Group.current(device)
-    attempt = begin_attempt(work.run) if group.rank == 0 else 0
+    patience = work.job.config.patience_s
+    attempt = begin_attempt(work.run, patience) if group.rank == 0 else 0
     attempt = int(group.sum([attempt])[0])
     if group.rank == 0:
         work.board.begin(attempt)
