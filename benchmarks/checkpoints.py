@@ -36,10 +36,11 @@ from raybert.model.encoder import ModelConfig
 from raybert.storage import Folder
 from raybert.train.checkpoint import CheckpointStore, Snapshot, begin_attempt
 from raybert.train.group import Group, use_threads
-from raybert.train.loop import Loop, Stopped
+from raybert.train.loop import Loop
 from raybert.train.meters import MetricsLog
 from raybert.train.pretrain import PretrainConfig, PretrainJob
 from raybert.train.run import Feed, describe_machine
+from raybert.train.task import Stopped
 
 SEQ_LEN, VOCAB_SIZE, ROWS = 128, 21_504, 32  # rows a step
 SHAPE = {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "max_seq_len": SEQ_LEN}

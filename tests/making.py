@@ -19,10 +19,11 @@ from raybert.text.tokenizer import TokenizerConfig
 from raybert.train.checkpoint import CheckpointStore, begin_attempt
 from raybert.train.finetune import FinetuneConfig, FinetuneJob
 from raybert.train.group import Group
-from raybert.train.loop import Loop, Wishes
+from raybert.train.loop import Loop
 from raybert.train.meters import MetricsLog
 from raybert.train.pretrain import PretrainConfig, PretrainJob
 from raybert.train.run import Feed
+from raybert.train.task import Wishes
 from raybert.train.texts import prepare_data
 
 GOOD = "wonderful brilliant moving superb delightful".split()

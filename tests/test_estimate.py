@@ -16,8 +16,9 @@ from raybert.model.heads import Classifier, MaskedLM
 from raybert.storage import Folder
 from raybert.text.parts import Manifest
 from raybert.train.group import Group
-from raybert.train.loop import Stopped, peak_of
+from raybert.train.loop import peak_of
 from raybert.train.run import Feed, execute_bare
+from raybert.train.task import Stopped
 
 H100 = Machines(cpus=256, gpus=8, gpu="H100")
 CPUS = Machines(cpus=16, gpus=0)

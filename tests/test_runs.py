@@ -11,8 +11,8 @@ from making import Attempt, make_corpus, pretrain_job, reviews
 from raybert import runs
 from raybert.errors import UserError
 from raybert.storage import Folder
-from raybert.train.loop import Stopped
 from raybert.train.run import execute_bare
+from raybert.train.task import Stopped
 
 HOUR = 3600
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from raybert.errors import DamagedError, RaybertError, StorageError, UserError
+from raybert.errors import DamagedError, RaybertError, StorageError
 from raybert.storage import patiently
 from raybert.text.keyed import key_of
 from raybert.train.checkpoint import CheckpointStore, Snapshot
@@ -32,80 +32,14 @@ from raybert.train.optim import (
     schedule_at,
     set_lr,
 )
+from raybert.train.saving import Saver
 from raybert.train.settings import TrainConfig
+from raybert.train.task import NO_WISHES, Batch, Evicted, Stopped, Task, Wishes
 
 MEASURED_SHARE = 0.02  # of a run's minutes, at least: the time that its speed is taken over
 SETTLING_STEPS = 3  # at first libraries choose their kernels, and memory is mapped
 SETTLING_SHARE = 0.5  # of that time, in which Ray Data fills its first blocks, too
-RETRY_SECONDS = 60.0  # until a checkpoint that failed is tried again, where none is due before
 MAX_SKIPPED_IN_A_ROW = 20  # after so many undefined steps the weights, not the data, are broken
-
-
-class Batch(Protocol):
-    """One slot's part of a step."""
-
-    @property
-    def step(self) -> int:
-        """The step that it belongs to."""
-
-    @property
-    def slot(self) -> int:
-        """Its place in the global batch."""
-
-    @property
-    def count(self) -> int:
-        """What the loss is averaged over: predicted tokens, or rows."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens read, for throughput."""
-
-    def digest(self) -> str:
-        """A hash of the content."""
-
-
-class Task(Protocol):
-    """What is trained: a model, its batches, its loss and its evaluation."""
-
-    last: dict[str, Any]  # the last evaluation; in the end that of the weights in the model
-
-    @property
-    def model(self) -> nn.Module:
-        """The model; on the group's device."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in one pass over the data."""
-
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens in one pass over the data."""
-
-    @property
-    def flops_per_token(self) -> float:
-        """Floating-point operations of forward and backward for a token; 0 where unknown."""
-
-    @property
-    def needs_total(self) -> bool:
-        """Whether the batches depend on how many steps the run has."""
-
-    def batches(self, first_step: int, total_steps: int | None) -> Iterator[Sequence[Batch]]:
-        """Yield this rank's micro-batches of each step from `first_step` on, without end."""
-
-    def empty_batch(self) -> Batch:
-        """A micro-batch that counts nothing: for a rank that has none in an epoch's last step."""
-
-    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """Run the (possibly wrapped) model; return the loss summed over the batch, in fp32."""
-
-    def lr_scale(self, name: str) -> float:
-        """A parameter's share of the learning rate."""
-
-    def prepare(self, step: int) -> bool:
-        """Freeze or unfreeze for a step; return whether anything changed."""
-
-    def evaluate(self) -> dict[str, Any]:
-        """Evaluate with all ranks together; `score` is among the metrics: higher is better."""
 
 
 @dataclass
@@ -123,26 +57,6 @@ class Progress:
     best_metrics: dict[str, Any] | None = None
     skipped: int = 0
     restarts: int = 0
-
-
-class Stopped(RaybertError):
-    """The run was asked to stop; its state is in a checkpoint."""
-
-
-class Evicted(RaybertError):
-    """A worker's node is about to go; the run's state is in a checkpoint, to go on elsewhere."""
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What may be asked of a run from outside; each is looked at before every step."""
-
-    stop: Callable[[], bool] = lambda: False  # end, from any rank
-    leave: Callable[[], bool] = lambda: False  # end, for the node of this rank goes away
-    save: Callable[[], bool] = lambda: False  # write a checkpoint now; of rank 0
-
-
-NO_WISHES = Wishes()
 
 
 class Loop:
@@ -183,12 +97,7 @@ class Loop:
         )
         self.optimizer = make_optimizer(task.model, config, task.lr_scale)
         self._module: nn.Module = task.model
-        self._since_checkpoint = time.perf_counter()
-        self._saved: tuple[Any, ...] | None = None  # the state that the last checkpoint has
-        self._stalled = 0.0  # seconds that training stood still for it
-        self._retry_at = math.inf  # when to try again for a checkpoint that failed
-        self._is_failing = False  # whether it was told that checkpoints fail
-        self._broken: UserError | None = None  # on rank 0: the failure that ends the run
+        self._saver = Saver(store if group.rank == 0 else None, config, self._write, self._event)
         self._damaged: list[str] = []  # what was found before there was a log
         self._skipped_in_a_row = 0
         self._begun = (0, 0.0)  # steps and seconds at which this attempt began
@@ -219,14 +128,11 @@ class Loop:
             for message in self._damaged:
                 self._event("damaged checkpoint", message)
             last = self._train()
-            if self._store is not None:
-                self._store.wait()
+            self._saver.wait()
             result = self._take_best(last)
         except Exception:
-            if self._store is not None:  # the checkpoint under way is worth the wait
-                with contextlib.suppress(RaybertError):
-                    self._store.wait()
-                    self._log_checkpoint()
+            with contextlib.suppress(RaybertError):  # the one under way is worth the wait
+                self._saver.wait()
             raise
         finally:
             if self._log is not None:
@@ -237,16 +143,6 @@ class Loop:
     def tell(self, message: str) -> None:
         """Show and log what is to be said about the storage."""
         self._event("storage", message)
-
-    def whereabouts(self) -> str:
-        """What is safe, and how the run goes on: the end of a message about its storage."""
-        last = self._store.last if self._store is not None else None
-        if last is None:
-            return "there is no checkpoint yet: mend the storage, and run it again"
-        return (
-            f"the checkpoint of step {last:,} is whole: mend the storage, and run it again to go "
-            "on from there"
-        )
 
     def _train(self) -> dict[str, Any]:
         config, progress, task = self.config, self.progress, self.task
@@ -264,8 +160,8 @@ class Loop:
         self._train_until(lambda: progress.step >= (progress.total_steps or math.inf))
         last = self._evaluate(final=True)
         self._save(wait=True)
-        [broken] = self.group.sum([self._heed_checkpoint()])
-        self._end_if(broken)
+        [broken] = self.group.sum([self._saver.heed()])
+        self._saver.end_if(broken)
         return last
 
     def _take_best(self, last: dict[str, Any]) -> dict[str, Any]:
@@ -328,17 +224,17 @@ class Loop:
                 sum(batch.count for batch in batches),
                 sum(batch.tokens for batch in batches),
                 clock if first else 0.0,
-                self._heed_checkpoint(),
-                first and (wishes.save() or self._checkpoint_is_due()),
+                self._saver.heed(),
+                wishes.save() or self._saver.is_due(progress.step),
                 wishes.stop(),
                 wishes.leave(),
             ]
         )
         progress.seconds = seconds
-        self._end_if(broken)
+        self._saver.end_if(broken)
         if stop:
             self._save(wait=True)
-            self._end_if(self._broken is not None)
+            self._saver.end_if(self._saver.is_broken)
             raise Stopped(f"stopped at step {progress.step}; run it again to go on from there")
         if leave:
             self._event("eviction", "a node is about to go: a checkpoint, and on without it")
@@ -487,7 +383,7 @@ class Loop:
         return metrics
 
     def _log_train(self) -> None:
-        self._log_checkpoint()
+        self._saver.log()
         loss, counted = self.group.sum([float(self._loss), self._counted])
         self._loss.zero_()
         self._counted = 0.0
@@ -510,20 +406,6 @@ class Loop:
             }
         )
 
-    def _log_checkpoint(self) -> None:
-        """Log what the last checkpoint took, once it is committed."""
-        done = None if self._store is None else self._store.take_committed()
-        if done is not None:
-            self._write(
-                {
-                    "kind": "checkpoint",
-                    "step": done.step,
-                    "stalled": round(self._stalled, 4),
-                    "written": round(done.seconds, 4),
-                    "bytes": done.size,
-                }
-            )
-
     def _event(self, event: str, message: str) -> None:
         step = self.progress.step
         self._write({"kind": "event", "step": step, "event": event, "message": message})
@@ -542,53 +424,6 @@ class Loop:
         if self.config.compile:
             module = torch.compile(module)  # type: ignore[assignment]
         self._module = self.group.wrap(module, deterministic=self.config.deterministic)
-
-    def _checkpoint_is_due(self) -> bool:
-        step = self.progress.step
-        every, minutes = self.config.checkpoint_steps, self.config.checkpoint_minutes
-        if self._store is None or step == 0:
-            return False
-        if every is not None and step % every == 0:
-            return True
-        if self._store.is_busy:  # no reason to stand still until it is written
-            return False
-        now = time.perf_counter()
-        due = self._since_checkpoint + minutes * 60 if minutes is not None else math.inf
-        return now >= min(due, self._retry_at)
-
-    def _heed_checkpoint(self) -> bool:
-        """Hear how the last checkpoint went; return whether its failure is to end the run."""
-        store = self._store
-        if store is None or self.group.rank != 0:
-            return False
-        try:
-            store.check()
-        except StorageError as error:
-            self._checkpoint_failed(error)
-        if self._is_failing and not store.is_failing:
-            self._is_failing = False
-            self._event("checkpoint written", f"the checkpoint of step {store.last:,} is written")
-        return self._broken is not None
-
-    def _checkpoint_failed(self, error: StorageError) -> None:
-        """Say so, and see to the next one; or keep the error that is to end the run."""
-        self._saved, self._retry_at = None, time.perf_counter() + RETRY_SECONDS
-        section = self.config.section
-        if self.config.on_checkpoint_failure == "stop":
-            self._broken = UserError(
-                f"{error}; {self.whereabouts()}, or set {section}.on_checkpoint_failure=continue "
-                "to train on without"
-            )
-        elif not self._is_failing:  # once for all that fail in a row
-            self._is_failing = True
-            last = self._store.last if self._store is not None else None
-            kept = "there is none before it" if last is None else f"that of step {last:,} is kept"
-            self._event("checkpoint failed", f"{error}; {kept}; the next try is within a minute")
-
-    def _end_if(self, broken: float) -> None:
-        """End the run on all ranks, if rank 0 could not write a checkpoint; it has the reason."""
-        if broken:
-            raise self._broken or Stopped("rank 0 could not write a checkpoint")
 
     def snapshot(self) -> Snapshot:
         """Copy the run's state off the tensors that train on."""
@@ -609,25 +444,8 @@ class Loop:
         restore_optimizer(self.optimizer, snapshot.optimizer)
 
     def _save(self, wait: bool = False) -> None:
-        begun = self._since_checkpoint = time.perf_counter()
-        store = self._store
-        if store is None or self.group.rank != 0:
-            return
-        try:
-            store.wait()  # what went wrong with the checkpoint before must not cost this one
-        except StorageError as error:
-            self._checkpoint_failed(error)
-        self._log_checkpoint()
-        if self._broken is None and self._saved != self._state():
-            self._saved, self._retry_at = self._state(), math.inf
-            try:
-                store.save(self.snapshot(), best_step=self.progress.best_step)
-                self._stalled = time.perf_counter() - begun
-                if wait:
-                    store.wait()
-            except StorageError as error:
-                self._checkpoint_failed(error)
-        self._log_checkpoint()
+        best = self.progress.best_step
+        self._saver.save(self._state(), self.snapshot, best_step=best, wait=wait)
         if self._log is not None:
             self._log.flush()
 
@@ -659,9 +477,9 @@ class Loop:
         if snapshot is None:
             return
         progress = self.progress = Progress(**snapshot.state)
-        self._saved = self._state()
+        self._saver.begin(self._state())
         progress.restarts += 1
-        if progress.best_step not in self._store.steps():  # it gave way to one that was damaged
+        if progress.best_step not in store.steps():  # it gave way to one that was damaged
             progress.best_score = progress.best_step = progress.best_metrics = None
         self.restore(snapshot)
 
@@ -680,11 +498,7 @@ class Loop:
                 else f"{message}, for {self._skipped_in_a_row} steps in a row; {remedy}"
             )
         if policy == "rollback" and self._store is not None:
-            if self.group.rank == 0:
-                try:
-                    self._store.wait()
-                except StorageError as error:
-                    self._checkpoint_failed(error)
+            self._saver.settle()
             self.group.gather(None)  # the others wait until rank 0 has committed what it wrote
             snapshot = self._store.load_latest(lambda text: self._event("damaged checkpoint", text))
             if snapshot is not None:

@@ -33,7 +33,7 @@ from raybert.storage import Folder
 from raybert.train.board import Board
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.group import use_interface_of
-from raybert.train.loop import Evicted
+from raybert.train.task import Evicted
 
 _SAVE_SECONDS = 60  # for the checkpoint before a resize; without it, what came since is repeated
 _TELL_SECONDS = 30  # between two lines that say that nodes are missing

@@ -25,9 +25,11 @@ from raybert.model.allocator import keep_freed_memory
 from raybert.storage import Folder, patiently
 from raybert.train.checkpoint import CheckpointStore, begin_attempt, check_attempt
 from raybert.train.group import Group, use_threads
-from raybert.train.loop import NO_WISHES, Batch, Loop, Stopped, Task, Wishes
+from raybert.train.loop import Loop
 from raybert.train.meters import LineLog, MetricsLog, finite, merge_metrics
+from raybert.train.saving import whereabouts
 from raybert.train.settings import MAY_CHANGE, TrainConfig
+from raybert.train.task import NO_WISHES, Batch, Stopped, Task, Wishes
 
 CONFIG, RESULT, INPUTS = "config.yaml", "result.json", "inputs.json"
 DIGESTS = "digests"  # of every micro-batch: `<attempt>-<rank>.txt`
@@ -194,7 +196,7 @@ def execute(
         try:
             result = patiently(finish, config.patience_s, loop.tell)
         except StorageError as error:
-            raise StorageError(f"{error}; {loop.whereabouts()}") from None
+            raise StorageError(f"{error}; {whereabouts(store.last)}") from None
     group.gather(None)  # nobody leaves before the result stands
     return result
 

@@ -31,9 +31,9 @@ from raybert.storage import Folder
 from raybert.train.board import Board, Link
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
-from raybert.train.loop import Evicted, Stopped, Wishes
 from raybert.train.run import RESULT, Feed, Job, execute
 from raybert.train.settings import TrainConfig
+from raybert.train.task import Evicted, Stopped, Wishes
 from raybert.train.telemetry import Telemetry
 
 _POLL_SECONDS = 0.5

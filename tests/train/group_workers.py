@@ -14,7 +14,7 @@ from raybert.errors import RaybertError, UserError
 from raybert.storage import Folder
 from raybert.text.masking import IGNORE_INDEX
 from raybert.train.group import Group
-from raybert.train.loop import Stopped
+from raybert.train.task import Stopped
 
 
 class Uneven(Scripted):

@@ -26,9 +26,10 @@ from raybert.storage import Folder
 from raybert.text.masking import IGNORE_INDEX
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
-from raybert.train.loop import MAX_SKIPPED_IN_A_ROW, Evicted, Stopped, Wishes
+from raybert.train.loop import MAX_SKIPPED_IN_A_ROW
 from raybert.train.meters import MetricsLog, read_metrics
 from raybert.train.run import Feed
+from raybert.train.task import Evicted, Stopped, Wishes
 
 
 @pytest.fixture(scope="module")
@@ -558,7 +559,7 @@ def test_what_is_written_in_the_background_is_no_standstill(corpus, run, monkeyp
 
     def write_when_counted(snapshot):
         ends = time.monotonic() + 30
-        while not attempt.loop._stalled:
+        while not attempt.loop._saver._stalled:
             assert time.monotonic() < ends, "the standstill lasts as long as the writing"
             time.sleep(0.001)
         write(snapshot)
@@ -637,7 +638,7 @@ def test_a_failed_checkpoint_is_told_once_and_costs_the_run_nothing(
 
 @pytest.mark.parametrize(("pause", "expected"), [(0.0, [4, 5, 8]), (1e9, [4, 8])])
 def test_a_failed_checkpoint_is_tried_again_soon(corpus, run, monkeypatch, pause, expected):
-    monkeypatch.setattr("raybert.train.loop.RETRY_SECONDS", pause)
+    monkeypatch.setattr("raybert.train.saving.RETRY_SECONDS", pause)
     attempt = Attempt(pretrain_job(corpus, steps=8, checkpoint_steps=4), run)
     tried = refusing(attempt, monkeypatch, at=[4])
     attempt.run()

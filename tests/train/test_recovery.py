@@ -15,8 +15,8 @@ from raybert.ray_session import Resources
 from raybert.storage import Folder
 from raybert.train.board import Board
 from raybert.train.group import _interface_of
-from raybert.train.loop import Evicted
 from raybert.train.recovery import Patience, Trainer, _Losses, causes_of, reason_of
+from raybert.train.task import Evicted
 
 LOST = WorkerGroupError("lost", {1: RuntimeError("Connection closed by peer"), 2: RayActorError()})
 NO_PLACE = ControllerError(WorkerGroupStartupTimeoutError(3))
