@@ -155,7 +155,7 @@ class Folder:
     def files(self) -> list[File]:
         """Every file inside, at any depth and hidden or not, by name."""
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
-        with self._translated("listing", self.path):
+        with self.translated("listing", self.path):
             infos = self._fs.get_file_info(selector)
         base = self.join("")
         return sorted(

@@ -85,7 +85,7 @@ def test_an_address_where_nobody_answers():
         port = unused.getsockname()[1]
     with pytest.raises(UserError, match=rf"^--address 127.0.0.1:{port}: nobody answers"):
         jobs.Cluster(f"127.0.0.1:{port}")
-    with pytest.raises(UserError, match="expected the dashboard's"):
+    with pytest.raises(UserError, match="the dashboard's address"):
         jobs.Cluster("ray://head:10001")
 
 

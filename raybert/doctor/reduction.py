@@ -103,10 +103,10 @@ class _Peer:
     def meet(self, processes: int) -> tuple[str, int]:
         """Open the place where all meet; returns its address and port."""
         import ray.util
-        import torch.distributed as dist
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         host, patience = str(ray.util.get_node_ip_address()), timedelta(seconds=_SECONDS)
-        self._store = dist.TCPStore(host, 0, processes, True, patience, wait_for_workers=False)
+        self._store = TCPStore(host, 0, processes, True, patience, wait_for_workers=False)
         return host, self._store.port
 
     def reduce(self, place: tuple[str, int], rank: int, processes: int, backend: str) -> float:
@@ -118,12 +118,11 @@ class _Peer:
         import ray.util
         import torch
         import torch.distributed as dist
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         use_interface_of(str(ray.util.get_node_ip_address()))  # as the training does
         begun, patience = time.monotonic(), timedelta(seconds=_SECONDS)
-        store = self._store or dist.TCPStore(
-            *place, processes, False, patience, wait_for_workers=False
-        )
+        store = self._store or TCPStore(*place, processes, False, patience, wait_for_workers=False)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=processes, timeout=patience
         )

@@ -186,10 +186,10 @@ def execute(
         result = {**outcome, **job.finish(task, run), "tokens_per_second": _speed(outcome)}
         result["machine"] = describe_machine(group, threads)
         result["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        result = finite(result)
+        finished: dict[str, Any] = finite(result)
         merge_metrics(run)
-        run.write_json(RESULT, result)
-        return result
+        run.write_json(RESULT, finished)
+        return finished
 
     result: dict[str, Any] = {}
     if group.rank == 0:

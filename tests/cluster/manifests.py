@@ -46,9 +46,9 @@ def of_kind(kind):
 def walk(tree, path=()):
     """Yield (path, value) of everything inside a tree of mappings and lists, itself first."""
     yield path, tree
-    entries = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for key, value in entries if isinstance(tree, dict | list) else ():
-        yield from walk(value, (*path, key))
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from walk(value, (*path, key))
 
 
 def changed(tree, path, change):

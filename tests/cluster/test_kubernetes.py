@@ -172,7 +172,7 @@ def test_there_are_four_clusters():
     assert len(list(clusters())) == 4
 
 
-@pytest.mark.parametrize(("where", "cluster"), clusters())
+@pytest.mark.parametrize(("where", "cluster"), list(clusters()))
 def test_a_cluster_asks_for_its_token_and_scales(where, cluster):
     assert cluster["authOptions"]["mode"] == "token"
     assert cluster["rayVersion"] == VALUES["ray_version"]

@@ -52,7 +52,7 @@ def test_symmetric_run_hands_its_options_to_ray_start():
     text = " ".join(uncommented(path)).replace("\\", "")
     given = re.search(r"ray symmetric-run (.*?) -- ", text)[1]
     words = shlex.split(re.sub(r'"\$\w+"', "4", given))
-    passed_on = curate_and_validate_ray_start_args(words)
+    passed_on = curate_and_validate_ray_start_args(list(words))  # it empties its list
     assert [word for word in words if word not in passed_on] == ["--address=4", "--min-nodes=4"]
     assert start.make_context("start", passed_on).params["dashboard_host"] == "127.0.0.1"
 

@@ -8,7 +8,6 @@ import pydantic
 import pytest
 import yaml
 from manifests import SERVE, VALUES, documents, misspelt, of_kind
-from ray.serve.schema import ServeDeploySchema
 
 CONFIG = documents(SERVE)[0]
 (SERVICE,) = (service for _, service in of_kind("RayService"))
@@ -37,6 +36,8 @@ def unknown(model, values, where=""):
 
 
 def check(config):
+    from ray.serve.schema import ServeDeploySchema
+
     ServeDeploySchema.model_validate(config)
     assert list(unknown(ServeDeploySchema, config)) == []
 

@@ -206,7 +206,7 @@ def test_who_is_told_may_write_a_line_about_it(tmp_path, at_once):
         if logs:
             logs[0].write({"kind": "event", "step": 1, "event": "storage", "message": text})
 
-    logs.append(MetricsLog(run, 1, 0, tell))
+    logs.append(MetricsLog(run, 1, 0, tell=tell))
     logs[0].write(train(1))
     (tmp_path / "metrics").unlink()
     logs[0].write(train(2))
