@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import shlex
@@ -76,6 +77,7 @@ class Cluster:
 
         given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or f"http://127.0.0.1:{PORT}"
         self.address = _checked(given)
+        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of packages and sockets
         auth.use_token()
         auth.close_token()
         # Ray's client prefers the variable to its argument.

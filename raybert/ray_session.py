@@ -113,6 +113,8 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     _set_log_level(level)
     try:
         _started_here = not address
+        if not config.logs:  # what nodes have to say of lost workers, a run says in its own words
+            ray._private.worker.print_to_stdstream = lambda *message, **more: None
         if _started_here and not config.logs:  # what the monitor reads would be shown to nobody
             ray._private.worker._global_node.kill_log_monitor(check_alive=False)
         yield _resources()

@@ -105,7 +105,9 @@ class Patience(FailurePolicy):  # type: ignore[misc]
         most = self.failure_config.max_failures
         if self._failures > most:
             return FailureDecision.RAISE
-        again = f"starting again from step {step:,} ({self._failures} of {most} without progress)"
+        again = f"starting again from step {step:,}"
+        if self._failures > 1:
+            again += f", for the {_ordinal(self._failures)} time of at most {most}"
         self._losses.tell("restart", f"{reason_of(error)}: {again}")
         return FailureDecision.RETRY
 
@@ -187,6 +189,10 @@ def _choose_interface() -> None:
     use_interface_of(ray.util.get_node_ip_address())
 
 
+def _ordinal(number: int) -> str:
+    return {1: "1st", 2: "2nd", 3: "3rd"}.get(number, f"{number}th")
+
+
 def _is_nobodys_fault(error: Exception) -> bool:
     """Nodes that go with notice, or don't come yet, say nothing against going on."""
     if isinstance(error, PreemptionError):
@@ -201,7 +207,9 @@ def causes_of(error: Exception) -> list[Exception]:
     failures: dict[int, Any] = getattr(error, "worker_failures", {})
     if not failures:
         return [getattr(error, "controller_failure", error)]
-    return [getattr(failures[rank], "cause", None) or failures[rank] for rank in sorted(failures)]
+    # Ray's own errors have a `cause`, too, which is no exception.
+    inner = [(failures[rank], getattr(failures[rank], "cause", None)) for rank in sorted(failures)]
+    return [cause if isinstance(cause, Exception) else failure for failure, cause in inner]
 
 
 def reason_of(error: Exception) -> str:

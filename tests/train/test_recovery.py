@@ -55,6 +55,20 @@ def test_only_restarts_that_came_no_further_count(most, steps):
             return
 
 
+def test_a_run_that_stands_still_says_how_often_it_tried():
+    losses = Losses()
+    patience = Patience(FailureConfig(max_failures=3), losses)
+    for _ in range(2):
+        decide(patience, LOST)
+    losses.step = 5
+    decide(patience, LOST)
+    assert losses.told == [
+        "a worker was lost: starting again from step 0",
+        "a worker was lost: starting again from step 0, for the 2nd time of at most 3",
+        "a worker was lost: starting again from step 5",
+    ]
+
+
 @pytest.mark.parametrize("error", [NO_PLACE, EVICTED, TAKEN])
 def test_nodes_that_go_or_do_not_come_are_waited_for(error):
     patience = Patience(FailureConfig(max_failures=0), Losses())
@@ -66,9 +80,7 @@ def test_what_fails_while_workers_start_is_tried_again():
     losses = Losses()
     patience = Patience(FailureConfig(max_failures=1), losses)
     assert decide(patience, ControllerError(RayActorError()))
-    assert losses.told == [
-        "a worker was lost: starting again from step 0 (1 of 1 without progress)"
-    ]
+    assert losses.told == ["a worker was lost: starting again from step 0"]
     assert not decide(patience, ControllerError(RayActorError()))
 
 
