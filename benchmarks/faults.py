@@ -318,7 +318,7 @@ def main() -> None:
         {"storage": REFUSED_SECONDS, "network": CUT_SECONDS}.get(f.kind, 0) for f in faults
     )
     steps = given.steps or 40 + sum(f.after + 4 for f in faults) + STEPS_A_SECOND * seconds
-    with Cluster(given.workers) as cluster:
+    with Cluster(given.workers, head_cpus=0) as cluster:
         disk, configs = cluster.disk.path, {}
         for name in ("quiet", "drill"):
             configs[name] = cluster.folder / f"{name}.yaml"

@@ -250,6 +250,7 @@ class Cluster:
         return f"http://{self.head.address}:{_DASHBOARD}"
 
     def __enter__(self) -> Cluster:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
         try:
             self.disk = Disk(self.folder / "disk", self._disk_mb)
             _ip("link", "add", self._network.bridge, "type", "bridge")

@@ -38,6 +38,13 @@ CHECK_COMMAND = "doctor"
 MOST_BYTES = 20 << 20  # of a package: code and a configuration are far below
 _CONNECT_SECONDS = 4
 _RETRY_SECONDS = 1.0
+#: Loggers of Ray's client that tell of packages and sockets, each at a level of its own.
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+_AGENT_SECONDS = 60.0
 _SILENCE_SECONDS = 300  # of a head that may come back
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
 _ID = re.compile(r"raybert-(?P<run>.+)-(?P<command>[a-z]+)-(?P<number>\d+)")
@@ -77,7 +84,8 @@ class Cluster:
 
         given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or f"http://127.0.0.1:{PORT}"
         self.address = _checked(given)
-        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of packages and sockets
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
         auth.use_token()
         auth.close_token()
         # Ray's client prefers the variable to its argument.
@@ -117,17 +125,28 @@ class Cluster:
             on_package(package(Path(folder), settings))
             words = ["python", "-u", "-m", "raybert", command, "-c", CONFIG, *arguments, "--json"]
             with self._told():
-                try:
-                    self._client.submit_job(
-                        entrypoint=shlex.join(words),
-                        submission_id=identity,
-                        runtime_env={"working_dir": folder, "env_vars": dict(environment)},
-                        metadata={"raybert.run": run, "raybert.command": command},
-                    )
-                except RuntimeError as error:
-                    if "already exists" not in str(error):  # somebody was faster: follow that one
-                        raise
+                self._send(
+                    entrypoint=shlex.join(words),
+                    submission_id=identity,
+                    runtime_env={"working_dir": folder, "env_vars": dict(environment)},
+                    metadata={"raybert.run": run, "raybert.command": command},
+                )
         return self.job(identity)
+
+    def _send(self, **job: Any) -> None:
+        """Submit; a head that has just started has no agent yet that takes jobs."""
+        until = time.monotonic() + _AGENT_SECONDS
+        while True:
+            try:
+                self._client.submit_job(**job)
+            except RuntimeError as error:
+                if "already exists" in str(error):  # somebody was faster: that one is followed
+                    return
+                if "No available agent" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(_RETRY_SECONDS)
+            else:
+                return
 
     def is_at_work(self, command: str, run: str) -> bool:
         """Whether a job is at a command of a run."""

@@ -148,6 +148,7 @@ def ray_head():
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
         *("--node-ip-address=127.0.0.1", f"--port={gcs_port}", f"--dashboard-port={port}"),
+        f"--dashboard-agent-listen-port={free_port()}",  # its own is one port for all of a machine
         *("--num-cpus=4", "--object-store-memory=300000000", f"--temp-dir={folder}"),
         "--disable-usage-stats",
     ]

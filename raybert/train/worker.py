@@ -109,6 +109,8 @@ def train_on_ray(
             num_workers=most if fewest == most else (fewest, most),
             elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=gpu,
+            # CPU workers share a node's caches and memory, GPUs its fast links.
+            placement_strategy="PACK" if gpu else "SPREAD",
             resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpu else {}),
         ),
         run_config=RunConfig(
