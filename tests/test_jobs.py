@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -344,7 +345,7 @@ def test_the_doctor_visits_the_cluster(head, config):
 def test_what_the_doctor_minds_ends_with_its_line_and_exit_code(head, config):
     done = call(head, "doctor", "-c", config, "--set", "run.storage=/dev/null/runs")
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("raybert: storage: 127.0.0.1 can't use it: ")
+    assert re.search(r"^raybert: storage: [\d.]+ can.t use it: ", done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
     done = call(head, "doctor", "-c", config, "--set", "run.storage=runs")
     assert done.returncode == 2
