@@ -193,6 +193,8 @@ class Drill:
             if following is not None and following.moment == "start-up":
                 self._until(lambda begun=begun: self._watcher.begun() > begun)
                 continue  # the next one strikes before this one's recovery
+            if fault.kind not in ("network", "storage"):  # nobody survives these
+                self._until(lambda attempt=attempt: self._watcher.last()[0] > attempt)
             self._until(lambda at=(attempt, step), t=struck: self._is_past(at, t))
             again = [r["time"] for a, r in self._watcher.records()
                      if r.get("event") == "start" and r["time"] > struck]  # fmt: skip

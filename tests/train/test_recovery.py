@@ -7,7 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, PreemptionError, PreemptionInfo, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError
 
@@ -92,7 +96,16 @@ def test_what_fails_while_workers_start_is_tried_again():
         (EVICTED, "a node goes away at step 7"),
         (TAKEN, "a node is taken away"),
         (WorkerGroupError("", {0: ValueError("first\nlast line")}), "last line"),
-        (WorkerGroupError("", {3: RuntimeError("only an echo")}), "only an echo"),
+        (
+            WorkerGroupError("", {3: RuntimeError("[gloo/pair.cc] reset")}),
+            "a worker does not answer",
+        ),
+        (WorkerGroupError("", {0: WorkerHealthCheckTimeoutError("")}), "a worker does not answer"),
+        (
+            WorkerGroupError("", {0: WorkerHealthCheckFailedError("", RayActorError())}),
+            "a worker was lost",
+        ),
+        (WorkerGroupError("", {3: RuntimeError("of its own")}), "of its own"),
         (WorkerGroupError("", {0: ValueError()}), "ValueError"),
     ],
 )
