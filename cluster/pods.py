@@ -14,6 +14,7 @@ Manifest = dict[str, Any]
 Volumes = Mapping[str, tuple[str, Manifest]]  # name -> (where it is mounted, what it is)
 
 REDIS = "raybert-redis"
+ENDING_SECONDS = 20  # of the grace: Ray ends its own processes once its tasks have left
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 # KubeRay's own label: it stands on every pod of Ray, whichever cluster that belongs to.
@@ -78,6 +79,12 @@ def ray_pod(
         "shm": ("/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": node["shm"]}}),
         "storage": (storage["path"], {"persistentVolumeClaim": {"claimName": storage["claim"]}}),
         **extra,
+    }
+    environment = {
+        # How long a node that is told to end waits for its tasks; by itself Ray gives them 30
+        # seconds. The head waits as long, for it leads the others' checkpoints.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(v["grace_seconds"] - ENDING_SECONDS),
+        **environment,
     }
     container = {
         "name": "ray",

@@ -76,6 +76,14 @@ def test_ray_is_started_with_options_that_it_has():
         assert options["block"] and options["metrics_export_port"] == metrics
 
 
+def test_a_checkpoint_has_the_time_that_ray_gives_it():
+    from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+
+    for service in ("head", "worker"):
+        seconds = float(SERVICES[service]["stop_grace_period"].removesuffix("s"))
+        assert seconds > RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S + 10
+
+
 def test_what_is_mounted_is_there_or_somebody_elses():
     """The dashboard, the scrape configuration and the alerts are made beside this file."""
     made_beside = {"../prometheus", "../grafana/raybert.json"}

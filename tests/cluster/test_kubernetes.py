@@ -241,6 +241,21 @@ def test_a_ray_pod_fills_a_node_alone():
             assert set(mounts) == {volume["name"] for volume in spec["volumes"]}
 
 
+def test_a_checkpoint_has_the_time_that_a_pod_is_given():
+    """Ray's own 30 seconds end before Kubernetes' patience, unless it is told of it."""
+    from ray._private import ray_constants
+
+    variable = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert hasattr(ray_constants, variable)
+    for _, cluster in clusters():
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            spec = group["template"]["spec"]
+            environment = {e["name"]: e["value"] for e in spec["containers"][0]["env"]}
+            left = spec["terminationGracePeriodSeconds"] - float(environment[variable])
+            assert spec["terminationGracePeriodSeconds"] == VALUES["grace_seconds"]
+            assert 10 <= left <= 30
+
+
 def test_gpu_workers_have_gpus_and_their_image():
     for _, cluster in clusters():
         for group in cluster["workerGroupSpecs"]:
