@@ -142,6 +142,7 @@ def ray_head():
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # what Ray Train leaves on it never leaves
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}",
     }
@@ -166,6 +167,7 @@ def ray_head():
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             shutil.rmtree(folder, ignore_errors=True)
 
 
