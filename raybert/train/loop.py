@@ -73,6 +73,7 @@ class Loop:
         on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
         wishes: Wishes = NO_WISHES,
         on_batch: Callable[[Batch], None] | None = None,
+        before_save: Callable[[], None] = lambda: None,
     ) -> None:
         """Set up a run.
 
@@ -85,11 +86,12 @@ class Loop:
             on_progress: gets every logged record, on rank 0.
             wishes: what others may want of the run; to end comes after a checkpoint.
             on_batch: gets every micro-batch before it is trained on; for digests.
+            before_save: called on every rank before each checkpoint, which ends what is repeated.
         """
         self.task, self.config, self.group = task, config, group
         self._store, self._open_log = store, open_log
         self._on_progress, self._wishes = on_progress, wishes
-        self._on_batch = on_batch
+        self._on_batch, self._before_save = on_batch, before_save
         self.progress = Progress()
         self._log: MetricsLog | None = None
         self._bf16 = config.precision == "bf16" or (
@@ -444,10 +446,12 @@ class Loop:
         restore_optimizer(self.optimizer, snapshot.optimizer)
 
     def _save(self, wait: bool = False) -> None:
-        best = self.progress.best_step
-        self._saver.save(self._state(), self.snapshot, best_step=best, wait=wait)
+        # Nobody takes the steps before a checkpoint again, nor logs them.
+        self._before_save()
         if self._log is not None:
             self._log.flush()
+        best = self.progress.best_step
+        self._saver.save(self._state(), self.snapshot, best_step=best, wait=wait)
 
     def _state(self) -> tuple[Any, ...]:
         """What makes a checkpoint worth writing: clocks aside, all that differs from the last."""

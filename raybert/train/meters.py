@@ -61,15 +61,14 @@ class LineLog:
                 self._dropped += 1
 
     def flush(self) -> None:
-        """Bring an object store's file up to date."""
-        if not self._folder.is_local:
-            self._store()
-
-    def close(self) -> None:
-        """Try once more to write what is left; say how much is lost."""
+        """Bring the file up to date, now: an object store's, or a disk's that refused before."""
         if self._retry_at is not None:
             self._retry_at = 0.0
         self._store()
+
+    def close(self) -> None:
+        """Try once more to write what is left; say how much is lost."""
+        self.flush()
         if self._retry_at is not None:
             lost = self._waiting + self._dropped
             self._tell(f"{self._path} lacks the last {lost:,} lines")
@@ -162,7 +161,7 @@ class MetricsLog:
         self._lines.write(json.dumps(finite(record), ensure_ascii=False))
 
     def flush(self) -> None:
-        """Bring an object store's segment up to date; called at evaluations and checkpoints."""
+        """Bring the segment up to date; called at evaluations and before checkpoints."""
         self._lines.flush()
 
     def close(self) -> None:

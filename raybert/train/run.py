@@ -176,6 +176,7 @@ def execute(
         on_progress=on_progress,
         wishes=wishes,
         on_batch=note if config.digests else None,
+        before_save=digests.flush,
     )
     with closing(digests):
         outcome = loop.run()

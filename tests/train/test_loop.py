@@ -521,14 +521,27 @@ def test_resuming_at_a_step_that_is_due_keeps_its_checkpoint(corpus, run, monkey
     assert again.store.steps() == [5]
 
 
-def test_the_metrics_are_flushed_with_every_checkpoint(corpus, run, monkeypatch):
-    flushed = []
-    attempt = Attempt(pretrain_job(corpus, steps=6, checkpoint_steps=2), run)
+def test_what_is_logged_is_on_the_storage_before_each_checkpoint(corpus, run, monkeypatch):
+    """The steps before it are not taken again, and nobody would log them again."""
+    done = []
+    attempt = Attempt(
+        pretrain_job(corpus, steps=6, checkpoint_steps=2),
+        run,
+        before_save=lambda: done.append(("digests", attempt.loop.progress.step)),
+    )
     monkeypatch.setattr(
-        MetricsLog, "flush", lambda self: flushed.append(attempt.loop.progress.step)
+        MetricsLog, "flush", lambda self: done.append(("metrics", attempt.loop.progress.step))
+    )
+    save = attempt.store.save
+    monkeypatch.setattr(
+        attempt.store,
+        "save",
+        lambda snapshot, **more: (done.append(("save", snapshot.step)), save(snapshot, **more)),
     )
     attempt.run()
-    assert {2, 4, 6} <= set(flushed)
+    for step in (2, 4, 6):
+        at = done.index(("save", step))
+        assert {("digests", step), ("metrics", step)} <= set(done[:at])
 
 
 def test_what_checkpoints_took_is_logged_once_by_the_training_thread(corpus, run):
