@@ -207,6 +207,7 @@ def logged(run):
     }
 
 
+@pytest.mark.slow  # Ray exports every ten seconds, and each worker's metrics come late
 @pytest.mark.ray
 def test_a_node_gives_prometheus_what_the_run_has_logged(ray_session, importable, corpus, tmp_path):
     from raybert.train.worker import train_on_ray
