@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from raybert.config import build, dump, parse_yaml
@@ -16,7 +16,7 @@ from raybert.display import Display, clock
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.model.find import resolve_model
-from raybert.ray_session import ray_session
+from raybert.ray_session import Resources, ray_session
 from raybert.storage import Folder
 from raybert.text import corpus, sources
 from raybert.text.parts import Manifest
@@ -107,6 +107,7 @@ def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) ->
 
 def finetune(experiment: Experiment, display: Display, *, bare: bool = False) -> dict[str, Any]:
     """Labelled texts and a pretrained model -> a run with a classifier in `model/`."""
+    from raybert.doctor.visit import visit_when_asked
     from raybert.train.finetune import FinetuneJob
     from raybert.train.run import CONFIG
     from raybert.train.texts import prepare_data, prepared_data
@@ -125,7 +126,12 @@ def finetune(experiment: Experiment, display: Display, *, bare: bool = False) ->
                 f"finetune.seq_len={config.seq_len} is past the model's {seq_len} tokens; lower "
                 f"it, or pretrain with model.max_seq_len={config.seq_len}"
             )
-        with display.stage("texts"), nullcontext() if bare else ray_session(experiment.ray):
+        session: AbstractContextManager[Resources | None] = (
+            nullcontext() if bare else ray_session(experiment.ray)
+        )
+        with display.stage("texts"), session as resources:
+            if resources is not None:
+                visit_when_asked(experiment, resources, display, ("finetune",))
             display.line("reading and tokenizing labelled texts")
             prepared = prepare_data(
                 config, Tokenizer.load(tokenizer), seq_len, config.seed, run / "data"
@@ -211,9 +217,11 @@ def _train(
         if bare:
             result = execute_bare(job, run, on_progress=display.record)
         else:
+            from raybert.doctor.visit import visit_when_asked
             from raybert.train.worker import train_on_ray
 
             with ray_session(experiment.ray, job.config.max_workers) as resources:
+                visit_when_asked(experiment, resources, display, (stage,))
                 result = train_on_ray(job, run, resources, on_progress=display.record)
     display.say(
         f"{stage:<9} {result['step']:,} steps, {result['tokens']:,.0f} tokens in "

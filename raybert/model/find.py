@@ -6,8 +6,19 @@ from raybert.errors import UserError
 from raybert.storage import Folder
 
 
+def find_model(folder: Folder, stage: str) -> Folder | None:
+    """The model directory that a folder means: itself, a run's `model/`, or an experiment's.
+
+    Args:
+        folder: where to look.
+        stage: the run that is meant inside an experiment.
+    """
+    candidates = (folder, folder / "model", folder / f"{stage}/model")
+    return next((candidate for candidate in candidates if candidate.exists("config.json")), None)
+
+
 def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
-    """The model directory that a path means: itself, a run's `model/`, or an experiment's.
+    """The same for a path that must lead to one.
 
     Args:
         path: a folder.
@@ -17,10 +28,8 @@ def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
     Raises:
         UserError: there is none.
     """
-    folder = Folder(path)
-    for inside in ("", "model", f"{stage}/model"):
-        candidate = folder / inside if inside else folder
-        if candidate.exists("config.json"):
-            return candidate
-    named = f"{key}={path}" if key else path
-    raise UserError(f"{named}: no model here (config.json is missing); name a model/ or a run")
+    found = find_model(Folder(path), stage)
+    if found is None:
+        named = f"{key}={path}" if key else path
+        raise UserError(f"{named}: no model here (config.json is missing); name a model/ or a run")
+    return found

@@ -11,10 +11,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import torch
 
@@ -22,14 +22,17 @@ from raybert import __version__
 from raybert.config import differences, parse_yaml
 from raybert.errors import ConfigError, DataError, StorageError
 from raybert.model.allocator import keep_freed_memory
-from raybert.storage import Folder
-from raybert.train.checkpoint import CheckpointStore, begin_attempt
+from raybert.storage import Folder, patiently
+from raybert.train.checkpoint import CheckpointStore, begin_attempt, check_attempt
 from raybert.train.group import Group, use_threads
-from raybert.train.loop import NO_WISHES, Batch, Loop, Stopped, Task, Wishes
-from raybert.train.meters import MetricsLog, finite, merge_metrics, open_lines
+from raybert.train.loop import Loop
+from raybert.train.meters import LineLog, MetricsLog, finite, merge_metrics
+from raybert.train.saving import whereabouts
 from raybert.train.settings import MAY_CHANGE, TrainConfig
+from raybert.train.task import NO_WISHES, Batch, Stopped, Task, Wishes
 
 CONFIG, RESULT, INPUTS = "config.yaml", "result.json", "inputs.json"
+DIGESTS = "digests"  # of every micro-batch: `<attempt>-<rank>.txt`
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,12 @@ def execute(
     on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
     wishes: Wishes = NO_WISHES,
 ) -> dict[str, Any]:
-    """Train on this worker, and on rank 0 write the finished model and the result."""
+    """Train on this worker, and on rank 0 write the finished model and the result.
+
+    Raises:
+        StorageError: they could not be written, for minutes; says from where the run goes on.
+        RaybertError: as the loop's.
+    """
     config = job.config
     threads = use_threads(config.threads, workers_here)
     if group.device.type == "cpu":
@@ -151,28 +159,45 @@ def execute(
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     task = job.make_task(group, feed)
     store = CheckpointStore(run, attempt, config.keep_checkpoints)
-    digests = _DigestLog(run, attempt, group.rank) if config.digests else None
+    loop: Loop
+    digests = LineLog(run / DIGESTS, f"{attempt:04d}-{group.rank:04d}.txt", lambda t: loop.tell(t))
+
+    def note(batch: Batch) -> None:
+        digests.write(f"{batch.step} {batch.slot} {batch.digest()}")
+
     loop = Loop(
         task,
         config,
         group,
         store=store,
-        open_log=lambda step: MetricsLog(run, attempt, step, group.world_size),
+        open_log=lambda step: MetricsLog(
+            run, attempt, step, workers=group.world_size, tell=loop.tell
+        ),
         on_progress=on_progress,
         wishes=wishes,
-        on_batch=digests,
+        on_batch=note if config.digests else None,
+        before_save=digests.flush,
     )
-    with nullcontext() if digests is None else closing(digests):
+    with closing(digests):
         outcome = loop.run()
-    result: dict[str, Any] = {}
-    if group.rank == 0:
+
+    def finish() -> dict[str, Any]:
+        check_attempt(run, attempt)  # the storage may have been away for minutes
         task.last = outcome  # the model's figures are those of the weights that it gets
         result = {**outcome, **job.finish(task, run), "tokens_per_second": _speed(outcome)}
         result["machine"] = describe_machine(group, threads)
         result["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        result = finite(result)
+        finished: dict[str, Any] = finite(result)
         merge_metrics(run)
-        run.write_json(RESULT, result)
+        run.write_json(RESULT, finished)
+        return finished
+
+    result: dict[str, Any] = {}
+    if group.rank == 0:
+        try:
+            result = patiently(finish, config.patience_s, loop.tell)
+        except StorageError as error:
+            raise StorageError(f"{error}; {whereabouts(store.last)}") from None
     group.gather(None)  # nobody leaves before the result stands
     return result
 
@@ -187,7 +212,7 @@ def execute_bare(
             last step was already taken, the result.
     """
     device = torch.device("cuda" if _wants_gpu(job.config) else "cpu")
-    attempt = begin_attempt(run)
+    attempt = begin_attempt(run, job.config.patience_s)
     group = Group(device=device)
     try:
         with _interruptible() as is_interrupted:
@@ -255,43 +280,14 @@ def _processor() -> str:
         return platform.machine()
 
 
-class _DigestLog:
-    """Writes the digest of every micro-batch: `digests/<attempt>-<rank>.txt`.
-
-    On a disk line by line, so that a killed worker's are there to be compared.
-    """
-
-    def __init__(self, run: Folder, attempt: int, rank: int) -> None:
-        self._folder, self._name = run / "digests", f"{attempt:04d}-{rank:04d}.txt"
-        self._lines: list[str] = []
-        self._file: TextIO | None = None
-        if self._folder.is_local:
-            self._file = open_lines(self._folder, self._name)
-
-    def __call__(self, batch: Batch) -> None:
-        line = f"{batch.step} {batch.slot} {batch.digest()}\n"
-        if self._file is not None:
-            try:
-                self._file.write(line)
-            except OSError as error:
-                path = self._folder.join(self._name)
-                raise StorageError(f"writing {path} failed: {error.strerror or error}") from None
-        else:
-            self._lines.append(line)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        else:
-            self._folder.write_text(self._name, "".join(self._lines))
-
-
 def read_digests(run: Folder) -> dict[tuple[int, int], set[str]]:
     """The digests of every (step, slot) over all attempts and ranks: one each, if all agree."""
-    folder = run / "digests"
+    folder = run / DIGESTS
     found: dict[tuple[int, int], set[str]] = {}
     for name in folder.names():
-        for line in folder.read_text(name).splitlines():
+        for line in folder.read_text(name).splitlines(keepends=True):
+            if not line.endswith("\n"):  # of a worker that was killed while it wrote
+                continue
             step, slot, digest = line.split()
             found.setdefault((int(step), int(slot)), set()).add(digest)
     return found
