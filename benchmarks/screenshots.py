@@ -16,8 +16,8 @@ from playwright.sync_api import Browser, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
 REVIEW = (
-    "The plot was thin and the first half dragged, but the actors made it a joy to watch. The music "
-    "was wonderful, and I left with a smile."
+    "The plot was thin and the first half dragged, but the actors made it a joy to watch. "
+    "The music was wonderful, and I left with a smile."
 )
 BLANK = "I have watched this {mask} and it was awesome."
 DESK, PHONE = {"width": 860, "height": 900}, {"width": 390, "height": 844}
