@@ -1,0 +1,208 @@
+"""How fast the small classifier answers over HTTP, side by side with the usual way to serve one.
+
+    python benchmarks/serve.py --json
+
+Twice, at fp32 and at the precision that `raybert serve` chooses (`best`), it starts both servers,
+`raybert serve` and `transformers.pipeline` behind FastAPI, and lets them and the bare classifier
+take turns (`turns` below), each driven from a process of its own (`load.py`), all other ones idle:
+a machine that slows down does so for all of them. See README.md. Ends with one JSON object, for
+each precision `requests_per_second`, `p50` and `p99` in milliseconds of both servers, `ratio`,
+`share_of_bare`, `one_connection` and `accuracy`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import load
+from peers import commit, cpu_model
+from servers import (
+    Server,
+    free_port,
+    hugging_face,
+    raybert_serve,
+    reviews,
+    say,
+    small_classifier,
+)
+
+US, THEM = "raybert", "transformers"
+LIST = 32  # texts a request, where they come in lists
+LIST_CONNECTIONS = 4  # keep the server busy: 128 texts are under way
+WARM_TEXTS = 64
+PRECISIONS = {"fp32": "fp32", "best": "auto"}  # name in the result -> what the server is told
+
+Turns = dict[str, Callable[[], dict[str, Any]]]
+
+
+def turns(ours: Server, theirs: Server, texts: Path, bare: Sequence[str], given: Any) -> Turns:
+    """What takes turns: a name, and what measures it once."""
+
+    def drive(server: Server, **options: float) -> dict[str, Any]:
+        times = {"seconds": given.seconds, "warmup": given.warmup}
+        return load.end(load.begin(f"{server.url}/predict", texts, **options, **times))
+
+    def called() -> dict[str, Any]:
+        done = subprocess.run(bare, stdout=subprocess.PIPE, text=True, check=True)
+        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+    return {
+        THEM: lambda: drive(theirs, connections=given.connections),
+        US: lambda: drive(ours, connections=given.connections),
+        "lists": lambda: drive(ours, connections=LIST_CONNECTIONS, list=LIST),
+        "one_connection": lambda: drive(ours, connections=1),
+        "bare": called,
+    }
+
+
+def measure(precision: str, model: Path, texts: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Start both servers and measure them at one precision of ours."""
+    ports = free_port(), free_port()
+    theirs = Server(THEM, hugging_face(model, ports[0], given.threads), ports[0])
+    ours = Server(US, raybert_serve(model, ports[1], precision=precision), ports[1])
+    with theirs, ours:
+        info = ours.get("/info")
+        chosen = info.get("precision", precision)
+        bare = [sys.executable, __file__, "--bare", chosen, "--model", str(model)]
+        bare += ["--texts-file", str(texts), "--threads", str(given.threads)]
+        taking = turns(ours, theirs, texts, [*bare, "--seconds", str(given.seconds)], given)
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in taking}
+        for number in range(given.rounds):
+            for name in taking if number % 2 else reversed(taking):
+                rounds[name].append(taking[name]())
+                rate, p50 = (rounds[name][-1][key] for key in ("texts_per_second", "p50"))
+                shown = f"{name:<15}{rate:>9,.1f} texts/s   p50 {p50:.1f} ms"
+                say(f"[{number + 1}/{given.rounds}] {precision} {shown}")
+        idle = {server.name: server.cores_used() for server in (ours, theirs)}
+        labels = {server.name: predicted(server, texts) for server in (ours, theirs)}
+    return summarize(rounds) | {"info": info, "idle_cores": idle, "labels": labels}
+
+
+def summarize(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Reduce the rounds: medians, and ratios of medians."""
+
+    def middle(name: str, key: str) -> float:
+        return median(turn[key] for turn in rounds[name])
+
+    rates = {name: middle(name, "requests_per_second") for name in (US, THEM)}
+    bulk = middle("bare", "texts_per_second")
+    one, forward = middle("one_connection", "p50"), middle("bare", "p50")
+    return {
+        "requests_per_second": rates,
+        "p50": {name: round(middle(name, "p50"), 2) for name in rates},
+        "p99": {name: round(middle(name, "p99"), 2) for name in rates},
+        "ratio": round(rates[US] / rates[THEM], 3),
+        "bare_texts_per_second": bulk,
+        "share_of_bare": {
+            f"lists_of_{LIST}": round(middle("lists", "texts_per_second") / bulk, 3),
+            "one_text_a_request": round(middle(US, "texts_per_second") / bulk, 3),
+        },
+        "one_connection": {
+            "p50": round(one, 2),
+            "bare_forward_p50": round(forward, 2),
+            "added": round(one - forward, 2),
+        },
+        "rounds": rounds,
+    }
+
+
+def predicted(server: Server, texts: Path) -> list[str]:
+    """The label that a server gives to each text, asked for in lists."""
+    every = json.loads(texts.read_text(encoding="utf-8"))
+    lists = [every[i : i + LIST] for i in range(0, len(every), LIST)]
+    return [scores[0]["label"] for group in lists for scores in server.ask(group)]
+
+
+def share_equal(left: Sequence[str], right: Sequence[str]) -> float:
+    """The share of places at which two lists are equal."""
+    return round(sum(a == b for a, b in zip(left, right, strict=True)) / len(left), 4)
+
+
+def call_bare(given: argparse.Namespace) -> dict[str, Any]:
+    """Call the classifier in this process: all texts at once, then one by one, tokenized before."""
+    import torch
+
+    from raybert.serve.classifier import TextClassifier
+    from raybert.storage import Folder
+
+    torch.set_num_threads(given.threads)
+    classifier = TextClassifier(Folder(str(given.model)), precision=given.bare)
+    texts = json.loads(given.texts_file.read_text(encoding="utf-8"))
+    classifier.logits(texts[:WARM_TEXTS])
+    done, begun = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begun) < given.seconds:
+        classifier.logits(texts)
+        done += len(texts)
+    passes = []
+    for row in classifier.encode(texts[: 2 * WARM_TEXTS]):
+        started = time.perf_counter()
+        classifier.score([row])
+        passes.append(1000 * (time.perf_counter() - started))
+    return {"texts_per_second": round(done / spent, 2), "p50": median(passes)}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="default: made by configs/bench-serve.yaml")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="of these")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10, help="of a turn")
+    parser.add_argument("--warmup", type=float, default=3, help="seconds before those")
+    parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--texts", type=int, default=2000, help="held-out reviews")
+    parser.add_argument("--threads", type=int, default=2, help="of torch, not in raybert serve")
+    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    parser.add_argument("--texts-file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    given = parser.parse_args()
+    unknown = set(given.precisions.split(",")) - set(PRECISIONS)
+    if unknown:
+        parser.error(f"--precisions {given.precisions}: known are {', '.join(PRECISIONS)}")
+    return given
+
+
+def main() -> None:
+    given = parse_arguments()
+    if given.bare:
+        print(json.dumps(call_bare(given)))
+        return
+    model = small_classifier(given.model)
+    texts, truth = reviews(model, given.texts)
+    lengths = sorted(map(len, texts))
+    result: dict[str, Any] = {
+        "benchmark": "serving",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in ("ray", "torch", "transformers", "uvicorn")},
+        "model": str(model),
+        "texts": {"count": len(texts), "median_characters": lengths[len(lengths) // 2]},
+        "connections": given.connections,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "texts.json"
+        file.write_text(json.dumps(texts), encoding="utf-8")
+        for name in given.precisions.split(","):
+            found = measure(PRECISIONS[name], model, file, given)
+            labels = found.pop("labels")
+            found["accuracy"] = {who: share_equal(labels[who], truth) for who in labels}
+            found["same_labels"] = share_equal(labels[US], labels[THEM])
+            result[name] = found
+    print(json.dumps(result, indent=None if given.json else 2))
+
+
+if __name__ == "__main__":
+    main()

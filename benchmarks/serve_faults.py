@@ -1,0 +1,272 @@
+"""The serving drill: replicas killed and models changed under load, then ten times too much of it.
+
+    python benchmarks/serve_faults.py --json
+
+Puts the small classifier behind `raybert serve`. (1) With two replicas, while a client that never
+retries (`load.py`) and the one that raybert ships ask without pause, replicas are killed (SIGKILL)
+one after another, each once the one before is back. (2) Under the same load the model is changed
+for another in the registry. (3) With one replica: the peak that 32 connections reach, then ten
+times as many requests a second, by the clock, for a minute, then the 32 connections again.
+Ends with one JSON object: `kills` and `updates` with what each client lost; `overload` with the
+share of the peak's good answers, their latency, all statuses, memory and recovery.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import load
+import psutil
+from peers import commit, cpu_model
+from safetensors.torch import load_file, save_file
+from servers import (
+    ROOT,
+    Server,
+    free_port,
+    raybert_promote,
+    raybert_serve,
+    reviews,
+    say,
+    shipped_client,
+    small_classifier,
+)
+
+NAME = "reviews"  # of the model in the registry
+RETRYING = 4  # threads that ask through the shipped client
+CALM_SECONDS = 3  # before each fault
+PATIENCE_SECONDS = 180  # until a replica is back, or a model is served
+SURE = 10  # answers in a row that tell of the new model
+FULL_SPEED = 0.9  # of the peak: recovered
+ENDLESS = 24 * 3600  # seconds: the load ends when the faults do
+
+
+class Shipped(threading.Thread):
+    """Asks without pause through the client that raybert ships, and counts what it can't get."""
+
+    def __init__(self, url: str, texts: Sequence[str], seed: int) -> None:
+        super().__init__(daemon=True)
+        self._ask, self._texts, self._rng = shipped_client(url), texts, random.Random(seed)
+        self.over = threading.Event()
+        self.answered = 0
+        self.lost: list[str] = []
+
+    def run(self) -> None:
+        """Ask until told to stop."""
+        while not self.over.is_set():
+            try:
+                self._ask(self._rng.choice(self._texts))
+                self.answered += 1
+            except Exception as error:  # noqa: BLE001 - whatever it is, the answer is lost
+                self.lost.append(f"{type(error).__name__}: {error}"[:200])
+
+
+class Clients:
+    """Both clients at work for as long as the context lasts; then `got` has what they got."""
+
+    def __init__(self, server: Server, file: Path, connections: int) -> None:
+        texts = json.loads(file.read_text(encoding="utf-8"))
+        self._url, self._file = f"{server.url}/predict", file
+        self._shipped = [Shipped(server.url, texts, seed) for seed in range(RETRYING)]
+        self.got: dict[str, Any] = {"connections": connections}
+
+    def __enter__(self) -> Clients:
+        options = {"connections": self.got["connections"], "seconds": ENDLESS, "warmup": 0}
+        self._plain = load.begin(self._url, self._file, **options)
+        for thread in self._shipped:
+            thread.start()
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        for thread in self._shipped:
+            thread.over.set()
+        self._plain.terminate()  # it ends with what came until now
+        plain = load.end(self._plain)
+        for thread in self._shipped:
+            thread.join()
+        self.got |= {
+            "never_retries": {key: plain[key] for key in ("statuses", "failed", "failures")},
+            "shipped": {
+                "answered": sum(thread.answered for thread in self._shipped),
+                "lost": [error for thread in self._shipped for error in thread.lost],
+            },
+        }
+
+
+def kill_replicas(server: Server, clients: Clients, count: int) -> dict[str, Any]:
+    """Kill replicas one after another."""
+    rng, kills = random.Random(0), []
+    with clients:
+        for number in range(1, count + 1):
+            time.sleep(CALM_SECONDS)
+            before = {process.pid for process in server.replicas()}
+            victim = rng.choice(sorted(before))
+            psutil.Process(victim).kill()
+            struck = round(time.time(), 2)
+
+            def is_back(before: set[int] = before) -> bool:
+                now = {process.pid for process in server.replicas()}
+                return bool(now - before) and len(now) >= len(before)
+
+            back = wait_until(is_back)
+            kills.append({"time": struck, "back_after": back})
+            say(f"kill {number} of {count}: process {victim}; another one after {back} s")
+    return {"kills": kills, **clients.got}
+
+
+def update(
+    server: Server, clients: Clients, models: Sequence[Path], storage: Path, count: int
+) -> Any:
+    """Change the model that is served for another one, several times."""
+    updates = []
+    with clients:
+        for number in range(1, count + 1):
+            time.sleep(CALM_SECONDS)
+            before = server.get("/info")
+            promote(models[number % len(models)], storage)
+
+            def is_another(before: Any = before) -> bool:
+                return all(server.get("/info") != before for _ in range(SURE))
+
+            taken = wait_until(is_another)
+            updates.append({"seconds": taken})
+            say(f"update {number} of {count}: served after {taken} s")
+        time.sleep(CALM_SECONDS)  # for the last of the old replicas to end
+    return {"updates": updates, **clients.got}
+
+
+def promote(model: Path, storage: Path) -> None:
+    command = raybert_promote(model, NAME, storage)
+    say(" ".join(command))
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def another(model: Path, folder: Path) -> Path:
+    """Copy a model and change its weights a little, so that it is not the same one."""
+    shutil.copytree(model, folder)
+    path = folder / "model.safetensors"
+    weights = {name: tensor * 1.001 for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+def wait_until(holds: Callable[[], bool]) -> float | None:
+    """Wait until something holds; returns the seconds that took, None where it does not come."""
+    begun = time.monotonic()
+    while (spent := time.monotonic() - begun) < PATIENCE_SECONDS:
+        if holds():
+            return round(spent, 1)
+        time.sleep(0.1)
+    return None
+
+
+class Memory(threading.Thread):
+    """Reads a server's memory every other second."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self._server, self.over = server, threading.Event()
+        self.seen: list[int] = []  # bytes
+
+    def run(self) -> None:
+        """Read until told to stop."""
+        while not self.over.is_set():
+            self.seen.append(self._server.memory())
+            self.over.wait(2)
+
+
+def overload(server: Server, file: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """The peak, ten times as much for a while, and what comes of the peak right after it."""
+
+    def drive(seconds: float, connections: int = given.connections, **more: float) -> Any:
+        options = {"seconds": seconds, "connections": connections, "warmup": 0, **more}
+        return load.end(load.begin(f"{server.url}/predict", file, **options))
+
+    drive(5)  # warm-up
+    peak = drive(given.seconds)["requests_per_second"]
+    rate = given.times * peak
+    say(f"peak: {peak:.0f} good answers/s; now {rate:.0f} requests/s")
+    memory = Memory(server)
+    memory.start()
+    during = drive(given.overload_seconds, given.most_connections, rate=rate)
+    memory.over.set()
+    memory.join()
+    after = drive(given.seconds)["good_by_second"]
+    fast = [second for second, good in enumerate(after) if good >= FULL_SPEED * peak]
+    third = max(1, len(memory.seen) // 3)
+    told = ("p50", "p99", "statuses", "failed", "hung", "unsent", "client_cores")
+    return {
+        "peak": peak,
+        "offered": round(rate - during["unsent"] / given.overload_seconds, 1),  # requests/s
+        "seconds": given.overload_seconds,
+        "good": during["requests_per_second"],
+        "share_of_peak": round(during["requests_per_second"] / peak, 3),
+        **{key: during[key] for key in told},
+        "memory_mib": {
+            "first_third": round(median(memory.seen[:third]) / 2**20),
+            "last_third": round(median(memory.seen[-third:]) / 2**20),
+        },
+        "full_speed_after_s": fast[0] if fast else None,
+        "good_by_second_after": after,
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="default: made by configs/bench-serve.yaml")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--replicas", type=int, default=2, help="while they are killed")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=15, help="of the peak, before and after")
+    parser.add_argument("--times", type=float, default=10, help="the peak, for the overload")
+    parser.add_argument("--overload-seconds", type=float, default=60)
+    parser.add_argument("--most-connections", type=int, default=2000, help="of the overload")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = parse_arguments()
+    model = small_classifier(given.model)
+    texts, _ = reviews(model, 1000)
+    result: dict[str, Any] = {
+        "benchmark": "serving under faults",
+        "commit": commit(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "precision": given.precision,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        storage, file = Path(scratch), Path(scratch) / "texts.json"
+        file.write_text(json.dumps(texts), encoding="utf-8")
+        models = [model, another(model, storage / "another")]
+        promote(model, storage)
+        settings = {"precision": given.precision, "replicas": given.replicas}
+        registry = {"registry": storage, "poll_s": 1, "cpus": 0.5}
+        port = free_port()
+        with Server("raybert", raybert_serve(NAME, port, **settings, **registry), port) as server:
+            clients = [Clients(server, file, given.connections) for _ in range(2)]
+            result["kills"] = kill_replicas(server, clients[0], given.kills)
+            result["updates"] = update(server, clients[1], models, storage, given.updates)
+        port = free_port()
+        command = raybert_serve(model, port, precision=given.precision, replicas=1)
+        with Server("raybert", command, port) as server:
+            result["overload"] = overload(server, file, given)
+    print(json.dumps(result, indent=None if given.json else 2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The load that benchmarks put on a server: all of it is counted, and nothing is asked twice."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+LOAD = Path(__file__).parents[1] / "benchmarks" / "load.py"
+pytest.importorskip("uvloop")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Does what a text says: an answer with a status, after a while, or none at all."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        inputs = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["inputs"]
+        text = inputs if isinstance(inputs, str) else "200"
+        self.server.seen[text] += len(inputs) if isinstance(inputs, list) else 1
+        if text == "lost":
+            self.close_connection = True
+            return
+        if text == "slow":
+            time.sleep(0.3)
+        self.send_response(200 if text == "slow" else int(text))
+        self.send_header("Content-Length", "2")
+        if text == "503":  # as a proxy whose backend is gone
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        self.end_headers()
+        self.wfile.write(b"[]")
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.seen = Counter()
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def start(server, tmp_path, texts, *options):
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps(texts))
+    url = f"http://127.0.0.1:{server.server_port}/predict"
+    command = [sys.executable, str(LOAD), url, "--texts", str(file), "--warmup", "0", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def load(server, tmp_path, texts, *options):
+    out = start(server, tmp_path, texts, *options).communicate()[0]
+    return json.loads(out.splitlines()[-1])
+
+
+def test_every_answer_counts_once(server, tmp_path):
+    found = load(server, tmp_path, ["200", "429"], "--seconds", "1", "--connections", "4")
+    asked = sum(server.seen.values())
+    assert asked - 4 <= sum(found["statuses"].values()) <= asked  # some came after the end
+    assert set(found["statuses"]) == {"200", "429"}
+    assert found["failed"] == found["hung"] == found["unsent"] == 0
+    assert found["requests_per_second"] == found["statuses"]["200"]
+    assert 0 < found["p50"] <= found["p99"]
+
+
+def test_what_fails_is_not_asked_again(server, tmp_path):
+    texts = ["200", "lost", "503", "500"]
+    found = load(server, tmp_path, texts, "--seconds", "1", "--connections", "1")
+    assert found["failed"] == sum(server.seen[text] for text in texts[1:])
+    assert {status for _, status in found["failures"]} == {0, 500, 503}
+    assert max(server.seen.values()) - min(server.seen.values()) <= 1
+
+
+def test_lists_count_every_text(server, tmp_path):
+    found = load(server, tmp_path, ["200"] * 8, "--seconds", "1", "--list", "4")
+    assert found["texts_per_second"] == 4 * found["requests_per_second"]
+    assert server.seen["200"] % 4 == 0
+
+
+def test_by_the_clock_nobody_waits_for_answers(server, tmp_path):
+    options = ("--seconds", "1", "--rate", "100")
+    found = load(server, tmp_path, ["slow"], *options, "--connections", "100")
+    assert 99 <= server.seen["slow"] <= 101
+    assert found["unsent"] == 0
+    server.seen.clear()
+    found = load(server, tmp_path, ["slow"], *options, "--connections", "2")
+    assert found["unsent"] > 50
+    assert 99 <= server.seen["slow"] + found["unsent"] <= 101
+
+
+def test_it_ends_early_with_what_came(server, tmp_path):
+    process = start(server, tmp_path, ["200"], "--seconds", "3600", "--connections", "2")
+    while sum(server.seen.values()) < 50:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    found = json.loads(process.communicate()[0].splitlines()[-1])
+    assert process.returncode == 0
+    assert server.seen["200"] - 2 <= found["statuses"]["200"] <= server.seen["200"]
+    assert found["requests_per_second"] > 0
