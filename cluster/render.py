@@ -32,6 +32,10 @@ from pods import (
     secret_key,
 )
 
+from raybert.config import build
+from raybert.serve.ingress import HAPROXY
+from raybert.serve.settings import ServeConfig
+
 HERE = Path(__file__).resolve().parent
 CONFIG = "/etc/raybert/experiment.yaml"  # in a job's head
 # KubeRay's label of the pod that hands a RayJob's entrypoint to the head.
@@ -178,22 +182,23 @@ def ray_job(v: Values, command: str, entrypoint: str, experiment: str) -> list[M
 
 
 def serve_config(v: Values, host: str) -> Manifest:
-    """What `serve deploy` reads, and a RayService in its `serveConfigV2`."""
-    serve = v["serve"]
-    replicas = serve["replicas"]
-    deployment = {
-        "name": "classifier",
-        "ray_actor_options": {"num_cpus": replicas["cpus"]},
-        "autoscaling_config": {"min_replicas": replicas["min"], "max_replicas": replicas["max"]},
-    }
+    """What `serve deploy` reads, and a RayService in its `serveConfigV2`.
+
+    The deployment's options follow from the arguments, in `raybert/serve/app.py`: written down
+    here, too, they would be replaced as a whole.
+
+    Raises:
+        ConfigError: an unknown key in `serve`, or a value that does not fit.
+    """
+    build(ServeConfig, v["serve"], "serve")
     application = {
         "name": "raybert",
         "route_prefix": "/",
         "import_path": "raybert.serve.app:build",
-        "args": {"model": serve["model"], "keys": serve["keys"]},
-        "deployments": [deployment],
+        "args": v["serve"],
     }
     return {
+        "proxy_location": "EveryNode",
         "http_options": {"host": host, "port": v["ports"]["serve"]},
         "applications": [application],
     }
@@ -207,12 +212,7 @@ def ray_service(v: Values) -> Manifest:
         {"cpu": v["nodes"]["cpu"]["min"]},
         outlives_its_head=True,
         everywhere={"keys": (posixpath.dirname(v["serve"]["keys"]), keys)},
-        environment={
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            # A killed replica's requests go to another one: an answer changes nothing.
-            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        },
+        environment=HAPROXY,
     )
     spec = {
         # Half as many nodes again while it lasts; a plain new cluster takes twice as many.

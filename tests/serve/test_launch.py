@@ -12,7 +12,8 @@ from raybert.errors import ConfigError, DamagedError, UserError
 from raybert.ray_session import RayConfig
 from raybert.serve import launch
 from raybert.serve.auth import VARIABLE
-from raybert.serve.launch import serve_environment, serving, uses_haproxy
+from raybert.serve.ingress import serve_environment, uses_haproxy
+from raybert.serve.launch import serving
 from raybert.serve.settings import ServeConfig
 from raybert.storage import Folder
 

@@ -24,7 +24,7 @@ from making import reviews
 
 from raybert.serve.classifier import TextClassifier
 from raybert.serve.client import Client, ServerError
-from raybert.serve.launch import uses_haproxy
+from raybert.serve.ingress import uses_haproxy
 from raybert.serve.settings import ServeConfig
 
 pytestmark = pytest.mark.ray
