@@ -8,7 +8,9 @@ variables for a Ray that it starts, and `cluster/render.py` writes them into the
 from __future__ import annotations
 
 import importlib.util
+import random
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from raybert.errors import UserError
@@ -38,6 +40,8 @@ _PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
 )
+#: Below what the system hands out, to Ray's many processes among others, and above Ray's own.
+_OWN_PORTS = range(20_000, 30_000)
 _WRAPPER = """#!/bin/sh
 # HAProxy's own pages, which Ray's template binds to all interfaces, are for this machine alone.
 sed -i -e 's/^  bind \\*:/  bind 127.0.0.1:/' -e 's/^    bind :/    bind 127.0.0.1:/' "$3"
@@ -92,12 +96,12 @@ def uses_haproxy(config: ServeConfig) -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Ports that nobody listens on at this moment, and that Ray will not take for itself."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(_OWN_PORTS, len(_OWN_PORTS)):
+        if len(found) == count:
+            break
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found

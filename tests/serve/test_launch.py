@@ -10,7 +10,7 @@ import pytest
 
 from raybert.errors import ConfigError, DamagedError, UserError
 from raybert.ray_session import RayConfig
-from raybert.serve import launch
+from raybert.serve import ingress, launch
 from raybert.serve.auth import VARIABLE
 from raybert.serve.ingress import serve_environment, uses_haproxy
 from raybert.serve.launch import serving
@@ -131,3 +131,12 @@ def test_the_reason_of_a_replica_is_told_without_its_traceback():
     assert launch._reason(message) == "/m/model.safetensors is damaged: header too large"
     assert launch._reason("a\nb\n") == "Ray Serve: b"
     assert launch._reason("") == "Ray Serve: no reason given"
+
+
+def test_ports_of_our_own_are_none_that_the_system_hands_out():
+    """Ray starts many processes between the choice and HAProxy's start; each takes some."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        assert taken.getsockname()[1] not in ingress._OWN_PORTS
+    found = ingress._free_ports(5)
+    assert len(set(found)) == 5 and set(found) <= set(ingress._OWN_PORTS)
