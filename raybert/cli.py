@@ -252,7 +252,7 @@ def predict(
         bulk.numbered(texts) if texts else bulk.lines(cast(io.BufferedReader, sys.stdin.buffer))
     )
     row = None
-    for row in bulk.predict_texts(folder, batches):
+    for row in bulk.predict_texts(folder, batches, experiment.serve.precision):
         _print(row, as_json=True)
     if row is None:
         raise UserError("standard input has no text; give one a line, or texts as arguments")

@@ -70,11 +70,13 @@ def _decoded(found: Sequence[bytes], first: int) -> Iterator[list[Numbered]]:
         yield texts
 
 
-def predict_texts(model: Folder, batches: Iterable[Sequence[Numbered]]) -> Iterator[dict[str, Any]]:
+def predict_texts(
+    model: Folder, batches: Iterable[Sequence[Numbered]], precision: str = "auto"
+) -> Iterator[dict[str, Any]]:
     """Label texts in this process; yields row, text, label, score and all labels' scores."""
     from raybert.serve.classifier import TextClassifier
 
-    classifier = TextClassifier(model)
+    classifier = TextClassifier(model, precision=precision)
     for batch in batches:
         found = classifier.probabilities([text for _, text in batch])
         for (row, text), scores in zip(batch, found, strict=True):
@@ -111,6 +113,7 @@ def predict_file(
             names,
             workers=max(1, int(resources.cpus) - 2),
             on_progress=lambda done: display.line(f"{done:,} texts"),
+            precision=experiment.serve.precision,
         )
 
 

@@ -34,11 +34,11 @@ _ROWS_A_CALL = 512  # enough texts to sort by length, few enough to show progres
 class _Scorer:
     """The classifier in an actor."""
 
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, threads: int, precision: str) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self._classifier = TextClassifier(Folder(model))
+        self._classifier = TextClassifier(Folder(model), precision=precision)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         # A bad row is scored as an empty text: who reads in order drops it or stops at it.
@@ -49,7 +49,13 @@ class _Scorer:
 
 
 def score(
-    source: SourceConfig, model: Folder, *, labels: bool, workers: int, skipped: Counter[str]
+    source: SourceConfig,
+    model: Folder,
+    *,
+    labels: bool,
+    workers: int,
+    skipped: Counter[str],
+    precision: str = "auto",
 ) -> Iterator[pa.Table]:
     """Yield tables of text, label, row and logits [labels] in the order of the source.
 
@@ -61,6 +67,7 @@ def score(
         labels: whether every row must have a label.
         workers: how many actors score.
         skipped: is given the number of rows left out, by reason.
+        precision: as in `TextClassifier`.
 
     Raises:
         DataError: the first bad row, or an unreadable file.
@@ -88,7 +95,7 @@ def score(
             warnings.simplefilter("ignore")
             scored = texts.map_batches(
                 _Scorer,
-                fn_constructor_args=(model.uri, max(1, cores() // workers)),
+                fn_constructor_args=(model.uri, max(1, cores() // workers), precision),
                 batch_size=_ROWS_A_CALL,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
@@ -199,12 +206,16 @@ def predict_source(
     *,
     workers: int,
     on_progress: Callable[[int], None],
+    precision: str = "auto",
 ) -> dict[str, Any]:
     """Score a source into a file; returns the number of texts, and of rows left out by reason."""
     skipped: Counter[str] = Counter()
     done, temperature = 0, np.float32(hub.read_temperature(model))
+    scored = score(
+        source, model, labels=False, workers=workers, skipped=skipped, precision=precision
+    )
     with PredictionWriter(output, names) as writer:
-        for table in score(source, model, labels=False, workers=workers, skipped=skipped):
+        for table in scored:
             rows, texts = table["row"].to_pylist(), table["text"].to_pylist()
             writer.write(rows, texts, softmax(logits_of(table) / temperature))
             done += len(table)

@@ -82,7 +82,7 @@ class ServeConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "int8", "compiled"] = Field(
         "auto",
         description="auto: the choice stored with the model, or the fastest as measured at "
-        "start-up; `raybert bench serve` says what each costs",
+        "start-up; `raybert bench serve` says what each costs; `raybert predict` takes it, too",
     )
 
     tokens_per_batch: int | None = Field(
