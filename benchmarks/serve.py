@@ -74,7 +74,7 @@ def measure(precision: str, model: Path, texts: Path, given: argparse.Namespace)
     ours = Server(US, raybert_serve(model, ports[1], precision=precision), ports[1])
     with theirs, ours:
         info = ours.get("/info")
-        chosen = info.get("precision", precision)
+        chosen = info["model_dtype"]
         bare = [sys.executable, __file__, "--bare", chosen, "--model", str(model)]
         bare += ["--texts-file", str(texts), "--threads", str(given.threads)]
         taking = turns(ours, theirs, texts, [*bare, "--seconds", str(given.seconds)], given)

@@ -48,6 +48,7 @@ RETRYING = 4  # threads that ask through the shipped client
 CALM_SECONDS = 3  # before each fault
 PATIENCE_SECONDS = 180  # until a replica is back, or a model is served
 SURE = 10  # answers in a row that tell of the new model
+LOOKS = 20  # at which every replica is met, under load
 FULL_SPEED = 0.9  # of the peak: recovered
 ENDLESS = 24 * 3600  # seconds: the load ends when the faults do
 
@@ -104,22 +105,16 @@ class Clients:
         }
 
 
-def kill_replicas(server: Server, clients: Clients, count: int) -> dict[str, Any]:
-    """Kill replicas one after another."""
+def kill_replicas(server: Server, clients: Clients, count: int, replicas: int) -> dict[str, Any]:
+    """Kill replicas one after another, each once all of them answer again."""
     rng, kills = random.Random(0), []
     with clients:
         for number in range(1, count + 1):
             time.sleep(CALM_SECONDS)
-            before = {process.pid for process in server.replicas()}
-            victim = rng.choice(sorted(before))
+            victim = rng.choice(sorted(process.pid for process in server.replicas()))
             psutil.Process(victim).kill()
             struck = round(time.time(), 2)
-
-            def is_back(before: set[int] = before) -> bool:
-                now = {process.pid for process in server.replicas()}
-                return bool(now - before) and len(now) >= len(before)
-
-            back = wait_until(is_back)
+            back = wait_until(lambda: len(server.answering(LOOKS)) >= replicas)
             kills.append({"time": struck, "back_after": back})
             say(f"kill {number} of {count}: process {victim}; another one after {back} s")
     return {"kills": kills, **clients.got}
@@ -259,7 +254,7 @@ def main() -> None:
         port = free_port()
         with Server("raybert", raybert_serve(NAME, port, **settings, **registry), port) as server:
             clients = [Clients(server, file, given.connections) for _ in range(2)]
-            result["kills"] = kill_replicas(server, clients[0], given.kills)
+            result["kills"] = kill_replicas(server, clients[0], given.kills, given.replicas)
             result["updates"] = update(server, clients[1], models, storage, given.updates)
         port = free_port()
         command = raybert_serve(model, port, precision=given.precision, replicas=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
@@ -46,7 +47,7 @@ def raybert_serve(model: Path | str, port: int, **settings: object) -> list[str]
 
 def raybert_promote(model: Path, name: str, storage: Path) -> list[str]:
     """The command line that makes a model the current one of a name in a registry."""
-    return [*RAYBERT, "promote", str(model), name, "--set", f"run.storage={storage}"]
+    return [*RAYBERT, "promote", name, "--model", str(model), "--set", f"run.storage={storage}"]
 
 
 def shipped_client(url: str) -> Callable[[str], Any]:
@@ -67,15 +68,25 @@ def hugging_face(model: Path, port: int, threads: int) -> list[str]:
 class Server:
     """A server in a process of its own, for as long as the context lasts."""
 
-    def __init__(self, name: str, command: Sequence[str], port: int) -> None:
-        self.name, self._command = name, command
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        port: int,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self._command, self._environment = name, command, environment
         self.url = f"http://127.0.0.1:{port}"
         self._log: IO[str] = tempfile.TemporaryFile("w+", prefix=f"{name}-")  # noqa: SIM115
 
     def __enter__(self) -> Self:
         say(" ".join(self._command))
         self._process = subprocess.Popen(
-            self._command, stdout=self._log, stderr=subprocess.STDOUT, cwd=ROOT
+            self._command,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=self._environment,
         )
         try:
             self.wait_until_ready(START_SECONDS)
@@ -116,8 +127,12 @@ class Server:
 
     def tail(self) -> str:
         """The last lines that it printed."""
+        return "".join(self.printed().splitlines(keepends=True)[-15:])
+
+    def printed(self) -> str:
+        """All that it printed."""
         self._log.seek(0)
-        return "".join(self._log.readlines()[-15:])
+        return self._log.read()
 
     def get(self, path: str) -> Any:
         """GET a path; returns the parsed answer, None of an empty one.
@@ -126,14 +141,24 @@ class Server:
             OSError: no answer, or an error.
             ValueError: it is not JSON.
         """
-        with urllib.request.urlopen(self.url + path, timeout=10) as response:
-            body = response.read()
+        body = self.text(path)
         return json.loads(body) if body else None
 
-    def ask(self, texts: str | list[str]) -> Any:
-        """POST texts to /predict; returns the parsed answer."""
+    def text(self, path: str) -> str:
+        """GET a path; returns the answer as it is.
+
+        Raises:
+            OSError: no answer, or an error.
+        """
+        with urllib.request.urlopen(self.url + path, timeout=10) as response:
+            return str(response.read(), "utf-8")
+
+    def ask(self, texts: str | list[str], key: str | None = None) -> Any:
+        """POST texts to /predict, with a key where one is asked for; returns the parsed answer."""
         body = json.dumps({"inputs": texts, "truncate": True}).encode()
         headers = {"Content-Type": "application/json"}
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url}/predict", body, headers)
         with urllib.request.urlopen(request, timeout=120) as response:
             return json.loads(response.read())
@@ -155,6 +180,14 @@ class Server:
                     found.append(process)
             except psutil.Error:
                 continue
+        return found
+
+    def answering(self, looks: int) -> set[str]:
+        """The replicas that answer, by the names in their metrics, at so many looks."""
+        found = set()
+        for _ in range(looks):
+            with suppress(OSError):  # of one that has just been killed
+                found.update(re.findall(r'replica="([^"]+)"', self.text("/metrics")))
         return found
 
     def memory(self) -> int:
@@ -180,9 +213,11 @@ class Server:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+    """A port that nobody listens on, and that the system hands to nobody else."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 20_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def small_classifier(given: Path | None) -> Path:

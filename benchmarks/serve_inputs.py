@@ -1,0 +1,316 @@
+"""What a server makes of input that nobody should send, and what it keeps to itself.
+
+    python benchmarks/serve_inputs.py --json
+
+Puts the small classifier behind `raybert serve`, with a key. Then, over HTTP: 10,000 requests that
+hypothesis draws (empty, a megabyte, control characters, lone surrogates, wrong types, deep JSON,
+50,000 words, bytes of any kind); schemathesis on the server's own OpenAPI document; texts alone, in
+lists and through `raybert predict`; requests without the key. At last all that Ray, Serve and
+raybert wrote is searched for the key and for a text, and servers are started on models that are
+broken. Ends with one JSON object; `ok` says whether all of it is as it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from peers import commit, cpu_model
+from servers import RAYBERT, ROOT, Server, free_port, raybert_serve, reviews, say, small_classifier
+
+NAME = "under-test"  # of the model in requests
+SECRET = "the zymurgist whispered of quinces"  # a text that no log may have
+LEAKS = re.compile(rb"Traceback|site-packages|File \"|raybert/serve/|/python3")
+PATIENCE_SECONDS = 60  # for an answer; after that it hangs
+CLOSE = 1e-5  # between two scores of one text, at fp32
+
+# What is sent ------------------------------------------------------------------------------------
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+texts = st.text(max_size=300) | st.text(st.characters(categories=["Cc", "Cf", "Cs", "Co"]))
+asked = st.fixed_dictionaries(
+    {"inputs": texts | st.lists(texts, max_size=5) | anything},
+    optional={
+        "truncate": st.booleans() | anything,
+        "raw_scores": st.booleans() | anything,
+        "all_scores": st.booleans() | anything,
+        "explain": st.booleans() | anything,
+        "top_k": st.integers() | anything,
+        "model": st.just(NAME) | anything,
+    },
+)
+tensors = st.fixed_dictionaries(
+    {
+        "inputs": st.lists(
+            st.fixed_dictionaries(
+                {"datatype": st.just("BYTES") | anything, "data": st.lists(texts) | anything},
+                optional={"name": st.text() | anything, "shape": st.lists(st.integers())},
+            ),
+            max_size=2,
+        )
+    },
+    optional={"id": texts, "outputs": anything, "parameters": anything},
+)
+HUGE = [
+    json.dumps({"inputs": "word " * 50_000}),
+    json.dumps({"inputs": "x" * 1_000_000}),
+    json.dumps({"inputs": "\x00\ud800" * 20_000}),
+    json.dumps({"inputs": ["[MASK]"] * 5_000}),
+    '{"inputs": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "[" * 500_000,
+    '{"inputs": "' + "a" * 2_000_000,
+    "",
+]
+bodies = st.one_of(
+    *[st.one_of(asked, tensors, anything).map(json.dumps).map(str.encode)] * 12,
+    *[st.binary(max_size=400)] * 3,
+    st.sampled_from([body.encode() for body in HUGE]),
+)
+paths = st.sampled_from(
+    ["/predict", "/predict", "/fill-mask", f"/v2/models/{NAME}/infer", "/v2/models/%ff/infer"]
+)
+kinds = st.sampled_from(["application/json"] * 9 + ["text/plain", "application/json; charset=x"])
+
+
+def draw_inputs(port: int, key: str, count: int) -> dict[str, Any]:
+    """Send what hypothesis draws, and count the answers."""
+    statuses: Counter[int] = Counter()
+    wrong: list[str] = []
+    slowest = 0.0
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(path=paths, body=bodies, kind=kinds)
+    def send(path: str, body: bytes, kind: str) -> None:
+        nonlocal slowest
+        begun = time.monotonic()
+        headers = {"Content-Type": kind, "Authorization": f"Bearer {key}"}
+        status, answer = ask(port, "POST", path, body, headers)
+        slowest = max(slowest, time.monotonic() - begun)
+        statuses[status] += 1
+        if status == 0 or status >= 500 or LEAKS.search(answer):
+            wrong.append(f"{status} for {path} {body[:80]!r}: {answer[:80]!r}")
+
+    send()
+    return {
+        "sent": sum(statuses.values()),
+        "statuses": {str(status): n for status, n in sorted(statuses.items())},
+        "slowest_seconds": round(slowest, 2),
+        "wrong": wrong[:20],
+        "ok": not wrong and sum(statuses.values()) >= count,
+    }
+
+
+def ask(
+    port: int, method: str, path: str, body: bytes | None, headers: dict[str, str]
+) -> tuple[int, bytes]:
+    """One request on a connection of its own: status and answer; 0 where there is none in time."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except (OSError, http.client.HTTPException) as error:
+        return 0, str(error).encode()
+    finally:
+        connection.close()
+
+
+def run_schemathesis(url: str, key: str, examples: int, folder: Path) -> dict[str, Any]:
+    """Let schemathesis make requests of the OpenAPI document; failed checks by their titles."""
+    report = folder / "schemathesis.json"
+    command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json"]
+    command += ["--header", f"Authorization: Bearer {key}", "--max-examples", str(examples)]
+    command += ["--checks", "not_a_server_error,response_schema_conformance"]
+    command += ["--checks", "status_code_conformance,content_type_conformance"]
+    command += ["--continue-on-failure", "--seed", "0", "--report-json-path", str(report)]
+    say(" ".join(command).replace(key, "KEY"))
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return {"ok": done.returncode == 0, "tail": done.stdout.strip().splitlines()[-25:]}
+
+
+# What must be equal, hidden, refused -------------------------------------------------------------
+
+
+def same_scores(
+    server: Server, key: str, model: Path, every: Sequence[str], scratch: Path
+) -> dict[str, Any]:
+    """How far the scores of texts differ: alone, in lists, among others, through `predict`."""
+    alone = [server.ask(text, key) for text in every]
+    listed = server.ask(list(every), key)
+    among = server.ask([*every[1:], "short", *every[:1]], key)
+    among = [among[-1], *among[: len(every) - 1]]
+    source, output = scratch / "texts.jsonl", scratch / "labels.jsonl"
+    source.write_text("".join(json.dumps({"text": text, "label": 0}) + "\n" for text in every))
+    command = [*RAYBERT, "predict", "--model", str(model), "--input", str(source)]
+    command += ["--output", str(output), "--set", "serve.precision=fp32", "--json"]
+    say(" ".join(command))
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    ways = {
+        "in_a_list": [ranked(scores) for scores in listed],
+        "in_another_batch": [ranked(scores) for scores in among],
+        "through_predict": [(row["label"], row["scores"]) for row in rows],
+    }
+    reference = [ranked(scores) for scores in alone]
+    found: dict[str, Any] = {"texts": len(every)}
+    for way, answers in ways.items():
+        pairs = list(zip(reference, answers, strict=True))
+        found[way] = {
+            "same_labels": sum(one[0] == other[0] for one, other in pairs),
+            "max_difference": max(
+                abs(one[1][name] - other[1][name]) for one, other in pairs for name in one[1]
+            ),
+        }
+    ok = all(
+        found[way]["same_labels"] == len(every) and found[way]["max_difference"] <= CLOSE
+        for way in ways
+    )
+    return {**found, "ok": ok}
+
+
+def ranked(scores: Sequence[dict[str, Any]]) -> tuple[str, dict[str, float]]:
+    """An answer's label, and its scores by label."""
+    return scores[0]["label"], {score["label"]: score["score"] for score in scores}
+
+
+def without_the_key(port: int, key: str) -> dict[str, Any]:
+    """What is answered to those who have no key, or show it where it does not count."""
+    body = json.dumps({"inputs": SECRET}).encode()
+    json_body = {"Content-Type": "application/json"}
+    tries = {
+        "no key": ("/predict", {}),
+        "a wrong key": ("/predict", {"Authorization": f"Bearer {secrets.token_hex(16)}"}),
+        "the key cut short": ("/predict", {"Authorization": f"Bearer {key[:-1]}"}),
+        "the key in the URL": (f"/predict?key={key}", {}),
+        "the key as a path": (f"/{key}", {}),
+        "another scheme": ("/predict", {"Authorization": f"Basic {key}"}),
+    }
+    found = {
+        what: ask(port, "POST", path, body, {**json_body, **headers})[0]
+        for what, (path, headers) in tries.items()
+    }
+    with_key = {**json_body, "Authorization": f"Bearer {key}"}
+    answered = ask(port, "POST", "/predict", body, with_key)[0]
+    ok = set(found.values()) == {401} and answered == 200
+    return {"statuses": found, "with_the_key": answered, "ok": ok}
+
+
+def search_logs(folders: Sequence[Path], printed: str, words: Sequence[str]) -> dict[str, Any]:
+    """Look for words in all files that were written, and in what the server printed."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    found = []
+    size = 0
+    for path in files:
+        content = path.read_bytes()
+        size += len(content)
+        found += [str(path) for word in words if word.encode() in content]
+    found += ["standard error" for word in words if word in printed]
+    return {"files": len(files), "bytes": size, "found_in": found, "ok": bool(files) and not found}
+
+
+def broken_models(model: Path, scratch: Path) -> dict[str, Any]:
+    """How a server that is started on no model, or on a damaged one, ends."""
+    damaged = {"missing": scratch / "missing"}
+    for name in ("cut short", "no tokenizer", "no config"):
+        damaged[name] = Path(shutil.copytree(model, scratch / name.replace(" ", "-")))
+    weights = damaged["cut short"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    (damaged["no tokenizer"] / "tokenizer.json").unlink()
+    (damaged["no config"] / "config.json").unlink()
+    found: dict[str, Any] = {}
+    for name, folder in damaged.items():
+        done = subprocess.run(
+            raybert_serve(folder, free_port()),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        said = [line for line in done.stderr.splitlines() if line.startswith("raybert: ")]
+        found[name] = {"code": done.returncode, "said": said}
+        say(f"{name}: {' '.join(said)}")
+    ok = all(end["code"] == 2 and len(end["said"]) == 1 for end in found.values())
+    return {"ends": found, "ok": ok}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="default: made by configs/bench-serve.yaml")
+    parser.add_argument("--inputs", type=int, default=10_000, help="that hypothesis draws")
+    parser.add_argument("--examples", type=int, default=200, help="of schemathesis, a route")
+    parser.add_argument("--texts", type=int, default=200, help="whose scores are compared")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given_ = parse_arguments()
+    model = small_classifier(given_.model)
+    every = reviews(model, given_.texts)[0][: given_.texts]
+    pretrained = model.parent.parent / "pretrain" / "model"
+    result: dict[str, Any] = {"benchmark": "inputs", "commit": commit(), "cpu": cpu_model()}
+    # Ray's sockets have short names only.
+    with tempfile.TemporaryDirectory(prefix="rbi-", dir="/tmp") as ray_files:
+        with tempfile.TemporaryDirectory() as folder:
+            scratch = Path(folder)
+            key = secrets.token_hex(32)
+            (scratch / "keys").write_text(f"{key}\n")
+            port = free_port()
+            command = raybert_serve(
+                model,
+                port,
+                precision="fp32",
+                keys=scratch / "keys",
+                models=json.dumps({NAME: str(model)}),
+                max_texts=max(256, len(every) + 1),
+                max_tokens=10**6,
+                **({"fill_mask": pretrained} if pretrained.exists() else {}),
+            )
+            environment = {
+                **os.environ,
+                "RAY_TMPDIR": ray_files,
+                "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # records are written at once
+            }
+            with Server("raybert", command, port, environment) as server:
+                result["keys"] = without_the_key(port, key)
+                result["scores"] = same_scores(server, key, model, every, scratch)
+                result["inputs"] = draw_inputs(port, key, given_.inputs)
+                say(f"inputs: {result['inputs']['statuses']}")
+                result["schemathesis"] = run_schemathesis(server.url, key, given_.examples, scratch)
+                result["still_answers"] = bool(server.ask("still there?", key))
+                printed = server.printed()
+            result["logs"] = search_logs([Path(ray_files)], printed, [key, SECRET])
+            result["broken_models"] = broken_models(model, scratch)
+    parts = ("keys", "scores", "inputs", "schemathesis", "logs", "broken_models")
+    result["ok"] = all(result[part]["ok"] for part in parts) and result["still_answers"]
+    print(json.dumps(result, indent=None if given_.json else 2))
+
+
+if __name__ == "__main__":
+    main()
