@@ -42,6 +42,7 @@ class StandIn:
     def __init__(self, classifier, masked):
         self.classifier, self.masked = TextClassifier(classifier), masked
         self.model_id, self.labels, self.mask_token = "tiny", self.classifier.labels, "[MASK]"
+        self.explains = True
         self.key = None  # what requests must bring, where there is one
         self.asked = []  # the bodies of all requests for predictions, refused ones included
         self._refusals, self._held, self._events = [], {}, []
@@ -115,6 +116,7 @@ class StandIn:
             "labels": self.labels,
             "max_input_length": self.classifier.preprocessing.seq_len,
             "mask_token": self.mask_token,
+            "explain": self.explains,
         }
 
     def predict(self, asked: Predict):

@@ -71,6 +71,17 @@ def test_a_label_stays_when_its_reasons_are_refused(stand_in, visit):
     expect(verdict(page)).to_be_empty()
 
 
+def test_a_server_that_does_not_explain_is_not_asked_to(stand_in, visit):
+    stand_in.explains = False
+    page = visit()
+    send(page, "a superb film")
+    expect(verdict(page)).to_contain_text("pos")
+    send(page, "an awful film")
+    expect(verdict(page)).to_contain_text("neg")
+    assert [asked["explain"] for asked in stand_in.asked] == [False, False]
+    expect(problem(page)).to_be_empty()
+
+
 def test_masks_are_filled(visit):
     page = visit()
     blank_field(page).fill("no mask here")

@@ -8,6 +8,7 @@ const MOST_RECENT = 8;
 const SHOWN = 120; // characters of a recent text
 
 let mask = "[MASK]"; // until the server says otherwise
+let explains = true;
 let afterKey = begin; // what is asked again once there is a key
 
 const find = (selector, within = document) => within.querySelector(selector);
@@ -20,6 +21,7 @@ async function begin() {
   try {
     const { answer: info } = await ask("info", null, { signal, problem });
     mask = info.mask_token ?? mask;
+    explains = info.explain ?? explains;
     find("#model").textContent = info.model_id;
     find("#limit").textContent = `Up to ${info.max_input_length} tokens of it are read.`;
     find("#insert").textContent = `Insert ${mask}`;
@@ -37,6 +39,7 @@ async function classify(text, parts) {
   const labelled = await ask("predict", asked, parts);
   parts.verdict.replaceChildren(verdict(labelled.answer), took(labelled.took));
   parts.details.replaceChildren(labelBars(labelled.answer));
+  if (!explains) return;
   // The label does not wait for its reasons, which take many times as long.
   const explained = await ask("predict", { ...asked, explain: true }, parts);
   parts.details.append(...reasons(text, explained.answer, labelled.answer[0].label));
