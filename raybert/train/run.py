@@ -10,7 +10,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -132,49 +132,94 @@ def _refused(
     }
 
 
-def execute(
-    job: Job,
-    run: Folder,
-    attempt: int,
-    group: Group,
-    feed: Feed,
-    *,
-    workers_here: int = 1,
-    on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
-    wishes: Wishes = NO_WISHES,
-) -> dict[str, Any]:
-    """Train on this worker, and on rank 0 write the finished model and the result."""
-    config = job.config
-    threads = use_threads(config.threads, workers_here)
-    if group.device.type == "cpu":
-        keep_freed_memory()
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-    task = job.make_task(group, feed)
-    store = CheckpointStore(run, attempt, config.keep_checkpoints)
-    digests = _DigestLog(run, attempt, group.rank) if config.digests else None
-    loop = Loop(
-        task,
-        config,
-        group,
-        store=store,
-        open_log=lambda step: MetricsLog(run, attempt, step, group.world_size),
-        on_progress=on_progress,
-        wishes=wishes,
-        on_batch=digests,
-    )
-    with nullcontext() if digests is None else closing(digests):
-        outcome = loop.run()
-    result: dict[str, Any] = {}
-    if group.rank == 0:
-        task.last = outcome  # the model's figures are those of the weights that it gets
-        result = {**outcome, **job.finish(task, run), "tokens_per_second": _speed(outcome)}
-        result["machine"] = describe_machine(group, threads)
+class Execution:
+    """A run on this worker: to its end, or from evaluation to evaluation."""
+
+    def __init__(
+        self,
+        job: Job,
+        run: Folder,
+        attempt: int,
+        group: Group,
+        feed: Feed,
+        *,
+        workers_here: int = 1,
+        on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
+        wishes: Wishes = NO_WISHES,
+    ) -> None:
+        """Build the task and its loop.
+
+        Args:
+            job: what is trained.
+            run: its folder.
+            attempt: the attempt's number, under which this run may commit.
+            group: the processes that train together.
+            feed: where batches are made.
+            workers_here: of the group, on this machine: they share its cores.
+            on_progress: gets every logged record, on rank 0.
+            wishes: what others may want of the run.
+        """
+        config = job.config
+        self._job, self._run, self._group = job, run, group
+        self._threads = use_threads(config.threads, workers_here)
+        if group.device.type == "cpu":
+            keep_freed_memory()
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+        self.task = job.make_task(group, feed)
+        self._digests = _DigestLog(run, attempt, group.rank) if config.digests else None
+        self.loop = Loop(
+            self.task,
+            config,
+            group,
+            store=CheckpointStore(run, attempt, config.keep_checkpoints),
+            open_log=lambda step: MetricsLog(run, attempt, step, group.world_size),
+            on_progress=on_progress,
+            wishes=wishes,
+            on_batch=self._digests,
+        )
+        self.result: dict[str, Any] = {}  # once the run is over; of rank 0
+        self._evaluations = self._go()
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; on rank 0 write the finished model, and return the result.
+
+        Raises:
+            As `Loop.run`.
+        """
+        while self.advance() is not None:
+            pass
+        return self.result
+
+    def advance(self) -> dict[str, Any] | None:
+        """Train up to the next evaluation and return its record; None: the run is over.
+
+        Raises:
+            As `Loop.run`.
+        """
+        return next(self._evaluations, None)
+
+    def close(self) -> None:
+        """Leave the run as it stands; its checkpoints stay."""
+        self._evaluations.close()
+
+    def _go(self) -> Generator[dict[str, Any], None, None]:
+        with nullcontext() if self._digests is None else closing(self._digests):
+            outcome = yield from self.loop.evaluations()
+        if self._group.rank == 0:
+            self.result = self._finish(outcome)
+        self._group.gather(None)  # nobody leaves before the result stands
+
+    def _finish(self, outcome: dict[str, Any]) -> dict[str, Any]:
+        """Write the finished model and the result."""
+        job, run = self._job, self._run
+        self.task.last = outcome  # the model's figures are those of the weights that it gets
+        result = {**outcome, **job.finish(self.task, run), "tokens_per_second": _speed(outcome)}
+        result["machine"] = describe_machine(self._group, self._threads)
         result["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         result = finite(result)
         merge_metrics(run)
         run.write_json(RESULT, result)
-    group.gather(None)  # nobody leaves before the result stands
-    return result
+        return result
 
 
 def execute_bare(
@@ -191,7 +236,7 @@ def execute_bare(
     group = Group(device=device)
     try:
         with _interruptible() as is_interrupted:
-            result = execute(
+            result = Execution(
                 job,
                 run,
                 attempt,
@@ -199,7 +244,7 @@ def execute_bare(
                 Feed(),
                 on_progress=on_progress,
                 wishes=Wishes(stop=is_interrupted),
-            )
+            ).run()
     except Stopped:
         raise KeyboardInterrupt from None
     if is_interrupted():
