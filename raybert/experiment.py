@@ -14,6 +14,7 @@ from raybert.text.corpus import CorpusConfig
 from raybert.text.sources import EvaluationSource
 from raybert.train.finetune import FinetuneConfig
 from raybert.train.pretrain import PretrainConfig
+from raybert.tune.settings import TuneConfig
 
 #: The keys that `--data` sets.
 DATA_KEYS = ("corpus.source.path", "finetune.source.path", "evaluate.source.path")
@@ -53,6 +54,7 @@ class Experiment(Settings):
     model: ModelConfig = ModelConfig()
     pretrain: PretrainConfig = PretrainConfig.model_validate({})
     finetune: FinetuneConfig = FinetuneConfig.model_validate({})
+    tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
 

@@ -7,20 +7,19 @@ Every stage that is finished says so and does nothing, so a pipeline can be run 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 from raybert.config import build, dump, parse_yaml
 from raybert.display import Display, clock
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
+from raybert.finetuning import finetune_job, told
+from raybert.finetuning import resolve_model as resolve_model  # for those that know the stages
 from raybert.ray_session import ray_session
 from raybert.storage import Folder
 from raybert.text import corpus, sources
 from raybert.text.parts import Manifest
 from raybert.text.sources import SourceConfig
-from raybert.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 METRICS = "metrics.json"
 MASK = "[MASK]"  # of every tokenizer that raybert makes
@@ -61,13 +60,8 @@ def _corpus_line(manifest: Manifest) -> str:
         f"{rows:,} rows of {manifest.seq_len} tokens, vocabulary {manifest.vocab_size:,}, "
         f"{manifest.splits['heldout'].rows:,} rows held out"
         + left_out
-        + _told(info.get("skipped", {}))
+        + told(info.get("skipped", {}))
     )
-
-
-def _told(skipped: Mapping[str, int]) -> str:
-    """The rows that were left out, as the end of a line."""
-    return "".join(f", {count:,} skipped ({reason})" for reason, count in skipped.items())
 
 
 def _corpus_result(folder: Folder, manifest: Manifest) -> dict[str, Any]:
@@ -106,69 +100,16 @@ def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) ->
 
 def finetune(experiment: Experiment, display: Display, *, bare: bool = False) -> dict[str, Any]:
     """Labelled texts and a pretrained model -> a run with a classifier in `model/`."""
-    from raybert.train.finetune import FinetuneJob
     from raybert.train.run import CONFIG
-    from raybert.train.texts import prepare_data, prepared_data
 
     finished = _finished("finetune", experiment, display, ("model",))
     if finished is not None:
         return finished
-    config, run = experiment.finetune, experiment.folder / "finetune"
-    start, tokenizer = _start(experiment)
-    # A run that has begun keeps the texts that it began with.
-    prepared = prepared_data(run / "data") if run.exists(CONFIG) else None
-    if prepared is None:
-        seq_len = min(config.seq_len or experiment.corpus.seq_len, _longest(experiment, start))
-        if config.seq_len is not None and config.seq_len > seq_len:
-            raise UserError(
-                f"finetune.seq_len={config.seq_len} is past the model's {seq_len} tokens; lower "
-                f"it, or pretrain with model.max_seq_len={config.seq_len}"
-            )
-        with display.stage("texts"), nullcontext() if bare else ray_session(experiment.ray):
-            display.line("reading and tokenizing labelled texts")
-            prepared = prepare_data(
-                config, Tokenizer.load(tokenizer), seq_len, config.seed, run / "data"
-            )
-        display.say(
-            f"texts     {prepared.train.rows:,} to train on, {prepared.validation.rows:,} to "
-            f"choose by{_told(prepared.skipped)}; labels {', '.join(prepared.labels)}"
-        )
-    job = FinetuneJob(
-        config=config,
-        model=experiment.model,
-        start=start,
-        tokenizer=tokenizer,
-        data=run / "data",
-        prepared=prepared,
+    run = experiment.folder / "finetune"
+    job = finetune_job(
+        experiment, display, run / "data", has_begun=run.exists(CONFIG), on_ray=not bare
     )
     return _train("finetune", job, experiment, display, ("model",), bare)
-
-
-def _start(experiment: Experiment) -> tuple[Folder | None, Folder]:
-    """The model that fine-tuning starts from, and where the tokenizer lies."""
-    where = experiment.finetune.initialize_from
-    pretrained = experiment.folder / "pretrain" / "model"
-    if where == "scratch":
-        folder = experiment.folder / "corpus"
-        if not folder.exists(TOKENIZER_FILE):
-            raise UserError(f"{folder} has no tokenizer yet; make the corpus first: raybert corpus")
-        return None, folder
-    if where == "pretrain":
-        if not pretrained.exists("config.json"):
-            raise UserError(
-                f"{pretrained} is not there yet; run `raybert pretrain` first, or set "
-                "finetune.initialize_from to scratch or to a folder with a model"
-            )
-        return pretrained, pretrained
-    folder = resolve_model(where, "pretrain", key="finetune.initialize_from")
-    return folder, folder
-
-
-def _longest(experiment: Experiment, start: Folder | None) -> int:
-    """Tokens that the encoder reads."""
-    if start is None:
-        return experiment.model.max_seq_len
-    return int(start.read_json("config.json").get("max_position_embeddings", 512))
 
 
 def _finished(
@@ -259,7 +200,7 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
         )
     display.say(
         f"evaluate  accuracy {metrics['accuracy']:.4f} on {metrics['n']:,} texts"
-        + _told(metrics["skipped"])
+        + told(metrics["skipped"])
     )
     return {
         **metrics,
@@ -339,23 +280,3 @@ def _check_lengths(experiment: Experiment) -> None:
             raise ConfigError(
                 f"pretrain.examples: {text!r} has no {MASK}; put one where a word is to be guessed"
             )
-
-
-def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
-    """The model directory that a path means: itself, a run's `model/`, or an experiment's.
-
-    Args:
-        path: a folder.
-        stage: the run that is meant inside an experiment.
-        key: the configuration's key that names it, for messages.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = Folder(path)
-    for inside in ("", "model", f"{stage}/model"):
-        candidate = folder / inside if inside else folder
-        if candidate.exists("config.json"):
-            return candidate
-    named = f"{key}={path}" if key else path
-    raise UserError(f"{named}: no model here (config.json is missing); name a model/ or a run")

@@ -17,13 +17,15 @@ LAYERS = [
     {"errors"},
     {"entry"},
     {"config", "storage"},
-    {"ray_session", "text", "model"},
+    {"ray_session", "text", "model", "registry"},
     {"train"},
     {"tune", "serve", "jobs", "report"},
     {"experiment", "display"},
     {"options"},
+    {"finetuning"},
     {"pipeline", "predict", "bench", "submit"},
-    {"demo", "cli_jobs"},
+    {"demo", "tuning", "ensemble", "cli_jobs"},
+    {"cli_tune"},
     {"cli"},
     {"__main__"},
 ]
@@ -44,7 +46,7 @@ HOMES = {
         "raybert.serve.batch",
     },
     "ray.train": {"raybert.train.worker", "raybert.train.recovery"},
-    "ray.tune": {"raybert.tune.search"},
+    "ray.tune": {"raybert.tune.search", "raybert.tune.trial"},
     "ray.serve": {"raybert.serve.app"},
     "ray.job_submission": {"raybert.jobs"},
 }
@@ -62,6 +64,8 @@ CORE = {
     "raybert.train.recovery",
     "raybert.train.worker",
     "raybert.tune.search",
+    "raybert.tune.trial",
+    "raybert.tuning",  # puts what trials share into the object store
     "raybert.serve.app",
 }
 

@@ -184,6 +184,15 @@ class CheckpointStore:
             return 0, ""
 
 
+def hash_tensors(tensors: Tensors) -> str:
+    """SHA-256 of tensors with their names, wherever they are: equal for equal weights alone."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _plain(name: str) -> str:
     """The name of a checkpoint's folder; anything else would lead a reader elsewhere."""
     if not _FOLDER.fullmatch(name):

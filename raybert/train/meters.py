@@ -83,11 +83,11 @@ def open_lines(folder: Folder, name: str) -> TextIO:
 def read_metrics(run: Folder) -> list[dict[str, Any]]:
     """Read a run's records in the order of steps, each step as its youngest attempt saw it."""
     if run.exists(MERGED):
-        return _parse(run.read_text(MERGED))
+        return parse_lines(run.read_text(MERGED))
     folder = run / SEGMENTS
     merged: list[dict[str, Any]] = []
     for name in folder.names():
-        segment = _parse(folder.read_text(name))
+        segment = parse_lines(folder.read_text(name))
         if segment:
             first = segment[0]["step"]
             merged = [record for record in merged if record["step"] <= first] + segment
@@ -100,7 +100,8 @@ def merge_metrics(run: Folder) -> None:
     run.write_text(MERGED, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
-def _parse(text: str) -> list[dict[str, Any]]:
+def parse_lines(text: str) -> list[dict[str, Any]]:
+    """Read the records of a segment, but for a line that was cut off."""
     records = []
     for line in text.splitlines():
         try:
