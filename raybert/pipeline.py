@@ -13,7 +13,7 @@ from raybert.config import build, dump, parse_yaml
 from raybert.display import Display, clock
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
-from raybert.finetuning import finetune_job, told
+from raybert.finetuning import finetune_job, teachers, told
 from raybert.finetuning import resolve_model as resolve_model  # for those that know the stages
 from raybert.ray_session import ray_session
 from raybert.storage import Folder
@@ -247,7 +247,7 @@ def check_sources(experiment: Experiment) -> None:
     Raises:
         ConfigError: lengths that don't fit each other, an example without a mask.
         DataError: a source has no such files, or its first row no such column or label.
-        UserError: a `sample:` whose package is not installed.
+        UserError: a `sample:` whose package is not installed, a teacher that is not there.
     """
     from raybert.train.run import CONFIG
 
@@ -259,6 +259,9 @@ def check_sources(experiment: Experiment) -> None:
         sources.peek(experiment.finetune.source)
         if experiment.finetune.validation is not None:
             sources.peek(experiment.finetune.validation)
+        teachers(experiment)
+        if experiment.finetune.distill.unlabelled is not None:
+            sources.fingerprint(experiment.finetune.distill.unlabelled)
     sources.peek(experiment.evaluate.source)
 
 

@@ -114,6 +114,14 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
             os.environ[_PREEMPTION] = watched
 
 
+def dashboard_url() -> str | None:
+    """Where the connected Ray's web pages are; None where it has none."""
+    import ray
+
+    address = ray._private.worker.get_dashboard_url()
+    return f"http://{address}/" if address else None
+
+
 def _set_log_level(level: int) -> None:
     """Quiet Ray's libraries; Ray Data sets its loggers up when it is first imported."""
     importlib.import_module("ray.data")

@@ -39,7 +39,10 @@ class TextClassifier:
 
     def logits(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Score texts: [n, labels]. Texts are computed by length, so that little is padding."""
-        rows = self.preprocessing.encode(self.tokenizer, texts)
+        return self.logits_of_ids(self.preprocessing.encode(self.tokenizer, texts))
+
+    def logits_of_ids(self, rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+        """Score texts that are tokenized already: [n, labels]."""
         order = np.argsort([len(row) for row in rows], kind="stable")
         scores = np.empty((len(rows), len(self.labels)), np.float32)
         begin = 0

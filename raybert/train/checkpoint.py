@@ -24,12 +24,11 @@ import safetensors.torch
 import torch
 
 from raybert.errors import DamagedError, Superseded, UserError
-from raybert.storage import Folder
+from raybert.storage import Folder, numbers_taken, take_number
 
 FORMAT_VERSION = 1
 _COMMIT = re.compile(r"step-(\d{8})\.json")
 _FOLDER = re.compile(r"step-\d{8}-a(\d+)(-[0-9a-f]{8})?")
-_ATTEMPT = re.compile(r"(\d+)-[0-9a-f]{8}\.json")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -216,21 +215,8 @@ def _verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:
 
 
 def begin_attempt(run: Folder) -> int:
-    """Register a new attempt at a run under a number of its own; from now on only it may commit.
-
-    Two may ask for the same number at once. Each registers under a name that nobody else has, and
-    then looks: of those with one number, whoever wrote last sees the others, and moves on.
-    """
-    folder = run / "attempts"
-    number = 1 + max(_numbers(folder), default=0)
-    while True:
-        mine = f"{number:04d}-{uuid.uuid4().hex[:8]}.json"
-        folder.write_json(mine, {"attempt": number})
-        rivals = [n for n in folder.names() if n.startswith(f"{number:04d}-")]
-        if rivals == [mine]:
-            return number
-        # Those that saw each other move to different numbers.
-        number = 1 + max(_numbers(folder)) + rivals.index(mine)
+    """Register a new attempt at a run under a number of its own; from now on only it may commit."""
+    return take_number(run / "attempts")
 
 
 def check_attempt(run: Folder, attempt: int) -> None:
@@ -239,10 +225,6 @@ def check_attempt(run: Folder, attempt: int) -> None:
     Raises:
         Superseded: there is one.
     """
-    youngest = max(_numbers(run / "attempts"), default=attempt)
+    youngest = max(numbers_taken(run / "attempts"), default=attempt)
     if youngest > attempt:
         raise Superseded(f"{run}: attempt {youngest} has taken over; attempt {attempt} ends here")
-
-
-def _numbers(attempts: Folder) -> list[int]:
-    return [int(match[1]) for match in map(_ATTEMPT.fullmatch, attempts.names()) if match]

@@ -66,6 +66,7 @@ def open_run(
     *,
     inputs: Mapping[str, str] | None = None,
     tell: Callable[[str], None] = lambda text: None,
+    may_change: frozenset[str] = MAY_CHANGE,
 ) -> dict[str, Any] | None:
     """Create or reopen a run of a stage, whose result depends on its section and some others.
 
@@ -76,6 +77,7 @@ def open_run(
         sections: others that decide its result.
         inputs: hashes of what the run reads, by name; None where that is not known, or not needed.
         tell: is given what differs and may, in a line.
+        may_change: keys of the stage that may differ.
 
     Returns:
         The result, where the run is finished; None where there is work to do.
@@ -88,7 +90,7 @@ def open_run(
     if run.exists(CONFIG):
         before = parse_yaml(run.read_text(CONFIG), run.join(CONFIG))
         all_changed = differences(before, now)
-        changed = _refused(all_changed, stage, sections)
+        changed = _refused(all_changed, stage, sections, may_change)
         if changed:
             shown = _shown(changed)
             state = "is finished" if run.exists(RESULT) else "has begun"
@@ -121,10 +123,13 @@ def _shown(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _refused(
-    changed: Mapping[str, tuple[Any, Any]], stage: str, sections: tuple[str, ...]
+    changed: Mapping[str, tuple[Any, Any]],
+    stage: str,
+    sections: tuple[str, ...],
+    may_change: frozenset[str],
 ) -> dict[str, tuple[Any, Any]]:
     matters = {stage, *sections}
-    allowed = {f"{stage}.{key}" for key in MAY_CHANGE}
+    allowed = {f"{stage}.{key}" for key in may_change}
     return {
         key: value
         for key, value in changed.items()

@@ -29,7 +29,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
-from raybert.errors import ConfigError, RaybertError
+from raybert.errors import ConfigError, RaybertError, Superseded
 from raybert.ray_session import Resources
 from raybert.storage import Folder
 from raybert.train.board import Board
@@ -123,6 +123,7 @@ class Session:
     keeps_checkpoints: bool = False  # of trials that are over: others may take them over
     running: dict[str, Trial] = field(default_factory=dict)
     is_stopping: bool = False
+    superseded: str | None = None  # another driver is at the same search
     _is_exhausted: bool = False
     _swept: set[str] = field(default_factory=set)
 
@@ -172,6 +173,8 @@ class Session:
         self.running.pop(entry.name, None)
         if error is None and result.get("interrupted"):
             entry.state = "waiting"  # the next session goes on with it
+            if "superseded" in result:
+                self.superseded, self.is_stopping = str(result["superseded"]), True
             return
         self.ledger.refresh(entry)
         if error is not None or "failed" in result:
@@ -380,6 +383,7 @@ def run_trials(
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed; running trials have saved their state.
+        Superseded: another driver has taken up the same trials.
         RaybertError: Ray Tune itself failed.
     """
     scratch, name = stage / "ray", f"attempt-{time.time_ns()}"
@@ -403,6 +407,8 @@ def run_trials(
     trainable = ray.tune.with_parameters(FinetuneTrial, work=work)
     with _quiet(session.room.trials, logs):
         _Fit(lambda: ray.tune.run(trainable, **arguments), session, work.board, show).wait()
+    if session.superseded is not None:
+        raise Superseded(session.superseded)
     session.sweep()
     scratch.delete(name)
     if not scratch.names(hidden=True):  # another driver's attempt may be at work there

@@ -52,7 +52,7 @@ class Work:
     held: Any  # a reference to what its runs share in memory
     seq_len: int  # of trials that say nothing else
     keep_checkpoints: int
-    threads: int
+    threads: int | None  # of a worker; None: a fair share of its machine's cores
     gpu: bool
     resources: Resources
     board: Board
@@ -109,9 +109,13 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         """
         try:
             self._last = self._advance()
-        except (Stopped, Superseded):  # by Ctrl-C, or by another driver of the same search
+        except Stopped:
             self._leave()
             return {**self._last, "interrupted": True, "done": True}
+        except Superseded as error:  # by another driver of the same search
+            self._leave()
+            told = {"interrupted": True, "superseded": str(error)}
+            return {**self._last, **told, "done": True}
         except StorageError:
             self._leave()
             raise
