@@ -22,9 +22,9 @@ from raybert.storage import Folder
 from raybert.train.run import CONFIG, RESULT, open_run
 from raybert.train.scores import classification_scores
 from raybert.train.texts import Texts
+from raybert.trials import Runner
 from raybert.tune.ledger import Ledger
 from raybert.tune.propose import Wanted
-from raybert.tuning import Runner
 
 _KEYS = ("accuracy", "loss", "f1_macro", "expected_calibration_error")
 

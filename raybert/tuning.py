@@ -8,8 +8,6 @@ goes on from wherever it was left.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -23,17 +21,14 @@ from raybert.pipeline import METRICS, evaluate_model
 from raybert.ray_session import Resources, dashboard_url, ray_session
 from raybert.storage import Folder
 from raybert.text import sources
-from raybert.train.board import Board
-from raybert.train.finetune import FinetuneJob, Held
+from raybert.train.finetune import FinetuneJob
 from raybert.train.run import CONFIG, RESULT, open_run
-from raybert.tune import table
+from raybert.trials import Runner
 from raybert.tune.ledger import Entry, Ledger
 from raybert.tune.propose import GridSearch, Proposer, RandomSearch, TpeSearch, Trials, Wanted
-from raybert.tune.search import Session, Source, Watcher, make_scheduler, room_for, run_trials
 from raybert.tune.select import Finalist, finalists_of, gathered, runs_of
 from raybert.tune.settings import (
     MAY_CHANGE,
-    SchedulerConfig,
     Searched,
     TuneConfig,
     accepts,
@@ -43,11 +38,9 @@ from raybert.tune.settings import (
 from raybert.tune.space import Space, Values
 from raybert.tune.summary import Clock, Cost, result_of, write_trials
 from raybert.tune.tensorboard import EventWriter, check_tensorboard, tensorboard
-from raybert.tune.trial import Work
 
 WINNER = "winner.yaml"
 _SECTIONS = ("model", "finetune")  # that decide a search's result, beside its own
-_KEPT = 4  # checkpoints of each trial that others may take over: the takers may be late
 
 
 def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -> dict[str, Any]:
@@ -96,111 +89,6 @@ def _open(
         tell=lambda text: display.say(f"tune      {text}"),
         may_change=MAY_CHANGE,
     )
-
-
-class Runner:
-    """Runs trials of an experiment's fine-tuning, whoever chooses their values."""
-
-    def __init__(
-        self, experiment: Experiment, display: Display, job: FinetuneJob, resources: Resources
-    ) -> None:
-        """Put what trials share into the object store, and see how much room there is."""
-        import ray
-
-        config = experiment.finetune
-        self.base = Searched(model=experiment.model, finetune=config)
-        self.gpu = config.gpu == "yes" or (config.gpu == "auto" and resources.gpus > 0)
-        self.room = room_for(experiment.tune, config.max_workers, self.gpu, resources)
-        # Of one that trains in its own process; Ray Train's workers share their machine's cores.
-        alone = config.max_workers == 1
-        self.threads = config.threads or (max(1, int(self.room.cpus)) if alone else None)
-        self._experiment, self._display, self._job = experiment, display, job
-        self._resources = resources
-        self._held = ray.put(Held.read(job))
-        self._seq_len = input_length(experiment, job.start, config.seq_len)
-
-    def run(
-        self,
-        stage: Folder,
-        ledger: Ledger,
-        source: Source,
-        *,
-        keys: Sequence[str],
-        limit: int | None,
-        scheduler: SchedulerConfig | None = None,
-        space: Space | None = None,
-        longest: float = 1.0,
-        deadline: float | None = None,
-        watchers: Sequence[Watcher] = (),
-    ) -> None:
-        """Run a source's trials to their ends, and show how they go.
-
-        Args:
-            stage: a folder, inside of which Ray Tune has one to write in.
-            ledger: of the trials.
-            source: gives them.
-            keys: of their values, as far as there is room to show them.
-            limit: how many there will be in all; None: unknown.
-            scheduler: who goes on; None: all of them.
-            space: that trials may be moved in while they run.
-            longest: epochs of the longest trial.
-            deadline: of time.monotonic, after which no trial begins or goes on.
-            watchers: hear how each trial goes.
-        """
-        scheduler = scheduler or SchedulerConfig(kind="none")
-        exchanges = scheduler.kind == "pbt"
-        told: deque[str] = deque()
-        session = Session(
-            source,
-            ledger,
-            self.room,
-            deadline,
-            [*watchers, _Teller(told)],
-            keeps_checkpoints=exchanges,
-        )
-        work = Work(
-            folder=ledger.folder,
-            base=self.base,
-            job=self._job,
-            held=self._held,
-            seq_len=self._seq_len,
-            keep_checkpoints=_KEPT if exchanges else 1,
-            threads=self.threads,
-            gpu=self.gpu,
-            resources=self._resources,
-            board=Board(),
-        )
-
-        def show() -> None:
-            while told:
-                self._display.say(told.popleft())
-            entries = list(source.entries)
-            line = table.line_of(entries, limit)
-            self._display.panel(table.table_of(entries, keys), line)
-
-        run_trials(
-            work,
-            session,
-            make_scheduler(scheduler, space, longest, session),
-            max_failures=self._experiment.tune.max_failures,
-            stage=stage,
-            logs=self._experiment.ray.logs,
-            show=show,
-        )
-        show()
-
-
-@dataclass(frozen=True)
-class _Teller:
-    """Collects how each trial ended; shown by the main thread."""
-
-    told: deque[str]
-
-    def evaluated(self, entry: Entry) -> None:
-        pass
-
-    def ended(self, entry: Entry) -> None:
-        self.told.append(table.ended_line(entry))
 
 
 @dataclass(frozen=True)
@@ -331,6 +219,7 @@ class _Tuning:
             stage.write_json(METRICS, metrics)
             result["test"] = {key: metrics[key] for key in ("accuracy", "loss", "f1_macro", "n")}
         stage.write_json(RESULT, result)
+        stage.delete("ray")  # what sessions that were killed have left
         if not config.keep_models:
             for folder, trials in (("trials", entries), ("seeds", runs)):
                 for entry in trials:

@@ -23,7 +23,7 @@ LAYERS = [
     {"experiment", "display"},
     {"options"},
     {"finetuning"},
-    {"pipeline", "predict", "bench", "submit"},
+    {"pipeline", "predict", "bench", "submit", "trials"},
     {"demo", "tuning", "ensemble", "cli_jobs"},
     {"cli_tune"},
     {"cli"},
@@ -46,7 +46,12 @@ HOMES = {
         "raybert.serve.batch",
     },
     "ray.train": {"raybert.train.worker", "raybert.train.recovery"},
-    "ray.tune": {"raybert.tune.search", "raybert.tune.trial"},
+    "ray.tune": {
+        "raybert.tune.schedule",
+        "raybert.tune.search",
+        "raybert.tune.session",
+        "raybert.tune.trial",
+    },
     "ray.serve": {"raybert.serve.app"},
     "ray.job_submission": {"raybert.jobs"},
 }
@@ -63,9 +68,11 @@ CORE = {
     "raybert.train.board",
     "raybert.train.recovery",
     "raybert.train.worker",
+    "raybert.tune.schedule",
     "raybert.tune.search",
+    "raybert.tune.session",
     "raybert.tune.trial",
-    "raybert.tuning",  # puts what trials share into the object store
+    "raybert.trials",  # puts what they share into the object store
     "raybert.serve.app",
 }
 

@@ -153,9 +153,12 @@ def _parallel(
         axes.set_ylim(-0.08, 1.08)
         axes.grid(axis="x", color=MUTED, linewidth=0.6)
         for at, dimension in enumerate(order):
-            for y, text in zip((0.0, 1.0), _ends(dimension), strict=True):
-                axes.annotate(text, (at, y), fontsize=6, color=MUTED, ha="center",
-                              xytext=(0, -9 if y == 0 else 4), textcoords="offset points")  # fmt: skip
+            for y, text in zip((0, 1), _ends(dimension), strict=True):
+                beside = (0, 4 if y else -9)
+                axes.annotate(
+                    text, (at, y), xytext=beside, textcoords="offset points", ha="center",
+                    fontsize=6, color=MUTED,
+                )  # fmt: skip
 
     title = f"Values of the {len(ranked)} best trials; in colour the best {best}"
     return [figure(title, draw, "search/parallel")]
@@ -196,9 +199,8 @@ def _importance(importance: Mapping[str, Any]) -> list[Html]:
         axes.set_xlabel("share of variance explained")
 
     drawn = figure("Importance of each key", draw, "search/importance")
-    return [
-        Html(f"{drawn[: -len('</figure>')]}{tag('small', str(importance.get('method')))}</figure>")
-    ]
+    note = tag("small", str(importance.get("method")))
+    return [Html(drawn.removesuffix("</figure>") + note + "</figure>")]
 
 
 def _finalist_table(finalists: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Html:

@@ -10,8 +10,8 @@ from raybert.storage import Folder
 from raybert.train.meters import finite
 from raybert.tune.importance import METHOD, importance
 from raybert.tune.ledger import Entry, count_states
-from raybert.tune.search import Room
 from raybert.tune.select import DEFAULT, Finalist
+from raybert.tune.session import Room
 from raybert.tune.space import Space
 
 TRIALS, CLOCK = "trials.json", "search.json"
