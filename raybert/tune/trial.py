@@ -208,6 +208,8 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         store = CheckpointStore(folder, attempt, job.config.keep_checkpoints)
         store.save(snapshot, best_step=None, wait=True)
         taken |= {"weights": pointer["weights"], "before": trial["values"], "after": self._values}
+        if snapshot.step != pointer["step"]:
+            taken |= {"step": snapshot.step, "weights": hash_tensors(snapshot.model)}
         exchanges = [*trial["exchanges"], taken]
         write_trial(folder, self._values, self._seed, trial["begun"], exchanges)
         return True
