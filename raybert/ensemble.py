@@ -58,8 +58,7 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
             ledger = Ledger(stage / "members")
             first = experiment.finetune.seed
             names = [f"s{first + number}" for number in range(seeds)]
-            wanted = [(name, {}, first + number) for number, name in enumerate(names)]
-            source = Wanted(ledger, wanted)
+            source = Wanted(ledger, [(name, {}, first + n) for n, name in enumerate(names)])
             runner.run(stage, ledger, source, keys=[], limit=seeds)
         failed = [entry for entry in source.entries if entry.state != "finished"]
         if failed:

@@ -192,5 +192,6 @@ def _embeddings(model: Classifier) -> Iterator[list[Tensor]]:
 
 def _of_norm(x: Tensor, norm: Tensor) -> Tensor:
     """Scale each text's part of x [B, T, D] to a norm [B]; nothing stays nothing."""
-    length = x.flatten(1).norm(dim=1).clamp(min=1e-12)
-    return x * (norm / length)[:, None, None]
+    length: Tensor = x.flatten(1).norm(dim=1).clamp(min=1e-12)
+    scale: Tensor = norm / length
+    return x * scale[:, None, None]

@@ -218,10 +218,14 @@ class Execution:
         """Write the finished model and the result."""
         job, run = self._job, self._run
         self.task.last = outcome  # the model's figures are those of the weights that it gets
-        result = {**outcome, **job.finish(self.task, run), "tokens_per_second": _speed(outcome)}
-        result["machine"] = describe_machine(self._group, self._threads)
-        result["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        result = finite(result)
+        found = {
+            **outcome,
+            **job.finish(self.task, run),
+            "tokens_per_second": _speed(outcome),
+            "machine": describe_machine(self._group, self._threads),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        result: dict[str, Any] = finite(found)
         merge_metrics(run)
         run.write_json(RESULT, result)
         return result

@@ -157,8 +157,9 @@ def _suggest(trial: optuna.trial.Trial, dimension: Dimension) -> Any:
     if dimension.is_integer:
         low, high = int(dimension.low), int(dimension.high)
         return trial.suggest_int(dimension.key, low, high, log=dimension.is_log)
-    low, high = float(dimension.low), float(dimension.high)
-    return trial.suggest_float(dimension.key, low, high, log=dimension.is_log)
+    return trial.suggest_float(
+        dimension.key, float(dimension.low), float(dimension.high), log=dimension.is_log
+    )
 
 
 def _refused() -> ConfigError:

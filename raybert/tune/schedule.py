@@ -73,7 +73,7 @@ def make_scheduler(
 def _bounded(kind: type[TrialScheduler], session: Session) -> type[TrialScheduler]:
     """A scheduler that wakes no more trials than there is room for, and none past the time."""
 
-    class Bounded(kind):  # type: ignore[misc, valid-type]
+    class Bounded(kind):  # type: ignore[misc]
         def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
             super().on_trial_add(tune_controller, trial)
             if isinstance(self, HyperBandScheduler) and trial.status == Trial.PAUSED:

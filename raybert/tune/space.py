@@ -84,7 +84,7 @@ class Dimension:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or (self.is_integer and value != int(value)):
             return False
-        return self.low <= value <= self.high
+        return bool(self.low <= value <= self.high)
 
     def clip(self, value: Any) -> Any:
         """The nearest value inside."""

@@ -93,6 +93,8 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         # A number of its own for each worker: their records lie beside each other on the board.
         self._link = Link(work.board, uuid.uuid4().int % 1_000_000)
         self._run: _Run | None = None
+        self._pointer: dict[str, Any] | None = None
+        self._last: dict[str, Any] = {}
         self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -143,9 +145,9 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         # Ray Tune copies a donor's whole configuration: a trial's name is not in it.
         self._seed = int(config["seed"])
         self._values: Values = {key: v for key, v in config.items() if "." in key}
-        self._pointer: dict[str, Any] | None = None
+        self._pointer = None
         nothing = dict.fromkeys(("score", "best"), FAILED_SCORE)
-        self._last: dict[str, Any] = {**nothing, "epoch": 0.0, "step": 0}
+        self._last = {**nothing, "epoch": 0.0, "step": 0}
 
     def _leave(self) -> None:
         if self._run is not None:
@@ -269,7 +271,8 @@ class _Here:
         return hash_tensors(self._execution.loop.task.model.state_dict())
 
     def lr(self) -> float:
-        return max(group["lr"] for group in self._execution.loop.optimizer.param_groups)
+        groups = self._execution.loop.optimizer.param_groups
+        return float(max(group["lr"] for group in groups))
 
     def close(self) -> None:
         self._execution.close()
