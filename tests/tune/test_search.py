@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -375,6 +377,70 @@ def test_minutes_end_the_search(ray_session, tmp_path, monkeypatch):
     assert {e.state for e in entries} <= {"stopped", "finished"}
     assert any(e.why == "the time was up" for e in entries)
     assert (experiment.folder / "tune").read_json("search.json")["seconds"] > 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_that_is_interrupted_and_killed_ends_with_the_trials_it_would_have(tmp_path):
+    experiment = searchable(
+        tmp_path,
+        count=400,
+        finetune={"steps": 600, "evaluations": 4, "checkpoint_steps": 25},
+        tune={"trials": 5, "concurrency": 1, "test": False},
+    )
+    config = tmp_path / "search.yaml"
+    config.write_text(experiment.model_dump_json())  # JSON is YAML
+    stage = Path((experiment.folder / "tune").path)
+    command = [sys.executable, "-m", "raybert", "tune", "-c", str(config), "--json"]
+
+    def start():
+        return subprocess.Popen(
+            command, stdout=-1, stderr=-1, text=True, start_new_session=True, cwd=tmp_path
+        )
+
+    def over():
+        """The trials that are over, with how often each was begun."""
+        return {
+            path.parent.name: len(list((path.parent / "attempts").iterdir()))
+            for path in stage.glob("trials/*/result.json")
+        }
+
+    def wait_for(trial):
+        """Wait until a trial has a checkpoint to go on from, and is not over."""
+        ends = time.monotonic() + 180
+        while not list((stage / "trials" / trial / "checkpoints").glob("step-*.json")):
+            assert time.monotonic() < ends
+            time.sleep(0.02)
+
+    process = start()
+    wait_for("0001")
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "interrupted; run the same command again" in err
+    before = [over()]
+
+    process = start()
+    wait_for("0003")
+    before.append(over())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+    process = start()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["trials"] == {"all": 5, "finished": 5, "stopped": 0, "failed": 0}
+    trials = {e.name: e for e in Ledger(experiment.folder / "tune" / "trials").entries()}
+    assert sorted(trials) == ["0000", "0001", "0002", "0003", "0004"]
+    attempts = over()
+    for known in before:
+        assert known and known.items() <= attempts.items()  # none of them was begun again
+    assert attempts["0001"] > 1 and attempts["0003"] > 1
+    for name in trials:
+        steps = [r["step"] for r in read_metrics(experiment.folder / "tune" / "trials" / name)
+                 if r["kind"] == "train"]  # fmt: skip
+        assert steps == list(range(1, 601))
 
 
 # Ensembles ---------------------------------------------------------------------------------------
