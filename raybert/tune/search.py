@@ -95,7 +95,8 @@ def _what_was_lost(trial: Trial) -> str:
     with suppress(OSError, TypeError):
         with open(trial.error_file, encoding="utf-8", errors="replace") as file:
             text = file.read()
-    reason = "its worker ran out of memory" if "memory" in text.lower() else "its worker was lost"
+    low = "OutOfMemory" in text or "low on memory" in text  # by Ray; the kernel says nothing
+    reason = "its node ran out of memory" if low else "its worker was lost"
     return f"{reason}, {trial.num_failures} times"
 
 
