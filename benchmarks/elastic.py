@@ -53,7 +53,7 @@ class Change:
         if not self._reaches(3):
             return
         self.seconds["1 to 3"] = round(time.monotonic() - begun, 1)
-        last = self._cluster.workers[-1]
+        last = [node for node in self._cluster.workers if node.pids("RayTrainWorker")][-1]
         last.wanted = False
         last.kill()
         say("a node is lost")

@@ -41,9 +41,9 @@ KINDS = ("worker", "raylet", "node", "driver", "network", "storage")
 MOMENTS = ("step", "checkpoint", "evaluation", "start-up")
 CUT_SECONDS, REFUSED_SECONDS = 30, 60
 STEPS_BETWEEN = (6, 14)  # new steps between a recovery and the next fault
-STEPS_A_SECOND = 4  # at most, so that a run does not end before its faults
+STEPS_A_SECOND = 3  # at most, so that a run does not end before its faults
 PATIENCE_SECONDS = 600  # without a new step, the drill gives up
-EVALUATIONS = 40
+STEPS_AN_EVALUATION = 12
 
 
 @dataclass
@@ -75,6 +75,11 @@ def draw(seed: int, count: int, kinds: list[str], workers: int) -> list[Fault]:
     return faults
 
 
+def evaluations(steps: int) -> int:
+    """How often a run of so many steps is evaluated: often enough to be met there."""
+    return max(2, steps // STEPS_AN_EVALUATION)
+
+
 def experiment(storage: Path, name: str, steps: int, workers: int) -> dict[str, Any]:
     """The run's configuration: small, on real sentences, deterministic."""
     return {
@@ -96,8 +101,9 @@ def experiment(storage: Path, name: str, steps: int, workers: int) -> dict[str, 
             "deterministic": True,
             "digests": True,
             "log_every": 1,
-            "evaluations": EVALUATIONS,
+            "evaluations": evaluations(steps),
             "evaluation_rows": 512,
+            "examples": [],
             "checkpoint_steps": 4,
             "checkpoint_minutes": None,
             "collective_timeout_s": 30,
@@ -187,6 +193,8 @@ class Drill:
             if following is not None and following.moment == "start-up":
                 self._until(lambda begun=begun: self._watcher.begun() > begun)
                 continue  # the next one strikes before this one's recovery
+            if fault.kind not in ("network", "storage"):  # nobody survives these
+                self._until(lambda attempt=attempt: self._watcher.last()[0] > attempt)
             self._until(lambda at=(attempt, step), t=struck: self._is_past(at, t))
             again = [r["time"] for a, r in self._watcher.records()
                      if r.get("event") == "start" and r["time"] > struck]  # fmt: skip
@@ -210,7 +218,8 @@ class Drill:
         if fault.moment == "checkpoint":
             return self._until(watcher.is_writing, pause=0.005)
         if fault.moment == "evaluation":
-            due = {round(self._steps * i / EVALUATIONS) for i in range(1, EVALUATIONS)}
+            count = evaluations(self._steps)
+            due = {round(self._steps * i / count) for i in range(1, count)}
             return self._until(lambda: watcher.last()[1] in due, pause=0.02)
         return True
 
@@ -311,7 +320,7 @@ def main() -> None:
         {"storage": REFUSED_SECONDS, "network": CUT_SECONDS}.get(f.kind, 0) for f in faults
     )
     steps = given.steps or 40 + sum(f.after + 4 for f in faults) + STEPS_A_SECOND * seconds
-    with Cluster(given.workers) as cluster:
+    with Cluster(given.workers, head_cpus=0) as cluster:
         disk, configs = cluster.disk.path, {}
         for name in ("quiet", "drill"):
             configs[name] = cluster.folder / f"{name}.yaml"

@@ -22,8 +22,6 @@ from typing import Any
 
 import psutil
 
-_SUBNET = "10.77.0"
-_BRIDGE, _OUTSIDE = "rbbr", f"{_SUBNET}.254"
 _DASHBOARD, _GCS = 8265, 6379
 _BIN = Path(sys.executable).parent
 _START_SECONDS = 120
@@ -44,10 +42,33 @@ def _ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout.strip()
 
 
+@dataclass(frozen=True)
+class Network:
+    """The names and addresses of a cluster; those of two at once differ."""
+
+    tag: str  # in the names of its interfaces and namespaces
+    number: int  # in its addresses
+
+    @classmethod
+    def draw(cls) -> Network:
+        """One that nobody else has, most likely."""
+        return cls(secrets.token_hex(2), 1 + secrets.randbelow(250))
+
+    @property
+    def bridge(self) -> str:
+        """The interface that joins the nodes."""
+        return f"rb{self.tag}"
+
+    def address(self, host: int) -> str:
+        """An address on the bridge."""
+        return f"10.77.{self.number}.{host}"
+
+
 @dataclass
 class Node:
     """A network namespace and the `ray start` in it."""
 
+    network: Network
     index: int  # 0 is the head
     folder: Path
     cpus: int
@@ -60,20 +81,25 @@ class Node:
     @property
     def name(self) -> str:
         """Of the namespace."""
-        return f"rb{self.index}"
+        return f"{self.network.bridge}-{self.index}"
 
     @property
     def address(self) -> str:
         """On the bridge."""
-        return f"{_SUBNET}.{self.index + 1}"
+        return self.network.address(self.index + 1)
+
+    @property
+    def link(self) -> str:
+        """The end of its link that is on the bridge."""
+        return f"{self.name}o"
 
     def connect(self) -> None:
         """Make the namespace and its link to the bridge."""
-        inside, outside = f"{self.name}i", f"{self.name}o"
+        inside, outside = f"{self.name}i", self.link
         _ip("netns", "add", self.name)
         _ip("link", "add", outside, "type", "veth", "peer", "name", inside)
         _ip("link", "set", inside, "netns", self.name)
-        _ip("link", "set", outside, "master", _BRIDGE, "up")
+        _ip("link", "set", outside, "master", self.network.bridge, "up")
         for words in (
             ("addr", "add", f"{self.address}/24", "dev", inside),
             ("link", "set", inside, "up"),
@@ -94,7 +120,7 @@ class Node:
             if self.index == 0:
                 words += ["--head", f"--port={_GCS}", f"--dashboard-host={self.address}"]
             else:
-                words += [f"--address={_SUBNET}.1:{_GCS}"]
+                words += [f"--address={self.network.address(1)}:{_GCS}"]
             log = (self.folder / "start.log").open("ab")
             self.process = subprocess.Popen(
                 words, env=self.env, stdout=log, stderr=log, start_new_session=True
@@ -122,18 +148,20 @@ class Node:
 
     def cut(self) -> None:
         """Pull the network's plug."""
-        _ip("link", "set", f"{self.name}o", "down")
+        _ip("link", "set", self.link, "down")
 
     def mend(self) -> None:
         """Put it in again."""
-        _ip("link", "set", f"{self.name}o", "up")
+        _ip("link", "set", self.link, "up")
 
     def remove(self) -> None:
         """Kill what runs and delete the namespace."""
         self.wanted = False
         with suppress(subprocess.CalledProcessError):
             self.kill()
-            _ip("netns", "del", self.name)
+        for words in (("link", "del", self.link), ("netns", "del", self.name)):
+            with suppress(subprocess.CalledProcessError):
+                _ip(*words)
 
 
 class Disk:
@@ -198,8 +226,9 @@ class Cluster:
             "PATH": f"{_BIN}:{os.environ['PATH']}",
         }
         self._disk_mb = disk_mb
+        self._network = Network.draw()
         self.nodes = [
-            Node(i, self.folder / f"n{i}", cpus if i else head_cpus, self.env)
+            Node(self._network, i, self.folder / f"n{i}", cpus if i else head_cpus, self.env)
             for i in range(workers + 1)
         ]
         self._over = threading.Event()
@@ -221,11 +250,12 @@ class Cluster:
         return f"http://{self.head.address}:{_DASHBOARD}"
 
     def __enter__(self) -> Cluster:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
         try:
             self.disk = Disk(self.folder / "disk", self._disk_mb)
-            _ip("link", "add", _BRIDGE, "type", "bridge")
-            _ip("addr", "add", f"{_OUTSIDE}/24", "dev", _BRIDGE)
-            _ip("link", "set", _BRIDGE, "up")
+            _ip("link", "add", self._network.bridge, "type", "bridge")
+            _ip("addr", "add", f"{self._network.address(254)}/24", "dev", self._network.bridge)
+            _ip("link", "set", self._network.bridge, "up")
             for node in self.nodes:
                 node.connect()
             self.head.start()
@@ -246,7 +276,7 @@ class Cluster:
         for node in reversed(self.nodes):
             node.remove()
         with suppress(subprocess.CalledProcessError):
-            _ip("link", "del", _BRIDGE)
+            _ip("link", "del", self._network.bridge)
         if hasattr(self, "disk"):
             self.disk.unmount()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from raybert import cli_jobs, cli_tune
+from raybert import cli_jobs, cli_runs, cli_tune
 from raybert.entry import INTERRUPTED
 from raybert.errors import DamagedError, RaybertError, StorageError, UserError
 from raybert.options import (
@@ -43,6 +43,7 @@ bench_app = typer.Typer(help="Measure raybert on this machine.", no_args_is_help
 app.add_typer(bench_app, name="bench")
 app.add_typer(cli_tune.app)
 app.add_typer(cli_jobs.app)
+app.add_typer(cli_runs.app, name="runs")
 
 BareOption = Annotated[
     bool, typer.Option("--bare", help="Train in this process, without Ray: to debug, to measure.")
@@ -379,14 +380,12 @@ def bench_train(
 @app.command()
 def version(as_json: JsonOption = False) -> None:
     """Print the versions of raybert and of what it stands on."""
-    import importlib.metadata
+    from raybert.doctor.nodes import versions
 
-    packages = ("raybert", "ray", "torch", "tokenizers", "pyarrow")
-    versions = {package: importlib.metadata.version(package) for package in packages}
     if as_json:
-        _print(versions, as_json)
+        _print(versions(), as_json)
     else:
-        for package, number in versions.items():
+        for package, number in versions().items():
             print(f"{package} {number}")
 
 

@@ -1,13 +1,15 @@
-"""The command line's part about clusters: submit, jobs, logs, stop."""
+"""The command line's part about clusters: doctor, submit, jobs, logs, stop."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from typing import Annotated, Any
 
 import typer
 
+from raybert.errors import UserError
 from raybert.options import (
     ConfigOption,
     DataOption,
@@ -31,6 +33,35 @@ RunArgument = Annotated[str, typer.Argument(help="A run's name, or a job's id.")
 
 
 @app.command()
+def doctor(
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a cluster for an experiment: nodes, storage, space, network, token; or this machine.
+
+    Example: `raybert doctor --address http://head:8265 -c mine.yaml`
+    """
+    from raybert.display import FOLLOWED
+    from raybert.doctor.visit import visit
+    from raybert.jobs import Cluster
+    from raybert.submit import diagnose
+
+    experiment, display = load_experiment(config, overrides, name), new_display()
+    if address is None:
+        found = visit(experiment, display)
+    else:
+        found = diagnose(Cluster(address), experiment, display)
+    _show(found, as_json)
+    if found["problem"] is not None:
+        if FOLLOWED in os.environ:  # whoever follows this job says it last
+            sys.exit(2)
+        raise UserError(found["problem"])
+
+
+@app.command()
 def submit(
     command: Annotated[str, typer.Argument(help="corpus, pretrain, finetune, evaluate, run, ...")],
     arguments: Annotated[
@@ -42,6 +73,9 @@ def submit(
     name: NameOption = None,
     data: DataOption = None,
     wait: Annotated[bool, typer.Option(help="Follow it and end with its exit code.")] = True,
+    checks: Annotated[
+        bool, typer.Option("--check/--no-check", help="Look at the cluster before it trains.")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Run a command on a cluster, and follow it; submitting again follows or resumes it.
@@ -55,7 +89,7 @@ def submit(
     experiment = load_experiment(config, overrides, name, data)
     check(experiment, command)
     cluster, display = Cluster(address), new_display()
-    job = send(cluster, command, experiment, arguments or [], display)
+    job = send(cluster, command, experiment, arguments or [], display, checks=checks)
     if not wait:
         _show(dataclasses.asdict(job), as_json)
         return

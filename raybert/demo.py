@@ -20,6 +20,7 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
 
     Stages that are finished are not run again.
     """
+    from raybert.doctor.visit import visit_when_asked
     from raybert.report import check_report, write_report
 
     pipeline.check_sources(experiment)
@@ -32,7 +33,8 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
     begun, spent, results = time.monotonic(), {}, {}
     workers = max(experiment.pretrain.max_workers, experiment.finetune.max_workers)
     display.say("ray       starting")
-    with ray_session(experiment.ray, workers):
+    with ray_session(experiment.ray, workers) as resources:
+        visit_when_asked(experiment, resources, display, ("pretrain", "finetune"))
         for name, stage in (
             ("corpus", pipeline.make_corpus),
             ("pretrain", pipeline.pretrain),

@@ -113,7 +113,7 @@ class Display:
             self.say(f"{self._stage:<9} step {record['step']:>6,}  {_eval_line(record)}")
             for example in record.get("fillings", []):
                 self.say(f"{'':<9} {example['text']}  ->  {_guesses(example['tokens'])}")
-        elif record.get("event") != "start":
+        elif record["kind"] == "event" and record["event"] != "start":
             self.say(f"{self._stage:<9} step {record['step']:>6,}  {record.get('message', '')}")
 
     def _clear(self) -> None:
@@ -158,3 +158,13 @@ def clock(seconds: float) -> str:
     whole = max(0, round(seconds))
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def size(count: float) -> str:
+    """Bytes as 512 bytes, 3.4 kB, 149 MB or 1.2 GB."""
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if count < 1000:
+            break
+        count, unit = count / 1000, larger
+    return f"{count:.0f} {unit}" if count >= 10 or unit == "bytes" else f"{count:.1f} {unit}"

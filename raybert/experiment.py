@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from raybert.config import Settings
+from raybert.config import Settings, flatten
+from raybert.errors import UserError
 from raybert.model.encoder import ModelConfig
 from raybert.ray_session import RayConfig
-from raybert.storage import Folder
+from raybert.storage import Folder, check_address
 from raybert.text.corpus import CorpusConfig
 from raybert.text.sources import EvaluationSource
 from raybert.train.finetune import FinetuneConfig
@@ -57,6 +59,16 @@ class Experiment(Settings):
     tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> Self:
+        for key, value in flatten(self.model_dump(mode="json")):
+            for text in value if isinstance(value, list) else [value]:
+                try:
+                    check_address(str(text))
+                except UserError as error:
+                    raise ValueError(f"{key}: {error}") from None
+        return self
 
     @property
     def folder(self) -> Folder:

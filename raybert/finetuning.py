@@ -6,13 +6,13 @@ One run, the trials of a search and the members of an ensemble begin alike.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from raybert.display import Display
 from raybert.errors import UserError
 from raybert.experiment import Experiment
-from raybert.ray_session import ray_session
+from raybert.ray_session import Resources, ray_session
 from raybert.storage import Folder
 from raybert.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -46,6 +46,7 @@ def finetune_job(
         UserError: there is no model to start from, or texts are longer than it reads.
         DataError: whatever is wrong with the texts or labels.
     """
+    from raybert.doctor.visit import visit_when_asked
     from raybert.serve.ensemble import Teacher
     from raybert.train.finetune import FinetuneJob
     from raybert.train.texts import prepare_data, prepared_data
@@ -59,7 +60,12 @@ def finetune_job(
         if config.distill.teacher is not None:
             models = teachers(experiment)
             teacher = Teacher(models, lambda done: display.line(f"the teacher has read {done:,}"))
-        with display.stage("texts"), ray_session(experiment.ray) if on_ray else nullcontext():
+        session: AbstractContextManager[Resources | None] = (
+            ray_session(experiment.ray) if on_ray else nullcontext()
+        )
+        with display.stage("texts"), session as resources:
+            if resources is not None:
+                visit_when_asked(experiment, resources, display, ("finetune",))
             display.line("reading and tokenizing labelled texts")
             prepared = prepare_data(
                 config,
@@ -157,10 +163,10 @@ def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
     Raises:
         UserError: there is none.
     """
-    folder = Folder(path)
-    for inside in ("", "model", f"{stage}/model"):
-        candidate = folder / inside if inside else folder
-        if candidate.exists("config.json"):
-            return candidate
-    named = f"{key}={path}" if key else path
-    raise UserError(f"{named}: no model here (config.json is missing); name a model/ or a run")
+    from raybert.model import hub
+
+    found = hub.find_model(Folder(path), stage)
+    if found is None:
+        named = f"{key}={path}" if key else path
+        raise UserError(f"{named}: no model here (config.json is missing); name a model/ or a run")
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import shlex
@@ -16,7 +17,8 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +28,26 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from raybert import auth
 from raybert.config import Settings, dump
 from raybert.errors import RaybertError, StorageError, UserError
 
 PORT = 8265  # of Ray's dashboard, which takes jobs
 CONFIG = "experiment.yaml"
+CHECK_COMMAND = "doctor"
 MOST_BYTES = 20 << 20  # of a package: code and a configuration are far below
 _CONNECT_SECONDS = 4
 _RETRY_SECONDS = 1.0
+#: Loggers of Ray's client that tell of packages and sockets, each at a level of its own.
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+_AGENT_SECONDS = 60.0
 _SILENCE_SECONDS = 300  # of a head that may come back
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
 _ID = re.compile(r"raybert-(?P<run>.+)-(?P<command>[a-z]+)-(?P<number>\d+)")
-_TOKEN_FILE = "~/.ray/auth_token"
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,10 @@ class Cluster:
 
         given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or f"http://127.0.0.1:{PORT}"
         self.address = _checked(given)
-        _find_token()
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        auth.use_token()
+        auth.close_token()
         # Ray's client prefers the variable to its argument.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         with self._told():
@@ -87,6 +100,7 @@ class Cluster:
         settings: Settings,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] = MappingProxyType({}),
+        on_package: Callable[[int], None] = lambda size: None,
     ) -> Job:
         """Submit a command of a run, or find the job that is at it already.
 
@@ -96,31 +110,50 @@ class Cluster:
             settings: the resolved configuration; it travels as it is.
             arguments: more of the command line.
             environment: variables of the job; they are shown to whoever may look at jobs.
+            on_package: is given the package's bytes, unless there is a job to follow.
 
         Raises:
             UserError: the package is too large, or the cluster refuses.
         """
-        mine = [job for job in self.jobs() if (job.run, job.command) == (run, command)]
+        mine = self._jobs_of(command, run)
         for job in mine:
             if job.is_alive:
                 return job
         number = 1 + max((_number(job.id) for job in mine), default=0)
         identity = f"raybert-{run}-{command}-{number}"
         with tempfile.TemporaryDirectory(prefix="raybert-job-") as folder:
-            package(Path(folder), settings)
+            on_package(package(Path(folder), settings))
             words = ["python", "-u", "-m", "raybert", command, "-c", CONFIG, *arguments, "--json"]
             with self._told():
-                try:
-                    self._client.submit_job(
-                        entrypoint=shlex.join(words),
-                        submission_id=identity,
-                        runtime_env={"working_dir": folder, "env_vars": dict(environment)},
-                        metadata={"raybert.run": run, "raybert.command": command},
-                    )
-                except RuntimeError as error:
-                    if "already exists" not in str(error):  # somebody was faster: follow that one
-                        raise
+                self._send(
+                    entrypoint=shlex.join(words),
+                    submission_id=identity,
+                    runtime_env={"working_dir": folder, "env_vars": dict(environment)},
+                    metadata={"raybert.run": run, "raybert.command": command},
+                )
         return self.job(identity)
+
+    def _send(self, **job: Any) -> None:
+        """Submit; a head that has just started has no agent yet that takes jobs."""
+        until = time.monotonic() + _AGENT_SECONDS
+        while True:
+            try:
+                self._client.submit_job(**job)
+            except RuntimeError as error:
+                if "already exists" in str(error):  # somebody was faster: that one is followed
+                    return
+                if "No available agent" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(_RETRY_SECONDS)
+            else:
+                return
+
+    def is_at_work(self, command: str, run: str) -> bool:
+        """Whether a job is at a command of a run."""
+        return any(job.is_alive for job in self._jobs_of(command, run))
+
+    def _jobs_of(self, command: str, run: str) -> list[Job]:
+        return [job for job in self.jobs() if (job.command, job.run) == (command, run)]
 
     def jobs(self) -> list[Job]:
         """The jobs that raybert submitted, the youngest last."""
@@ -141,11 +174,26 @@ class Cluster:
             UserError: the cluster knows no job of that run.
         """
         ours = self.jobs()
-        mine = [job for job in ours if run in (job.run, job.id)]
+        # A check of a run's cluster is no part of the run.
+        mine = [j for j in ours if run == j.id or (run == j.run and j.command != CHECK_COMMAND)]
         if not mine:
             known = ", ".join(sorted({job.run for job in ours})) or "none"
             raise UserError(f"no job of a run named {run} at {self.address}; runs: {known}")
         return next((job for job in mine if job.is_alive), mine[-1])
+
+    def resources(self) -> dict[str, float]:
+        """What the nodes have in all, in Ray's words: CPU, GPU; empty where they can't be asked."""
+        from ray.util.state import list_nodes
+
+        total: Counter[str] = Counter()
+        try:
+            alive = [("state", "=", "ALIVE")]
+            nodes = list_nodes(self.address, filters=alive, timeout=_CONNECT_SECONDS)
+        except Exception:  # whatever it is: what is submitted does not need it
+            return {}
+        for node in nodes:
+            total.update(node.resources_total)
+        return {name: float(amount) for name, amount in total.items()}
 
     def logs(self, job: Job) -> str:
         """All that a job has printed."""
@@ -221,7 +269,7 @@ class Cluster:
         try:
             yield
         except AuthenticationError:
-            raise UserError(_token_line(self.address)) from None
+            raise UserError(auth.refusal(self.address)) from None
         except (ConnectionError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise StorageError(f"{self.address} does not answer: {reason}") from None
@@ -307,19 +355,3 @@ def _checked(address: str) -> str:
             f"or name another address: http://HEAD:{PORT}"
         ) from None
     return f"{url.scheme}://{url.hostname}:{port}"
-
-
-def _find_token() -> None:
-    """Use a token where there is one: Ray's client asks to be told."""
-    there = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    if there or Path(_TOKEN_FILE).expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
-def _token_line(address: str) -> str:
-    has = "RAY_AUTH_TOKEN" in os.environ or Path(_TOKEN_FILE).expanduser().exists()
-    state = "refuses your token" if has else "asks for a token, and you have none"
-    return (
-        f"{address} {state}; copy the cluster's into {_TOKEN_FILE} (mode 0600) or RAY_AUTH_TOKEN; "
-        "on the head, `ray get-auth-token` prints it"
-    )

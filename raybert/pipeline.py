@@ -151,9 +151,11 @@ def _train(
         if bare:
             result = execute_bare(job, run, on_progress=display.record)
         else:
+            from raybert.doctor.visit import visit_when_asked
             from raybert.train.worker import train_on_ray
 
             with ray_session(experiment.ray, job.config.max_workers) as resources:
+                visit_when_asked(experiment, resources, display, (stage,))
                 result = train_on_ray(job, run, resources, on_progress=display.record)
     display.say(
         f"{stage:<9} {result['step']:,} steps, {result['tokens']:,.0f} tokens in "

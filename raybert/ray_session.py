@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from raybert import auth
 from raybert.config import Settings
 from raybert.errors import UserError
 
@@ -33,6 +34,8 @@ class RayConfig(Settings):
 
 
 _PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+#: Fills the dashboard's page of training runs, from one more process that stays on the head.
+_TRAIN_PAGE = "RAY_TRAIN_ENABLE_STATE_TRACKING"
 #: For a Ray started here. Each of its processes wakes a hundred times a second, which takes 0.8% of
 #: a core, and a trainer's threads wait for the slowest one of them: of idle workers one is enough.
 _SPARING = {"num_workers_soft_limit": 1}
@@ -66,24 +69,29 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     whole run, and Ray Data's operators would starve on the rest of a small machine.
 
     Raises:
-        UserError: the cluster does not answer.
+        UserError: the cluster does not answer, or wants another token.
     """
     global _started_here
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own notice, answered
     import ray
+    from ray.exceptions import AuthenticationError
 
     address = config.address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if config.logs else logging.ERROR
     if ray.is_initialized():  # a pipeline's stages share one session
         yield _resources()
         return
-    watched, on_sigterm = os.environ.get(_PREEMPTION), signal.getsignal(signal.SIGTERM)
+    before = {name: os.environ.get(name) for name in (_PREEMPTION, _TRAIN_PAGE)}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    if address or config.dashboard:
+        os.environ.setdefault(_TRAIN_PAGE, "1")
     try:
         if address:
             ray.init(address, log_to_driver=config.logs, logging_level=level)
         else:
             # A machine that is its own cluster has no notice of its end that Ray could watch for.
             os.environ[_PREEMPTION] = "0"
+            auth.make_token()
             ray.init(
                 "local",  # also where `ray start` has left word of a cluster on this machine
                 num_cpus=max(cores(), workers) + 2,
@@ -93,25 +101,31 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
                 log_to_driver=config.logs,
                 logging_level=level,
             )
+    except AuthenticationError:
+        raise UserError(auth.refusal(f"the Ray cluster at {address}")) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{where} does not start or answer: {reason}") from None
+    auth.close_token()
     if threading.current_thread() is threading.main_thread():  # Ray's own would just exit
         signal.signal(signal.SIGTERM, on_sigterm)
     _set_log_level(level)
     try:
         _started_here = not address
+        if not config.logs:  # what nodes have to say of lost workers, a run says in its own words
+            ray._private.worker.print_to_stdstream = lambda *message, **more: None
         if _started_here and not config.logs:  # what the monitor reads would be shown to nobody
             ray._private.worker._global_node.kill_log_monitor(check_alive=False)
         yield _resources()
     finally:
         _started_here = False
         ray.shutdown()
-        if watched is None:
-            os.environ.pop(_PREEMPTION, None)
-        else:
-            os.environ[_PREEMPTION] = watched
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def dashboard_url() -> str | None:

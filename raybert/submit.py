@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from raybert.display import FOLLOWED, Display, clock
-from raybert.errors import ConfigError
+from raybert.display import FOLLOWED, Display, clock, size
+from raybert.doctor.visit import request
+from raybert.errors import ConfigError, UserError
+from raybert.estimate import TRAINS, Machines, told
 from raybert.experiment import Experiment
-from raybert.jobs import Cluster, Job, result_of
+from raybert.jobs import CHECK_COMMAND, Cluster, Job, result_of
 from raybert.text.sources import SourceConfig
 
 #: The commands that may be submitted, and the keys of what each reads from outside its storage.
@@ -39,12 +41,7 @@ def check(experiment: Experiment, command: str) -> None:
     """
     if command not in READS:
         raise ConfigError(f"submit {command}: choose one of {', '.join(READS)}")
-    storage = experiment.run.storage
-    if not _is_everywhere(storage):
-        raise ConfigError(
-            f"run.storage={storage} is relative: each node would have its own; name a folder that "
-            "all nodes share (/mnt/shared/runs), or a URI (s3://bucket/runs)"
-        )
+    check_storage(experiment)
     for key in READS[command]:
         for path in _paths(experiment, key):
             if not _is_everywhere(path):
@@ -54,25 +51,77 @@ def check(experiment: Experiment, command: str) -> None:
                 )
 
 
+def check_storage(experiment: Experiment) -> None:
+    """Refuse a storage that each node would have for itself.
+
+    Raises:
+        ConfigError: it is relative.
+    """
+    storage = experiment.run.storage
+    if not _is_everywhere(storage):
+        raise ConfigError(
+            f"run.storage={storage} is relative: each node would have its own; name a folder that "
+            "all nodes share (/mnt/shared/runs), or a URI (s3://bucket/runs)"
+        )
+
+
 def submit(
     cluster: Cluster,
     command: str,
     experiment: Experiment,
     arguments: Sequence[str],
     display: Display,
+    *,
+    checks: bool = True,
 ) -> Job:
-    """Submit a command, or find the job that is at it already, and say which."""
-    there = experiment.model_copy(
+    """Submit a command, or find the job that is at it already, and say which.
+
+    What the command will take is told before. With `checks`, a command that trains begins on the
+    cluster with a visit of the doctor's.
+    """
+    name, trains = experiment.run.name, command in TRAINS
+    if trains and not cluster.is_at_work(command, name):
+        for line in told(experiment, command, Machines.of(cluster.resources())):
+            display.say(f"estimate  {line}")
+    environment = {**_ENVIRONMENT, **(request() if checks and trains else {})}
+    packages: list[int] = []
+    job = cluster.submit(command, name, _there(experiment), arguments, environment, packages.append)
+    if packages:
+        display.say(f"submitted {job.id} to {cluster.address}, package {size(packages[0])}")
+    else:
+        display.say(f"{job.id} is at work already: following it")
+    return job
+
+
+def diagnose(cluster: Cluster, experiment: Experiment, display: Display) -> dict[str, Any]:
+    """Let the doctor visit a cluster, as a job; what is found there is shown.
+
+    Returns:
+        What `doctor.visit` returns.
+
+    Raises:
+        ConfigError: the storage is one that each node would have for itself.
+        UserError: the visit could not begin.
+    """
+    check_storage(experiment)
+    environment = {**_ENVIRONMENT, **request()}
+    name = experiment.run.name
+    job = cluster.submit(CHECK_COMMAND, name, _there(experiment), environment=environment)
+    ended = follow(cluster, job, display)
+    if ended["result"] is None:
+        last = (ended["message"].strip().splitlines() or [ended["status"]])[-1]
+        raise UserError(
+            f"{cluster.address} could not begin the checks: {last}; install raybert's dependencies "
+            "on every node"
+        )
+    return dict(ended["result"])
+
+
+def _there(experiment: Experiment) -> Experiment:
+    """The experiment as the cluster is given it: a job's Ray is the one that it runs on."""
+    return experiment.model_copy(
         update={"ray": experiment.ray.model_copy(update={"address": None})}
     )
-    name = experiment.run.name
-    before = {job.id for job in cluster.jobs()}
-    job = cluster.submit(command, name, there, arguments, _ENVIRONMENT)
-    if job.id in before:
-        display.say(f"{job.id} is at work already: following it")
-    else:
-        display.say(f"submitted {job.id} to {cluster.address}")
-    return job
 
 
 def follow(cluster: Cluster, job: Job, display: Display) -> dict[str, Any]:
@@ -100,7 +149,7 @@ def follow(cluster: Cluster, job: Job, display: Display) -> dict[str, Any]:
     return {
         **dataclasses.asdict(ended),
         "exit_code": code,
-        "result": result_of(tail) if code == 0 else None,
+        "result": result_of(tail),
     }
 
 

@@ -1,11 +1,38 @@
 """What tests share."""
 
+import importlib.util
+import os
 import signal
+import subprocess
+import sys
+import uuid
 
 import pytest
+from commands import run_here
+from proxy import Proxy
 
+from raybert import storage
 from raybert.ray_session import RayConfig
 from raybert.ray_session import ray_session as session
+from raybert.storage import Folder
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "a-key-for-tests",
+    "AWS_SECRET_ACCESS_KEY": "a-secret-for-tests",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+_S3 = """
+import sys
+from moto.server import ThreadedMotoServer
+
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print("{}:{}".format(*server.get_host_and_port()), flush=True)
+sys.stdin.read()  # ends with the tests
+server.stop()
+"""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,10 +43,73 @@ def _ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def credentials():
+    """What S3 asks for, where users put it: in the environment, which Ray's processes inherit."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        yield CREDENTIALS
+
+
+@pytest.fixture
+def raybert(capsys, monkeypatch):
+    """Run the command line in this process."""
+    return lambda *arguments, stdin=b"": run_here(arguments, stdin, capsys, monkeypatch)
+
+
 @pytest.fixture(scope="session")
-def ray_session():
+def ray_session(credentials):
     """One Ray on this machine for all tests that need it."""
     import ray
 
     with session(RayConfig(object_store_gb=0.5), workers=2):
         yield ray
+
+
+@pytest.fixture(scope="session")
+def s3_server(credentials):
+    """The address, host:port, of a server on this machine that speaks S3 and has a bucket."""
+    if importlib.util.find_spec("moto") is None:
+        pytest.skip("moto is not installed: nothing here speaks S3")
+    with subprocess.Popen(
+        [sys.executable, "-c", _S3],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        address = server.stdout.readline().strip()
+        assert address, "the server does not start"
+        Folder(f"{s3_uri(address, '')}&allow_bucket_creation=true").filesystem.create_dir("tests")
+        yield address
+
+
+def s3_uri(address, path):
+    return f"s3://tests/{path}?endpoint_override={address}&scheme=http&region=us-east-1"
+
+
+@pytest.fixture
+def s3_path():
+    """A path in the bucket that no other test has."""
+    return uuid.uuid4().hex[:8]
+
+
+@pytest.fixture
+def bucket(s3_server, s3_path):
+    """An empty folder on S3."""
+    return Folder(s3_uri(s3_server, s3_path))
+
+
+@pytest.fixture
+def proxy(s3_server, s3_path, monkeypatch):
+    """The same folder through a connection that breaks when it is told to; and that connection."""
+    monkeypatch.setattr(storage, "_TRIES", 1)  # Arrow's own patience would only take time
+    with Proxy(s3_server) as proxy:
+        yield Folder(s3_uri(proxy.address, s3_path)), proxy
+
+
+@pytest.fixture(params=["a disk", "S3"])
+def anywhere(request, tmp_path):
+    """An empty folder on a disk, and one on S3."""
+    return Folder(tmp_path) if request.param == "a disk" else request.getfixturevalue("bucket")

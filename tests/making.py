@@ -19,10 +19,11 @@ from raybert.text.tokenizer import TokenizerConfig
 from raybert.train.checkpoint import CheckpointStore, begin_attempt
 from raybert.train.finetune import FinetuneConfig, FinetuneJob
 from raybert.train.group import Group
-from raybert.train.loop import Loop, Wishes
+from raybert.train.loop import Loop
 from raybert.train.meters import MetricsLog
 from raybert.train.pretrain import PretrainConfig, PretrainJob
 from raybert.train.run import Feed
+from raybert.train.task import Wishes
 from raybert.train.texts import prepare_data
 
 GOOD = "wonderful brilliant moving superb delightful".split()
@@ -154,10 +155,10 @@ def finetune_job(folder, *, rows=None, model=(), **settings):
 
 
 def write_csv(folder, name, rows, header="text,label"):
-    """Write (text, label) rows; returns the path."""
+    """Write (text, label) rows; returns the path, or the URI."""
     lines = [header, *(f'"{text}",{label}' for text, label in rows)]
     folder.write_text(name, "\n".join(lines) + "\n")
-    return folder.join(name)
+    return (folder / name).uri
 
 
 class Scripted:
@@ -201,7 +202,7 @@ class Attempt:
             job.config,
             group,
             store=self.store,
-            open_log=lambda step: MetricsLog(run, number, step),
+            open_log=lambda step: MetricsLog(run, number, step, tell=self.loop.tell),
             on_progress=self.records.append,
             wishes=Wishes(stop=lambda: self.loop.progress.step == stop_at),
             **options,

@@ -4,120 +4,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from making import MODEL, make_corpus, reviews, tokenizer_of, write_csv
+from commands import Experiment, refused, start, wait_for
+from making import reviews, tokenizer_of, write_csv
 
 from raybert import cli
-from raybert.config import build
 from raybert.options import load_experiment, print_json
 from raybert.storage import Folder
-from raybert.text.corpus import CorpusConfig
-
-RAYBERT = Path(sys.executable).with_name("raybert")
-
-
-class Result:
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self):
-        return json.loads(self.out.splitlines()[-1])
-
-
-@pytest.fixture
-def raybert(capsys, monkeypatch):
-    """Run the command line in this process."""
-
-    def run(*arguments, stdin=b""):
-        import io
-
-        torch.set_num_threads(1)
-        monkeypatch.setattr(sys, "argv", ["raybert", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return run
-
-
-def refused(result):
-    """The one line that a mistake ends in; what progress said before it does not count."""
-    lines = [line for line in result.err.splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("raybert: ")]
-    assert result.code == 2, result.err
-    assert "Traceback" not in result.err
-    assert len(said) == 1 and lines[-1] == said[0], result.err
-    return said[0].removeprefix("raybert: ")
-
-
-class Experiment:
-    """An experiment's folder with its configuration, and a corpus that was made without Ray."""
-
-    def __init__(self, path, corpus=True, **finetune):
-        self.path = path
-        folder = Folder(path)
-        self.texts = write_csv(folder, "labelled.csv", reviews(160))
-        self.config = path / "tiny.yaml"
-        self.values = {
-            "run": {"name": "tiny", "storage": str(path / "runs")},
-            "corpus": {
-                "source": {"path": self.texts},
-                "tokenizer": {"kind": "words", "vocab_size": 512, "min_frequency": 1},
-                "seq_len": 16,
-                "heldout_fraction": 0.1,
-                "rows_per_part": 16,
-                "rows_per_group": 4,
-            },
-            "model": MODEL,
-            "pretrain": {
-                "steps": 4,
-                "global_batch_size": 8,
-                "micro_batch_size": 4,
-                "evaluations": 1,
-                "evaluation_rows": 8,
-                "threads": 1,
-                "precision": "fp32",
-                "checkpoint_steps": 1,
-                "checkpoint_minutes": None,
-                "log_every": 1,
-                "examples": ["the film was [MASK]"],
-            },
-            "finetune": {
-                "source": {"path": self.texts},
-                "seq_len": 32,
-                "global_batch_size": 16,
-                "micro_batch_size": 8,
-                "epochs": 8,
-                "lr": 1e-2,
-                "threads": 1,
-                "precision": "fp32",
-                **finetune,
-            },
-            "evaluate": {"source": {"path": str(path / "test.csv")}},
-        }
-        write_csv(folder, "test.csv", reviews(80, seed=1))
-        self.config.write_text(json.dumps(self.values))  # JSON is YAML
-        self.folder = folder / "runs" / "tiny"
-        if corpus:
-            config = build(CorpusConfig, self.values["corpus"], "test")
-            make_corpus(self.folder / "corpus", texts=[t for t, _ in reviews(160)], config=config)
-
-    @property
-    def run(self):
-        return self.path / "runs" / "tiny"
 
 
 @pytest.fixture
@@ -665,25 +562,6 @@ def test_prepared_texts_cut_short_say_what_to_delete(raybert, trained, tmp_path)
 # What goes wrong in between ----------------------------------------------------------------------
 
 
-def start(*arguments):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [RAYBERT, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
-
-
-def wait_for(path, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not list(path.parent.glob(path.name)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"{path} does not come"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(raybert, experiment, asked):
     command = ("pretrain", "-c", experiment.config, "--bare", "--set", "pretrain.steps=100000")
@@ -729,10 +607,14 @@ def test_a_full_disk_is_one_line(raybert, experiment, monkeypatch, name):
         write(path, data)
 
     monkeypatch.setattr(storage, "_write_local", full)
-    message = refused(raybert("pretrain", "-c", experiment.config, "--bare"))
+    at = ("-c", experiment.config, "--set", "pretrain.collective_timeout_s=0.1")
+    message = refused(raybert("pretrain", *at, "--bare"))
     assert message.startswith("writing ")
-    assert message.endswith(f"{name} failed: No space left on device")
+    assert f"{name} failed: No space left on device" in message
+    if name == "model.safetensors":  # of the checkpoints, too
+        assert message.endswith("there is no checkpoint yet: mend the storage, and run it again")
     monkeypatch.undo()
+    assert raybert("pretrain", *at, "--bare").code == 0
 
 
 def test_debug_shows_the_traceback(raybert, monkeypatch):

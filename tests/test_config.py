@@ -130,6 +130,21 @@ def test_a_missing_key_says_how_to_give_it():
         build(Needs, {}, "x")
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.storage=s3://AKIA:hush@bucket/runs",
+        "finetune.source.path=[a.csv, 's3://AKIA:hush@bucket/b.csv']",
+        "pretrain.initialize_from=s3://AKIA:hush@bucket/model",
+        "evaluate.source.path=s3://bucket/x?secret_key=hush",
+    ],
+)
+def test_credentials_are_refused_wherever_they_stand_and_not_repeated(override):
+    message = refused(None, override)
+    assert message.startswith(f"the defaults: {override.partition('=')[0]}: s3://... holds a key")
+    assert "hush" not in message and "AKIA" not in message
+
+
 def test_a_missing_file(tmp_path):
     path = tmp_path / "none.yaml"
     assert refused(path=path) == f"--config {path}: No such file or directory"

@@ -95,6 +95,16 @@ def test_evaluations_and_events_stay(capsys):
     assert "step      8" not in err
 
 
+def test_what_a_checkpoint_took_is_for_the_charts(capsys):
+    display = Display()
+    with display.stage("pretrain"):
+        capsys.readouterr()
+        display.record(
+            {"kind": "checkpoint", "step": 8, "stalled": 0.1, "written": 2.0, "bytes": 9}
+        )
+    assert capsys.readouterr() == ("", "")
+
+
 def test_quiet_says_nothing(capsys):
     display = Display(quiet=True)
     with display.stage("corpus"):

@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -83,7 +85,7 @@ def test_an_address_where_nobody_answers():
         port = unused.getsockname()[1]
     with pytest.raises(UserError, match=rf"^--address 127.0.0.1:{port}: nobody answers"):
         jobs.Cluster(f"127.0.0.1:{port}")
-    with pytest.raises(UserError, match="expected the dashboard's"):
+    with pytest.raises(UserError, match="the dashboard's address"):
         jobs.Cluster("ray://head:10001")
 
 
@@ -113,9 +115,23 @@ def free_port():
         return found.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    """A head of its own with a token, as `ray start` makes one; its address and environment."""
+@dataclass
+class Head:
+    """A head of a test's own."""
+
+    folder: Path  # of Ray's temporary files
+    address: str  # of the dashboard
+    gcs: str  # of the head itself: what drivers connect to
+    env: dict  # of those who may
+
+    @property
+    def token(self):
+        return (self.folder / "token").read_text()
+
+
+@contextmanager
+def ray_head():
+    """Start a head with a token, as `ray start` makes one."""
     folder = Path("/tmp") / f"raybert-head-{secrets.token_hex(4)}"  # sockets want a short path
     folder.mkdir()
     token = folder / "token"
@@ -125,13 +141,15 @@ def head(tmp_path_factory):
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # what Ray Train leaves on it never leaves
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}",
     }
-    port = free_port()
+    port, gcs_port = free_port(), free_port()
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
-        *("--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--dashboard-port={port}"),
+        *("--node-ip-address=127.0.0.1", f"--port={gcs_port}", f"--dashboard-port={port}"),
+        f"--dashboard-agent-listen-port={free_port()}",  # its own is one port for all of a machine
         *("--num-cpus=4", "--object-store-memory=300000000", f"--temp-dir={folder}"),
         "--disable-usage-stats",
     ]
@@ -141,14 +159,22 @@ def head(tmp_path_factory):
         )
         try:
             wait_for_dashboard(port, process, folder)
-            yield f"http://127.0.0.1:{port}", env
+            yield Head(folder, f"http://127.0.0.1:{port}", f"127.0.0.1:{gcs_port}", env)
         finally:
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head():
+    """The address of a head, and the environment of those who may use it."""
+    with ray_head() as started:
+        yield started.address, started.env
 
 
 def wait_for_dashboard(port, process, folder):
@@ -261,38 +287,85 @@ def test_a_run_has_one_job_which_can_be_followed_and_stopped(head, config):
     first = call(head, "submit", "pretrain", "-c", config, "--no-wait", "--json")
     assert first.returncode == 0, first.stderr
     job = json.loads(first.stdout)["id"]
+    told = first.stderr.splitlines()
+    assert "parameters; at most 4 checkpoints of " in told[0]
+    assert "100,000 steps" in told[1] and "assumed 50 GFLOP/s on a core" in told[1]
+    assert f"submitted {job} to " in told[2] and ", package " in told[2]
     second = call(head, "submit", "pretrain", "-c", config, "--no-wait", "--json")
     assert json.loads(second.stdout)["id"] == job
     assert "is at work already" in second.stderr
+    assert "estimate" not in second.stderr
 
     address, env = head
-    follower = subprocess.Popen(
+    lines = []
+    with subprocess.Popen(
         [str(RAYBERT), "logs", "tiny-1", "--address", address],
         env=env,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    seen, lines = threading.Event(), []
-
-    def read():
-        for line in follower.stderr:
+    ) as follower:
+        for line in follower.stderr:  # it ends with the job, which is far from its end
             lines.append(line)
             if "step " in line:
-                seen.set()
-
-    threading.Thread(target=read, daemon=True).start()
-    assert seen.wait(120), "".join(lines)
-    follower.send_signal(signal.SIGINT)
-    assert follower.wait(30) == 130
+                break
+        follower.send_signal(signal.SIGINT)
+        lines += follower.stderr
+        assert follower.wait(30) == 130
     assert any("detached" in line for line in lines)
+    assert any("no problem in 9 checks" in line for line in lines)
 
     stopped = call(head, "stop", "tiny-1", "--json")
     assert json.loads(stopped.stdout) == {"job": job, "stopped": True}
-    ended = call(head, "logs", "tiny-1")
-    assert ended.returncode != 0
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends:
+        listed = json.loads(call(head, "jobs", "--json").stdout)["jobs"]
+        status = next(one["status"] for one in listed if one["id"] == job)
+        if status not in ("PENDING", "RUNNING"):
+            break
+    assert status == "STOPPED"
+    assert "go on" in call(head, "logs", "tiny-1").stdout
     checkpoints = config.parent / "runs/tiny-1/pretrain/checkpoints"
     assert list(checkpoints.glob("step-*.json")), "stopped without a checkpoint"
+
+
+@pytest.mark.ray
+def test_the_doctor_visits_the_cluster(head, config):
+    done = call(head, "doctor", "-c", config, "--json")
+    assert done.returncode == 0, done.stderr
+    found = {one["name"]: one for one in json.loads(done.stdout)["findings"]}
+    # /dev/shm is small in some containers.
+    assert {one["status"] for name, one in found.items() if name != "memory"} == {"ok"}, found
+    assert found["token"]["message"].startswith("on")
+    assert "summed up in" in done.stderr
+    listed = json.loads(call(head, "jobs", "--json").stdout)["jobs"]
+    assert [job["status"] for job in listed if job["command"] == "doctor"] == ["SUCCEEDED"]
+    # A visit is no part of the run that it was for.
+    assert "summed up in" not in call(head, "logs", "tiny-1", "--no-follow").stdout
+
+
+@pytest.mark.ray
+def test_what_the_doctor_minds_ends_with_its_line_and_exit_code(head, config):
+    done = call(head, "doctor", "-c", config, "--set", "run.storage=/dev/null/runs")
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"^raybert: storage: [\d.]+ can.t use it: ", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+    done = call(head, "doctor", "-c", config, "--set", "run.storage=runs")
+    assert done.returncode == 2
+    assert "run.storage=runs is relative" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.ray
+def test_a_run_that_would_fail_is_stopped_before_it_trains(head, config):
+    more = ("--set", "run.name=tiny-2", "--set", "pretrain.gpu=yes", "-c", config)
+    assert call(head, "submit", "corpus", *more).returncode == 0
+    done = call(head, "submit", "pretrain", *more)
+    assert done.returncode == 2, done.stderr
+    assert "pretrain workers: pretrain.workers=1 with pretrain.gpu=yes need 1 GPUs" in done.stderr
+    assert "--no-check" in done.stderr
+    bold = call(head, "submit", "pretrain", "--no-check", *more)
+    assert bold.returncode == 2
+    assert "need 1 GPUs" in bold.stderr and "pretrain workers:" not in bold.stderr
 
 
 @pytest.mark.ray

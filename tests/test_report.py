@@ -87,6 +87,8 @@ def make_pretraining(root):
             {"kind": "event", "step": 33, "time": 1e9, "event": "skipped step", "message": NASTY},
             {"kind": "eval", "step": 40, "time": 1e9, "loss": 4.25, "unigram_loss": 6.5}
             | {"fillings": fillings(0.75)},
+            {"kind": "checkpoint", "step": 36, "time": 1e9, "stalled": 0.1, "written": 2.0}
+            | {"bytes": 5},
         ],
     )
 

@@ -256,6 +256,17 @@ def read_weights(folder: Folder) -> Weights:
     return {name: tensor.numpy() for name, tensor in _read_weights(folder).items()}
 
 
+def find_model(folder: Folder, stage: str) -> Folder | None:
+    """The model directory that a folder means: itself, a run's `model/`, or an experiment's.
+
+    Args:
+        folder: where to look.
+        stage: the run that is meant inside an experiment.
+    """
+    candidates = (folder, folder / "model", folder / f"{stage}/model")
+    return next((candidate for candidate in candidates if candidate.exists("config.json")), None)
+
+
 def read_shape(folder: Folder) -> tuple[ModelConfig, int]:
     """Read an encoder's shape and the size of its vocabulary off `config.json`; no weights.
 

@@ -144,7 +144,9 @@ def _status(stage: Stage) -> Html:
         return tag("span", "finished", class_="badge done")
     if not stage.records:
         return tag("span", "no result", class_="badge") if not stage.scores else Html()
-    step, total = stage.records[-1]["step"], last(stage.records, "total_steps")
+    # A checkpoint's record comes when it is written, some steps later.
+    step = max(record["step"] for record in stage.records)
+    total = last(stage.records, "total_steps")
     of_total = f" of {show(total)}" if total else ""
     return tag("span", f"unfinished: step {show(step)}{of_total}", class_="badge")
 

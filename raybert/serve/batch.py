@@ -11,7 +11,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, Self
 
 import numpy as np
@@ -120,17 +120,16 @@ class PredictionWriter:
         Raises:
             UserError: the name ends in neither, or the folder can't be written.
         """
-        if not path.endswith((".jsonl", ".parquet")):
+        self._folder, self._name = Folder.of_file(path)
+        if not self._name.endswith((".jsonl", ".parquet")):
             raise UserError(f"--output {path}: name a .jsonl or a .parquet file")
-        folder, _, name = path.rpartition("/")
-        self._folder, self._name = Folder(folder or "."), name
         self._names = names
-        self._unfinished = self._folder.join(f".{name}.unfinished")
+        self._unfinished = self._folder.join(f".{self._name}.unfinished")
         try:
             if self._folder.is_local:
                 os.makedirs(self._folder.path, exist_ok=True)
             # An object store shows a file only once it is closed: no need for another name.
-            target = self._unfinished if self._folder.is_local else self._folder.join(name)
+            target = self._unfinished if self._folder.is_local else self._folder.join(self._name)
             self._stream = self._folder.filesystem.open_output_stream(target)
         except OSError as error:
             raise UserError(
@@ -159,11 +158,11 @@ class PredictionWriter:
         ]
         if self._name.endswith(".jsonl"):
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records)
-            with self._translated():
+            with self._folder.translated("writing", self._folder.join(self._name)):
                 self._stream.write(lines.encode())
             return
         table = pa.Table.from_pylist(records)
-        with self._translated():
+        with self._folder.translated("writing", self._folder.join(self._name)):
             if self._parquet is None:
                 self._parquet = pq.ParquetWriter(self._stream, table.schema)
             self._parquet.write_table(table)
@@ -174,28 +173,21 @@ class PredictionWriter:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Finish the file, or leave none after an error."""
         if kind is not None:
-            with suppress(OSError):
+            with suppress(OSError, StorageError):
                 if self._parquet is not None:
                     self._parquet.close()
                 self._stream.close()
-            self._folder.delete(
-                f".{self._name}.unfinished" if self._folder.is_local else self._name
-            )
+                if not self._folder.is_local:  # closing it has made it appear
+                    self._folder.delete(self._name)
+            if self._folder.is_local:
+                self._folder.delete(f".{self._name}.unfinished")
             return
-        with self._translated():
+        with self._folder.translated("writing", self._folder.join(self._name)):
             if self._parquet is not None:
                 self._parquet.close()
             self._stream.close()
             if self._folder.is_local:
                 os.replace(self._unfinished, self._folder.join(self._name))
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            path = self._folder.join(self._name)
-            raise StorageError(f"writing {path} failed: {error.strerror or error}") from None
 
 
 def predict_source(

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -306,16 +305,16 @@ def load_file(path: str) -> Tokenizer:
     """Load a user's tokenizer: a `tokenizer.json`, or a folder that has one."""
     folder = Folder(path)
     if folder.path.endswith(".json"):
-        parent, _, name = folder.uri.rpartition("/")
-        if name.partition("?")[0] == TOKENIZER_FILE:
-            return Tokenizer.load(Folder(parent))
+        parent, name = Folder.of_file(folder.uri)
+        if name == TOKENIZER_FILE:
+            return Tokenizer.load(parent)
         try:
-            return Tokenizer(Folder(parent).read_text(name), None, path)
+            return Tokenizer(parent.read_text(name), None, path)
         except FileNotFoundError:
             raise DataError(f"{path}: no such file") from None
     if not folder.exists(TOKENIZER_FILE):
         hub = " (names on a hub are not looked up: download it first)" if "/" in path else ""
-        raise DataError(f"{Path(path) / TOKENIZER_FILE}: no such file{hub}")
+        raise DataError(f"{folder / TOKENIZER_FILE}: no such file{hub}")
     return Tokenizer.load(folder)
 
 

@@ -2,10 +2,10 @@
 
 A checkpoint is a folder `checkpoints/step-<n>-a<attempt>/` of safetensors files and a `state.json`.
 It counts only once its commit object, `checkpoints/step-<n>.json`, names it with every file's size
-and SHA-256. Object stores can't rename, so this order is the whole protocol: files first, commit
-last, and a reader that finds a file other than committed takes the checkpoint before. No two
-writers share a folder, and nothing that a commit names is written to: a step that is saved again
-has two folders until the new commit stands.
+and SHA-256, and its own. Object stores can't rename, so this order is the whole protocol: files
+first, commit last, and a reader that finds a file other than committed takes the checkpoint before.
+No two writers share a folder, and nothing that a commit names is written to: a step that is saved
+again has two folders until the new commit stands.
 """
 
 from __future__ import annotations
@@ -14,21 +14,37 @@ import hashlib
 import json
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
 
-from raybert.errors import DamagedError, Superseded, UserError
-from raybert.storage import Folder, numbers_taken, take_number
+from raybert.errors import DamagedError, StorageError, Superseded, UserError
+from raybert.storage import Folder, numbers_taken, patiently, take_number
 
 FORMAT_VERSION = 1
 _COMMIT = re.compile(r"step-(\d{8})\.json")
 _FOLDER = re.compile(r"step-\d{8}-a(\d+)(-[0-9a-f]{8})?")
+
+#: Types as a safetensors file names them (github.com/huggingface/safetensors, "Format").
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -43,6 +59,14 @@ class Snapshot:
     state: dict[str, Any] = field(default_factory=dict)
 
 
+class Committed(NamedTuple):
+    """What writing a checkpoint took, once it is committed."""
+
+    step: int
+    seconds: float  # in the background
+    size: int  # bytes
+
+
 class CheckpointStore:
     """The checkpoints of one run, written by one attempt at it."""
 
@@ -52,6 +76,10 @@ class CheckpointStore:
         self._attempt, self._keep = attempt, keep
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._committed: Committed | None = None
+        self._swept = False  # False: there may be folders that no commit names
+        self.last: int | None = None  # the step of the last one that is known to be whole
+        self.is_failing = False  # whether the last one that was begun could not be written
 
     def save(self, snapshot: Snapshot, *, best_step: int | None, wait: bool = False) -> None:
         """Write a checkpoint in the background; a failure is raised by the next call.
@@ -66,8 +94,12 @@ class CheckpointStore:
             try:
                 self._write(snapshot)
                 self._prune(snapshot.step, best_step)
+                self.is_failing = False
             except Exception as error:  # handed to the training thread, which must see it
-                self._error = error
+                self._error, self.is_failing, self._swept = error, True, False
+                if self._folder.is_local:  # what was begun must not fill the disk
+                    with suppress(StorageError):
+                        self._sweep()
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
@@ -83,6 +115,23 @@ class CheckpointStore:
             error, self._error = self._error, None
             raise error
 
+    def take_committed(self) -> Committed | None:
+        """The checkpoint that was committed since the last call, if there is one."""
+        committed = self._committed
+        if committed is not None:  # else the thread may set it just now
+            self._committed = None
+        return committed
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def check(self) -> None:
+        """Raise what went wrong with a checkpoint, once its writing has ended; never waits."""
+        if not self.is_busy:
+            self.wait()
+
     def steps(self) -> list[int]:
         """The steps of the committed checkpoints, in rising order."""
         matches = (_COMMIT.fullmatch(name) for name in self._folder.names())
@@ -92,7 +141,9 @@ class CheckpointStore:
         """Load the youngest checkpoint that is whole; each broken one is reported by name."""
         for step in reversed(self.steps()):
             try:
-                return self.load(step)
+                snapshot = self.load(step)
+                self.last = step
+                return snapshot
             except DamagedError as error:
                 on_damaged(str(error))
         return None
@@ -106,7 +157,7 @@ class CheckpointStore:
         """
         name = self._folder.join(f"step-{step:08d}.json")
         try:
-            commit = self._folder.read_json(f"step-{step:08d}.json")
+            commit = self._commit(step)
             version = int(commit["format_version"])
             if version > FORMAT_VERSION:
                 raise UserError(
@@ -130,22 +181,42 @@ class CheckpointStore:
         except (KeyError, ValueError, safetensors.SafetensorError) as error:
             raise DamagedError(f"checkpoint {folder} can't be read: {error}") from None
 
+    def _commit(self, step: int) -> dict[str, Any]:
+        """Read a commit, all but its own checksum.
+
+        Raises:
+            DamagedError: it is altered, or no JSON.
+            FileNotFoundError: there is none.
+        """
+        file = f"step-{step:08d}.json"
+        commit = dict(self._folder.read_json(file))
+        if commit.pop("sha256", None) not in (None, _seal(commit)):  # the first ones had none
+            raise DamagedError(
+                f"the commit {self._folder.join(file)} is altered: its SHA-256 differs"
+            )
+        return commit
+
     def _write(self, snapshot: Snapshot) -> None:
+        begun = time.perf_counter()
         check_attempt(self._run, self._attempt)
+        if not self._swept:  # a disk may be full of what attempts before this one began
+            self._sweep()
         name = f"step-{snapshot.step:08d}-a{self._attempt:04d}"
         if self._folder.exists(name):  # by this attempt, too: it may be what the commit names
             name += f"-{uuid.uuid4().hex[:8]}"
         folder = self._folder / name
         files: dict[str, dict[str, Any]] = {}
-        contents: dict[str, Callable[[], bytes]] = {
-            "model.safetensors": lambda: safetensors.torch.save(snapshot.model),
-            "optimizer.safetensors": lambda: safetensors.torch.save(snapshot.optimizer),
-            "state.json": lambda: json.dumps(snapshot.state).encode(),
+        contents = {
+            "model.safetensors": _pieces(snapshot.model),
+            "optimizer.safetensors": _pieces(snapshot.optimizer),
+            "state.json": [memoryview(json.dumps(snapshot.state).encode())],
         }
-        for file, serialize in contents.items():
-            data = serialize()
-            folder.write_bytes(file, data)
-            files[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for file, pieces in contents.items():
+            folder.write_bytes(file, pieces)
+            digest = hashlib.sha256()
+            for piece in pieces:
+                digest.update(piece)
+            files[file] = {"bytes": sum(map(len, pieces)), "sha256": digest.hexdigest()}
         commit = {
             "format_version": FORMAT_VERSION,
             "step": snapshot.step,
@@ -154,7 +225,11 @@ class CheckpointStore:
             "files": files,
         }
         check_attempt(self._run, self._attempt)  # writing may have taken minutes
+        commit["sha256"] = _seal(commit)
         self._folder.write_json(f"step-{snapshot.step:08d}.json", commit)
+        size = sum(file["bytes"] for file in files.values())
+        self._committed = Committed(snapshot.step, time.perf_counter() - begun, size)
+        self.last = snapshot.step
 
     def _prune(self, written: int, best_step: int | None) -> None:
         """Delete all but the last ones and the best: commits first, so that none is half there.
@@ -168,16 +243,21 @@ class CheckpointStore:
         for step, (attempt, _) in commits.items():
             if step not in keep and attempt <= self._attempt:
                 self._folder.delete(f"step-{step:08d}.json")
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Delete the folders that no commit names; those of younger attempts may yet get one."""
         named = {self._writer(step)[1] for step in self.steps()}
         for name in self._folder.names():
             match = _FOLDER.fullmatch(name)
             if match and name not in named and int(match[1]) <= self._attempt:
                 self._folder.delete(name)
+        self._swept = True
 
     def _writer(self, step: int) -> tuple[int, str]:
         """Which attempt committed a step, and the folder: (0, "") where the commit is damaged."""
         try:
-            commit = self._folder.read_json(f"step-{step:08d}.json")
+            commit = self._commit(step)
             return int(commit["attempt"]), str(commit["folder"])
         except (FileNotFoundError, DamagedError, KeyError, TypeError, ValueError):
             return 0, ""
@@ -190,6 +270,35 @@ def hash_tensors(tensors: Tensors) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _pieces(tensors: Tensors) -> list[memoryview]:
+    """A safetensors file of tensors on the CPU, in pieces that share the tensors' memory.
+
+    The library's `save` copies a file twice, the second time under Python's lock: memory rises by
+    two optimizer states, and the steps taken meanwhile wait for a copy of hundreds of megabytes.
+    """
+    header: dict[str, dict[str, Any]] = {}
+    pieces: list[memoryview] = []
+    end = 0
+    # Wide types first, as in the library: so each tensor lies at a multiple of its type's size.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        pieces.append(tensor.flatten().view(torch.uint8).numpy().data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [memoryview(len(text).to_bytes(8, "little") + text), *pieces]
+
+
+def _seal(commit: dict[str, Any]) -> str:
+    """The SHA-256 of a commit without this key."""
+    return hashlib.sha256(json.dumps(commit, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(name: str) -> str:
@@ -214,9 +323,18 @@ def _verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:
     return data
 
 
-def begin_attempt(run: Folder) -> int:
-    """Register a new attempt at a run under a number of its own; from now on only it may commit."""
-    return take_number(run / "attempts")
+def begin_attempt(run: Folder, patience: float = 0.0) -> int:
+    """Register a new attempt at a run under a number of its own; from now on only it may commit.
+
+    Args:
+        run: its folder.
+        patience: seconds for which a storage that refuses is tried again; what comes of giving up,
+            another start of all workers, costs more.
+
+    Raises:
+        StorageError: it refused all that time.
+    """
+    return patiently(lambda: take_number(run / "attempts"), patience)
 
 
 def check_attempt(run: Folder, attempt: int) -> None:

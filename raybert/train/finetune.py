@@ -22,11 +22,11 @@ from raybert.text.order import deal
 from raybert.text.preprocess import LengthOrder, pad
 from raybert.text.tokenizer import Tokenizer
 from raybert.train.group import Group
-from raybert.train.loop import Batch
 from raybert.train.objective import Objective
 from raybert.train.run import Feed
 from raybert.train.scores import classification_scores
 from raybert.train.settings import TrainConfig
+from raybert.train.task import Batch
 from raybert.train.texts import NO_LABEL, Prepared, TextBatch, Texts, TextsConfig
 
 LAYERS = "encoder.layers."

@@ -13,12 +13,14 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from raybert.errors import DamagedError, RaybertError, StorageError
+from raybert.storage import patiently
 from raybert.text.keyed import key_of
 from raybert.train.checkpoint import CheckpointStore, Snapshot
 from raybert.train.group import Group, has_fast_bf16
@@ -34,79 +36,14 @@ from raybert.train.optim import (
     set_lr,
     swap_averages,
 )
+from raybert.train.saving import Saver
 from raybert.train.settings import TrainConfig
+from raybert.train.task import NO_WISHES, Batch, Evicted, Stopped, Task, Wishes
 
 MEASURED_SHARE = 0.02  # of a run's minutes, at least: the time that its speed is taken over
 SETTLING_STEPS = 3  # at first libraries choose their kernels, and memory is mapped
 SETTLING_SHARE = 0.5  # of that time, in which Ray Data fills its first blocks, too
 MAX_SKIPPED_IN_A_ROW = 20  # after so many undefined steps the weights, not the data, are broken
-
-
-class Batch(Protocol):
-    """One slot's part of a step."""
-
-    @property
-    def step(self) -> int:
-        """The step that it belongs to."""
-
-    @property
-    def slot(self) -> int:
-        """Its place in the global batch."""
-
-    @property
-    def count(self) -> int:
-        """What the loss is averaged over: predicted tokens, or rows."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens read, for throughput."""
-
-    def digest(self) -> str:
-        """A hash of the content."""
-
-
-class Task(Protocol):
-    """What is trained: a model, its batches, its loss and its evaluation."""
-
-    last: dict[str, Any]  # the last evaluation; in the end that of the weights in the model
-
-    @property
-    def model(self) -> nn.Module:
-        """The model; on the group's device."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in one pass over the data."""
-
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens in one pass over the data."""
-
-    @property
-    def flops_per_token(self) -> float:
-        """Floating-point operations of forward and backward for a token; 0 where unknown."""
-
-    @property
-    def needs_total(self) -> bool:
-        """Whether the batches depend on how many steps the run has."""
-
-    def batches(self, first_step: int, total_steps: int | None) -> Iterator[Sequence[Batch]]:
-        """Yield this rank's micro-batches of each step from `first_step` on, without end."""
-
-    def empty_batch(self) -> Batch:
-        """A micro-batch that counts nothing: for a rank that has none in an epoch's last step."""
-
-    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """Run the (possibly wrapped) model; return the loss summed over the batch, in fp32."""
-
-    def lr_scale(self, name: str) -> float:
-        """A parameter's share of the learning rate."""
-
-    def prepare(self, step: int) -> bool:
-        """Freeze or unfreeze for a step; return whether anything changed."""
-
-    def evaluate(self) -> dict[str, Any]:
-        """Evaluate with all ranks together; `score` is among the metrics: higher is better."""
 
 
 @dataclass
@@ -126,26 +63,6 @@ class Progress:
     restarts: int = 0
 
 
-class Stopped(RaybertError):
-    """The run was asked to stop; its state is in a checkpoint."""
-
-
-class Evicted(RaybertError):
-    """A worker's node is about to go; the run's state is in a checkpoint, to go on elsewhere."""
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What may be asked of a run from outside; each is looked at before every step."""
-
-    stop: Callable[[], bool] = lambda: False  # end, from any rank
-    leave: Callable[[], bool] = lambda: False  # end, for the node of this rank goes away
-    save: Callable[[], bool] = lambda: False  # write a checkpoint now; of rank 0
-
-
-NO_WISHES = Wishes()
-
-
 class Loop:
     """A run of a task over a group of processes."""
 
@@ -160,6 +77,7 @@ class Loop:
         on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
         wishes: Wishes = NO_WISHES,
         on_batch: Callable[[Batch], None] | None = None,
+        before_save: Callable[[], None] = lambda: None,
     ) -> None:
         """Set up a run.
 
@@ -172,11 +90,12 @@ class Loop:
             on_progress: gets every logged record, on rank 0.
             wishes: what others may want of the run; to end comes after a checkpoint.
             on_batch: gets every micro-batch before it is trained on; for digests.
+            before_save: called on every rank before each checkpoint, which ends what is repeated.
         """
         self.task, self.config, self.group = task, config, group
         self._store, self._open_log = store, open_log
         self._on_progress, self._wishes = on_progress, wishes
-        self._on_batch = on_batch
+        self._on_batch, self._before_save = on_batch, before_save
         self.progress = Progress()
         self._log: MetricsLog | None = None
         self._bf16 = config.precision == "bf16" or (
@@ -184,8 +103,7 @@ class Loop:
         )
         self.optimizer = make_optimizer(task.model, config, task.lr_scale)
         self._module: nn.Module = task.model
-        self._since_checkpoint = time.perf_counter()
-        self._saved: tuple[Any, ...] | None = None  # the state that the last checkpoint has
+        self._saver = Saver(store if group.rank == 0 else None, config, self._write, self._event)
         self._damaged: list[str] = []  # what was found before there was a log
         self._found: list[dict[str, Any]] = []  # evaluations that nobody has been given yet
         self._resumed = False
@@ -207,6 +125,8 @@ class Loop:
         Raises:
             Stopped: it was asked to stop; run it again to go on.
             Evicted: a node goes away; go on with the others.
+            UserError: a checkpoint can't be written, and the run is to stop for that; on rank 0.
+            StorageError: the best weights can't be read, for minutes.
             RaybertError: the gradients stay undefined.
         """
         evaluations = self.evaluations()
@@ -232,18 +152,21 @@ class Loop:
             for message in self._damaged:
                 self._event("damaged checkpoint", message)
             last = yield from self._train()
-            if self._store is not None:
-                self._store.wait()
+            self._saver.wait()
             result = self._take_best(last)
         except (Exception, GeneratorExit):
-            if self._store is not None:  # the checkpoint under way is worth the wait
-                with contextlib.suppress(RaybertError):
-                    self._store.wait()
+            with contextlib.suppress(RaybertError):  # the one under way is worth the wait
+                self._saver.wait()
             raise
         finally:
             if self._log is not None:
                 self._log.close()
+                self._log = None
         return result
+
+    def tell(self, message: str) -> None:
+        """Show and log what is to be said about the storage."""
+        self._event("storage", message)
 
     def _train(self) -> Generator[dict[str, Any], None, dict[str, Any]]:
         config, progress, task = self.config, self.progress, self.task
@@ -261,6 +184,8 @@ class Loop:
         yield from self._train_until(lambda: progress.step >= (progress.total_steps or math.inf))
         last = self._evaluate(final=True)
         self._save(wait=True)
+        [broken] = self.group.sum([self._saver.heed()])
+        self._saver.end_if(broken)
         yield from self._take_found()
         return last
 
@@ -271,21 +196,22 @@ class Loop:
         are of, and None where no evaluation gave a score.
         """
         progress, store, metrics = self.progress, self._store, last
-        best = None
-        if progress.best_step == progress.step:
+        best, patience = progress.best_step, self.config.patience_s
+        found = None
+        if best == progress.step:
             metrics = progress.best_metrics or last
-        elif progress.best_step is not None and store is not None and self.group.rank == 0:
+        elif best is not None and store is not None and self.group.rank == 0:
             try:
-                best = store.load(progress.best_step)
+                found = patiently(partial(store.load, best), patience, self.tell)
                 metrics = progress.best_metrics or {}
-            except (DamagedError, StorageError) as error:
+            except DamagedError as error:
                 message = f"{error}; the model has the weights of step {progress.step} instead"
                 self._event("best checkpoint lost", message)
                 score, step = last["score"], progress.step
                 progress = replace(progress, best_score=score, best_step=step)
-        if best is not None:
-            averages = averages_in(best.optimizer) if self.config.average_decay else {}
-            self.task.model.load_state_dict({**best.model, **averages})
+        if found is not None:
+            averages = averages_in(found.optimizer) if self.config.average_decay else {}
+            self.task.model.load_state_dict({**found.model, **averages})
         elif self.config.average_decay:
             swap_averages(self.optimizer)
         result = {**metrics, **asdict(progress)}
@@ -331,19 +257,22 @@ class Loop:
                     "checkpoint"
                 )
         wishes = self._wishes
-        count, tokens, seconds, save, stop, leave = self.group.sum(
+        count, tokens, seconds, broken, save, stop, leave = self.group.sum(
             [
                 sum(batch.count for batch in batches),
                 sum(batch.tokens for batch in batches),
                 clock if first else 0.0,
-                first and (wishes.save() or self._checkpoint_is_due()),
+                self._saver.heed(),
+                wishes.save() or self._saver.is_due(progress.step),
                 wishes.stop(),
                 wishes.leave(),
             ]
         )
         progress.seconds = seconds
+        self._saver.end_if(broken)
         if stop:
             self._save(wait=True)
+            self._saver.end_if(self._saver.is_broken)
             raise Stopped(f"stopped at step {progress.step}; run it again to go on from there")
         if leave:
             self._event("eviction", "a node is about to go: a checkpoint, and on without it")
@@ -503,6 +432,7 @@ class Loop:
         return metrics
 
     def _log_train(self) -> None:
+        self._saver.log()
         loss, counted = self.group.sum([float(self._loss), self._counted])
         self._loss.zero_()
         self._counted = 0.0
@@ -544,16 +474,6 @@ class Loop:
             module = torch.compile(module)  # type: ignore[assignment]
         self._module = self.group.wrap(module, deterministic=self.config.deterministic)
 
-    def _checkpoint_is_due(self) -> bool:
-        step = self.progress.step
-        every, minutes = self.config.checkpoint_steps, self.config.checkpoint_minutes
-        if self._store is None or step == 0:
-            return False
-        if every is not None and step % every == 0:
-            return True
-        waited = time.perf_counter() - self._since_checkpoint
-        return minutes is not None and waited >= minutes * 60
-
     def snapshot(self) -> Snapshot:
         """Copy the run's state off the tensors that train on."""
         tensors = self.task.model.state_dict()
@@ -577,25 +497,12 @@ class Loop:
         self._save(wait=True)
 
     def _save(self, wait: bool = False) -> None:
-        self._since_checkpoint = time.perf_counter()
-        store = self._store
-        if store is None or self.group.rank != 0:
-            return
-        try:
-            store.wait()  # what went wrong with the checkpoint before must not cost this one
-        except StorageError as error:
-            # The run goes on: the checkpoint before is still there, and the next may succeed.
-            self._saved = None
-            self._event("checkpoint failed", str(error))
-        if self._saved != self._state():
-            self._saved = self._state()
-            try:
-                store.save(self.snapshot(), best_step=self.progress.best_step, wait=wait)
-            except StorageError as error:
-                self._saved = None
-                self._event("checkpoint failed", str(error))
+        # Nobody takes the steps before a checkpoint again, nor logs them.
+        self._before_save()
         if self._log is not None:
             self._log.flush()
+        best = self.progress.best_step
+        self._saver.save(self._state(), self.snapshot, best_step=best, wait=wait)
 
     def _state(self) -> tuple[Any, ...]:
         """What makes a checkpoint worth writing: clocks aside, all that differs from the last."""
@@ -603,23 +510,32 @@ class Loop:
         return progress.step, progress.total_steps, progress.minutes, progress.best_step
 
     def resume(self) -> None:
-        """Load the youngest whole checkpoint, once; every rank loads the same one."""
-        if self._store is None or self._resumed:
+        """Load the youngest whole checkpoint, once: rank 0 finds it, the others load the same."""
+        store, first = self._store, self.group.rank == 0
+        if store is None or self._resumed:
             return
         self._resumed = True
-        snapshot = self._store.load_latest(self._damaged.append)
-        steps = self.group.gather(-1 if snapshot is None else snapshot.step)
-        if len(set(steps)) > 1:
-            raise RaybertError(
-                f"the workers see different checkpoints: steps {steps}; use storage "
-                "that every node can read"
+        snapshot = store.load_latest(self._damaged.append) if first else None
+        found = -1 if snapshot is None else snapshot.step
+        step = int(self.group.sum([found if first else 0])[0])
+        trouble = ""
+        if step >= 0 and not first:
+            try:
+                snapshot = store.load(step)
+            except (DamagedError, StorageError) as error:
+                trouble = f"rank {self.group.rank}: {error}"
+        troubles = list(filter(None, self.group.gather(trouble)))
+        if troubles:
+            raise StorageError(
+                f"not every worker can read the checkpoint of step {step}; use a run.storage that "
+                f"all nodes share ({troubles[0]})"
             )
         if snapshot is None:
             return
         progress = self.progress = Progress(**snapshot.state)
-        self._saved = self._state()
+        self._saver.begin(self._state())
         progress.restarts += 1
-        if progress.best_step not in self._store.steps():  # it gave way to one that was damaged
+        if progress.best_step not in store.steps():  # it gave way to one that was damaged
             progress.best_score = progress.best_step = progress.best_metrics = None
         self.restore(snapshot)
 
@@ -638,9 +554,7 @@ class Loop:
                 else f"{message}, for {self._skipped_in_a_row} steps in a row; {remedy}"
             )
         if policy == "rollback" and self._store is not None:
-            if self.group.rank == 0:
-                with contextlib.suppress(StorageError):
-                    self._store.wait()
+            self._saver.settle()
             self.group.gather(None)  # the others wait until rank 0 has committed what it wrote
             snapshot = self._store.load_latest(lambda text: self._event("damaged checkpoint", text))
             if snapshot is not None:
@@ -651,9 +565,11 @@ class Loop:
 
 def peak_flops(device: torch.device) -> float:
     """Dense bf16 operations per second that the maker of a GPU states; 0 where unknown."""
-    if device.type != "cuda":
-        return 0.0
-    name = torch.cuda.get_device_name(device)
-    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "L40": 181e12}
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
+
+
+def peak_of(name: str) -> float:
+    """The same, by the GPU's name."""
+    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "L4": 121e12}
     known |= {"V100": 125e12, "T4": 65e12, "B200": 2250e12, "A10": 125e12}
     return next((flops for chip, flops in known.items() if chip in name), 0.0)

@@ -4,16 +4,21 @@ Object stores can't append, and a killed attempt may have logged steps that its 
 again. So each attempt writes a segment of its own, `metrics/<attempt>.jsonl`, and readers merge
 them: from where a younger attempt starts, the older one's lines no longer count. A finished run has
 the merged lines in `metrics.jsonl`.
+
+No line that can't be written ends a run: it waits until the storage takes it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from raybert.errors import StorageError
 from raybert.storage import Folder
@@ -21,69 +26,161 @@ from raybert.storage import Folder
 MERGED = "metrics.jsonl"
 SEGMENTS = "metrics"
 
+RETRY_SECONDS = 5.0  # between tries at a storage that refuses: some take long to say so
+MOST_WAITING = 16 << 20  # bytes of lines that a disk does not take: hours of them
+
+
+class LineLog:
+    """The lines of one file, in order, from one writer; each ends in a line feed or is not there.
+
+    On a disk a line is appended at once. An object store's file is written whole by `flush`, so
+    its lines stay in memory. Lines that can't be written are kept, and tried again with the next.
+    """
+
+    def __init__(
+        self, folder: Folder, name: str, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """Begin the file anew with the first line; `tell` is given trouble, and its end, once."""
+        self._folder, self._name, self._tell = folder, name, tell
+        self._lines: deque[bytes] = deque()  # on a disk: those that are not on it yet
+        self._bytes = 0  # of these lines
+        self._waiting = self._dropped = 0  # lines: not stored yet, and never to be
+        self._file: FileIO | None = None
+        self._end = 0  # of a disk's last whole line, in bytes
+        self._retry_at: float | None = None  # None while all is well
+
+    def write(self, line: str) -> None:
+        """Add a line."""
+        self._lines.append(f"{line}\n".encode())
+        self._bytes += len(self._lines[-1])
+        self._waiting += 1
+        if self._folder.is_local:
+            self._store()
+            while self._bytes > MOST_WAITING:
+                self._take_off()
+                self._dropped += 1
+
+    def flush(self) -> None:
+        """Bring the file up to date, now: an object store's, or a disk's that refused before."""
+        if self._retry_at is not None:
+            self._retry_at = 0.0
+        self._store()
+
+    def close(self) -> None:
+        """Try once more to write what is left; say how much is lost."""
+        self.flush()
+        if self._retry_at is not None:
+            lost = self._waiting + self._dropped
+            self._tell(f"{self._path} lacks the last {lost:,} lines")
+        self._let_go()
+
+    @property
+    def _path(self) -> str:
+        return self._folder.join(self._name)
+
+    def _store(self) -> None:
+        if self._retry_at is not None and time.monotonic() < self._retry_at:
+            return
+        try:
+            self._append() if self._folder.is_local else self._rewrite()
+        except (StorageError, OSError) as error:
+            is_new, self._retry_at = self._retry_at is None, time.monotonic() + RETRY_SECONDS
+            if is_new:
+                self._tell(f"{error}; its lines wait until it can be written")
+            return
+        if self._retry_at is not None:
+            self._retry_at = None
+            lacks = f", without {self._dropped:,} lines" if self._dropped else ""
+            self._tell(f"{self._path} is written again{lacks}")
+
+    def _rewrite(self) -> None:
+        if self._waiting:
+            self._folder.write_bytes(self._name, b"".join(self._lines))
+            self._waiting = 0
+
+    def _append(self) -> None:
+        with self._folder.translated("writing", self._path):
+            try:
+                while self._lines:
+                    self._append_whole(self._lines[0])
+                    self._take_off()
+            except OSError:
+                self._let_go()
+                raise
+
+    def _append_whole(self, line: bytes) -> None:
+        if self._file is None:
+            path = Path(self._path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = FileIO(path, "a")
+            # Behind the last whole line: what a full disk took of the next one is no line.
+            self._end = min(self._end, self._file.tell())
+            self._file.truncate(self._end)
+        rest = line
+        while rest:  # a disk that is nearly full takes a part
+            rest = rest[self._file.write(rest) :]
+        self._end += len(line)
+
+    def _take_off(self) -> None:
+        self._bytes -= len(self._lines.popleft())
+        self._waiting -= 1
+
+    def _let_go(self) -> None:
+        """Close a disk's file, with nothing behind its last whole line."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            with suppress(OSError):
+                file.truncate(self._end)
+            with suppress(OSError):
+                file.close()
+
 
 class MetricsLog:
-    """Writes an attempt's segment: appended line by line on a disk, rewritten whole elsewhere."""
+    """Writes an attempt's segment."""
 
-    def __init__(self, run: Folder, attempt: int, first_step: int, workers: int = 1) -> None:
-        """Open the segment of an attempt that starts at `first_step` with so many workers."""
-        self._folder, self._name = run / SEGMENTS, f"{attempt:04d}.jsonl"
-        self._lines: list[str] = []
-        self._file: TextIO | None = None
-        if self._folder.is_local:
-            self._file = open_lines(self._folder, self._name)
+    def __init__(
+        self,
+        run: Folder,
+        attempt: int,
+        first_step: int,
+        *,
+        workers: int = 1,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Open the segment of an attempt that starts at `first_step` with so many workers.
+
+        `tell` is given trouble with its lines, and its end.
+        """
+        self._lines = LineLog(run / SEGMENTS, f"{attempt:04d}.jsonl", tell)
         start = {"kind": "event", "step": first_step, "event": "start"}
         self.write({**start, "attempt": attempt, "workers": workers})
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one record; its time is added. NaN and infinity become null, as JSON demands.
-
-        Raises:
-            StorageError: the disk is full.
-        """
+        """Write one record; its time is added. NaN and infinity become null, as JSON demands."""
         record = {"kind": record["kind"], "time": round(time.time(), 3), **record}
-        line = json.dumps(finite(record), ensure_ascii=False)
-        if self._file is not None:
-            try:
-                self._file.write(line + "\n")
-                self._file.flush()
-            except OSError as error:
-                name = self._folder.join(self._name)
-                raise StorageError(f"writing {name} failed: {error.strerror or error}") from None
-        else:
-            self._lines.append(line)
+        self._lines.write(json.dumps(finite(record), ensure_ascii=False))
 
     def flush(self) -> None:
-        """Bring an object store's segment up to date; called at evaluations and checkpoints."""
-        if self._file is None:
-            self._folder.write_text(self._name, "".join(line + "\n" for line in self._lines))
+        """Bring the segment up to date; called at evaluations and before checkpoints."""
+        self._lines.flush()
 
     def close(self) -> None:
         """Write what is left."""
-        self.flush()
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # what can't be written was told by `write`
-                self._file.close()
-
-
-def open_lines(folder: Folder, name: str) -> TextIO:
-    """Open a local file that is written line by line, each of which is on the disk at once.
-
-    Raises:
-        StorageError: it can't be made.
-    """
-    path = Path(folder.join(name))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w", encoding="utf-8", buffering=1)
-    except OSError as error:
-        raise StorageError(f"writing {path} failed: {error.strerror or error}") from None
+        self._lines.close()
 
 
 def read_metrics(run: Folder) -> list[dict[str, Any]]:
     """Read a run's records in the order of steps, each step as its youngest attempt saw it."""
-    if run.exists(MERGED):
-        return parse_lines(run.read_text(MERGED))
+    return parse_lines(run.read_text(MERGED)) if run.exists(MERGED) else _merged(run)
+
+
+def merge_metrics(run: Folder) -> None:
+    """Write the merged records of a finished run."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in _merged(run))
+    run.write_text(MERGED, "".join(lines))
+
+
+def _merged(run: Folder) -> list[dict[str, Any]]:
     folder = run / SEGMENTS
     merged: list[dict[str, Any]] = []
     for name in folder.names():
@@ -92,12 +189,6 @@ def read_metrics(run: Folder) -> list[dict[str, Any]]:
             first = segment[0]["step"]
             merged = [record for record in merged if record["step"] <= first] + segment
     return merged
-
-
-def merge_metrics(run: Folder) -> None:
-    """Write the merged records of a finished run."""
-    records = read_metrics(run)
-    run.write_text(MERGED, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
 def parse_lines(text: str) -> list[dict[str, Any]]:

@@ -23,9 +23,9 @@ from raybert.text.order import Order, deal
 from raybert.text.parts import Manifest, PartReader
 from raybert.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from raybert.train.group import Group
-from raybert.train.loop import Batch
 from raybert.train.run import Feed
 from raybert.train.settings import TrainConfig
+from raybert.train.task import Batch
 
 _THEIR_TOKENIZER = (
     "make the corpus with corpus.tokenizer.kind=file and corpus.tokenizer.path=that folder"

@@ -18,7 +18,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
@@ -33,7 +36,7 @@ from raybert.storage import Folder
 from raybert.train.board import Board
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.group import use_interface_of
-from raybert.train.loop import Evicted
+from raybert.train.task import Evicted
 
 _SAVE_SECONDS = 60  # for the checkpoint before a resize; without it, what came since is repeated
 _TELL_SECONDS = 30  # between two lines that say that nodes are missing
@@ -105,7 +108,9 @@ class Patience(FailurePolicy):  # type: ignore[misc]
         most = self.failure_config.max_failures
         if self._failures > most:
             return FailureDecision.RAISE
-        again = f"starting again from step {step:,} ({self._failures} of {most} without progress)"
+        again = f"starting again from step {step:,}"
+        if self._failures > 1:
+            again += f", for the {_ordinal(self._failures)} time of at most {most}"
         self._losses.tell("restart", f"{reason_of(error)}: {again}")
         return FailureDecision.RETRY
 
@@ -187,6 +192,17 @@ def _choose_interface() -> None:
     use_interface_of(ray.util.get_node_ip_address())
 
 
+def _is_echo(error: Exception) -> bool:
+    """Whether it is what gloo or NCCL say on the other workers when one is lost."""
+    return isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("gloo", "NCCL", "Connection", "Timed out", "timeout")
+    )
+
+
+def _ordinal(number: int) -> str:
+    return {1: "1st", 2: "2nd", 3: "3rd"}.get(number, f"{number}th")
+
+
 def _is_nobodys_fault(error: Exception) -> bool:
     """Nodes that go with notice, or don't come yet, say nothing against going on."""
     if isinstance(error, PreemptionError):
@@ -201,19 +217,28 @@ def causes_of(error: Exception) -> list[Exception]:
     failures: dict[int, Any] = getattr(error, "worker_failures", {})
     if not failures:
         return [getattr(error, "controller_failure", error)]
-    return [getattr(failures[rank], "cause", None) or failures[rank] for rank in sorted(failures)]
+    return [_innermost(failures[rank]) for rank in sorted(failures)]
+
+
+def _innermost(failure: Exception) -> Exception:
+    """What Ray has wrapped; its own errors have a `cause`, too, which is no exception."""
+    for name in ("health_check_failure", "cause"):
+        inner = getattr(failure, name, None)
+        if isinstance(inner, Exception):
+            return _innermost(inner)
+    return failure
 
 
 def reason_of(error: Exception) -> str:
     """Why training was interrupted, in a few words."""
     if isinstance(error, PreemptionError):
         return "a node is taken away"
-    cause = next(
-        (c for c in causes_of(error) if not isinstance(c, RuntimeError)),  # torch's echo of a loss
-        causes_of(error)[0],
-    )
+    causes = causes_of(error)
+    cause = next((c for c in causes if not _is_echo(c)), causes[0])
     if isinstance(cause, ray.exceptions.RayActorError):
         return "a worker was lost"
+    if isinstance(cause, WorkerHealthCheckTimeoutError) or _is_echo(cause):
+        return "a worker does not answer"
     if isinstance(cause, WorkerGroupStartupTimeoutError):
         return "not all workers found a place in time"
     lines = str(cause).strip().splitlines() or [type(cause).__name__]

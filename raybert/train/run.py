@@ -11,10 +11,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import torch
 
@@ -22,14 +22,17 @@ from raybert import __version__
 from raybert.config import differences, parse_yaml
 from raybert.errors import ConfigError, DataError, StorageError
 from raybert.model.allocator import keep_freed_memory
-from raybert.storage import Folder
-from raybert.train.checkpoint import CheckpointStore, begin_attempt
+from raybert.storage import Folder, patiently
+from raybert.train.checkpoint import CheckpointStore, begin_attempt, check_attempt
 from raybert.train.group import Group, use_threads
-from raybert.train.loop import NO_WISHES, Batch, Loop, Stopped, Task, Wishes
-from raybert.train.meters import MetricsLog, finite, merge_metrics, open_lines
+from raybert.train.loop import Loop
+from raybert.train.meters import LineLog, MetricsLog, finite, merge_metrics
+from raybert.train.saving import whereabouts
 from raybert.train.settings import MAY_CHANGE, TrainConfig
+from raybert.train.task import NO_WISHES, Batch, Stopped, Task, Wishes
 
 CONFIG, RESULT, INPUTS = "config.yaml", "result.json", "inputs.json"
+DIGESTS = "digests"  # of every micro-batch: `<attempt>-<rank>.txt`
 
 
 @dataclass(frozen=True)
@@ -165,22 +168,26 @@ class Execution:
             wishes: what others may want of the run.
         """
         config = job.config
-        self._job, self._run, self._group = job, run, group
+        self._job, self._run, self._attempt, self._group = job, run, attempt, group
         self._threads = use_threads(config.threads, workers_here)
         if group.device.type == "cpu":
             keep_freed_memory()
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         self.task = job.make_task(group, feed)
-        self._digests = _DigestLog(run, attempt, group.rank) if config.digests else None
+        self._store = CheckpointStore(run, attempt, config.keep_checkpoints)
+        self._digests = LineLog(run / DIGESTS, f"{attempt:04d}-{group.rank:04d}.txt", self._tell)
         self.loop = Loop(
             self.task,
             config,
             group,
-            store=CheckpointStore(run, attempt, config.keep_checkpoints),
-            open_log=lambda step: MetricsLog(run, attempt, step, group.world_size),
+            store=self._store,
+            open_log=lambda step: MetricsLog(
+                run, attempt, step, workers=group.world_size, tell=self._tell
+            ),
             on_progress=on_progress,
             wishes=wishes,
-            on_batch=self._digests,
+            on_batch=self._note if config.digests else None,
+            before_save=self._digests.flush,
         )
         self.result: dict[str, Any] = {}  # once the run is over; of rank 0
         self._evaluations = self._go()
@@ -189,7 +196,8 @@ class Execution:
         """Train to the end; on rank 0 write the finished model, and return the result.
 
         Raises:
-            As `Loop.run`.
+            StorageError: they could not be written, for minutes; says from where the run goes on.
+            RaybertError: as `Loop.run`.
         """
         while self.advance() is not None:
             pass
@@ -199,7 +207,7 @@ class Execution:
         """Train up to the next evaluation and return its record; None: the run is over.
 
         Raises:
-            As `Loop.run`.
+            As `run`.
         """
         return next(self._evaluations, None)
 
@@ -207,16 +215,27 @@ class Execution:
         """Leave the run as it stands; its checkpoints stay."""
         self._evaluations.close()
 
+    def _tell(self, message: str) -> None:
+        self.loop.tell(message)
+
+    def _note(self, batch: Batch) -> None:
+        self._digests.write(f"{batch.step} {batch.slot} {batch.digest()}")
+
     def _go(self) -> Generator[dict[str, Any], None, None]:
-        with nullcontext() if self._digests is None else closing(self._digests):
+        with closing(self._digests):
             outcome = yield from self.loop.evaluations()
         if self._group.rank == 0:
-            self.result = self._finish(outcome)
+            patience = self._job.config.patience_s
+            try:
+                self.result = patiently(lambda: self._finish(outcome), patience, self._tell)
+            except StorageError as error:
+                raise StorageError(f"{error}; {whereabouts(self._store.last)}") from None
         self._group.gather(None)  # nobody leaves before the result stands
 
     def _finish(self, outcome: dict[str, Any]) -> dict[str, Any]:
         """Write the finished model and the result."""
         job, run = self._job, self._run
+        check_attempt(run, self._attempt)  # the storage may have been away for minutes
         self.task.last = outcome  # the model's figures are those of the weights that it gets
         found = {
             **outcome,
@@ -241,7 +260,7 @@ def execute_bare(
             last step was already taken, the result.
     """
     device = torch.device("cuda" if _wants_gpu(job.config) else "cpu")
-    attempt = begin_attempt(run)
+    attempt = begin_attempt(run, job.config.patience_s)
     group = Group(device=device)
     try:
         with _interruptible() as is_interrupted:
@@ -309,43 +328,14 @@ def _processor() -> str:
         return platform.machine()
 
 
-class _DigestLog:
-    """Writes the digest of every micro-batch: `digests/<attempt>-<rank>.txt`.
-
-    On a disk line by line, so that a killed worker's are there to be compared.
-    """
-
-    def __init__(self, run: Folder, attempt: int, rank: int) -> None:
-        self._folder, self._name = run / "digests", f"{attempt:04d}-{rank:04d}.txt"
-        self._lines: list[str] = []
-        self._file: TextIO | None = None
-        if self._folder.is_local:
-            self._file = open_lines(self._folder, self._name)
-
-    def __call__(self, batch: Batch) -> None:
-        line = f"{batch.step} {batch.slot} {batch.digest()}\n"
-        if self._file is not None:
-            try:
-                self._file.write(line)
-            except OSError as error:
-                path = self._folder.join(self._name)
-                raise StorageError(f"writing {path} failed: {error.strerror or error}") from None
-        else:
-            self._lines.append(line)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        else:
-            self._folder.write_text(self._name, "".join(self._lines))
-
-
 def read_digests(run: Folder) -> dict[tuple[int, int], set[str]]:
     """The digests of every (step, slot) over all attempts and ranks: one each, if all agree."""
-    folder = run / "digests"
+    folder = run / DIGESTS
     found: dict[tuple[int, int], set[str]] = {}
     for name in folder.names():
-        for line in folder.read_text(name).splitlines():
+        for line in folder.read_text(name).splitlines(keepends=True):
+            if not line.endswith("\n"):  # of a worker that was killed while it wrote
+                continue
             step, slot, digest = line.split()
             found.setdefault((int(step), int(slot)), set()).add(digest)
     return found

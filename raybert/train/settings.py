@@ -97,6 +97,9 @@ class TrainConfig(Settings):
     )
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, beside the best one")
+    on_checkpoint_failure: Literal["continue", "stop"] = Field(
+        "continue", description="what a checkpoint that can't be written does to the run"
+    )
 
     workers: Workers = Field(
         1,
@@ -172,6 +175,11 @@ class TrainConfig(Settings):
         """Micro-batches in a global batch."""
         return self.global_batch_size // self.micro_batch_size
 
+    @property
+    def patience_s(self) -> float:
+        """Seconds for which one rank may try a storage that refuses, while the others wait."""
+        return 0.75 * self.collective_timeout_s
+
     def budget(self, steps_per_epoch: int, tokens_per_epoch: int) -> Budget:
         """The run's length, given the data's."""
         if self.minutes is not None:
@@ -195,6 +203,7 @@ MAY_CHANGE = frozenset(
         "checkpoint_minutes",
         "checkpoint_steps",
         "keep_checkpoints",
+        "on_checkpoint_failure",
         "workers",
         "gpu",
         "threads",

@@ -31,9 +31,10 @@ from raybert.storage import Folder
 from raybert.train.board import Board, Link
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
-from raybert.train.loop import Evicted, Stopped, Wishes
 from raybert.train.run import RESULT, Execution, Feed, Job
 from raybert.train.settings import TrainConfig
+from raybert.train.task import Evicted, Stopped, Wishes
+from raybert.train.telemetry import Telemetry
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60  # for the step under way and its checkpoint, after Ctrl-C
@@ -45,7 +46,7 @@ _RESIZE_SECONDS = 30.0  # between two looks whether there is room for more worke
 _SILENCE_SECONDS = 120  # without an answer of Ray's head: it may come back
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # Ray's page of training runs shows it: URIs may hold keys
 class _Work:
     """What travels to every worker."""
 
@@ -86,8 +87,8 @@ def train_on_ray(
     from raybert.train.recovery import NodesInterface, Trainer
 
     config = job.config
-    gpu = config.gpu == "yes" or (config.gpu == "auto" and resources.gpus >= config.min_workers)
-    _check_resources(config, gpu, resources)
+    gpu = uses_gpus(config, resources.gpus)
+    check_resources(config, gpu, resources)
     board = board or Board()
     work = _Work(
         job=job,
@@ -101,7 +102,8 @@ def train_on_ray(
         ),
         board=board,
     )
-    ray_folder, name = run / "ray", f"attempt-{time.time_ns()}"
+    names = run.path.rstrip("/").split("/")[-2:]  # experiment and stage, for Ray's pages
+    ray_folder, name = run / "ray", "-".join([*names, str(time.time_ns())])
     fewest, most = config.min_workers, config.max_workers
     trainer = Trainer(
         _worker,
@@ -116,6 +118,8 @@ def train_on_ray(
             num_workers=most if fewest == most else (fewest, most),
             elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=gpu,
+            # CPU workers share a node's caches and memory, GPUs its fast links.
+            placement_strategy="PACK" if gpu else "SPREAD",
             resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpu else {}),
         ),
         run_config=RunConfig(
@@ -128,9 +132,10 @@ def train_on_ray(
         ),
     )
     _Fit(trainer, board, on_progress).wait()
-    ray_folder.delete(name)
-    if not ray_folder.names(hidden=True):  # another driver's attempt may be at work there
-        run.delete("ray")
+    with suppress(StorageError):  # what is left over is no reason to fail
+        ray_folder.delete(name)
+        if not ray_folder.names(hidden=True):  # another driver's attempt may be at work there
+            run.delete("ray")
     if not run.exists(RESULT):
         raise Stopped(f"{run} was asked to stop; run it again to go on")
     result = run.read_json(RESULT)
@@ -160,12 +165,21 @@ def operator_cpus(free: int, workers: int, gpu: bool) -> float:
     return 1 / math.ceil(workers / max(1, free))
 
 
-def _check_resources(config: TrainConfig, gpu: bool, resources: Resources) -> None:
+def uses_gpus(config: TrainConfig, gpus: float) -> bool:
+    """Whether each worker gets a GPU, in a cluster that has so many."""
+    return config.gpu == "yes" or (config.gpu == "auto" and gpus >= config.min_workers)
+
+
+def check_resources(config: TrainConfig, gpu: bool, resources: Resources) -> None:
     """Refuse what would wait for ever: workers without a place, operators without a CPU.
+
+    A range of workers waits on purpose, for nodes that an autoscaler brings.
 
     Raises:
         ConfigError: the cluster is too small.
     """
+    if not isinstance(config.workers, int) and not resources.started_here:
+        return
     workers, name = config.min_workers, f"{config.section}.workers"
     name += "" if isinstance(config.workers, int) else ".min"
     key = f"{name}={workers}"
@@ -190,11 +204,19 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     device = torch.device("cuda", torch.cuda.current_device()) if work.gpu else torch.device("cpu")
     group = Group.current(device)
-    attempt = begin_attempt(work.run) if group.rank == 0 else 0
+    patience = work.job.config.patience_s
+    attempt = begin_attempt(work.run, patience) if group.rank == 0 else 0
     attempt = int(group.sum([attempt])[0])
     if group.rank == 0:
         work.board.begin(attempt)
     link = Link(work.board, attempt) if group.rank == 0 else None
+    telemetry = Telemetry(work.run, attempt, group.world_size) if group.rank == 0 else None
+
+    def on_progress(record: dict[str, Any]) -> None:
+        if link is not None and telemetry is not None:
+            link.report(record)
+            telemetry.report(record)
+
     try:
         Execution(
             work.job,
@@ -203,7 +225,7 @@ def _worker(config: dict[str, Any]) -> None:
             group,
             Feed(on_ray=True, cpus=_data_cpus(group.world_size, work.gpu), memory=work.data_memory),
             workers_here=context.get_local_world_size(),
-            on_progress=link.report if link else lambda record: None,
+            on_progress=on_progress,
             wishes=Wishes(link.is_stopping, _is_leaving, link.is_asked_to_save)
             if link
             else Wishes(leave=_is_leaving),
@@ -224,6 +246,8 @@ def _worker(config: dict[str, Any]) -> None:
     finally:
         if link is not None:
             link.close()
+        if telemetry is not None:
+            telemetry.close()
 
 
 def _data_cpus(workers: int, gpu: bool) -> float:

@@ -29,9 +29,9 @@ from raybert.train.board import Board, Link
 from raybert.train.checkpoint import CheckpointStore, Snapshot, begin_attempt, hash_tensors
 from raybert.train.finetune import FinetuneJob, Held
 from raybert.train.group import Group
-from raybert.train.loop import Stopped, Wishes
 from raybert.train.meters import read_metrics
 from raybert.train.run import CONFIG, Execution, Feed
+from raybert.train.task import Stopped, Wishes
 from raybert.train.worker import train_on_ray
 from raybert.tune.ledger import TRIAL, write_trial
 from raybert.tune.settings import Searched

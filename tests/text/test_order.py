@@ -20,6 +20,16 @@ def test_a_permutation_reaches_every_number_once_and_inverts(size: int, key: int
     assert permutation.inverse(int(values[where])) == where
 
 
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(2**32, 2**62), key=st.integers(0, 2**64 - 1), data=st.data())
+def test_a_permutation_of_any_size_inverts(size: int, key: int, data: st.DataObject) -> None:
+    permutation = Permutation(size, key)
+    positions = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20, unique=True))
+    values = permutation(np.array(positions))
+    assert values.min() >= 0 and values.max() < size
+    assert [permutation.inverse(int(value)) for value in values] == positions
+
+
 def test_a_permutation_moves_things_as_a_random_one_would() -> None:
     values = Permutation(10_000, key_of("x"))(np.arange(10_000))
     # The mean distance of a random permutation is n / 3, its fixed points are 1 in expectation.
@@ -96,7 +106,35 @@ def test_slots_are_dealt_whole_and_evenly(slots: int, world: int) -> None:
     assert max(lengths) - min(lengths) <= 1
 
 
-def test_a_step_far_into_ten_billion_rows_costs_no_more_than_the_first() -> None:
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(2**33, 2**60),
+    rows_per_group=st.sampled_from([1, 4, 32]),
+    slots=st.integers(1, 5000),
+    seed=st.integers(0, 100),
+    epoch=st.integers(0, 5),
+    data=st.data(),
+)
+def test_windows_of_huge_corpora_share_no_row(
+    rows: int, rows_per_group: int, slots: int, seed: int, epoch: int, data: st.DataObject
+) -> None:
+    order = Order(rows, rows_per_group, slots * 4, 4, seed)
+    last = order.steps_of(*order.window_of((epoch + 1) * order.steps_per_epoch - 1))
+    windows = {order.window_of(step)[1] for step in (last.start - 1, last.start)}
+    windows.add(data.draw(st.integers(0, max(windows))))
+    chosen = {0, slots - 1, data.draw(st.integers(0, slots - 1))}
+    drawn = [order.window(epoch, window, slot) for window in windows for slot in chosen]
+    seen = np.concatenate(drawn)
+    assert seen.min() >= 0 and seen.max() < rows
+    assert len(np.unique(seen)) == len(seen)
+    assert max(len(ids) for ids in drawn) == order.window_rows
+    for ids in drawn:  # whole groups, but for both ends and the short one: little is read twice
+        groups = np.unique(ids // rows_per_group)
+        assert len(groups) <= -(-len(ids) // rows_per_group) + 2
+
+
+def test_a_step_far_into_ten_billion_rows_is_made_of_as_many_as_the_first() -> None:
     order = Order(10_000_000_000, 32, 2048, 32, seed=0)
-    ids = order.micro_batch(order.steps_per_epoch * 3 - 7, 63)
-    assert len(np.unique(ids)) == 32 and ids.max() < 10_000_000_000
+    for step in (0, order.steps_per_epoch * 3 - 7):
+        ids = order.micro_batch(step, 63)
+        assert len(np.unique(ids)) == 32 and ids.max() < 10_000_000_000

@@ -1,5 +1,6 @@
 """Parts: what is written can be read at any row, by us and by any Parquet reader."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,17 @@ from hypothesis import strategies as st
 
 from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.storage import Folder
-from raybert.text.parts import Manifest, PartReader, PartWriter
+from raybert.text.parts import Manifest, PartFile, PartReader, PartWriter
 
 
-def write(folder: Path, n: int, t: int = 24, vocab: int = 30_000) -> tuple[Manifest, np.ndarray]:
+def write(
+    folder: Path | Folder, n: int, t: int = 24, vocab: int = 30_000
+) -> tuple[Manifest, np.ndarray]:
     rng = np.random.default_rng(n)
     ids, starts = rng.integers(0, vocab, (n, t)), rng.random((n, t)) < 0.5
+    folder = folder if isinstance(folder, Folder) else Folder(folder)
     writer = PartWriter(
-        Folder(folder), "train", seq_len=t, vocab_size=vocab, rows_per_part=64, rows_per_group=16
+        folder, "train", seq_len=t, vocab_size=vocab, rows_per_part=64, rows_per_group=16
     )
     for begin in range(0, n, 37):
         writer.append(ids[begin : begin + 37], starts[begin : begin + 37])
@@ -46,6 +50,72 @@ def test_any_rows_come_back_in_the_order_asked_for(
     assert (rows.input_ids == written[0][asked]).all()
     assert (rows.word_starts == written[1][asked].astype(bool)).all()
     assert manifest.splits["train"].rows == n
+
+
+def test_the_parts_of_an_object_store_are_read_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PartReader, "_OPEN_FILES", 2)
+    folder = Folder("mock:///corpus")  # in memory; to us it is no local disk
+    folder.filesystem.create_dir(folder.path)
+    manifest, written = write(folder, 1000)
+    reader = PartReader(folder, manifest, "train")
+    reader.check()
+    for seed in range(5):
+        asked = np.random.default_rng(seed).permutation(1000)
+        rows = reader.read_rows(asked)
+        assert (rows.input_ids == written[0][asked]).all()
+        assert (rows.word_starts == written[1][asked].astype(bool)).all()
+    assert len(reader._files) <= 2
+
+
+def grow(folder: Path, manifest: Manifest, parts: int, groups: int) -> Manifest:
+    """Put sparse parts of so many row groups each in the place of a corpus's only part."""
+    split = manifest.splits["train"]
+    [small] = split.parts
+    whole = small.rows // split.rows_per_group
+    size = small.bytes + (groups - whole) * split.layout.stride
+    rows = groups * split.rows_per_group
+    names = [f"train-{index:05d}.parquet" for index in range(parts)]
+    large = [PartFile(name=name, rows=rows, bytes=size, sha256="0" * 64) for name in names]
+    for name in names:
+        with (folder / name).open("wb") as file:
+            file.truncate(size)
+    grown = {"rows": rows * parts, "rows_per_part": rows, "parts": large}
+    splits = {"train": split.model_copy(update=grown)}
+    return manifest.model_copy(update={"splits": splits})
+
+
+def test_rows_past_two_to_the_33rd_are_read_from_where_they_lie(tmp_path: Path) -> None:
+    """Files of 23 GB that take no room: holes, but for the row groups that are asked for."""
+    manifest, written = write(tmp_path, 64, t=8)  # four row groups
+    data = (tmp_path / "train-00000.parquet").read_bytes()
+    manifest = grow(tmp_path, manifest, parts=9, groups=1 << 26)
+    split = manifest.splits["train"]
+    first, stride = split.layout.first, split.layout.stride
+    assert split.rows > 1 << 33
+    per_part = 1 << 26
+    placed = [(8, per_part - 1), (8, 0), (7, 12_345_678), (0, 3)]  # (part, row group in it)
+    asked = []
+    for source, (part, group) in enumerate(placed):
+        with (tmp_path / split.parts[part].name).open("r+b") as file:
+            file.seek(first + group * stride)
+            file.write(data[first + source * stride :][:stride])
+        asked += [(part * per_part + group) * 16 + row for row in range(16)]
+    reader = PartReader(Folder(tmp_path), manifest, "train")
+    reader.check()
+    mixed = np.random.default_rng(0).permutation(64)
+    rows = reader.read_rows(np.array(asked)[mixed])
+    assert (rows.input_ids == written[0][mixed]).all()
+    assert (rows.word_starts == written[1][mixed].astype(bool)).all()
+    with pytest.raises(IndexError):
+        reader.read_rows(np.array([split.rows]))
+
+
+def test_of_many_parts_little_travels_with_a_reader(tmp_path: Path) -> None:
+    manifest, _ = write(tmp_path, 64)
+    manifest = grow(tmp_path, manifest, parts=1000, groups=8)
+    packed = pickle.dumps(PartReader(Folder(tmp_path), manifest, "train"))
+    assert len(packed) < 40 * 1000
+    pickle.loads(packed).check()
 
 
 def test_parts_are_ordinary_parquet(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from making import Attempt, Scripted, finetune_job, gradients_of, pretrain_job
 
-from raybert.errors import RaybertError
+from raybert.errors import RaybertError, UserError
 from raybert.storage import Folder
 from raybert.text.masking import IGNORE_INDEX
 from raybert.train.group import Group
-from raybert.train.loop import Stopped
+from raybert.train.task import Stopped
 
 
 class Uneven(Scripted):
@@ -79,6 +79,22 @@ def stop_for_good(corpus, run, group):
     return {"error": None}
 
 
+def broken_checkpoint(corpus, run, group):
+    """Rank 0 can't write a checkpoint, and the run is to stop for that: both must."""
+
+    def in_the_way(batch):
+        if batch.step == 1 and group.rank == 0 and not run.exists("checkpoints"):
+            run.write_text("checkpoints", "a file where a folder should be")
+
+    job = pretrain_job(corpus, steps=500, checkpoint_steps=2, on_checkpoint_failure="stop")
+    attempt = Attempt(job, run, group=group, on_batch=in_the_way)
+    try:
+        attempt.run()
+    except (UserError, Stopped) as error:
+        return {"step": attempt.loop.progress.step, "error": type(error).__name__}
+    return {"step": None}
+
+
 def whole_epoch(corpus, run, group):
     """In the epoch's last step there may be no row for the last rank."""
     job = pretrain_job(corpus, steps=None, epochs=2, micro_batch_size=1, global_batch_size=2)
@@ -122,6 +138,7 @@ SCENARIOS = {
     "not_a_number": not_a_number_on_one_rank,
     "stop_on_one_rank": stop_on_one_rank,
     "stop_for_good": stop_for_good,
+    "broken_checkpoint": broken_checkpoint,
     "whole_epoch": whole_epoch,
     "fine_tuning": fine_tuning,
     "resumed": resumed,

@@ -173,7 +173,7 @@ def test_what_a_user_can_mend_is_said_by_its_own_class():
     full = StorageError("writing x failed: No space left on device")
     assert _said_by_worker(Failed(full)) is full
     other = _said_by_worker(Failed(ValueError("odd")))
-    assert str(other) == "training failed: worker 0: odd"
+    assert str(other) == "training failed: odd"
 
 
 def test_a_wish_to_save_is_heard_once_and_again_when_it_is_repeated(monkeypatch):

@@ -1,24 +1,30 @@
-"""Checkpoints: what is committed, what is kept, who may commit."""
+"""Checkpoints: what is committed, what is kept, who may commit, and what damage does."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from making import same_tensors
 
 from raybert.errors import StorageError, Superseded, UserError
 from raybert.storage import Folder
 from raybert.train.checkpoint import (
+    _DTYPES,
     FORMAT_VERSION,
     CheckpointStore,
     Snapshot,
+    _seal,
     begin_attempt,
     check_attempt,
 )
 
 
 @pytest.fixture
-def run(tmp_path):
-    return Folder(tmp_path)
+def run(anywhere):
+    return anywhere
 
 
 def snapshot(step):
@@ -43,6 +49,37 @@ def test_what_is_loaded_is_what_was_saved(run):
     assert torch.equal(found.model["weight"], torch.full((3, 2), 7.0))
     assert found.optimizer["weight|exp_avg"].dtype == torch.bfloat16
     assert torch.equal(found.optimizer["weight|exp_avg"], snapshot(7).optimizer["weight|exp_avg"])
+
+
+def drawn(dtype, shape, layout):
+    """A tensor of small numbers; `turned` is one whose elements do not lie in the order of rows."""
+    tensor = torch.randint(0, 2, shape).to(dtype)
+    return tensor.movedim(0, -1) if layout == "turned" and shape else tensor
+
+
+tensors = st.dictionaries(
+    st.text(max_size=9),
+    st.builds(
+        drawn,
+        st.sampled_from(list(_DTYPES)),
+        st.lists(st.integers(0, 5), max_size=3),
+        st.sampled_from(["plain", "turned"]),
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(model=tensors, optimizer=tensors)
+def test_tensors_of_any_type_and_shape_come_back(tmp_path_factory, model, optimizer):
+    store = store_of(Folder(tmp_path_factory.mktemp("run")))
+    store.save(Snapshot(1, model, optimizer), best_step=None, wait=True)
+    found = store.load(1)
+    for written, read in ((model, found.model), (optimizer, found.optimizer)):
+        assert written.keys() == read.keys()
+        for name, tensor in written.items():
+            assert read[name].dtype == tensor.dtype
+            assert torch.equal(read[name], tensor)
 
 
 def test_the_last_ones_and_the_best_are_kept(run):
@@ -93,6 +130,26 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(run, monkeypatch
     with pytest.raises(StorageError, match="the disk is full"):
         store.wait()
     store.wait()  # told once
+
+
+def test_what_was_committed_is_told_once(run, monkeypatch):
+    store = store_of(run)
+    assert store.take_committed() is None
+    store.save(snapshot(3), best_step=None, wait=True)
+    told = store.take_committed()
+    files = run / "checkpoints" / "step-00000003-a0001"
+    assert told.step == 3
+    assert told.size == sum(files.size(name) for name in files.names()) > 0
+    assert told.seconds > 0
+    assert store.take_committed() is None
+
+    def breaks(self, name, value):
+        raise StorageError(f"writing {self.join(name)} failed: No space left on device")
+
+    monkeypatch.setattr(Folder, "write_json", breaks)  # the commit
+    with pytest.raises(StorageError):
+        store.save(snapshot(4), best_step=None, wait=True)
+    assert store.take_committed() is None
 
 
 def test_only_the_youngest_attempt_commits(run):
@@ -215,9 +272,10 @@ def test_a_newer_format_is_refused_by_name(run):
     store = store_of(run)
     store.save(snapshot(1), best_step=None, wait=True)
     commit = (run / "checkpoints").read_json("step-00000001.json")
-    (run / "checkpoints").write_json(
-        "step-00000001.json", {**commit, "format_version": FORMAT_VERSION + 1}
-    )
+    del commit["sha256"]
+    commit["format_version"] = FORMAT_VERSION + 1
+    commit["sha256"] = _seal(commit)
+    (run / "checkpoints").write_json("step-00000001.json", commit)
     # No damage that an older checkpoint could stand in for: going on would undo newer work.
     with pytest.raises(UserError, match=f"has format {FORMAT_VERSION + 1}.*upgrade raybert"):
         store.load_latest(pytest.fail)
@@ -246,3 +304,179 @@ def test_a_commit_of_another_shape_is_damaged(run, commit):
 
 def test_no_checkpoint_is_no_error(run):
     assert store_of(run).load_latest(pytest.fail) is None
+
+
+def test_a_commit_without_a_checksum_of_its_own_is_read(run):
+    """As the first ones were written."""
+    store = store_of(run)
+    store.save(snapshot(1), best_step=None, wait=True)
+    commit = (run / "checkpoints").read_json("step-00000001.json")
+    del commit["sha256"]
+    (run / "checkpoints").write_json("step-00000001.json", commit)
+    assert store.load(1).step == 1
+
+
+# Damage ------------------------------------------------------------------------------------------
+
+FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "commit"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run with the checkpoints of steps 1 and 2, and the paths of the younger one's files."""
+    run = Folder(tmp_path_factory.mktemp("damage"))
+    store = store_of(run)
+    for step in (1, 2):
+        store.save(snapshot(step), best_step=None, wait=True)
+    checkpoints = Path(run.path) / "checkpoints"
+    paths = {file: checkpoints / "step-00000002-a0001" / file for file in FILES[:-1]}
+    return store, paths | {"commit": checkpoints / "step-00000002.json"}
+
+
+def loaded(two, file, data):
+    """What is loaded where a file of the younger checkpoint holds this; and what is said."""
+    store, paths = two
+    whole, told = paths[file].read_bytes(), []
+    try:
+        if data is None:
+            paths[file].unlink()
+        else:
+            paths[file].write_bytes(data(whole))
+        return store.load_latest(told.append), told
+    finally:
+        paths[file].write_bytes(whole)
+
+
+def is_that_of(found, step):
+    expected = snapshot(step)
+    return (
+        same_tensors(found.model, expected.model)
+        and same_tensors(found.optimizer, expected.optimizer)
+        and (found.step, found.state) == (step, expected.state)
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(FILES), st.integers(0, 1 << 20), st.integers(0, 7))
+def test_a_flipped_bit_costs_the_checkpoint_at_most(two, file, at, bit):
+    def flip(data):
+        index = at % len(data)
+        return data[:index] + bytes([data[index] ^ 1 << bit]) + data[index + 1 :]
+
+    found, told = loaded(two, file, flip)
+    if found.step == 2:  # the name of the commit's own checksum was hit
+        assert file == "commit" and told == []
+        assert is_that_of(found, 2)
+    else:
+        [message] = told
+        assert "step-00000002" in message
+        assert is_that_of(found, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True))
+def test_a_file_cut_anywhere_costs_the_checkpoint(two, file, share):
+    found, told = loaded(two, file, lambda data: data[: int(share * len(data.rstrip()))])
+    [message] = told
+    assert "step-00000002" in message
+    assert is_that_of(found, 1)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_deleted_file_costs_the_checkpoint(two, file):
+    found, told = loaded(two, file, None)
+    assert is_that_of(found, 1)
+    if file == "commit":  # without it there is no checkpoint that could be broken
+        assert told == []
+    else:
+        assert told == [f"checkpoint file {two[1][file]} is missing"]
+
+
+@pytest.mark.parametrize("whole", range(4))
+def test_an_upload_that_was_cut_is_no_checkpoint_and_is_swept_away(run, whole):
+    """So many of its files are whole, the next one is not, and nobody came to the commit."""
+    store_of(run).save(snapshot(1), best_step=None, wait=True)
+    begun = run / "checkpoints" / "step-00000002-a0001"
+    for file in FILES[:whole]:
+        begun.write_bytes(file, (run / "checkpoints" / "step-00000001-a0001").read_bytes(file))
+    if whole < 3:
+        begun.write_bytes(FILES[whole], b"half of")
+    again = store_of(run)
+    assert again.load_latest(pytest.fail).step == again.last == 1
+    again.save(snapshot(3), best_step=None, wait=True)
+    assert (run / "checkpoints").names() == [
+        "step-00000001-a0001", "step-00000001.json", "step-00000003-a0002", "step-00000003.json",
+    ]  # fmt: skip
+
+
+# A storage that refuses --------------------------------------------------------------------------
+
+
+def refuse(monkeypatch, file, after=False):
+    """Break the writing of a file of each checkpoint, or its answer after it stands there."""
+    write = Folder.write_bytes
+
+    def breaks(folder, name, data):
+        is_it = name == file or (file == "commit" and name.startswith("step-"))
+        if after or not is_it:
+            write(folder, name, data)
+        if is_it:
+            raise StorageError(f"writing {name} failed: No space left on device")
+
+    monkeypatch.setattr(Folder, "write_bytes", breaks)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_a_failed_checkpoint_began_does_not_fill_the_disk(tmp_path, monkeypatch, file):
+    run = Folder(tmp_path)
+    store = store_of(run)
+    store.save(snapshot(1), best_step=None, wait=True)
+    before = (run / "checkpoints").names()
+    refuse(monkeypatch, file)
+    with pytest.raises(StorageError, match="No space left"):
+        store.save(snapshot(2), best_step=None, wait=True)
+    assert (run / "checkpoints").names() == before
+    assert (store.last, store.is_failing) == (1, True)
+    monkeypatch.undo()
+    store.save(snapshot(3), best_step=None, wait=True)
+    assert (store.last, store.is_failing) == (3, False)
+
+
+def test_a_commit_that_stands_although_its_answer_was_lost_counts(run, monkeypatch):
+    store = store_of(run)
+    refuse(monkeypatch, "commit", after=True)
+    with pytest.raises(StorageError):
+        store.save(snapshot(2), best_step=None, wait=True)
+    monkeypatch.undo()
+    assert is_that_of(store.load_latest(pytest.fail), 2)
+    store.save(snapshot(3), best_step=2, wait=True)
+    assert store.steps() == [2, 3]
+    assert is_that_of(store.load(2), 2)
+
+
+def test_a_failure_is_heard_without_waiting(run, monkeypatch):
+    store = store_of(run)
+    store.check()
+    refuse(monkeypatch, "state.json")
+    store.save(snapshot(1), best_step=None)
+    store._thread.join()
+    assert not store.is_busy
+    with pytest.raises(StorageError, match="No space left"):
+        store.check()
+    store.check()  # told once
+
+
+def test_an_attempt_begins_once_the_storage_takes_it(tmp_path, monkeypatch):
+    (tmp_path / "attempts").write_text("a file where a folder should be")
+    with pytest.raises(StorageError, match="attempts.* failed: "):
+        begin_attempt(Folder(tmp_path))
+    sleeps = []
+
+    def meanwhile(seconds):
+        sleeps.append(seconds)
+        if len(sleeps) == 3:
+            (tmp_path / "attempts").unlink()
+
+    monkeypatch.setattr("raybert.storage.time.sleep", meanwhile)
+    assert begin_attempt(Folder(tmp_path), patience=60) == 1
+    assert sleeps == [0.5, 1.0, 2.0]

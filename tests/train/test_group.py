@@ -83,6 +83,12 @@ def test_one_ranks_undefined_loss_ends_all_where_it_shall(found):
         assert "step 0: the gradient's norm is" in found[2, rank]["stop_for_good"]["error"]
 
 
+def test_a_checkpoint_that_rank_0_can_not_write_ends_all_where_it_shall(found):
+    first, second = (found[2, rank]["broken_checkpoint"] for rank in range(2))
+    assert first["step"] == second["step"] >= 2
+    assert (first["error"], second["error"]) == ("UserError", "Stopped")  # one has the reason
+
+
 def test_an_epoch_whose_last_step_leaves_a_rank_without_rows_ends(found):
     rows = Manifest.read(Folder(found["corpus"])).splits["train"]
     assert rows.rows % 2 == 1, "the scenario needs an odd number of rows"

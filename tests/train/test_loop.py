@@ -1,7 +1,10 @@
 """The loop, bare: exact resumption, global averages, what it does when things go wrong."""
 
+import contextlib
 import json
 import math
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +21,15 @@ from making import (
     same_tensors,
 )
 
-from raybert.errors import RaybertError, Superseded
+from raybert.errors import RaybertError, StorageError, Superseded, UserError
 from raybert.storage import Folder
 from raybert.text.masking import IGNORE_INDEX
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
-from raybert.train.loop import MAX_SKIPPED_IN_A_ROW, Evicted, Stopped, Wishes
+from raybert.train.loop import MAX_SKIPPED_IN_A_ROW
 from raybert.train.meters import MetricsLog, read_metrics
 from raybert.train.run import Feed
+from raybert.train.task import Evicted, Stopped, Wishes
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +162,7 @@ def test_a_run_that_is_left_goes_on_from_where_it_was_saved(tmp_path):
     next(evaluations)
     left.loop.save()
     evaluations.close()
-    assert left.loop._log._file.closed
+    assert left.loop._log is None
     again = Attempt(job, run)
     again.run()
     assert [record["step"] for record in again.of_kind("train")] == [3, 4, 5, 6]
@@ -500,16 +504,37 @@ def damage(path, how):
         path.unlink()
 
 
+def four_steps(corpus, **settings):
+    values = {"checkpoint_steps": 1, "keep_checkpoints": 3, **settings}
+    return pretrain_job(corpus, {"dropout": 0.1}, steps=4, **values)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """The last checkpoint of `four_steps` where nothing happens."""
+    attempt = Attempt(four_steps(corpus), Folder(tmp_path_factory.mktemp("undisturbed")))
+    attempt.run()
+    return attempt.store.load(4)
+
+
+def is_undisturbed(attempt, undisturbed):
+    found = attempt.store.load(4)
+    return same_tensors(found.model, undisturbed.model) and same_tensors(
+        found.optimizer, undisturbed.optimizer
+    )
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize(
     ("how", "words"), [("bit", "is altered"), ("cut", "is cut short"), ("gone", "is missing")]
 )
-def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(corpus, run, file, how, words):
-    job = pretrain_job(corpus, steps=4, checkpoint_steps=1, keep_checkpoints=3)
+def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(
+    corpus, run, undisturbed, file, how, words
+):
     with pytest.raises(Stopped):
-        Attempt(job, run, stop_at=3).run()
+        Attempt(four_steps(corpus), run, stop_at=3).run()
     damage(committed(run, 3) / file, how)
-    attempt = Attempt(job, run)
+    attempt = Attempt(four_steps(corpus), run)
     attempt.run()
     message = attempt.events()["damaged checkpoint"]
     assert f"step-00000003-a0001/{file}" in message
@@ -517,17 +542,29 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(corpus, run, f
     logged = [r["message"] for r in read_metrics(run) if r.get("event") == "damaged checkpoint"]
     assert logged == [message]
     assert attempt.of_kind("train")[0]["step"] == 3  # step 2's state was taken
+    assert is_undisturbed(attempt, undisturbed)
 
 
-def test_a_commit_cut_short_is_a_damaged_checkpoint(corpus, run, tmp_path):
-    job = pretrain_job(corpus, steps=4, checkpoint_steps=1, keep_checkpoints=3)
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("bit", "step-00000003.json is altered"),
+        ("cut", "step-00000003.json is damaged"),
+        ("gone", None),
+    ],
+)
+def test_a_checkpoint_without_a_whole_commit_gives_way(corpus, run, undisturbed, how, words):
+    """Without a commit its files are those of an upload that was cut: nobody misses them."""
     with pytest.raises(Stopped):
-        Attempt(job, run, stop_at=3).run()
-    damage(tmp_path / "run" / "checkpoints" / "step-00000003.json", "cut")
-    attempt = Attempt(job, run)
+        Attempt(four_steps(corpus), run, stop_at=3).run()
+    damage(Path((run / "checkpoints").path) / "step-00000003.json", how)
+    attempt = Attempt(four_steps(corpus), run)
     attempt.run()
-    assert "step-00000003.json is damaged" in attempt.events()["damaged checkpoint"]
+    message = attempt.events().get("damaged checkpoint")
+    assert message is None if words is None else words in message
     assert attempt.of_kind("train")[0]["step"] == 3
+    assert is_undisturbed(attempt, undisturbed)
+    assert not (run / "checkpoints").exists("step-00000003-a0001")
 
 
 def test_resuming_at_a_step_that_is_due_keeps_its_checkpoint(corpus, run, monkeypatch):
@@ -550,14 +587,66 @@ def test_resuming_at_a_step_that_is_due_keeps_its_checkpoint(corpus, run, monkey
     assert again.store.steps() == [5]
 
 
-def test_the_metrics_are_flushed_with_every_checkpoint(corpus, run, monkeypatch):
-    flushed = []
-    attempt = Attempt(pretrain_job(corpus, steps=6, checkpoint_steps=2), run)
+def test_what_is_logged_is_on_the_storage_before_each_checkpoint(corpus, run, monkeypatch):
+    """The steps before it are not taken again, and nobody would log them again."""
+    done = []
+    attempt = Attempt(
+        pretrain_job(corpus, steps=6, checkpoint_steps=2),
+        run,
+        before_save=lambda: done.append(("digests", attempt.loop.progress.step)),
+    )
     monkeypatch.setattr(
-        MetricsLog, "flush", lambda self: flushed.append(attempt.loop.progress.step)
+        MetricsLog, "flush", lambda self: done.append(("metrics", attempt.loop.progress.step))
+    )
+    save = attempt.store.save
+    monkeypatch.setattr(
+        attempt.store,
+        "save",
+        lambda snapshot, **more: (done.append(("save", snapshot.step)), save(snapshot, **more)),
     )
     attempt.run()
-    assert {2, 4, 6} <= set(flushed)
+    for step in (2, 4, 6):
+        at = done.index(("save", step))
+        assert {("digests", step), ("metrics", step)} <= set(done[:at])
+
+
+def test_what_checkpoints_took_is_logged_once_by_the_training_thread(corpus, run):
+    """Over two attempts, the first of which is stopped between two checkpoints."""
+    job = pretrain_job(corpus, steps=6, checkpoint_steps=2, keep_checkpoints=9)
+    threads = []
+    for stop_at in (3, None):
+        attempt = Attempt(job, run, stop_at=stop_at)
+        note = attempt.loop._on_progress
+        attempt.loop._on_progress = lambda record, note=note: (
+            note(record),
+            threads.append(threading.current_thread()),
+        )
+        with pytest.raises(Stopped) if stop_at else contextlib.nullcontext():
+            attempt.run()
+    found = [r for r in read_metrics(run) if r["kind"] == "checkpoint"]
+    assert [r["step"] for r in found] == [2, 3, 4, 6]
+    for record in found:
+        files = committed(run, record["step"]).iterdir()
+        assert record["bytes"] == sum(file.stat().st_size for file in files)
+    assert set(threads) == {threading.current_thread()}
+
+
+def test_what_is_written_in_the_background_is_no_standstill(corpus, run, monkeypatch):
+    """Not even for the last checkpoint, whose writing the loop waits for."""
+    attempt = Attempt(pretrain_job(corpus, steps=2), run)
+    write = attempt.store._write
+
+    def write_when_counted(snapshot):
+        ends = time.monotonic() + 30
+        while not attempt.loop._saver._stalled:
+            assert time.monotonic() < ends, "the standstill lasts as long as the writing"
+            time.sleep(0.001)
+        write(snapshot)
+
+    monkeypatch.setattr(attempt.store, "_write", write_when_counted)
+    attempt.run()
+    [record] = attempt.of_kind("checkpoint")
+    assert record["step"] == 2 and record["stalled"] > 0
 
 
 def test_a_best_step_whose_checkpoint_is_gone_is_no_best_step(corpus, run):
@@ -582,21 +671,113 @@ def test_a_younger_attempt_ends_the_older_one(corpus, run):
     assert old.store.steps() == []
 
 
-def test_a_full_disk_costs_the_checkpoint_not_the_run(corpus, run, monkeypatch):
-    from raybert.errors import StorageError
+# A storage that refuses --------------------------------------------------------------------------
 
-    attempt = Attempt(pretrain_job(corpus, steps=4, checkpoint_steps=2), run)
-    write = attempt.store._write
 
-    def fails_at_2(snapshot):
-        if snapshot.step == 2:
+def refusing(attempt, monkeypatch, at):
+    """Make the checkpoints of these steps fail, and let the loop hear of each at the next step.
+
+    Returns the steps whose checkpoints were tried.
+    """
+    tried, write, check = [], attempt.store._write, attempt.store.check
+
+    def fails(snapshot):
+        tried.append(snapshot.step)
+        if snapshot.step in at:
             raise StorageError("writing it failed: No space left on device")
         write(snapshot)
 
-    monkeypatch.setattr(attempt.store, "_write", fails_at_2)
+    def hear():
+        if attempt.store._thread is not None:
+            attempt.store._thread.join()
+        check()
+
+    monkeypatch.setattr(attempt.store, "_write", fails)
+    monkeypatch.setattr(attempt.store, "check", hear)
+    return tried
+
+
+def test_a_failed_checkpoint_is_told_once_and_costs_the_run_nothing(
+    corpus, run, undisturbed, monkeypatch
+):
+    attempt = Attempt(four_steps(corpus), run)
+    tried = refusing(attempt, monkeypatch, at=[2, 3])
     assert attempt.run()["step"] == 4
-    assert "No space left" in attempt.events()["checkpoint failed"]
-    assert attempt.store.steps() == [4]
+    assert tried == [1, 2, 3, 4]
+    events = [r for r in attempt.of_kind("event") if r["event"].startswith("checkpoint")]
+    assert [r["event"] for r in events] == ["checkpoint failed", "checkpoint written"]
+    assert events[0]["message"] == (
+        "writing it failed: No space left on device; that of step 1 is kept; the next try is "
+        "within a minute"
+    )
+    assert events[1]["message"] == "the checkpoint of step 4 is written"
+    assert attempt.store.steps() == [1, 4]
+    assert is_undisturbed(attempt, undisturbed)
+
+
+@pytest.mark.parametrize(("pause", "expected"), [(0.0, [4, 5, 8]), (1e9, [4, 8])])
+def test_a_failed_checkpoint_is_tried_again_soon(corpus, run, monkeypatch, pause, expected):
+    monkeypatch.setattr("raybert.train.saving.RETRY_SECONDS", pause)
+    attempt = Attempt(pretrain_job(corpus, steps=8, checkpoint_steps=4), run)
+    tried = refusing(attempt, monkeypatch, at=[4])
+    attempt.run()
+    assert tried == expected
+
+
+def test_where_checkpoints_may_not_fail_the_run_ends_and_goes_on(
+    corpus, run, undisturbed, monkeypatch
+):
+    job = four_steps(corpus, on_checkpoint_failure="stop")
+    attempt = Attempt(job, run)
+    tried = refusing(attempt, monkeypatch, at=[2])
+    with pytest.raises(UserError) as ended:
+        attempt.run()
+    assert str(ended.value) == (
+        "writing it failed: No space left on device; the checkpoint of step 1 is whole: mend the "
+        "storage, and run it again to go on from there, or set "
+        "pretrain.on_checkpoint_failure=continue to train on without"
+    )
+    assert tried == [1, 2]
+    assert attempt.store.steps() == [1]
+    again = Attempt(job, run)
+    again.run()
+    assert again.of_kind("train")[0]["step"] == 2
+    assert is_undisturbed(again, undisturbed)
+
+
+@pytest.mark.parametrize("at", ["the end", "Ctrl-C"])
+def test_the_last_checkpoint_may_not_fail_either(corpus, run, monkeypatch, at):
+    job = pretrain_job(corpus, steps=4, on_checkpoint_failure="stop")
+    attempt = Attempt(job, run)
+    refusing(attempt, monkeypatch, at=[4 if at == "the end" else 2])
+    if at == "Ctrl-C":
+        attempt.loop._wishes = Wishes(stop=lambda: attempt.loop.progress.step == 2)
+    with pytest.raises(UserError, match="there is no checkpoint yet: mend the storage, and run it"):
+        attempt.run()
+
+
+def test_weights_that_can_not_be_read_for_a_while_are_waited_for(corpus, run, monkeypatch):
+    """The best ones, at the end: others in their place would be another result."""
+
+    class Scores(Scripted):
+        def evaluate(self):
+            return {**self._task.evaluate(), "score": -float(attempt.loop.progress.step)}
+
+    attempt = Attempt(pretrain_job(corpus, steps=4, evaluations=2), run, change=Scores)
+    load, failures = attempt.store.load, [1, 1]
+
+    def fails_twice(step):
+        if failures:
+            failures.pop()
+            raise StorageError("reading it failed: no answer")
+        return load(step)
+
+    monkeypatch.setattr(attempt.store, "load", fails_twice)
+    monkeypatch.setattr("raybert.storage.time.sleep", lambda seconds: None)
+    result = attempt.run()
+    assert (result["best_step"], failures) == (2, [])
+    assert same_tensors(attempt.task.model.state_dict(), load(2).model)
+    assert "no answer; it is tried again for 90 s" in attempt.events()["storage"]
 
 
 # Wishes from outside -----------------------------------------------------------------------------

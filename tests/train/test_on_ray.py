@@ -158,6 +158,45 @@ def test_a_killed_worker_changes_nothing_in_the_result(ray_session, corpus, tmp_
     assert steps == list(range(1, 31))
 
 
+@pytest.mark.slow
+def test_workers_start_again_where_the_model_can_not_be_written(ray_session, corpus, tmp_path):
+    """The driver hears why; once the storage is mended the run ends as it would have."""
+    settings = {"workers": 2, "deterministic": True, "collective_timeout_s": 40}
+    job = pretrain_job(corpus, {"dropout": 0.1}, **settings)
+    whole, hindered = Folder(tmp_path / "whole"), Folder(tmp_path / "hindered")
+    train(job, whole)
+    hindered.write_text("model", "a file where a folder should be")
+    told = []
+
+    def mend(record):
+        if record.get("event") == "storage":
+            told.append(record["message"])
+            if "start again" in told[-1]:
+                hindered.delete("model")
+
+    from raybert.train.worker import train_on_ray
+
+    result = train_on_ray(job, hindered, RESOURCES, on_progress=mend)
+    assert (result["step"], result["restarts"]) == (4, 1)
+    assert ["start again" in text for text in told] == [False, True]
+    assert "the checkpoint of step 4 is whole" in told[1]
+    left, right = ((run / "model").read_bytes("model.safetensors") for run in (whole, hindered))
+    assert left == right
+
+
+def test_two_workers_train_on_an_object_store(ray_session, bucket):
+    """Theirs, and what Ray Train keeps for itself."""
+    make_corpus(bucket / "corpus", documents=400)
+    job = pretrain_job(bucket / "corpus", steps=6, workers=2, checkpoint_steps=2)
+    run = bucket / "run"
+    result = train(job, run)
+    assert result == run.read_json("result.json")
+    assert CheckpointStore(run, 99, 2).load(6).step == result["step"] == 6
+    assert [r["step"] for r in read_metrics(run) if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert (run / "model").exists("model.safetensors")
+    assert not run.exists("ray")
+
+
 def test_two_workers_read_the_batches_of_one(ray_session, corpus, tmp_path):
     job = pretrain_job(corpus, steps=6, digests=True, workers=2)
     together = Folder(tmp_path / "ray")

@@ -7,7 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, PreemptionError, PreemptionInfo, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError
 
@@ -15,8 +19,8 @@ from raybert.ray_session import Resources
 from raybert.storage import Folder
 from raybert.train.board import Board
 from raybert.train.group import _interface_of
-from raybert.train.loop import Evicted
 from raybert.train.recovery import Patience, Trainer, _Losses, causes_of, reason_of
+from raybert.train.task import Evicted
 
 LOST = WorkerGroupError("lost", {1: RuntimeError("Connection closed by peer"), 2: RayActorError()})
 NO_PLACE = ControllerError(WorkerGroupStartupTimeoutError(3))
@@ -55,6 +59,20 @@ def test_only_restarts_that_came_no_further_count(most, steps):
             return
 
 
+def test_a_run_that_stands_still_says_how_often_it_tried():
+    losses = Losses()
+    patience = Patience(FailureConfig(max_failures=3), losses)
+    for _ in range(2):
+        decide(patience, LOST)
+    losses.step = 5
+    decide(patience, LOST)
+    assert losses.told == [
+        "a worker was lost: starting again from step 0",
+        "a worker was lost: starting again from step 0, for the 2nd time of at most 3",
+        "a worker was lost: starting again from step 5",
+    ]
+
+
 @pytest.mark.parametrize("error", [NO_PLACE, EVICTED, TAKEN])
 def test_nodes_that_go_or_do_not_come_are_waited_for(error):
     patience = Patience(FailureConfig(max_failures=0), Losses())
@@ -66,9 +84,7 @@ def test_what_fails_while_workers_start_is_tried_again():
     losses = Losses()
     patience = Patience(FailureConfig(max_failures=1), losses)
     assert decide(patience, ControllerError(RayActorError()))
-    assert losses.told == [
-        "a worker was lost: starting again from step 0 (1 of 1 without progress)"
-    ]
+    assert losses.told == ["a worker was lost: starting again from step 0"]
     assert not decide(patience, ControllerError(RayActorError()))
 
 
@@ -80,7 +96,16 @@ def test_what_fails_while_workers_start_is_tried_again():
         (EVICTED, "a node goes away at step 7"),
         (TAKEN, "a node is taken away"),
         (WorkerGroupError("", {0: ValueError("first\nlast line")}), "last line"),
-        (WorkerGroupError("", {3: RuntimeError("only an echo")}), "only an echo"),
+        (
+            WorkerGroupError("", {3: RuntimeError("[gloo/pair.cc] reset")}),
+            "a worker does not answer",
+        ),
+        (WorkerGroupError("", {0: WorkerHealthCheckTimeoutError("")}), "a worker does not answer"),
+        (
+            WorkerGroupError("", {0: WorkerHealthCheckFailedError("", RayActorError())}),
+            "a worker was lost",
+        ),
+        (WorkerGroupError("", {3: RuntimeError("of its own")}), "of its own"),
         (WorkerGroupError("", {0: ValueError()}), "ValueError"),
     ],
 )

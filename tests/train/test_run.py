@@ -11,11 +11,11 @@ import torch
 from making import make_corpus, pretrain_job, same_tensors
 
 from raybert.config import dump, load
-from raybert.errors import ConfigError, DataError, StorageError
+from raybert.errors import ConfigError, DataError, StorageError, Superseded
 from raybert.experiment import Experiment
 from raybert.storage import Folder
-from raybert.train.checkpoint import CheckpointStore
-from raybert.train.meters import MERGED, MetricsLog, read_metrics
+from raybert.train.checkpoint import CheckpointStore, begin_attempt
+from raybert.train.meters import MERGED, read_metrics
 from raybert.train.run import CONFIG, RESULT, execute_bare, open_run, read_digests
 from raybert.train.settings import MAY_CHANGE
 
@@ -106,6 +106,7 @@ def test_every_setting_that_may_change_may_change(run):
     reopen(run)
     before = Experiment().pretrain.model_dump()
     values = {"steps": 3, "tokens": 3, "minutes": 3, "gpu": "no", "on_non_finite": "stop"}
+    values["on_checkpoint_failure"] = "stop"
     for key in MAY_CHANGE:
         value = values.get(key)
         if value is None:
@@ -264,21 +265,108 @@ def test_a_run_in_another_thread_leaves_signals_alone(corpus, run):
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(corpus, run, monkeypatch):
-    """The metrics can't be written any more: an error of ours, and what was saved stays."""
-    job = pretrain_job(corpus, steps=6, checkpoint_steps=2)
-    write = MetricsLog.write
+# A storage that refuses --------------------------------------------------------------------------
 
-    def full(self, record):
-        if record["step"] == 5:
-            self._file.close()
-            self._file = open("/dev/full", "w")  # noqa: SIM115 - the log closes it
-        write(self, record)
 
-    monkeypatch.setattr(MetricsLog, "write", full)
-    with pytest.raises(StorageError, match=r"^writing .*metrics/0001.jsonl failed: No space left"):
-        execute_bare(job, run, on_progress=lambda record: None)
-    monkeypatch.undo()
-    assert CheckpointStore(run, 99, 2).steps() == [2, 4]
-    assert execute_bare(job, run, on_progress=lambda record: None)["step"] == 6
-    assert [r["step"] for r in read_metrics(run) if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+def in_the_way(run, name):
+    """Put a file where the run wants a folder: nothing can be written there."""
+    run.write_text(name, "a file where a folder should be")
+
+
+def weights(run, step=4):
+    return CheckpointStore(run, 99, 2).load(step).model
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """A run of `pretrain_job` where nothing happens, and its digests."""
+    run = Folder(tmp_path_factory.mktemp("undisturbed"))
+    execute_bare(pretrain_job(corpus, digests=True), run, on_progress=lambda record: None)
+    return run
+
+
+@pytest.mark.parametrize("name", ["metrics", "digests"])
+def test_lines_that_can_not_be_written_for_a_while_cost_nothing(
+    corpus, run, undisturbed, monkeypatch, name
+):
+    monkeypatch.setattr("raybert.train.meters.RETRY_SECONDS", 0.0)
+    in_the_way(run, name)
+    told = []
+
+    def watch(record):
+        if record.get("event") == "storage":
+            told.append(record["message"])
+        if record["kind"] == "train" and record["step"] == 3:
+            run.delete(name)
+
+    result = execute_bare(pretrain_job(corpus, digests=True), run, on_progress=watch)
+    assert result["step"] == 4
+    assert len(told) == 2
+    assert told[0].endswith("; its lines wait until it can be written")
+    assert told[1].endswith(" is written again")
+    assert [r["step"] for r in read_metrics(run) if r["kind"] == "train"] == [1, 2, 3, 4]
+    assert read_digests(run) == read_digests(undisturbed)
+    assert same_tensors(weights(run), weights(undisturbed))
+
+
+def test_digests_that_never_can_be_written_do_not_end_a_run(corpus, run):
+    in_the_way(run, "digests")
+    told = []
+    job = pretrain_job(corpus, digests=True)
+    result = execute_bare(
+        job, run, on_progress=lambda r: told.append(r["message"]) if "message" in r else None
+    )
+    assert result["step"] == 4
+    assert told[-1] == f"{run}/digests/0001-0000.txt lacks the last 8 lines"
+
+
+def test_a_digest_cut_short_is_left_out(corpus, undisturbed, tmp_path):
+    run = Folder(tmp_path)
+    text = (undisturbed / "digests").read_text("0001-0000.txt")
+    (run / "digests").write_text("0001-0000.txt", text[:-5])
+    assert len(read_digests(run)) == len(read_digests(undisturbed)) - 1
+
+
+def test_a_model_that_can_not_be_written_is_told_and_the_run_goes_on(corpus, run, undisturbed):
+    in_the_way(run, "model")
+    job = pretrain_job(corpus, collective_timeout_s=0.1)
+    told = []
+    with pytest.raises(
+        StorageError,
+        match="^writing .*/model/model.safetensors failed: .*; the checkpoint of step 4 is whole: "
+        "mend the storage, and run it again to go on from there$",
+    ):
+        execute_bare(job, run, on_progress=told.append)
+    assert "is tried again for" in told[-1]["message"]
+    run.delete("model")
+    result = execute_bare(job, run, on_progress=lambda record: None)
+    assert (result["step"], result["restarts"]) == (4, 1)
+    assert same_tensors(weights(run), weights(undisturbed))
+    model = (run / "model").read_bytes("model.safetensors")
+    assert model == (undisturbed / "model").read_bytes("model.safetensors")
+
+
+def test_a_storage_that_is_back_in_time_gets_the_model(corpus, run, undisturbed):
+    in_the_way(run, "model")
+
+    def mend(record):
+        if record.get("event") == "storage":
+            run.delete("model")
+
+    result = execute_bare(pretrain_job(corpus), run, on_progress=mend)
+    assert (result["step"], result["restarts"]) == (4, 0)
+    model = (run / "model").read_bytes("model.safetensors")
+    assert model == (undisturbed / "model").read_bytes("model.safetensors")
+
+
+def test_an_attempt_that_was_overtaken_writes_no_model(corpus, run):
+    in_the_way(run, "model")
+
+    def overtake(record):
+        if record.get("event") == "storage":
+            run.delete("model")
+            begin_attempt(run)
+
+    with pytest.raises(Superseded):
+        execute_bare(pretrain_job(corpus), run, on_progress=overtake)
+    assert not run.exists("model")

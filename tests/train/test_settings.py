@@ -95,9 +95,12 @@ def test_a_number_of_workers_or_a_range(values, fewest, most):
     [
         (0, "x: workers=0: input should be greater than or equal to 1"),
         ({"min": 2}, "x: workers.max is missing; add it, or pass --set workers.max=VALUE"),
-        ({"min": 3, "max": 2}, "x: workers.min=3 is more than max=2; lower min or raise max"),
+        (
+            {"min": 3, "max": 2},
+            "x: workers.min=3 is more than workers.max=2; lower min or raise max",
+        ),
         ({"max": 99}, "x: workers.max=99, but a step has only 8 micro-batches"),
-        ({"max": 2, "most": 3}, "x: unknown key workers.most; did you mean workers.max?"),
+        ({"max": 2, "mox": 3}, "x: unknown key workers.mox; did you mean workers.max?"),
     ],
 )
 def test_workers_that_can_not_be(workers, words):

@@ -1,5 +1,7 @@
 """What is decided before Ray Train starts: who gets which CPU, and what is refused."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from raybert.errors import ConfigError
 from raybert.ray_session import Resources
 from raybert.train.finetune import FinetuneConfig
 from raybert.train.pretrain import PretrainConfig
-from raybert.train.worker import _check_resources, operator_cpus
+from raybert.train.worker import check_resources, operator_cpus
 
 
 def resources(cpus, gpus=0, started_here=True):
@@ -58,6 +60,17 @@ def test_all_workers_operators_fit_beside_each_other(free, workers, gpu):
 )
 def test_a_cluster_that_is_too_small_is_refused(config, gpu, have, words):
     with pytest.raises(ConfigError) as refused:
-        _check_resources(config, gpu, have)
+        check_resources(config, gpu, have)
     assert str(refused.value) == words
-    _check_resources(config, gpu, resources(65, gpus=4))
+    check_resources(config, gpu, resources(65, gpus=4))
+
+
+def test_a_range_waits_for_the_nodes_of_an_autoscaler():
+    config = build(PretrainConfig, {"workers": {"min": 4, "max": 8}, "gpu": "yes"}, "x")
+    check_resources(config, True, resources(1, started_here=False))
+
+
+@pytest.mark.ray
+def test_nothing_runs_for_a_page_that_nobody_can_see(ray_session):
+    """The processes of a Ray that was started for a command take time from the training."""
+    assert "RAY_TRAIN_ENABLE_STATE_TRACKING" not in os.environ

@@ -1,0 +1,242 @@
+"""What a checkpoint costs: how long training stands still for it, and what its writing slows down.
+
+    python benchmarks/checkpoints.py --json
+
+Trains the bare loop on generated words, at a shape of 30 million parameters, and lets it write a
+checkpoint every two minutes. The minute that begins with one and the minute that has none take
+turns, so a machine whose speed drifts, drifts for both: each minute with a checkpoint is compared
+with the one before and the one after it. Ends with one JSON object: for every checkpoint the
+seconds that the step after it had to wait (for the checkpoint before, for the copy of the state,
+for the thread that writes it), those of the writing beside the steps, and what all of it cost; the
+worst of the waiting, and the median of the throughput with a checkpoint every minute over that
+without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any
+
+from raybert.bench import generate_corpus
+from raybert.config import build
+from raybert.display import Display
+from raybert.model.allocator import keep_freed_memory
+from raybert.model.encoder import ModelConfig
+from raybert.storage import Folder
+from raybert.train.checkpoint import CheckpointStore, Snapshot, begin_attempt
+from raybert.train.group import Group, use_threads
+from raybert.train.loop import Loop
+from raybert.train.meters import MetricsLog
+from raybert.train.pretrain import PretrainConfig, PretrainJob
+from raybert.train.run import Feed, describe_machine
+from raybert.train.task import Stopped
+
+SEQ_LEN, VOCAB_SIZE, ROWS = 128, 21_504, 32  # rows a step
+SHAPE = {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "max_seq_len": SEQ_LEN}
+
+
+@dataclass
+class Checkpoint:
+    """When a checkpoint was taken, and for how long: all in seconds of one clock."""
+
+    step: int
+    began: float
+    copied: float  # the state
+    stalled: float  # all that the next step had to wait for, the copying included
+    bytes: int
+    written: float = 0.0  # beside the next steps
+    ended: float = float("inf")  # the writing
+
+
+class TimedLoop(Loop):
+    """Notes how long training stands still for each checkpoint."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.checkpoints: list[Checkpoint] = []
+        self.copied, self.bytes = 0.0, 0
+
+    def snapshot(self) -> Snapshot:
+        """Copy the run's state, and note how long that takes."""
+        began = time.perf_counter()
+        snapshot = super().snapshot()
+        self.copied = time.perf_counter() - began
+        tensors = [*snapshot.model.values(), *snapshot.optimizer.values()]
+        self.bytes = sum(tensor.nbytes for tensor in tensors)
+        return snapshot
+
+    def _save(self, wait: bool = False) -> None:
+        began = time.perf_counter()
+        super()._save(wait)
+        stalled = time.perf_counter() - began
+        step = self.progress.step
+        self.checkpoints.append(Checkpoint(step, began, self.copied, stalled, self.bytes))
+
+
+class TimedStore(CheckpointStore):
+    """Notes how long each checkpoint takes to write, and when that is over."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.writes: dict[int, tuple[float, float]] = {}  # step -> when it began and ended
+
+    def _write(self, snapshot: Snapshot) -> None:
+        began = time.perf_counter()
+        super()._write(snapshot)
+        self.writes[snapshot.step] = began, time.perf_counter()
+
+
+def train(
+    folder: Folder, interval: float, count: int, threads: int | None, display: Display
+) -> tuple[TimedLoop, list[float], dict[str, Any]]:
+    """Train until so many checkpoints have had their minute and the one after it.
+
+    Returns:
+        The loop, the moments at which its steps ended, and what it ran on.
+    """
+    manifest = generate_corpus(folder / "corpus", 8192, SEQ_LEN, VOCAB_SIZE)
+    config = {
+        "steps": 1_000_000,  # the measurement ends it
+        "global_batch_size": ROWS,
+        "micro_batch_size": ROWS,
+        "packed_documents": "joined",  # a generated row is one document
+        "evaluations": 1,
+        "evaluation_rows": 2,
+        "examples": [],
+        "log_every": 1,
+        "checkpoint_minutes": 2 * interval / 60,
+    }
+    job = PretrainJob(
+        build(PretrainConfig, config, "checkpoints"),
+        build(ModelConfig, SHAPE, "checkpoints"),
+        folder / "corpus",
+        manifest,
+        "generated words",
+    )
+    used, group = use_threads(threads, 1), Group()
+    keep_freed_memory()
+    run = folder / "run"
+    attempt = begin_attempt(run)
+    store = TimedStore(run, attempt, job.config.keep_checkpoints)
+    ends: list[float] = []
+
+    def note(record: dict[str, Any]) -> None:
+        if record["kind"] == "train":
+            ends.append(time.perf_counter())
+        display.record(record)
+
+    def is_over() -> bool:
+        last = loop.checkpoints[count - 1] if len(loop.checkpoints) == count else None
+        return last is not None and time.perf_counter() >= last.began + 2 * interval
+
+    loop = TimedLoop(
+        job.make_task(group, Feed()),
+        job.config,
+        group,
+        store=store,
+        open_log=lambda step: MetricsLog(run, attempt, step),
+        on_progress=note,
+        should_stop=is_over,
+    )
+    with suppress(Stopped):
+        loop.run()
+    for checkpoint in loop.checkpoints:
+        began, checkpoint.ended = store.writes[checkpoint.step]
+        checkpoint.written = checkpoint.ended - began
+    return loop, ends, describe_machine(group, used)
+
+
+def compare(
+    checkpoints: Sequence[Checkpoint], ends: Sequence[float], interval: float
+) -> list[dict[str, Any]]:
+    """Compare the interval that each checkpoint begins with the two around it."""
+    steps = list(pairwise(ends))  # (begin, end) of each, waiting and logging included
+    firsts = [ends[bisect_right(ends, c.began) - 1] for c in checkpoints]
+    found = []
+    for checkpoint, first, following in zip(
+        checkpoints, firsts, [*firsts[1:], float("inf")], strict=True
+    ):
+        turns = [
+            [end - begin for begin, end in steps if low <= begin < high]
+            for low, high in (
+                (first - interval, first),
+                (first, first + interval),
+                (first + interval, min(first + 2 * interval, following)),
+            )
+        ]
+        before, during, after = map(fmean, turns)
+        without = (before + after) / 2
+        beside = [end - begin for begin, end in steps if first <= begin < checkpoint.ended]
+        lost = sum(beside) - len(beside) * median(turns[0] + turns[2])
+        found.append(
+            {
+                "step": checkpoint.step,
+                "stalled_seconds": round(checkpoint.stalled, 3),
+                "copied_seconds": round(checkpoint.copied, 3),
+                "written_seconds": round(checkpoint.written, 3),
+                "bytes": checkpoint.bytes,
+                "steps_beside": len(beside),
+                "lost_seconds": round(lost, 3),
+                "throughput_ratio": round(without / during, 4),
+                "step_seconds": round(during, 4),
+                "step_seconds_without": round(without, 4),
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--interval", type=float, default=60, help="seconds of a turn")
+    parser.add_argument("--minutes", type=float, default=12, help="in all; 12 are 5 checkpoints")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--storage", default=".", help="a folder on the disk to write to")
+    parser.add_argument("--json", action="store_true", help="kept for symmetry: JSON is printed")
+    arguments = parser.parse_args()
+    interval = arguments.interval
+    count = int(arguments.minutes * 60 / interval / 2) - 1  # the first two turns warm up
+    if count < 1:
+        parser.error(f"--minutes {arguments.minutes:g}: one checkpoint takes four intervals")
+    display = Display()
+    with (
+        tempfile.TemporaryDirectory(prefix="checkpoints-", dir=arguments.storage) as scratch,
+        display.stage("train"),
+    ):
+        disk = ["stat", "--file-system", "--format=%T", scratch]
+        filesystem = subprocess.run(disk, check=True, stdout=subprocess.PIPE, text=True).stdout
+        loop, ends, machine = train(Folder(scratch), interval, count, arguments.threads, display)
+    found = compare(loop.checkpoints[:count], ends, interval)
+    tokens = ROWS * SEQ_LEN
+    result = {
+        "parameters": sum(p.numel() for p in loop.task.model.parameters()),
+        "bytes": found[0]["bytes"],
+        "interval_seconds": interval,
+        "stalled_seconds": max(c["stalled_seconds"] for c in found),
+        "written_seconds": median(c["written_seconds"] for c in found),
+        "lost_seconds": median(c["lost_seconds"] for c in found),
+        "throughput_ratio": median(c["throughput_ratio"] for c in found),
+        "tokens_per_second": round(tokens / median(c["step_seconds"] for c in found)),
+        "tokens_per_second_without": round(
+            tokens / median(c["step_seconds_without"] for c in found)
+        ),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "filesystem": filesystem.strip(),
+        "machine": machine,
+        "checkpoints": found,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
