@@ -11,6 +11,7 @@ from raybert.config import Settings, flatten
 from raybert.errors import UserError
 from raybert.model.encoder import ModelConfig
 from raybert.ray_session import RayConfig
+from raybert.registry import REGISTRY
 from raybert.storage import Folder, check_address
 from raybert.text.corpus import CorpusConfig
 from raybert.text.sources import EvaluationSource
@@ -37,6 +38,8 @@ class RunConfig(Settings):
             raise ValueError(
                 f"run.name={value!r} is no name for a folder; use letters, digits, . _ -"
             )
+        if value == REGISTRY:
+            raise ValueError(f"run.name={value!r} is where registered models lie; choose another")
         return value
 
 

@@ -59,6 +59,7 @@ class Resources:
     gpus: float
     object_store: int  # bytes
     started_here: bool  # for this process, and ends with it
+    nodes: tuple[tuple[float, float], ...] = ()  # CPUs and GPUs of each node, where that matters
 
 
 @contextmanager
@@ -152,4 +153,9 @@ def _resources() -> Resources:
         gpus=total.get("GPU", 0),
         object_store=int(total.get("object_store_memory", 1 << 30)),
         started_here=_started_here,
+        nodes=tuple(
+            (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
+            for node in ray.nodes()
+            if node["Alive"]
+        ),
     )

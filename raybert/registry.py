@@ -17,6 +17,7 @@ from raybert.errors import UserError
 from raybert.storage import Folder, take_number
 
 FORMAT_VERSION = 1
+REGISTRY = "registry"  # the folder, in a storage
 _VERSION, _CURRENT = "version.json", "current.json"
 _FOLDER = re.compile(r"v(\d+)")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -28,7 +29,7 @@ class Registry:
 
     def __init__(self, storage: str) -> None:
         """Open the registry of a storage: a path or a URI."""
-        self._folder = Folder(storage) / "registry"
+        self._folder = Folder(storage) / REGISTRY
 
     def names(self) -> list[str]:
         """The names under which there are models."""

@@ -16,6 +16,7 @@ from raybert.ray_session import Resources
 from raybert.storage import Folder
 from raybert.train.board import Board
 from raybert.train.finetune import FinetuneJob, Held
+from raybert.train.worker import uses_gpus
 from raybert.tune import table
 from raybert.tune.ledger import Entry, Ledger
 from raybert.tune.schedule import make_scheduler
@@ -39,8 +40,8 @@ class Runner:
 
         config = experiment.finetune
         self.base = Searched(model=experiment.model, finetune=config)
-        self.gpu = config.gpu == "yes" or (config.gpu == "auto" and resources.gpus > 0)
-        self.room = room_for(experiment.tune, config.max_workers, self.gpu, resources)
+        self.gpu = uses_gpus(config, resources.gpus)
+        self.room = room_for(experiment.tune, config, self.gpu, resources)
         # Of one that trains in its own process; Ray Train's workers share their machine's cores.
         alone = config.max_workers == 1
         self.threads = config.threads or (max(1, int(self.room.cpus)) if alone else None)

@@ -14,6 +14,7 @@ from typing import Any
 
 from raybert.config import dump
 from raybert.display import Display, clock
+from raybert.doctor.visit import visit_when_asked
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.finetuning import finetune_job, input_length
@@ -67,6 +68,7 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
     with ExitStack() as open_until_the_end:
         workers = experiment.finetune.max_workers
         resources = open_until_the_end.enter_context(ray_session(experiment.ray, workers))
+        visit_when_asked(experiment, resources, display, ("tune",))
         has_begun = stage.exists(CONFIG)
         job = finetune_job(experiment, display, stage / "data", has_begun=has_begun, whole=True)
         job.check()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ray.tune.experiment import Trial
 
 from raybert.errors import ConfigError
 from raybert.ray_session import Resources
+from raybert.train.settings import TrainConfig
 from raybert.tune.ledger import ENDED, Entry, Evaluation, Ledger
 from raybert.tune.settings import TuneConfig
 
@@ -49,38 +51,71 @@ class Room:
     gpus: float
 
 
-def room_for(config: TuneConfig, workers: int, gpu: bool, resources: Resources) -> Room:
+def room_for(config: TuneConfig, training: TrainConfig, gpu: bool, resources: Resources) -> Room:
     """Divide the cluster among trials.
 
     Args:
         config: the search.
-        workers: of a trial, at most.
+        training: of each trial: how many workers it has.
         gpu: whether they train on GPUs.
         resources: what the cluster has.
 
     Raises:
-        ConfigError: there is no room for a single trial.
+        ConfigError: there is no room for a single trial: it would wait for ever.
     """
+    if training.max_workers > 1:
+        room, asked = _of_several_workers(training, gpu, resources)
+    else:
+        room, asked = _of_one_worker(config, gpu, resources)
+    if room.trials < 1:
+        spare = _SPARE_CPUS if resources.started_here else 0
+        raise ConfigError(
+            f"{asked}: the cluster has {resources.cpus - spare:g} CPUs and {resources.gpus:g} GPUs "
+            f"for trials, {_largest(resources, spare)} on its largest node; lower that, or add "
+            "nodes"
+        )
+    return replace(room, trials=min(room.trials, config.concurrency or room.trials))
+
+
+def _of_one_worker(config: TuneConfig, gpu: bool, resources: Resources) -> tuple[Room, str]:
+    """The room of trials that train in their own process, each on one node."""
     cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
     gpus = float(gpu) if gpus is None else gpus
-    usable = resources.cpus - (_SPARE_CPUS if resources.started_here else 0)
-    if workers > 1:  # Ray Train asks for their CPUs itself, and leaves one for Ray Data
-        counts, asked = [(resources.cpus - 1) // workers], f"finetune.workers={workers}"
-        if gpu:
-            counts.append(resources.gpus // workers)
-        cpus, gpus = _NO_CPU, 0.0
-    else:
-        counts, asked = [usable // cpus], f"tune.cpus_per_trial={cpus:g}"
+    asked = f"tune.cpus_per_trial={cpus:g}"
+    spare = _SPARE_CPUS if resources.started_here else 0
+    fits = 0
+    for node_cpus, node_gpus in _nodes(resources):
+        counts = [(node_cpus - spare) // cpus]
         if gpus:
-            counts.append(resources.gpus // gpus)
-            asked += f" and tune.gpus_per_trial={gpus:g}"
-    most = int(min(counts))
-    if most < 1:
-        raise ConfigError(
-            f"{asked}: the cluster has {usable:g} CPUs and {resources.gpus:g} GPUs for trials; "
-            "lower that"
-        )
-    return Room(min(most, config.concurrency or most), cpus, gpus)
+            counts.append(node_gpus // gpus)
+        fits += max(0, int(min(counts)))
+    if gpus:
+        asked += f" and tune.gpus_per_trial={gpus:g}"
+    return Room(fits, cpus, gpus), asked
+
+
+def _of_several_workers(training: TrainConfig, gpu: bool, resources: Resources) -> tuple[Room, str]:
+    """The room of trials whose workers Ray Train starts, on any nodes.
+
+    Ray Train asks for their CPUs itself. One more stays free, as for any run; a hundred trials'
+    own fractions fit into it.
+    """
+    fits = resources.cpus - 1
+    if gpu:
+        fits = min(fits, resources.gpus)
+    trials = int(fits // training.max_workers)
+    if not trials and fits >= training.min_workers:  # a range: as many workers as there is room for
+        trials = 1
+    return Room(trials, _NO_CPU, 0.0), f"finetune.workers={training.min_workers}"
+
+
+def _nodes(resources: Resources) -> Sequence[tuple[float, float]]:
+    return resources.nodes or [(resources.cpus, resources.gpus)]
+
+
+def _largest(resources: Resources, spare: int) -> str:
+    cpus, gpus = max(_nodes(resources), key=lambda node: (node[1], node[0]))
+    return f"{cpus - spare:g} and {gpus:g}"
 
 
 @dataclass

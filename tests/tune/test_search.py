@@ -25,6 +25,7 @@ from raybert.finetuning import teachers
 from raybert.model import hub
 from raybert.ray_session import Resources
 from raybert.storage import Folder
+from raybert.train.finetune import FinetuneConfig
 from raybert.train.meters import read_metrics
 from raybert.train.texts import Texts, prepared_data
 from raybert.tune.ledger import Entry, Evaluation, Ledger
@@ -36,8 +37,16 @@ from raybert.tuning import tune
 QUIET = Display(quiet=True)
 
 
-def resources(cpus=10.0, gpus=0.0, started_here=False):
-    return Resources(cpus=cpus, gpus=gpus, object_store=1 << 30, started_here=started_here)
+def resources(cpus=10.0, gpus=0.0, started_here=False, nodes=()):
+    return Resources(cpus, gpus, 1 << 30, started_here, nodes)
+
+
+def training_of(workers):
+    return FinetuneConfig.model_validate({"workers": workers, "micro_batch_size": 1})
+
+
+def nodes(*each):
+    return resources(sum(cpus for cpus, _ in each), sum(gpus for _, gpus in each), nodes=each)
 
 
 # Room --------------------------------------------------------------------------------------------
@@ -55,10 +64,16 @@ def resources(cpus=10.0, gpus=0.0, started_here=False):
         ({"gpus_per_trial": 0.25}, 1, True, resources(10, 2), Room(8, 1.0, 0.25)),
         ({}, 3, False, resources(10), Room(3, 0.001, 0.0)),
         ({}, 2, True, resources(30, 8), Room(4, 0.001, 0.0)),
+        ({}, {"min": 2, "max": 8}, False, resources(6), Room(1, 0.001, 0.0)),
+        # A trial of one worker lies on one node.
+        ({"cpus_per_trial": 3}, 1, False, nodes((4, 0), (4, 0), (2, 0)), Room(2, 3.0, 0.0)),
+        ({}, 1, True, nodes((16, 0), (4, 2), (1, 2)), Room(3, 1.0, 1.0)),
+        ({}, 3, False, nodes((2, 0), (2, 0)), Room(1, 0.001, 0.0)),
     ],
 )
 def test_the_cluster_is_divided_among_trials(settings, workers, gpu, cluster, expected):
-    assert room_for(TuneConfig(**settings), workers, gpu, cluster) == expected
+    training = training_of(workers)
+    assert room_for(TuneConfig(**settings), training, gpu, cluster) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,11 +82,19 @@ def test_the_cluster_is_divided_among_trials(settings, workers, gpu, cluster, ex
         ({"cpus_per_trial": 3}, 1, "tune.cpus_per_trial=3: the cluster has 2 CPUs"),
         ({"gpus_per_trial": 1}, 1, "tune.cpus_per_trial=1 and tune.gpus_per_trial=1: the cluster"),
         ({}, 4, "finetune.workers=4: the cluster has 2 CPUs"),
+        ({}, {"min": 4, "max": 9}, "finetune.workers=4: the cluster has 2 CPUs"),
     ],
 )
 def test_a_cluster_without_room_for_a_trial_is_refused(settings, workers, words):
+    training, cluster = training_of(workers), resources(4, started_here=True)
     with pytest.raises(ConfigError, match=words):
-        room_for(TuneConfig(**settings), workers, False, resources(4, started_here=True))
+        room_for(TuneConfig(**settings), training, False, cluster)
+
+
+def test_a_trial_that_no_single_node_can_hold_is_refused():
+    """Ray Tune would wait for such a node for ever."""
+    with pytest.raises(ConfigError, match=r"has 8 CPUs and 0 GPUs for trials, 4 and 0 on its larg"):
+        room_for(TuneConfig(cpus_per_trial=6), training_of(1), False, nodes((4, 0), (4, 0)))
 
 
 # Schedulers --------------------------------------------------------------------------------------
