@@ -241,7 +241,10 @@ def files(v: Values, experiment: str) -> dict[str, str]:
     cluster = ray_cluster(v, least, outlives_its_head=True)
     run = f"python -m raybert {{}} -c {CONFIG}".format
     pretrain = f"sh -c '{run('corpus')} && exec {run('pretrain')} --json'"
-    tune = f"{run('tune')} --trials {v['trials']} --json"
+    # A trial has one worker: many at a time, and no process group to start. It is not limited by
+    # minutes, for how many steps they are would depend on its neighbours.
+    each = "--set finetune.workers=1 --set finetune.minutes=null --set finetune.epochs=2"
+    tune = f"{run('tune')} --trials {v['trials']} {each} --json"
     again = (
         "A retry makes a new cluster, and two attempts can overlap: raybert's runs fence their\n"
         "writers themselves, and go on from the last checkpoint."

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from raybert import cli_jobs, cli_runs, cli_serve
+from raybert import cli_jobs, cli_runs, cli_serve, cli_tune
 from raybert.entry import INTERRUPTED
 from raybert.errors import DamagedError, RaybertError, StorageError, UserError
 from raybert.options import (
@@ -41,6 +41,7 @@ app = typer.Typer(
 
 bench_app = typer.Typer(help="Measure raybert on this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.add_typer(cli_tune.app)
 app.add_typer(cli_jobs.app)
 app.add_typer(cli_serve.app)
 app.add_typer(cli_runs.app, name="runs")
@@ -170,16 +171,34 @@ def finetune(
     name: NameOption = None,
     data: DataOption = None,
     bare: BareOption = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, help="Train so many, with other seeds: an ensemble.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--distill-from", help="A model or an ensemble that teaches; see finetune.distill."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a classifier on labelled texts. Running the same name again resumes it.
 
-    Example: `raybert finetune -n mine --set finetune.source.path=labelled.csv`
+    Examples: `raybert finetune -n mine --set finetune.source.path=labelled.csv`,
+    `raybert finetune -n large --seeds 5`, `raybert finetune -n small --distill-from runs/large`
     """
     from raybert import pipeline
 
-    experiment = load_experiment(config, overrides, name, data)
-    _print(pipeline.finetune(experiment, new_display(), bare=bare), as_json)
+    taught = [f"finetune.distill.teacher={json.dumps(teacher)}"] if teacher is not None else []
+    experiment = load_experiment(config, [*(overrides or []), *taught], name, data)
+    if seeds is None:
+        _print(pipeline.finetune(experiment, new_display(), bare=bare), as_json)
+        return
+    if bare:
+        raise UserError("--seeds runs on Ray, several at a time; leave --bare out")
+    from raybert.ensemble import finetune_seeds
+
+    _print(finetune_seeds(experiment, new_display(), seeds), as_json)
 
 
 @app.command()

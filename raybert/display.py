@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.text import Text
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal to rewrite
@@ -34,6 +35,7 @@ class Display:
         self._live = self._console.is_terminal and not quiet
         self._followed = bool(os.environ.get(FOLLOWED))
         self._stage = ""
+        self._panel: Live | None = None
         self._begun = self._last_plain = time.monotonic()
 
     @contextmanager
@@ -45,6 +47,9 @@ class Display:
         try:
             yield
         finally:
+            if self._panel is not None:
+                self._panel.stop()
+                self._panel = None
             self._clear()
             self._stage = ""
 
@@ -54,6 +59,25 @@ class Display:
             return
         spent = clock(time.monotonic() - self._begun)
         self._progress(f"{self._stage:<9} {spent:>6}  {text}")
+
+    def panel(self, content: RenderableType, text: str) -> None:
+        """Rewrite what is shown at the stage's end of a terminal; in a log, say it in a line."""
+        if not self._live:
+            self.line(text)
+            return
+        if self._panel is None:
+            self._clear()
+            self._panel = Live(
+                console=self._console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._panel.start()
+        spent = clock(time.monotonic() - self._begun)
+        self._panel.update(Group(Text(f"{self._stage:<9} {spent:>6}  {text}"), content))
+        self._panel.refresh()
 
     def relay(self, line: str) -> None:
         """Show a line of a followed job's log: its progress is rewritten, all else stays."""
@@ -93,7 +117,7 @@ class Display:
             self.say(f"{self._stage:<9} step {record['step']:>6,}  {record.get('message', '')}")
 
     def _clear(self) -> None:
-        if self._live:
+        if self._live and self._panel is None:  # a panel makes room for lines by itself
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()
 

@@ -39,6 +39,7 @@ TRAINS = {
     "pretrain": ("pretrain",),
     "finetune": ("finetune",),
     "run": ("pretrain", "finetune"),
+    "tune": ("tune",),
 }
 #: Of the peak that a GPU's maker states. NVIDIA's BERT-large reaches 43% of an A100's; small
 #: encoders, whose kernels are short, less.
@@ -156,15 +157,34 @@ def told(experiment: Experiment, command: str, machines: Machines | None) -> lis
     for stage in TRAINS.get(command, ()):
         if _is_finished(experiment, stage):
             lines.append(f"{stage}: finished already")
-        else:
-            made = estimate(experiment, stage, machines)
-            lines += [f"{stage}: {line}" for line in made.lines()]
+            continue
+        if stage == "tune":
+            lines.append(f"tune: {_search_line(experiment)}; each of them as configured:")
+        made = estimate(experiment, stage, machines)
+        lines += [f"{stage}: {line}" for line in made.lines()]
     return lines
+
+
+def _search_line(experiment: Experiment) -> str:
+    """How many fine-tuning runs a search is, at most."""
+    config = experiment.tune
+    finals = (config.finalists + 1) * config.seeds
+    minutes = f" in {config.minutes:g} minutes" if config.minutes is not None else ""
+    trials = "a grid of trials" if config.searcher == "grid" else f"{config.trials} trials"
+    return f"{trials}{minutes}, then up to {finals} runs of the finalists"
+
+
+def training_of(experiment: Experiment, stage: str) -> PretrainConfig | FinetuneConfig:
+    """The settings of what a stage trains; a search's trials are fine-tuning runs."""
+    config: PretrainConfig | FinetuneConfig = (
+        experiment.pretrain if stage == "pretrain" else experiment.finetune
+    )
+    return config
 
 
 def estimate(experiment: Experiment, stage: str, machines: Machines | None) -> Estimate:
     """Estimate what is left of a stage on some machines; None: on which is not known."""
-    config: PretrainConfig | FinetuneConfig = getattr(experiment, stage)
+    config = training_of(experiment, stage)
     shape = shape_of(experiment, stage)
     measured = _known(lambda: measured_of(experiment.folder / stage))
     done = measured.step if measured else 0
@@ -196,7 +216,7 @@ def estimate(experiment: Experiment, stage: str, machines: Machines | None) -> E
 
 def shape_of(experiment: Experiment, stage: str) -> tuple[ModelConfig, int] | None:
     """A stage's encoder and the size of its vocabulary, at most; None where it can't be known."""
-    start = getattr(experiment, stage).initialize_from
+    start = training_of(experiment, stage).initialize_from
     if start in (None, "scratch"):
         made = _known(lambda: Manifest.read(experiment.folder / "corpus"))
         tokenizer = experiment.corpus.tokenizer
@@ -222,12 +242,12 @@ def size_of(
     with torch.device("meta"):  # shapes without numbers
         encoder = Encoder(model, vocab_size)
         module: nn.Module = MaskedLM(encoder)
-        if stage == "finetune":
+        if stage != "pretrain":
             module = Classifier(encoder, num_labels=2, config=experiment.finetune.head)
     return Size(
         parameters=num_parameters(module),
         tensors=len(list(module.parameters())),
-        checkpoints=getattr(experiment, stage).keep_checkpoints + 2,
+        checkpoints=training_of(experiment, stage).keep_checkpoints + 2,
     )
 
 
@@ -260,19 +280,20 @@ def _known(read: Callable[[], T]) -> T | None:
 
 def _seq_len(experiment: Experiment, stage: str) -> int:
     """Tokens in a row, at most."""
-    given = experiment.finetune.seq_len if stage == "finetune" else None
+    given = None if stage == "pretrain" else experiment.finetune.seq_len
     return given or experiment.corpus.seq_len
 
 
 def _epoch(experiment: Experiment, stage: str) -> tuple[int, int] | None:
     """Steps and tokens, at most, of a pass over a stage's data; None before they are prepared."""
-    config: TrainConfig = getattr(experiment, stage)
-    if stage == "finetune":
-        prepared = prepared_data(experiment.folder / "finetune" / "data")
+    config = training_of(experiment, stage)
+    if stage != "pretrain":
+        prepared = prepared_data(experiment.folder / stage / "data")
         if prepared is None:
             return None
         rows = prepared.train.rows
-        return max(1, math.ceil(rows / config.global_batch_size)), rows * prepared.seq_len
+        seq_len = min(prepared.seq_len, _seq_len(experiment, stage))
+        return max(1, math.ceil(rows / config.global_batch_size)), rows * seq_len
     manifest = Manifest.read(experiment.folder / "corpus")
     train = manifest.splits["train"]
     order = Order(

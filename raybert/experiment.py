@@ -11,12 +11,14 @@ from raybert.config import Settings, flatten
 from raybert.errors import UserError
 from raybert.model.encoder import ModelConfig
 from raybert.ray_session import RayConfig
+from raybert.registry import REGISTRY
 from raybert.serve.settings import ServeConfig
 from raybert.storage import Folder, check_address
 from raybert.text.corpus import CorpusConfig
 from raybert.text.sources import EvaluationSource
 from raybert.train.finetune import FinetuneConfig
 from raybert.train.pretrain import PretrainConfig
+from raybert.tune.settings import TuneConfig
 
 #: The keys that `--data` sets.
 DATA_KEYS = ("corpus.source.path", "finetune.source.path", "evaluate.source.path")
@@ -37,6 +39,8 @@ class RunConfig(Settings):
             raise ValueError(
                 f"run.name={value!r} is no name for a folder; use letters, digits, . _ -"
             )
+        if value == REGISTRY:
+            raise ValueError(f"run.name={value!r} is where registered models lie; choose another")
         return value
 
 
@@ -56,6 +60,7 @@ class Experiment(Settings):
     model: ModelConfig = ModelConfig()
     pretrain: PretrainConfig = PretrainConfig.model_validate({})
     finetune: FinetuneConfig = FinetuneConfig.model_validate({})
+    tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
     ray: RayConfig = RayConfig()

@@ -7,21 +7,19 @@ Every stage that is finished says so and does nothing, so a pipeline can be run 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from raybert.config import build, dump, parse_yaml
 from raybert.display import Display, clock
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
+from raybert.finetuning import finetune_job, teachers, told
 from raybert.model.find import resolve_model
-from raybert.ray_session import Resources, ray_session
+from raybert.ray_session import ray_session
 from raybert.storage import Folder
 from raybert.text import corpus, sources
 from raybert.text.parts import Manifest
 from raybert.text.sources import SourceConfig
-from raybert.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 METRICS = "metrics.json"
 MASK = "[MASK]"  # of every tokenizer that raybert makes
@@ -62,13 +60,8 @@ def _corpus_line(manifest: Manifest) -> str:
         f"{rows:,} rows of {manifest.seq_len} tokens, vocabulary {manifest.vocab_size:,}, "
         f"{manifest.splits['heldout'].rows:,} rows held out"
         + left_out
-        + _told(info.get("skipped", {}))
+        + told(info.get("skipped", {}))
     )
-
-
-def _told(skipped: Mapping[str, int]) -> str:
-    """The rows that were left out, as the end of a line."""
-    return "".join(f", {count:,} skipped ({reason})" for reason, count in skipped.items())
 
 
 def _corpus_result(folder: Folder, manifest: Manifest) -> dict[str, Any]:
@@ -107,75 +100,16 @@ def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) ->
 
 def finetune(experiment: Experiment, display: Display, *, bare: bool = False) -> dict[str, Any]:
     """Labelled texts and a pretrained model -> a run with a classifier in `model/`."""
-    from raybert.doctor.visit import visit_when_asked
-    from raybert.train.finetune import FinetuneJob
     from raybert.train.run import CONFIG
-    from raybert.train.texts import prepare_data, prepared_data
 
     finished = _finished("finetune", experiment, display, ("model",))
     if finished is not None:
         return finished
-    config, run = experiment.finetune, experiment.folder / "finetune"
-    start, tokenizer = _start(experiment)
-    # A run that has begun keeps the texts that it began with.
-    prepared = prepared_data(run / "data") if run.exists(CONFIG) else None
-    if prepared is None:
-        seq_len = min(config.seq_len or experiment.corpus.seq_len, _longest(experiment, start))
-        if config.seq_len is not None and config.seq_len > seq_len:
-            raise UserError(
-                f"finetune.seq_len={config.seq_len} is past the model's {seq_len} tokens; lower "
-                f"it, or pretrain with model.max_seq_len={config.seq_len}"
-            )
-        session: AbstractContextManager[Resources | None] = (
-            nullcontext() if bare else ray_session(experiment.ray)
-        )
-        with display.stage("texts"), session as resources:
-            if resources is not None:
-                visit_when_asked(experiment, resources, display, ("finetune",))
-            display.line("reading and tokenizing labelled texts")
-            prepared = prepare_data(
-                config, Tokenizer.load(tokenizer), seq_len, config.seed, run / "data"
-            )
-        display.say(
-            f"texts     {prepared.train.rows:,} to train on, {prepared.validation.rows:,} to "
-            f"choose by{_told(prepared.skipped)}; labels {', '.join(prepared.labels)}"
-        )
-    job = FinetuneJob(
-        config=config,
-        model=experiment.model,
-        start=start,
-        tokenizer=tokenizer,
-        data=run / "data",
-        prepared=prepared,
+    run = experiment.folder / "finetune"
+    job = finetune_job(
+        experiment, display, run / "data", has_begun=run.exists(CONFIG), on_ray=not bare
     )
     return _train("finetune", job, experiment, display, ("model",), bare)
-
-
-def _start(experiment: Experiment) -> tuple[Folder | None, Folder]:
-    """The model that fine-tuning starts from, and where the tokenizer lies."""
-    where = experiment.finetune.initialize_from
-    pretrained = experiment.folder / "pretrain" / "model"
-    if where == "scratch":
-        folder = experiment.folder / "corpus"
-        if not folder.exists(TOKENIZER_FILE):
-            raise UserError(f"{folder} has no tokenizer yet; make the corpus first: raybert corpus")
-        return None, folder
-    if where == "pretrain":
-        if not pretrained.exists("config.json"):
-            raise UserError(
-                f"{pretrained} is not there yet; run `raybert pretrain` first, or set "
-                "finetune.initialize_from to scratch or to a folder with a model"
-            )
-        return pretrained, pretrained
-    folder = resolve_model(where, "pretrain", key="finetune.initialize_from")
-    return folder, folder
-
-
-def _longest(experiment: Experiment, start: Folder | None) -> int:
-    """Tokens that the encoder reads."""
-    if start is None:
-        return experiment.model.max_seq_len
-    return int(start.read_json("config.json").get("max_position_embeddings", 512))
 
 
 def _finished(
@@ -268,7 +202,7 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
         )
     display.say(
         f"evaluate  accuracy {metrics['accuracy']:.4f} on {metrics['n']:,} texts"
-        + _told(metrics["skipped"])
+        + told(metrics["skipped"])
     )
     return {
         **metrics,
@@ -315,7 +249,7 @@ def check_sources(experiment: Experiment) -> None:
     Raises:
         ConfigError: lengths that don't fit each other, an example without a mask.
         DataError: a source has no such files, or its first row no such column or label.
-        UserError: a `sample:` whose package is not installed.
+        UserError: a `sample:` whose package is not installed, a teacher that is not there.
     """
     from raybert.train.run import CONFIG
 
@@ -327,6 +261,9 @@ def check_sources(experiment: Experiment) -> None:
         sources.peek(experiment.finetune.source)
         if experiment.finetune.validation is not None:
             sources.peek(experiment.finetune.validation)
+        teachers(experiment)
+        if experiment.finetune.distill.unlabelled is not None:
+            sources.fingerprint(experiment.finetune.distill.unlabelled)
     sources.peek(experiment.evaluate.source)
 
 

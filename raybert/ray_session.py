@@ -59,6 +59,7 @@ class Resources:
     gpus: float
     object_store: int  # bytes
     started_here: bool  # for this process, and ends with it
+    nodes: tuple[tuple[float, float], ...] = ()  # CPUs and GPUs of each node, where that matters
 
 
 @contextmanager
@@ -128,6 +129,14 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
                 os.environ[name] = value
 
 
+def dashboard_url() -> str | None:
+    """Where the connected Ray's web pages are; None where it has none."""
+    import ray
+
+    address = ray._private.worker.get_dashboard_url()
+    return f"http://{address}/" if address else None
+
+
 def _set_log_level(level: int) -> None:
     """Quiet Ray's libraries; Ray Data sets its loggers up when it is first imported."""
     importlib.import_module("ray.data")
@@ -144,4 +153,9 @@ def _resources() -> Resources:
         gpus=total.get("GPU", 0),
         object_store=int(total.get("object_store_memory", 1 << 30)),
         started_here=_started_here,
+        nodes=tuple(
+            (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
+            for node in ray.nodes()
+            if node["Alive"]
+        ),
     )

@@ -17,15 +17,18 @@ from raybert.config import build
 from raybert.errors import RaybertError, UserError
 from raybert.experiment import RunConfig
 from raybert.pipeline import METRICS
+from raybert.registry import REGISTRY
 from raybert.storage import File, Folder
 from raybert.text.parts import MANIFEST, Manifest
 from raybert.train.meters import read_metrics
 from raybert.train.run import RESULT
 
-STAGES = ("corpus", "pretrain", "finetune")
+STAGES = ("corpus", "pretrain", "finetune", "tune", "ensemble")
 BUSY_SECONDS = 600.0  # since the last change; a run at work writes oftener, unless told not to
 
 _COMMIT = re.compile(r"checkpoints/step-(\d+)\.json")
+_TRIAL = re.compile(r"trials/[^/]+/trial\.json")
+_MEMBER = re.compile(r"members/[^/]+/trial\.json")
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def delete(storage: Folder, run: Run) -> None:
 
 def _read(storage: Folder, name: str) -> Run | None:
     """What there is of an experiment; None where the name is none's."""
-    if not any(storage.exists(f"{name}/{stage}") for stage in STAGES):
+    if name == REGISTRY or not any(storage.exists(f"{name}/{stage}") for stage in STAGES):
         return None
     folder = storage / name
     files = folder.files()
@@ -124,7 +127,7 @@ def _stage(folder: Folder, name: str, files: Sequence[File]) -> Stage | None:
     names = {file.name for file in files}
     finished = (MANIFEST if name == "corpus" else RESULT) in names
     try:
-        told = _corpus(folder, finished) if name == "corpus" else _training(folder, names)
+        told = _told(folder, name, names, finished)
     except (RaybertError, FileNotFoundError):  # damaged, or just being written
         told = {}
     return Stage(
@@ -137,12 +140,39 @@ def _stage(folder: Folder, name: str, files: Sequence[File]) -> Stage | None:
     )
 
 
+def _told(folder: Folder, name: str, names: set[str], finished: bool) -> dict[str, Any]:
+    if name == "corpus":
+        return _corpus(folder, finished)
+    if name == "tune":
+        return {"figures": _search(folder, names, finished)}
+    if name == "ensemble":
+        return {"figures": _ensemble(folder, names, finished)}
+    return _training(folder, names)
+
+
 def _corpus(folder: Folder, finished: bool) -> dict[str, Any]:
     if not finished:
         return {}
     manifest = Manifest.read(folder)
     rows = sum(split.rows for split in manifest.splits.values())
     return {"figures": {"rows": rows, "vocab_size": manifest.vocab_size}}
+
+
+def _search(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
+    figures: dict[str, Any] = {"trials": sum(map(bool, map(_TRIAL.fullmatch, names)))}
+    if finished:
+        result = folder.read_json(RESULT)
+        figures["accuracy"] = result["best"]["seeds"]["accuracy"]["mean"]
+        if "test" in result:
+            figures["test_accuracy"] = result["test"]["accuracy"]
+    return figures
+
+
+def _ensemble(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
+    figures: dict[str, Any] = {"members": sum(map(bool, map(_MEMBER.fullmatch, names)))}
+    if finished:
+        figures["accuracy"] = folder.read_json(RESULT)["ensemble"]["accuracy"]
+    return figures
 
 
 def _training(folder: Folder, names: set[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import pyarrow.fs as pafs
 
 from raybert.errors import DamagedError, StorageError, UserError
 
+_NUMBER = re.compile(r"(\d+)-[0-9a-f]{8}\.json")
 # How long S3 is waited for. A request that meets silence every time ends after 47 s at most, one
 # that is refused (503, no connection) after 7 s: two in a row while other ranks wait for this one.
 _CONNECT_SECONDS = 5
@@ -216,6 +217,12 @@ class Folder:
         """Write a JSON file, indented for people, that appears whole or not at all."""
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
+    def copy_to(self, other: Folder, *, last: str) -> None:
+        """Copy the files directly inside; the one named `last` tells that the others are there."""
+        files = [name for name in self.names() if self.size(name) is not None]
+        for name in sorted(files, key=lambda name: (name == last, name)):
+            other.write_bytes(name, self.read_bytes(name))
+
     def delete(self, name: str) -> None:
         """Delete a file or a folder with all it holds; nothing happens where there is none."""
         path = self.join(name)
@@ -240,6 +247,29 @@ class Folder:
             raise
         except (OSError, pa.ArrowException) as error:
             raise StorageError(f"{doing} {path} failed: {_one_line(error)}") from error
+
+
+def take_number(folder: Folder) -> int:
+    """Take the next number of a folder, which nobody else then gets, and leave a file for it.
+
+    Two may ask at once, and object stores have no locks. Each writes a file under a name that
+    nobody else has, and then looks: of those with one number, whoever wrote last sees the others,
+    and moves on.
+    """
+    number = 1 + max(numbers_taken(folder), default=0)
+    while True:
+        mine = f"{number:04d}-{uuid.uuid4().hex[:8]}.json"
+        folder.write_json(mine, {"number": number})
+        rivals = [name for name in folder.names() if name.startswith(f"{number:04d}-")]
+        if rivals == [mine]:
+            return number
+        # Those that saw each other move to different numbers.
+        number = 1 + max(numbers_taken(folder)) + rivals.index(mine)
+
+
+def numbers_taken(folder: Folder) -> list[int]:
+    """The numbers of which there are files, in no order."""
+    return [int(match[1]) for match in map(_NUMBER.fullmatch, folder.names()) if match]
 
 
 def check_address(text: str) -> None:

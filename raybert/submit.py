@@ -18,11 +18,15 @@ from raybert.text.sources import SourceConfig
 READS = {
     "corpus": ("corpus.source", "corpus.overlap", "corpus.tokenizer.path"),
     "pretrain": ("pretrain.initialize_from",),
-    "finetune": ("finetune.source", "finetune.validation", "finetune.initialize_from"),
+    "finetune": (
+        *("finetune.source", "finetune.validation", "finetune.initialize_from"),
+        *("finetune.distill.teacher", "finetune.distill.unlabelled"),
+    ),
     "evaluate": ("evaluate.source",),
     "predict": (),
 }
 READS["run"] = tuple(key for keys in READS.values() for key in keys)
+READS["tune"] = (*READS["finetune"], *READS["evaluate"])
 #: Of a job. Ray gives a job that is to stop three seconds; a checkpoint may take longer.
 _ENVIRONMENT = {FOLLOWED: "1", "RAY_JOB_STOP_WAIT_TIME_S": "90"}
 _OWN = ("scratch", "pretrain")  # of `initialize_from`: in the run's storage
@@ -155,7 +159,8 @@ def _paths(experiment: Experiment, key: str) -> list[str]:
         value = getattr(value, part)
     if isinstance(value, SourceConfig):
         return value.paths
-    return [value] if value is not None and value not in _OWN else []
+    given = value if isinstance(value, list) else [value]
+    return [path for path in given if path is not None and path not in _OWN]
 
 
 def _is_everywhere(path: str) -> bool:

@@ -257,3 +257,44 @@ def same_tensors(one, other):
 def folder(path):
     """A Folder of a path."""
     return Folder(path)
+
+
+def searchable(path, *, count=160, finetune=(), tune=(), **sections):
+    """An experiment that can be searched at once: from scratch, on generated reviews."""
+    from raybert.experiment import Experiment
+
+    here = Folder(path)
+    texts = write_csv(here, "labelled.csv", reviews(count))
+    write_csv(here, "test.csv", reviews(60, seed=1))
+    values = {
+        "run": {"name": "tiny", "storage": str(path / "runs")},
+        "corpus": {"source": {"path": texts}, "seq_len": 32},
+        "model": MODEL,
+        "finetune": {
+            "source": {"path": texts},
+            "initialize_from": "scratch",
+            "global_batch_size": 16,
+            "micro_batch_size": 8,
+            "steps": 12,
+            "evaluations": 3,
+            "lr": 1e-2,
+            "threads": 1,
+            "precision": "fp32",
+            "log_every": 1,
+            **dict(finetune),
+        },
+        "tune": {
+            "trials": 4,
+            "searcher": "random",
+            "scheduler": {"kind": "none"},
+            "finalists": 1,
+            "seeds": 1,
+            "space": {"finetune.lr": {"log_uniform": [1e-3, 3e-2]}},
+            **dict(tune),
+        },
+        "evaluate": {"source": {"path": str(path / "test.csv")}},
+        **sections,
+    }
+    experiment = build(Experiment, values, "test")
+    tokenizer_of([text for text, _ in reviews(count)]).save(experiment.folder / "corpus")
+    return experiment

@@ -73,6 +73,80 @@ def test_what_json_does_not_have_is_null(capsys):
     assert json.loads(capsys.readouterr().out) == {"loss": None, "by": [None, 1, {"x": -1.5}]}
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "tune.space={finetune.lrr: {uniform: [0.1, 0.2]}}",
+            "tune.space: unknown key finetune.lrr; did you mean finetune.lr?",
+        ),
+        ("tune.space.finetune.lr={uniform: [2, 1]}", "finetune.lr: uniform=[2, 1] is empty;"),
+        ("tune.space.finetune.dropout={uniform: [0, 7]}", "finetune.dropout=7.0: input should be"),
+        ("tune.trials=0", "tune.trials=0: input should be greater than or equal to 1"),
+        ("tune.scheduler.kind=asah", "tune.scheduler.kind='asah'"),
+    ],
+)
+def test_a_search_that_can_not_be_is_refused_before_any_trial(raybert, trained, override, words):
+    done = raybert("tune", "-c", trained.config, "--set", override)
+    assert words in refused(done)
+    assert not (trained.run / "tune").exists()
+
+
+def test_a_search_wants_its_test_texts_at_once(raybert, trained):
+    done = raybert("tune", "-c", trained.config, "--set", "evaluate.source.path=/typo.csv")
+    assert refused(done) == "/typo.csv: no such file or folder"
+
+
+def test_a_model_is_promoted_and_rolled_back(raybert, trained, tmp_path):
+    at = ("-c", trained.config, "--set", f"run.storage={tmp_path}", "--json")
+    first = raybert("promote", "reviews", "-m", trained.run, *at).json
+    assert (first["version"], first["versions"]) == (1, [1])
+    assert first["from"] == str(trained.run / "finetune" / "model")
+    assert raybert("predict", "-m", first["model"], "superb").code == 0
+    raybert("promote", "reviews", "-m", trained.run / "pretrain", *at)
+    back = raybert("rollback", "reviews", *at).json
+    assert (back["version"], back["versions"]) == (1, [1, 2])
+    again = raybert("rollback", "reviews", "--to", 2, *at[:-1])
+    assert again.out.startswith("reviews: version 2 of 2 is the current one: ")
+    assert "has no version 9; it has 1, 2" in refused(
+        raybert("rollback", "reviews", "--to", 9, *at)
+    )
+    assert "has no model 'films'; it has reviews" in refused(raybert("rollback", "films", *at))
+
+
+def test_the_fine_tuned_model_is_what_is_promoted_without_a_search(raybert, trained, tmp_path):
+    shutil.copytree(trained.run, tmp_path / "tiny")
+    done = raybert("promote", "reviews", "-c", trained.config, "--set",
+                   f"run.storage={tmp_path}", "--json")  # fmt: skip
+    assert done.json["from"] == str(tmp_path / "tiny" / "finetune" / "model")
+
+
+def test_seeds_run_on_ray(raybert, trained):
+    done = raybert("finetune", "-c", trained.config, "--seeds", 2, "--bare")
+    assert "--seeds runs on Ray" in refused(done)
+
+
+def test_a_student_learns_from_a_teacher(raybert, trained, tmp_path):
+    shutil.copytree(trained.run, tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "finetune")
+    at = ("-c", trained.config, "--bare", "--json", "--set", f"run.storage={tmp_path}")
+    done = raybert("finetune", *at, "--distill-from", trained.run)
+    assert done.code == 0, done.err
+    assert done.json["accuracy"] > 0.8
+    config = json.loads(
+        raybert("config", "-c", tmp_path / "tiny/finetune/config.yaml", "--json").out
+    )
+    assert config["finetune"]["distill"]["teacher"] == str(trained.run)
+    gone = raybert("finetune", *at, "-n", "other", "--distill-from", "/none")
+    assert "other/pretrain/model is not there yet" in refused(gone)
+    shutil.rmtree(tmp_path / "tiny" / "finetune")
+    gone = raybert("finetune", *at, "--distill-from", "/none")
+    assert refused(gone) == (
+        "finetune.distill.teacher=/none: no model here (config.json is missing); name a model/ or "
+        "a run"
+    )
+
+
 def test_a_mask_is_filled(raybert, trained):
     done = raybert("fill-mask", "-m", trained.run, "the [MASK] was superb", "--json", "--top", 3)
     [guesses] = done.json["masks"]

@@ -118,3 +118,28 @@ def test_markup_in_what_is_said_is_text(capsys):
     display = Display()
     display.say("I saw this [MASK] and [bold]it[/bold] was [/x] good")
     assert "this [MASK] and [bold]it[/bold] was [/x] good" in capsys.readouterr().err
+
+
+def test_a_panel_is_a_line_where_there_is_no_terminal(capsys):
+    display = Display()
+    with display.stage("tune"):
+        display._last_plain = 0.0
+        display.panel("a table", "3/12 trials")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "tune" in err and "3/12 trials" in err
+    assert "a table" not in err
+
+
+def test_a_panel_is_rewritten_on_a_terminal_and_lines_stay(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    display = Display()
+    assert display._live
+    with display.stage("tune"):
+        display.panel("first table", "1/12 trials")
+        display.say("trial 0000 is over")
+        display.panel("second table", "2/12 trials")
+    out, err = capsys.readouterr()
+    assert out == ""
+    for words in ("first table", "trial 0000 is over", "second table", "2/12 trials"):
+        assert words in err

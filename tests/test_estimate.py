@@ -210,6 +210,18 @@ def test_a_command_that_trains_nothing_has_no_estimate():
     assert [line.partition(":")[0] for line in both] == ["pretrain"] * 2 + ["finetune"] * 2
 
 
+def test_a_search_is_so_many_runs_of_the_configured_kind():
+    tune = {"trials": 12, "minutes": 20, "finalists": 2, "seeds": 3}
+    experiment = experiment_of("/nonexistent", finetune={"steps": 400}, tune=tune)
+    first, stored, work = told(experiment, "tune", CPUS)
+    assert first == (
+        "tune: 12 trials in 20 minutes, then up to 9 runs of the finalists; each of them as "
+        "configured:"
+    )
+    assert stored.startswith("tune: ") and "parameters" in stored
+    assert work.startswith("tune: 400 steps")
+
+
 # Words -------------------------------------------------------------------------------------------
 
 

@@ -315,3 +315,85 @@ def test_values_as_text():
     assert [big(n) for n in (950, 9_999, 10_000, 999_999, 14_310_000)] == [
         "950", "9,999", "10.0k", "1,000k", "14.3M",
     ]  # fmt: skip
+
+
+# Searches ----------------------------------------------------------------------------------------
+
+
+def trial(name, accuracy, state="finished", **more):
+    score = None if accuracy is None else accuracy - 1e-6
+    evaluations = [] if accuracy is None else [[1.0, score, accuracy, 1e9 + 60 * int(name)]]
+    return {
+        "trial": name, "state": state, "why": "", "score": score, "accuracy": accuracy, "loss": 0.5,
+        "values": {"finetune.lr": 1e-3 * (1 + int(name)), "finetune.head.pooling": "mean"},
+        "seed": 0, "epoch": 1.0, "begun": 1e9 + int(name), "ended": 1e9 + 90, "seconds": 61.0,
+        "evaluations": evaluations, "exchanges": [],
+    } | more  # fmt: skip
+
+
+def finalist(name, *accuracies):
+    spread = {"mean": sum(accuracies) / len(accuracies), "std": 0.01, "values": list(accuracies)}
+    seeds = {"n": len(accuracies), "score": spread, "accuracy": spread, "loss": spread}
+    return {"trial": name, "config": {"finetune.lr": 2e-3}, "seeds": seeds}
+
+
+def make_search(root):
+    exchange = {
+        "from": "0001", "step": 40, "weights": "ab" * 32, "weights_after": "ab" * 32, "lr": 8e-4,
+        "before": {"finetune.lr": 1e-3}, "after": {"finetune.lr": 8e-4},
+    }  # fmt: skip
+    write(
+        root,
+        "trials.json",
+        {
+            "searcher": "tpe",
+            "scheduler": "asha",
+            "dimensions": [
+                {"key": "finetune.lr", "kind": "log_uniform", "low": 1e-4, "high": 1e-1},
+                {"key": "finetune.head.pooling", "kind": "choice", "choices": ["cls", "mean"]},
+            ],
+            "trials": [
+                trial("0000", 0.80),
+                trial("0001", 0.90, exchanges=[exchange]),
+                trial("0002", 0.70, "stopped", why="stopped at epoch 1"),
+                trial("0003", None, "failed", why=NASTY, values={"finetune.lr": 1e-3}),
+            ],
+            "finalists": [finalist("0001", 0.88, 0.9), finalist("0000", 0.8, 0.82)],
+            "importance": {"method": "rank correlation", "shares": {"finetune.lr": 0.75}},
+            "cost": {"trial_seconds": 244.0, "core_hours": 0.07, "gpu_hours": 0.0},
+        },
+    )
+    write(root, "result.json", {"seconds": 300.0, "trials": {"finished": 2}})
+
+
+def test_a_search_is_told(tmp_path):
+    make_search(tmp_path / "tune")
+    page = Page(report(tmp_path))
+    for expected in (
+        "Search", "tpe search, asha scheduler", "2 finished, 1 stopped, 1 failed",
+        "0.8900 ± 0.0100", "0.8100 ± 0.0100", "Core hours0.07", "Finalists", "All trials",
+        "Exchanges", "lr 0.001 → 0.0008", "abababababab, equal", "stopped at epoch 1",
+        "rank correlation", "Importance of each key", "Validation accuracy over time", NASTY,
+    ):  # fmt: skip
+        assert expected in page.text, expected
+    assert page.tags.count("svg") == 4
+    assert not {"script", "br", "i", "img"} & set(page.tags)
+
+
+@pytest.mark.parametrize("left", ["dimensions", "finalists", "importance", "cost", "trials"])
+def test_a_search_without_a_part_shows_the_rest(tmp_path, left):
+    make_search(tmp_path / "tune")
+    path = tmp_path / "tune" / "trials.json"
+    values = json.loads(path.read_text())
+    del values[left]
+    path.write_text(json.dumps(values))
+    assert "Search" in Page(report(tmp_path)).text
+
+
+def test_weights_that_are_not_the_donors_are_told(tmp_path):
+    make_search(tmp_path / "tune")
+    path = tmp_path / "tune" / "trials.json"
+    path.write_text(
+        path.read_text().replace(f'"weights_after": "{"ab" * 32}"', '"weights_after": "c"')
+    )
+    assert "NOT equal" in Page(report(tmp_path)).text

@@ -54,6 +54,26 @@ def tree(path):
     return {os.path.join(root, name) for root, _, names in os.walk(path) for name in names}
 
 
+def test_searches_and_ensembles_are_told_of(tmp_path):
+    storage = Folder(tmp_path)
+    for name in ("trials/0000", "trials/0001", "seeds/0000-s1"):
+        storage.write_json(f"e/tune/{name}/trial.json", {})
+    storage.write_json("e/ensemble/members/s0/trial.json", {})
+    [run] = runs.listed(storage)
+    assert [(s.name, s.state, s.figures) for s in run.stages] == [
+        ("tune", "begun", {"trials": 2}),
+        ("ensemble", "begun", {"members": 1}),
+    ]
+    best = {"seeds": {"accuracy": {"mean": 0.8}}}
+    storage.write_json("e/tune/result.json", {"best": best, "test": {"accuracy": 0.7}})
+    storage.write_json("e/ensemble/result.json", {"ensemble": {"accuracy": 0.9}})
+    [run] = runs.listed(storage)
+    assert [(s.name, s.state, s.figures) for s in run.stages] == [
+        ("tune", "finished", {"trials": 2, "accuracy": 0.8, "test_accuracy": 0.7}),
+        ("ensemble", "finished", {"members": 1, "accuracy": 0.9}),
+    ]
+
+
 def test_every_experiment_is_listed_and_nothing_else(made):
     found = {run.name: run for run in runs.listed(Folder(made))}
     assert list(found) == ["begun", "done", "texts"]
@@ -134,7 +154,7 @@ def test_without_an_answer_nothing_is_deleted(raybert, storage):
         ("/etc", "is no name for a folder"),
         ("", "is no name for a folder"),
         (".hidden", "is no name for a folder"),
-        ("registry", "has no experiment named registry; experiments: begun, done, texts"),
+        ("registry", "is where registered models lie"),
         ("a-file", "has no experiment named a-file"),
         ("none", "has no experiment named none"),
     ],

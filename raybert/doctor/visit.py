@@ -15,7 +15,7 @@ from raybert.doctor import nodes as asked
 from raybert.doctor import reduction
 from raybert.doctor.findings import Finding
 from raybert.errors import RaybertError, UserError
-from raybert.estimate import shape_of, size_of, workers_of
+from raybert.estimate import shape_of, size_of, training_of, workers_of
 from raybert.experiment import Experiment
 from raybert.ray_session import Resources, ray_session
 from raybert.storage import Folder
@@ -107,7 +107,7 @@ def _problems(found: Sequence[Finding]) -> Iterator[str]:
 
 
 def _configs(experiment: Experiment, stages: Sequence[str]) -> list[TrainConfig]:
-    return [getattr(experiment, stage) for stage in stages]
+    return [training_of(experiment, stage) for stage in stages]
 
 
 def _needed(experiment: Experiment, stage: str) -> int | None:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy.typing as npt
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -92,6 +93,7 @@ class SavesTokenizer(Protocol):
 
 
 Model = TypeVar("Model", bound=nn.Module)
+Weights = Mapping[str, npt.NDArray[Any]]  # by the names in the file
 
 
 def save_masked_lm(
@@ -214,6 +216,7 @@ def load_encoder_into(
     head: HeadConfig,
     dropout: float | None = None,
     vocab_size: int | None = None,
+    weights: Weights | None = None,
 ) -> Classifier:
     """Make a fresh classifier on the encoder of a pretrained model.
 
@@ -226,13 +229,17 @@ def load_encoder_into(
         head: its head.
         dropout: replaces the encoder's, which pretraining mostly does without.
         vocab_size: tokens of the tokenizer that will feed it.
+        weights: what `read_weights` has read of the folder; None: they are read now.
 
     Raises:
         UserError: no model there, one of another architecture, or of a smaller vocabulary.
         DamagedError: a file is cut short or does not fit the others.
     """
     config = _read_config(folder)
-    tensors = _read_weights(folder)
+    if weights is None:
+        tensors = _read_weights(folder)
+    else:
+        tensors = {name: torch.tensor(array) for name, array in weights.items()}
     encoder = _empty_encoder(folder, config, dropout)
     if vocab_size is not None and vocab_size > encoder.vocab_size:
         raise UserError(
@@ -242,6 +249,16 @@ def load_encoder_into(
     model = Classifier(encoder, num_labels, head)
     _fill(model, tensors, folder, fresh=("transform.", "classifier."))
     return model
+
+
+def read_weights(folder: Folder) -> Weights:
+    """Read a model's weights as arrays, which many processes can share.
+
+    Raises:
+        UserError: no weights there.
+        DamagedError: the file is cut short.
+    """
+    return {name: tensor.numpy() for name, tensor in _read_weights(folder).items()}
 
 
 def read_shape(folder: Folder) -> tuple[ModelConfig, int]:

@@ -32,6 +32,7 @@ from raybert.report.markup import (
 from raybert.report.plots import plots
 from raybert.report.stages import TRACES, Stage, curve, last, number, read_stages, spread
 from raybert.report.style import STYLE
+from raybert.report.tuning import search_tiles, searched
 from raybert.storage import Folder
 
 FILE = "report.html"
@@ -39,6 +40,8 @@ TITLES = {
     "corpus": "Corpus",
     "pretrain": "Pretraining",
     "finetune": "Fine-tuning",
+    "tune": "Search",
+    "ensemble": "Ensemble",
     "evaluate": "Evaluation",
 }
 SURROUNDINGS = ("environment", "machine", "versions", "hardware")  # keys of a result
@@ -117,6 +120,7 @@ def section(stage: Stage, alone: bool) -> Html:
         *(tag("p", problem, class_="problem") for problem in stage.problems),
         _cells(tiles(stage)),
         plots(stage),
+        searched(stage.search),
         fillings(stage),
         confusion(scores),
         mistakes(scores),
@@ -152,7 +156,12 @@ Tile = tuple[str, str, str]  # label, value, note
 
 def tiles(stage: Stage) -> list[Tile]:
     """The headline numbers of a stage."""
-    return [*_score_tiles(stage), *_training_tiles(stage), *_corpus_tiles(stage)]
+    return [
+        *_score_tiles(stage),
+        *search_tiles(stage.search),
+        *_training_tiles(stage),
+        *_corpus_tiles(stage),
+    ]
 
 
 def _cells(found: Sequence[Tile]) -> Html:

@@ -12,8 +12,11 @@ from raybert.storage import Folder
 from raybert.train.meters import read_metrics
 
 # What makes a folder worth a section.
-TRACES = {"config.yaml", "manifest.json", "metrics", "metrics.jsonl", "metrics.json", "result.json"}
-ORDER = ("corpus", "pretrain", "finetune", "evaluate")  # of the work; other folders follow
+TRACES = {
+    "config.yaml", "manifest.json", "metrics", "metrics.jsonl", "metrics.json", "result.json",
+    "trials.json",
+}  # fmt: skip
+ORDER = ("corpus", "pretrain", "finetune", "tune", "evaluate")  # of the work; other folders follow
 
 T = TypeVar("T")
 Points = tuple[list[float], list[float]]
@@ -29,6 +32,7 @@ class Stage:
     scores: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -57,6 +61,7 @@ def _read_stage(folder: Folder, name: str, names: set[str]) -> Stage:
     stage.scores = _read_mapping(folder, "metrics.json", names, stage.problems)
     stage.result = _read_mapping(folder, "result.json", names, stage.problems)
     stage.manifest = _read_mapping(folder, "manifest.json", names, stage.problems)
+    stage.search = _read_mapping(folder, "trials.json", names, stage.problems)
     return stage
 
 

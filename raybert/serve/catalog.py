@@ -33,7 +33,9 @@ class Catalog:
         self.canary: Served | None = None
         self.filler: MaskFiller | None = None
         self.filler_name = ""
-        self._failed: dict[str, str] = {}  # versions that could not be loaded, by model
+        self._failed: dict[
+            str, str
+        ] = {}  # what could not be loaded, or why, by model
 
     @property
     def first(self) -> Served | None:
@@ -111,7 +113,10 @@ class Catalog:
             except StorageError as error:  # may be better the next time
                 self._log.warning("model %s: %s", source.name, error)
             except RaybertError as error:
-                self._failed[source.name] = folder.uri
+                tried = str(error) if folder is served.folder else folder.uri
+                if self._failed.get(source.name) == tried:  # the registry itself is damaged
+                    continue
+                self._failed[source.name] = tried
                 self._metrics.add("model_loads_total", model=source.name, outcome="refused")
                 self._log.error(
                     "model %s: %s; version %s serves on", source.name, error, served.version

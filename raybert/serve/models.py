@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +13,7 @@ import numpy.typing as npt
 from raybert.errors import UserError
 from raybert.model import hub
 from raybert.model.find import resolve_model
+from raybert.registry import Registry
 from raybert.serve import choice
 from raybert.serve.batcher import Batcher, Failed
 from raybert.serve.classifier import Row, TextClassifier
@@ -45,7 +44,7 @@ class Source:
         """
         if self.storage is None:
             return resolve_model(self.given, self.stage)
-        return Folder(_registry(self.storage).current(self.given).uri)
+        return Registry(self.storage).current(self.given)
 
 
 def find(
@@ -64,25 +63,15 @@ def find(
     """
     is_name = _NAME.fullmatch(given) is not None
     if is_name and storage is not None and not Folder(given).exists():
-        registry = _registry(storage)
-        if registry is not None and registry.versions(given):
+        if Registry(storage).versions(given):
             return Source(name or given, given, storage)
-        if registry is not None:
-            raise UserError(
-                f"{given}: neither a folder nor a name in the registry of {storage}; name a "
-                "model/, a run, an experiment or a registered model"
-            )
+        raise UserError(
+            f"{given}: neither a folder nor a name in the registry of {storage}; name a model/, a "
+            "run, an experiment or a registered model"
+        )
     folder = resolve_model(given, stage)
     parts = [part for part in folder.path.split("/") if part and part not in _INSIDE]
     return Source(name or (parts[-1] if parts else "model"), given, stage=stage)
-
-
-def _registry(storage: str) -> Any:
-    """The registry of a storage; None where this raybert has none."""
-    try:
-        return importlib.import_module("raybert.registry").Registry(storage)
-    except ModuleNotFoundError:
-        return None
 
 
 class Served:

@@ -26,12 +26,11 @@ import safetensors.torch
 import torch
 
 from raybert.errors import DamagedError, StorageError, Superseded, UserError
-from raybert.storage import Folder, patiently
+from raybert.storage import Folder, numbers_taken, patiently, take_number
 
 FORMAT_VERSION = 1
 _COMMIT = re.compile(r"step-(\d{8})\.json")
 _FOLDER = re.compile(r"step-\d{8}-a(\d+)(-[0-9a-f]{8})?")
-_ATTEMPT = re.compile(r"(\d+)-[0-9a-f]{8}\.json")
 
 #: Types as a safetensors file names them (github.com/huggingface/safetensors, "Format").
 _DTYPES = {
@@ -264,6 +263,15 @@ class CheckpointStore:
             return 0, ""
 
 
+def hash_tensors(tensors: Tensors) -> str:
+    """SHA-256 of tensors with their names, wherever they are: equal for equal weights alone."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _pieces(tensors: Tensors) -> list[memoryview]:
     """A safetensors file of tensors on the CPU, in pieces that share the tensors' memory.
 
@@ -318,9 +326,6 @@ def _verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:
 def begin_attempt(run: Folder, patience: float = 0.0) -> int:
     """Register a new attempt at a run under a number of its own; from now on only it may commit.
 
-    Two may ask for the same number at once. Each registers under a name that nobody else has, and
-    then looks: of those with one number, whoever wrote last sees the others, and moves on.
-
     Args:
         run: its folder.
         patience: seconds for which a storage that refuses is tried again; what comes of giving up,
@@ -329,20 +334,7 @@ def begin_attempt(run: Folder, patience: float = 0.0) -> int:
     Raises:
         StorageError: it refused all that time.
     """
-    return patiently(lambda: _register(run), patience)
-
-
-def _register(run: Folder) -> int:
-    folder = run / "attempts"
-    number = 1 + max(_numbers(folder), default=0)
-    while True:
-        mine = f"{number:04d}-{uuid.uuid4().hex[:8]}.json"
-        folder.write_json(mine, {"attempt": number})
-        rivals = [n for n in folder.names() if n.startswith(f"{number:04d}-")]
-        if rivals == [mine]:
-            return number
-        # Those that saw each other move to different numbers.
-        number = 1 + max(_numbers(folder)) + rivals.index(mine)
+    return patiently(lambda: take_number(run / "attempts"), patience)
 
 
 def check_attempt(run: Folder, attempt: int) -> None:
@@ -351,10 +343,6 @@ def check_attempt(run: Folder, attempt: int) -> None:
     Raises:
         Superseded: there is one.
     """
-    youngest = max(_numbers(run / "attempts"), default=attempt)
+    youngest = max(numbers_taken(run / "attempts"), default=attempt)
     if youngest > attempt:
         raise Superseded(f"{run}: attempt {youngest} has taken over; attempt {attempt} ends here")
-
-
-def _numbers(attempts: Folder) -> list[int]:
-    return [int(match[1]) for match in map(_ATTEMPT.fullmatch, attempts.names()) if match]

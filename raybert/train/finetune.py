@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from raybert.errors import ConfigError
@@ -19,17 +18,17 @@ from raybert.model import hub
 from raybert.model.encoder import Encoder, ModelConfig, flops_per_token
 from raybert.model.heads import Classifier, HeadConfig
 from raybert.storage import Folder
-from raybert.text.batches import digest
 from raybert.text.order import deal
 from raybert.text.preprocess import LengthOrder, pad
 from raybert.text.tokenizer import Tokenizer
 from raybert.train.group import Group
+from raybert.train.objective import Objective
 from raybert.train.run import Feed
 from raybert.train.scores import classification_scores
 from raybert.train.settings import TrainConfig
 from raybert.train.task import Batch
 from raybert.train.temperature import fit_temperature
-from raybert.train.texts import Prepared, Texts, TextsConfig
+from raybert.train.texts import NO_LABEL, Prepared, TextBatch, Texts, TextsConfig
 
 LAYERS = "encoder.layers."
 
@@ -55,6 +54,21 @@ class FinetuneConfig(TextsConfig, TrainConfig):
     class_weights: Literal["balanced"] | list[float] | None = Field(
         None, description="weight of each label's loss; balanced: by inverse frequency"
     )
+    r_drop: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the difference between two passes with other dropout (arXiv "
+        "2106.14448), as 1; a step takes twice as long",
+    )
+    adversarial: float = Field(
+        0.0,
+        ge=0,
+        description="weight of what the worst small shift of the embeddings changes (virtual "
+        "adversarial training, arXiv 1605.07725), as 1; a step takes three times as long",
+    )
+    adversarial_size: float = Field(
+        0.03, gt=0, description="of that shift, as a share of the embeddings' norm"
+    )
 
     global_batch_size: int = Field(32, ge=1, description="texts in an optimizer step")
     micro_batch_size: int = Field(16, ge=1, description="texts in one forward pass")
@@ -64,32 +78,29 @@ class FinetuneConfig(TextsConfig, TrainConfig):
         None, ge=1, description="evaluations spread evenly over the run; null: after every epoch"
     )
 
+    @model_validator(mode="after")
+    def _shifts(self) -> Self:
+        if self.compile and self.adversarial > 0:
+            raise ValueError(
+                f"adversarial={self.adversarial:g} shifts embeddings, which a compiled model does "
+                "not notice; set compile=false, or adversarial=0"
+            )
+        return self
+
 
 @dataclass(frozen=True)
-class TextBatch:
-    """The texts of one slot in one step."""
+class Held:
+    """What many runs share in memory, in place of reading it from the storage."""
 
-    step: int
-    slot: int
-    row_ids: npt.NDArray[np.int64]  # [n]
-    input_ids: npt.NDArray[np.int64]  # [n, T]
-    attention_mask: npt.NDArray[np.bool_] | None  # [n, T]
-    labels: npt.NDArray[np.int64]  # [n]; -1 where a text counts for nothing
+    train: Texts
+    validation: Texts
+    weights: hub.Weights | None  # of the model to start from
 
-    @property
-    def count(self) -> int:
-        """Labelled texts."""
-        return int((self.labels >= 0).sum())
-
-    @property
-    def tokens(self) -> int:
-        """Tokens read, padding aside."""
-        mask = self.attention_mask
-        return int(self.input_ids.size if mask is None else mask.sum())
-
-    def digest(self) -> str:
-        """A hash over step, slot, row ids, inputs and labels."""
-        return digest(self.step, self.slot, self.row_ids, self.input_ids, self.labels)
+    @classmethod
+    def read(cls, job: FinetuneJob) -> Held:
+        """Read what a job's runs need."""
+        weights = None if job.start is None else hub.read_weights(job.start)
+        return cls(*_texts(job), weights)
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,7 @@ class FinetuneJob:
     tokenizer: Folder  # the folder with the tokenizer's files
     data: Folder
     prepared: Prepared
+    held: Held | None = None
 
     def check(self) -> None:
         """Find what would fail later, before any worker starts.
@@ -154,8 +166,9 @@ class FinetuneTask:
         self._job, self._group = job, group
         config = job.config
         self._tokenizer = Tokenizer.load(job.tokenizer)
-        self._texts = Texts.load(job.data, job.prepared.train)
-        self._validation = Texts.load(job.data, job.prepared.validation)
+        train, validation = _texts(job)
+        limits = job.prepared.seq_len, job.prepared.head_tokens
+        self._texts, self._validation = train.shortened(*limits), validation.shortened(*limits)
         self._order = LengthOrder(
             self._texts.lengths, config.global_batch_size, config.micro_batch_size, config.seed
         )
@@ -167,11 +180,24 @@ class FinetuneTask:
             model = Classifier(encoder, num_labels, config.head)
         else:
             model = hub.load_encoder_into(
-                job.start, num_labels, config.head, config.dropout, self._tokenizer.vocab_size
+                job.start,
+                num_labels,
+                config.head,
+                config.dropout,
+                self._tokenizer.vocab_size,
+                weights=None if job.held is None else job.held.weights,
             )
         self._model = model.to(group.device)
         self._frozen = False
-        self._weights = _class_weights(config, self._texts.labels, num_labels)
+        self._objective = Objective(
+            label_smoothing=config.label_smoothing,
+            class_weights=_class_weights(config, self._texts.labels, num_labels),
+            r_drop=config.r_drop,
+            adversarial=config.adversarial,
+            adversarial_size=config.adversarial_size,
+            teacher_share=config.distill.share,
+            temperature=config.distill.temperature,
+        )
         self.last: dict[str, Any] = {}  # the last evaluation
 
     @property
@@ -216,27 +242,33 @@ class FinetuneTask:
             return self.empty_batch()
         texts = [self._texts.input_ids[i] for i in row_ids]
         ids, mask = pad(texts, self._tokenizer.pad_id)
-        return TextBatch(step, slot, row_ids, ids, mask, self._texts.labels[row_ids])
+        teacher = self._texts.teacher
+        return TextBatch(
+            step,
+            slot,
+            row_ids,
+            ids,
+            mask,
+            self._texts.labels[row_ids],
+            None if teacher is None else teacher[row_ids],
+        )
 
     def empty_batch(self) -> TextBatch:
         """One text that counts for nothing."""
         nothing = np.empty(0, np.int64)
         ids = np.full((1, 2), self._tokenizer.cls_id, np.int64)
-        return TextBatch(-1, 0, nothing, ids, None, np.full(1, -1, np.int64))
+        return TextBatch(-1, 0, nothing, ids, None, np.full(1, NO_LABEL, np.int64))
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """Sum the cross-entropy over a micro-batch's texts."""
+        """Sum the loss over a micro-batch's texts."""
         assert isinstance(batch, TextBatch)
-        device = self._group.device
-        logits = module(*self._inputs(batch.input_ids, batch.attention_mask))
-        labels = torch.from_numpy(batch.labels).to(device)
-        return F.cross_entropy(
-            logits.float(),
-            labels,
-            weight=None if self._weights is None else self._weights.to(device),
-            ignore_index=-1,
-            reduction="sum",
-            label_smoothing=self._job.config.label_smoothing,
+        device, teacher = self._group.device, batch.teacher
+        return self._objective.loss(
+            module,
+            self._model,
+            *self._inputs(batch.input_ids, batch.attention_mask),
+            torch.from_numpy(batch.labels).to(device),
+            None if teacher is None else torch.from_numpy(teacher).to(device),
         )
 
     def _inputs(
@@ -291,12 +323,21 @@ class FinetuneTask:
         return self.last
 
 
+def _texts(job: FinetuneJob) -> tuple[Texts, Texts]:
+    """The texts to train on and to choose by, as they are prepared."""
+    if job.held is not None:
+        return job.held.train, job.held.validation
+    prepared = job.prepared
+    return Texts.load(job.data, prepared.train), Texts.load(job.data, prepared.validation)
+
+
 def _class_weights(
     config: FinetuneConfig, labels: npt.NDArray[np.int64], num_labels: int
 ) -> Tensor | None:
     if config.class_weights is None:
         return None
     if config.class_weights == "balanced":
+        labels = labels[labels != NO_LABEL]
         counts = np.bincount(labels, minlength=num_labels)
         return torch.tensor(len(labels) / (num_labels * np.maximum(counts, 1)), dtype=torch.float32)
     return torch.tensor(config.class_weights, dtype=torch.float32)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,11 +26,15 @@ from raybert.train.checkpoint import CheckpointStore, Snapshot
 from raybert.train.group import Group, has_fast_bf16
 from raybert.train.meters import MetricsLog, Rate, finite
 from raybert.train.optim import (
+    average_weights,
+    averaged,
+    averages_in,
     make_optimizer,
     optimizer_tensors,
     restore_optimizer,
     schedule_at,
     set_lr,
+    swap_averages,
 )
 from raybert.train.saving import Saver
 from raybert.train.settings import TrainConfig
@@ -101,6 +105,8 @@ class Loop:
         self._module: nn.Module = task.model
         self._saver = Saver(store if group.rank == 0 else None, config, self._write, self._event)
         self._damaged: list[str] = []  # what was found before there was a log
+        self._found: list[dict[str, Any]] = []  # evaluations that nobody has been given yet
+        self._resumed = False
         self._skipped_in_a_row = 0
         self._begun = (0, 0.0)  # steps and seconds at which this attempt began
         self._settled: tuple[int, float] | None = None  # the same, once its speed is steady
@@ -123,16 +129,32 @@ class Loop:
             StorageError: the best weights can't be read, for minutes.
             RaybertError: the gradients stay undefined.
         """
-        self._resume()
+        evaluations = self.evaluations()
+        while True:
+            try:
+                next(evaluations)
+            except StopIteration as end:
+                result: dict[str, Any] = end.value
+                return result
+
+    def evaluations(self) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        """Run from evaluation to evaluation: yields the record of each, returns what `run` does.
+
+        In between the run stands still, and may be left for good: its checkpoints stay.
+
+        Raises:
+            As `run`.
+        """
+        self.resume()
         if self.group.rank == 0 and self._open_log is not None:
             self._log = self._open_log(self.progress.step)
         try:
             for message in self._damaged:
                 self._event("damaged checkpoint", message)
-            last = self._train()
+            last = yield from self._train()
             self._saver.wait()
             result = self._take_best(last)
-        except Exception:
+        except (Exception, GeneratorExit):
             with contextlib.suppress(RaybertError):  # the one under way is worth the wait
                 self._saver.wait()
             raise
@@ -146,7 +168,7 @@ class Loop:
         """Show and log what is to be said about the storage."""
         self._event("storage", message)
 
-    def _train(self) -> dict[str, Any]:
+    def _train(self) -> Generator[dict[str, Any], None, dict[str, Any]]:
         config, progress, task = self.config, self.progress, self.task
         budget = config.budget(task.steps_per_epoch, task.tokens_per_epoch)
         if budget.steps is not None:
@@ -157,13 +179,14 @@ class Loop:
         task.prepare(progress.step)
         self._wrap()
         if progress.total_steps is None and task.needs_total:
-            self._train_until(lambda: progress.total_steps is not None)
+            yield from self._train_until(lambda: progress.total_steps is not None)
         # A resumed run may be given fewer steps than it has taken.
-        self._train_until(lambda: progress.step >= (progress.total_steps or math.inf))
+        yield from self._train_until(lambda: progress.step >= (progress.total_steps or math.inf))
         last = self._evaluate(final=True)
         self._save(wait=True)
         [broken] = self.group.sum([self._saver.heed()])
         self._saver.end_if(broken)
+        yield from self._take_found()
         return last
 
     def _take_best(self, last: dict[str, Any]) -> dict[str, Any]:
@@ -174,24 +197,29 @@ class Loop:
         """
         progress, store, metrics = self.progress, self._store, last
         best, patience = progress.best_step, self.config.patience_s
+        found = None
         if best == progress.step:
             metrics = progress.best_metrics or last
         elif best is not None and store is not None and self.group.rank == 0:
             try:
                 found = patiently(partial(store.load, best), patience, self.tell)
-                self.task.model.load_state_dict(found.model)
                 metrics = progress.best_metrics or {}
             except DamagedError as error:
                 message = f"{error}; the model has the weights of step {progress.step} instead"
                 self._event("best checkpoint lost", message)
                 score, step = last["score"], progress.step
                 progress = replace(progress, best_score=score, best_step=step)
+        if found is not None:
+            averages = averages_in(found.optimizer) if self.config.average_decay else {}
+            self.task.model.load_state_dict({**found.model, **averages})
+        elif self.config.average_decay:
+            swap_averages(self.optimizer)
         result = {**metrics, **asdict(progress)}
         del result["best_metrics"]
         return result
 
-    def _train_until(self, done: Callable[[], bool]) -> None:
-        """Train step after step, from one stream of batches."""
+    def _train_until(self, done: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        """Train step after step, from one stream of batches; yields what is evaluated."""
         if done():
             return
         progress = self.progress
@@ -204,11 +232,19 @@ class Loop:
             self._begun = (progress.step, progress.seconds)
             while True:
                 self._train_step(batches, waited, time.perf_counter() - begun)
+                stood_still = time.perf_counter()
+                yield from self._take_found()
+                begun += time.perf_counter() - stood_still
                 if done():
                     return
                 asked = time.perf_counter()
                 batches = next(stream)
                 waited = time.perf_counter() - asked
+
+    def _take_found(self) -> Iterator[dict[str, Any]]:
+        """Yield the evaluations since the last call."""
+        while self._found:
+            yield self._found.pop(0)
 
     def _train_step(self, batches: Sequence[Batch], waited: float, clock: float) -> None:
         """Agree with the other ranks on what this step is, take it, and do what is due after it."""
@@ -285,6 +321,8 @@ class Loop:
         self.grad_norm = float(norm)  # the same on all ranks: gradients are averaged by now
         if math.isfinite(self.grad_norm):
             self.optimizer.step()
+            if self.config.average_decay:
+                average_weights(self.optimizer, self.config.average_decay, self.progress.step)
             self._skipped_in_a_row = 0
         else:
             self._non_finite()
@@ -366,6 +404,7 @@ class Loop:
         model = self.task.model
         model.eval()
         with (
+            averaged(self.optimizer) if self.config.average_decay else contextlib.nullcontext(),
             torch.inference_mode(),
             torch.autocast(self.group.device.type, torch.bfloat16, enabled=self._bf16),
         ):
@@ -378,7 +417,15 @@ class Loop:
             progress.best_metrics = finite(metrics)
             if not final:
                 self._save()
-        self._write({"kind": "eval", "step": progress.step, **metrics})
+        record = {
+            "kind": "eval",
+            "step": progress.step,
+            "epoch": round(progress.step / self.task.steps_per_epoch, 4),
+            "seconds": round(progress.seconds, 2),
+            **metrics,
+        }
+        self._write(record)
+        self._found.append({**record, "total_steps": progress.total_steps})
         if self._log is not None:
             self._log.flush()
         self._rate = Rate()
@@ -445,6 +492,10 @@ class Loop:
         self.task.model.load_state_dict(snapshot.model)
         restore_optimizer(self.optimizer, snapshot.optimizer)
 
+    def save(self) -> None:
+        """Write a checkpoint of the step that the run stands at, and wait for it."""
+        self._save(wait=True)
+
     def _save(self, wait: bool = False) -> None:
         # Nobody takes the steps before a checkpoint again, nor logs them.
         self._before_save()
@@ -458,11 +509,12 @@ class Loop:
         progress = self.progress
         return progress.step, progress.total_steps, progress.minutes, progress.best_step
 
-    def _resume(self) -> None:
-        """Load the youngest whole checkpoint: rank 0 finds it, and the others load the same one."""
+    def resume(self) -> None:
+        """Load the youngest whole checkpoint, once: rank 0 finds it, the others load the same."""
         store, first = self._store, self.group.rank == 0
-        if store is None:
+        if store is None or self._resumed:
             return
+        self._resumed = True
         snapshot = store.load_latest(self._damaged.append) if first else None
         found = -1 if snapshot is None else snapshot.step
         step = int(self.group.sum([found if first else 0])[0])

@@ -171,7 +171,7 @@ class MetricsLog:
 
 def read_metrics(run: Folder) -> list[dict[str, Any]]:
     """Read a run's records in the order of steps, each step as its youngest attempt saw it."""
-    return _parse(run.read_text(MERGED)) if run.exists(MERGED) else _merged(run)
+    return parse_lines(run.read_text(MERGED)) if run.exists(MERGED) else _merged(run)
 
 
 def merge_metrics(run: Folder) -> None:
@@ -184,14 +184,15 @@ def _merged(run: Folder) -> list[dict[str, Any]]:
     folder = run / SEGMENTS
     merged: list[dict[str, Any]] = []
     for name in folder.names():
-        segment = _parse(folder.read_text(name))
+        segment = parse_lines(folder.read_text(name))
         if segment:
             first = segment[0]["step"]
             merged = [record for record in merged if record["step"] <= first] + segment
     return merged
 
 
-def _parse(text: str) -> list[dict[str, Any]]:
+def parse_lines(text: str) -> list[dict[str, Any]]:
+    """Read the records of a segment, but for a line that was cut off."""
     records = []
     for line in text.splitlines():
         try:

@@ -1,15 +1,18 @@
-"""The optimizer's groups and the learning rate's schedule."""
+"""The optimizer's groups, the learning rate's schedule, and the weights' moving averages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from raybert.train.settings import TrainConfig
+
+_AVERAGE = "average"  # the slot of the optimizer's state that has a parameter's moving average
 
 
 def schedule_at(step: int, total: int, warmup: int, config: TrainConfig) -> float:
@@ -91,3 +94,54 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
                 optimizer.state[parameter] = {
                     slot: tensor.to(parameter.device) for slot, tensor in states[name].items()
                 }
+
+
+def average_weights(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
+    """Draw each parameter's moving average towards it; called after a step.
+
+    The averages lie in the optimizer's state, so checkpoints have them. The first ones reach back
+    less far than `decay` says, or the fresh weights of the first step would be in them for long.
+    A parameter that has never been trained has no average: it is its own.
+    """
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    for parameter, state in _trained(optimizer):
+        if _AVERAGE in state:
+            state[_AVERAGE].lerp_(parameter.detach(), weight)
+        else:
+            state[_AVERAGE] = parameter.detach().clone()
+
+
+def swap_averages(optimizer: torch.optim.Optimizer) -> None:
+    """Exchange the parameters and their averages, bit for bit."""
+    for parameter, state in _trained(optimizer):
+        if _AVERAGE in state:
+            kept = parameter.detach().clone()
+            parameter.detach().copy_(state[_AVERAGE])
+            state[_AVERAGE].copy_(kept)
+
+
+@contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Put the averages in the parameters' place for as long as the context lasts."""
+    swap_averages(optimizer)
+    try:
+        yield
+    finally:
+        swap_averages(optimizer)
+
+
+def averages_in(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The averages among `optimizer_tensors`, by the names of their parameters."""
+    end = f"|{_AVERAGE}"
+    return {name.removesuffix(end): t for name, t in tensors.items() if name.endswith(end)}
+
+
+def _trained(
+    optimizer: torch.optim.Optimizer,
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """The parameters that have been trained, with their state."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if state:
+                yield parameter, state

@@ -10,7 +10,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -69,6 +69,7 @@ def open_run(
     *,
     inputs: Mapping[str, str] | None = None,
     tell: Callable[[str], None] = lambda text: None,
+    may_change: frozenset[str] = MAY_CHANGE,
 ) -> dict[str, Any] | None:
     """Create or reopen a run of a stage, whose result depends on its section and some others.
 
@@ -79,6 +80,7 @@ def open_run(
         sections: others that decide its result.
         inputs: hashes of what the run reads, by name; None where that is not known, or not needed.
         tell: is given what differs and may, in a line.
+        may_change: keys of the stage that may differ.
 
     Returns:
         The result, where the run is finished; None where there is work to do.
@@ -91,7 +93,7 @@ def open_run(
     if run.exists(CONFIG):
         before = parse_yaml(run.read_text(CONFIG), run.join(CONFIG))
         all_changed = differences(before, now)
-        changed = _refused(all_changed, stage, sections)
+        changed = _refused(all_changed, stage, sections, may_change)
         if changed:
             shown = _shown(changed)
             state = "is finished" if run.exists(RESULT) else "has begun"
@@ -124,10 +126,13 @@ def _shown(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _refused(
-    changed: Mapping[str, tuple[Any, Any]], stage: str, sections: tuple[str, ...]
+    changed: Mapping[str, tuple[Any, Any]],
+    stage: str,
+    sections: tuple[str, ...],
+    may_change: frozenset[str],
 ) -> dict[str, tuple[Any, Any]]:
     matters = {stage, *sections}
-    allowed = {f"{stage}.{key}" for key in MAY_CHANGE}
+    allowed = {f"{stage}.{key}" for key in may_change}
     return {
         key: value
         for key, value in changed.items()
@@ -135,71 +140,114 @@ def _refused(
     }
 
 
-def execute(
-    job: Job,
-    run: Folder,
-    attempt: int,
-    group: Group,
-    feed: Feed,
-    *,
-    workers_here: int = 1,
-    on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
-    wishes: Wishes = NO_WISHES,
-) -> dict[str, Any]:
-    """Train on this worker, and on rank 0 write the finished model and the result.
+class Execution:
+    """A run on this worker: to its end, or from evaluation to evaluation."""
 
-    Raises:
-        StorageError: they could not be written, for minutes; says from where the run goes on.
-        RaybertError: as the loop's.
-    """
-    config = job.config
-    threads = use_threads(config.threads, workers_here)
-    if group.device.type == "cpu":
-        keep_freed_memory()
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-    task = job.make_task(group, feed)
-    store = CheckpointStore(run, attempt, config.keep_checkpoints)
-    loop: Loop
-    digests = LineLog(run / DIGESTS, f"{attempt:04d}-{group.rank:04d}.txt", lambda t: loop.tell(t))
+    def __init__(
+        self,
+        job: Job,
+        run: Folder,
+        attempt: int,
+        group: Group,
+        feed: Feed,
+        *,
+        workers_here: int = 1,
+        on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
+        wishes: Wishes = NO_WISHES,
+    ) -> None:
+        """Build the task and its loop.
 
-    def note(batch: Batch) -> None:
-        digests.write(f"{batch.step} {batch.slot} {batch.digest()}")
+        Args:
+            job: what is trained.
+            run: its folder.
+            attempt: the attempt's number, under which this run may commit.
+            group: the processes that train together.
+            feed: where batches are made.
+            workers_here: of the group, on this machine: they share its cores.
+            on_progress: gets every logged record, on rank 0.
+            wishes: what others may want of the run.
+        """
+        config = job.config
+        self._job, self._run, self._attempt, self._group = job, run, attempt, group
+        self._threads = use_threads(config.threads, workers_here)
+        if group.device.type == "cpu":
+            keep_freed_memory()
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+        self.task = job.make_task(group, feed)
+        self._store = CheckpointStore(run, attempt, config.keep_checkpoints)
+        self._digests = LineLog(run / DIGESTS, f"{attempt:04d}-{group.rank:04d}.txt", self._tell)
+        self.loop = Loop(
+            self.task,
+            config,
+            group,
+            store=self._store,
+            open_log=lambda step: MetricsLog(
+                run, attempt, step, workers=group.world_size, tell=self._tell
+            ),
+            on_progress=on_progress,
+            wishes=wishes,
+            on_batch=self._note if config.digests else None,
+            before_save=self._digests.flush,
+        )
+        self.result: dict[str, Any] = {}  # once the run is over; of rank 0
+        self._evaluations = self._go()
 
-    loop = Loop(
-        task,
-        config,
-        group,
-        store=store,
-        open_log=lambda step: MetricsLog(
-            run, attempt, step, workers=group.world_size, tell=loop.tell
-        ),
-        on_progress=on_progress,
-        wishes=wishes,
-        on_batch=note if config.digests else None,
-        before_save=digests.flush,
-    )
-    with closing(digests):
-        outcome = loop.run()
+    def run(self) -> dict[str, Any]:
+        """Train to the end; on rank 0 write the finished model, and return the result.
 
-    def finish() -> dict[str, Any]:
-        check_attempt(run, attempt)  # the storage may have been away for minutes
-        task.last = outcome  # the model's figures are those of the weights that it gets
-        result = {**outcome, **job.finish(task, run), "tokens_per_second": _speed(outcome)}
-        result["machine"] = describe_machine(group, threads)
-        result["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        finished: dict[str, Any] = finite(result)
+        Raises:
+            StorageError: they could not be written, for minutes; says from where the run goes on.
+            RaybertError: as `Loop.run`.
+        """
+        while self.advance() is not None:
+            pass
+        return self.result
+
+    def advance(self) -> dict[str, Any] | None:
+        """Train up to the next evaluation and return its record; None: the run is over.
+
+        Raises:
+            As `run`.
+        """
+        return next(self._evaluations, None)
+
+    def close(self) -> None:
+        """Leave the run as it stands; its checkpoints stay."""
+        self._evaluations.close()
+
+    def _tell(self, message: str) -> None:
+        self.loop.tell(message)
+
+    def _note(self, batch: Batch) -> None:
+        self._digests.write(f"{batch.step} {batch.slot} {batch.digest()}")
+
+    def _go(self) -> Generator[dict[str, Any], None, None]:
+        with closing(self._digests):
+            outcome = yield from self.loop.evaluations()
+        if self._group.rank == 0:
+            patience = self._job.config.patience_s
+            try:
+                self.result = patiently(lambda: self._finish(outcome), patience, self._tell)
+            except StorageError as error:
+                raise StorageError(f"{error}; {whereabouts(self._store.last)}") from None
+        self._group.gather(None)  # nobody leaves before the result stands
+
+    def _finish(self, outcome: dict[str, Any]) -> dict[str, Any]:
+        """Write the finished model and the result."""
+        job, run = self._job, self._run
+        check_attempt(run, self._attempt)  # the storage may have been away for minutes
+        self.task.last = outcome  # the model's figures are those of the weights that it gets
+        found = {
+            **outcome,
+            **job.finish(self.task, run),
+            "tokens_per_second": _speed(outcome),
+            "machine": describe_machine(self._group, self._threads),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        result: dict[str, Any] = finite(found)
         merge_metrics(run)
-        run.write_json(RESULT, finished)
-        return finished
-
-    result: dict[str, Any] = {}
-    if group.rank == 0:
-        try:
-            result = patiently(finish, config.patience_s, loop.tell)
-        except StorageError as error:
-            raise StorageError(f"{error}; {whereabouts(store.last)}") from None
-    group.gather(None)  # nobody leaves before the result stands
-    return result
+        run.write_json(RESULT, result)
+        return result
 
 
 def execute_bare(
@@ -216,7 +264,7 @@ def execute_bare(
     group = Group(device=device)
     try:
         with _interruptible() as is_interrupted:
-            result = execute(
+            result = Execution(
                 job,
                 run,
                 attempt,
@@ -224,7 +272,7 @@ def execute_bare(
                 Feed(),
                 on_progress=on_progress,
                 wishes=Wishes(stop=is_interrupted),
-            )
+            ).run()
     except Stopped:
         raise KeyboardInterrupt from None
     if is_interrupted():

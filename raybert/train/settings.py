@@ -69,6 +69,13 @@ class TrainConfig(Settings):
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates")
     eps: float = Field(1e-6, gt=0, description="AdamW's epsilon")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    average_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="of a moving average of the weights, which is what is evaluated and kept, as "
+        "0.99; 0: the weights themselves",
+    )
 
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 where the processor or GPU multiplies it in hardware"

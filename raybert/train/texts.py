@@ -6,25 +6,63 @@ import hashlib
 import io
 import itertools
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raybert.config import Settings
 from raybert.errors import DamagedError, DataError
 from raybert.storage import Folder
 from raybert.text import sources
+from raybert.text.batches import digest
 from raybert.text.preprocess import Preprocessing
 from raybert.text.sources import Labelled, SourceConfig, cut, labelled
 from raybert.text.tokenize_on_ray import tokenize
 from raybert.text.tokenizer import Tokenizer
 
 DATA = "data.json"
+NO_LABEL = -1
+
+#: Gives a teacher's logits for texts: [rows, labels], in the order of these label names.
+Teach = Callable[[pa.ChunkedArray, list[str]], npt.NDArray[np.float32]]
+
+
+class DistillConfig(Settings):
+    """What a teacher adds to the labels (arXiv 1503.02531)."""
+
+    teacher: str | list[str] | None = Field(
+        None,
+        description="a model that teaches, an ensemble, or several models whose probabilities are "
+        "averaged; null: labels alone",
+    )
+    share: float = Field(
+        0.5, gt=0, le=1, description="of a labelled text's loss that is the teacher's"
+    )
+    temperature: float = Field(2.0, gt=0, description="by which both models' logits are divided")
+    unlabelled: SourceConfig | None = Field(
+        None, description="texts besides, which the teacher alone has an answer to"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> Self:
+        if self.unlabelled is not None and self.teacher is None:
+            raise ValueError(
+                "unlabelled texts need an answer to learn; name a model with finetune.distill."
+                "teacher"
+            )
+        return self
+
+    @property
+    def teachers(self) -> list[str]:
+        """The configured models as a list."""
+        given = self.teacher or []
+        return [given] if isinstance(given, str) else given
 
 
 class TextsConfig(Settings):
@@ -41,6 +79,7 @@ class TextsConfig(Settings):
     head_share: float = Field(
         0.25, gt=0, le=1, description="of a longer text's tokens: share taken from its beginning"
     )
+    distill: DistillConfig = DistillConfig()
 
 
 class DataFile(Settings):
@@ -53,23 +92,53 @@ class DataFile(Settings):
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokenized, labelled texts, in memory."""
+    """Tokenized, labelled texts, in memory.
+
+    Between processes they travel as a few long arrays, which Ray's object store maps into all of
+    them at once.
+    """
 
     input_ids: list[npt.NDArray[Any]]  # one array a text
-    labels: npt.NDArray[np.int64]  # [rows]
+    labels: npt.NDArray[np.int64]  # [rows]; NO_LABEL where there is none
+    teacher: npt.NDArray[np.float32] | None = None  # [rows, labels]: logits, where there is one
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each text."""
         return np.array([len(ids) for ids in self.input_ids], np.int64)
 
+    def shortened(self, seq_len: int, head_tokens: int) -> Texts:
+        """The texts as `Preprocessing` of these lengths would have made them."""
+        how = Preprocessing(seq_len, head_tokens)
+        return replace(self, input_ids=[how.shorten(ids) for ids in self.input_ids])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Texts._of_flat, (*self._flat(), self.labels, self.teacher)
+
+    def _flat(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """All ids in a row, and where each text begins and ends."""
+        bounds = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        flat = np.concatenate(self.input_ids) if self.input_ids else np.empty(0)
+        return flat.astype(np.uint32), bounds
+
+    @classmethod
+    def _of_flat(cls, flat: Any, bounds: Any, labels: Any, teacher: Any) -> Texts:
+        return cls([flat[a:b] for a, b in itertools.pairwise(bounds)], labels, teacher)
+
     def save(self, folder: Folder, name: str) -> DataFile:
-        """Write them as Parquet: input_ids list<uint32>, label int64."""
-        flat = pa.array(np.concatenate(self.input_ids).astype(np.uint32))
-        offsets = pa.array(np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32))
-        ids = pa.ListArray.from_arrays(offsets, flat)
+        """Write them as Parquet: input_ids list<uint32>, label int64, teacher list<float>."""
+        flat, bounds = self._flat()
+        columns = {
+            "input_ids": pa.ListArray.from_arrays(
+                pa.array(bounds.astype(np.int32)), pa.array(flat)
+            ),
+            "label": pa.array(self.labels),
+        }
+        if self.teacher is not None:
+            scores = pa.array(self.teacher.ravel())
+            columns["teacher"] = pa.FixedSizeListArray.from_arrays(scores, self.teacher.shape[1])
         sink = io.BytesIO()
-        pq.write_table(pa.table({"input_ids": ids, "label": self.labels}), sink)
+        pq.write_table(pa.table(columns), sink)
         data = sink.getvalue()
         folder.write_bytes(name, data)
         digest = hashlib.sha256(data).hexdigest()
@@ -92,9 +161,40 @@ class Texts:
             )
         table = pq.read_table(io.BytesIO(data)).combine_chunks()
         column = table["input_ids"].chunk(0)
+        teacher = None
+        if "teacher" in table.column_names:
+            scores = table["teacher"].combine_chunks().flatten().to_numpy()
+            teacher = scores.reshape(len(table), -1)
         flat, bounds = column.flatten().to_numpy(), column.offsets.to_numpy()
-        ids = [flat[a:b] for a, b in itertools.pairwise(bounds)]
-        return cls(ids, table["label"].to_numpy())
+        return cls._of_flat(flat, bounds, table["label"].to_numpy(), teacher)
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """The texts of one slot in one step."""
+
+    step: int
+    slot: int
+    row_ids: npt.NDArray[np.int64]  # [n]
+    input_ids: npt.NDArray[np.int64]  # [n, T]
+    attention_mask: npt.NDArray[np.bool_] | None  # [n, T]
+    labels: npt.NDArray[np.int64]  # [n]; NO_LABEL where a text has none
+    teacher: npt.NDArray[np.float32] | None = None  # [n, labels]: the teacher's logits
+
+    @property
+    def count(self) -> int:
+        """Texts with an answer to learn."""
+        return int((self.labels != NO_LABEL).sum()) if self.teacher is None else len(self.labels)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read, padding aside."""
+        mask = self.attention_mask
+        return int(self.input_ids.size if mask is None else mask.sum())
+
+    def digest(self) -> str:
+        """A hash over step, slot, row ids, inputs and labels."""
+        return digest(self.step, self.slot, self.row_ids, self.input_ids, self.labels)
 
 
 class Prepared(Settings):
@@ -110,16 +210,34 @@ class Prepared(Settings):
 
 
 def prepare_data(
-    config: TextsConfig, tokenizer: Tokenizer, seq_len: int, seed: int, folder: Folder
+    config: TextsConfig,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    seed: int,
+    folder: Folder,
+    *,
+    teach: Teach | None = None,
+    teacher: str = "",
 ) -> Prepared:
     """Read, split and tokenize the labelled texts, once for all workers and restarts.
 
     Tokenization runs in Ray Data where Ray is connected.
 
+    Args:
+        config: which texts.
+        tokenizer: the model's.
+        seq_len: tokens of a text at most.
+        seed: decides which texts are set apart, where no others are given to choose by.
+        folder: where to.
+        teach: gives the answers of the teacher; None where there is none.
+        teacher: its identity.
+
     Raises:
         DataError: whatever is wrong with the texts or labels.
     """
     made_from = {**_made_from(config, tokenizer, seq_len), "seed": seed}
+    if teach is not None:
+        made_from["teacher"] = teacher
     made = prepared_data(folder)
     if made is not None and made.made_from == made_from:
         return made
@@ -140,15 +258,19 @@ def prepare_data(
                 f"and leaves {len(parts.rest):,} to train on; change it, or give more texts"
             )
         train, validation = texts.take(parts.rest), texts.take(parts.held)
+    if config.distill.unlabelled is not None:
+        train = _with_unlabelled(config, train, validation, skipped)
     head_tokens = max(1, round(seq_len * config.head_share))
     how = Preprocessing(seq_len, head_tokens, config.source.html_breaks)
-    files = {
-        name: _tokenize(part, tokenizer, how).save(folder, f"{name}.parquet")
+    tokenized = {
+        name: Texts(tokenize(part.texts, tokenizer, how), part.labels)
         for name, part in (("train", train), ("validation", validation))
     }
+    if teach is not None:
+        tokenized["train"] = replace(tokenized["train"], teacher=teach(train.texts, texts.names))
     prepared = Prepared(
         made_from=made_from,
-        **files,
+        **{name: part.save(folder, f"{name}.parquet") for name, part in tokenized.items()},
         labels=texts.names,
         seq_len=how.seq_len,
         head_tokens=how.head_tokens,
@@ -167,13 +289,36 @@ def _made_from(config: TextsConfig, tokenizer: Tokenizer, seq_len: int) -> dict[
     """All that decides what `prepare_data` makes."""
     used = {"source", "validation", "validation_fraction", "head_share"}
     given = [config.source, *([config.validation] if config.validation else [])]
-    return {
+    made_from = {
         **config.model_dump(mode="json", include=used),
         "files": [sources.fingerprint(source, labels=True) for source in given],
         "tokenizer": tokenizer.hash,
         "seq_len": seq_len,
     }
+    unlabelled = config.distill.unlabelled
+    if unlabelled is not None:
+        files = sources.fingerprint(unlabelled)
+        made_from["unlabelled"] = {**unlabelled.model_dump(mode="json"), "files": files}
+    return made_from
 
 
-def _tokenize(part: Labelled, tokenizer: Tokenizer, how: Preprocessing) -> Texts:
-    return Texts(tokenize(part.texts, tokenizer, how), part.labels)
+def _with_unlabelled(
+    config: TextsConfig, train: Labelled, validation: Labelled, skipped: Counter[str]
+) -> Labelled:
+    """Add the texts without labels, but for those that are labelled: some of these are held out."""
+    source = config.distill.unlabelled
+    assert source is not None
+    alike = source.model_copy(update={"html_breaks": config.source.html_breaks})
+    known = {*train.texts.to_pylist(), *validation.texts.to_pylist()}
+    found = [
+        text
+        for table in sources.documents(alike, skipped=skipped)
+        for text in table["text"].to_pylist()
+    ]
+    texts = [text for text in found if text not in known]
+    if len(texts) < len(found):
+        skipped["labelled elsewhere"] += len(found) - len(texts)
+    return train._replace(
+        texts=pa.chunked_array([*train.texts.chunks, pa.array(texts, pa.string())]),
+        labels=np.concatenate([train.labels, np.full(len(texts), NO_LABEL, np.int64)]),
+    )

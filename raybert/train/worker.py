@@ -1,6 +1,6 @@
 """Ray Train: the same training on many workers, restarted where one is lost.
 
-The worker function is an adapter around `execute`. Checkpoints are raybert's own, in the run's
+The worker function is an adapter around `Execution`. Checkpoints are raybert's own, in the run's
 storage: a restarted worker group finds the youngest whole one there, whatever Ray had registered.
 """
 
@@ -31,7 +31,7 @@ from raybert.storage import Folder
 from raybert.train.board import Board, Link
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
-from raybert.train.run import RESULT, Feed, Job, execute
+from raybert.train.run import RESULT, Execution, Feed, Job
 from raybert.train.settings import TrainConfig
 from raybert.train.task import Evicted, Stopped, Wishes
 from raybert.train.telemetry import Telemetry
@@ -63,10 +63,19 @@ def train_on_ray(
     resources: Resources,
     *,
     on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
+    board: Board | None = None,
 ) -> dict[str, Any]:
     """Train on the connected Ray cluster and return the result.
 
+    Args:
+        job: what is trained.
+        run: its folder.
+        resources: what the cluster has.
+        on_progress: gets every logged record.
+        board: by which others may ask the workers to stop; None: nobody does.
+
     Raises:
+        Stopped: the workers were asked to stop, and their state is in a checkpoint.
         UserError: what the user can mend, wherever it was found.
         RaybertError: training failed more often than `max_failures` allows; says what the first
             failing worker said.
@@ -80,7 +89,7 @@ def train_on_ray(
     config = job.config
     gpu = uses_gpus(config, resources.gpus)
     check_resources(config, gpu, resources)
-    board = Board()
+    board = board or Board()
     work = _Work(
         job=job,
         run=run,
@@ -127,6 +136,8 @@ def train_on_ray(
         ray_folder.delete(name)
         if not ray_folder.names(hidden=True):  # another driver's attempt may be at work there
             run.delete("ray")
+    if not run.exists(RESULT):
+        raise Stopped(f"{run} was asked to stop; run it again to go on")
     result = run.read_json(RESULT)
     return result if isinstance(result, dict) else {}
 
@@ -207,7 +218,7 @@ def _worker(config: dict[str, Any]) -> None:
             telemetry.report(record)
 
     try:
-        execute(
+        Execution(
             work.job,
             work.run,
             attempt,
@@ -218,7 +229,7 @@ def _worker(config: dict[str, Any]) -> None:
             wishes=Wishes(link.is_stopping, _is_leaving, link.is_asked_to_save)
             if link
             else Wishes(leave=_is_leaving),
-        )
+        ).run()
     except Stopped:
         return  # as asked
     except Superseded as error:

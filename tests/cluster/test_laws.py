@@ -26,12 +26,11 @@ from raybert.cli import app
 from raybert.config import load
 from raybert.experiment import Experiment
 from raybert.submit import READS
+from raybert.tune.settings import Searched, read_space
 
 EXPERIMENT = CLUSTER / "experiment.yaml"
 IMAGES = VALUES["images"]
 COMMANDS = typer.main.get_command(app).commands
-#: Commands that have their manifest already, and are built later.
-COMING = {"tune"}
 
 
 # Images and versions -----------------------------------------------------------------------------
@@ -136,8 +135,7 @@ def test_every_command_of_raybert_exists():
     assert {"slurm/srun.sbatch", "slurm/symmetric-run.sbatch", "compose/compose.yaml"} <= files
     assert {"launcher/aws.yaml", "launcher/onpremises.yaml", "experiment.yaml"} <= files
     for _, words in found:
-        if words[0] in COMMANDS or words[0] not in COMING:
-            check_command(words)
+        check_command(words)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +154,7 @@ def test_a_wrong_command_is_found(words, said):
 
 def test_the_options_that_scripts_add_are_every_commands():
     """Slurm's scripts end in `"$@" --set run.storage=... --json`."""
-    for command in ("corpus", "pretrain", "finetune", "evaluate", "run"):
+    for command in ("corpus", "pretrain", "finetune", "evaluate", "tune", "run"):
         check_command([command, "--set", "run.storage=/shared/runs", "--json"])
 
 
@@ -175,6 +173,15 @@ def test_a_job_reads_the_configuration_that_it_brings(file, job, tmp_path):
         path = tmp_path / key
         path.write_text(text)
         assert load(Experiment, path) == load(Experiment, EXPERIMENT)
+
+
+def test_the_search_can_be_made_of_what_its_job_configures():
+    words = next(words for _, words in raybert_commands() if words[0] == "tune")
+    given = COMMANDS["tune"].make_context("tune", words[1:]).params
+    experiment = load(Experiment, EXPERIMENT, list(given["overrides"]))
+    base = Searched(model=experiment.model, finetune=experiment.finetune)
+    assert len(read_space(experiment.tune, base)) > 10
+    assert experiment.finetune.max_workers == 1
 
 
 def test_an_entrypoint_reaches_the_head_in_one_piece():

@@ -1,7 +1,6 @@
 """Following a registry: new versions are taken over, broken ones are not, a canary is compared."""
 
 import asyncio
-import dataclasses
 import logging
 import shutil
 from concurrent.futures import Future
@@ -10,6 +9,7 @@ import pytest
 from making import reviews
 
 from raybert.errors import ConfigError, UserError
+from raybert.registry import Registry
 from raybert.serve import models
 from raybert.serve.bodies import PredictRequest
 from raybert.serve.models import Source, find
@@ -20,35 +20,31 @@ from raybert.storage import Folder
 TEXTS = [text for text, _ in reviews(20, seed=8)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Pointed(Source):
-    """A name whose version a file in a folder names: what a registry is to the catalog."""
-
-    def current(self):
-        return Folder(self.storage) / Folder(self.storage).read_text("current")
-
-
 @pytest.fixture
-def registry(model, tmp_path):
-    """Two versions of a model; the second one's labels are the other way round."""
-    folder = Folder(tmp_path)
-    for version in ("1", "2"):
-        shutil.copytree(model.path, tmp_path / version)
-    config = (folder / "2").read_json("config.json")
-    config["id2label"] = {"0": "pos", "1": "neg"}
-    (folder / "2").write_json("config.json", config)
-    folder.write_text("current", "1")
-    return folder
+def storage(model, tmp_path):
+    """A registry with two versions of a model; the second one's labels are the other way round."""
+    registry = Registry(str(tmp_path))
+    registry.promote("mine", model)
+    other = Folder(shutil.copytree(model.path, tmp_path / "other"))
+    config = other.read_json("config.json")
+    other.write_json("config.json", {**config, "id2label": {"0": "pos", "1": "neg"}})
+    registry.promote("mine", other)
+    registry.rollback("mine")
+    return str(tmp_path)
 
 
-def service_of(source, **changes):
-    values = {"model": source.current().uri, "precision": "fp32", "poll_s": 0.01, **changes}
-    made = Service(ServeConfig.model_validate(values))
+def move(storage, version):
+    Registry(storage).rollback("mine", version)
+
+
+def version_of(storage, version):
+    return Registry(storage).folder("mine", version)
+
+
+def service_of(storage, **changes):
+    values = {"model": "mine", "registry": storage, "precision": "fp32", "poll_s": 0.01}
+    made = Service(ServeConfig.model_validate({**values, **changes}))
     made.load()
-    served = made.catalog.first
-    served.source, served.version = source, source.current().path.rpartition("/")[2]
-    made.catalog.served = {source.name: served}
-    served.name = source.name
     return made
 
 
@@ -57,19 +53,19 @@ async def label(service, text="a superb film"):
     return answer[0]["label"]
 
 
-def test_a_promoted_version_is_taken_over_and_a_rollback_too(registry):
-    service = service_of(Pointed("mine", "mine", registry.uri))
+def test_a_promoted_version_is_taken_over_and_a_rollback_too(storage):
+    service = service_of(storage)
 
     async def go():
         watch = asyncio.create_task(service.catalog.watch())
         assert await label(service) == "pos"
-        for version, expected in (("2", "neg"), ("1", "pos")):
-            registry.write_text("current", version)
+        for version, expected in ((2, "neg"), (1, "pos")):
+            move(storage, version)
             for _ in range(1000):
-                if service.catalog.first.version == version:
+                if service.catalog.first.version == f"v{version}":
                     break
                 await asyncio.sleep(0.01)
-            assert service.catalog.first.version == version
+            assert service.catalog.first.version == f"v{version}"
             assert await label(service) == expected
         watch.cancel()
 
@@ -78,8 +74,8 @@ def test_a_promoted_version_is_taken_over_and_a_rollback_too(registry):
     service.close()
 
 
-def test_requests_that_have_begun_end_with_the_version_that_they_began_with(registry):
-    service = service_of(Pointed("mine", "mine", registry.uri))
+def test_requests_that_have_begun_end_with_the_version_that_they_began_with(storage):
+    service = service_of(storage)
     block = Future()
 
     async def go():
@@ -87,9 +83,9 @@ def test_requests_that_have_begun_end_with_the_version_that_they_began_with(regi
         tasks = [asyncio.create_task(label(service)) for _ in range(20)]
         while service.catalog.first.batcher.queued < 19:  # the other one is under way
             await asyncio.sleep(0.01)
-        registry.write_text("current", "2")
+        move(storage, 2)
         await service.catalog.refresh()
-        assert service.catalog.first.version == "2"
+        assert service.catalog.first.version == "v2"
         block.set_result(None)
         return await asyncio.gather(*tasks), await label(service)
 
@@ -99,18 +95,18 @@ def test_requests_that_have_begun_end_with_the_version_that_they_began_with(regi
 
 @pytest.mark.parametrize("broken", ["missing", "cut short", "no classifier"])
 def test_a_broken_version_is_told_once_and_the_old_one_serves_on(
-    registry, pretrained, broken, caplog
+    storage, pretrained, broken, caplog
 ):
     caplog.set_level(logging.INFO)
-    service = service_of(Pointed("mine", "mine", registry.uri))
+    service = service_of(storage)
+    folder = version_of(storage, 2)
+    move(storage, 2)
     if broken == "cut short":
-        (registry / "2").write_bytes(
-            "model.safetensors", (registry / "2").read_bytes("model.safetensors")[:-9]
-        )
+        folder.write_bytes("model.safetensors", folder.read_bytes("model.safetensors")[:-9])
     elif broken == "no classifier":
-        shutil.rmtree((registry / "2").path)
-        shutil.copytree(pretrained.path, (registry / "2").path)
-    registry.write_text("current", "3" if broken == "missing" else "2")
+        shutil.copytree(pretrained.path, folder.path, dirs_exist_ok=True)
+    else:
+        shutil.rmtree(folder.path)
 
     async def go():
         for _ in range(3):
@@ -120,16 +116,16 @@ def test_a_broken_version_is_told_once_and_the_old_one_serves_on(
     assert asyncio.run(go()) == "pos"
     errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(errors) == 1
-    assert "version 1 serves on" in errors[0].getMessage()
+    assert "version v1 serves on" in errors[0].getMessage()
     assert errors[0].exc_info is None
     assert service.metrics.value("model_loads_total", model="mine", outcome="refused") == 1
     service.close()
 
 
-def test_a_canary_answers_its_share_and_is_compared(registry):
+def test_a_canary_answers_its_share_and_is_compared(storage):
     service = service_of(
-        Pointed("mine", "mine", registry.uri),
-        canary={"model": (registry / "2").uri, "share": 0.5},
+        storage,
+        canary={"model": version_of(storage, 2).uri, "share": 0.5},
     )
 
     async def go():
@@ -146,10 +142,10 @@ def test_a_canary_answers_its_share_and_is_compared(registry):
     service.close()
 
 
-def test_who_names_a_model_gets_it_and_no_canary(registry):
+def test_who_names_a_model_gets_it_and_no_canary(storage):
     service = service_of(
-        Pointed("mine", "mine", registry.uri),
-        canary={"model": (registry / "2").uri, "share": 0.99},
+        storage,
+        canary={"model": version_of(storage, 2).uri, "share": 0.99},
     )
 
     async def go():
@@ -160,11 +156,11 @@ def test_who_names_a_model_gets_it_and_no_canary(registry):
     service.close()
 
 
-def test_several_models_by_name(registry):
+def test_several_models_by_name(storage):
     config = ServeConfig.model_validate(
         {
-            "model": (registry / "1").uri,
-            "models": {"second": (registry / "2").uri},
+            "model": version_of(storage, 1).uri,
+            "models": {"second": version_of(storage, 2).uri},
             "precision": "fp32",
         }
     )
@@ -175,15 +171,15 @@ def test_several_models_by_name(registry):
         request = PredictRequest(inputs="a superb film", model=name)
         return (await service.predict(request))[0]["label"]
 
-    assert [asyncio.run(go(name)) for name in (None, "1", "second")] == ["pos", "pos", "neg"]
-    assert [one["name"] for one in service.info()["models"]] == ["1", "second"]
+    assert [asyncio.run(go(name)) for name in (None, "v1", "second")] == ["pos", "pos", "neg"]
+    assert [one["name"] for one in service.info()["models"]] == ["v1", "second"]
     service.close()
 
 
-def test_two_models_of_one_name_are_refused(registry):
-    values = {"model": (registry / "1").uri, "models": {"1": (registry / "2").uri}}
+def test_two_models_of_one_name_are_refused(storage):
+    values = {"model": version_of(storage, 1).uri, "models": {"v1": version_of(storage, 2).uri}}
     service = Service(ServeConfig.model_validate({**values, "precision": "fp32"}))
-    with pytest.raises(ConfigError, match="two models have the name 1"):
+    with pytest.raises(ConfigError, match="two models have the name v1"):
         service.load()
     service.close()
 
@@ -194,7 +190,7 @@ def test_what_a_path_or_a_name_means(model, tmp_path):
     assert find(model.uri, None, "mine").name == "mine"
     run = Folder(model.path.rpartition("/")[0])
     assert find(run.uri, None).current().uri == model.uri
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="neither a folder nor a name in the registry of"):
         find("nobody-knows-this-name", str(tmp_path))
 
 

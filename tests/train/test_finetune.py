@@ -20,7 +20,7 @@ from raybert.text.preprocess import Preprocessing
 from raybert.text.tokenizer import Tokenizer
 from raybert.train.group import Group
 from raybert.train.run import Feed, execute_bare
-from raybert.train.texts import Texts, prepare_data
+from raybert.train.texts import DistillConfig, Texts, prepare_data
 
 
 @pytest.fixture
@@ -51,6 +51,106 @@ def test_texts_are_read_as_they_were_written(folder):
     folder.write_bytes("t.parquet", folder.read_bytes("t.parquet")[:-1])
     with pytest.raises(DamagedError, match=f"t.parquet is damaged; delete {folder} and run"):
         Texts.load(folder, file)
+
+
+def test_texts_travel_as_they_are(folder):
+    import pickle
+
+    texts = Texts(
+        [np.array([3, 70_000], np.uint32), np.array([1], np.uint32)],
+        np.array([1, -1]),
+        np.array([[0.5, -1.0], [2.0, 0.0]], np.float32),
+    )
+    file = texts.save(folder, "t.parquet")
+    for found in (pickle.loads(pickle.dumps(texts)), Texts.load(folder, file)):
+        assert [ids.tolist() for ids in found.input_ids] == [[3, 70_000], [1]]
+        assert found.labels.tolist() == [1, -1]
+        assert found.teacher.tolist() == texts.teacher.tolist()
+    assert pickle.loads(pickle.dumps(Texts([], np.empty(0, np.int64)))).input_ids == []
+
+
+def test_whole_texts_are_shortened_to_what_short_ones_were_prepared_as(folder):
+    rows = [(f"{text} " * 3, label) for text, label in reviews(60)]
+    job = finetune_job(folder, rows=rows)
+    tokenizer = Tokenizer.load(job.tokenizer)
+    files = {}
+    for name, seq_len in (("whole", 1 << 20), ("short", 16)):
+        prepared = prepare_data(job.config, tokenizer, seq_len, 0, folder / name)
+        files[name] = (Texts.load(folder / name, prepared.train), prepared)
+    short, how = files["short"]
+    whole = files["whole"][0].shortened(16, how.head_tokens)
+    assert max(files["whole"][0].lengths) > 16
+    assert [ids.tolist() for ids in whole.input_ids] == [ids.tolist() for ids in short.input_ids]
+
+
+def test_a_job_that_holds_its_texts_and_weights_trains_as_one_that_reads_them(folder):
+    from dataclasses import replace
+
+    from raybert.train.finetune import Held
+
+    texts = [text for text, _ in reviews(80)]
+    make_corpus(folder / "corpus", texts=texts)
+    start = execute_bare(
+        pretrain_job(folder / "corpus", steps=2), folder / "pre", on_progress=lambda record: None
+    )
+    model = Folder(start["model"])
+    job = replace(finetune_job(folder, steps=3), start=model, tokenizer=model)
+    held = replace(job, held=Held.read(job))
+    attempts = [Attempt(j, folder / name) for j, name in ((job, "read"), (held, "held"))]
+    for attempt in attempts:
+        attempt.run()
+    one, two = (attempt.store.load(3).model for attempt in attempts)
+    assert same_tensors(one, two)
+
+
+def test_unlabelled_texts_are_learned_from_a_teacher_alone(folder):
+    more = [f"{text} indeed" for text, _ in reviews(20, seed=3)]
+    known = [text for text, _ in reviews(80)][:5]  # labelled elsewhere: they are left out
+    path = folder.join("more.txt")
+    folder.write_text("more.txt", "\n".join([*more, *known]) + "\n")
+    settings = {"distill": {"teacher": "a", "unlabelled": {"path": path}}}
+    asked = []
+
+    def teach(texts, names):
+        asked.append((texts.to_pylist(), names))
+        return np.tile(np.array([[0.0, 4.0]], np.float32), (len(texts), 1))
+
+    job = finetune_job(folder)
+    config = job.config.model_copy(
+        update={"distill": DistillConfig.model_validate(settings["distill"])}
+    )
+    tokenizer = Tokenizer.load(job.tokenizer)
+    data = folder / "taught"
+
+    def prepare(identity):
+        return prepare_data(config, tokenizer, 32, 0, data, teach=teach, teacher=identity)
+
+    prepared = prepare("one")
+    assert prepare("one") == prepared and len(asked) == 1
+    prepare("two")
+    assert len(asked) == 2
+    texts = Texts.load(data, prepared.train)
+    assert (texts.labels == -1).sum() == len(more)
+    assert prepared.skipped == {"labelled elsewhere": len(known)}
+    assert asked[0][0][-len(more) :] == more and asked[0][1] == ["neg", "pos"]
+    from dataclasses import replace
+
+    task = task_of(replace(job, config=config, data=data, prepared=prepared))
+    stream = task.batches(0, None)
+    batches = [b for _ in range(task.steps_per_epoch) for b in next(stream)]
+    assert sum(batch.count for batch in batches) == prepared.train.rows
+    assert all(batch.teacher.shape == (len(batch.labels), 2) for batch in batches)
+    assert torch.isfinite(task.loss(task.model, batches[0]))
+
+
+def test_unlabelled_texts_need_a_teacher(folder):
+    with pytest.raises(ConfigError, match="need an answer to learn; name a model with finetune"):
+        finetune_job(folder, distill={"unlabelled": {"path": "x.txt"}})
+
+
+def test_a_compiled_model_would_not_notice_a_shift(folder):
+    with pytest.raises(ConfigError, match=r"adversarial=1 shifts embeddings, which a compiled"):
+        finetune_job(folder, compile=True, adversarial=1.0)
 
 
 def test_texts_are_prepared_once_and_anew_when_what_decides_them_changes(folder):
@@ -150,7 +250,9 @@ def test_class_weights_smoothing_and_empty_batches_in_the_loss(folder):
         weights = torch.tensor([2.0, 0.5])[torch.from_numpy(batch.labels)]
         got = float(weighted.loss(weighted.model.eval(), batch))
         assert got == pytest.approx(float((each * weights).sum()), rel=1e-4)
-    balanced = task_of(finetune_job(folder, rows=rows, class_weights="balanced"))._weights
+    balanced = task_of(
+        finetune_job(folder, rows=rows, class_weights="balanced")
+    )._objective.class_weights
     counts = np.bincount(balanced_labels(folder, rows))
     assert balanced.numpy() == pytest.approx(counts.sum() / (2 * counts))
 

@@ -103,6 +103,72 @@ def test_a_resumed_fine_tuning_equals_an_undisturbed_one_bit_for_bit(tmp_path, s
     assert same_tensors(left.optimizer, right.optimizer)
 
 
+@pytest.mark.parametrize("stop_at", [2, 5, 9])
+def test_a_resumed_run_of_averages_equals_an_undisturbed_one_bit_for_bit(tmp_path, stop_at):
+    job = finetune_job(Folder(tmp_path), steps=12, evaluations=4, average_decay=0.9, lr=1e-2)
+    once = Attempt(job, Folder(tmp_path / "whole"))
+    once.run()
+    with pytest.raises(Stopped):
+        Attempt(job, Folder(tmp_path / "parted"), stop_at=stop_at).run()
+    again = Attempt(job, Folder(tmp_path / "parted"))
+    again.run()
+    left, right = once.store.load(12), again.store.load(12)
+    assert same_tensors(left.model, right.model)
+    assert same_tensors(left.optimizer, right.optimizer)
+    assert same_tensors(once.task.model.state_dict(), again.task.model.state_dict())
+
+
+def test_what_is_evaluated_and_kept_are_the_averages(tmp_path):
+    """The finished model scores what the best evaluation said, and is not the last step's."""
+    job = finetune_job(Folder(tmp_path), steps=8, evaluations=4, average_decay=0.9, lr=1e-2)
+    attempt = Attempt(job, Folder(tmp_path / "run"))
+    result = attempt.run()
+    with torch.inference_mode():
+        attempt.task.model.eval()
+        found = attempt.task.evaluate()
+    assert found["score"] == pytest.approx(result["best_score"])
+    assert found["loss"] == pytest.approx(result["loss"])
+    best = attempt.store.load(result["best_step"])
+    assert not same_tensors(attempt.task.model.state_dict(), best.model)
+
+
+def test_a_run_stands_still_at_every_evaluation(tmp_path):
+    job = finetune_job(Folder(tmp_path), steps=6, evaluations=3)
+    whole, parted = Attempt(job, Folder(tmp_path / "a")), Attempt(job, Folder(tmp_path / "b"))
+    expected = whole.run()
+    evaluations, records = parted.loop.evaluations(), []
+    while True:
+        try:
+            records.append(next(evaluations))
+        except StopIteration as end:
+            result = end.value
+            break
+        assert parted.loop.progress.step == records[-1]["step"]
+    assert [r["step"] for r in records] == [2, 4, 6]
+    epoch = parted.task.steps_per_epoch
+    assert [r["epoch"] for r in records] == [round(step / epoch, 4) for step in (2, 4, 6)]
+    assert {r["total_steps"] for r in records} == {6}
+    assert result["best_score"] == expected["best_score"] == max(r["score"] for r in records)
+    left, right = whole.store.load(6), parted.store.load(6)
+    assert same_tensors(left.model, right.model)
+
+
+def test_a_run_that_is_left_goes_on_from_where_it_was_saved(tmp_path):
+    job = finetune_job(Folder(tmp_path), steps=6, evaluations=3)
+    whole, run = Attempt(job, Folder(tmp_path / "whole")), Folder(tmp_path / "left")
+    whole.run()
+    left = Attempt(job, run)
+    evaluations = left.loop.evaluations()
+    next(evaluations)
+    left.loop.save()
+    evaluations.close()
+    assert left.loop._log is None
+    again = Attempt(job, run)
+    again.run()
+    assert [record["step"] for record in again.of_kind("train")] == [3, 4, 5, 6]
+    assert same_tensors(whole.store.load(6).model, again.store.load(6).model)
+
+
 def test_frozen_layers_keep_their_weights_until_they_thaw(tmp_path):
     job = finetune_job(Folder(tmp_path), steps=4, frozen_epochs=10.0)
     attempt = Attempt(job, Folder(tmp_path / "run"))

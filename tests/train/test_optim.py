@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raybert.train.optim import (
+    average_weights,
+    averaged,
+    averages_in,
     make_optimizer,
     optimizer_tensors,
     restore_optimizer,
@@ -151,3 +154,40 @@ def test_restoring_forgets_what_was_there():
     step(model, optimizer)
     restore_optimizer(optimizer, {})
     assert optimizer_tensors(optimizer) == {}
+
+
+def test_averages_follow_the_weights_by_the_formula():
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = make_optimizer(model, config(lr=0.1))
+    expected = None
+    for number in range(6):
+        step(model, optimizer)
+        average_weights(optimizer, 0.5, number)
+        weight = model.linear.weight.detach().clone()
+        kept = min(0.5, (1 + number) / (10 + number))
+        expected = weight if expected is None else kept * expected + (1 - kept) * weight
+    found = averages_in(optimizer_tensors(optimizer))
+    assert found.keys() == dict(model.named_parameters()).keys()
+    torch.testing.assert_close(found["linear.weight"], expected)
+    assert not torch.equal(found["linear.weight"], model.linear.weight)
+
+
+def test_averages_take_the_weights_place_and_leave_it_bit_for_bit():
+    torch.manual_seed(0)
+    model = Model()
+    model.norm.requires_grad_(False)  # never trained: its own average
+    optimizer = make_optimizer(model, config(lr=0.1))
+    for number in range(3):
+        step(model, optimizer)
+        average_weights(optimizer, 0.9, number)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    averages = averages_in({k: v.clone() for k, v in optimizer_tensors(optimizer).items()})
+    assert "norm.weight" not in averages
+    with averaged(optimizer):
+        inside = {k: v.clone() for k, v in model.state_dict().items()}
+    assert {k for k in before if not torch.equal(inside[k], before[k])} == set(averages)
+    for name, average in averages.items():
+        assert torch.equal(inside[name], average)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])

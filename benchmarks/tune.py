@@ -1,0 +1,263 @@
+"""What the search must show, on the demo's model and real reviews: one row at a time.
+
+    python benchmarks/tune.py --row asha --json
+
+Needs `raybert demo` in the same storage first. Rows:
+
+asha      the same configurations, drawn at random, with ASHA and without a scheduler
+overhead  from a trial's beginning to its first step, after the first trial of each worker
+killed    the driver and all of its Ray are killed three times in mid-search, and started again
+pbt       population-based training of 4 trials: what every exchange took over, and what it changed
+
+Each ends with one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from raybert.storage import Folder
+from raybert.train.meters import read_metrics
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "tune-demo.yaml"
+KILLS = 3
+PATIENCE_SECONDS = 3600
+
+
+def command(storage: Path, name: str, *overrides: str) -> list[str]:
+    """A search of its own on the demo's model."""
+    given = {
+        "run.storage": str(storage),
+        "run.name": name,
+        "finetune.initialize_from": str(storage / "demo"),
+        "tune.test": "false",
+    }
+    sets = [f"{key}={value}" for key, value in given.items()] + list(overrides)
+    options = [part for text in sets for part in ("--set", text)]
+    return [sys.executable, "-m", "raybert", "tune", "-c", str(CONFIG), *options, "--json"]
+
+
+def run(*given: Any) -> dict[str, Any]:
+    """Run a search to its end and return what it ends with.
+
+    Raises:
+        SystemExit: it fails.
+    """
+    done = subprocess.run(command(*given), stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"raybert tune ended with {done.returncode}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def trials_of(storage: Path, name: str) -> list[dict[str, Any]]:
+    """The trials of a finished search, without the finalists' runs."""
+    return list(json.loads((storage / name / "tune" / "trials.json").read_text())["trials"])
+
+
+def asha(storage: Path, trials: int) -> dict[str, Any]:
+    """The best score and the compute, with ASHA and without a scheduler."""
+    drawn = ("tune.searcher=random", f"tune.trials={trials}")
+    found = {}
+    for kind in ("none", "asha"):
+        name = f"bench-asha-{kind}"
+        result = run(storage, name, *drawn, f"tune.scheduler.kind={kind}")
+        rows = trials_of(storage, name)
+        found[kind] = {
+            "best": result["best"],
+            "best_accuracy": max(row["accuracy"] or 0.0 for row in rows),
+            "trial_seconds": round(sum(row["seconds"] for row in rows), 1),
+            "steps": sum(_steps(storage, name, row["trial"]) for row in rows),
+            "states": result["trials"],
+            "configurations": [row["values"] for row in rows],
+            "seconds": result["seconds"],
+        }
+    none, some = found["none"], found["asha"]
+    same = none.pop("configurations") == some.pop("configurations")
+    spread = none["best"]["seeds"]["accuracy"]["std"]
+    return {
+        "same_configurations": same,
+        "compute_ratio": round(some["steps"] / none["steps"], 4),
+        "time_ratio": round(some["trial_seconds"] / none["trial_seconds"], 4),
+        "best_difference": round(some["best_accuracy"] - none["best_accuracy"], 5),
+        "mean_difference": round(
+            some["best"]["seeds"]["accuracy"]["mean"] - none["best"]["seeds"]["accuracy"]["mean"], 5
+        ),
+        "spread_of_seeds": spread,
+        **found,
+    }
+
+
+def _steps(storage: Path, name: str, trial: str) -> int:
+    """The optimizer steps that a trial took."""
+    records = read_metrics(Folder(storage / name / "tune" / "trials" / trial))
+    return max((r["step"] for r in records), default=0)
+
+
+def overhead(storage: Path, trials: int) -> dict[str, Any]:
+    """From the moment that a trial is written down to its first step, once its worker is warm."""
+    name = "bench-overhead"
+    short = ("finetune.steps=20", "finetune.evaluations=1", "finetune.log_every=1")
+    settings = ("tune.scheduler.kind=none", "tune.searcher=random", f"tune.trials={trials}")
+    run(storage, name, *short, *settings, "tune.finalists=1", "tune.seeds=1")
+    waits: dict[str, dict[str, float]] = {}
+    for row in trials_of(storage, name):
+        records = read_metrics(Folder(storage / name / "tune" / "trials" / row["trial"]))
+        start = next(r["time"] for r in records if r.get("event") == "start")
+        step = next(r["time"] for r in records if r["kind"] == "train")
+        waits[row["trial"]] = {
+            "until_loaded": round(start - row["begun"], 2),
+            "until_first_step": round(step - row["begun"], 2),
+        }
+    cold = sorted(waits)[: _workers(storage, name)]
+    warm = [w["until_first_step"] for trial, w in waits.items() if trial not in cold]
+    return {
+        "median": statistics.median(warm),
+        "most": max(warm),
+        "first": max(waits[trial]["until_first_step"] for trial in cold),
+        "trials": waits,
+    }
+
+
+def _workers(storage: Path, name: str) -> int:
+    """How many trials began before the first one was over."""
+    rows = trials_of(storage, name)
+    ended = min(row["ended"] for row in rows)
+    return sum(row["begun"] < ended for row in rows)
+
+
+class Search:
+    """A search in a process group of its own, which can be killed with all of its Ray."""
+
+    def __init__(self, storage: Path, name: str, *overrides: str) -> None:
+        self.stage = storage / name / "tune"
+        self._command = command(storage, name, *overrides)
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start it, or go on with it."""
+        return subprocess.Popen(
+            self._command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def finished(self) -> dict[str, int]:
+        """The trials that are over, and how many attempts each one took."""
+        found = {}
+        for folder in ("trials", "seeds"):
+            for path in sorted((self.stage / folder).glob("*/result.json")):
+                attempts = len(list((path.parent / "attempts").glob("*.json")))
+                found[f"{folder}/{path.parent.name}"] = attempts
+        return found
+
+    def records(self) -> int:
+        """How many lines all trials have logged: it rises while any of them trains."""
+        return sum(
+            len(path.read_text(errors="replace").splitlines())
+            for path in self.stage.glob("*/*/metrics/*.jsonl")
+        )
+
+
+def killed(storage: Path, trials: int, seed: int) -> dict[str, Any]:
+    """Kill a search three times, and see that nothing is lost and nothing done twice."""
+    draws = random.Random(seed)
+    settings = ("tune.scheduler.kind=none", "tune.searcher=random", f"tune.trials={trials}")
+    search = Search(storage, "bench-killed", "finetune.checkpoint_steps=50", *settings)
+    kills, over, result = [], {}, None
+    begun = time.time()
+    while result is None:
+        process = search.start()
+        before, ends = search.records(), time.monotonic() + PATIENCE_SECONDS
+        strike = before + draws.randint(20, 80) if len(kills) < KILLS else None
+        while process.poll() is None:
+            time.sleep(0.5)
+            if strike is not None and search.records() >= strike:
+                over = search.finished()
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                kills.append({"at": round(time.time() - begun, 1), "finished": over})
+                break
+            if time.monotonic() > ends:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise SystemExit("the search does not come to its end")
+        else:
+            out = process.communicate()[0]
+            if process.returncode:
+                raise SystemExit(f"raybert tune ended with {process.returncode}")
+            result = json.loads(out.splitlines()[-1])
+    last = search.finished()
+    again = [
+        trial
+        for kill in kills
+        for trial, attempts in kill["finished"].items()
+        if last.get(trial) != attempts
+    ]
+    rows = trials_of(storage, "bench-killed")
+    return {
+        "kills": kills,
+        "trials": result["trials"],
+        "wanted": trials,
+        "names": [row["trial"] for row in rows],
+        "finished_ones_run_again": again,
+        "resumed": sum(attempts > 1 for attempts in last.values()),
+        "seconds": round(time.time() - begun, 1),
+    }
+
+
+def pbt(storage: Path) -> dict[str, Any]:
+    """What every exchange of a population of 4 took over and changed."""
+    name = "bench-pbt"
+    space = (
+        "{finetune.lr: {log_uniform: [1.0e-5, 5.0e-3]}, finetune.dropout: {uniform: [0.0, 0.4]}}"
+    )
+    settings = ("tune.scheduler.kind=pbt", "tune.scheduler.interval_epochs=0.17", "tune.trials=4")
+    result = run(storage, name, f"tune.space={space}", *settings, "tune.searcher=random")
+    exchanges = [
+        {"trial": row["trial"], **exchange}
+        for row in trials_of(storage, name)
+        for exchange in row["exchanges"]
+    ]
+    return {
+        "exchanges": len(exchanges),
+        "weights_equal": all(e["weights"] == e["weights_after"] for e in exchanges),
+        "rate_in_use_is_the_mutated_one": all(
+            e["lr"] == e["after"]["finetune.lr"] for e in exchanges
+        ),
+        "all": exchanges,
+        "trials": result["trials"],
+        "seconds": result["seconds"],
+    }
+
+
+def main() -> None:
+    """Measure one row."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--row", choices=("asha", "overhead", "killed", "pbt"), required=True)
+    parser.add_argument("--storage", type=Path, default=Path("runs"), help="with the demo's run")
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    given = parser.parse_args()
+    storage = given.storage.resolve()
+    if not (storage / "demo" / "pretrain" / "model" / "config.json").exists():
+        raise SystemExit(f"tune.py: {storage}/demo has no model; run `raybert demo` first")
+    rows = {
+        "asha": lambda: asha(storage, given.trials),
+        "overhead": lambda: overhead(storage, given.trials),
+        "killed": lambda: killed(storage, given.trials, given.seed),
+        "pbt": lambda: pbt(storage),
+    }
+    result = rows[given.row]()
+    print(json.dumps(result) if given.json else json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""`raybert finetune --seeds N`: one fine-tuning with several seeds, and what they are together.
+
+`<storage>/<name>/ensemble/` holds `data/`, `members/` (runs like any other) and `ensemble.json`, by
+which `--distill-from` finds them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+
+from raybert.config import dump
+from raybert.display import Display, clock
+from raybert.errors import RaybertError
+from raybert.experiment import Experiment
+from raybert.finetuning import finetune_job
+from raybert.ray_session import ray_session
+from raybert.storage import Folder
+from raybert.train.run import CONFIG, RESULT, open_run
+from raybert.train.scores import classification_scores
+from raybert.train.texts import Texts
+from raybert.trials import Runner
+from raybert.tune.ledger import Ledger
+from raybert.tune.propose import Wanted
+
+_KEYS = ("accuracy", "loss", "f1_macro", "expected_calibration_error")
+
+
+def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict[str, Any]:
+    """Fine-tune with several seeds at once, and measure them alone and together.
+
+    Returns:
+        `members` (each one's scores), `mean` and `std` of their accuracies, `ensemble` (the scores
+        of their mean probability on the validation texts), `gain` in accuracy over the mean, and
+        `model`: the ensemble's folder.
+
+    Raises:
+        RaybertError: a member failed.
+    """
+    stage = experiment.folder / "ensemble"
+    if stage.exists(RESULT):
+        result = open_run(stage, dump(experiment), "finetune", ("model",))
+        if result is not None and len(result["members"]) == seeds:
+            display.say(f"ensemble  {stage} is finished already: {_line(result)}")
+            return result
+        stage.delete(RESULT)  # more members are wanted, or fewer
+    has_begun = stage.exists(CONFIG)
+    with ray_session(experiment.ray, experiment.finetune.max_workers) as resources:
+        job = finetune_job(experiment, display, stage / "data", has_begun=has_begun)
+        job.check()
+        open_run(stage, dump(experiment), "finetune", ("model",), inputs=job.inputs())
+        begun = time.monotonic()
+        with display.stage("ensemble"):
+            runner = Runner(experiment, display, job, resources)
+            ledger = Ledger(stage / "members")
+            first = experiment.finetune.seed
+            names = [f"s{first + number}" for number in range(seeds)]
+            source = Wanted(ledger, [(name, {}, first + n) for n, name in enumerate(names)])
+            runner.run(stage, ledger, source, keys=[], limit=seeds)
+        failed = [entry for entry in source.entries if entry.state != "finished"]
+        if failed:
+            raise RaybertError(f"member {failed[0].name} failed: {failed[0].why}")
+        models = [stage / "members" / name / "model" for name in names]
+        validation = Texts.load(job.data, job.prepared.validation)
+        result = measure(models, validation, job.prepared.labels)
+    from raybert.serve.ensemble import write_ensemble
+
+    write_ensemble(stage, [f"members/{name}/model" for name in names])
+    result |= {"model": stage.uri, "seconds": round(time.monotonic() - begun, 1)}
+    stage.write_json(RESULT, result)
+    display.say(f"ensemble  {_line(result)}, in {clock(result['seconds'])}; {stage}")
+    return result
+
+
+def measure(models: list[Folder], texts: Texts, labels: list[str]) -> dict[str, Any]:
+    """Score models alone and together on tokenized texts."""
+    from raybert.serve.classifier import TextClassifier
+    from raybert.serve.ensemble import mean_logits
+
+    found = [TextClassifier(model).score(texts.input_ids) for model in models]
+    alone = [classification_scores(logits, texts.labels, labels) for logits in found]
+    together = classification_scores(mean_logits(found), texts.labels, labels)
+    accuracies = [scores["accuracy"] for scores in alone]
+    return {
+        "members": [{key: scores[key] for key in _KEYS} for scores in alone],
+        "mean": statistics.fmean(accuracies),
+        "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "ensemble": {key: together[key] for key in _KEYS},
+        "gain": together["accuracy"] - statistics.fmean(accuracies),
+        "agreement": float(np.mean([len({int(p) for p in row}) == 1 for row in _votes(found)])),
+        "n": together["n"],
+    }
+
+
+def _votes(logits: list[Any]) -> Any:
+    """Each text's predictions, [n, models]."""
+    return np.stack([each.argmax(axis=1) for each in logits], axis=1)
+
+
+def _line(result: dict[str, Any]) -> str:
+    spread = "" if result["std"] is None else f" ± {result['std']:.4f}"
+    together = result["ensemble"]["accuracy"]
+    return (
+        f"{len(result['members'])} members {result['mean']:.4f}{spread}, together {together:.4f} "
+        f"({result['gain']:+.4f}) on {result['n']:,} validation texts"
+    )

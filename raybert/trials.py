@@ -1,0 +1,135 @@
+"""Running trials: what a search and an ensemble have in common.
+
+Texts and pretrained weights are put into the object store once, for all trials of a command.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raybert.display import Display
+from raybert.experiment import Experiment
+from raybert.finetuning import input_length
+from raybert.ray_session import Resources
+from raybert.storage import Folder
+from raybert.train.board import Board
+from raybert.train.finetune import FinetuneJob, Held
+from raybert.train.worker import uses_gpus
+from raybert.tune import table
+from raybert.tune.ledger import Entry, Ledger
+from raybert.tune.schedule import make_scheduler
+from raybert.tune.search import run_trials
+from raybert.tune.session import Session, Source, Watcher, room_for
+from raybert.tune.settings import SchedulerConfig, Searched
+from raybert.tune.space import Space
+from raybert.tune.trial import Work
+
+_KEPT = 4  # checkpoints of each trial that others may take over: the takers may be late
+
+
+class Runner:
+    """Runs trials of an experiment's fine-tuning, whoever chooses their values."""
+
+    def __init__(
+        self, experiment: Experiment, display: Display, job: FinetuneJob, resources: Resources
+    ) -> None:
+        """Put what trials share into the object store, and see how much room there is."""
+        import ray
+
+        config = experiment.finetune
+        self.base = Searched(model=experiment.model, finetune=config)
+        self.gpu = uses_gpus(config, resources.gpus)
+        self.room = room_for(experiment.tune, config, self.gpu, resources)
+        # Of one that trains in its own process; Ray Train's workers share their machine's cores.
+        alone = config.max_workers == 1
+        self.threads = config.threads or (max(1, int(self.room.cpus)) if alone else None)
+        self._experiment, self._display, self._job = experiment, display, job
+        self._resources = resources
+        self._held = ray.put(Held.read(job))
+        self._seq_len = input_length(experiment, job.start, config.seq_len)
+
+    def run(
+        self,
+        stage: Folder,
+        ledger: Ledger,
+        source: Source,
+        *,
+        keys: Sequence[str],
+        limit: int | None,
+        scheduler: SchedulerConfig | None = None,
+        space: Space | None = None,
+        longest: float = 1.0,
+        deadline: float | None = None,
+        watchers: Sequence[Watcher] = (),
+    ) -> None:
+        """Run a source's trials to their ends, and show how they go.
+
+        Args:
+            stage: a folder, inside of which Ray Tune has one to write in.
+            ledger: of the trials.
+            source: gives them.
+            keys: of their values, as far as there is room to show them.
+            limit: how many there will be in all; None: unknown.
+            scheduler: who goes on; None: all of them.
+            space: that trials may be moved in while they run.
+            longest: epochs of the longest trial.
+            deadline: of time.monotonic, after which no trial begins or goes on.
+            watchers: hear how each trial goes.
+        """
+        scheduler = scheduler or SchedulerConfig(kind="none")
+        exchanges = scheduler.kind == "pbt"
+        told: deque[str] = deque()
+        session = Session(
+            source,
+            ledger,
+            self.room,
+            deadline,
+            [*watchers, _Teller(told)],
+            all_at_once=scheduler.kind in ("pbt", "hyperband"),
+            keeps_checkpoints=exchanges,
+        )
+        work = Work(
+            folder=ledger.folder,
+            base=self.base,
+            job=self._job,
+            held=self._held,
+            seq_len=self._seq_len,
+            keep_checkpoints=_KEPT if exchanges else 1,
+            threads=self.threads,
+            gpu=self.gpu,
+            resources=self._resources,
+            board=Board(),
+        )
+
+        def show() -> None:
+            while told:
+                self._display.say(told.popleft())
+            entries = list(source.entries)
+            line = table.line_of(entries, limit)
+            self._display.panel(table.table_of(entries, keys), line)
+
+        run_trials(
+            work,
+            session,
+            make_scheduler(scheduler, space, longest, session),
+            max_failures=self._experiment.tune.max_failures,
+            stage=stage,
+            logs=self._experiment.ray.logs,
+            show=show,
+        )
+        show()
+
+
+@dataclass(frozen=True)
+class _Teller:
+    """Collects how each trial ended; shown by the main thread."""
+
+    told: deque[str]
+
+    def evaluated(self, entry: Entry) -> None:
+        pass
+
+    def ended(self, entry: Entry) -> None:
+        self.told.append(table.ended_line(entry))

@@ -1,0 +1,1 @@
+"""Search: Ray Tune over the fine-tuning task."""

@@ -1,0 +1,237 @@
+"""Ray Tune: it starts workers, keeps them warm between trials, and asks the scheduler who goes on.
+
+Its own memory of a search (pickles, which lag behind the trials) is not used: a search that was
+killed is a new one of Ray Tune's, over the trials that the ledger has.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray.tune
+from ray.tune.experiment import Experiment, Trial
+from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
+from ray.tune.search.search_algorithm import SearchAlgorithm
+
+from raybert.errors import RaybertError, Superseded
+from raybert.storage import Folder
+from raybert.train.board import Board
+from raybert.tune.session import Session
+from raybert.tune.trial import FinetuneTrial, Work
+
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 60  # for the steps under way and their checkpoints, after Ctrl-C
+
+
+class _Search(SearchAlgorithm):  # type: ignore[misc]  # of an untyped package
+    """Gives Ray Tune the session's trials, one by one."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._spec: dict[str, Any] = {}
+
+    def add_configurations(self, experiments: list[Experiment]) -> None:
+        [experiment] = experiments
+        self._spec = experiment.spec
+
+    def next_trial(self) -> Trial | None:
+        entry = self._session.next()
+        if entry is None:
+            return None
+        spec = self._spec
+        trial = Trial(
+            spec["run"],
+            config={"seed": entry.seed, **entry.values},
+            trial_id=entry.name,
+            evaluated_params=entry.values,
+            experiment_tag=entry.name,
+            storage=spec["storage"],
+            placement_group_factory=spec["resources_per_trial"],
+            checkpoint_config=spec["checkpoint_config"],
+            max_failures=spec["max_failures"],
+        )
+        if self._session.is_full:
+            trial.set_status(Trial.PAUSED)
+        self._session.running[entry.name] = trial
+        return trial
+
+    def is_finished(self) -> bool:
+        # While trials run, their workers are kept warm for those that take over others' weights.
+        return self._session.is_over and self._session.is_idle
+
+
+class _Listener(ray.tune.Callback):  # type: ignore[misc]
+    """Hands on what Ray Tune tells of trials."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        self._session.entry(trial).state = "running"
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
+    ) -> None:
+        self._session.hear(trial, result)
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
+    ) -> None:
+        self._session.end(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        self._session.end(trial, _what_was_lost(trial))
+
+
+def _what_was_lost(trial: Trial) -> str:
+    """Why Ray Tune gave a trial up: its worker did not come back as often as it was started."""
+    text = ""
+    with suppress(OSError, TypeError):
+        with open(trial.error_file, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+    low = "OutOfMemory" in text or "low on memory" in text  # by Ray; the kernel says nothing
+    reason = "its node ran out of memory" if low else "its worker was lost"
+    return f"{reason}, {trial.num_failures} times"
+
+
+def run_trials(
+    work: Work,
+    session: Session,
+    scheduler: TrialScheduler,
+    *,
+    max_failures: int,
+    stage: Folder,
+    logs: bool,
+    show: Callable[[], None],
+) -> None:
+    """Run a session's trials to their ends.
+
+    Args:
+        work: what the trials share.
+        session: the trials, and how they go.
+        scheduler: who is stopped.
+        max_failures: restarts of a trial whose worker is lost.
+        stage: a folder, inside of which Ray Tune has one to write in.
+        logs: whether Ray Tune shall say what it does.
+        show: called twice a second, to show how far it is.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; running trials have saved their state.
+        Superseded: another driver has taken up the same trials.
+        RaybertError: Ray Tune itself failed.
+    """
+    scratch, name = stage / "ray", f"attempt-{time.time_ns()}"
+    request = {"CPU": session.room.cpus, "GPU": session.room.gpus}
+    arguments: dict[str, Any] = {
+        "name": name,
+        "metric": "score" if isinstance(scheduler, PopulationBasedTraining) else "best",
+        "mode": "max",
+        "resources_per_trial": ray.tune.PlacementGroupFactory([request]),
+        "storage_path": scratch.path,
+        "storage_filesystem": scratch.filesystem,
+        "search_alg": _Search(session),
+        "scheduler": scheduler,
+        "checkpoint_config": ray.tune.CheckpointConfig(checkpoint_at_end=False),
+        "callbacks": [_Listener(session)],
+        "max_failures": max_failures,
+        "reuse_actors": True,
+        "raise_on_failed_trial": False,
+        "verbose": 0,
+    }
+    trainable = ray.tune.with_parameters(FinetuneTrial, work=work)
+    with _quiet(session.room.trials, logs):
+        _Fit(lambda: ray.tune.run(trainable, **arguments), session, work.board, show).wait()
+    if session.superseded is not None:
+        raise Superseded(session.superseded)
+    session.sweep()
+    scratch.delete(name)
+    if not scratch.names(hidden=True):  # another driver's attempt may be at work there
+        stage.delete("ray")
+
+
+class _Fit:
+    """Runs Ray Tune in a thread, while the main thread shows progress and listens to Ctrl-C.
+
+    In the main thread Ray Tune would answer Ctrl-C itself, and give trials five seconds to end.
+    """
+
+    def __init__(
+        self, fit: Callable[[], Any], session: Session, board: Board, show: Callable[[], None]
+    ) -> None:
+        self._fit, self._session, self._board, self._show = fit, session, board, show
+        self._error: Exception | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tune", daemon=True)
+
+    def wait(self) -> None:
+        """Wait for the end."""
+        self._thread.start()
+        try:
+            while not self._over.wait(_POLL_SECONDS):
+                self._listen()
+                self._show()
+        except KeyboardInterrupt:
+            self._session.is_stopping = True
+            with suppress(Exception):  # a head that is gone takes the workers with it
+                self._board.stop()
+            self._over.wait(_GRACE_SECONDS)  # a second Ctrl-C ends this, too
+            raise
+        finally:
+            if self._over.is_set():
+                with suppress(Exception):
+                    self._board.clear()
+        if self._error is not None:
+            if isinstance(self._error, RaybertError):
+                raise self._error
+            lines = str(self._error).strip().splitlines() or [type(self._error).__name__]
+            raise RaybertError(f"the search failed: {lines[-1]}") from self._error
+
+    def _listen(self) -> None:
+        """Take what trials tell between evaluations."""
+        with suppress(Exception):  # it is for the display alone
+            known = {entry.name: entry for entry in self._session.source.entries}
+            for record in self._board.take():
+                entry = known.get(record.get("trial", ""))
+                if entry is not None:
+                    entry.step, entry.total_steps = record["step"], record.get("total_steps")
+
+    def _run(self) -> None:
+        try:
+            self._fit()
+        except Exception as error:  # raised by `wait`, in the main thread
+            self._error = error
+        finally:
+            self._over.set()
+
+
+@contextmanager
+def _quiet(trials: int, logs: bool) -> Iterator[None]:
+    """Keep Ray Tune from printing, from files that nobody reads, and from starting one by one."""
+    wanted = {
+        "RAY_AIR_NEW_OUTPUT": "0",  # its other way of printing can't be silenced
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": str(int(logs)),
+        "TUNE_MAX_PENDING_TRIALS_PG": str(trials),
+        "TUNE_GLOBAL_CHECKPOINT_S": "600",  # the ledger is what a search goes on from
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    os.environ.update(wanted)
+    if not logs:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

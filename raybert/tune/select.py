@@ -1,0 +1,113 @@
+"""Who wins: the best few trials and the configured values, each run again with several seeds.
+
+A search's best score is the best of many, and flatters its trial: the more trials, the more. So the
+finalists are trained anew, with seeds that the search did not use, and what counts is the mean.
+Everything here is of validation texts; the test texts are not looked at before the winner is known.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raybert.errors import RaybertError
+from raybert.tune.ledger import Entry, ranked
+from raybert.tune.space import Values
+
+DEFAULT = "0000"  # the trial of the configured values
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A trial, and its runs with other seeds."""
+
+    trial: Entry
+    runs: list[Entry]
+
+    @property
+    def scores(self) -> list[float]:
+        """The scores of its runs."""
+        return [run.score for run in self.runs if run.score != -math.inf]
+
+    @property
+    def mean(self) -> float:
+        """The mean score; minus infinity where no run has one."""
+        return statistics.fmean(self.scores) if self.scores else -math.inf
+
+    def best_run(self) -> Entry:
+        """The run whose model is kept."""
+        return ranked(self.runs)[0]
+
+    def as_json(self) -> dict[str, Any]:
+        """The configuration, what the search saw of it, and its runs: means and spreads."""
+        trial = self.trial
+        return {
+            "trial": trial.name,
+            "config": trial.values,
+            "score": None if trial.best is None else trial.best.score,
+            "accuracy": None if trial.best is None else trial.best.accuracy,
+            "seeds": {
+                "n": len(self.scores),
+                "score": _spread(self.scores),
+                "accuracy": _spread([run.best.accuracy for run in self.runs if run.best]),
+                "loss": _spread([run.best.loss for run in self.runs if run.best]),
+                "failed": [run.why for run in self.runs if run.state == "failed"],
+            },
+        }
+
+
+def finalists_of(entries: Sequence[Entry], most: int) -> list[Entry]:
+    """The best trials of different values, and the configured values whatever they scored.
+
+    Raises:
+        RaybertError: no trial has a score.
+    """
+    chosen: list[Entry] = []
+    order = ranked(entries)
+    if not order:
+        why = next((e.why for e in entries if e.state == "failed"), "none was evaluated")
+        raise RaybertError(f"no trial came to a score: {why}")
+    for entry in order:
+        if len(chosen) < most and all(entry.values != other.values for other in chosen):
+            chosen.append(entry)
+    default = next((e for e in entries if e.name == DEFAULT), None)
+    if default is not None and all(default.values != other.values for other in chosen):
+        chosen.append(default)
+    return chosen
+
+
+def runs_of(finalists: Sequence[Entry], seed: int, seeds: int) -> list[tuple[str, Values, int]]:
+    """The runs of all finalists: name, values, seed; first seeds of all, then second ones."""
+    return [
+        (f"{finalist.name}-s{number}", finalist.values, seed + number)
+        for number in range(1, seeds + 1)
+        for finalist in finalists
+    ]
+
+
+def gathered(finalists: Sequence[Entry], runs: Sequence[Entry]) -> list[Finalist]:
+    """The finalists with their runs, the best mean first; of equals the older trial.
+
+    Raises:
+        RaybertError: no run has a score.
+    """
+    found = [
+        Finalist(trial, [run for run in runs if run.name.startswith(f"{trial.name}-s")])
+        for trial in finalists
+    ]
+    if all(not finalist.scores for finalist in found):
+        why = next((run.why for run in runs if run.why), "none was evaluated")
+        raise RaybertError(f"no finalist came to a score: {why}")
+    return sorted(found, key=lambda finalist: (-finalist.mean, finalist.trial.name))
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation and the values themselves."""
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": list(values),
+    }

@@ -1,0 +1,100 @@
+"""What a search came to: for `--json`, for the report, and as the configuration of the winner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raybert.storage import Folder
+from raybert.train.meters import finite
+from raybert.tune.importance import METHOD, importance
+from raybert.tune.ledger import Entry, count_states
+from raybert.tune.select import DEFAULT, Finalist
+from raybert.tune.session import Room
+from raybert.tune.space import Space
+
+TRIALS, CLOCK = "trials.json", "search.json"
+
+
+@dataclass
+class Clock:
+    """The seconds that a search took over all its sessions, kept in its folder."""
+
+    stage: Folder
+    before: float = 0.0  # of earlier sessions
+
+    @classmethod
+    def read(cls, stage: Folder) -> Clock:
+        """Read what earlier sessions took."""
+        found = stage.read_json(CLOCK)["seconds"] if stage.exists(CLOCK) else 0.0
+        return cls(stage, float(found))
+
+    def write(self, seconds: float) -> None:
+        """Write down what this session has taken so far, with those before."""
+        self.stage.write_json(CLOCK, {"seconds": round(self.before + seconds, 1)})
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What trials took of the machines."""
+
+    trial_seconds: float
+    core_hours: float
+    gpu_hours: float
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry], room: Room, threads: int, workers: int) -> Cost:
+        """Add up the trials' own seconds, times what each was given."""
+        seconds = sum(entry.seconds for entry in entries)
+        hours = seconds / 3600
+        return cls(
+            round(seconds, 1),
+            round(hours * threads * workers, 4),
+            round(hours * (room.gpus if workers == 1 else workers * float(room.gpus > 0)), 4),
+        )
+
+
+def write_trials(
+    stage: Folder,
+    space: Space,
+    entries: Sequence[Entry],
+    finalists: Sequence[Finalist],
+    cost: Cost,
+    scheduler: str,
+    searcher: str,
+) -> None:
+    """Write what the report shows of a search."""
+    stage.write_json(
+        TRIALS,
+        finite(
+            {
+                "searcher": searcher,
+                "scheduler": scheduler,
+                "dimensions": [asdict(dimension) for dimension in space.dimensions],
+                "trials": [entry.as_json() for entry in entries],
+                "finalists": [finalist.as_json() for finalist in finalists],
+                "importance": {"method": METHOD, "shares": importance(space, entries)},
+                "cost": asdict(cost),
+            }
+        ),
+    )
+
+
+def result_of(
+    entries: Sequence[Entry], finalists: Sequence[Finalist], cost: Cost, seconds: float
+) -> dict[str, Any]:
+    """What `raybert tune --json` ends with, but for what the winner's model adds."""
+    configured = next((e for e in entries if e.name == DEFAULT), None)
+    default = next(
+        (f for f in finalists if configured is not None and f.trial.values == configured.values),
+        None,
+    )
+    found = {
+        "trials": {"all": len(entries), **count_states(entries)},
+        "best": finalists[0].as_json(),
+        "default": None if default is None else default.as_json(),
+        "seconds": round(seconds, 1),
+        "cost": asdict(cost),
+    }
+    return dict(finite(found))

@@ -1,0 +1,364 @@
+"""A trial in its worker: the same run as fine-tuning's, which stands still at every evaluation.
+
+A worker outlives its trials: the next one finds Python, PyTorch, the texts and the pretrained
+weights where the last one left them. A trial of one worker trains in this process; one of several
+is a Ray Train run that this process starts. Either way its state is in its own folder. What Ray
+Tune is given as a checkpoint is where that is: a pointer.
+"""
+
+from __future__ import annotations
+
+import gc
+import queue
+import threading
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import ray
+import torch
+from ray.tune import Trainable
+
+from raybert.config import dump
+from raybert.errors import DamagedError, RaybertError, StorageError, Superseded
+from raybert.ray_session import Resources
+from raybert.storage import Folder
+from raybert.train.board import Board, Link
+from raybert.train.checkpoint import CheckpointStore, Snapshot, begin_attempt, hash_tensors
+from raybert.train.finetune import FinetuneJob, Held
+from raybert.train.group import Group
+from raybert.train.meters import read_metrics
+from raybert.train.run import CONFIG, Execution, Feed
+from raybert.train.task import Stopped, Wishes
+from raybert.train.worker import train_on_ray
+from raybert.tune.ledger import TRIAL, write_trial
+from raybert.tune.settings import Searched
+from raybert.tune.space import Values
+
+FAILED_SCORE = -1.0  # below any accuracy: schedulers compare with it, and it must be a number
+_POLL_SECONDS = 0.5
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the trials of a search share; it travels to their workers once, by the object store."""
+
+    folder: Folder  # that the trials' folders are in
+    base: Searched
+    job: FinetuneJob  # of the base; its texts are whole
+    held: Any  # a reference to what its runs share in memory
+    seq_len: int  # of trials that say nothing else
+    keep_checkpoints: int
+    threads: int | None  # of a worker; None: a fair share of its machine's cores
+    gpu: bool
+    resources: Resources
+    board: Board
+
+    def job_of(self, values: Values, seed: int) -> FinetuneJob:
+        """The fine-tuning run of a trial; what it reads is not held.
+
+        Raises:
+            ConfigError: the configuration refuses these values.
+        """
+        searched = self.base.with_values(values)
+        config = searched.finetune
+        config = config.model_copy(
+            update={
+                "seed": seed,
+                "threads": config.threads or self.threads,
+                "keep_checkpoints": max(config.keep_checkpoints, self.keep_checkpoints),
+            }
+        )
+        seq_len = config.seq_len or self.seq_len
+        limits = {"seq_len": seq_len, "head_tokens": max(1, round(seq_len * config.head_share))}
+        return replace(
+            self.job,
+            config=config,
+            model=searched.model,
+            prepared=self.job.prepared.model_copy(update=limits),
+        )
+
+
+class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
+    """Ray Tune's view of a trial: `step` trains up to the next evaluation."""
+
+    def setup(self, config: dict[str, Any], work: Work | None = None) -> None:
+        """Start the worker with its first trial."""
+        assert work is not None
+        self._work = work
+        self._held: Held = ray.get(work.held)
+        # A number of its own for each worker: their records lie beside each other on the board.
+        self._link = Link(work.board, uuid.uuid4().int % 1_000_000)
+        self._run: _Run | None = None
+        self._pointer: dict[str, Any] | None = None
+        self._last: dict[str, Any] = {}
+        self._take(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial, or the same one with other values."""
+        self._leave()
+        self._take(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train up to the next evaluation and report it.
+
+        What goes wrong in the trial itself is reported as its end; only what may pass is raised,
+        for Ray Tune to try again.
+        """
+        try:
+            self._last = self._advance()
+        except Stopped:
+            self._leave()
+            return {**self._last, "interrupted": True, "done": True}
+        except Superseded as error:  # by another driver of the same search
+            self._leave()
+            told = {"interrupted": True, "superseded": str(error)}
+            return {**self._last, **told, "done": True}
+        except StorageError:
+            self._leave()
+            raise
+        except Exception as error:
+            self._leave()
+            return {**self._last, "score": FAILED_SCORE, "failed": _reason(error), "done": True}
+        return self._last
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Save the run where it stands, in its own folder; returns where that is."""
+        run = self._run or self._begin()
+        return {"trial": self.trial_id, "step": run.save(), "weights": run.weights()}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Go on from where a pointer says: the trial's own place, or another trial's."""
+        self._leave()
+        self._pointer = checkpoint
+
+    def cleanup(self) -> None:
+        """End the worker."""
+        self._leave()
+        self._link.close()
+
+    def _take(self, config: dict[str, Any]) -> None:
+        # Ray Tune copies a donor's whole configuration: a trial's name is not in it.
+        self._seed = int(config["seed"])
+        self._values: Values = {key: v for key, v in config.items() if "." in key}
+        self._pointer = None
+        nothing = dict.fromkeys(("score", "best"), FAILED_SCORE)
+        self._last = {**nothing, "epoch": 0.0, "step": 0}
+
+    def _leave(self) -> None:
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+            gc.collect()  # the next model should find the memory of this one
+
+    def _advance(self) -> dict[str, Any]:
+        run = self._run or self._begin()
+        found = run.advance()
+        if found is None:  # it had been evaluated to the end before
+            return {**self._last, "ended": True, "done": True}
+        is_over = found["step"] >= (found["total_steps"] or 0)
+        if is_over:
+            run.advance()  # writes the model and the result
+        return {
+            **{key: found[key] for key in ("score", "accuracy", "loss", "epoch", "step")},
+            "best": max(self._last["best"], found["score"]),
+            "ended": is_over,
+            "done": is_over,
+        }
+
+    def _begin(self) -> _Run:
+        """Start the run, or go on with it, on another trial's weights where it shall."""
+        work, folder = self._work, self._work.folder / self.trial_id
+        job = work.job_of(self._values, self._seed)
+        folder.write_text(CONFIG, dump(Searched(model=job.model, finetune=job.config)))
+        attempt = begin_attempt(folder)
+        taken = self._take_over(folder, attempt, job)
+        scores = [r["score"] for r in read_metrics(folder) if r["kind"] == "eval" and not taken]
+        self._last["best"] = max([FAILED_SCORE, *(s for s in scores if s is not None)])
+        is_stopping = self._link.is_stopping
+        if job.config.max_workers > 1:  # each reads for itself
+            self._run = _OnRay(job, folder, work.resources, self._report, is_stopping)
+        else:
+            job = replace(job, held=self._held)
+            wishes = Wishes(stop=is_stopping)
+            self._run = _Here(job, folder, attempt, work.gpu, self._report, wishes)
+        if taken:
+            self._note_exchange(folder, self._run)
+        return self._run
+
+    def _report(self, record: dict[str, Any]) -> None:
+        self._link.report({**record, "trial": self.trial_id})
+
+    def _take_over(self, folder: Folder, attempt: int, job: FinetuneJob) -> bool:
+        """Copy the state that the pointer names into this trial's folder, if it is another's."""
+        pointer = self._pointer
+        if pointer is None or pointer["trial"] == self.trial_id:
+            return False
+        trial = folder.read_json(TRIAL)
+        taken = {"from": pointer["trial"], "step": pointer["step"]}
+        if any(taken.items() <= exchange.items() for exchange in trial["exchanges"]):
+            return False  # before a restart: it has come further since
+        donor = CheckpointStore(self._work.folder / pointer["trial"], 0, 1)
+        snapshot = _load(donor, pointer["step"])
+        # Whatever is best of the donor lies in the donor's folder; this one's best is yet to come.
+        fresh = {"best_score": None, "best_step": None, "best_metrics": None}
+        snapshot.state = {**snapshot.state, **fresh}
+        store = CheckpointStore(folder, attempt, job.config.keep_checkpoints)
+        store.save(snapshot, best_step=None, wait=True)
+        taken |= {"weights": pointer["weights"], "before": trial["values"], "after": self._values}
+        if snapshot.step != pointer["step"]:
+            taken |= {"step": snapshot.step, "weights": hash_tensors(snapshot.model)}
+        exchanges = [*trial["exchanges"], taken]
+        write_trial(folder, self._values, self._seed, trial["begun"], exchanges)
+        return True
+
+    def _note_exchange(self, folder: Folder, run: _Run) -> None:
+        """Write down what proves an exchange: the weights and the learning rate in use."""
+        trial = folder.read_json(TRIAL)
+        trial["exchanges"][-1] |= {"weights_after": run.weights(), "lr": run.lr()}
+        folder.write_json(TRIAL, trial)
+
+
+class _Run(Protocol):
+    """A trial's run, wherever it trains."""
+
+    def advance(self) -> dict[str, Any] | None:
+        """Train up to the next evaluation and return its record; None: the run is over."""
+
+    def save(self) -> int:
+        """Save it where it stands; returns the step."""
+
+    def weights(self) -> str:
+        """A hash of the weights as they stand."""
+
+    def lr(self) -> float:
+        """The peak learning rate that is in use."""
+
+    def close(self) -> None:
+        """Leave it as it stands."""
+
+
+class _Here:
+    """A run in this process."""
+
+    def __init__(
+        self,
+        job: FinetuneJob,
+        folder: Folder,
+        attempt: int,
+        gpu: bool,
+        report: Report,
+        wishes: Wishes,
+    ) -> None:
+        group = Group(device=torch.device("cuda" if gpu else "cpu"))
+        self._execution = Execution(
+            job, folder, attempt, group, Feed(), on_progress=report, wishes=wishes
+        )
+        self._execution.loop.resume()
+
+    def advance(self) -> dict[str, Any] | None:
+        return self._execution.advance()
+
+    def save(self) -> int:
+        self._execution.loop.save()
+        return self._execution.loop.progress.step
+
+    def weights(self) -> str:
+        return hash_tensors(self._execution.loop.task.model.state_dict())
+
+    def lr(self) -> float:
+        groups = self._execution.loop.optimizer.param_groups
+        return float(max(group["lr"] for group in groups))
+
+    def close(self) -> None:
+        self._execution.close()
+
+
+class _OnRay:
+    """A run of several workers: Ray Train's, until it is over or has to stand still.
+
+    Workers don't wait at an evaluation, for what is decided about it takes milliseconds, and their
+    start takes many seconds. They are stopped where a scheduler wants the run's state.
+    """
+
+    def __init__(
+        self,
+        job: FinetuneJob,
+        folder: Folder,
+        resources: Resources,
+        report: Report,
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        self._job, self._folder, self._resources = job, folder, resources
+        self._report, self._is_stopping = report, is_stopping
+        self._store = CheckpointStore(folder, 0, 1)
+        self._found: queue.Queue[dict[str, Any] | Exception | None] = queue.Queue()
+        self._board = Board()
+        self._thread: threading.Thread | None = None
+
+    def advance(self) -> dict[str, Any] | None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
+            self._thread.start()
+        while True:
+            with suppress(queue.Empty):
+                found = self._found.get(timeout=_POLL_SECONDS)
+                if isinstance(found, Exception):
+                    raise found
+                return found
+            if self._is_stopping():
+                self._board.stop()
+
+    def save(self) -> int:
+        self.close()
+        return max(self._store.steps(), default=0)
+
+    def weights(self) -> str:
+        snapshot = self._store.load_latest(lambda text: None)
+        return "" if snapshot is None else hash_tensors(snapshot.model)
+
+    def lr(self) -> float:
+        return self._job.config.lr
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._board.stop()
+            self._thread.join()
+            self._thread, self._board = None, Board()
+            self._found = queue.Queue()
+
+    def _train(self) -> None:
+        found, board = self._found, self._board
+
+        def note(record: dict[str, Any]) -> None:
+            self._report(record)
+            if record["kind"] == "eval":
+                found.put(record)
+
+        try:
+            train_on_ray(self._job, self._folder, self._resources, on_progress=note, board=board)
+            found.put(None)
+        except Exception as error:  # raised by `advance`, in the trial's own thread
+            found.put(error)
+
+
+def _load(store: CheckpointStore, step: int) -> Snapshot:
+    """Load a donor's checkpoint; its youngest one, where that one has given way since."""
+    try:
+        return store.load(step)
+    except DamagedError:
+        youngest = store.load_latest(lambda text: None)
+        if youngest is None:
+            raise
+        return youngest
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    lines = str(error).strip().splitlines() or [""]
+    told = lines[0] if isinstance(error, RaybertError) else f"{type(error).__name__}: {lines[0]}"
+    return told[:300]

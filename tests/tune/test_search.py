@@ -1,0 +1,502 @@
+"""Searches on Ray Tune: who runs, who is stopped, who takes over whose weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from making import searchable
+
+from raybert import pipeline
+from raybert.config import build, load
+from raybert.display import Display
+from raybert.ensemble import finetune_seeds
+from raybert.errors import ConfigError, RaybertError
+from raybert.experiment import Experiment
+from raybert.finetuning import teachers
+from raybert.model import hub
+from raybert.ray_session import Resources
+from raybert.storage import Folder
+from raybert.train.finetune import FinetuneConfig
+from raybert.train.meters import read_metrics
+from raybert.train.texts import Texts, prepared_data
+from raybert.tune.ledger import Entry, Evaluation, Ledger
+from raybert.tune.schedule import make_scheduler
+from raybert.tune.session import Room, Session, room_for
+from raybert.tune.settings import SchedulerConfig, TuneConfig
+from raybert.tuning import tune
+
+QUIET = Display(quiet=True)
+
+
+def resources(cpus=10.0, gpus=0.0, started_here=False, nodes=()):
+    return Resources(cpus, gpus, 1 << 30, started_here, nodes)
+
+
+def training_of(workers):
+    return FinetuneConfig.model_validate({"workers": workers, "micro_batch_size": 1})
+
+
+def nodes(*each):
+    return resources(sum(cpus for cpus, _ in each), sum(gpus for _, gpus in each), nodes=each)
+
+
+# Room --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers", "gpu", "cluster", "expected"),
+    [
+        ({}, 1, False, resources(10), Room(10, 1.0, 0.0)),
+        ({}, 1, False, resources(4, started_here=True), Room(2, 1.0, 0.0)),
+        ({"cpus_per_trial": 0.5}, 1, False, resources(4), Room(8, 0.5, 0.0)),
+        ({"concurrency": 3}, 1, False, resources(10), Room(3, 1.0, 0.0)),
+        ({"concurrency": 30}, 1, False, resources(10), Room(10, 1.0, 0.0)),
+        ({}, 1, True, resources(10, 4), Room(4, 1.0, 1.0)),
+        ({"gpus_per_trial": 0.25}, 1, True, resources(10, 2), Room(8, 1.0, 0.25)),
+        ({}, 3, False, resources(10), Room(3, 0.001, 0.0)),
+        ({}, 2, True, resources(30, 8), Room(4, 0.001, 0.0)),
+        ({}, {"min": 2, "max": 8}, False, resources(6), Room(1, 0.001, 0.0)),
+        # A trial of one worker lies on one node.
+        ({"cpus_per_trial": 3}, 1, False, nodes((4, 0), (4, 0), (2, 0)), Room(2, 3.0, 0.0)),
+        ({}, 1, True, nodes((16, 0), (4, 2), (1, 2)), Room(3, 1.0, 1.0)),
+        ({}, 3, False, nodes((2, 0), (2, 0)), Room(1, 0.001, 0.0)),
+    ],
+)
+def test_the_cluster_is_divided_among_trials(settings, workers, gpu, cluster, expected):
+    training = training_of(workers)
+    assert room_for(TuneConfig(**settings), training, gpu, cluster) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers", "words"),
+    [
+        ({"cpus_per_trial": 3}, 1, "tune.cpus_per_trial=3: the cluster has 2 CPUs"),
+        ({"gpus_per_trial": 1}, 1, "tune.cpus_per_trial=1 and tune.gpus_per_trial=1: the cluster"),
+        ({}, 4, "finetune.workers=4: the cluster has 2 CPUs"),
+        ({}, {"min": 4, "max": 9}, "finetune.workers=4: the cluster has 2 CPUs"),
+    ],
+)
+def test_a_cluster_without_room_for_a_trial_is_refused(settings, workers, words):
+    training, cluster = training_of(workers), resources(4, started_here=True)
+    with pytest.raises(ConfigError, match=words):
+        room_for(TuneConfig(**settings), training, False, cluster)
+
+
+def test_a_trial_that_no_single_node_can_hold_is_refused():
+    """Ray Tune would wait for such a node for ever."""
+    with pytest.raises(ConfigError, match=r"has 8 CPUs and 0 GPUs for trials, 4 and 0 on its larg"):
+        room_for(TuneConfig(cpus_per_trial=6), training_of(1), False, nodes((4, 0), (4, 0)))
+
+
+# Schedulers --------------------------------------------------------------------------------------
+
+
+def scheduler_of(entries=(), longest=4.0, **settings):
+    session = Session(SimpleNamespace(entries=list(entries)), ledger=None, room=Room(2, 1.0, 0.0))
+    scheduler = make_scheduler(SchedulerConfig(**settings), None, longest, session)
+    scheduler.set_search_properties("best", "max")
+    return scheduler
+
+
+def entry(name, *scores):
+    evaluations = [Evaluation(n, float(n), s, s, 0.5, 0.0) for n, s in enumerate(scores, 1)]
+    return Entry(name, {}, 0, "finished", evaluations=evaluations)
+
+
+def decide(scheduler, epoch, best):
+    trial = SimpleNamespace(trial_id="new")
+    scheduler.on_trial_add(None, trial)
+    return scheduler.on_trial_result(None, trial, {"epoch": epoch, "best": best})
+
+
+def test_asha_knows_what_earlier_sessions_saw():
+    before = [entry("0000", 0.5, 0.9), entry("0001", 0.8), entry("0002", 0.7)]
+    assert decide(scheduler_of(before, kind="asha", reduction=3), 1.0, 0.6) == "STOP"
+    assert decide(scheduler_of(before, kind="asha", reduction=3), 1.0, 0.85) == "CONTINUE"
+    assert decide(scheduler_of([], kind="asha", reduction=3), 1.0, 0.6) == "CONTINUE"
+
+
+def test_nobody_is_stopped_before_the_first_rung():
+    before = [entry("0000", 0.9), entry("0001", 0.9), entry("0002", 0.9)]
+    scheduler = scheduler_of(before, kind="asha", grace_epochs=1.0)
+    assert decide(scheduler, 0.9, 0.1) == "CONTINUE"
+
+
+def test_a_first_rung_past_the_end_is_refused():
+    with pytest.raises(ConfigError, match=r"tune.scheduler.grace_epochs=5 is past the longest .*4"):
+        scheduler_of(kind="asha", grace_epochs=5.0)
+
+
+def test_when_the_time_is_up_every_trial_is_stopped():
+    for kind in ("none", "asha"):
+        session = Session(SimpleNamespace(entries=[]), None, Room(1, 1.0, 0.0), deadline=0.0)
+        scheduler = make_scheduler(SchedulerConfig(kind=kind), None, 4.0, session)
+        scheduler.set_search_properties("best", "max")
+        assert decide(scheduler, 1.0, 0.9) == "STOP"
+
+
+# Searches ----------------------------------------------------------------------------------------
+
+
+def files(folder):
+    return {path.name for path in Path(folder.path).iterdir()}
+
+
+@pytest.mark.ray
+def test_a_search_from_start_to_winner(ray_session, tmp_path, capsys):
+    experiment = searchable(tmp_path, tune={"finalists": 2, "seeds": 2})
+    stage = experiment.folder / "tune"
+    result = tune(experiment, QUIET)
+    assert result["trials"] == {"all": 4, "finished": 4, "stopped": 0, "failed": 0}
+    assert result["default"]["config"] == {"finetune.lr": 1e-2}
+    assert result["best"]["seeds"]["n"] == 2
+    for key in ("mean", "std"):
+        assert result["best"]["seeds"]["accuracy"][key] is not None
+    assert result["best"]["seeds"]["score"]["mean"] >= result["default"]["seeds"]["score"]["mean"]
+    assert result["test"]["n"] == 60
+    assert capsys.readouterr().out == ""  # standard output is the result's
+
+    _, labels = hub.load_classifier(Folder(result["model"]))
+    assert labels == ["neg", "pos"]
+    assert hub.read_preprocessing(Folder(result["model"]))["seq_len"] == 32
+    winner = load(Experiment, result["config"])
+    assert winner.finetune.lr == result["best"]["config"]["finetune.lr"]
+    assert winner.finetune.seed == experiment.finetune.seed + int(result["run"][-1])
+
+    entries = Ledger(stage / "trials").entries()
+    assert [e.name for e in entries] == ["0000", "0001", "0002", "0003"]
+    assert all(len(e.evaluations) == 3 and e.seconds > 0 for e in entries)
+    # Trials are runs like any other, but what only their resumption would need is gone.
+    assert {"config.yaml", "metrics.jsonl", "result.json"} <= files(stage / "trials" / "0000")
+    assert not {"checkpoints", "model"} & files(stage / "trials" / "0000")
+    assert "ray" not in files(stage)
+    shown = stage.read_json("trials.json")
+    assert [t["trial"] for t in shown["trials"]] == [e.name for e in entries]
+    assert list((tmp_path / "runs/tiny/tune/tensorboard/0000").glob("events*"))
+
+    before = {p: p.stat().st_mtime_ns for p in Path(stage.path).rglob("*")}
+    again = tune(experiment, Display())
+    assert "is finished already: trial" in capsys.readouterr().err
+    assert again["best"] == result["best"]
+    assert before == {p: p.stat().st_mtime_ns for p in Path(stage.path).rglob("*")}
+
+
+@pytest.mark.ray
+def test_a_trial_is_the_run_that_fine_tuning_would_be(ray_session, tmp_path):
+    """The configured values' trial ends with the weights of `raybert finetune`."""
+    experiment = searchable(tmp_path, tune={"trials": 1, "keep_models": True, "test": False})
+    tune(experiment, QUIET)
+    alone = pipeline.finetune(experiment, QUIET, bare=True)
+    one = hub.load_classifier(Folder(alone["model"]))[0].state_dict()
+    trial = experiment.folder / "tune" / "trials" / "0000" / "model"
+    other = hub.load_classifier(trial)[0].state_dict()
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name])
+
+
+@pytest.mark.ray
+def test_a_search_of_the_texts_shape_prepares_them_once(ray_session, tmp_path):
+    space = {
+        "finetune.seq_len": {"choice": [8, 16]},
+        "finetune.head_share": {"uniform": [0.2, 0.9]},
+        "finetune.head.pooling": {"choice": ["cls", "mean"]},
+    }
+    experiment = searchable(tmp_path, tune={"space": space, "searcher": "grid", "test": False})
+    result = tune(experiment, QUIET)
+    assert result["trials"]["finished"] == 1 + 2 * 3 * 2
+    data = files(experiment.folder / "tune" / "data")
+    assert data == {"train.parquet", "validation.parquet", "data.json"}
+    kept = hub.read_preprocessing(Folder(result["model"]))
+    said = result["best"]["config"]
+    assert kept["seq_len"] == (said.get("finetune.seq_len") or 32)
+    assert kept["head_tokens"] == round(kept["seq_len"] * said["finetune.head_share"])
+
+
+@pytest.mark.ray
+def test_asha_stops_the_worse_trials_early(ray_session, tmp_path):
+    experiment = searchable(
+        tmp_path,
+        finetune={"steps": 36, "evaluations": 4},
+        tune={
+            "trials": 9,
+            "space": {"finetune.lr": {"log_uniform": [1e-7, 3e-2]}},
+            "scheduler": {"kind": "asha", "grace_epochs": 1.0, "reduction": 2},
+            "test": False,
+        },
+    )
+    result = tune(experiment, QUIET)
+    assert result["trials"]["stopped"] > 0
+    assert result["trials"]["stopped"] + result["trials"]["finished"] == 9
+    for trial in (experiment.folder / "tune").read_json("trials.json")["trials"]:
+        assert (trial["epoch"] == 4.0) == (trial["state"] == "finished")
+        assert (trial["why"] == f"stopped at epoch {trial['epoch']:g}") == (
+            trial["state"] == "stopped"
+        )
+
+
+@pytest.mark.ray
+def test_a_trial_that_diverges_is_marked_and_the_search_goes_on(ray_session, tmp_path):
+    space = {"finetune.lr": {"choice": [1e38, 2e-2]}}
+    experiment = searchable(tmp_path, tune={"space": space, "searcher": "grid", "test": False})
+    result = tune(experiment, QUIET)
+    assert result["trials"] == {"all": 3, "finished": 2, "stopped": 0, "failed": 1}
+    trials = (experiment.folder / "tune").read_json("trials.json")["trials"]
+    [failed] = [t for t in trials if t["state"] == "failed"]
+    assert failed["values"] == {"finetune.lr": 1e38}
+    assert "are not finite" in failed["why"]
+
+
+@pytest.mark.ray
+def test_a_search_in_which_all_fails_says_why(ray_session, tmp_path):
+    experiment = searchable(
+        tmp_path,
+        finetune={"lr": 1e38},
+        tune={"space": {"finetune.lr": {"choice": [9e37]}}, "searcher": "grid", "test": False},
+    )
+    with pytest.raises(RaybertError, match="no trial came to a score: "):
+        tune(experiment, QUIET)
+
+
+@pytest.mark.ray
+def test_a_lost_worker_costs_what_it_did_since_its_checkpoint(ray_session, tmp_path):
+    experiment = searchable(
+        tmp_path,
+        count=400,
+        finetune={"steps": 1500, "evaluations": 10, "checkpoint_steps": 50},
+        tune={"trials": 2, "test": False},
+    )
+    run = experiment.folder / "tune" / "trials" / "0001"
+    killed = []
+
+    def kill():
+        ends = time.monotonic() + 120
+        while not killed and time.monotonic() < ends:
+            time.sleep(0.05)
+            if any(r["kind"] == "eval" for r in read_metrics(run)):
+                # Ray names a worker by its class, which Ray Tune's `with_parameters` wraps.
+                names = ("ray::_Inner", "ray::FinetuneTrial")
+                mine = psutil.Process().children(recursive=True)
+                trials = [p for p in mine if " ".join(p.cmdline()).startswith(names)]
+                for process in trials[:1]:
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    result = tune(experiment, QUIET)
+    thread.join()
+    assert killed
+    assert result["trials"] == {"all": 2, "finished": 2, "stopped": 0, "failed": 0}
+    attempts = {
+        name: len((experiment.folder / "tune" / "trials" / name / "attempts").names())
+        for name in ("0000", "0001")
+    }
+    assert max(attempts.values()) > 1
+    for name in attempts:
+        steps = [r["step"] for r in read_metrics(experiment.folder / "tune" / "trials" / name)
+                 if r["kind"] == "train"]  # fmt: skip
+        assert steps == list(range(1, 1501))
+
+
+@pytest.mark.ray
+def test_population_based_training_exchanges_weights_and_changes_the_rate(ray_session, tmp_path):
+    experiment = searchable(
+        tmp_path,
+        finetune={"steps": 45, "evaluations": 10},
+        tune={
+            "trials": 4,
+            "space": {"finetune.lr": {"log_uniform": [1e-7, 3e-2]}},
+            "scheduler": {"kind": "pbt", "interval_epochs": 0.4},
+            "test": False,
+        },
+    )
+    stage = experiment.folder / "tune"
+    result = tune(experiment, QUIET)
+    assert result["trials"]["failed"] == 0
+    trials = stage.read_json("trials.json")["trials"]
+    exchanges = [(trial, exchange) for trial in trials for exchange in trial["exchanges"]]
+    assert exchanges
+    for trial, exchange in exchanges:
+        assert exchange["from"] != trial["trial"]
+        assert exchange["weights_after"] == exchange["weights"]  # the donor's
+        assert exchange["lr"] == exchange["after"]["finetune.lr"]
+        low, high = 1e-7, 3e-2
+        assert low <= exchange["after"]["finetune.lr"] <= high
+    last = next(t for t in trials if t["exchanges"])
+    assert last["values"] == last["exchanges"][-1]["after"]
+    log = read_metrics(stage / "trials" / last["trial"])
+    since = last["exchanges"][-1]["step"]
+    rates = [r["lr"] for r in log if r["kind"] == "train" and r["step"] > since]
+    assert rates and max(rates) <= last["values"]["finetune.lr"]
+    if (stage / "report.html").exists():
+        report = Path(stage.join("report.html")).read_text()
+        assert "Exchanges" in report and "NOT equal" not in report
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_hyperband_pauses_and_goes_on(ray_session, tmp_path):
+    experiment = searchable(
+        tmp_path,
+        finetune={"steps": 81, "evaluations": 9},
+        tune={
+            "trials": 6,
+            "space": {"finetune.lr": {"log_uniform": [1e-7, 3e-2]}},
+            "scheduler": {"kind": "hyperband", "reduction": 3},
+            "test": False,
+        },
+    )
+    result = tune(experiment, QUIET)
+    assert result["trials"]["failed"] == 0
+    assert result["trials"]["stopped"] + result["trials"]["finished"] == 6
+    for name in (experiment.folder / "tune" / "trials").names():
+        steps = [r["step"] for r in read_metrics(experiment.folder / "tune" / "trials" / name)
+                 if r["kind"] == "train"]  # fmt: skip
+        assert steps == list(range(1, len(steps) + 1))  # nothing twice, nothing left out
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_trials_of_several_workers(ray_session, tmp_path):
+    experiment = searchable(
+        tmp_path, finetune={"workers": 2}, tune={"trials": 2, "test": False, "finalists": 1}
+    )
+    result = tune(experiment, QUIET)
+    assert result["trials"]["finished"] == 2
+    log = read_metrics(experiment.folder / "tune" / "trials" / "0001")
+    [start] = [r for r in log if r.get("event") == "start"]
+    assert start["workers"] == 2
+
+
+@pytest.mark.ray
+def test_minutes_end_the_search(ray_session, tmp_path, monkeypatch):
+    experiment = searchable(
+        tmp_path,
+        finetune={"steps": 3000, "evaluations": 300},
+        tune={"trials": 50, "minutes": 0.4, "test": False},
+    )
+
+    class Searched(Exception):
+        pass
+
+    def stop(tuning, entries):
+        raise Searched  # the finalists' runs would be whole ones
+
+    monkeypatch.setattr("raybert.tuning._Tuning._run_finalists", stop)
+    with pytest.raises(Searched):
+        tune(experiment, QUIET)
+    entries = Ledger(experiment.folder / "tune" / "trials").entries()
+    assert 0 < len(entries) < 50
+    assert {e.state for e in entries} <= {"stopped", "finished"}
+    assert any(e.why == "the time was up" for e in entries)
+    assert (experiment.folder / "tune").read_json("search.json")["seconds"] > 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_that_is_interrupted_and_killed_ends_with_the_trials_it_would_have(tmp_path):
+    experiment = searchable(
+        tmp_path,
+        count=400,
+        finetune={"steps": 600, "evaluations": 4, "checkpoint_steps": 25},
+        tune={"trials": 5, "concurrency": 1, "test": False},
+    )
+    config = tmp_path / "search.yaml"
+    config.write_text(experiment.model_dump_json())  # JSON is YAML
+    stage = Path((experiment.folder / "tune").path)
+    command = [sys.executable, "-m", "raybert", "tune", "-c", str(config), "--json"]
+
+    def start():
+        return subprocess.Popen(
+            command, stdout=-1, stderr=-1, text=True, start_new_session=True, cwd=tmp_path
+        )
+
+    def over():
+        """The trials that are over, with how often each was begun."""
+        return {
+            path.parent.name: len(list((path.parent / "attempts").iterdir()))
+            for path in stage.glob("trials/*/result.json")
+        }
+
+    def wait_for(trial):
+        """Wait until a trial has a checkpoint to go on from, and is not over."""
+        ends = time.monotonic() + 180
+        while not list((stage / "trials" / trial / "checkpoints").glob("step-*.json")):
+            assert time.monotonic() < ends
+            time.sleep(0.02)
+
+    process = start()
+    wait_for("0001")
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "interrupted; run the same command again" in err
+    before = [over()]
+
+    process = start()
+    wait_for("0003")
+    before.append(over())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+    process = start()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["trials"] == {"all": 5, "finished": 5, "stopped": 0, "failed": 0}
+    trials = {e.name: e for e in Ledger(experiment.folder / "tune" / "trials").entries()}
+    assert sorted(trials) == ["0000", "0001", "0002", "0003", "0004"]
+    attempts = over()
+    for known in before:
+        assert known and known.items() <= attempts.items()  # none of them was begun again
+    assert attempts["0001"] > 1 and attempts["0003"] > 1
+    for name in trials:
+        steps = [r["step"] for r in read_metrics(experiment.folder / "tune" / "trials" / name)
+                 if r["kind"] == "train"]  # fmt: skip
+        assert steps == list(range(1, 601))
+
+
+# Ensembles ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_an_ensemble_is_measured_and_teaches(ray_session, tmp_path):
+    experiment = searchable(tmp_path)
+    result = finetune_seeds(experiment, QUIET, 3)
+    assert len(result["members"]) == 3
+    accuracies = [member["accuracy"] for member in result["members"]]
+    assert result["gain"] == pytest.approx(
+        result["ensemble"]["accuracy"] - sum(accuracies) / 3, abs=1e-9
+    )
+    assert finetune_seeds(experiment, QUIET, 3) == result
+    weights = [
+        hub.weights_hash(experiment.folder / "ensemble" / "members" / f"s{n}" / "model")
+        for n in range(3)
+    ]
+    assert len(set(weights)) == 3
+
+    values = json.loads(experiment.model_dump_json())
+    values["run"]["name"] = "student"
+    values["finetune"]["distill"]["teacher"] = str(experiment.folder)
+    values["model"]["hidden_size"] = 8
+    student = build(Experiment, values, "test")
+    assert len(teachers(student)) == 3
+    for name in experiment.folder.names("corpus"):
+        data = (experiment.folder / "corpus").read_bytes(name)
+        (student.folder / "corpus").write_bytes(name, data)
+    pipeline.finetune(student, QUIET, bare=True)
+    data = student.folder / "finetune" / "data"
+    prepared = prepared_data(data)
+    teacher = Texts.load(data, prepared.train).teacher
+    assert teacher.shape == (prepared.train.rows, 2)
+    assert teacher.std() > 0

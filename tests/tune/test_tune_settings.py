@@ -1,0 +1,114 @@
+"""What a search may search over: every mistake is one line before any trial starts."""
+
+import pytest
+
+from raybert.config import build
+from raybert.errors import ConfigError
+from raybert.tune.settings import MUTABLE, Searched, TuneConfig, most_epochs, read_space
+
+
+def base(**finetune):
+    return build(Searched, {"finetune": finetune}, "test")
+
+
+def space(said, finetune=(), **tune):
+    config = build(TuneConfig, {"space": said, **tune}, "test")
+    return read_space(config, base(**dict(finetune)))
+
+
+def test_the_default_space_can_be_searched():
+    found = read_space(TuneConfig(), base())
+    assert len(found) > 10
+    assert "finetune.adversarial_size" in {d.key for d in found.dimensions}
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            {"finetune.lrr": {"uniform": [1e-4, 1e-3]}},
+            "tune.space: unknown key finetune.lrr; did you mean finetune.lr?",
+        ),
+        ({"finetune.lr": {"uniform": [1e-3, 1e-4]}}, "finetune.lr: uniform=[0.001, 0.0001] is emp"),
+        (
+            {"finetune.dropout": {"uniform": [0.1, 1.5]}},
+            "tune.space: finetune.dropout=1.5: input should be less than 1",
+        ),
+        (
+            {"finetune.global_batch_size": {"choice": [32, 40]}},
+            "finetune.global_batch_size=40 is not a multiple of finetune.micro_batch_size=16",
+        ),
+        (
+            {"finetune.head.pooling": {"choice": ["mean", "median"]}},
+            "finetune.head.pooling='median",
+        ),
+        ({"finetune.seed": {"integer": [0, 9]}}, "finetune.seed can't be searched: a seed is no"),
+        ({"finetune.minutes": {"uniform": [1, 2]}}, "finetune.minutes can't be searched: trials"),
+        ({"finetune.source.limit": {"integer": [1, 9]}}, "it decides what trials are compared on"),
+        ({"finetune.workers": {"choice": [1, 2]}}, "does not change what is learned"),
+        ({"pretrain.lr": {"uniform": [1e-4, 1e-3]}}, "which read the sections finetune and model"),
+        ({"model.num_layers": {"choice": [1, 2]}}, "with finetune.initialize_from=scratch"),
+        ({"finetune.lr.x": {"uniform": [0, 1]}}, "finetune.lr.x: lr has no keys of its own"),
+        ({}, "tune.space is empty"),
+    ],
+)
+def test_a_space_that_does_not_fit_is_refused(said, words):
+    with pytest.raises(ConfigError) as caught:
+        space(said)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shape_can_be_searched_from_scratch():
+    found = space({"model.num_layers": {"choice": [1, 2]}}, {"initialize_from": "scratch"})
+    assert found.dimensions[0].choices == (1, 2)
+
+
+def test_values_that_fit_beside_others_alone_are_accepted():
+    found = space(
+        {
+            "finetune.global_batch_size": {"choice": [8, 32]},
+            "finetune.micro_batch_size": {"choice": [8, 32]},
+        }
+    )
+    assert len(found) == 2
+
+
+def test_start_values_are_looked_at():
+    said = {"finetune.lr": {"log_uniform": [1e-4, 1e-3]}}
+    with pytest.raises(ConfigError, match=r"tune.start: finetune.lr=-1"):
+        space(said, start=[{"finetune.lr": -1}])
+    space(said, start=[{"finetune.lr": 2e-4}])
+
+
+def test_minutes_are_no_budget_for_trials_that_share_a_machine():
+    with pytest.raises(ConfigError, match=r"finetune.minutes=3: .* set finetune.minutes=null"):
+        space({"finetune.lr": {"uniform": [1e-4, 1e-3]}}, {"minutes": 3})
+
+
+def test_population_based_training_changes_what_can_change():
+    pbt = {"scheduler": {"kind": "pbt"}}
+    with pytest.raises(ConfigError, match="finetune.epochs can't change while a trial runs"):
+        space({"finetune.epochs": {"integer": [1, 3]}}, **pbt)
+    conditional = {
+        "finetune.r_drop": {"choice": [0.0, 1.0]},
+        "finetune.dropout": {"uniform": [0.0, 0.4], "when": {"finetune.r_drop": 1.0}},
+    }
+    with pytest.raises(ConfigError, match="finetune.dropout: pbt knows no conditions"):
+        space(conditional, **pbt)
+    keys = base().settings().keys()
+    assert MUTABLE <= keys
+
+
+@pytest.mark.parametrize(
+    ("said", "finetune", "expected"),
+    [
+        ({"finetune.epochs": {"integer": [1, 4]}}, {}, 4.0),
+        ({"finetune.epochs": {"choice": [2, 1]}}, {}, 2.0),
+        ({"finetune.lr": {"uniform": [1e-4, 1e-3]}}, {"epochs": 1.5}, 1.5),
+        ({"finetune.lr": {"uniform": [1e-4, 1e-3]}}, {"steps": 30}, 3.0),
+        ({"finetune.steps": {"integer": [5, 25]}}, {"steps": 30}, 2.5),
+    ],
+)
+def test_the_longest_trial(said, finetune, expected):
+    assert most_epochs(space(said, finetune), base(**finetune), 10, 1) == expected
