@@ -131,7 +131,7 @@ class Load:
         due = time.monotonic()
         while due < self.ends:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-            while due <= time.monotonic():
+            while due <= min(time.monotonic(), self.ends):
                 if not idle and made < connections:
                     idle.append(self.connection())
                     made += 1

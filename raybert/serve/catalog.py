@@ -33,9 +33,7 @@ class Catalog:
         self.canary: Served | None = None
         self.filler: MaskFiller | None = None
         self.filler_name = ""
-        self._failed: dict[
-            str, str
-        ] = {}  # what could not be loaded, or why, by model
+        self._failed: dict[str, str] = {}  # what could not be loaded, or why, by model
 
     @property
     def first(self) -> Served | None:

@@ -1,9 +1,10 @@
 """What tests of serving share: tiny models, a browser, and visits to the page.
 
-`page_url` is the server whose answers are looked at: the stand-in, which any server that keeps to
-the contract can replace. Tests that ask for `stand_in` need one that misbehaves on demand.
+`page_url` is the server whose page is visited: the application, or for tests that ask for
+`stand_in` a server that keeps to the same contract, and misbehaves on demand.
 """
 
+import logging
 import os
 
 import pytest
@@ -53,9 +54,29 @@ def stand_in(playwright, model, pretrained):
         yield server
 
 
+@pytest.fixture(scope="session")
+def api_url(playwright, model, pretrained):
+    """The application itself, without Ray."""
+    from stand_in import Running
+
+    from raybert.serve.api import make_api
+    from raybert.serve.auth import Keys
+    from raybert.serve.service import Service
+    from raybert.serve.settings import ServeConfig
+
+    config = ServeConfig(model=model.uri, fill_mask=pretrained.uri, precision="fp32")
+    service = Service(config, threads=1)
+    service.load()
+    app = make_api(service, Keys([]), log=logging.getLogger("raybert.test"))
+    with Running(app, lifespan="on") as server:
+        yield server.url
+    service.close()
+
+
 @pytest.fixture
-def page_url(stand_in):
-    return stand_in.url
+def page_url(request):
+    asks = "stand_in" in request.fixturenames
+    return request.getfixturevalue("stand_in").url if asks else request.getfixturevalue("api_url")
 
 
 @pytest.fixture(scope="module")

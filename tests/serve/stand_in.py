@@ -36,6 +36,37 @@ class FillMask(BaseModel):
     top_k: int = 5
 
 
+class Running:
+    """An application behind HTTP, in a thread, for as long as the context lasts."""
+
+    def __init__(self, app, lifespan="off"):
+        self._sock = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}/"
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                ws="none",
+                lifespan=lifespan,
+                log_config=None,
+                log_level="error",
+                timeout_graceful_shutdown=1,
+            )
+        )
+
+    def __enter__(self):
+        run = {"sockets": [self._sock]}
+        self._thread = threading.Thread(target=self._server.run, kwargs=run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive()
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *rest):
+        self._server.should_exit = True
+        self._thread.join()
+
+
 class StandIn:
     """The server, running in a thread for as long as the context lasts."""
 
@@ -58,31 +89,15 @@ class StandIn:
         return self._held[explain]
 
     def __enter__(self):
-        sock = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                self._app(),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level="error",
-                timeout_graceful_shutdown=1,
-            )
-        )
-        run = {"sockets": [sock]}
-        self._thread = threading.Thread(target=self._server.run, kwargs=run, daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            assert self._thread.is_alive()
-            time.sleep(0.01)
+        self._running = Running(self._app())
+        self.url = self._running.url
+        self._running.__enter__()
         return self
 
     def __exit__(self, *rest):
         for event in self._events:
             event.set()
-        self._server.should_exit = True
-        self._thread.join()
+        self._running.__exit__()
 
     def _app(self):
         app = FastAPI()
