@@ -47,6 +47,13 @@ anything = st.recursive(
     max_leaves=8,
 )
 texts = st.text(max_size=300) | st.text(st.characters(categories=["Cc", "Cf", "Cs", "Co"]))
+readable = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2000)
+well_formed = st.fixed_dictionaries(
+    {"inputs": readable | st.lists(readable, min_size=1, max_size=5)},
+    optional={"truncate": st.booleans(), "raw_scores": st.booleans(), "model": st.just(NAME)},
+)
+explained = st.fixed_dictionaries({"inputs": readable, "explain": st.just(True)})
+masked = readable.map(lambda text: {"inputs": f"{text} [MASK]"})
 asked = st.fixed_dictionaries(
     {"inputs": texts | st.lists(texts, max_size=5) | anything},
     optional={
@@ -81,7 +88,8 @@ HUGE = [
     "",
 ]
 bodies = st.one_of(
-    *[st.one_of(asked, tensors, anything).map(json.dumps).map(str.encode)] * 12,
+    *[well_formed.map(json.dumps).map(str.encode)] * 6,
+    *[(explained | masked | asked | tensors | anything).map(json.dumps).map(str.encode)] * 6,
     *[st.binary(max_size=400)] * 3,
     st.sampled_from([body.encode() for body in HUGE]),
 )

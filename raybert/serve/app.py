@@ -17,12 +17,13 @@ from ray import serve
 
 from raybert.config import build as build_settings
 from raybert.errors import ConfigError, UserError
-from raybert.model import hub
 from raybert.model.allocator import KEEP_FREED_MEMORY, keep_freed_memory
 from raybert.model.find import resolve_model
 from raybert.serve import models
 from raybert.serve.api import make_api
 from raybert.serve.auth import VARIABLE, Keys, read_keys
+from raybert.serve.classifier import TextClassifier
+from raybert.serve.filler import MaskFiller
 from raybert.serve.metrics import Metrics
 from raybert.serve.service import Service
 from raybert.serve.settings import ServeConfig, is_own
@@ -124,9 +125,9 @@ def check_models(config: ServeConfig) -> None:
     given += [config.model] if config.model is not None else []
     given += [config.canary.model] if config.canary is not None else []
     for one in given:
-        hub.load_classifier(models.find(one, config.registry).current())
+        TextClassifier(models.find(one, config.registry).current(), precision="fp32")
     if config.fill_mask is not None:
-        hub.load_masked_lm(models.find(config.fill_mask, None, stage="pretrain").current())
+        MaskFiller(models.find(config.fill_mask, None, stage="pretrain").current())
 
 
 def check_is_closed(host: str, digests: list[str]) -> None:

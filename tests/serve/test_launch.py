@@ -34,7 +34,9 @@ def start(config):
         raise AssertionError("Ray was started")
 
 
-@pytest.mark.parametrize("broken", ["missing", "cut short", "a model of another kind"])
+@pytest.mark.parametrize(
+    "broken", ["missing", "cut short", "a model of another kind", "no tokenizer"]
+)
 def test_a_broken_model_is_refused_before_ray_is_started(model, tmp_path, broken):
     shutil.copytree(model.path, tmp_path / "model")
     folder = Folder(tmp_path / "model")
@@ -42,6 +44,8 @@ def test_a_broken_model_is_refused_before_ray_is_started(model, tmp_path, broken
         shutil.rmtree(folder.path)
     elif broken == "cut short":
         folder.write_bytes("model.safetensors", folder.read_bytes("model.safetensors")[:-5])
+    elif broken == "no tokenizer":
+        folder.delete("tokenizer.json")
     else:
         config = folder.read_json("config.json")
         folder.write_json("config.json", {**config, "model_type": "gpt2"})
