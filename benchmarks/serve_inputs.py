@@ -47,13 +47,6 @@ anything = st.recursive(
     max_leaves=8,
 )
 texts = st.text(max_size=300) | st.text(st.characters(categories=["Cc", "Cf", "Cs", "Co"]))
-readable = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2000)
-well_formed = st.fixed_dictionaries(
-    {"inputs": readable | st.lists(readable, min_size=1, max_size=5)},
-    optional={"truncate": st.booleans(), "raw_scores": st.booleans(), "model": st.just(NAME)},
-)
-explained = st.fixed_dictionaries({"inputs": readable, "explain": st.just(True)})
-masked = readable.map(lambda text: {"inputs": f"{text} [MASK]"})
 asked = st.fixed_dictionaries(
     {"inputs": texts | st.lists(texts, max_size=5) | anything},
     optional={
@@ -87,14 +80,34 @@ HUGE = [
     '{"inputs": "' + "a" * 2_000_000,
     "",
 ]
-bodies = st.one_of(
-    *[well_formed.map(json.dumps).map(str.encode)] * 6,
-    *[(explained | masked | asked | tensors | anything).map(json.dumps).map(str.encode)] * 6,
-    *[st.binary(max_size=400)] * 3,
-    st.sampled_from([body.encode() for body in HUGE]),
+readable = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2000)
+labelled = st.fixed_dictionaries(
+    {"inputs": readable | st.lists(readable, min_size=1, max_size=5)},
+    optional={"truncate": st.booleans(), "raw_scores": st.booleans(), "model": st.just(NAME)},
+)
+explained = st.fixed_dictionaries({"inputs": readable, "explain": st.just(True)})
+masked = readable.map(lambda text: {"inputs": f"{text[:100]} [MASK]"})
+tensor = st.lists(readable, min_size=1, max_size=5).map(
+    lambda data: {"inputs": [{"shape": [len(data)], "datatype": "BYTES", "data": data}]}
 )
 paths = st.sampled_from(
-    ["/predict", "/predict", "/fill-mask", f"/v2/models/{NAME}/infer", "/v2/models/%ff/infer"]
+    ["/predict", "/fill-mask", f"/v2/models/{NAME}/infer", "/v2/models/%ff/infer"]
+)
+
+
+def posts(where: st.SearchStrategy[str], body: st.SearchStrategy[Any]) -> Any:
+    """Draw requests: a path, and a body of JSON."""
+    return st.tuples(where, body.map(json.dumps).map(str.encode))
+
+
+requests = st.one_of(  # the first half is well formed
+    *[posts(st.just("/predict"), labelled)] * 5,
+    posts(st.just("/predict"), explained),
+    posts(st.just("/fill-mask"), masked),
+    posts(st.just(f"/v2/models/{NAME}/infer"), tensor),
+    *[posts(paths, asked | tensors | anything)] * 4,
+    *[st.tuples(paths, st.binary(max_size=400))] * 3,
+    st.tuples(paths, st.sampled_from([body.encode() for body in HUGE])),
 )
 kinds = st.sampled_from(["application/json"] * 9 + ["text/plain", "application/json; charset=x"])
 
@@ -113,9 +126,10 @@ def draw_inputs(port: int, key: str, count: int) -> dict[str, Any]:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(path=paths, body=bodies, kind=kinds)
-    def send(path: str, body: bytes, kind: str) -> None:
+    @given(request=requests, kind=kinds)
+    def send(request: tuple[str, bytes], kind: str) -> None:
         nonlocal slowest
+        path, body = request
         begun = time.monotonic()
         headers = {"Content-Type": kind, "Authorization": f"Bearer {key}"}
         status, answer = ask(port, "POST", path, body, headers)
