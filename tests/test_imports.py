@@ -199,5 +199,9 @@ def test_the_service_and_its_http_need_no_ray():
     assert "ray" not in loaded_by("import raybert.serve.api, raybert.serve.launch")
 
 
+def test_what_serves_proxies_import_is_light():
+    assert loaded_by("import raybert.serve.edge") == []
+
+
 def test_the_client_needs_nothing():
     assert loaded_by("import raybert.serve.client") == []

@@ -36,7 +36,7 @@ from raybert.serve.bodies import (
     Refused,
     Score,
 )
-from raybert.serve.gate import TEXTS, Gate
+from raybert.serve.gate import TEXTS, Door, Gate
 from raybert.serve.service import Service
 
 PAGE = Path(__file__).with_name("page")
@@ -81,7 +81,8 @@ def make_api(
     _add_states(app, service)
     _add_errors(app)
     open_paths = [*_OPEN, *_OPEN_V2, *_add_page(app, page)]
-    app.add_middleware(Gate, service=service, keys=keys, open_paths=open_paths, log=log)
+    app.state.door = Door(service, keys, open_paths, log)
+    app.add_middleware(Gate, door=app.state.door)
     if service.config.cors:
         app.add_middleware(
             CORSMiddleware,

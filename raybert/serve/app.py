@@ -19,7 +19,7 @@ from raybert.config import build as build_settings
 from raybert.errors import ConfigError, UserError
 from raybert.model.allocator import KEEP_FREED_MEMORY, keep_freed_memory
 from raybert.model.find import resolve_model
-from raybert.serve import models
+from raybert.serve import edge, models
 from raybert.serve.api import make_api
 from raybert.serve.auth import VARIABLE, Keys, read_keys
 from raybert.serve.classifier import TextClassifier
@@ -66,7 +66,10 @@ class Server:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is made."""
-        return make_api(self._service, self._keys, log=self._log)
+        api = make_api(self._service, self._keys, log=self._log)
+        if not self._service.config.cors:  # whose headers only the application knows
+            edge.put(api.state.door)
+        return api
 
     def check_health(self) -> None:
         """Called by Serve every few seconds; whoever fails three times is replaced."""

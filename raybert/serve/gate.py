@@ -1,7 +1,8 @@
 """Before a request is read: who asks, and whether there is room; after it: one line in the log.
 
-Plain ASGI, for it runs for every request, and most of those that come in an overload end here. What
-the log gets is a route's pattern, never a path, a query, a header or a text.
+Plain ASGI, for it runs for every request. In an overload most of them end at the `Door`, which
+`edge` asks before Serve spends anything on them. What the log gets is a route's pattern, never a
+path, a query, a header or a text.
 """
 
 from __future__ import annotations
@@ -22,29 +23,74 @@ _UNKNOWN = "-"
 _QUEUED = ("/predict", "/infer")  # how paths end that want the queue
 
 
-class Gate:
-    """Middleware around the application."""
+class Door:
+    """Who may come in, and what is kept of those that did."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        service: Service,
-        keys: Keys,
-        open_paths: Collection[str],
-        log: logging.Logger,
+        self, service: Service, keys: Keys, open_paths: Collection[str], log: logging.Logger
     ) -> None:
-        """Wrap an application.
+        """Set up.
 
         Args:
-            app: what answers.
             service: whose queue is looked at, and whose metrics are kept.
             keys: that are let in.
             open_paths: what may be asked for without a key.
             log: gets a record for each request, with its particulars in `extra`.
         """
-        self._app, self._service, self._keys, self._log = app, service, keys, log
+        self._service, self._keys, self._log = service, keys, log
         self._open = frozenset(open_paths)
+
+    def refusal(self, scope: Scope) -> JSONResponse | None:
+        """The answer to a request that is not let in; None: it is."""
+        try:
+            self._check(scope)
+        except Refused as refused:
+            return JSONResponse(refused.body, refused.status, refused.headers)
+        return None
+
+    def is_queued(self, scope: Scope) -> bool:
+        """Whether a request will want the queue."""
+        path: str = scope["path"]
+        return scope["method"] == "POST" and path.endswith(_QUEUED)
+
+    def _check(self, scope: Scope) -> None:
+        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path not in self._open:
+            given = [value for name, value in scope["headers"] if name == b"authorization"]
+            if not self._keys.allow(given[0] if given else None):
+                raise Refused(
+                    401,
+                    "Unauthorized",
+                    "send a key of this server's: Authorization: Bearer KEY",
+                    {"WWW-Authenticate": "Bearer"},
+                )
+        if self.is_queued(scope):
+            self._service.check_queue()
+
+    def note(self, scope: Scope, status: int, seconds: float) -> None:
+        """Keep that a request was answered."""
+        route = getattr(scope.get("route"), "path", _UNKNOWN)
+        metrics = self._service.metrics
+        metrics.add("requests_total", route=route, status=str(status))
+        metrics.observe(route, seconds)
+        self._log.info(
+            "request",
+            extra={
+                "http_method": scope["method"],
+                "http_route": route,
+                "http_status": status,
+                "milliseconds": round(1000 * seconds, 2),
+                "texts": scope.get(TEXTS, 0),
+            },
+        )
+
+
+class Gate:
+    """Middleware around the application."""
+
+    def __init__(self, app: ASGIApp, *, door: Door) -> None:
+        """Wrap an application."""
+        self._app, self._door = app, door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on."""
@@ -63,42 +109,7 @@ class Gate:
             await send(message)
 
         try:
-            try:
-                self._check(scope)
-            except Refused as refused:
-                answer = JSONResponse(refused.body, refused.status, refused.headers)
-                await answer(scope, receive, noting)
-            else:
-                await self._app(scope, receive, noting)
+            answer = self._door.refusal(scope) or self._app
+            await answer(scope, receive, noting)
         finally:
-            self._note(scope, status, time.perf_counter() - begun)
-
-    def _check(self, scope: Scope) -> None:
-        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path not in self._open:
-            given = [value for name, value in scope["headers"] if name == b"authorization"]
-            if not self._keys.allow(given[0] if given else None):
-                raise Refused(
-                    401,
-                    "Unauthorized",
-                    "send a key of this server's: Authorization: Bearer KEY",
-                    {"WWW-Authenticate": "Bearer"},
-                )
-        if scope["method"] == "POST" and path.endswith(_QUEUED):
-            self._service.check_queue()
-
-    def _note(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", _UNKNOWN)
-        metrics = self._service.metrics
-        metrics.add("requests_total", route=route, status=str(status))
-        metrics.observe(route, seconds)
-        self._log.info(
-            "request",
-            extra={
-                "http_method": scope["method"],
-                "http_route": route,
-                "http_status": status,
-                "milliseconds": round(1000 * seconds, 2),
-                "texts": scope.get(TEXTS, 0),
-            },
-        )
+            self._door.note(scope, status, time.perf_counter() - begun)

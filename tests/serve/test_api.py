@@ -1,6 +1,7 @@
 """The HTTP API in this process: its forms, its refusals, and that nothing makes it fail."""
 
 import asyncio
+import copy
 import json
 import logging
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from making import reviews
 
 from raybert.predict import numbered, predict_texts
+from raybert.serve import edge
 from raybert.serve.api import make_api
 from raybert.serve.auth import Keys, digest
 from raybert.serve.classifier import TextClassifier
@@ -449,6 +451,43 @@ def test_a_full_queue_is_told_before_a_body_is_read(api, monkeypatch):
     refused(response, 429, "try again in 5 s")
     assert response.headers["Retry-After"] == "5"
     assert api.post("/fill-mask", {"inputs": "a [MASK]"}).is_success  # has a queue of its own
+
+
+@pytest.fixture
+def edged(closed, monkeypatch):
+    """The application behind the edge that stands before Serve; `passed` has what came through."""
+    passed = []
+
+    async def inside(scope, receive, send):
+        passed.append(scope["path"])
+        await closed.app(scope, receive, send)
+
+    made = copy.copy(closed)
+    made.app, made.passed = edge.Edge(inside), passed
+    monkeypatch.setattr(edge, "_door", closed.app.state.door)
+    return made
+
+
+def test_a_full_queue_is_told_before_serve_is_asked(edged, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger=LOG.name)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"inputs": "superb"}
+    assert edged.post("/predict", body, headers=headers).is_success
+    batcher = edged.service.find(None).batcher
+    monkeypatch.setattr(batcher, "_speed", 1000.0)
+    monkeypatch.setattr(batcher, "_queued", 5000)
+    refused(edged.post("/predict", body, headers=headers), 429, "try again in 5 s")
+    refused(edged.post("/predict", body), 401)  # a stranger does not learn how busy it is
+    assert edged.passed == ["/predict"]
+    assert edged.ask("GET", "/info", headers=headers).is_success
+    statuses = [record.http_status for record in caplog.records if record.name == LOG.name]
+    assert statuses == [200, 429, 401, 200]
+
+
+def test_a_header_that_is_not_utf_8_is_told_before_serve_is_asked(edged):
+    headers = [(b"x-request-id", b"\xff\xfe"), (b"authorization", f"Bearer {KEY}".encode())]
+    refused(edged.ask("GET", "/info", headers=headers), 400, "not UTF-8")
+    assert edged.passed == []
 
 
 def test_what_takes_too_long_is_given_up(model, pretrained):
