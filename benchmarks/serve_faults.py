@@ -5,10 +5,11 @@
 Puts the small classifier behind `raybert serve`. (1) With two replicas, while a client that never
 retries (`load.py`) and the one that raybert ships ask without pause, replicas are killed (SIGKILL)
 one after another, each once the one before is back. (2) Under the same load the model is changed
-for another in the registry. (3) With one replica: the peak that 32 connections reach, then ten
-times as many requests a second, by the clock, for a minute, then the 32 connections again.
-Ends with one JSON object: `kills` and `updates` with what each client lost; `overload` with the
-share of the peak's good answers, their latency, all statuses, memory and recovery.
+for another in the registry, and then the application is deployed anew with another one. (3) With
+one replica: the peak that 32 connections reach, then ten times as many requests a second, by the
+clock, for a minute, then the 32 connections again. Ends with one JSON object: `kills`, `updates`
+and `rolling_updates` with what each client lost; `overload` with the share of the peak's good
+answers, their latency, all statuses, memory and recovery.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -43,11 +45,14 @@ from servers import (
     small_classifier,
 )
 
+from raybert.serve.ingress import HAPROXY
+
 NAME = "reviews"  # of the model in the registry
 RETRYING = 4  # threads that ask through the shipped client
 CALM_SECONDS = 3  # before each fault
 PATIENCE_SECONDS = 180  # until a replica is back, or a model is served
 SURE = 10  # answers in a row that tell of the new model
+CPUS = 0.5  # logical ones of a replica
 LOOKS = 20  # at which every replica is met, under load
 FULL_SPEED = 0.9  # of the peak: recovered
 ENDLESS = 24 * 3600  # seconds: the load ends when the faults do
@@ -141,6 +146,45 @@ def update(
     return {"updates": updates, **clients.got}
 
 
+def roll(server: Server, clients: Clients, models: Sequence[Path], given: Any) -> dict[str, Any]:
+    """Deploy again with another model, so that Serve replaces all replicas, several times."""
+    rolls = []
+    with clients:
+        for number in range(1, given.updates + 1):
+            time.sleep(CALM_SECONDS)
+            before = server.answering(LOOKS)
+            settings = {"model": str(models[number % len(models)]), "precision": given.precision}
+            settings |= {"replicas": given.replicas, "cpus": CPUS, "threads": 1}
+            command = [sys.executable, __file__, "--deploy", server.ray_address()]
+            command += ["--settings", json.dumps(settings)]
+            begun = time.monotonic()
+            subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, **HAPROXY})
+
+            def is_rolled(before: set[str] = before) -> bool:
+                now = server.answering(LOOKS)
+                return not now & before and len(now) >= given.replicas
+
+            wait_until(is_rolled)
+            rolls.append({"seconds": round(time.monotonic() - begun, 1)})
+            say(f"rolling update {number} of {given.updates}: after {rolls[-1]['seconds']} s")
+        time.sleep(CALM_SECONDS)
+    return {"rolls": rolls, **clients.got}
+
+
+def deploy(address: str, settings: dict[str, Any]) -> None:
+    """Deploy the application anew on the Ray of a server that runs, as `serve deploy` does."""
+    from ray import serve
+
+    from raybert.config import build
+    from raybert.ray_session import RayConfig, ray_session
+    from raybert.serve.app import APP, application, completed
+    from raybert.serve.settings import ServeConfig
+
+    config = completed(build(ServeConfig, settings, "serve"))
+    with ray_session(RayConfig(address=address)):
+        serve.run(application(config, digests=[]), name=APP, route_prefix="/")
+
+
 def promote(model: Path, storage: Path) -> None:
     command = raybert_promote(model, NAME, storage)
     say(" ".join(command))
@@ -200,7 +244,7 @@ def overload(server: Server, file: Path, given: argparse.Namespace) -> dict[str,
     after = drive(given.seconds)["good_by_second"]
     fast = [second for second, good in enumerate(after) if good >= FULL_SPEED * peak]
     third = max(1, len(memory.seen) // 3)
-    told = ("p50", "p99", "statuses", "failed", "hung", "unsent", "client_cores")
+    told = ("p50", "p99", "statuses", "failed", "failures", "hung", "unsent", "client_cores")
     return {
         "peak": peak,
         "offered": round(rate - during["unsent"] / given.overload_seconds, 1),  # requests/s
@@ -229,12 +273,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--times", type=float, default=10, help="the peak, for the overload")
     parser.add_argument("--overload-seconds", type=float, default=60)
     parser.add_argument("--most-connections", type=int, default=2000, help="of the overload")
+    parser.add_argument("--deploy", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser.parse_args()
 
 
 def main() -> None:
     given = parse_arguments()
+    if given.deploy:
+        deploy(given.deploy, given.settings)
+        return
     model = small_classifier(given.model)
     texts, _ = reviews(model, 1000)
     result: dict[str, Any] = {
@@ -250,12 +299,13 @@ def main() -> None:
         models = [model, another(model, storage / "another")]
         promote(model, storage)
         settings = {"precision": given.precision, "replicas": given.replicas}
-        registry = {"registry": storage, "poll_s": 1, "cpus": 0.5}
+        registry = {"registry": storage, "poll_s": 1, "cpus": CPUS}
         port = free_port()
         with Server("raybert", raybert_serve(NAME, port, **settings, **registry), port) as server:
-            clients = [Clients(server, file, given.connections) for _ in range(2)]
+            clients = [Clients(server, file, given.connections) for _ in range(3)]
             result["kills"] = kill_replicas(server, clients[0], given.kills, given.replicas)
             result["updates"] = update(server, clients[1], models, storage, given.updates)
+            result["rolling_updates"] = roll(server, clients[2], models, given)
         port = free_port()
         command = raybert_serve(model, port, precision=given.precision, replicas=1)
         with Server("raybert", command, port) as server:

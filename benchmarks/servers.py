@@ -182,6 +182,19 @@ class Server:
                 continue
         return found
 
+    def ray_address(self) -> str:
+        """Where the Ray that it started listens.
+
+        Raises:
+            SystemExit: it has none.
+        """
+        for process in self.processes():
+            with suppress(psutil.Error):
+                for part in process.cmdline():
+                    if part.startswith("--gcs-address="):
+                        return part.partition("=")[2]
+        raise SystemExit(f"{self.name} runs no Ray")
+
     def answering(self, looks: int) -> set[str]:
         """The replicas that answer, by the names in their metrics, at so many looks."""
         found = set()
