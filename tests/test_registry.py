@@ -10,8 +10,8 @@ from raybert.storage import Folder, take_number
 
 
 @pytest.fixture
-def registry(tmp_path):
-    return Registry(str(tmp_path))
+def registry(anywhere):
+    return Registry(anywhere.uri)
 
 
 def model(tmp_path, weights):

@@ -175,7 +175,7 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         work, folder = self._work, self._work.folder / self.trial_id
         job = work.job_of(self._values, self._seed)
         folder.write_text(CONFIG, dump(Searched(model=job.model, finetune=job.config)))
-        attempt = begin_attempt(folder)
+        attempt = begin_attempt(folder, job.config.patience_s)
         taken = self._take_over(folder, attempt, job)
         scores = [r["score"] for r in read_metrics(folder) if r["kind"] == "eval" and not taken]
         self._last["best"] = max([FAILED_SCORE, *(s for s in scores if s is not None)])
