@@ -213,6 +213,19 @@ def test_a_trial_is_the_run_that_fine_tuning_would_be(ray_session, tmp_path):
 
 
 @pytest.mark.ray
+def test_what_a_killed_session_has_measured_is_not_measured_again(
+    ray_session, tmp_path, monkeypatch
+):
+    experiment = searchable(tmp_path, tune={"trials": 1, "keep_models": True})
+    result = tune(experiment, QUIET)
+    (experiment.folder / "tune").delete("result.json")  # it was killed before it wrote that
+    monkeypatch.setattr("raybert.tuning.evaluate_model", None)
+    again = tune(experiment, QUIET)
+    for key in ("trials", "best", "default", "test", "model", "run"):
+        assert again[key] == result[key]
+
+
+@pytest.mark.ray
 def test_a_search_of_the_texts_shape_prepares_them_once(ray_session, tmp_path):
     space = {
         "finetune.seq_len": {"choice": [8, 16]},
