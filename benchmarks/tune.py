@@ -1,15 +1,18 @@
 """What the search must show, on the demo's model and real reviews: one row at a time.
 
-    python benchmarks/tune.py --row asha --json
+    python benchmarks/tune.py --row demo --json
 
 Needs `raybert demo` in the same storage first. Rows:
 
+demo      configs/tune-demo.yaml as it is; winner and configured values on held-out texts, all seeds
 asha      the same configurations, drawn at random, with ASHA and without a scheduler
 overhead  from a trial's beginning to its first step, after the first trial of each worker
 killed    the driver and all of its Ray are killed three times in mid-search, and started again
 pbt       population-based training of 4 trials: what every exchange took over, and what it changed
+refused   search spaces with a mistake each: one line, exit code 2, and no trial
 
-Each ends with one JSON object.
+Progress goes to standard error; each ends with one JSON object. A row that was measured before is
+finished, and is not measured again: give it another --storage, or delete its runs.
 """
 
 from __future__ import annotations
@@ -26,8 +29,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raybert.config import load
+from raybert.display import Display
+from raybert.experiment import Experiment
+from raybert.pipeline import evaluate_model
+from raybert.ray_session import ray_session
 from raybert.storage import Folder
+from raybert.train.group import Group, use_threads
 from raybert.train.meters import read_metrics
+from raybert.train.run import describe_machine
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "tune-demo.yaml"
@@ -35,16 +45,23 @@ KILLS = 3
 PATIENCE_SECONDS = 3600
 
 
-def command(storage: Path, name: str, *overrides: str) -> list[str]:
-    """A search of its own on the demo's model."""
+#: Of searches whose finalists say nothing about the row.
+NO_FINALS = ("tune.finalists=1", "tune.seeds=1", "tune.test=false")
+
+
+def settings(storage: Path, name: str, *overrides: str) -> list[str]:
+    """Those of a search of its own on the demo's model."""
     given = {
         "run.storage": str(storage),
         "run.name": name,
         "finetune.initialize_from": str(storage / "demo"),
-        "tune.test": "false",
     }
-    sets = [f"{key}={value}" for key, value in given.items()] + list(overrides)
-    options = [part for text in sets for part in ("--set", text)]
+    return [f"{key}={value}" for key, value in given.items()] + list(overrides)
+
+
+def command(*given: Any) -> list[str]:
+    """The command that makes the search of these settings."""
+    options = [part for text in settings(*given) for part in ("--set", text)]
     return [sys.executable, "-m", "raybert", "tune", "-c", str(CONFIG), *options, "--json"]
 
 
@@ -65,9 +82,57 @@ def trials_of(storage: Path, name: str) -> list[dict[str, Any]]:
     return list(json.loads((storage / name / "tune" / "trials.json").read_text())["trials"])
 
 
+def demo(storage: Path, searches: int) -> dict[str, Any]:
+    """The demo's search, and its winner beside the configured values on texts nobody has seen."""
+    found = []
+    for seed in range(searches):
+        name = f"bench-demo-{seed}"
+        given = (storage, name, f"tune.seed={seed}", "tune.keep_models=true")
+        begun = time.time()
+        result = run(*given)
+        experiment = load(Experiment, CONFIG, settings(*given))
+        held_out = {
+            which: _held_out(experiment, result[which]["trial"], result[which]["seeds"]["n"])
+            for which in ("best", "default")
+        }
+        found.append(
+            {
+                "search_seed": seed,
+                "trials": result["trials"],
+                "minutes": round(result["seconds"] / 60, 2),
+                "wall_minutes": round((time.time() - begun) / 60, 2),
+                "validation": {which: result[which] for which in ("best", "default")},
+                "held_out": held_out,
+                "difference": round(held_out["best"]["mean"] - held_out["default"]["mean"], 5),
+                "cost": result["cost"],
+            }
+        )
+    return {
+        "minutes": max(search["minutes"] for search in found),
+        "trials": min(search["trials"]["all"] for search in found),
+        "difference": statistics.fmean(search["difference"] for search in found),
+        "searches": found,
+    }
+
+
+def _held_out(experiment: Experiment, trial: str, seeds: int) -> dict[str, Any]:
+    """The accuracy of a finalist's models on the evaluation's texts."""
+    runs, values = experiment.folder / "tune" / "seeds", []
+    with ray_session(experiment.ray):
+        for number in range(1, seeds + 1):
+            model = runs / f"{trial}-s{number}" / "model"
+            values.append(evaluate_model(experiment, model, Display())["accuracy"])
+    return {
+        "trial": trial,
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+    }
+
+
 def asha(storage: Path, trials: int) -> dict[str, Any]:
     """The best score and the compute, with ASHA and without a scheduler."""
-    drawn = ("tune.searcher=random", f"tune.trials={trials}")
+    drawn = ("tune.searcher=random", f"tune.trials={trials}", "tune.finalists=1", "tune.test=false")
     found = {}
     for kind in ("none", "asha"):
         name = f"bench-asha-{kind}"
@@ -108,8 +173,8 @@ def overhead(storage: Path, trials: int) -> dict[str, Any]:
     """From the moment that a trial is written down to its first step, once its worker is warm."""
     name = "bench-overhead"
     short = ("finetune.steps=20", "finetune.evaluations=1", "finetune.log_every=1")
-    settings = ("tune.scheduler.kind=none", "tune.searcher=random", f"tune.trials={trials}")
-    run(storage, name, *short, *settings, "tune.finalists=1", "tune.seeds=1")
+    drawn = ("tune.scheduler.kind=none", "tune.searcher=random", f"tune.trials={trials}")
+    run(storage, name, *short, *drawn, *NO_FINALS)
     waits: dict[str, dict[str, float]] = {}
     for row in trials_of(storage, name):
         records = read_metrics(Folder(storage / name / "tune" / "trials" / row["trial"]))
@@ -169,8 +234,9 @@ class Search:
 def killed(storage: Path, trials: int, seed: int) -> dict[str, Any]:
     """Kill a search three times, and see that nothing is lost and nothing done twice."""
     draws = random.Random(seed)
-    settings = ("tune.scheduler.kind=none", "tune.searcher=random", f"tune.trials={trials}")
-    search = Search(storage, "bench-killed", "finetune.checkpoint_steps=50", *settings)
+    drawn = ("tune.scheduler.kind=none", "tune.searcher=random", f"tune.trials={trials}")
+    short = ("finetune.steps=200", "finetune.log_every=5", "finetune.checkpoint_steps=25")
+    search = Search(storage, "bench-killed", *short, *drawn, *NO_FINALS)
     kills, over, result = [], {}, None
     begun = time.time()
     while result is None:
@@ -184,6 +250,7 @@ def killed(storage: Path, trials: int, seed: int) -> dict[str, Any]:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 kills.append({"at": round(time.time() - begun, 1), "finished": over})
+                print(f"killed: {len(kills)} of {KILLS}, {len(over)} over", file=sys.stderr)
                 break
             if time.monotonic() > ends:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -202,7 +269,9 @@ def killed(storage: Path, trials: int, seed: int) -> dict[str, Any]:
     ]
     rows = trials_of(storage, "bench-killed")
     return {
-        "kills": kills,
+        "kills": len(kills),
+        "kept": all(row["state"] == "finished" for row in rows) and len(rows) == trials,
+        "killed": kills,
         "trials": result["trials"],
         "wanted": trials,
         "names": [row["trial"] for row in rows],
@@ -218,8 +287,10 @@ def pbt(storage: Path) -> dict[str, Any]:
     space = (
         "{finetune.lr: {log_uniform: [1.0e-5, 5.0e-3]}, finetune.dropout: {uniform: [0.0, 0.4]}}"
     )
-    settings = ("tune.scheduler.kind=pbt", "tune.scheduler.interval_epochs=0.17", "tune.trials=4")
-    result = run(storage, name, f"tune.space={space}", *settings, "tune.searcher=random")
+    population = ("tune.scheduler.kind=pbt", "tune.scheduler.interval_epochs=0.17", "tune.trials=4")
+    drawn = (f"tune.space={space}", "tune.searcher=random")
+    result = run(storage, name, *population, *drawn, *NO_FINALS)
+    report = (storage / name / "tune" / "report.html").read_text(encoding="utf-8")
     exchanges = [
         {"trial": row["trial"], **exchange}
         for row in trials_of(storage, name)
@@ -231,18 +302,54 @@ def pbt(storage: Path) -> dict[str, Any]:
         "rate_in_use_is_the_mutated_one": all(
             e["lr"] == e["after"]["finetune.lr"] for e in exchanges
         ),
+        "in_the_report": "Exchanges" in report,
         "all": exchanges,
         "trials": result["trials"],
         "seconds": result["seconds"],
     }
 
 
+#: One mistake each, and what its line names.
+MISTAKES = {
+    "a misspelt key": ("{finetune.laerning_rate: {uniform: [0.1, 0.2]}}", "finetune.laerning_rate"),
+    "a misspelt kind": ("{finetune.lr: {log_unifrm: [1.0e-4, 1.0e-3]}}", "log_unifrm"),
+    "an empty range": ("{finetune.lr: {log_uniform: [1.0e-3, 1.0e-3]}}", "finetune.lr"),
+    "an empty choice": ("{finetune.head.pooling: {choice: []}}", "finetune.head.pooling"),
+    "a value the configuration refuses": ("{finetune.dropout: {uniform: [0, 2]}}", "dropout"),
+    "a key that can't be searched": ("{finetune.seed: {integer: [0, 9]}}", "finetune.seed"),
+}
+
+
+def refused(storage: Path) -> dict[str, Any]:
+    """What a user is told of a search space with a mistake."""
+    name, found = "bench-refused", {}
+    for mistake, (space, names) in MISTAKES.items():
+        begun = time.monotonic()
+        given = command(storage, name, f"tune.space={space}")
+        done = subprocess.run(given, capture_output=True, text=True, check=False)
+        lines = done.stderr.splitlines()
+        found[mistake] = {
+            "exit_code": done.returncode,
+            "lines": lines,
+            "is_clear": done.returncode == 2 and len(lines) == 1 and names in lines[0],
+            "seconds": round(time.monotonic() - begun, 1),
+        }
+        print(f"refused: {mistake}: {lines[-1] if lines else 'nothing'}", file=sys.stderr)
+    return {
+        "all_clear": all(one["is_clear"] for one in found.values()),
+        "trials_begun": len(list((storage / name / "tune").glob("trials/*"))),
+        "mistakes": found,
+    }
+
+
 def main() -> None:
     """Measure one row."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--row", choices=("asha", "overhead", "killed", "pbt"), required=True)
+    names = ("demo", "asha", "overhead", "killed", "pbt", "refused")
+    parser.add_argument("--row", choices=names, required=True)
     parser.add_argument("--storage", type=Path, default=Path("runs"), help="with the demo's run")
     parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--searches", type=int, default=1, help="demo: with other search seeds")
     parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     given = parser.parse_args()
@@ -250,12 +357,16 @@ def main() -> None:
     if not (storage / "demo" / "pretrain" / "model" / "config.json").exists():
         raise SystemExit(f"tune.py: {storage}/demo has no model; run `raybert demo` first")
     rows = {
+        "demo": lambda: demo(storage, given.searches),
         "asha": lambda: asha(storage, given.trials),
         "overhead": lambda: overhead(storage, given.trials),
         "killed": lambda: killed(storage, given.trials, given.seed),
         "pbt": lambda: pbt(storage),
+        "refused": lambda: refused(storage),
     }
-    result = rows[given.row]()
+    machine = describe_machine(Group(), use_threads(None, 1))
+    result = {"row": given.row, "date": time.strftime("%Y-%m-%d"), **rows[given.row]()}
+    result["machine"] = {key: machine[key] for key in ("raybert", "torch", "python", "device")}
     print(json.dumps(result) if given.json else json.dumps(result, indent=2))
 
 

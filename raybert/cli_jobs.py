@@ -63,7 +63,7 @@ def doctor(
 
 @app.command()
 def submit(
-    command: Annotated[str, typer.Argument(help="corpus, pretrain, finetune, evaluate, run, ...")],
+    command: Annotated[str, typer.Argument(help="corpus, pretrain, finetune, tune, run, ...")],
     arguments: Annotated[
         list[str] | None, typer.Argument(help="More for that command, after `--`.")
     ] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from raybert.options import (
     new_display,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from raybert.registry import Registry
 
 app = typer.Typer()
 
@@ -104,7 +107,7 @@ def rollback(
     _show(registry, registered, registry.rollback(registered, version), as_json)
 
 
-def _show(registry: Any, name: str, version: int, as_json: bool) -> None:
+def _show(registry: Registry, name: str, version: int, as_json: bool) -> None:
     folder, versions = registry.folder(name, version), registry.versions(name)
     if as_json:
         about = {"name": name, "version": version, "versions": versions, "model": folder.uri}
@@ -116,10 +119,10 @@ def _show(registry: Any, name: str, version: int, as_json: bool) -> None:
 def _told(result: dict[str, Any]) -> str:
     """The result, for people: the winner beside the configured values."""
     best, default = result["best"], result["default"]
-    lines = [f"{'':<22}{'validation accuracy':<24}values"]
+    lines = [f"{'':<22}{'validation accuracy':<28}values"]
     for title, found in (("winner", best), ("configured values", default)):
         if found is not None:
-            lines.append(f"{title:<22}{_spread(found):<24}{json.dumps(found['config'])}")
+            lines.append(f"{title:<22}{_spread(found):<28}{json.dumps(found['config'])}")
     if "test" in result:
         lines.append(
             f"{'winner on the test':<22}{result['test']['accuracy']:.4f} "

@@ -14,13 +14,16 @@ import numpy as np
 
 from raybert.config import dump
 from raybert.display import Display, clock
+from raybert.doctor.visit import visit_when_asked
 from raybert.errors import RaybertError
 from raybert.experiment import Experiment
 from raybert.finetuning import finetune_job
 from raybert.ray_session import ray_session
 from raybert.storage import Folder
+from raybert.train.finetune import FinetuneJob
 from raybert.train.run import CONFIG, RESULT, open_run
 from raybert.train.scores import classification_scores
+from raybert.train.settings import LIMITS, MAY_CHANGE
 from raybert.train.texts import Texts
 from raybert.trials import Runner
 from raybert.tune.ledger import Ledger
@@ -42,16 +45,17 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
     """
     stage = experiment.folder / "ensemble"
     if stage.exists(RESULT):
-        result = open_run(stage, dump(experiment), "finetune", ("model",))
+        result = _open(experiment, stage)
         if result is not None and len(result["members"]) == seeds:
             display.say(f"ensemble  {stage} is finished already: {_line(result)}")
             return result
         stage.delete(RESULT)  # more members are wanted, or fewer
     has_begun = stage.exists(CONFIG)
     with ray_session(experiment.ray, experiment.finetune.max_workers) as resources:
+        visit_when_asked(experiment, resources, display, ("finetune",))
         job = finetune_job(experiment, display, stage / "data", has_begun=has_begun)
         job.check()
-        open_run(stage, dump(experiment), "finetune", ("model",), inputs=job.inputs())
+        _open(experiment, stage, job)
         begun = time.monotonic()
         with display.stage("ensemble"):
             runner = Runner(experiment, display, job, resources)
@@ -73,6 +77,19 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
     stage.write_json(RESULT, result)
     display.say(f"ensemble  {_line(result)}, in {clock(result['seconds'])}; {stage}")
     return result
+
+
+def _open(
+    experiment: Experiment, stage: Folder, job: FinetuneJob | None = None
+) -> dict[str, Any] | None:
+    return open_run(
+        stage,
+        dump(experiment),
+        "finetune",
+        ("model",),
+        inputs=None if job is None else job.inputs(),
+        may_change=MAY_CHANGE - {*LIMITS, "evaluations"},  # members are trained alike
+    )
 
 
 def measure(models: list[Folder], texts: Texts, labels: list[str]) -> dict[str, Any]:

@@ -167,11 +167,10 @@ def _train(
 def evaluate(experiment: Experiment, display: Display) -> dict[str, Any]:
     """The classifier on texts that nothing was chosen on -> `metrics.json` in its run."""
     run = experiment.folder / "finetune"
-    if run.exists(METRICS) and run.exists("model/config.json"):
-        metrics = run.read_json(METRICS)
-        if metrics.get("made_from") == _measured_from(experiment, run / "model"):
-            display.say(f"evaluate  {run} is measured already: accuracy {metrics['accuracy']:.4f}")
-            return dict(metrics)
+    known = measured(experiment, run)
+    if known is not None:
+        display.say(f"evaluate  {run} is measured already: accuracy {known['accuracy']:.4f}")
+        return known
     seen = _trained_on(run, experiment.evaluate.source)
     if seen is not None:
         display.say(
@@ -182,6 +181,15 @@ def evaluate(experiment: Experiment, display: Display) -> dict[str, Any]:
     metrics["seen_in_training"] = seen is not None
     run.write_json(METRICS, metrics)
     return metrics
+
+
+def measured(experiment: Experiment, run: Folder) -> dict[str, Any] | None:
+    """What is known of a run's model on the experiment's evaluation source, as it is now."""
+    if not (run.exists(METRICS) and run.exists("model/config.json")):
+        return None
+    metrics = run.read_json(METRICS)
+    is_it = metrics.get("made_from") == _measured_from(experiment, run / "model")
+    return dict(metrics) if is_it else None
 
 
 def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from raybert.estimate import TRAINS, Machines, told
 from raybert.experiment import Experiment
 from raybert.jobs import CHECK_COMMAND, Cluster, Job, result_of
 from raybert.text.sources import SourceConfig
+from raybert.tune.settings import Searched, read_space
 
 #: The commands that may be submitted, and the keys of what each reads from outside its storage.
 READS = {
@@ -34,10 +35,11 @@ _TAIL = 50  # lines of a log that may hold the result
 
 
 def check(experiment: Experiment, command: str) -> None:
-    """Refuse what only this machine could read.
+    """Refuse what only this machine could read, and what would be refused there at once.
 
     Raises:
-        ConfigError: an unknown command, or a path that means nothing on the cluster.
+        ConfigError: an unknown command, a path that means nothing on the cluster, a search space
+            that can't be right.
     """
     if command not in READS:
         raise ConfigError(f"submit {command}: choose one of {', '.join(READS)}")
@@ -49,6 +51,8 @@ def check(experiment: Experiment, command: str) -> None:
                     f"{key}: {path} is relative to this machine's folder; name it as the cluster's "
                     "nodes read it: an absolute path, or a URI"
                 )
+    if command == "tune":
+        read_space(experiment.tune, Searched(model=experiment.model, finetune=experiment.finetune))
 
 
 def check_storage(experiment: Experiment) -> None:

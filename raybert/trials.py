@@ -45,6 +45,9 @@ class Runner:
         # Of one that trains in its own process; Ray Train's workers share their machine's cores.
         alone = config.max_workers == 1
         self.threads = config.threads or (max(1, int(self.room.cpus)) if alone else None)
+        #: What a trial takes of the machines, for its cost.
+        self.cores = config.max_workers * float(self.threads or 1)
+        self.gpus = self.room.gpus if alone else config.max_workers * float(self.gpu)
         self._experiment, self._display, self._job = experiment, display, job
         self._resources = resources
         self._held = ray.put(Held.read(job))

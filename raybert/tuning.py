@@ -18,7 +18,7 @@ from raybert.doctor.visit import visit_when_asked
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.finetuning import finetune_job, input_length
-from raybert.pipeline import METRICS, evaluate_model
+from raybert.pipeline import METRICS, evaluate_model, measured
 from raybert.ray_session import Resources, dashboard_url, ray_session
 from raybert.storage import Folder
 from raybert.text import sources
@@ -62,7 +62,7 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
     if config.test:
         sources.peek(experiment.evaluate.source)
     if dashboard:
-        check_tensorboard()
+        check_tensorboard(stage / "tensorboard")
         shown = experiment.ray.model_copy(update={"dashboard": True})
         experiment = experiment.model_copy(update={"ray": shown})
     with ExitStack() as open_until_the_end:
@@ -205,20 +205,17 @@ class _Tuning:
         (stage / "seeds" / run.name / "model").copy_to(stage / "model", last="config.json")
         stage.write_text(WINNER, dump(self._winning(run)))
         runs = [run for finalist in finalists for run in finalist.runs]
-        cost = Cost.of(
-            [*entries, *runs],
-            self._runner.room,
-            self._runner.threads or 1,
-            self._experiment.finetune.max_workers,
-        )
+        cost = Cost.of([*entries, *runs], self._runner.cores, self._runner.gpus)
         write_trials(
             stage, self._space, entries, finalists, cost, config.scheduler.kind, config.searcher
         )
         result = result_of(entries, finalists, cost, spent)
-        result |= {"model": (stage / "model").uri, "config": stage.join(WINNER), "run": run.name}
+        result |= {"model": (stage / "model").uri, "config": (stage / WINNER).uri, "run": run.name}
         if config.test:
-            metrics = evaluate_model(self._experiment, stage / "model", display)
-            stage.write_json(METRICS, metrics)
+            metrics = measured(self._experiment, stage)  # by a session that was killed since
+            if metrics is None:
+                metrics = evaluate_model(self._experiment, stage / "model", display)
+                stage.write_json(METRICS, metrics)
             result["test"] = {key: metrics[key] for key in ("accuracy", "loss", "f1_macro", "n")}
         stage.write_json(RESULT, result)
         stage.delete("ray")  # what sessions that were killed have left

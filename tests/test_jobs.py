@@ -62,6 +62,11 @@ def test_a_large_file_is_named_and_refused(tmp_path, monkeypatch):
             "finetune.initialize_from: bert/ is relative",
         ),
         ("serve", {"run": {"storage": "/runs"}}, "submit serve: choose one of corpus, pretrain"),
+        (
+            "tune",
+            {"run": {"storage": "/runs"}, "tune": {"space": {"finetune.lrr": {"uniform": [0, 1]}}}},
+            "tune.space: unknown key finetune.lrr; did you mean finetune.lr",
+        ),
     ],
 )
 def test_what_only_this_machine_could_read_is_refused(command, values, words):
@@ -75,7 +80,7 @@ def test_what_all_nodes_read_may_be_submitted():
         "corpus": {"source": {"path": ["/data/a.csv", "gs://b/c.parquet"]}},
         "finetune": {"source": {"path": "sample:imdb"}},
     }
-    for command in ("corpus", "pretrain", "finetune", "evaluate", "run"):
+    for command in ("corpus", "pretrain", "finetune", "evaluate", "tune", "run"):
         check(Experiment.model_validate(values), command)
 
 

@@ -10,8 +10,8 @@ from raybert.storage import Folder, take_number
 
 
 @pytest.fixture
-def registry(tmp_path):
-    return Registry(str(tmp_path))
+def registry(anywhere):
+    return Registry(anywhere.uri)
 
 
 def model(tmp_path, weights):
@@ -106,16 +106,16 @@ def test_what_is_not_there_is_told(registry, tmp_path):
     assert registry.versions("reviews") == []
 
 
-def test_a_newer_registry_is_refused_by_name(registry, tmp_path):
+def test_a_newer_registry_is_refused_by_name(registry, anywhere, tmp_path):
     registry.promote("reviews", model(tmp_path, "one"))
-    folder = Folder(tmp_path) / "registry" / "reviews"
+    folder = anywhere / "registry" / "reviews"
     folder.write_json("current.json", {"format_version": 2, "version": 1, "history": []})
     with pytest.raises(UserError, match="has format 2, this raybert reads up to 1; upgrade"):
         registry.current("reviews")
 
 
-def test_numbers_that_are_taken_at_once_differ(tmp_path):
-    folder = Folder(tmp_path) / "numbers"
+def test_numbers_that_are_taken_at_once_differ(anywhere):
+    folder = anywhere / "numbers"
     with ThreadPoolExecutor(8) as pool:
         numbers = list(pool.map(lambda _: take_number(folder), range(24)))
     assert len(set(numbers)) == 24

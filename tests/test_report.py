@@ -380,6 +380,17 @@ def test_a_search_is_told(tmp_path):
     assert not {"script", "br", "i", "img"} & set(page.tags)
 
 
+def test_a_trial_that_failed_is_not_among_the_best(tmp_path):
+    make_search(tmp_path / "tune")
+    path = tmp_path / "tune" / "trials.json"
+    search = json.loads(path.read_text())
+    search["trials"].append(trial("0004", 0.99, "failed", why="its worker was lost"))
+    path.write_text(json.dumps(search))
+    text = Page(report(tmp_path)).text
+    assert "Values of the 3 best trials" in text
+    assert text.index("stopped at epoch 1") < text.index("its worker was lost")
+
+
 @pytest.mark.parametrize("left", ["dimensions", "finalists", "importance", "cost", "trials"])
 def test_a_search_without_a_part_shows_the_rest(tmp_path, left):
     make_search(tmp_path / "tune")

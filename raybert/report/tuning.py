@@ -71,8 +71,13 @@ def searched(search: Mapping[str, Any]) -> Html:
 
 
 def _best_first(trials: Sequence[Trial]) -> list[Trial]:
-    known = [t for t in trials if number(t.get("score")) is not None]
+    known = [t for t in trials if _counts(t) and number(t.get("score")) is not None]
     return sorted(known, key=lambda t: -float(t["score"]))
+
+
+def _counts(trial: Trial) -> bool:
+    """Whether a trial may win: one that failed has no model, whatever it had reached before."""
+    return trial.get("state") != "failed"
 
 
 def _over_time(trials: Sequence[Trial]) -> list[Html]:
@@ -80,7 +85,7 @@ def _over_time(trials: Sequence[Trial]) -> list[Html]:
     begun = min((b for t in trials if (b := number(t.get("begun")))), default=None)
     points = sorted(
         (float(when) - begun, float(accuracy), t.get("state") == "stopped")
-        for t in trials
+        for t in filter(_counts, trials)
         for _, _, accuracy, when in t.get("evaluations") or []
         if begun is not None and number(accuracy) is not None and number(when) is not None
     )
@@ -243,7 +248,7 @@ def _trial_table(trials: Sequence[Trial], keys: Sequence[str]) -> Html:
     names = ("trial", "state", "accuracy", "epochs", "took", *keys, "why")
     head = tag("tr", *(tag("th", name) for name in names))
     scored = _best_first(trials)
-    rest = [t for t in trials if number(t.get("score")) is None]
+    rest = [t for t in trials if t not in scored]
     body = []
     for trial in [*scored, *rest][:MAX_TRIALS]:
         values = trial.get("values") or {}

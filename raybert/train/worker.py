@@ -199,11 +199,13 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train
 
     work: _Work = config["work"]
-    if work.board.is_over():
-        return  # a restart can't mend what went wrong: end in peace, the driver has the message
     context = ray.train.get_context()
     device = torch.device("cuda", torch.cuda.current_device()) if work.gpu else torch.device("cpu")
     group = Group.current(device)
+    # Together: a worker that ended while another just missed the word would be waited for.
+    [over] = group.sum([work.board.is_over()])
+    if over:
+        return  # a restart can't mend what went wrong: end in peace, the driver has the message
     patience = work.job.config.patience_s
     attempt = begin_attempt(work.run, patience) if group.rank == 0 else 0
     attempt = int(group.sum([attempt])[0])

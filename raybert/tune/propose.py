@@ -64,10 +64,11 @@ class GridSearch:
 
     def __init__(self, space: Space, first: int, accepts: Accepts, but: list[Values]) -> None:
         """Number the accepted points from `first` on, but for those of trials before."""
-        self._points = [v for v in space.grid() if accepts(v) and v not in but]
-        self._first = first
-        if not self._points:
+        points = [values for values in space.grid() if accepts(values)]
+        if not points:
             raise _refused()
+        self._points = [values for values in points if values not in but]
+        self._first = first
 
     def __len__(self) -> int:
         return len(self._points)

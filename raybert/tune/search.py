@@ -97,7 +97,7 @@ def _what_was_lost(trial: Trial) -> str:
             text = file.read()
     low = "OutOfMemory" in text or "low on memory" in text  # by Ray; the kernel says nothing
     reason = "its node ran out of memory" if low else "its worker was lost"
-    return f"{reason}, {trial.num_failures} times"
+    return reason if trial.num_failures == 1 else f"{reason}, {trial.num_failures} times"
 
 
 def run_trials(
@@ -127,12 +127,11 @@ def run_trials(
         RaybertError: Ray Tune itself failed.
     """
     scratch, name = stage / "ray", f"attempt-{time.time_ns()}"
-    request = {"CPU": session.room.cpus, "GPU": session.room.gpus}
     arguments: dict[str, Any] = {
         "name": name,
         "metric": "score" if isinstance(scheduler, PopulationBasedTraining) else "best",
         "mode": "max",
-        "resources_per_trial": ray.tune.PlacementGroupFactory([request]),
+        "resources_per_trial": ray.tune.PlacementGroupFactory([session.room.request]),
         "storage_path": scratch.path,
         "storage_filesystem": scratch.filesystem,
         "search_alg": _Search(session),

@@ -16,7 +16,6 @@ from raybert.tune.ledger import ENDED, Entry, Evaluation, Ledger
 from raybert.tune.settings import TuneConfig
 
 _SETTLED_SECONDS = 60  # after which a trial that is over has written all that it will
-_NO_CPU = 0.001  # of a trial whose workers are Ray Train's: Ray wants something to be asked for
 _SPARE_CPUS = 2  # logical ones of a Ray started here: Ray Data's, which trials have no use for
 
 
@@ -44,11 +43,21 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Room:
-    """How many trials run at a time, and what each is given."""
+    """How many trials run at a time, and what the process of each is given."""
 
     trials: int
-    cpus: float
+    cpus: float  # nothing, as of GPUs, where the workers of a trial are other processes
     gpus: float
+
+    @property
+    def request(self) -> dict[str, float]:
+        """What Ray is asked for.
+
+        It wants something to be asked for. A thousandth of a CPU would leave less than whole ones
+        on that node, and a worker that waits for one would find none: so it is a byte of memory.
+        """
+        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        return {name: count for name, count in wanted.items() if count} or {"memory": 1}
 
 
 def room_for(config: TuneConfig, training: TrainConfig, gpu: bool, resources: Resources) -> Room:
@@ -95,18 +104,18 @@ def _of_one_worker(config: TuneConfig, gpu: bool, resources: Resources) -> tuple
 
 
 def _of_several_workers(training: TrainConfig, gpu: bool, resources: Resources) -> tuple[Room, str]:
-    """The room of trials whose workers Ray Train starts, on any nodes.
+    """The room of trials whose workers Ray Train starts, each on any node.
 
-    Ray Train asks for their CPUs itself. One more stays free, as for any run; a hundred trials'
-    own fractions fit into it.
+    It asks for their CPUs itself. One more stays free, as `check_resources` wants it of any run.
     """
-    fits = resources.cpus - 1
+    nodes = _nodes(resources)
+    fits = sum(int(cpus) for cpus, _ in nodes) - 1
     if gpu:
-        fits = min(fits, resources.gpus)
-    trials = int(fits // training.max_workers)
+        fits = min(fits, sum(int(min(cpus, gpus)) for cpus, gpus in nodes))
+    trials = fits // training.max_workers
     if not trials and fits >= training.min_workers:  # a range: as many workers as there is room for
         trials = 1
-    return Room(trials, _NO_CPU, 0.0), f"finetune.workers={training.min_workers}"
+    return Room(trials, 0.0, 0.0), f"finetune.workers={training.min_workers}"
 
 
 def _nodes(resources: Resources) -> Sequence[tuple[float, float]]:

@@ -106,7 +106,10 @@ class TuneConfig(Settings):
         30, ge=1, description="the configured values among them; a grid has as many as its points"
     )
     minutes: float | None = Field(
-        None, gt=0, description="no trial begins or goes on after these; null: no limit"
+        None,
+        gt=0,
+        description="no trial begins or goes on after these, then the finalists run; "
+        "null: no limit",
     )
     seed: int = Field(0, ge=0, description="decides what is drawn")
     concurrency: int | None = Field(
@@ -187,11 +190,11 @@ def read_space(config: TuneConfig, base: Searched) -> Space:
     if not len(space):
         raise ConfigError("tune.space is empty; name keys and their ranges, or leave it out")
     for dimension in space.dimensions:
-        _check_key(dimension.key, base)
+        _check_key(dimension.key, base, "tune.space")
         _check_ends(dimension, space, base)
     for values in config.start:
         for key in values:
-            _check_key(key, base)
+            _check_key(key, base, "tune.start")
         base.with_values(values, "tune.start")
     _check_scheduler(config, space, base)
     return space
@@ -209,19 +212,19 @@ def most_epochs(space: Space, base: Searched, steps_per_epoch: int, tokens_per_e
     return steps / steps_per_epoch
 
 
-def _check_key(key: str, base: Searched) -> None:
+def _check_key(key: str, base: Searched, where: str) -> None:
     for name, why in _FIXED.items():
         if key == name or key.startswith(f"{name}."):
-            raise ConfigError(f"tune.space: {key} can't be searched: {why}")
+            raise ConfigError(f"{where}: {key} can't be searched: {why}")
     section = key.partition(".")[0]
     if section == "model" and base.finetune.initialize_from != "scratch":
         raise ConfigError(
-            f"tune.space: {key}: the model's shape is that of the pretrained one; search over it "
+            f"{where}: {key}: the model's shape is that of the pretrained one; search over it "
             "with finetune.initialize_from=scratch"
         )
     if section not in ("model", "finetune"):
         raise ConfigError(
-            f"tune.space: {key}: trials are fine-tuning runs, which read the sections finetune and "
+            f"{where}: {key}: trials are fine-tuning runs, which read the sections finetune and "
             "model alone"
         )
 

@@ -11,7 +11,6 @@ from raybert.train.meters import finite
 from raybert.tune.importance import METHOD, importance
 from raybert.tune.ledger import Entry, count_states
 from raybert.tune.select import DEFAULT, Finalist
-from raybert.tune.session import Room
 from raybert.tune.space import Space
 
 TRIALS, CLOCK = "trials.json", "search.json"
@@ -44,15 +43,11 @@ class Cost:
     gpu_hours: float
 
     @classmethod
-    def of(cls, entries: Sequence[Entry], room: Room, threads: int, workers: int) -> Cost:
-        """Add up the trials' own seconds, times what each was given."""
+    def of(cls, entries: Sequence[Entry], cores: float, gpus: float) -> Cost:
+        """Add up the trials' own seconds, times the cores and GPUs that each was given."""
         seconds = sum(entry.seconds for entry in entries)
         hours = seconds / 3600
-        return cls(
-            round(seconds, 1),
-            round(hours * threads * workers, 4),
-            round(hours * (room.gpus if workers == 1 else workers * float(room.gpus > 0)), 4),
-        )
+        return cls(round(seconds, 1), round(hours * cores, 4), round(hours * gpus, 4))
 
 
 def write_trials(

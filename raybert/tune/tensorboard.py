@@ -69,12 +69,16 @@ class EventWriter:
         return self._writers[entry.name]
 
 
-def check_tensorboard() -> None:
-    """Make sure that TensorBoard can be started.
+def check_tensorboard(folder: Folder) -> None:
+    """Make sure that TensorBoard can be started on a folder.
 
     Raises:
-        UserError: it is an extra, and not installed.
+        UserError: it is an extra, and not installed; or the folder is not on a disk.
     """
+    if not folder.is_local:
+        raise UserError(
+            f"--dashboard: TensorBoard reads local folders, not {folder}; set run.storage to one"
+        )
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             "--dashboard needs tensorboard, which is not installed; pip install 'raybert[report]'"
@@ -83,15 +87,7 @@ def check_tensorboard() -> None:
 
 @contextmanager
 def tensorboard(folder: Folder) -> Iterator[str]:
-    """Serve a folder's events on this machine for as long as the context lasts; yields where.
-
-    Raises:
-        UserError: the folder is not on a disk.
-    """
-    if not folder.is_local:
-        raise UserError(
-            f"--dashboard: TensorBoard reads local folders, not {folder}; set run.storage to one"
-        )
+    """Serve a local folder's events on this machine while the context lasts; yields where."""
     port = _free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder.path]
     process = subprocess.Popen(

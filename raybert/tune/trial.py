@@ -1,24 +1,18 @@
 """A trial in its worker: the same run as fine-tuning's, which stands still at every evaluation.
 
 A worker outlives its trials: the next one finds Python, PyTorch, the texts and the pretrained
-weights where the last one left them. A trial of one worker trains in this process; one of several
-is a Ray Train run that this process starts. Either way its state is in its own folder. What Ray
-Tune is given as a checkpoint is where that is: a pointer.
+weights where the last one left them. A trial's state is in its own folder; what Ray Tune is given
+as a checkpoint is where that is: a pointer.
 """
 
 from __future__ import annotations
 
 import gc
-import queue
-import threading
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import ray
-import torch
 from ray.tune import Trainable
 
 from raybert.config import dump
@@ -28,18 +22,15 @@ from raybert.storage import Folder
 from raybert.train.board import Board, Link
 from raybert.train.checkpoint import CheckpointStore, Snapshot, begin_attempt, hash_tensors
 from raybert.train.finetune import FinetuneJob, Held
-from raybert.train.group import Group
 from raybert.train.meters import read_metrics
-from raybert.train.run import CONFIG, Execution, Feed
-from raybert.train.task import Stopped, Wishes
-from raybert.train.worker import train_on_ray
+from raybert.train.run import CONFIG
+from raybert.train.task import Stopped
 from raybert.tune.ledger import TRIAL, write_trial
+from raybert.tune.running import Run, start_run
 from raybert.tune.settings import Searched
 from raybert.tune.space import Values
 
 FAILED_SCORE = -1.0  # below any accuracy: schedulers compare with it, and it must be a number
-_POLL_SECONDS = 0.5
-Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         self._held: Held = ray.get(work.held)
         # A number of its own for each worker: their records lie beside each other on the board.
         self._link = Link(work.board, uuid.uuid4().int % 1_000_000)
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._pointer: dict[str, Any] | None = None
         self._last: dict[str, Any] = {}
         self._take(config)
@@ -170,22 +161,25 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
             "done": is_over,
         }
 
-    def _begin(self) -> _Run:
+    def _begin(self) -> Run:
         """Start the run, or go on with it, on another trial's weights where it shall."""
         work, folder = self._work, self._work.folder / self.trial_id
         job = work.job_of(self._values, self._seed)
         folder.write_text(CONFIG, dump(Searched(model=job.model, finetune=job.config)))
-        attempt = begin_attempt(folder)
+        attempt = begin_attempt(folder, job.config.patience_s)
         taken = self._take_over(folder, attempt, job)
         scores = [r["score"] for r in read_metrics(folder) if r["kind"] == "eval" and not taken]
         self._last["best"] = max([FAILED_SCORE, *(s for s in scores if s is not None)])
-        is_stopping = self._link.is_stopping
-        if job.config.max_workers > 1:  # each reads for itself
-            self._run = _OnRay(job, folder, work.resources, self._report, is_stopping)
-        else:
-            job = replace(job, held=self._held)
-            wishes = Wishes(stop=is_stopping)
-            self._run = _Here(job, folder, attempt, work.gpu, self._report, wishes)
+        self._run = start_run(
+            job,
+            folder,
+            attempt,
+            self._held,
+            gpu=work.gpu,
+            resources=work.resources,
+            report=self._report,
+            is_stopping=self._link.is_stopping,
+        )
         if taken:
             self._note_exchange(folder, self._run)
         return self._run
@@ -216,134 +210,11 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         write_trial(folder, self._values, self._seed, trial["begun"], exchanges)
         return True
 
-    def _note_exchange(self, folder: Folder, run: _Run) -> None:
+    def _note_exchange(self, folder: Folder, run: Run) -> None:
         """Write down what proves an exchange: the weights and the learning rate in use."""
         trial = folder.read_json(TRIAL)
         trial["exchanges"][-1] |= {"weights_after": run.weights(), "lr": run.lr()}
         folder.write_json(TRIAL, trial)
-
-
-class _Run(Protocol):
-    """A trial's run, wherever it trains."""
-
-    def advance(self) -> dict[str, Any] | None:
-        """Train up to the next evaluation and return its record; None: the run is over."""
-
-    def save(self) -> int:
-        """Save it where it stands; returns the step."""
-
-    def weights(self) -> str:
-        """A hash of the weights as they stand."""
-
-    def lr(self) -> float:
-        """The peak learning rate that is in use."""
-
-    def close(self) -> None:
-        """Leave it as it stands."""
-
-
-class _Here:
-    """A run in this process."""
-
-    def __init__(
-        self,
-        job: FinetuneJob,
-        folder: Folder,
-        attempt: int,
-        gpu: bool,
-        report: Report,
-        wishes: Wishes,
-    ) -> None:
-        group = Group(device=torch.device("cuda" if gpu else "cpu"))
-        self._execution = Execution(
-            job, folder, attempt, group, Feed(), on_progress=report, wishes=wishes
-        )
-        self._execution.loop.resume()
-
-    def advance(self) -> dict[str, Any] | None:
-        return self._execution.advance()
-
-    def save(self) -> int:
-        self._execution.loop.save()
-        return self._execution.loop.progress.step
-
-    def weights(self) -> str:
-        return hash_tensors(self._execution.loop.task.model.state_dict())
-
-    def lr(self) -> float:
-        groups = self._execution.loop.optimizer.param_groups
-        return float(max(group["lr"] for group in groups))
-
-    def close(self) -> None:
-        self._execution.close()
-
-
-class _OnRay:
-    """A run of several workers: Ray Train's, until it is over or has to stand still.
-
-    Workers don't wait at an evaluation, for what is decided about it takes milliseconds, and their
-    start takes many seconds. They are stopped where a scheduler wants the run's state.
-    """
-
-    def __init__(
-        self,
-        job: FinetuneJob,
-        folder: Folder,
-        resources: Resources,
-        report: Report,
-        is_stopping: Callable[[], bool],
-    ) -> None:
-        self._job, self._folder, self._resources = job, folder, resources
-        self._report, self._is_stopping = report, is_stopping
-        self._store = CheckpointStore(folder, 0, 1)
-        self._found: queue.Queue[dict[str, Any] | Exception | None] = queue.Queue()
-        self._board = Board()
-        self._thread: threading.Thread | None = None
-
-    def advance(self) -> dict[str, Any] | None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
-            self._thread.start()
-        while True:
-            with suppress(queue.Empty):
-                found = self._found.get(timeout=_POLL_SECONDS)
-                if isinstance(found, Exception):
-                    raise found
-                return found
-            if self._is_stopping():
-                self._board.stop()
-
-    def save(self) -> int:
-        self.close()
-        return max(self._store.steps(), default=0)
-
-    def weights(self) -> str:
-        snapshot = self._store.load_latest(lambda text: None)
-        return "" if snapshot is None else hash_tensors(snapshot.model)
-
-    def lr(self) -> float:
-        return self._job.config.lr
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self._board.stop()
-            self._thread.join()
-            self._thread, self._board = None, Board()
-            self._found = queue.Queue()
-
-    def _train(self) -> None:
-        found, board = self._found, self._board
-
-        def note(record: dict[str, Any]) -> None:
-            self._report(record)
-            if record["kind"] == "eval":
-                found.put(record)
-
-        try:
-            train_on_ray(self._job, self._folder, self._resources, on_progress=note, board=board)
-            found.put(None)
-        except Exception as error:  # raised by `advance`, in the trial's own thread
-            found.put(error)
 
 
 def _load(store: CheckpointStore, step: int) -> Snapshot:

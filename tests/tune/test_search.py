@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from raybert.experiment import Experiment
 from raybert.finetuning import teachers
 from raybert.model import hub
 from raybert.ray_session import Resources
+from raybert.registry import Registry
 from raybert.storage import Folder
 from raybert.train.finetune import FinetuneConfig
 from raybert.train.meters import read_metrics
@@ -62,18 +64,24 @@ def nodes(*each):
         ({"concurrency": 30}, 1, False, resources(10), Room(10, 1.0, 0.0)),
         ({}, 1, True, resources(10, 4), Room(4, 1.0, 1.0)),
         ({"gpus_per_trial": 0.25}, 1, True, resources(10, 2), Room(8, 1.0, 0.25)),
-        ({}, 3, False, resources(10), Room(3, 0.001, 0.0)),
-        ({}, 2, True, resources(30, 8), Room(4, 0.001, 0.0)),
-        ({}, {"min": 2, "max": 8}, False, resources(6), Room(1, 0.001, 0.0)),
+        ({}, 3, False, resources(10), Room(3, 0.0, 0.0)),
+        ({}, 2, True, resources(30, 8), Room(4, 0.0, 0.0)),
+        ({}, {"min": 2, "max": 8}, False, resources(6), Room(1, 0.0, 0.0)),
         # A trial of one worker lies on one node.
         ({"cpus_per_trial": 3}, 1, False, nodes((4, 0), (4, 0), (2, 0)), Room(2, 3.0, 0.0)),
         ({}, 1, True, nodes((16, 0), (4, 2), (1, 2)), Room(3, 1.0, 1.0)),
-        ({}, 3, False, nodes((2, 0), (2, 0)), Room(1, 0.001, 0.0)),
+        ({}, 3, False, nodes((2, 0), (2, 0)), Room(1, 0.0, 0.0)),
     ],
 )
 def test_the_cluster_is_divided_among_trials(settings, workers, gpu, cluster, expected):
     training = training_of(workers)
     assert room_for(TuneConfig(**settings), training, gpu, cluster) == expected
+
+
+def test_whatever_a_trial_is_given_ray_is_asked_for_something():
+    assert Room(2, 0.5, 0.0).request == {"CPU": 0.5}
+    assert Room(2, 1.0, 0.25).request == {"CPU": 1.0, "GPU": 0.25}
+    assert Room(2, 0.0, 0.0).request == {"memory": 1}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +213,19 @@ def test_a_trial_is_the_run_that_fine_tuning_would_be(ray_session, tmp_path):
 
 
 @pytest.mark.ray
+def test_what_a_killed_session_has_measured_is_not_measured_again(
+    ray_session, tmp_path, monkeypatch
+):
+    experiment = searchable(tmp_path, tune={"trials": 1, "keep_models": True})
+    result = tune(experiment, QUIET)
+    (experiment.folder / "tune").delete("result.json")  # it was killed before it wrote that
+    monkeypatch.setattr("raybert.tuning.evaluate_model", None)
+    again = tune(experiment, QUIET)
+    for key in ("trials", "best", "default", "test", "model", "run"):
+        assert again[key] == result[key]
+
+
+@pytest.mark.ray
 def test_a_search_of_the_texts_shape_prepares_them_once(ray_session, tmp_path):
     space = {
         "finetune.seq_len": {"choice": [8, 16]},
@@ -268,14 +289,20 @@ def test_a_search_in_which_all_fails_says_why(ray_session, tmp_path):
 
 
 @pytest.mark.ray
-def test_a_lost_worker_costs_what_it_did_since_its_checkpoint(ray_session, tmp_path):
-    experiment = searchable(
-        tmp_path,
-        count=400,
-        finetune={"steps": 1500, "evaluations": 10, "checkpoint_steps": 50},
-        tune={"trials": 2, "test": False},
-    )
-    run = experiment.folder / "tune" / "trials" / "0001"
+def test_a_trial_that_wants_too_much_memory_is_marked_and_the_search_goes_on(ray_session, tmp_path):
+    space = {"model.intermediate_size": {"choice": [2**46, 16]}}
+    experiment = searchable(tmp_path, tune={"space": space, "searcher": "grid", "test": False})
+    result = tune(experiment, QUIET)
+    assert result["trials"] == {"all": 3, "finished": 2, "stopped": 0, "failed": 1}
+    trials = (experiment.folder / "tune").read_json("trials.json")["trials"]
+    [failed] = [t for t in trials if t["state"] == "failed"]
+    assert failed["values"] == {"model.intermediate_size": 2**46}
+    assert "memory" in failed["why"]
+
+
+@contextmanager
+def a_worker_killed(run):
+    """Kill the worker of a trial, once, after the first evaluation of the trial in this folder."""
     killed = []
 
     def kill():
@@ -293,9 +320,54 @@ def test_a_lost_worker_costs_what_it_did_since_its_checkpoint(ray_session, tmp_p
 
     thread = threading.Thread(target=kill)
     thread.start()
-    result = tune(experiment, QUIET)
+    yield
     thread.join()
     assert killed
+
+
+@pytest.mark.ray
+def test_a_trial_whose_worker_is_lost_for_good_is_marked(ray_session, tmp_path):
+    experiment = searchable(
+        tmp_path,
+        count=400,
+        finetune={"steps": 1500, "evaluations": 10},
+        tune={"trials": 2, "test": False, "max_failures": 0},
+    )
+    with a_worker_killed(experiment.folder / "tune" / "trials" / "0001"):
+        result = tune(experiment, QUIET)
+    assert result["trials"] == {"all": 2, "finished": 1, "stopped": 0, "failed": 1}
+    trials = (experiment.folder / "tune").read_json("trials.json")["trials"]
+    assert [t["why"] for t in trials if t["state"] == "failed"] == ["its worker was lost"]
+
+
+@pytest.mark.ray
+def test_a_search_on_an_object_store(ray_session, bucket, tmp_path):
+    experiment = searchable(
+        tmp_path,
+        run={"name": "tiny", "storage": bucket.uri},
+        finetune={"steps": 24, "evaluations": 6},
+        tune={"trials": 3, "scheduler": {"kind": "pbt", "interval_epochs": 0.4}},
+    )
+    result = tune(experiment, QUIET)
+    assert result["trials"]["failed"] == 0
+    assert result["model"].startswith("s3://")
+    assert result["test"]["n"] == 60
+    registry = Registry(experiment.run.storage)
+    registry.promote("reviews", Folder(result["model"]))
+    assert hub.load_classifier(registry.current("reviews"))[1] == ["neg", "pos"]
+    assert (experiment.folder / "tune").names("ray") == []
+
+
+@pytest.mark.ray
+def test_a_lost_worker_costs_what_it_did_since_its_checkpoint(ray_session, tmp_path):
+    experiment = searchable(
+        tmp_path,
+        count=400,
+        finetune={"steps": 1500, "evaluations": 10, "checkpoint_steps": 50},
+        tune={"trials": 2, "test": False},
+    )
+    with a_worker_killed(experiment.folder / "tune" / "trials" / "0001"):
+        result = tune(experiment, QUIET)
     assert result["trials"] == {"all": 2, "finished": 2, "stopped": 0, "failed": 0}
     attempts = {
         name: len((experiment.folder / "tune" / "trials" / name / "attempts").names())
