@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -95,6 +95,8 @@ class Batcher:
         self._on_batch = on_batch
         self._items: deque[_Item] = deque()
         self._queued = 0  # tokens of the items whose requests are still wanted
+        self._expected = 0  # tokens of requests that are let in, and still being read
+        self._typical = 0.0  # tokens of a request
         self._running: list[_Item] = []
         self._begun = 0.0
         self._speed: float | None = None  # tokens per second
@@ -115,21 +117,34 @@ class Batcher:
     @property
     def expected_wait_s(self) -> float:
         """Seconds until what waits now is computed, by the speed of the last batches."""
-        return self._queued / self._speed if self._speed else 0.0
+        return (self._queued + self._expected) / self._speed if self._speed else 0.0
 
     @property
     def running_s(self) -> float:
         """Seconds since the batch under way has begun; 0 where there is none."""
         return time.monotonic() - self._begun if self._running else 0.0
 
-    def check(self) -> None:
-        """Refuse what comes while the queue is full.
+    def check(self, tokens: float | None = None) -> None:
+        """Refuse a request for which there is no room.
+
+        Args:
+            tokens: that it has, as far as is known; None: as many as others have.
 
         Raises:
-            Overloaded: it is.
+            Overloaded: there is none. A request that finds nothing before it has room.
         """
-        if self._queued >= self.capacity:
+        waiting = self._queued + self._expected
+        if waiting and waiting + (self._typical if tokens is None else tokens) > self.capacity:
             raise Overloaded(self.expected_wait_s)
+
+    @contextmanager
+    def expecting(self, tokens: int) -> Iterator[None]:
+        """Keep room for a request while it is read: others are refused before they are, too."""
+        self._expected += tokens
+        try:
+            yield
+        finally:
+            self._expected -= tokens
 
     async def score(self, rows: Sequence[Row]) -> Scores:
         """Score rows, at least one: [rows, labels].
@@ -143,6 +158,7 @@ class Batcher:
         tokens = sum(map(_cost, rows))
         if self._queued and self._queued + tokens > self.capacity:
             raise Overloaded(self.expected_wait_s)
+        self._typical += _MEMORY * (tokens - self._typical)
         request = _Request(rows, asyncio.get_running_loop().create_future())
         self._items.extend(_Item(request, place) for place in range(len(rows)))
         self._queued += tokens

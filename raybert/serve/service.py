@@ -33,6 +33,7 @@ from raybert.serve.settings import ServeConfig
 _ASIDE = 8  # explanations and masks that may wait
 _MOST_EXPLAINED = 8  # texts of a request
 _MOST_CHARACTERS = 8 << 20  # that wait to be tokenized: about a second of it
+_MEMORY = 0.05  # weight of the newest request in the tokens that are expected of a text
 _STUCK_S = 120  # of one batch, after which a replica is no good any more
 
 
@@ -72,6 +73,7 @@ class Service:
         self._beside = ThreadPoolExecutor(1, "beside", use_threads)
         self._aside = Aside(self._beside, _ASIDE)
         self._characters = 0  # that wait to be tokenized
+        self._tokens_a_character = 0.2  # of the last requests, after cutting
         self._threads = threads
         self.catalog = Catalog(config, self._computing, self.metrics, self._log, device)
 
@@ -197,9 +199,11 @@ class Service:
             Failed: the model failed.
         """
         served = self.find(name)
-        served.batcher.check()
         windows = self.config.long_texts == "windows" if truncate is None else not truncate
-        rows, counts = await self._encode(served, texts, windows)
+        expected = int(sum(map(len, texts)) * self._tokens_a_character)
+        served.batcher.check(expected)
+        with served.batcher.expecting(expected):
+            rows, counts = await self._encode(served, texts, windows)
         canary = self.catalog.canary
         share = self.config.canary.share if self.config.canary else 0.0
         if canary is None or name is not None or random.random() >= share:
@@ -231,6 +235,7 @@ class Service:
         finally:
             self._characters -= characters
         tokens = sum(map(len, rows))
+        self._tokens_a_character += _MEMORY * (tokens / characters - self._tokens_a_character)
         if tokens > self.config.max_tokens:
             raise bodies.too_large(
                 f"{tokens:,} tokens are more than the {self.config.max_tokens:,} that are read in "

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import logging
+import time
 from concurrent.futures import Future
 
 import httpx
@@ -18,6 +19,7 @@ from raybert.predict import numbered, predict_texts
 from raybert.serve import edge
 from raybert.serve.api import make_api
 from raybert.serve.auth import Keys, digest
+from raybert.serve.bodies import PredictRequest, Refused
 from raybert.serve.classifier import TextClassifier
 from raybert.serve.service import Service
 from raybert.serve.settings import ServeConfig
@@ -451,6 +453,33 @@ def test_a_full_queue_is_told_before_a_body_is_read(api, monkeypatch):
     refused(response, 429, "try again in 5 s")
     assert response.headers["Retry-After"] == "5"
     assert api.post("/fill-mask", {"inputs": "a [MASK]"}).is_success  # has a queue of its own
+
+
+def test_what_there_is_no_room_for_is_refused_before_it_is_tokenized(api, monkeypatch):
+    served = api.service.find(None)
+    read = []
+    encode = served.encode
+
+    def noting(texts, *, windows):
+        read.extend(texts)
+        time.sleep(0.05)  # so that all the others come meanwhile
+        return encode(texts, windows=windows)
+
+    monkeypatch.setattr(served, "encode", noting)
+    monkeypatch.setattr(served.batcher, "_speed", 1.0)  # room for two batches
+    monkeypatch.setattr(served.batcher, "_note_speed", lambda tokens, seconds: None)
+    monkeypatch.setattr(api.service, "_tokens_a_character", 1.0)
+    text = "superb " * 300  # 2,100 tokens, as it is told: only one may wait beside another
+
+    async def ask():
+        request = PredictRequest(inputs=text)
+        return await asyncio.gather(
+            *(api.service.predict(request) for _ in range(20)), return_exceptions=True
+        )
+
+    answers = asyncio.run(ask())
+    refusals = [one.status for one in answers if isinstance(one, Refused)]
+    assert refusals == [429] * (20 - len(read)) and 1 <= len(read) <= 2
 
 
 @pytest.fixture

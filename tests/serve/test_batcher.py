@@ -161,6 +161,34 @@ def test_what_would_wait_too_long_is_refused_and_what_waits_is_answered(executor
     run(ask())
 
 
+def test_requests_that_are_read_take_their_room_before_they_join_the_queue(executor):
+    made = batcher(Recorder(), executor, tokens_per_batch=10, queue_s=2.0)
+    made._speed = 15.0  # 30 tokens may wait
+    made.check(1000)  # nothing is before it
+    with made.expecting(25):
+        made.check(5)
+        with pytest.raises(Overloaded) as refused:
+            made.check(6)
+        assert refused.value.wait_s == pytest.approx(25 / 15)
+    made.check(1000)
+
+
+def test_who_says_nothing_of_its_size_is_taken_for_one_like_the_others(executor):
+    async def ask():
+        made = batcher(Recorder(), executor, tokens_per_batch=10, queue_s=2.0)
+        for _ in range(30):
+            await made.score([np.ones(10)])
+        made._speed = 15.0
+        with made.expecting(19):
+            made.check()
+        with made.expecting(21):
+            with pytest.raises(Overloaded):
+                made.check()
+            made.check(9)
+
+    run(ask())
+
+
 def test_a_request_larger_than_the_queue_is_let_in_alone(executor):
     async def ask():
         made = batcher(Recorder(), executor, tokens_per_batch=2, queue_s=0.001)
