@@ -149,6 +149,7 @@ def update(
 def roll(server: Server, clients: Clients, models: Sequence[Path], given: Any) -> dict[str, Any]:
     """Deploy again with another model, so that Serve replaces all replicas, several times."""
     rolls = []
+    environment = {**os.environ, **HAPROXY, "RAY_AUTH_MODE": "token"}
     with clients:
         for number in range(1, given.updates + 1):
             time.sleep(CALM_SECONDS)
@@ -158,7 +159,7 @@ def roll(server: Server, clients: Clients, models: Sequence[Path], given: Any) -
             command = [sys.executable, __file__, "--deploy", server.ray_address()]
             command += ["--settings", json.dumps(settings)]
             begun = time.monotonic()
-            subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, **HAPROXY})
+            subprocess.run(command, cwd=ROOT, check=True, env=environment)
 
             def is_rolled(before: set[str] = before) -> bool:
                 now = server.answering(LOOKS)
