@@ -188,6 +188,7 @@ def execute(
         result["machine"] = describe_machine(group, threads)
         result["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         finished: dict[str, Any] = finite(result)
+        check_attempt(run, attempt)  # again: the model may have taken minutes
         merge_metrics(run)
         run.write_json(RESULT, finished)
         return finished
