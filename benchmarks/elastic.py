@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import threading
 import time
+from itertools import groupby
 from typing import Any
 
 from faults import Watcher, experiment, finished, same_digests, say
@@ -109,6 +111,8 @@ def main() -> None:
         sizes = sizes_of(watcher)
         fixed, elastic = (disk / name / "pretrain" for name in ("fixed", "elastic"))
         left, right = losses(fixed), losses(elastic)
+        if left.keys() != right.keys():
+            raise SystemExit(f"elastic.py: evaluated at {sorted(left)} and at {sorted(right)}")
         result = {
             "workers": [sizes[attempt] for attempt in sorted(sizes)],
             "digests_equal": same_digests(fixed, elastic),
@@ -118,6 +122,8 @@ def main() -> None:
             "steps": given.steps,
         }
     print(json.dumps(result) if given.json else json.dumps(result, indent=2))
+    changes = [size for size, _ in groupby(result["workers"])]
+    sys.exit(changes != [1, 3, 2] or not result["digests_equal"])
 
 
 if __name__ == "__main__":
