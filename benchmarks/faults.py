@@ -40,7 +40,7 @@ from raybert.train.run import read_digests
 
 KINDS = ("worker", "raylet", "node", "driver", "network", "storage")
 MOMENTS = ("step", "checkpoint", "evaluation", "start-up")
-CUT_SECONDS, REFUSED_SECONDS = 30, 60
+CUT_SECONDS, REFUSED_SECONDS, NOTICE_SECONDS = 30, 60, 30
 STEPS_BETWEEN = (6, 14)  # new steps between a recovery and the next fault
 STEPS_A_SECOND = 3  # at most, so that a run does not end before its faults
 PATIENCE_SECONDS = 600  # without a new step, the drill gives up
@@ -291,6 +291,8 @@ class Drill:
             return kill_one(node, "raylet/raylet")
         if fault.kind == "node":
             node.kill()
+        elif fault.kind == "preemption":
+            self._cluster.drain(node, NOTICE_SECONDS)
         elif fault.kind == "network":
             node.cut()
             time.sleep(CUT_SECONDS)
@@ -344,7 +346,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=20)
-    parser.add_argument("--kinds", default=",".join(KINDS), help="of these; `head` is one, too")
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help="of these; also `head`, `preemption`"
+    )
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--steps", type=int, help="default: enough for the faults")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
