@@ -104,6 +104,7 @@ def main() -> None:
         for node in cluster.workers[1:]:
             node.wanted = False
             node.kill()
+        cluster.wait_for_nodes(2)
         watcher = Watcher(disk / "elastic" / "pretrain")
         say("the elastic run")
         change = Change(cluster, watcher)

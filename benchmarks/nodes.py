@@ -295,20 +295,41 @@ class Cluster:
                 raise RuntimeError(f"the head does not come up: {log[-2000:]}")
             time.sleep(1)
 
+    def alive(self) -> dict[str, str]:
+        """The addresses of the nodes that Ray takes for alive, and their IDs."""
+        listing = self._ray("list", "nodes", "--address", self.address, "--format", "json")
+        return {
+            found["node_ip"]: found["node_id"]
+            for found in json.loads(listing)
+            if found["state"] == "ALIVE"
+        }
+
+    def wait_for_nodes(self, count: int) -> None:
+        """Wait until Ray knows of so many nodes, the head included, and of no more.
+
+        Raises:
+            RuntimeError: that does not come.
+        """
+        ends = time.monotonic() + _START_SECONDS
+        while len(alive := self.alive()) != count:
+            if time.monotonic() > ends:
+                raise RuntimeError(f"{len(alive)} nodes instead of {count}: {sorted(alive)}")
+            time.sleep(1)
+
     def drain(self, node: Node, seconds: int) -> None:
         """Give notice that a node will be taken away, and take it: as a cloud does.
 
         Raises:
             RuntimeError: Ray does not take the notice.
         """
-        listing = self._ray("list", "nodes", "--address", self.address, "--format", "json")
-        ids = [
-            found["node_id"]
-            for found in json.loads(listing)
-            if found["node_ip"] == node.address and found["state"] == "ALIVE"
-        ]
         self._ray(
-            *("drain-node", "--address", f"{self.head.address}:{_GCS}", "--node-id", ids[0]),
+            *(
+                "drain-node",
+                "--address",
+                f"{self.head.address}:{_GCS}",
+                "--node-id",
+                self.alive()[node.address],
+            ),
             *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away"),
             *("--deadline-remaining-seconds", str(seconds)),
         )
