@@ -95,7 +95,12 @@ def main() -> None:
         disk = cluster.disk.path
         for name, workers in (("fixed", 2), ("elastic", {"min": 1, "max": 3})):
             values = experiment(disk, name, given.steps, 1)
-            values["pretrain"] |= {"workers": workers, "evaluations": EVALUATIONS}
+            # Sums over other groups of ranks round otherwise; bf16 would make much of little.
+            values["pretrain"] |= {
+                "workers": workers,
+                "evaluations": EVALUATIONS,
+                "precision": "fp32",
+            }
             (cluster.folder / f"{name}.yaml").write_text(json.dumps(values))
         say("the corpus, and the run of a fixed size")
         finished(cluster, "corpus", "-c", str(cluster.folder / "fixed.yaml"))
