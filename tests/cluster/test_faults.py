@@ -24,6 +24,7 @@ def test_a_seed_gives_the_same_faults_and_every_kind_its_share():
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
 def test_a_worker_that_is_killed_on_a_real_cluster_changes_nothing():
     command = [sys.executable, str(BENCHMARKS / "faults.py"), "--json"]
