@@ -140,6 +140,12 @@ def test_every_command_of_raybert_exists():
             check_command(words)
 
 
+def test_what_is_there_is_not_coming():
+    """Take a command off the list once it is built: from then on its manifest is checked."""
+    assert COMING.isdisjoint(COMMANDS)
+    assert COMING.isdisjoint(READS)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
