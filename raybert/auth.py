@@ -8,6 +8,7 @@ says otherwise; where there is no token it writes one, which by default everybod
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 from contextlib import suppress
@@ -22,6 +23,9 @@ HOW_TO_MAKE = (
 
 _MODE, _TOKEN, _PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _OTHERS = 0o077  # the rights of everybody but the owner
+
+_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # of a head, with no arguments
+_ASK_SECONDS = 5
 
 Privacy = Literal["none", "private", "closed", "open"]
 
@@ -45,6 +49,23 @@ def use_token() -> None:
     """Use a token where there is one: Ray's clients ask to be told."""
     if has_token():
         os.environ.setdefault(_MODE, "token")
+
+
+def is_asked_for(address: str) -> bool:
+    """Whether a Ray head, at `host:port`, asks for a token; False where it can't be found out.
+
+    Ray refuses a driver without one after 20 s of trying; a driver that has one where nobody asks
+    for it refuses the cluster's own calls, and loses its actors.
+    """
+    if "://" in address or ":" not in address:
+        return False
+    grpc = importlib.import_module("grpc")
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary(_ALIVE)(b"", timeout=_ASK_SECONDS)
+        except grpc.RpcError as error:
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 def refusal(where: str) -> str:

@@ -310,7 +310,7 @@ def patiently(
 
     Args:
         action: what to do; it is done anew from its beginning.
-        seconds: after which no more is tried.
+        seconds: which are not exceeded by a try that takes as long as the one before.
         tell: is given the first refusal, in a line.
 
     Raises:
@@ -318,10 +318,12 @@ def patiently(
     """
     until, pause = time.monotonic() + seconds, _FIRST_PAUSE
     while True:
+        begun = time.monotonic()
         try:
             return action()
         except StorageError as error:
-            left = until - time.monotonic()
+            now = time.monotonic()
+            left = until - now - (now - begun)
             if left <= 0:
                 raise
             if pause == _FIRST_PAUSE:
