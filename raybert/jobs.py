@@ -314,7 +314,8 @@ class Cluster:
         stream = self._client.tail_job_logs(job.id)
 
         async def following() -> str | None:
-            return await asyncio.wait_for(anext(stream, None), _HUSH_SECONDS)
+            async with asyncio.timeout(_HUSH_SECONDS):  # `wait_for` may swallow a Ctrl-C (3.11)
+                return await anext(stream, None)
 
         with asyncio.Runner() as runner, self._told():
             try:
