@@ -32,7 +32,7 @@ import aiohttp
 from raybert import auth
 from raybert.config import Settings, differences, dump, flatten
 from raybert.errors import RaybertError, StorageError, UserError
-from raybert.storage import _one_line
+from raybert.storage import one_line
 
 PORT = 8265  # of Ray's dashboard, which takes jobs
 CONFIG = "experiment.yaml"
@@ -337,7 +337,7 @@ class Cluster:
         except AuthenticationError:
             raise UserError(auth.refusal(self.address)) from None
         except (ConnectionError, OSError) as error:
-            raise StorageError(f"{self.address} does not answer: {_one_line(error)}") from None
+            raise StorageError(f"{self.address} does not answer: {one_line(error)}") from None
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise RaybertError(f"{self.address}: {reason}") from None
@@ -434,7 +434,7 @@ def _checked(address: str) -> str:
             pass
     except OSError as error:
         raise UserError(
-            f"--address {address}: nobody answers ({_one_line(error)}); start Ray's head with its "
+            f"--address {address}: nobody answers ({one_line(error)}); start Ray's head with its "
             f"dashboard, or name another address: http://HEAD:{PORT}"
         ) from None
     return f"{url.scheme}://{f'[{host}]' if ':' in host else host}:{port}{path}"
