@@ -303,6 +303,7 @@ def patiently(
 
 
 def one_line(error: Exception) -> str:
+    """What an error of the system's or Arrow's says, in a line; its type where that is nothing."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     return (str(reason).strip().splitlines() or [type(error).__name__])[0]
 
