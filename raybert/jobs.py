@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -268,6 +268,7 @@ class Cluster:
 
         Raises:
             StorageError: the cluster has not answered for minutes.
+            RaybertError: its head was replaced, and the job is lost.
         """
         shown, heard = 0, time.monotonic()
         while True:
@@ -289,11 +290,22 @@ class Cluster:
                         yield rest
                     return
             except (RaybertError, aiohttp.ClientError) as error:
+                if self._is_forgotten(job):
+                    raise RaybertError(
+                        f"{self.address} knows nothing of {job.id} any more: its head was "
+                        "replaced; submit it again, and the run goes on from its last checkpoint"
+                    ) from None
                 if time.monotonic() - heard > _SILENCE_SECONDS:
                     raise StorageError(
                         f"{self.address} does not answer any more: {error}"
                     ) from None
             time.sleep(_RETRY_SECONDS)
+
+    def _is_forgotten(self, job: Job) -> bool:
+        """Whether the head that answers is another than the one that took the job."""
+        with suppress(RaybertError, aiohttp.ClientError):
+            return all(known.id != job.id for known in self.jobs())
+        return False
 
     def exit_code(self, job: Job) -> int:
         """The exit code of a job that has ended; 1 where its command did not get to give one."""
