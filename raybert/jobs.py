@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -32,7 +32,7 @@ import aiohttp
 from raybert import auth
 from raybert.config import Settings, differences, dump, flatten
 from raybert.errors import RaybertError, StorageError, UserError
-from raybert.storage import _one_line
+from raybert.storage import one_line
 
 PORT = 8265  # of Ray's dashboard, which takes jobs
 CONFIG = "experiment.yaml"
@@ -268,6 +268,7 @@ class Cluster:
 
         Raises:
             StorageError: the cluster has not answered for minutes.
+            RaybertError: its head was replaced, and the job is lost.
         """
         shown, heard = 0, time.monotonic()
         while True:
@@ -289,11 +290,22 @@ class Cluster:
                         yield rest
                     return
             except (RaybertError, aiohttp.ClientError) as error:
+                if self._is_forgotten(job):
+                    raise RaybertError(
+                        f"{self.address} knows nothing of {job.id} any more: its head was "
+                        "replaced; submit it again, and the run goes on from its last checkpoint"
+                    ) from None
                 if time.monotonic() - heard > _SILENCE_SECONDS:
                     raise StorageError(
                         f"{self.address} does not answer any more: {error}"
                     ) from None
             time.sleep(_RETRY_SECONDS)
+
+    def _is_forgotten(self, job: Job) -> bool:
+        """Whether the head that answers is another than the one that took the job."""
+        with suppress(RaybertError, aiohttp.ClientError):
+            return all(known.id != job.id for known in self.jobs())
+        return False
 
     def exit_code(self, job: Job) -> int:
         """The exit code of a job that has ended; 1 where its command did not get to give one."""
@@ -314,7 +326,8 @@ class Cluster:
         stream = self._client.tail_job_logs(job.id)
 
         async def following() -> str | None:
-            return await asyncio.wait_for(anext(stream, None), _HUSH_SECONDS)
+            async with asyncio.timeout(_HUSH_SECONDS):  # `wait_for` may swallow a Ctrl-C (3.11)
+                return await anext(stream, None)
 
         with asyncio.Runner() as runner, self._told():
             try:
@@ -336,7 +349,7 @@ class Cluster:
         except AuthenticationError:
             raise UserError(auth.refusal(self.address)) from None
         except (ConnectionError, OSError) as error:
-            raise StorageError(f"{self.address} does not answer: {_one_line(error)}") from None
+            raise StorageError(f"{self.address} does not answer: {one_line(error)}") from None
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise RaybertError(f"{self.address}: {reason}") from None
@@ -433,7 +446,7 @@ def _checked(address: str) -> str:
             pass
     except OSError as error:
         raise UserError(
-            f"--address {address}: nobody answers ({_one_line(error)}); start Ray's head with its "
+            f"--address {address}: nobody answers ({one_line(error)}); start Ray's head with its "
             f"dashboard, or name another address: http://HEAD:{PORT}"
         ) from None
     return f"{url.scheme}://{f'[{host}]' if ':' in host else host}:{port}{path}"

@@ -16,7 +16,7 @@ from pydantic import Field
 from raybert import auth
 from raybert.config import Settings
 from raybert.errors import UserError
-from raybert.storage import _one_line
+from raybert.storage import one_line
 
 
 class RayConfig(Settings):
@@ -110,7 +110,7 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
         raise UserError(auth.refusal(f"the Ray cluster at {address}")) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
-        raise UserError(f"{where} does not start or answer: {_one_line(error)}") from None
+        raise UserError(f"{where} does not start or answer: {one_line(error)}") from None
     auth.close_token()
     if threading.current_thread() is threading.main_thread():  # Ray's own would just exit
         signal.signal(signal.SIGTERM, on_sigterm)

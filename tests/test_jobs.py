@@ -26,7 +26,7 @@ from raybert import jobs
 from raybert.config import Settings, build
 from raybert.display import FOLLOWED, Display
 from raybert.doctor.visit import CHECK
-from raybert.errors import ConfigError, StorageError, UserError
+from raybert.errors import ConfigError, RaybertError, StorageError, UserError
 from raybert.experiment import Experiment
 from raybert.storage import Folder
 from raybert.submit import _ENVIRONMENT, check, check_storage, submit
@@ -349,6 +349,24 @@ def test_a_cluster_that_stays_away_is_told(hurry, monkeypatch):
     monkeypatch.setattr(cluster._client, "get_job_info", gone)
     with pytest.raises(StorageError, match="does not answer any more: .*answer: ConnectionError$"):
         list(cluster.follow(job))
+
+
+def test_a_job_that_a_new_head_does_not_know_is_told_at_once(hurry):
+    log = Log(TEXT, (9, "breaks"))
+    cluster = cluster_of(log)
+    job, lines = cluster.job("raybert-x-pretrain-1"), []
+
+    def unknown(identity):
+        raise RuntimeError("Request failed with status code 404: no such job")
+
+    with pytest.raises(
+        RaybertError, match="nothing of raybert-x-pretrain-1 any more.*submit it again"
+    ):
+        for line in cluster.follow(job):
+            lines.append(line)
+            log.infos.clear()
+            log.get_job_info = unknown
+    assert lines == ["first"]
 
 
 def test_progress_of_a_followed_job_is_rewritten_not_repeated(capsys, monkeypatch):

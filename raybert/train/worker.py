@@ -154,8 +154,15 @@ def _set(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _patience(config: TrainConfig) -> dict[str, str]:
-    """How soon Ray Train takes a worker for lost: its own ten minutes are for GPUs that compile."""
-    return {
+    """How soon Ray Train takes a worker for lost: its own ten minutes are for GPUs that compile.
+
+    And how long it waits for the place of one that a range of workers may do without: a node that
+    has just died is on Ray's list for some seconds yet.
+    """
+    place = (
+        {} if isinstance(config.workers, int) else {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
+    )
+    return place | {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(math.ceil(config.collective_timeout_s)),
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",

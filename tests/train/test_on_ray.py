@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import s3_uri
 from making import make_corpus, pretrain_job, same_tensors
+from proxy import s3_uri
 
 from raybert.errors import ConfigError
 from raybert.ray_session import Resources
