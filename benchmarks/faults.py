@@ -41,6 +41,7 @@ from raybert.train.run import read_digests
 KINDS = ("worker", "raylet", "node", "driver", "network", "storage")
 MOMENTS = ("step", "checkpoint", "evaluation", "start-up")
 CUT_SECONDS, REFUSED_SECONDS, NOTICE_SECONDS = 30, 60, 30
+ORPHANED_SECONDS = 90  # that workers train on without a head, at most
 STEPS_BETWEEN = (6, 14)  # new steps between a recovery and the next fault
 STEPS_A_SECOND = 3  # at most, so that a run does not end before its faults
 PATIENCE_SECONDS = 600  # without a new step, the drill gives up
@@ -357,9 +358,15 @@ def main() -> None:
     if why is not None:
         raise SystemExit(f"faults.py: {why}")
     faults = draw(given.seed, given.faults, given.kinds.split(","), given.workers)
-    # Training goes on while the storage refuses, and may while a network is cut.
+    # Training goes on while the storage refuses or there is no head, and may in the other cases.
     seconds = sum(
-        {"storage": REFUSED_SECONDS, "network": CUT_SECONDS}.get(f.kind, 0) for f in faults
+        {
+            "storage": REFUSED_SECONDS,
+            "network": CUT_SECONDS,
+            "head": ORPHANED_SECONDS,
+            "preemption": NOTICE_SECONDS,
+        }.get(f.kind, 0)
+        for f in faults
     )
     steps = given.steps or 40 + sum(f.after + 4 for f in faults) + STEPS_A_SECOND * seconds
     with Cluster(given.workers, head_cpus=0) as cluster:

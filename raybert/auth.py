@@ -37,7 +37,7 @@ def is_on() -> bool:
 
 def has_token() -> bool:
     """Whether Ray would find a token here."""
-    return bool(os.environ.get(_TOKEN)) or _PATH in os.environ or token_file().exists()
+    return bool(os.environ.get(_TOKEN)) or token_file().exists()
 
 
 def token_file() -> Path:
@@ -71,7 +71,9 @@ def is_asked_for(address: str) -> bool:
 def refusal(where: str) -> str:
     """What to tell whom Ray at `where` did not let in."""
     state = "asks for a token, and you have none"
-    if has_token():
+    if _PATH in os.environ and not has_token():
+        state = f"asks for a token, and {token_file()}, which {_PATH} names, is not there"
+    elif has_token():
         state = "refuses your token" if is_on() else "asks for a token, and you do not send yours"
     return (
         f"{where} {state}; copy the cluster's into {TOKEN_FILE} (mode 0600) or RAY_AUTH_TOKEN, and "
