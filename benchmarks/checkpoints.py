@@ -40,7 +40,7 @@ from raybert.train.loop import Loop
 from raybert.train.meters import MetricsLog
 from raybert.train.pretrain import PretrainConfig, PretrainJob
 from raybert.train.run import Feed, describe_machine
-from raybert.train.task import Stopped
+from raybert.train.task import Stopped, Wishes
 
 SEQ_LEN, VOCAB_SIZE, ROWS = 128, 21_504, 32  # rows a step
 SHAPE = {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "max_seq_len": SEQ_LEN}
@@ -147,7 +147,7 @@ def train(
         store=store,
         open_log=lambda step: MetricsLog(run, attempt, step),
         on_progress=note,
-        should_stop=is_over,
+        wishes=Wishes(stop=is_over),
     )
     with suppress(Stopped):
         loop.run()

@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import threading
 import time
+from itertools import groupby
 from typing import Any
 
 from faults import Watcher, experiment, finished, same_digests, say
@@ -93,7 +95,12 @@ def main() -> None:
         disk = cluster.disk.path
         for name, workers in (("fixed", 2), ("elastic", {"min": 1, "max": 3})):
             values = experiment(disk, name, given.steps, 1)
-            values["pretrain"] |= {"workers": workers, "evaluations": EVALUATIONS}
+            # Sums over other groups of ranks round otherwise; bf16 would make much of little.
+            values["pretrain"] |= {
+                "workers": workers,
+                "evaluations": EVALUATIONS,
+                "precision": "fp32",
+            }
             (cluster.folder / f"{name}.yaml").write_text(json.dumps(values))
         say("the corpus, and the run of a fixed size")
         finished(cluster, "corpus", "-c", str(cluster.folder / "fixed.yaml"))
@@ -102,6 +109,7 @@ def main() -> None:
         for node in cluster.workers[1:]:
             node.wanted = False
             node.kill()
+        cluster.wait_for_nodes(2)
         watcher = Watcher(disk / "elastic" / "pretrain")
         say("the elastic run")
         change = Change(cluster, watcher)
@@ -109,6 +117,8 @@ def main() -> None:
         sizes = sizes_of(watcher)
         fixed, elastic = (disk / name / "pretrain" for name in ("fixed", "elastic"))
         left, right = losses(fixed), losses(elastic)
+        if left.keys() != right.keys():
+            raise SystemExit(f"elastic.py: evaluated at {sorted(left)} and at {sorted(right)}")
         result = {
             "workers": [sizes[attempt] for attempt in sorted(sizes)],
             "digests_equal": same_digests(fixed, elastic),
@@ -118,6 +128,8 @@ def main() -> None:
             "steps": given.steps,
         }
     print(json.dumps(result) if given.json else json.dumps(result, indent=2))
+    changes = [size for size, _ in groupby(result["workers"])]
+    sys.exit(changes != [1, 3, 2] or not result["digests_equal"])
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@
 
 Builds a cluster of network namespaces (`nodes.py`) with a head and three nodes for workers, makes a
 corpus of real sentences there and submits `pretrain` twice: once left alone, once with faults drawn
-from the seed: what fails, which node, after how many steps, and in what moment (between two of
-them, while a checkpoint is written, while the run evaluates, while the workers start again). A
-supervisor starts again what died; where the driver or the head was killed, the drill submits again,
-as a user would.
+from the seed: what fails, which of the nodes that train, after how many steps, and in what moment
+(between two of them, while a checkpoint is written, while the run evaluates, while the workers
+start again). A supervisor starts again what died; where the driver or the head was killed, the
+drill submits again, as a user would.
 Ends with one JSON object: `identical` (SHA-256 of the finished weights), `digests_equal` (of every
-micro-batch of every step, over all attempts), `faults`, each with the seconds until the first new
-step and where they went, and `manual_steps`.
+micro-batch of every step, over all attempts), `faults`, each with what it hit and the seconds until
+the first new step and where they went, and `manual_steps`. Its exit code is 1 where a fault hit
+nothing, or the runs differ.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 from nodes import Cluster, Node, refusal
 
@@ -39,7 +40,8 @@ from raybert.train.run import read_digests
 
 KINDS = ("worker", "raylet", "node", "driver", "network", "storage")
 MOMENTS = ("step", "checkpoint", "evaluation", "start-up")
-CUT_SECONDS, REFUSED_SECONDS = 30, 60
+CUT_SECONDS, REFUSED_SECONDS, NOTICE_SECONDS = 30, 60, 30
+ORPHANED_SECONDS = 90  # that workers train on without a head, at most
 STEPS_BETWEEN = (6, 14)  # new steps between a recovery and the next fault
 STEPS_A_SECOND = 3  # at most, so that a run does not end before its faults
 PATIENCE_SECONDS = 600  # without a new step, the drill gives up
@@ -52,12 +54,14 @@ class Fault:
 
     kind: str
     moment: str
-    node: int
+    node: int  # as drawn; as it went, the one that was struck
     after: int  # new steps
+    hit: bool = False  # whether there was what it was to strike
     step: int | None = None  # the last logged one when it struck
     at: float | None = None  # since the run was submitted
+    noticed: float | None = None  # until the user was told of a restart
     restarted: float | None = None  # until the workers' new attempt began
-    recovered: float | None = None  # until the first step that came after it
+    recovered: float | None = None  # until the first step after it; None: the next came before
 
 
 def draw(seed: int, count: int, kinds: list[str], workers: int) -> list[Fault]:
@@ -155,6 +159,7 @@ class Drill:
         self.manual_steps: list[str] = []
         self._over = threading.Event()
         self._expected: str | None = None  # why a submission may end early
+        self._told: list[float] = []  # when the user was told of a restart
         self._begun = time.time()
 
     def go(self) -> dict[str, Any]:
@@ -163,9 +168,14 @@ class Drill:
         disturber.start()
         while True:
             process = self._cluster.begin(
-                *("submit", "pretrain", "-c", str(self._config), "--json"), stdout=-1
+                *("submit", "pretrain", "-c", str(self._config), "--json"), stdout=-1, stderr=-1
             )
-            out = process.communicate()[0]
+            assert process.stdout is not None and process.stderr is not None
+            listener = threading.Thread(target=self._listen, args=[process.stderr])
+            listener.start()
+            out = process.stdout.read()
+            process.wait()
+            listener.join()
             if process.returncode == 0:
                 break
             why = self._expected or f"ended with {process.returncode}: {out.strip()[-300:]}"
@@ -182,13 +192,17 @@ class Drill:
     def _disturb(self) -> None:
         for number, fault in enumerate(self._faults, 1):
             if not self._wait_for(fault):
+                say(f"fault {number} and those after it found no moment")
                 return
             attempt, step, _ = self._watcher.last()
             struck, begun = time.time(), self._watcher.begun()
             fault.step, fault.at = step, round(struck - self._begun, 1)
-            say(f"fault {number}/{len(self._faults)}: {fault.kind} of node {fault.node}, "
-                f"in mid-{fault.moment}, step {step}")  # fmt: skip
-            self._strike(fault)
+            say(f"fault {number}/{len(self._faults)}: {fault.kind}, in mid-{fault.moment}, "
+                f"step {step}")  # fmt: skip
+            fault.hit = self._strike(fault)
+            if not fault.hit:
+                say("  it hit nothing")
+                continue
             following = self._faults[number] if number < len(self._faults) else None
             if following is not None and following.moment == "start-up":
                 self._until(lambda begun=begun: self._watcher.begun() > begun)
@@ -196,6 +210,7 @@ class Drill:
             if fault.kind not in ("network", "storage"):  # nobody survives these
                 self._until(lambda attempt=attempt: self._watcher.last()[0] > attempt)
             self._until(lambda at=(attempt, step), t=struck: self._is_past(at, t))
+            fault.noticed = next((round(t - struck, 1) for t in self._told if t > struck), None)
             again = [r["time"] for a, r in self._watcher.records()
                      if r.get("event") == "start" and r["time"] > struck]  # fmt: skip
             fault.restarted = round(min(again) - struck, 1) if again else None
@@ -206,6 +221,13 @@ class Drill:
             ]
             fault.recovered = round(min(new) - struck, 1) if new else None
             say(f"  first new step after {fault.recovered} s")
+
+    def _listen(self, lines: IO[str]) -> None:
+        """Show what the submission says, and note when it speaks of a restart."""
+        for line in lines:
+            if "starting again" in line:
+                self._told.append(time.time())
+            print(line, end="", file=sys.stderr, flush=True)
 
     def _wait_for(self, fault: Fault) -> bool:
         """Wait for a fault's moment; False where the run ends before."""
@@ -236,40 +258,59 @@ class Drill:
             time.sleep(pause)
         return True
 
-    def _strike(self, fault: Fault) -> None:
+    def _strike(self, fault: Fault) -> bool:
+        """Do it, to a node that trains; return whether there was anything to strike."""
         cluster = self._cluster
-        node: Node = cluster.nodes[fault.node]
-        if fault.kind == "worker":
-            kill_one(node, "RayTrainWorker")
-        elif fault.kind == "raylet":
-            kill_one(node, "raylet/raylet")
-        elif fault.kind == "node":
-            node.kill()
-        elif fault.kind == "driver":
-            self._expected = "the driver was killed"
-            kill_one(cluster.head, "-m raybert pretrain")
-        elif fault.kind == "head":
+        if fault.kind == "head":
             self._expected = "the head was lost"
             cluster.head.kill()
-        elif fault.kind == "network":
-            node.cut()
-            time.sleep(CUT_SECONDS)
-            node.mend()
+        elif fault.kind == "driver":
+            self._expected = "the driver was killed"
+            if not kill_one(cluster.head, "-m raybert pretrain"):
+                self._expected = None
+                return False
         elif fault.kind == "storage":
             cluster.disk.refuse()
             time.sleep(REFUSED_SECONDS)
             cluster.disk.accept()
+        else:
+            return self._strike_node(fault)
+        return True
+
+    def _strike_node(self, fault: Fault) -> bool:
+        training: list[Node] = []
+        ends = time.monotonic() + 60
+        while not training and time.monotonic() < ends:  # workers may be about to start
+            training = [n for n in self._cluster.workers if n.pids("RayTrainWorker")]
+        if not training:
+            return False
+        node = training[fault.node % len(training)]
+        fault.node = node.index
+        if fault.kind == "worker":
+            return kill_one(node, "RayTrainWorker")
+        if fault.kind == "raylet":
+            return kill_one(node, "raylet/raylet")
+        if fault.kind == "node":
+            node.kill()
+        elif fault.kind == "preemption":
+            self._cluster.drain(node, NOTICE_SECONDS)
+        elif fault.kind == "network":
+            node.cut()
+            time.sleep(CUT_SECONDS)
+            node.mend()
+        return True
 
 
-def kill_one(node: Node, word: str) -> None:
+def kill_one(node: Node, word: str) -> bool:
     """SIGKILL the youngest process with a word in its command line, once there is one."""
     ends = time.monotonic() + 60
     while not (pids := node.pids(word)):
         if time.monotonic() > ends:
             say(f"  nothing to kill: no {word} in {node.name}")
-            return
+            return False
         time.sleep(0.2)
     os.kill(pids[-1], signal.SIGKILL)
+    return True
 
 
 def say(text: str) -> None:
@@ -306,7 +347,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=20)
-    parser.add_argument("--kinds", default=",".join(KINDS), help="of these; `head` is one, too")
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help="of these; also `head`, `preemption`"
+    )
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--steps", type=int, help="default: enough for the faults")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -315,9 +358,15 @@ def main() -> None:
     if why is not None:
         raise SystemExit(f"faults.py: {why}")
     faults = draw(given.seed, given.faults, given.kinds.split(","), given.workers)
-    # Training goes on while the storage refuses, and may while a network is cut.
+    # Training goes on while the storage refuses or there is no head, and may in the other cases.
     seconds = sum(
-        {"storage": REFUSED_SECONDS, "network": CUT_SECONDS}.get(f.kind, 0) for f in faults
+        {
+            "storage": REFUSED_SECONDS,
+            "network": CUT_SECONDS,
+            "head": ORPHANED_SECONDS,
+            "preemption": NOTICE_SECONDS,
+        }.get(f.kind, 0)
+        for f in faults
     )
     steps = given.steps or 40 + sum(f.after + 4 for f in faults) + STEPS_A_SECOND * seconds
     with Cluster(given.workers, head_cpus=0) as cluster:
@@ -336,7 +385,7 @@ def main() -> None:
         ended = drill.go()
         runs = [disk / name / "pretrain" for name in ("quiet", "drill")]
         hashes = [weights_of(run) for run in runs]
-        recovered = [f.recovered for f in faults if f.kind == "worker" and f.recovered]
+        recovered = [f.recovered for f in faults if f.kind == "worker" and f.recovered is not None]
         result = {
             "identical": hashes[0] == hashes[1],
             "digests_equal": same_digests(*runs),
@@ -345,7 +394,9 @@ def main() -> None:
             "restarts": ended["result"]["restarts"],
             "seconds": {"undisturbed": quiet["ended"] - quiet["begun"],
                         "disturbed": round(time.time() - drill._begun, 1)},
-            "worker_recovery_s": median(recovered) if recovered else None,
+            "faults_hit": sum(fault.hit for fault in faults),
+            "worker_recovery_s": {"median": median(recovered), "max": max(recovered),
+                                  "count": len(recovered)} if recovered else None,
             "faults": [asdict(fault) for fault in faults],
             "manual_steps": drill.manual_steps,
             "events": [r for r in read_metrics(Folder(runs[1])) if r["kind"] == "event"],
@@ -354,6 +405,8 @@ def main() -> None:
         print(json.dumps(result))
     else:
         print(json.dumps(result, indent=2))
+    as_it_should = result["identical"] and result["digests_equal"] and all(f.hit for f in faults)
+    sys.exit(not as_it_should)
 
 
 if __name__ == "__main__":

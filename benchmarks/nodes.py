@@ -6,6 +6,7 @@ A supervisor starts again what died, as Kubernetes does with pods. Needs Linux a
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -293,6 +294,55 @@ class Cluster:
                 log = (self.head.folder / "start.log").read_text(errors="replace")
                 raise RuntimeError(f"the head does not come up: {log[-2000:]}")
             time.sleep(1)
+
+    def alive(self) -> dict[str, str]:
+        """The addresses of the nodes that Ray takes for alive, and their IDs."""
+        listing = self._ray("list", "nodes", "--address", self.address, "--format", "json")
+        return {
+            found["node_ip"]: found["node_id"]
+            for found in json.loads(listing)
+            if found["state"] == "ALIVE"
+        }
+
+    def wait_for_nodes(self, count: int) -> None:
+        """Wait until Ray knows of so many nodes, the head included, and of no more.
+
+        Raises:
+            RuntimeError: that does not come.
+        """
+        ends = time.monotonic() + _START_SECONDS
+        while len(alive := self.alive()) != count:
+            if time.monotonic() > ends:
+                raise RuntimeError(f"{len(alive)} nodes instead of {count}: {sorted(alive)}")
+            time.sleep(1)
+
+    def drain(self, node: Node, seconds: int) -> None:
+        """Give notice that a node will be taken away, and take it: as a cloud does.
+
+        Raises:
+            RuntimeError: Ray does not take the notice.
+        """
+        self._ray(
+            *(
+                "drain-node",
+                "--address",
+                f"{self.head.address}:{_GCS}",
+                "--node-id",
+                self.alive()[node.address],
+            ),
+            *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away"),
+            *("--deadline-remaining-seconds", str(seconds)),
+        )
+        time.sleep(seconds)
+        node.kill()
+
+    def _ray(self, *words: str) -> str:
+        done = subprocess.run(
+            [str(_BIN / "ray"), *words], env=self.env, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"ray {words[0]}: {done.stderr[-500:]}")
+        return done.stdout
 
     def call(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run `raybert` outside of the nodes, as from a laptop, and wait for it."""

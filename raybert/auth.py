@@ -8,6 +8,7 @@ says otherwise; where there is no token it writes one, which by default everybod
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 from contextlib import suppress
@@ -23,6 +24,9 @@ HOW_TO_MAKE = (
 _MODE, _TOKEN, _PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _OTHERS = 0o077  # the rights of everybody but the owner
 
+_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # of a head, with no arguments
+_ASK_SECONDS = 5
+
 Privacy = Literal["none", "private", "closed", "open"]
 
 
@@ -33,7 +37,7 @@ def is_on() -> bool:
 
 def has_token() -> bool:
     """Whether Ray would find a token here."""
-    return bool(os.environ.get(_TOKEN)) or _PATH in os.environ or token_file().exists()
+    return bool(os.environ.get(_TOKEN)) or token_file().exists()
 
 
 def token_file() -> Path:
@@ -47,10 +51,29 @@ def use_token() -> None:
         os.environ.setdefault(_MODE, "token")
 
 
+def is_asked_for(address: str) -> bool:
+    """Whether a Ray head, at `host:port`, asks for a token; False where it can't be found out.
+
+    Ray refuses a driver without one after 20 s of trying; a driver that has one where nobody asks
+    for it refuses the cluster's own calls, and loses its actors.
+    """
+    if "://" in address or ":" not in address:
+        return False
+    grpc = importlib.import_module("grpc")
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary(_ALIVE)(b"", timeout=_ASK_SECONDS)
+        except grpc.RpcError as error:
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False
+
+
 def refusal(where: str) -> str:
     """What to tell whom Ray at `where` did not let in."""
     state = "asks for a token, and you have none"
-    if has_token():
+    if _PATH in os.environ and not has_token():
+        state = f"asks for a token, and {token_file()}, which {_PATH} names, is not there"
+    elif has_token():
         state = "refuses your token" if is_on() else "asks for a token, and you do not send yours"
     return (
         f"{where} {state}; copy the cluster's into {TOKEN_FILE} (mode 0600) or RAY_AUTH_TOKEN, and "

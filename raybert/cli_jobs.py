@@ -63,6 +63,7 @@ def doctor(
 
 @app.command()
 def submit(
+    context: typer.Context,
     command: Annotated[str, typer.Argument(help="corpus, pretrain, finetune, tune, run, ...")],
     arguments: Annotated[
         list[str] | None, typer.Argument(help="More for that command, after `--`.")
@@ -87,7 +88,7 @@ def submit(
     from raybert.submit import submit as send
 
     experiment = load_experiment(config, overrides, name, data)
-    check(experiment, command)
+    check(experiment, command, _options(context, command, arguments or []))
     cluster, display = Cluster(address), new_display()
     job = send(cluster, command, experiment, arguments or [], display, checks=checks)
     if not wait:
@@ -148,6 +149,15 @@ def stop(run: RunArgument, address: AddressOption = None, as_json: JsonOption = 
     _show({"job": job.id, "stopped": stopped}, as_json)
     if not as_json:
         print(f"{job.id} {'is asked to end' if stopped else 'has ended already'}")
+
+
+def _options(context: typer.Context, command: str, arguments: list[str]) -> dict[str, Any]:
+    """What `arguments` say to a command, by parameter; a mistake in them ends here, as there."""
+    root = context.find_root().command
+    known = root.get_command(context, command) if isinstance(root, typer.core.TyperGroup) else None
+    if known is None:
+        return {}
+    return dict(known.make_context(f"raybert {command}", list(arguments)).params)
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:

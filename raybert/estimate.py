@@ -1,7 +1,8 @@
 """What a run will take: parameters, storage, steps, time. Told before it is submitted.
 
 Nothing is measured here, and no Ray is asked. What the corpus, the run's own log and the list of
-the cluster's machines say is used; where they say nothing, the estimate says that it can't know.
+the cluster's machines say is used; where they say nothing, the estimate says that it can't know. A
+storage that only the cluster reaches is asked once: each question would take Arrow's full patience.
 """
 
 from __future__ import annotations
@@ -153,14 +154,16 @@ def workers_of(config: TrainConfig) -> int:
 
 def told(experiment: Experiment, command: str, machines: Machines | None) -> list[str]:
     """The estimate of what a command trains, as lines; none where it trains nothing."""
-    lines = []
-    for stage in TRAINS.get(command, ()):
-        if _is_finished(experiment, stage):
+    stages = TRAINS.get(command, ())
+    reason = _unreachable(experiment) if stages else None
+    lines = [] if reason is None else [f"without what {experiment.run.storage} holds: {reason}"]
+    for stage in stages:
+        if reason is None and _is_finished(experiment, stage):
             lines.append(f"{stage}: finished already")
             continue
         if stage == "tune":
             lines.append(f"tune: {_search_line(experiment)}; each of them as configured:")
-        made = estimate(experiment, stage, machines)
+        made = estimate(experiment, stage, machines, reads=reason is None)
         lines += [f"{stage}: {line}" for line in made.lines()]
     return lines
 
@@ -182,13 +185,18 @@ def training_of(experiment: Experiment, stage: str) -> PretrainConfig | Finetune
     return config
 
 
-def estimate(experiment: Experiment, stage: str, machines: Machines | None) -> Estimate:
-    """Estimate what is left of a stage on some machines; None: on which is not known."""
+def estimate(
+    experiment: Experiment, stage: str, machines: Machines | None, *, reads: bool = True
+) -> Estimate:
+    """Estimate what is left of a stage on some machines; None: on which is not known.
+
+    Without `reads` nothing is asked of any storage.
+    """
     config = training_of(experiment, stage)
-    shape = shape_of(experiment, stage)
-    measured = _known(lambda: measured_of(experiment.folder / stage))
+    shape = shape_of(experiment, stage, reads=reads)
+    measured = _known(lambda: measured_of(experiment.folder / stage), reads)
     done = measured.step if measured else 0
-    epoch = _known(lambda: _epoch(experiment, stage))
+    epoch = _known(lambda: _epoch(experiment, stage), reads)
     seq_len = _seq_len(experiment, stage)
     steps = _steps(config, epoch, seq_len)
     left = None if steps is None else max(0, steps - done)
@@ -214,22 +222,25 @@ def estimate(experiment: Experiment, stage: str, machines: Machines | None) -> E
     )
 
 
-def shape_of(experiment: Experiment, stage: str) -> tuple[ModelConfig, int] | None:
+def shape_of(
+    experiment: Experiment, stage: str, *, reads: bool = True
+) -> tuple[ModelConfig, int] | None:
     """A stage's encoder and the size of its vocabulary, at most; None where it can't be known."""
     start = training_of(experiment, stage).initialize_from
     if start in (None, "scratch"):
-        made = _known(lambda: Manifest.read(experiment.folder / "corpus"))
+        made = _known(lambda: Manifest.read(experiment.folder / "corpus"), reads)
         tokenizer = experiment.corpus.tokenizer
         if made is None and tokenizer.kind == "file":
             return None
         return experiment.model, tokenizer.vocab_size if made is None else made.vocab_size
     own = start == "pretrain"
     found = _known(
-        lambda: find_model(experiment.folder / start if own else Folder(start), "pretrain")
+        lambda: find_model(experiment.folder / start if own else Folder(start), "pretrain"),
+        reads,
     )
     if found is not None:
         return _known(lambda: hub.read_shape(found))
-    return shape_of(experiment, "pretrain") if own else None
+    return shape_of(experiment, "pretrain", reads=reads) if own else None
 
 
 def size_of(
@@ -270,10 +281,19 @@ def _is_finished(experiment: Experiment, stage: str) -> bool:
     return bool(_known(lambda: (experiment.folder / stage).exists(RESULT)))
 
 
-def _known(read: Callable[[], T]) -> T | None:
-    """What is read; None where it is not there, or where this machine can't read it."""
+def _unreachable(experiment: Experiment) -> str | None:
+    """Why this machine can't read the storage; None where it can."""
     try:
-        return read()
+        experiment.folder.exists()
+    except RaybertError as error:
+        return str(error)
+    return None
+
+
+def _known(read: Callable[[], T], reads: bool = True) -> T | None:
+    """What is read; None where it is not there, or where this machine can't or shan't read it."""
+    try:
+        return read() if reads else None
     except (RaybertError, FileNotFoundError):
         return None
 

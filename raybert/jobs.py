@@ -2,7 +2,8 @@
 
 A job carries the package and one resolved configuration, nothing else. The run's name makes
 submitting idempotent: while a job of that run and command is alive, submitting it again follows
-that one; a run that died is resumed by the job that comes after, as it is on one machine.
+that one, and another command that would write the same stages is refused; a run that died is
+resumed by the job that comes after, as it is on one machine.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,12 +30,19 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from raybert import auth
-from raybert.config import Settings, dump
+from raybert.config import Settings, differences, dump, flatten
 from raybert.errors import RaybertError, StorageError, UserError
+from raybert.storage import one_line
 
 PORT = 8265  # of Ray's dashboard, which takes jobs
 CONFIG = "experiment.yaml"
 CHECK_COMMAND = "doctor"
+#: The stages that a command writes into its run, where it is not the one of its own name.
+_WRITES = {
+    "run": frozenset(("corpus", "pretrain", "finetune", "evaluate")),
+    "predict": frozenset[str](),
+    CHECK_COMMAND: frozenset[str](),
+}
 MOST_BYTES = 20 << 20  # of a package: code and a configuration are far below
 _CONNECT_SECONDS = 4
 _RETRY_SECONDS = 1.0
@@ -46,7 +54,11 @@ _TALKATIVE = (
 )
 _AGENT_SECONDS = 60.0
 _SILENCE_SECONDS = 300  # of a head that may come back
+#: Without a line. The connection has no sign of life of its own: after a laptop has slept it may be
+#: gone and never say so.
+_HUSH_SECONDS = 60
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
+_WANTED = "raybert.wanted"  # of a job's metadata
 _ID = re.compile(r"raybert-(?P<run>.+)-(?P<command>[a-z]+)-(?P<number>\d+)")
 
 
@@ -66,6 +78,16 @@ class Job:
     def is_alive(self) -> bool:
         """Whether it waits or runs."""
         return self.status in ("PENDING", "RUNNING")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job to follow: submitted just now, or at work already."""
+
+    job: Job
+    package: int | None  # bytes that were sent; None: it was at work already
+    #: Settings of the job at work that are not those asked for: key -> (its own, the one asked for)
+    ignored: dict[str, tuple[Any, Any]]
 
 
 class Cluster:
@@ -100,8 +122,7 @@ class Cluster:
         settings: Settings,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] = MappingProxyType({}),
-        on_package: Callable[[int], None] = lambda size: None,
-    ) -> Job:
+    ) -> Submission:
         """Submit a command of a run, or find the job that is at it already.
 
         Args:
@@ -110,28 +131,73 @@ class Cluster:
             settings: the resolved configuration; it travels as it is.
             arguments: more of the command line.
             environment: variables of the job; they are shown to whoever may look at jobs.
-            on_package: is given the package's bytes, unless there is a job to follow.
 
         Raises:
-            UserError: the package is too large, or the cluster refuses.
+            UserError: another command's job writes the same stages, the package is too large, or
+                the cluster refuses.
         """
-        mine = self._jobs_of(command, run)
-        for job in mine:
-            if job.is_alive:
-                return job
+        found = self.at_work(command, run, settings, arguments)
+        if found is not None:
+            return found
+        mine = [job for job in self.jobs() if (job.command, job.run) == (command, run)]
         number = 1 + max((_number(job.id) for job in mine), default=0)
         identity = f"raybert-{run}-{command}-{number}"
         with tempfile.TemporaryDirectory(prefix="raybert-job-") as folder:
-            on_package(package(Path(folder), settings))
+            size = package(Path(folder), settings)
             words = ["python", "-u", "-m", "raybert", command, "-c", CONFIG, *arguments, "--json"]
             with self._told():
                 self._send(
                     entrypoint=shlex.join(words),
                     submission_id=identity,
                     runtime_env={"working_dir": folder, "env_vars": dict(environment)},
-                    metadata={"raybert.run": run, "raybert.command": command},
+                    metadata={
+                        "raybert.run": run,
+                        "raybert.command": command,
+                        _WANTED: json.dumps(_wanted(settings, arguments)),
+                    },
                 )
-        return self.job(identity)
+        return Submission(self.job(identity), size, {})
+
+    def at_work(
+        self, command: str, run: str, settings: Settings, arguments: Sequence[str] = ()
+    ) -> Submission | None:
+        """The job that is at a command of a run already; None: there is none to follow.
+
+        A command that writes nothing into its run may be at work twice, with other settings.
+
+        Raises:
+            UserError: a job of another command writes what this one would.
+        """
+        stages = _writes(command)
+        alive = [job for job in self.jobs() if job.is_alive and job.run == run]
+        for job in alive:
+            if job.command != command and stages & _writes(job.command):
+                both = " and ".join(sorted(stages & _writes(job.command)))
+                raise UserError(
+                    f"{job.id} is at work on {both} of {run}; wait for it, or end it with "
+                    f"`raybert stop {job.id} --address {self.address}`, and submit {command} again"
+                )
+        for job in alive:
+            if job.command == command:
+                ignored = self._ignored(job, settings, arguments)
+                if stages or not ignored:
+                    return Submission(job, None, ignored)
+        return None
+
+    def _ignored(
+        self, job: Job, settings: Settings, arguments: Sequence[str]
+    ) -> dict[str, tuple[Any, Any]]:
+        with self._told():
+            metadata = self._client.get_job_info(job.id).metadata or {}
+        theirs = json.loads(metadata.get(_WANTED, "null"))
+        if theirs is None:  # of a version that did not write it down
+            return {}
+        standard = dict(flatten(type(settings)().model_dump(mode="json")))
+        mine = json.loads(json.dumps(_wanted(settings, arguments)))
+        return {
+            key: (theirs.get(key, standard.get(key)), mine.get(key, standard.get(key)))
+            for key in differences(theirs, mine)
+        }
 
     def _send(self, **job: Any) -> None:
         """Submit; a head that has just started has no agent yet that takes jobs."""
@@ -147,13 +213,6 @@ class Cluster:
                 time.sleep(_RETRY_SECONDS)
             else:
                 return
-
-    def is_at_work(self, command: str, run: str) -> bool:
-        """Whether a job is at a command of a run."""
-        return any(job.is_alive for job in self._jobs_of(command, run))
-
-    def _jobs_of(self, command: str, run: str) -> list[Job]:
-        return [job for job in self.jobs() if (job.command, job.run) == (command, run)]
 
     def jobs(self) -> list[Job]:
         """The jobs that raybert submitted, the youngest last."""
@@ -203,36 +262,50 @@ class Cluster:
     def follow(self, job: Job) -> Iterator[str]:
         """Yield the lines that a job prints, from its first one, until it ends.
 
-        A connection that breaks is made again, and the lines that have been yielded are passed
-        over: a head that is replaced, or a laptop that sleeps, is no reason to lose sight of a job.
+        A connection that breaks or falls silent is made again, and the lines that have been yielded
+        are passed over: a head that is replaced, or a laptop that sleeps, is no reason to lose
+        sight of a job.
 
         Raises:
             StorageError: the cluster has not answered for minutes.
+            RaybertError: its head was replaced, and the job is lost.
         """
         shown, heard = 0, time.monotonic()
         while True:
             try:
-                for number, line in enumerate(self._lines(job), 1):
+                number, rest, is_whole = 0, "", False
+                for chunk in self._chunks(job):
                     heard = time.monotonic()
-                    if number > shown:
-                        shown = number
-                        yield line
-                if not self.job(job.id).is_alive:
+                    is_whole = chunk is None
+                    *lines, rest = (rest + (chunk or "")).split("\n")
+                    for line in lines:
+                        number += 1
+                        if number > shown:
+                            shown = number
+                            yield line
+                has_ended = not self.job(job.id).is_alive
+                heard = time.monotonic()
+                if has_ended and is_whole:
+                    if rest and number == shown:  # a last line without its end
+                        yield rest
                     return
             except (RaybertError, aiohttp.ClientError) as error:
+                if self._is_forgotten(job):
+                    raise RaybertError(
+                        f"{self.address} knows nothing of {job.id} any more: its head was "
+                        "replaced; submit it again, and the run goes on from its last checkpoint"
+                    ) from None
                 if time.monotonic() - heard > _SILENCE_SECONDS:
                     raise StorageError(
                         f"{self.address} does not answer any more: {error}"
                     ) from None
             time.sleep(_RETRY_SECONDS)
 
-    def _lines(self, job: Job) -> Iterator[str]:
-        rest = ""
-        for chunk in self._chunks(job):
-            *lines, rest = (rest + chunk).split("\n")
-            yield from lines
-        if rest:
-            yield rest
+    def _is_forgotten(self, job: Job) -> bool:
+        """Whether the head that answers is another than the one that took the job."""
+        with suppress(RaybertError, aiohttp.ClientError):
+            return all(known.id != job.id for known in self.jobs())
+        return False
 
     def exit_code(self, job: Job) -> int:
         """The exit code of a job that has ended; 1 where its command did not get to give one."""
@@ -248,16 +321,21 @@ class Cluster:
         with self._told():
             return bool(self._client.stop_job(job.id))
 
-    def _chunks(self, job: Job) -> Iterator[str]:
+    def _chunks(self, job: Job) -> Iterator[str | None]:
+        """What a job prints, in pieces; None after the last one, or nothing once all is silent."""
         stream = self._client.tail_job_logs(job.id)
 
         async def following() -> str | None:
-            return await anext(stream, None)
+            async with asyncio.timeout(_HUSH_SECONDS):  # `wait_for` may swallow a Ctrl-C (3.11)
+                return await anext(stream, None)
 
         with asyncio.Runner() as runner, self._told():
             try:
                 while (chunk := runner.run(following())) is not None:
                     yield chunk
+                yield None
+            except TimeoutError:
+                return
             finally:  # also where nobody listens any more
                 runner.run(_close(stream))
 
@@ -271,8 +349,7 @@ class Cluster:
         except AuthenticationError:
             raise UserError(auth.refusal(self.address)) from None
         except (ConnectionError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise StorageError(f"{self.address} does not answer: {reason}") from None
+            raise StorageError(f"{self.address} does not answer: {one_line(error)}") from None
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise RaybertError(f"{self.address}: {reason}") from None
@@ -329,6 +406,18 @@ def _job(details: Any) -> Job:
     )
 
 
+def _writes(command: str) -> frozenset[str]:
+    return _WRITES.get(command, frozenset((command,)))
+
+
+def _wanted(settings: Settings, arguments: Sequence[str]) -> dict[str, Any]:
+    """What a job is asked to do beyond the defaults, by key: it tells two submissions apart."""
+    chosen = settings.model_dump(mode="json")
+    changed = differences(type(settings)().model_dump(mode="json"), chosen)
+    wanted = {key: value for key, (_, value) in changed.items()}
+    return wanted | ({"arguments": shlex.join(arguments)} if arguments else {})
+
+
 def _number(identity: str) -> int:
     match = _ID.fullmatch(identity)
     return int(match["number"]) if match else 0
@@ -340,18 +429,24 @@ def _checked(address: str) -> str:
     Raises:
         UserError: it is no address, or nobody answers; Ray's client would wait for minutes.
     """
-    url = urlsplit(address if "://" in address else f"http://{address}")
-    if url.scheme not in ("http", "https") or not url.hostname:
+    try:
+        url = urlsplit(address if "://" in address else f"http://{address}")
+        host, port = url.hostname, url.port
+    except ValueError:  # brackets that don't close, a port that is no number
+        host = None
+    if not host or url.scheme not in ("http", "https"):
         raise UserError(
             f"--address {address}: expected http://HEAD:{PORT}, the dashboard's address"
         )
+    path = url.path.rstrip("/")
+    if port is None:  # a dashboard has neither TLS nor a path: those are a proxy's before it
+        port = 443 if url.scheme == "https" else 80 if path else PORT
     try:
-        port = url.port or PORT
-        with socket.create_connection((url.hostname, port), timeout=_CONNECT_SECONDS):
+        with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
             pass
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(
-            f"--address {address}: nobody answers ({error}); start Ray's head with its dashboard, "
-            f"or name another address: http://HEAD:{PORT}"
+            f"--address {address}: nobody answers ({one_line(error)}); start Ray's head with its "
+            f"dashboard, or name another address: http://HEAD:{PORT}"
         ) from None
-    return f"{url.scheme}://{url.hostname}:{port}"
+    return f"{url.scheme}://{f'[{host}]' if ':' in host else host}:{port}{path}"

@@ -16,6 +16,7 @@ from pydantic import Field
 from raybert import auth
 from raybert.config import Settings
 from raybert.errors import UserError
+from raybert.storage import one_line
 
 
 class RayConfig(Settings):
@@ -88,6 +89,9 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
         os.environ.setdefault(_TRAIN_PAGE, "1")
     try:
         if address:
+            if auth.is_asked_for(address):
+                auth.use_token()
+                ray._raylet.Config.initialize("")  # it read the environment when it was imported
             ray.init(address, log_to_driver=config.logs, logging_level=level)
         else:
             # A machine that is its own cluster has no notice of its end that Ray could watch for.
@@ -106,8 +110,7 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
         raise UserError(auth.refusal(f"the Ray cluster at {address}")) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{where} does not start or answer: {reason}") from None
+        raise UserError(f"{where} does not start or answer: {one_line(error)}") from None
     auth.close_token()
     if threading.current_thread() is threading.main_thread():  # Ray's own would just exit
         signal.signal(signal.SIGTERM, on_sigterm)

@@ -26,7 +26,7 @@ from raybert.train.run import RESULT
 STAGES = ("corpus", "pretrain", "finetune", "tune", "ensemble")
 BUSY_SECONDS = 600.0  # since the last change; a run at work writes oftener, unless told not to
 
-_COMMIT = re.compile(r"checkpoints/step-(\d+)\.json")
+_COMMIT = re.compile(r"checkpoints/step-(\d+)(?:-a\d+)?\.json")
 _TRIAL = re.compile(r"trials/[^/]+/trial\.json")
 _MEMBER = re.compile(r"members/[^/]+/trial\.json")
 

@@ -68,7 +68,7 @@ class Folder:
             else:
                 self._fs, self.path = pafs.LocalFileSystem(), str(Path(text).expanduser().resolve())
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{text}: can't be opened: {_one_line(error)}") from None
+            raise UserError(f"{text}: can't be opened: {one_line(error)}") from None
 
     @classmethod
     def of_file(cls, address: str) -> tuple[Folder, str]:
@@ -246,7 +246,7 @@ class Folder:
         except FileNotFoundError:
             raise
         except (OSError, pa.ArrowException) as error:
-            raise StorageError(f"{doing} {path} failed: {_one_line(error)}") from error
+            raise StorageError(f"{doing} {path} failed: {one_line(error)}") from error
 
 
 def take_number(folder: Folder) -> int:
@@ -310,7 +310,7 @@ def patiently(
 
     Args:
         action: what to do; it is done anew from its beginning.
-        seconds: after which no more is tried.
+        seconds: which are not exceeded by a try that takes as long as the one before.
         tell: is given the first refusal, in a line.
 
     Raises:
@@ -318,10 +318,12 @@ def patiently(
     """
     until, pause = time.monotonic() + seconds, _FIRST_PAUSE
     while True:
+        begun = time.monotonic()
         try:
             return action()
         except StorageError as error:
-            left = until - time.monotonic()
+            now = time.monotonic()
+            left = until - now - (now - begun)
             if left <= 0:
                 raise
             if pause == _FIRST_PAUSE:
@@ -330,7 +332,8 @@ def patiently(
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error of the system's or Arrow's says, in a line; its type where that is nothing."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     return (str(reason).strip().splitlines() or [type(error).__name__])[0]
 

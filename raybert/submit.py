@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from raybert.display import FOLLOWED, Display, clock, size
@@ -28,14 +29,31 @@ READS = {
 }
 READS["run"] = tuple(key for keys in READS.values() for key in keys)
 READS["tune"] = (*READS["finetune"], *READS["evaluate"])
-#: Of a job. Ray gives a job that is to stop three seconds; a checkpoint may take longer.
-_ENVIRONMENT = {FOLLOWED: "1", "RAY_JOB_STOP_WAIT_TIME_S": "90"}
+#: Of a job.
+_ENVIRONMENT = {
+    FOLLOWED: "1",
+    # Ray gives a job that is to stop three seconds; a checkpoint may take longer.
+    "RAY_JOB_STOP_WAIT_TIME_S": "90",
+    # How long Ray Train waits for the other workers where one is lost. Its controller reads it, an
+    # actor that gets the job's variables and, of the driver's own, only those of a list.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",
+}
+#: Options of commands that name a place, by the names of their parameters.
+_PLACES = {"model": "--model", "source": "--input", "output": "--output"}
 _OWN = ("scratch", "pretrain")  # of `initialize_from`: in the run's storage
 _TAIL = 50  # lines of a log that may hold the result
+_MOST_SHOWN = 3  # settings that differ
 
 
-def check(experiment: Experiment, command: str) -> None:
-    """Refuse what only this machine could read, and what would be refused there at once.
+def check(
+    experiment: Experiment, command: str, options: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Refuse what only this machine could read, and what a job would refuse or write for nobody.
+
+    Args:
+        experiment: what is configured.
+        command: of the command line: `predict`.
+        options: more of the command line, by parameter: `{"output": "out.jsonl"}`.
 
     Raises:
         ConfigError: an unknown command, a path that means nothing on the cluster, a search space
@@ -44,6 +62,13 @@ def check(experiment: Experiment, command: str) -> None:
     if command not in READS:
         raise ConfigError(f"submit {command}: choose one of {', '.join(READS)}")
     check_storage(experiment)
+    for name, option in _PLACES.items():
+        path = options.get(name)
+        if path is not None and not _is_everywhere(path):
+            raise ConfigError(
+                f"{command} {option} {path}: a job has a folder of its own, which is gone when it "
+                "ends; name it as the cluster's nodes read it: an absolute path, or a URI"
+            )
     for key in READS[command]:
         for path in _paths(experiment, key):
             if not _is_everywhere(path):
@@ -82,19 +107,36 @@ def submit(
 
     What the command will take is told before. With `checks`, a command that trains begins on the
     cluster with a visit of the doctor's.
+
+    Raises:
+        UserError: a job of another command writes what this one would.
     """
-    name, trains = experiment.run.name, command in TRAINS
-    if trains and not cluster.is_at_work(command, name):
-        for line in told(experiment, command, Machines.of(cluster.resources())):
+    name, trains, there = experiment.run.name, command in TRAINS, _there(experiment)
+    if trains and cluster.at_work(command, name, there, arguments) is None:
+        with display.stage("estimate"):  # a storage that does not answer is waited for
+            lines = told(experiment, command, Machines.of(cluster.resources()))
+        for line in lines:
             display.say(f"estimate  {line}")
     environment = {**_ENVIRONMENT, **(request() if checks and trains else {})}
-    packages: list[int] = []
-    job = cluster.submit(command, name, _there(experiment), arguments, environment, packages.append)
-    if packages:
-        display.say(f"submitted {job.id} to {cluster.address}, package {size(packages[0])}")
+    made = cluster.submit(command, name, there, arguments, environment)
+    job = made.job
+    if made.package is not None:
+        display.say(f"submitted {job.id} to {cluster.address}, package {size(made.package)}")
     else:
         display.say(f"{job.id} is at work already: following it")
+    if made.ignored:
+        display.say(
+            f"warning   {job.id} has other settings ({_changes(made.ignored)}); yours are not "
+            f"applied: `raybert stop {job.id} --address {cluster.address}`, then submit again"
+        )
     return job
+
+
+def _changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """The keys that differ, as the first few of them and how many more."""
+    shown = [f"{key}: {old} -> {new}" for key, (old, new) in list(changed.items())[:_MOST_SHOWN]]
+    more = len(changed) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def diagnose(cluster: Cluster, experiment: Experiment, display: Display) -> dict[str, Any]:
@@ -110,7 +152,7 @@ def diagnose(cluster: Cluster, experiment: Experiment, display: Display) -> dict
     check_storage(experiment)
     environment = {**_ENVIRONMENT, **request()}
     name = experiment.run.name
-    job = cluster.submit(CHECK_COMMAND, name, _there(experiment), environment=environment)
+    job = cluster.submit(CHECK_COMMAND, name, _there(experiment), environment=environment).job
     ended = follow(cluster, job, display)
     if ended["result"] is None:
         last = (ended["message"].strip().splitlines() or [ended["status"]])[-1]

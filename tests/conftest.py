@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 from commands import run_here
-from proxy import Proxy
+from proxy import Proxy, s3_uri
 
 from raybert import storage
 from raybert.ray_session import RayConfig
@@ -83,10 +83,6 @@ def s3_server(credentials):
         assert address, "the server does not start"
         Folder(f"{s3_uri(address, '')}&allow_bucket_creation=true").filesystem.create_dir("tests")
         yield address
-
-
-def s3_uri(address, path):
-    return f"s3://tests/{path}?endpoint_override={address}&scheme=http&region=us-east-1"
 
 
 @pytest.fixture

@@ -119,3 +119,8 @@ def _answer_busy(client):
     client.shutdown(socket.SHUT_WR)
     while client.recv(1 << 16):
         pass
+
+
+def s3_uri(address, path):
+    """The address of a folder in the bucket of a server of the tests'."""
+    return f"s3://tests/{path}?endpoint_override={address}&scheme=http&region=us-east-1"

@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from raybert import auth
@@ -123,6 +125,37 @@ def test_a_token_is_sent_where_there_is_one(home, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     auth.use_token()
     assert not auth.is_on()
+
+
+class Door(grpc.GenericRpcHandler):
+    """Lets everybody in, or nobody, as a Ray head answers to a call without a token."""
+
+    def __init__(self, is_open):
+        self._answer = (lambda *call: b"") if is_open else self._refuse
+
+    def _refuse(self, request, context):
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+
+    def service(self, details):
+        return grpc.unary_unary_rpc_method_handler(self._answer)
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_head_is_asked_whether_it_wants_a_token(is_open):
+    """A driver that sends one unasked refuses the calls of a cluster that has none."""
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Door(is_open)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        assert auth.is_asked_for(f"127.0.0.1:{port}") == (not is_open)
+    finally:
+        server.stop(None).wait()
+
+
+def test_who_can_not_be_asked_asks_for_nothing(monkeypatch):
+    monkeypatch.setattr(auth, "_ASK_SECONDS", 0.5)
+    for address in ("auto", "ray://head:10001", "127.0.0.1:1"):
+        assert not auth.is_asked_for(address)
 
 
 _STARTED = """

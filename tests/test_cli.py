@@ -653,10 +653,11 @@ def test_debug_shows_the_traceback(raybert, monkeypatch):
     cli._DEBUG = False
 
 
-# All stages, with Ray Data and Ray Train ---------------------------------------------------------
+# All stages; test_s3.py has the quick one of its kind, on an object store -------------------------
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_from_raw_reviews_to_a_measured_classifier(raybert, ray_session, tmp_path):
     experiment = Experiment(tmp_path, corpus=False)
     at = ("-c", experiment.config)

@@ -256,12 +256,23 @@ def test_a_problem_is_the_last_line_and_exit_code_2(raybert, ray_session, config
 def test_a_submitted_job_is_preceded_by_one_visit(ray_session, tmp_path, monkeypatch, capsys):
     experiment = build(Experiment, {"run": {"storage": str(tmp_path)}}, "test")
     has = Resources(cpus=4, gpus=0, object_store=1 << 30, started_here=True)
+    found = visit.examine(experiment, has, Display(quiet=True), ("pretrain",))
+    visits = []
+
+    def examine(experiment, resources, display, stages):
+        """What was found, but for the room that there is for workers."""
+        visits.append(stages)
+        here = [findings.of_cpus(getattr(experiment, stage), resources) for stage in stages]
+        return [next((h for h in here if h.name == one.name), one) for one in found]
+
+    monkeypatch.setattr(visit, "examine", examine)
     for name, value in visit.request().items():
         monkeypatch.setenv(name, value)
     visit.visit_when_asked(experiment, has, Display(), ("pretrain",))
     assert "no problem in 9 checks" in capsys.readouterr().err
     visit.visit_when_asked(experiment, has, Display(), ("pretrain",))
     assert capsys.readouterr().err == ""
+    assert visits == [("pretrain",)]
 
     for name, value in visit.request().items():
         monkeypatch.setenv(name, value)

@@ -9,6 +9,7 @@ from making import Attempt, make_corpus, pretrain_job
 
 from raybert.config import build
 from raybert.display import size
+from raybert.errors import StorageError
 from raybert.estimate import Machines, estimate, measured_of, shape_of, size_of, told
 from raybert.experiment import Experiment
 from raybert.model.encoder import Encoder, ModelConfig, flops_per_token, num_parameters
@@ -174,8 +175,31 @@ def test_a_model_that_can_not_be_read_is_unknown():
 
 def test_a_storage_that_only_the_cluster_opens_is_no_hindrance():
     lines = told(experiment_of("hdfs://nowhere:1/runs", pretrain={"steps": 5}), "pretrain", CPUS)
-    assert len(lines) == 2
-    assert "parameters" in lines[0] and "5 steps" in lines[1]
+    assert len(lines) == 3
+    assert lines[0].startswith("without what hdfs://nowhere:1/runs holds: ")
+    assert "parameters" in lines[1] and "5 steps" in lines[2]
+
+
+@pytest.mark.parametrize("start", ["pretrain", "scratch", "s3://elsewhere/model"])
+def test_a_storage_that_does_not_answer_is_asked_once(monkeypatch, start):
+    """Each question would take all of Arrow's patience."""
+    asked = []
+
+    def away(self, *name, **more):
+        asked.append(self.uri)
+        raise StorageError("looking up /e failed: no connection")
+
+    for question in ("exists", "size", "names", "sizes", "files", "read_bytes", "open_input"):
+        monkeypatch.setattr(Folder, question, away)
+    experiment = experiment_of(
+        "/nonexistent", pretrain={"steps": 5}, finetune={"steps": 5, "initialize_from": start}
+    )
+    lines = told(experiment, "run", CPUS)
+    assert asked == ["/nonexistent/e"]
+    assert lines[0] == "without what /nonexistent holds: looking up /e failed: no connection"
+    assert len(lines) == 5
+    assert told(experiment, "corpus", CPUS) == []
+    assert len(asked) == 1
 
 
 def test_minutes_are_what_is_left_of_them():

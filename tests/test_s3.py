@@ -56,21 +56,30 @@ def test_every_stage_on_an_object_store(raybert, ray_session, bucket, tmp_path, 
     done("pretrain", *at, "--bare")
     done("finetune", *at, "--bare")
     assert "is finished already" in done("finetune", *at, "--bare").err
-    assert done("evaluate", *at, "--json").json["accuracy"] > 0.9
-    assert "is measured already" in done("evaluate", *at).err
+    measured = done("evaluate", *at, "--json").json
+    assert measured["accuracy"] > 0.9 and measured["n"] == 80
+    again = done("evaluate", *at)
+    assert "is measured already" in again.err
+    (a, b), (c, d) = measured["confusion"]
+    assert [line.split() for line in again.out.splitlines()[-3:]] == [
+        ["label", "\\", "predicted", "neg", "pos"],
+        ["neg", str(a), str(b)],
+        ["pos", str(c), str(d)],
+    ]
 
     run = experiment.folder
     texts = [text for text, _ in reviews(80, seed=1)]
     assert [json.loads(line)["label"] for line in
             done("predict", "-m", run.uri, "a superb film", "an awful film").out.splitlines()
             ] == ["pos", "neg"]  # fmt: skip
-    for name in ("labels.jsonl", "labels.parquet"):
-        source, output = (bucket / "test.csv").uri, (bucket / "out" / name).uri
-        assert done("predict", "-m", run.uri, "-i", source, "-o", output).json["texts"] == 80
-    lines = (bucket / "out").read_text("labels.jsonl").splitlines()
-    assert [json.loads(line)["text"] for line in lines] == texts
+    source, output = (bucket / "test.csv").uri, (bucket / "out" / "labels.parquet").uri
+    assert done("predict", "-m", run.uri, "-i", source, "-o", output).json["texts"] == 80
     with (bucket / "out").open_input("labels.parquet") as file:
         assert pq.read_table(file)["text"].to_pylist() == texts
+    ran = done("run", *at, "--json").json  # every stage is finished: what comes of them all
+    assert ran["accuracy"] == measured["accuracy"]
+    assert set(ran["seconds"]) == {"corpus", "pretrain", "finetune", "evaluate", "all"}
+    assert (len(ran["fill_mask"]), ran["run"]) == (5, run.uri)
     assert done("report", run.uri, "--json").json == {"report": (run / "report.html").uri}
     assert "<html" in run.read_text("report.html")
 

@@ -323,6 +323,20 @@ def test_patience_has_an_end(quick):
     assert 10**6 - action.left > 2
 
 
+def test_patience_is_not_exceeded_by_a_try_as_long_as_the_last(quick, monkeypatch):
+    """Others wait for this process, and take it for lost after a time of theirs."""
+    clock = [0.0]
+    monkeypatch.setattr("raybert.storage.time.monotonic", lambda: clock[0])
+
+    def silent():
+        clock[0] += 40
+        raise StorageError("no answer")
+
+    with pytest.raises(StorageError):
+        patiently(silent, 100)
+    assert clock[0] == 80
+
+
 def test_without_patience_there_is_one_try():
     action = Refuses(1)
     with pytest.raises(StorageError):

@@ -26,6 +26,7 @@ from raybert.train.worker import uses_gpus
 #: Set in a submitted job that is to be preceded by a visit: the versions of who submitted it.
 CHECK = "RAYBERT_CHECK"
 STAGES = ("pretrain", "finetune")
+_VISITS = 3  # to a cluster whose nodes come and go
 
 
 def request() -> dict[str, str]:
@@ -80,11 +81,15 @@ def examine(
     meeting = [config for config in configs if workers_of(config) > 1]
     gpu = any(uses_gpus(config, resources.gpus) for config in meeting)
     count = max([2, *(workers_of(config) for config in meeting)])
-    nodes = asked.alive()
-    with reduction.peers(nodes, count, gpu) as peers:
-        asked.ask(nodes, storage.uri, display.line)
-        display.line(f"summing up over {len(peers)} processes")
-        summed = reduction.reduce(peers, gpu)
+    for _ in range(_VISITS):
+        nodes = asked.alive()
+        with reduction.peers(nodes, count, gpu) as peers:
+            asked.ask(nodes, storage.uri, display.line)
+            display.line(f"summing up over {len(peers)} processes")
+            summed = reduction.reduce(peers, gpu)
+        left = {node.id for node in asked.alive()}
+        if all(node.id in left for node in nodes if node.error):
+            break  # else a node died meanwhile: what counts is the cluster without it
     there = [node for node in nodes if not node.error]
     if not there:
         return [judge.of_nodes(nodes)]

@@ -132,7 +132,8 @@ class Link:
     def is_asked_to_save(self) -> bool:
         """Whether a checkpoint was asked for since the last call."""
         asked = self._saving.is_set()
-        self._saving.clear()
+        if asked:  # else one that comes just now would be forgotten
+            self._saving.clear()
         return asked
 
     def close(self) -> None:

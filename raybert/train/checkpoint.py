@@ -1,11 +1,13 @@
 """Checkpoints: everything that continues a run bit for bit, committed last, verified when read.
 
 A checkpoint is a folder `checkpoints/step-<n>-a<attempt>/` of safetensors files and a `state.json`.
-It counts only once its commit object, `checkpoints/step-<n>.json`, names it with every file's size
-and SHA-256, and its own. Object stores can't rename, so this order is the whole protocol: files
-first, commit last, and a reader that finds a file other than committed takes the checkpoint before.
-No two writers share a folder, and nothing that a commit names is written to: a step that is saved
-again has two folders until the new commit stands.
+It counts only once its commit object, `checkpoints/step-<n>-a<attempt>.json`, names it with every
+file's size and SHA-256, and its own. Object stores can't rename, so this order is the whole
+protocol: files first, commit last, and a reader that finds a file other than committed takes the
+checkpoint before. No two attempts share a folder or a commit, so a write that was on its way for
+minutes, and arrives when a younger attempt has long committed the same step, harms nobody: of a
+step's commits the youngest attempt's counts. Nothing that a commit names is written to: a step that
+an attempt saves again has two folders until the new commit stands.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from raybert.errors import DamagedError, StorageError, Superseded, UserError
 from raybert.storage import Folder, numbers_taken, patiently, take_number
 
 FORMAT_VERSION = 1
-_COMMIT = re.compile(r"step-(\d{8})\.json")
+_COMMIT = re.compile(r"step-(\d{8})(?:-a(\d+))?\.json")  # the first ones named no attempt
 _FOLDER = re.compile(r"step-\d{8}-a(\d+)(-[0-9a-f]{8})?")
 
 #: Types as a safetensors file names them (github.com/huggingface/safetensors, "Format").
@@ -57,6 +59,14 @@ class Snapshot:
     model: Tensors
     optimizer: Tensors
     state: dict[str, Any] = field(default_factory=dict)
+
+
+class Commit(NamedTuple):
+    """A commit object, by its name; later ones count more."""
+
+    step: int
+    attempt: int
+    name: str
 
 
 class Committed(NamedTuple):
@@ -106,10 +116,12 @@ class CheckpointStore:
         if wait:
             self.wait()
 
-    def wait(self) -> None:
-        """Wait for the checkpoint that is being written."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for the checkpoint that is being written, to its end or for some seconds."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
@@ -134,30 +146,44 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps of the committed checkpoints, in rising order."""
+        return sorted({commit.step for commit in self._commits()})
+
+    def _commits(self) -> list[Commit]:
+        """The commits, the one that counts most last."""
         matches = (_COMMIT.fullmatch(name) for name in self._folder.names())
-        return sorted(int(match[1]) for match in matches if match)
+        return sorted(Commit(int(m[1]), int(m[2] or 0), m[0]) for m in matches if m)
 
     def load_latest(self, on_damaged: Callable[[str], None]) -> Snapshot | None:
         """Load the youngest checkpoint that is whole; each broken one is reported by name."""
-        for step in reversed(self.steps()):
+        for commit in reversed(self._commits()):
             try:
-                snapshot = self.load(step)
-                self.last = step
+                snapshot = self._load(commit)
+                self.last = commit.step
                 return snapshot
             except DamagedError as error:
                 on_damaged(str(error))
         return None
 
     def load(self, step: int) -> Snapshot:
-        """Load and verify a checkpoint.
+        """Load and verify the checkpoint of a step.
 
         Raises:
             DamagedError: a file is missing, cut short or altered.
             UserError: a newer raybert wrote it.
         """
-        name = self._folder.join(f"step-{step:08d}.json")
+        commits = [commit for commit in self._commits() if commit.step == step]
+        if not commits:
+            name = self._folder.join(f"step-{step:08d}-a*.json")
+            raise DamagedError(f"the commit {name} is missing")
+        for commit in reversed(commits[1:]):
+            with suppress(DamagedError):
+                return self._load(commit)
+        return self._load(commits[0])
+
+    def _load(self, found: Commit) -> Snapshot:
+        name = self._folder.join(found.name)
         try:
-            commit = self._commit(step)
+            commit = self._read(found)
             version = int(commit["format_version"])
             if version > FORMAT_VERSION:
                 raise UserError(
@@ -173,7 +199,7 @@ class CheckpointStore:
             raise DamagedError(f"the commit {name} is damaged") from None
         try:
             return Snapshot(
-                step=step,
+                step=found.step,
                 model=safetensors.torch.load(data["model.safetensors"]),
                 optimizer=safetensors.torch.load(data["optimizer.safetensors"]),
                 state=json.loads(data["state.json"]),
@@ -181,18 +207,17 @@ class CheckpointStore:
         except (KeyError, ValueError, safetensors.SafetensorError) as error:
             raise DamagedError(f"checkpoint {folder} can't be read: {error}") from None
 
-    def _commit(self, step: int) -> dict[str, Any]:
+    def _read(self, found: Commit) -> dict[str, Any]:
         """Read a commit, all but its own checksum.
 
         Raises:
             DamagedError: it is altered, or no JSON.
             FileNotFoundError: there is none.
         """
-        file = f"step-{step:08d}.json"
-        commit = dict(self._folder.read_json(file))
+        commit = dict(self._folder.read_json(found.name))
         if commit.pop("sha256", None) not in (None, _seal(commit)):  # the first ones had none
             raise DamagedError(
-                f"the commit {self._folder.join(file)} is altered: its SHA-256 differs"
+                f"the commit {self._folder.join(found.name)} is altered: its SHA-256 differs"
             )
         return commit
 
@@ -201,7 +226,7 @@ class CheckpointStore:
         check_attempt(self._run, self._attempt)
         if not self._swept:  # a disk may be full of what attempts before this one began
             self._sweep()
-        name = f"step-{snapshot.step:08d}-a{self._attempt:04d}"
+        name = commit_name = f"step-{snapshot.step:08d}-a{self._attempt:04d}"
         if self._folder.exists(name):  # by this attempt, too: it may be what the commit names
             name += f"-{uuid.uuid4().hex[:8]}"
         folder = self._folder / name
@@ -226,7 +251,7 @@ class CheckpointStore:
         }
         check_attempt(self._run, self._attempt)  # writing may have taken minutes
         commit["sha256"] = _seal(commit)
-        self._folder.write_json(f"step-{snapshot.step:08d}.json", commit)
+        self._folder.write_json(f"{commit_name}.json", commit)
         size = sum(file["bytes"] for file in files.values())
         self._committed = Committed(snapshot.step, time.perf_counter() - begun, size)
         self.last = snapshot.step
@@ -238,29 +263,29 @@ class CheckpointStore:
         was damaged. Nothing of a younger attempt is touched, committed or not.
         """
         check_attempt(self._run, self._attempt)
-        commits = {step: self._writer(step) for step in self.steps()}
-        keep = {*[step for step in commits if step <= written][-self._keep :], best_step}
-        for step, (attempt, _) in commits.items():
-            if step not in keep and attempt <= self._attempt:
-                self._folder.delete(f"step-{step:08d}.json")
+        youngest = {commit.step: commit for commit in self._commits()}  # of each step
+        keep = {*[step for step in youngest if step <= written][-self._keep :], best_step}
+        for commit in self._commits():
+            is_kept = commit.step in keep and commit == youngest[commit.step]
+            if not is_kept and commit.attempt <= self._attempt:
+                self._folder.delete(commit.name)
         self._sweep()
 
     def _sweep(self) -> None:
         """Delete the folders that no commit names; those of younger attempts may yet get one."""
-        named = {self._writer(step)[1] for step in self.steps()}
+        named = {self._named_by(commit) for commit in self._commits()}
         for name in self._folder.names():
             match = _FOLDER.fullmatch(name)
             if match and name not in named and int(match[1]) <= self._attempt:
                 self._folder.delete(name)
         self._swept = True
 
-    def _writer(self, step: int) -> tuple[int, str]:
-        """Which attempt committed a step, and the folder: (0, "") where the commit is damaged."""
+    def _named_by(self, commit: Commit) -> str:
+        """The folder that a commit names; none where it is damaged."""
         try:
-            commit = self._commit(step)
-            return int(commit["attempt"]), str(commit["folder"])
+            return str(self._read(commit)["folder"])
         except (FileNotFoundError, DamagedError, KeyError, TypeError, ValueError):
-            return 0, ""
+            return ""
 
 
 def hash_tensors(tensors: Tensors) -> str:

@@ -214,6 +214,7 @@ class Loop:
             self.task.model.load_state_dict({**found.model, **averages})
         elif self.config.average_decay:
             swap_averages(self.optimizer)
+        self.group.gather(None)  # rank 0 may need as long again for what is written next
         result = {**metrics, **asdict(progress)}
         del result["best_metrics"]
         return result
@@ -415,8 +416,6 @@ class Loop:
         if score > best:  # never where it is undefined
             progress.best_score, progress.best_step = score, progress.step
             progress.best_metrics = finite(metrics)
-            if not final:
-                self._save()
         record = {
             "kind": "eval",
             "step": progress.step,
@@ -426,7 +425,9 @@ class Loop:
         }
         self._write(record)
         self._found.append({**record, "total_steps": progress.total_steps})
-        if self._log is not None:
+        if progress.best_step == progress.step and not final:
+            self._save()  # the log goes with it
+        elif self._log is not None:
             self._log.flush()
         self._rate = Rate()
         return metrics
@@ -497,12 +498,26 @@ class Loop:
         self._save(wait=True)
 
     def _save(self, wait: bool = False) -> None:
+        begun = time.perf_counter()
         # Nobody takes the steps before a checkpoint again, nor logs them.
         self._before_save()
         if self._log is not None:
             self._log.flush()
+        self._settle()
         best = self.progress.best_step
-        self._saver.save(self._state(), self.snapshot, best_step=best, wait=wait)
+        self._saver.save(self._state(), self.snapshot, best_step=best, begun=begun)
+        if wait:
+            self._settle()
+            self._saver.log()
+
+    def _settle(self) -> None:
+        """Wait until no checkpoint is being written, for as long as a slow storage takes.
+
+        The others would take rank 0 for lost; so they wait with it, and hear of it at times.
+        """
+        seconds = self.config.collective_timeout_s / 4
+        while self.group.sum([not self._saver.is_settled(seconds)])[0]:
+            pass
 
     def _state(self) -> tuple[Any, ...]:
         """What makes a checkpoint worth writing: clocks aside, all that differs from the last."""
@@ -554,8 +569,7 @@ class Loop:
                 else f"{message}, for {self._skipped_in_a_row} steps in a row; {remedy}"
             )
         if policy == "rollback" and self._store is not None:
-            self._saver.settle()
-            self.group.gather(None)  # the others wait until rank 0 has committed what it wrote
+            self._settle()
             snapshot = self._store.load_latest(lambda text: self._event("damaged checkpoint", text))
             if snapshot is not None:
                 self.restore(snapshot)

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from io import FileIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ SEGMENTS = "metrics"
 
 RETRY_SECONDS = 5.0  # between tries at a storage that refuses: some take long to say so
 MOST_WAITING = 16 << 20  # bytes of lines that a disk does not take: hours of them
+CHUNK_BYTES = 1 << 20  # of a file on an object store, whose last one is written again and again
 
 
 class LineLog:
     """The lines of one file, in order, from one writer; each ends in a line feed or is not there.
 
-    On a disk a line is appended at once. An object store's file is written whole by `flush`, so
-    its lines stay in memory. Lines that can't be written are kept, and tried again with the next.
+    On a disk a line is appended at once. On an object store `flush` writes all of them, in files
+    of about `CHUNK_BYTES`: `name`, then `name` with a number before its suffix. The lines of the
+    last one stay in memory. Lines that can't be written are kept, and tried again with the next.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class LineLog:
     ) -> None:
         """Begin the file anew with the first line; `tell` is given trouble, and its end, once."""
         self._folder, self._name, self._tell = folder, name, tell
+        self._chunk = 0  # on an object store: the number of the last file
         self._lines: deque[bytes] = deque()  # on a disk: those that are not on it yet
         self._bytes = 0  # of these lines
         self._waiting = self._dropped = 0  # lines: not stored yet, and never to be
@@ -94,9 +98,15 @@ class LineLog:
             self._tell(f"{self._path} is written again{lacks}")
 
     def _rewrite(self) -> None:
-        if self._waiting:
-            self._folder.write_bytes(self._name, b"".join(self._lines))
-            self._waiting = 0
+        if not self._waiting:
+            return
+        stem, dot, suffix = self._name.rpartition(".")
+        number = f".{self._chunk:06d}" if self._chunk else ""
+        self._folder.write_bytes(f"{stem}{number}{dot}{suffix}", b"".join(self._lines))
+        self._waiting = 0
+        if self._bytes >= CHUNK_BYTES:
+            self._lines.clear()
+            self._bytes, self._chunk = 0, self._chunk + 1
 
     def _append(self) -> None:
         with self._folder.translated("writing", self._path):
@@ -183,12 +193,18 @@ def merge_metrics(run: Folder) -> None:
 def _merged(run: Folder) -> list[dict[str, Any]]:
     folder = run / SEGMENTS
     merged: list[dict[str, Any]] = []
-    for name in folder.names():
-        segment = parse_lines(folder.read_text(name))
+    for _, names in groupby(sorted(folder.names(), key=_place), lambda name: _place(name)[0]):
+        segment = [record for name in names for record in parse_lines(folder.read_text(name))]
         if segment:
             first = segment[0]["step"]
             merged = [record for record in merged if record["step"] <= first] + segment
     return merged
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The attempt whose lines a file holds, and the file's place among that attempt's."""
+    attempt, *number, _ = name.split(".")
+    return attempt, "".join(number)
 
 
 def parse_lines(text: str) -> list[dict[str, Any]]:

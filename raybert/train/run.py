@@ -245,6 +245,7 @@ class Execution:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         result: dict[str, Any] = finite(found)
+        check_attempt(run, self._attempt)  # again: the model may have taken minutes
         merge_metrics(run)
         run.write_json(RESULT, result)
         return result

@@ -69,7 +69,7 @@ class Saver:
         snapshot: Callable[[], Snapshot],
         *,
         best_step: int | None,
-        wait: bool = False,
+        begun: float,
     ) -> None:
         """Write a checkpoint in the background, unless the last one has the same state.
 
@@ -77,12 +77,12 @@ class Saver:
             state: what makes it worth writing.
             snapshot: copies the run's state; training stands still meanwhile.
             best_step: the step of the best weights, which are kept.
-            wait: until it is written.
+            begun: since when training has stood still for it, by `perf_counter`.
         """
-        begun = self._since = time.perf_counter()
+        self._since = begun
         if self._store is None:
             return
-        self.settle()  # what went wrong with the one before must not cost this one
+        self.is_settled(None)  # what went wrong with the one before must not cost this one
         self.log()
         if self.is_broken or self._saved == state:
             return
@@ -90,20 +90,18 @@ class Saver:
         try:
             self._store.save(snapshot(), best_step=best_step)
             self._stalled = time.perf_counter() - begun
-            if wait:
-                self._store.wait()
         except StorageError as error:
             self._failed(error)
-        self.log()
 
-    def settle(self) -> None:
-        """Wait for the checkpoint that is being written."""
+    def is_settled(self, seconds: float | None) -> bool:
+        """Wait for the checkpoint that is being written; whether it is done in so many seconds."""
         if self._store is None:
-            return
+            return True
         try:
-            self._store.wait()
+            self._store.wait(seconds)
         except StorageError as error:
             self._failed(error)
+        return not self._store.is_busy
 
     def wait(self) -> None:
         """Wait for the last checkpoint.

@@ -178,7 +178,7 @@ class TrainConfig(Settings):
     @property
     def patience_s(self) -> float:
         """Seconds for which one rank may try a storage that refuses, while the others wait."""
-        return 0.75 * self.collective_timeout_s
+        return 0.8 * self.collective_timeout_s
 
     def budget(self, steps_per_epoch: int, tokens_per_epoch: int) -> Budget:
         """The run's length, given the data's."""

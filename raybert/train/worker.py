@@ -10,8 +10,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from raybert.errors import (
 )
 from raybert.model.allocator import KEEP_FREED_MEMORY
 from raybert.ray_session import Resources
-from raybert.storage import Folder
+from raybert.storage import Folder, patiently
 from raybert.train.board import Board, Link
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.group import Group
@@ -80,8 +80,6 @@ def train_on_ray(
         RaybertError: training failed more often than `max_failures` allows; says what the first
             failing worker said.
     """
-    for name, value in _patience(job.config).items():
-        os.environ.setdefault(name, value)
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     from raybert.train.recovery import NodesInterface, Trainer
@@ -131,20 +129,40 @@ def train_on_ray(
             worker_runtime_env={"env_vars": {} if gpu else KEEP_FREED_MEMORY},
         ),
     )
-    _Fit(trainer, board, on_progress).wait()
+    with _set(_patience(config)):
+        _Fit(trainer, board, on_progress).wait()
     with suppress(StorageError):  # what is left over is no reason to fail
         ray_folder.delete(name)
         if not ray_folder.names(hidden=True):  # another driver's attempt may be at work there
             run.delete("ray")
-    if not run.exists(RESULT):
+    if not patiently(lambda: run.exists(RESULT), config.patience_s):
         raise Stopped(f"{run} was asked to stop; run it again to go on")
-    result = run.read_json(RESULT)
+    result = patiently(lambda: run.read_json(RESULT), config.patience_s)
     return result if isinstance(result, dict) else {}
 
 
+@contextmanager
+def _set(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables that the user has not set, for a while."""
+    new = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
+
+
 def _patience(config: TrainConfig) -> dict[str, str]:
-    """How soon Ray Train takes a worker for lost: its own ten minutes are for GPUs that compile."""
-    return {
+    """How soon Ray Train takes a worker for lost: its own ten minutes are for GPUs that compile.
+
+    And how long it waits for the place of one that a range of workers may do without: a node that
+    has just died is on Ray's list for some seconds yet.
+    """
+    place = (
+        {} if isinstance(config.workers, int) else {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
+    )
+    return place | {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(math.ceil(config.collective_timeout_s)),
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
@@ -308,6 +326,8 @@ class _Fit:
                     self._board.clear()
         if isinstance(self._error, TrainingFailedError):
             raise _said_by_worker(self._error) from None
+        if isinstance(self._error, OSError):  # of Ray's own files, in the run's folder
+            raise StorageError(f"Ray can't write to the run's storage: {self._error}") from None
         if self._error is not None:
             raise self._error
 

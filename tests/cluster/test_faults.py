@@ -23,7 +23,23 @@ def test_a_seed_gives_the_same_faults_and_every_kind_its_share():
     assert faults.draw(1, 20, list(faults.KINDS), 3) != faults.draw(2, 20, list(faults.KINDS), 3)
 
 
+def test_runs_differ_where_a_digest_does(tmp_path):
+    def run(name, *attempts):
+        folder = tmp_path / name / "digests"
+        folder.mkdir(parents=True)
+        for number, lines in enumerate(attempts, 1):
+            (folder / f"{number:04d}-0000.txt").write_text("".join(f"{line}\n" for line in lines))
+        return tmp_path / name
+
+    quiet = run("quiet", ["0 0 a", "0 1 b", "1 0 c"])
+    assert faults.same_digests(quiet, run("resumed", ["0 0 a", "0 1 b"], ["0 1 b", "1 0 c"]))
+    assert not faults.same_digests(quiet, run("other", ["0 0 a", "0 1 b", "1 0 d"]))
+    assert not faults.same_digests(quiet, run("short", ["0 0 a", "0 1 b"]))
+    assert not faults.same_digests(quiet, run("two", ["0 0 a", "0 1 x"], ["0 1 b", "1 0 c"]))
+
+
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
 def test_a_worker_that_is_killed_on_a_real_cluster_changes_nothing():
     command = [sys.executable, str(BENCHMARKS / "faults.py"), "--json"]
@@ -34,4 +50,4 @@ def test_a_worker_that_is_killed_on_a_real_cluster_changes_nothing():
     assert result["identical"] and result["digests_equal"]
     assert result["restarts"] == 1 and result["manual_steps"] == []
     assert [fault["kind"] for fault in result["faults"]] == ["worker"]
-    assert result["faults"][0]["recovered"] is not None
+    assert result["faults"][0]["hit"] and result["faults"][0]["recovered"] is not None

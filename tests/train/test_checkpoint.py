@@ -97,7 +97,7 @@ def test_files_without_a_commit_are_no_checkpoint(run):
     store = store_of(run)
     store.save(snapshot(1), best_step=None, wait=True)
     store.save(snapshot(2), best_step=None, wait=True)
-    (run / "checkpoints").delete("step-00000002.json")
+    (run / "checkpoints").delete("step-00000002-a0001.json")
     assert store.steps() == [1]
     assert store.load_latest(pytest.fail).step == 1
 
@@ -118,7 +118,7 @@ def test_nothing_is_committed_while_files_are_being_written(run, monkeypatch):
     monkeypatch.undo()
     store.save(snapshot(4), best_step=None, wait=True)
     assert store.steps() == [4]
-    assert (run / "checkpoints").names() == ["step-00000004-a0001", "step-00000004.json"]
+    assert (run / "checkpoints").names() == ["step-00000004-a0001", "step-00000004-a0001.json"]
 
 
 def test_a_failure_in_the_background_is_raised_by_the_next_call(run, monkeypatch):
@@ -174,7 +174,7 @@ def test_a_superseded_attempt_leaves_the_younger_ones_checkpoint_of_the_same_ste
             old.save(snapshot(step), best_step=None, wait=True)
     with pytest.raises(Superseded):
         old._prune(1, None)
-    assert (run / "checkpoints").names() == ["step-00000002-a0002", "step-00000002.json"]
+    assert (run / "checkpoints").names() == ["step-00000002-a0002", "step-00000002-a0002.json"]
     assert young.load_latest(pytest.fail).step == 2
 
 
@@ -193,6 +193,40 @@ def test_an_attempt_that_is_superseded_while_it_writes_does_not_commit(run, monk
         old.save(Snapshot(5, {"weight": torch.zeros(1)}, {}), best_step=None, wait=True)
     young = CheckpointStore(run, 2, keep=2)
     assert torch.equal(young.load(5).model["weight"], snapshot(5).model["weight"])
+
+
+def test_a_commit_that_arrives_after_a_younger_attempts_harms_nobody(run, monkeypatch):
+    """It was on its way for minutes, past the last look whether there is a younger attempt."""
+    old = store_of(run, keep=1)
+    write = Folder.write_json
+
+    def late(self, name, value):
+        monkeypatch.undo()
+        young = store_of(run, keep=1)
+        young.save(snapshot(5), best_step=None, wait=True)
+        young.save(snapshot(6), best_step=6, wait=True)
+        young.save(snapshot(5), best_step=6, wait=True)  # as where 6 was damaged and it went back
+        write(self, name, value)
+
+    monkeypatch.setattr(Folder, "write_json", late)
+    with pytest.raises(Superseded):
+        old.save(Snapshot(5, {"weight": torch.zeros(1)}, {}), best_step=None, wait=True)
+    young = CheckpointStore(run, 2, keep=2)
+    assert torch.equal(young.load(5).model["weight"], snapshot(5).model["weight"])
+    young.save(snapshot(7), best_step=5, wait=True)
+    assert young.steps() == [5, 6, 7]
+    assert [name for name in (run / "checkpoints").names() if "a0001" in name] == []
+
+
+def test_the_commits_of_before_name_no_attempt(run):
+    store_of(run).save(snapshot(1), best_step=None, wait=True)
+    folder = run / "checkpoints"
+    folder.write_text("step-00000001.json", folder.read_text("step-00000001-a0001.json"))
+    folder.delete("step-00000001-a0001.json")
+    again = store_of(run, keep=1)
+    assert again.load_latest(pytest.fail).step == 1
+    again.save(snapshot(2), best_step=None, wait=True)
+    assert again.steps() == [2]
 
 
 def test_a_step_that_is_saved_again_stands_until_its_successor_does(run, monkeypatch):
@@ -224,7 +258,7 @@ def test_what_a_younger_attempt_writes_is_not_pruned(run):
     (run / "checkpoints" / "step-00000004-a0002").write_text("model.safetensors", "half of it")
     old.save(snapshot(5), best_step=None, wait=True)
     names = (run / "checkpoints").names()
-    assert {"step-00000003.json", "step-00000003-a0002", "step-00000004-a0002"} <= set(names)
+    assert {"step-00000003-a0002.json", "step-00000003-a0002", "step-00000004-a0002"} <= set(names)
 
 
 def test_damaged_checkpoints_ahead_do_not_displace_the_ones_being_written(run):
@@ -271,11 +305,11 @@ def test_attempts_are_numbered_past_nine_thousand(run):
 def test_a_newer_format_is_refused_by_name(run):
     store = store_of(run)
     store.save(snapshot(1), best_step=None, wait=True)
-    commit = (run / "checkpoints").read_json("step-00000001.json")
+    commit = (run / "checkpoints").read_json("step-00000001-a0001.json")
     del commit["sha256"]
     commit["format_version"] = FORMAT_VERSION + 1
     commit["sha256"] = _seal(commit)
-    (run / "checkpoints").write_json("step-00000001.json", commit)
+    (run / "checkpoints").write_json("step-00000001-a0001.json", commit)
     # No damage that an older checkpoint could stand in for: going on would undo newer work.
     with pytest.raises(UserError, match=f"has format {FORMAT_VERSION + 1}.*upgrade raybert"):
         store.load_latest(pytest.fail)
@@ -295,7 +329,7 @@ def test_a_commit_of_another_shape_is_damaged(run, commit):
     store = store_of(run)
     store.save(snapshot(1), best_step=None, wait=True)
     store.save(snapshot(2), best_step=None, wait=True)
-    (run / "checkpoints").write_text("step-00000002.json", commit)
+    (run / "checkpoints").write_text("step-00000002-a0001.json", commit)
     told = []
     assert store.load_latest(told.append).step == 1
     assert len(told) == 1
@@ -310,9 +344,9 @@ def test_a_commit_without_a_checksum_of_its_own_is_read(run):
     """As the first ones were written."""
     store = store_of(run)
     store.save(snapshot(1), best_step=None, wait=True)
-    commit = (run / "checkpoints").read_json("step-00000001.json")
+    commit = (run / "checkpoints").read_json("step-00000001-a0001.json")
     del commit["sha256"]
-    (run / "checkpoints").write_json("step-00000001.json", commit)
+    (run / "checkpoints").write_json("step-00000001-a0001.json", commit)
     assert store.load(1).step == 1
 
 
@@ -330,7 +364,7 @@ def two(tmp_path_factory):
         store.save(snapshot(step), best_step=None, wait=True)
     checkpoints = Path(run.path) / "checkpoints"
     paths = {file: checkpoints / "step-00000002-a0001" / file for file in FILES[:-1]}
-    return store, paths | {"commit": checkpoints / "step-00000002.json"}
+    return store, paths | {"commit": checkpoints / "step-00000002-a0001.json"}
 
 
 def loaded(two, file, data):
@@ -405,7 +439,8 @@ def test_an_upload_that_was_cut_is_no_checkpoint_and_is_swept_away(run, whole):
     assert again.load_latest(pytest.fail).step == again.last == 1
     again.save(snapshot(3), best_step=None, wait=True)
     assert (run / "checkpoints").names() == [
-        "step-00000001-a0001", "step-00000001.json", "step-00000003-a0002", "step-00000003.json",
+        "step-00000001-a0001", "step-00000001-a0001.json",
+        "step-00000003-a0002", "step-00000003-a0002.json",
     ]  # fmt: skip
 
 

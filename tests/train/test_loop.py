@@ -490,8 +490,9 @@ def test_a_falling_mask_rate_falls(corpus, tmp_path):
 
 def committed(run, step):
     """The folder that a checkpoint's commit names."""
-    name = (run / "checkpoints").read_json(f"step-{step:08d}.json")["folder"]
-    return Path((run / "checkpoints").path) / name
+    checkpoints = Path((run / "checkpoints").path)
+    commit = max(checkpoints.glob(f"step-{step:08d}-a*.json"))
+    return checkpoints / json.loads(commit.read_text())["folder"]
 
 
 def damage(path, how):
@@ -548,8 +549,8 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("bit", "step-00000003.json is altered"),
-        ("cut", "step-00000003.json is damaged"),
+        ("bit", "step-00000003-a0001.json is altered"),
+        ("cut", "step-00000003-a0001.json is damaged"),
         ("gone", None),
     ],
 )
@@ -557,7 +558,7 @@ def test_a_checkpoint_without_a_whole_commit_gives_way(corpus, run, undisturbed,
     """Without a commit its files are those of an upload that was cut: nobody misses them."""
     with pytest.raises(Stopped):
         Attempt(four_steps(corpus), run, stop_at=3).run()
-    damage(Path((run / "checkpoints").path) / "step-00000003.json", how)
+    damage(Path((run / "checkpoints").path) / "step-00000003-a0001.json", how)
     attempt = Attempt(four_steps(corpus), run)
     attempt.run()
     message = attempt.events().get("damaged checkpoint")
@@ -656,7 +657,7 @@ def test_a_best_step_whose_checkpoint_is_gone_is_no_best_step(corpus, run):
         first.run()
     best = first.loop.progress.best_step
     assert best is not None
-    (run / "checkpoints").delete(f"step-{best:08d}.json")
+    (run / "checkpoints").delete(f"step-{best:08d}-a0001.json")
     again = Attempt(job, run)
     again.run()
     assert again.loop.progress.best_step == 6
@@ -777,7 +778,7 @@ def test_weights_that_can_not_be_read_for_a_while_are_waited_for(corpus, run, mo
     result = attempt.run()
     assert (result["best_step"], failures) == (2, [])
     assert same_tensors(attempt.task.model.state_dict(), load(2).model)
-    assert "no answer; it is tried again for 90 s" in attempt.events()["storage"]
+    assert "no answer; it is tried again for 96 s" in attempt.events()["storage"]
 
 
 # Wishes from outside -----------------------------------------------------------------------------

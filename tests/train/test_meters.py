@@ -228,6 +228,21 @@ def test_an_object_stores_lines_are_there_when_they_are_flushed(bucket):
     assert (bucket / "sub").read_text("log") == "a\nb\n"
 
 
+def test_an_object_stores_lines_go_on_in_files_of_a_size(bucket, monkeypatch):
+    """What a long run has logged is neither kept in memory nor written again and again."""
+    monkeypatch.setattr("raybert.train.meters.CHUNK_BYTES", 500)
+    for attempt, first in ((1, 0), (2, 40)):
+        log = MetricsLog(bucket, attempt, first)
+        for step in range(first + 1, first + 61):
+            log.write(train(step))
+            log.flush()
+        log.close()
+    names = (bucket / "metrics").names()
+    assert {"0001.jsonl", "0001.000001.jsonl", "0002.jsonl", "0002.000001.jsonl"} <= set(names)
+    assert all(size < 1000 for size in (bucket / "metrics").sizes().values())
+    assert steps(read_metrics(bucket)) == list(range(1, 101))
+
+
 def test_lines_outlive_an_object_store_that_refuses(bucket, proxy, at_once):
     through, connection = proxy
     told = []
