@@ -199,6 +199,7 @@ def test_a_search_from_start_to_winner(ray_session, tmp_path, capsys):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_trial_is_the_run_that_fine_tuning_would_be(ray_session, tmp_path):
     """The configured values' trial ends with the weights of `raybert finetune`."""
     experiment = searchable(tmp_path, tune={"trials": 1, "keep_models": True, "test": False})
@@ -226,6 +227,7 @@ def test_what_a_killed_session_has_measured_is_not_measured_again(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_search_of_the_texts_shape_prepares_them_once(ray_session, tmp_path):
     space = {
         "finetune.seq_len": {"choice": [8, 16]},
@@ -278,6 +280,7 @@ def test_a_trial_that_diverges_is_marked_and_the_search_goes_on(ray_session, tmp
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_search_in_which_all_fails_says_why(ray_session, tmp_path):
     experiment = searchable(
         tmp_path,
@@ -289,6 +292,7 @@ def test_a_search_in_which_all_fails_says_why(ray_session, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_trial_that_wants_too_much_memory_is_marked_and_the_search_goes_on(ray_session, tmp_path):
     space = {"model.intermediate_size": {"choice": [2**46, 16]}}
     experiment = searchable(tmp_path, tune={"space": space, "searcher": "grid", "test": False})
@@ -326,6 +330,7 @@ def a_worker_killed(run):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_trial_whose_worker_is_lost_for_good_is_marked(ray_session, tmp_path):
     experiment = searchable(
         tmp_path,
@@ -341,6 +346,7 @@ def test_a_trial_whose_worker_is_lost_for_good_is_marked(ray_session, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_search_on_an_object_store(ray_session, bucket, tmp_path):
     experiment = searchable(
         tmp_path,
@@ -451,6 +457,7 @@ def test_trials_of_several_workers(ray_session, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_minutes_end_the_search(ray_session, tmp_path, monkeypatch):
     experiment = searchable(
         tmp_path,
@@ -542,6 +549,7 @@ def test_a_search_that_is_interrupted_and_killed_ends_with_the_trials_it_would_h
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_ensemble_is_measured_and_teaches(ray_session, tmp_path):
     experiment = searchable(tmp_path)
     result = finetune_seeds(experiment, QUIET, 3)
