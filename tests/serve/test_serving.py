@@ -222,6 +222,7 @@ def test_a_killed_replica_costs_a_client_that_asks_again_nothing(server, client)
     assert set(answers) == {"pos"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_and_leaves_nothing(model, tmp_path):
     server = Server(tmp_path, model.uri, "-s", "serve.precision=fp32")
     try:
@@ -235,6 +236,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing(model, tmp_path):
         server.clear()
 
 
+@pytest.mark.slow
 def test_tls_through_serves_own_proxy(model, tmp_path):
     files = certificate(tmp_path)
     server = Server(
