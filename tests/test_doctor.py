@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -292,3 +293,31 @@ def test_a_node_that_can_not_be_asked_is_told_not_raised(ray_session, tmp_path):
     assert there[0].unseen == () and there[0].versions == nodes.versions()
     assert abs(there[0].clock) < 5
     assert Path(tmp_path).exists() and os.listdir(tmp_path) == []
+
+
+def test_a_node_that_dies_during_the_visit_is_not_held_against_the_cluster(tmp_path, monkeypatch):
+    """Ray lists it for some seconds yet; one that stays and does not answer is a problem."""
+    looks = []
+
+    def alive():
+        looks.append(1)
+        return [node("a"), node("b")] if len(looks) == 1 else [node("a")]
+
+    def ask(there, storage, tell):
+        for one in there:
+            one.error = "the actor died" if one.name == "b" else ""
+
+    monkeypatch.setattr(nodes, "alive", alive)
+    monkeypatch.setattr(nodes, "ask", ask)
+    monkeypatch.setattr(reduction, "peers", lambda *given: nullcontext([]))
+    monkeypatch.setattr(reduction, "reduce", lambda *given: Reduction("gloo", 2, 1, seconds=0.1))
+    experiment = build(Experiment, {"run": {"storage": str(tmp_path)}}, "test")
+    has = Resources(cpus=4, gpus=0, object_store=1 << 30, started_here=True)
+
+    def found():
+        one, *_ = visit.examine(experiment, has, Display(quiet=True), ("pretrain",))
+        return one
+
+    assert (found().status, len(looks)) == ("ok", 4)
+    monkeypatch.setattr(nodes, "alive", lambda: [node("a"), node("b")])
+    assert found().status == "problem"
