@@ -193,7 +193,13 @@ class _Tuning:
         wanted = runs_of(finalists, self._experiment.finetune.seed, config.seeds)
         source = Wanted(ledger, wanted)
         self._runner.run(self._stage, ledger, source, keys=self._keys, limit=len(wanted))
-        return gathered(finalists, source.entries)
+        found = gathered(finalists, source.entries)
+        if any(other.mean > found[0].mean for other in found):
+            self._display.say(
+                "tune      no finalist is above the configured values by more than a standard "
+                "error of the seeds: they stay"
+            )
+        return found
 
     def _finish(
         self, entries: list[Entry], finalists: list[Finalist], spent: float

@@ -1,7 +1,10 @@
 """Who wins: the best few trials and the configured values, each run again with several seeds.
 
 A search's best score is the best of many, and flatters its trial: the more trials, the more. So the
-finalists are trained anew, with seeds that the search did not use, and what counts is the mean.
+finalists are trained anew, with seeds that the search did not use, and what counts is the mean. The
+best of a few means still flatters, so the configured values stay unless the best one is above them
+by more than the standard error of the difference (as in Breiman et al., Classification and
+Regression Trees, 1984, 3.4.3: the simplest within one standard error).
 Everything here is of validation texts; the test texts are not looked at before the winner is known.
 """
 
@@ -89,7 +92,7 @@ def runs_of(finalists: Sequence[Entry], seed: int, seeds: int) -> list[tuple[str
 
 
 def gathered(finalists: Sequence[Entry], runs: Sequence[Entry]) -> list[Finalist]:
-    """The finalists with their runs, the best mean first; of equals the older trial.
+    """The finalists with their runs, the winner first, then by their means; of equals the older.
 
     Raises:
         RaybertError: no run has a score.
@@ -101,7 +104,32 @@ def gathered(finalists: Sequence[Entry], runs: Sequence[Entry]) -> list[Finalist
     if all(not finalist.scores for finalist in found):
         why = next((run.why for run in runs if run.why), "none was evaluated")
         raise RaybertError(f"no finalist came to a score: {why}")
-    return sorted(found, key=lambda finalist: (-finalist.mean, finalist.trial.name))
+    order = sorted(found, key=lambda finalist: (-finalist.mean, finalist.trial.name))
+    default = next((finalist for finalist in order if finalist.trial.name == DEFAULT), None)
+    if default is not None and not is_above(order[0], default):
+        order.remove(default)
+        order.insert(0, default)
+    return order
+
+
+def is_above(finalist: Finalist, default: Finalist) -> bool:
+    """Whether a finalist is better than the configured values by more than chance gives it.
+
+    Seeds are compared in pairs: the runs of one seed share the order of the texts. A single seed
+    says nothing of chance; then the higher score is above.
+    """
+    if not default.scores or not finalist.scores:
+        return bool(finalist.scores)
+    theirs = {run.seed: run.score for run in default.runs if run.score != -math.inf}
+    gains = [
+        run.score - theirs[run.seed]
+        for run in finalist.runs
+        if run.score != -math.inf and run.seed in theirs
+    ]
+    if len(gains) < 2:
+        return finalist.mean > default.mean
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    return statistics.fmean(gains) > error
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_the_mean_over_seeds_decides_not_the_search():
     finalists = finalists_of(TRIALS, 2)
     scores = {"0001": (0.60, 0.90), "0002": (0.80, 0.82), "0000": (0.79, 0.81)}
     runs = [
-        entry(f"{name}-s{number}", score)
+        entry(f"{name}-s{number}", score, seed=number)
         for name, pair in scores.items()
         for number, score in enumerate(pair, 1)
     ]
@@ -65,6 +65,29 @@ def test_the_mean_over_seeds_decides_not_the_search():
     assert shown["seeds"]["accuracy"]["mean"] == pytest.approx(0.81)
     assert shown["seeds"]["accuracy"]["std"] == pytest.approx(0.0141421, abs=1e-6)
     assert shown["seeds"]["n"] == 2
+
+
+def of_seeds(name, *scores):
+    return [entry(f"{name}-s{n}", score, seed=n) for n, score in enumerate(scores, 1)]
+
+
+@pytest.mark.parametrize(
+    ("challenger", "configured", "winner"),
+    [
+        ((0.85, 0.87, 0.86), (0.85, 0.84, 0.86), "0000"),  # above by a third of a point on average
+        ((0.86, 0.86, 0.87), (0.85, 0.84, 0.86), "0007"),  # above with every seed
+        ((0.87, 0.99, 0.70), (0.85, 0.84, 0.86), "0000"),  # by one lucky seed
+        ((0.87,), (0.85,), "0007"),  # nothing is known of chance
+        ((0.87, 0.86), (), "0007"),
+    ],
+)
+def test_the_configured_values_stay_unless_another_is_above_by_more_than_chance(
+    challenger, configured, winner
+):
+    runs = [*of_seeds("0007", *challenger), *of_seeds("0000", *configured)]
+    found = gathered([entry("0007", 0.9), entry("0000", 0.5)], runs)
+    assert [finalist.trial.name for finalist in found][0] == winner
+    assert {finalist.trial.name for finalist in found} == {"0000", "0007"}
 
 
 def test_of_equals_the_configured_values_win():
