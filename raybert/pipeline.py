@@ -239,10 +239,18 @@ def _trained_on(run: Folder, source: SourceConfig) -> str | None:
     values = parse_yaml(run.read_text(CONFIG), run.join(CONFIG)) if run.exists(CONFIG) else {}
     try:
         config = build(SourceConfig, values.get("finetune", {}).get("source", {}), CONFIG)
-        training = sources.shards(config, labels=True)
+    except UserError:
+        return None
+    return shared_file(config, source)
+
+
+def shared_file(training: SourceConfig, source: SourceConfig) -> str | None:
+    """A file of which both read the same part, if there is one."""
+    try:
+        shards = sources.shards(training, labels=True)
     except UserError:
         return None  # the texts are gone
-    read = {file.uri: set(shard.splits) for shard in training for file in shard.files}
+    read = {file.uri: set(shard.splits) for shard in shards for file in shard.files}
     for shard in sources.shards(source, labels=True):
         for file in shard.files:
             splits = read.get(file.uri)

@@ -18,7 +18,7 @@ from raybert.doctor.visit import visit_when_asked
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.finetuning import finetune_job, input_length
-from raybert.pipeline import METRICS, evaluate_model, measured
+from raybert.pipeline import METRICS, evaluate_model, measured, shared_file
 from raybert.ray_session import Resources, dashboard_url, ray_session
 from raybert.storage import Folder
 from raybert.text import sources
@@ -27,6 +27,7 @@ from raybert.train.run import CONFIG, RESULT, open_run
 from raybert.trials import Runner
 from raybert.tune.ledger import Entry, Ledger
 from raybert.tune.propose import GridSearch, Proposer, RandomSearch, TpeSearch, Trials, Wanted
+from raybert.tune.schedule import check_scheduler
 from raybert.tune.select import Finalist, finalists_of, gathered, runs_of
 from raybert.tune.settings import (
     MAY_CHANGE,
@@ -57,6 +58,11 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
         result = _open(experiment, stage, display)
         assert result is not None
         display.say(f"tune      {stage} is finished already: {_best_line(result)}")
+        if config.searcher != "grid" and config.trials > result["trials"]["all"]:
+            display.say(
+                f"tune      it had {result['trials']['all']} trials, you ask for {config.trials}: "
+                "choose another run.name for a longer search"
+            )
         return result
     space = read_space(config, Searched(model=experiment.model, finetune=experiment.finetune))
     if config.test:
@@ -72,11 +78,14 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
         has_begun = stage.exists(CONFIG)
         job = finetune_job(experiment, display, stage / "data", has_begun=has_begun, whole=True)
         job.check()
+        tuning = _Tuning(experiment, display, stage, space, job, resources)
+        tuning.check()  # a search that is refused has not begun: its name stays free
         _open(experiment, stage, display, job)
+        tuning.tell()
         if dashboard:
             events = open_until_the_end.enter_context(tensorboard(stage / "tensorboard"))
             display.say(f"tune      dashboards: Ray {dashboard_url()}, TensorBoard {events}")
-        return _Tuning(experiment, display, stage, space, job, resources).run()
+        return tuning.run()
 
 
 def _open(
@@ -126,6 +135,28 @@ class _Tuning:
         self._runner = Runner(experiment, display, job, resources)
         self._keys = [dimension.key for dimension in space.dimensions]
         self._clock, self._begun = Clock.read(stage), time.monotonic()
+        self._seen: str | None = None  # a file of the test texts that is trained on
+
+    def check(self) -> None:
+        """Refuse what can't be searched so.
+
+        Raises:
+            ConfigError: values of the space, or a scheduler, of which nothing can come.
+        """
+        self._proposer(self._start())
+        check_scheduler(self._config.scheduler, self._longest())
+
+    def tell(self) -> None:
+        """Say what the result will be worth."""
+        if self._config.test:
+            self._seen = shared_file(
+                self._experiment.finetune.source, self._experiment.evaluate.source
+            )
+        if self._seen is not None:
+            self._display.say(
+                f"tune      {self._seen} is trained on: the winner's test scores will say little "
+                "about new texts; name others with --set evaluate.source.path=FILE"
+            )
 
     def run(self) -> dict[str, Any]:
         try:
@@ -139,15 +170,12 @@ class _Tuning:
 
     def _search(self) -> list[Entry]:
         """Run the trials of the search; returns all of them."""
-        config, base = self._config, self._runner.base
+        config = self._config
         ledger = Ledger(self._stage / "trials")
-        configured = self._space.of(base.settings())
-        start = [configured, *config.start]
+        start = self._start()
         proposer, limit = self._proposer(start)
         trials = Trials(ledger, proposer, start, limit, self._experiment.finetune.seed)
         left = None if config.minutes is None else config.minutes * 60 - self._clock.before
-        rows, batch = self._job.prepared.train.rows, self._experiment.finetune.global_batch_size
-        steps_per_epoch = max(1, -(-rows // batch))
         self._runner.run(
             self._stage,
             ledger,
@@ -156,7 +184,7 @@ class _Tuning:
             limit=limit,
             scheduler=config.scheduler,
             space=self._space,
-            longest=most_epochs(self._space, base, steps_per_epoch, self._tokens()),
+            longest=self._longest(),
             deadline=None if left is None else time.monotonic() + left,
             watchers=[
                 EventWriter(self._stage / "tensorboard"),
@@ -167,6 +195,20 @@ class _Tuning:
             if entry.state == "waiting":  # its time was up before it could go on
                 ledger.close(entry, "stopped", "the time was up")
         return trials.entries
+
+    def _start(self) -> list[Values]:
+        """The values of the first trials: the configured ones, then those that are asked for."""
+        settings = self._runner.base.settings()
+        asked = [
+            {**self._space.of({**settings, **values}), **values} for values in self._config.start
+        ]
+        return [self._space.of(settings), *asked]
+
+    def _longest(self) -> float:
+        """The epochs of the longest trial."""
+        rows, batch = self._job.prepared.train.rows, self._experiment.finetune.global_batch_size
+        steps_per_epoch = max(1, -(-rows // batch))
+        return most_epochs(self._space, self._runner.base, steps_per_epoch, self._tokens())
 
     def _proposer(self, start: list[Values]) -> tuple[Proposer, int]:
         """What chooses values after the first ones, and how many trials there are in all."""
@@ -223,6 +265,7 @@ class _Tuning:
                 metrics = evaluate_model(self._experiment, stage / "model", display)
                 stage.write_json(METRICS, metrics)
             result["test"] = {key: metrics[key] for key in ("accuracy", "loss", "f1_macro", "n")}
+            result["test"]["seen_in_training"] = self._seen is not None
         stage.write_json(RESULT, result)
         stage.delete("ray")  # what sessions that were killed have left
         if not config.keep_models:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import ray.tune
 from ray.tune.experiment import Trial
@@ -21,24 +22,19 @@ from raybert.tune.ledger import Entry
 from raybert.tune.session import Session
 from raybert.tune.settings import SchedulerConfig
 from raybert.tune.space import Space
+from raybert.tune.trial import EXCHANGE
 
 
 def make_scheduler(
     config: SchedulerConfig, space: Space | None, most_epochs: float, session: Session
 ) -> TrialScheduler:
-    """Build Ray Tune's scheduler, told of what earlier sessions saw.
+    """Build Ray Tune's scheduler; ASHA's is told of what earlier sessions saw.
 
-    Raises:
-        ConfigError: the first rung is past the end.
+    HyperBand's brackets begin anew with each session.
     """
     common: dict[str, Any] = {"time_attr": "epoch"}
     match config.kind:
         case "asha":
-            if config.grace_epochs > most_epochs:
-                raise ConfigError(
-                    f"tune.scheduler.grace_epochs={config.grace_epochs:g} is past the longest "
-                    f"trial's {most_epochs:g} epochs; lower it, or set tune.scheduler.kind=none"
-                )
             scheduler = _bounded(AsyncHyperBandScheduler, session)(
                 max_t=most_epochs,
                 grace_period=config.grace_epochs,
@@ -61,13 +57,32 @@ def make_scheduler(
                 perturbation_interval=config.interval_epochs,
                 hyperparam_mutations=_mutations(space),
                 quantile_fraction=config.quantile,
-                custom_explore_fn=space.clip,
+                custom_explore_fn=lambda values: {**space.clip(values), EXCHANGE: uuid4().hex},
                 log_config=False,
                 **common,
             )
         case _:
             scheduler = _bounded(FIFOScheduler, session)()
     return scheduler
+
+
+def check_scheduler(config: SchedulerConfig, most_epochs: float) -> None:
+    """Refuse a scheduler that could stop no trial.
+
+    Raises:
+        ConfigError: it looks at trials for the first time when all are over.
+    """
+    if config.kind == "asha" and config.grace_epochs > most_epochs:
+        raise ConfigError(
+            f"tune.scheduler.grace_epochs={config.grace_epochs:g} is past the longest trial's "
+            f"{most_epochs:g} epochs; lower it, or set tune.scheduler.kind=none"
+        )
+    if config.kind == "hyperband" and math.ceil(most_epochs) < config.reduction:
+        raise ConfigError(
+            f"tune.scheduler.kind=hyperband halves nothing in {most_epochs:g} epochs with "
+            f"tune.scheduler.reduction={config.reduction:g}; train for as many epochs, lower that, "
+            "or set tune.scheduler.kind=asha"
+        )
 
 
 def _bounded(kind: type[TrialScheduler], session: Session) -> type[TrialScheduler]:

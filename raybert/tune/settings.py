@@ -194,6 +194,11 @@ def read_space(config: TuneConfig, base: Searched) -> Space:
         _check_ends(dimension, space, base)
     for values in config.start:
         for key in values:
+            if "." not in key:
+                raise ConfigError(
+                    f"tune.start: {key}: write keys with their section, on one line: "
+                    "finetune.lr: 1e-3"
+                )
             _check_key(key, base, "tune.start")
         base.with_values(values, "tune.start")
     _check_scheduler(config, space, base)

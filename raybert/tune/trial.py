@@ -30,6 +30,7 @@ from raybert.tune.running import Run, start_run
 from raybert.tune.settings import Searched
 from raybert.tune.space import Values
 
+EXCHANGE = "exchange"  # in a trial's configuration: tells one take-over from the next
 FAILED_SCORE = -1.0  # below any accuracy: schedulers compare with it, and it must be a number
 
 
@@ -136,6 +137,7 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         # Ray Tune copies a donor's whole configuration: a trial's name is not in it.
         self._seed = int(config["seed"])
         self._values: Values = {key: v for key, v in config.items() if "." in key}
+        self._exchange = config.get(EXCHANGE)
         self._pointer = None
         nothing = dict.fromkeys(("score", "best"), FAILED_SCORE)
         self._last = {**nothing, "epoch": 0.0, "step": 0}
@@ -193,9 +195,9 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         if pointer is None or pointer["trial"] == self.trial_id:
             return False
         trial = folder.read_json(TRIAL)
-        taken = {"from": pointer["trial"], "step": pointer["step"]}
-        if any(taken.items() <= exchange.items() for exchange in trial["exchanges"]):
+        if any(exchange.get("id") == self._exchange for exchange in trial["exchanges"]):
             return False  # before a restart: it has come further since
+        taken = {"id": self._exchange, "from": pointer["trial"], "step": pointer["step"]}
         donor = CheckpointStore(self._work.folder / pointer["trial"], 0, 1)
         snapshot = _load(donor, pointer["step"])
         # Whatever is best of the donor lies in the donor's folder; this one's best is yet to come.

@@ -31,7 +31,7 @@ from raybert.train.finetune import FinetuneConfig
 from raybert.train.meters import read_metrics
 from raybert.train.texts import Texts, prepared_data
 from raybert.tune.ledger import Entry, Evaluation, Ledger
-from raybert.tune.schedule import make_scheduler
+from raybert.tune.schedule import check_scheduler, make_scheduler
 from raybert.tune.session import Room, Session, room_for
 from raybert.tune.settings import SchedulerConfig, TuneConfig
 from raybert.tuning import tune
@@ -139,9 +139,13 @@ def test_nobody_is_stopped_before_the_first_rung():
     assert decide(scheduler, 0.9, 0.1) == "CONTINUE"
 
 
-def test_a_first_rung_past_the_end_is_refused():
+def test_a_scheduler_that_could_stop_nobody_is_refused():
     with pytest.raises(ConfigError, match=r"tune.scheduler.grace_epochs=5 is past the longest .*4"):
-        scheduler_of(kind="asha", grace_epochs=5.0)
+        check_scheduler(SchedulerConfig(kind="asha", grace_epochs=5.0), 4.0)
+    with pytest.raises(ConfigError, match=r"hyperband halves nothing in 2 epochs .*reduction=3"):
+        check_scheduler(SchedulerConfig(kind="hyperband", reduction=3), 2.0)
+    check_scheduler(SchedulerConfig(kind="asha", grace_epochs=4.0), 4.0)
+    check_scheduler(SchedulerConfig(kind="hyperband", reduction=3), 2.5)
 
 
 def test_when_the_time_is_up_every_trial_is_stopped():
@@ -365,6 +369,7 @@ def test_a_search_on_an_object_store(ray_session, bucket, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_lost_worker_costs_what_it_did_since_its_checkpoint(ray_session, tmp_path):
     experiment = searchable(
         tmp_path,

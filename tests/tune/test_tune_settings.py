@@ -79,6 +79,8 @@ def test_start_values_are_looked_at():
     with pytest.raises(ConfigError, match=r"tune.start: finetune.lr=-1"):
         space(said, start=[{"finetune.lr": -1}])
     space(said, start=[{"finetune.lr": 2e-4}])
+    with pytest.raises(ConfigError, match=r"tune.start: finetune: write keys with their section"):
+        space(said, start=[{"finetune": {"lr": 2e-4}}])
 
 
 def test_minutes_are_no_budget_for_trials_that_share_a_machine():
