@@ -235,11 +235,11 @@ class _Tuning:
         wanted = runs_of(finalists, self._experiment.finetune.seed, config.seeds)
         source = Wanted(ledger, wanted)
         self._runner.run(self._stage, ledger, source, keys=self._keys, limit=len(wanted))
-        found = gathered(finalists, source.entries)
+        found = gathered(finalists, source.entries, self._job.prepared.validation.rows)
         if any(other.mean > found[0].mean for other in found):
             self._display.say(
                 "tune      no finalist is above the configured values by more than a standard "
-                "error of the seeds: they stay"
+                "error of the seeds and the validation texts: they stay"
             )
         return found
 

@@ -3,8 +3,8 @@
 A search's best score is the best of many, and flatters its trial: the more trials, the more. So the
 finalists are trained anew, with seeds that the search did not use, and what counts is the mean. The
 best of a few means still flatters, so the configured values stay unless the best one is above them
-by more than the standard error of the difference (as in Breiman et al., Classification and
-Regression Trees, 1984, 3.4.3: the simplest within one standard error).
+by more than a standard error, of the seeds and of so many validation texts (Breiman et al.,
+Classification and Regression Trees, 1984, 3.4.3: the simplest within one standard error).
 Everything here is of validation texts; the test texts are not looked at before the winner is known.
 """
 
@@ -91,8 +91,13 @@ def runs_of(finalists: Sequence[Entry], seed: int, seeds: int) -> list[tuple[str
     ]
 
 
-def gathered(finalists: Sequence[Entry], runs: Sequence[Entry]) -> list[Finalist]:
+def gathered(finalists: Sequence[Entry], runs: Sequence[Entry], texts: int) -> list[Finalist]:
     """The finalists with their runs, the winner first, then by their means; of equals the older.
+
+    Args:
+        finalists: the trials.
+        runs: of all of them, with other seeds.
+        texts: how many validation texts the scores are of.
 
     Raises:
         RaybertError: no run has a score.
@@ -106,17 +111,18 @@ def gathered(finalists: Sequence[Entry], runs: Sequence[Entry]) -> list[Finalist
         raise RaybertError(f"no finalist came to a score: {why}")
     order = sorted(found, key=lambda finalist: (-finalist.mean, finalist.trial.name))
     default = next((finalist for finalist in order if finalist.trial.name == DEFAULT), None)
-    if default is not None and not is_above(order[0], default):
+    if default is not None and not is_above(order[0], default, texts):
         order.remove(default)
         order.insert(0, default)
     return order
 
 
-def is_above(finalist: Finalist, default: Finalist) -> bool:
+def is_above(finalist: Finalist, default: Finalist, texts: int) -> bool:
     """Whether a finalist is better than the configured values by more than chance gives it.
 
-    Seeds are compared in pairs: the runs of one seed share the order of the texts. A single seed
-    says nothing of chance; then the higher score is above.
+    Chance has two parts: the seeds, compared in pairs, for the runs of one seed share the order of
+    the texts; and the validation texts, on which an accuracy p has the variance p (1 - p) / texts,
+    however many seeds agree.
     """
     if not default.scores or not finalist.scores:
         return bool(finalist.scores)
@@ -126,10 +132,12 @@ def is_above(finalist: Finalist, default: Finalist) -> bool:
         for run in finalist.runs
         if run.score != -math.inf and run.seed in theirs
     ]
-    if len(gains) < 2:
+    if not gains:
         return finalist.mean > default.mean
-    error = statistics.stdev(gains) / math.sqrt(len(gains))
-    return statistics.fmean(gains) > error
+    accuracy = min(1.0, max(0.0, default.mean))
+    of_texts = accuracy * (1 - accuracy) / max(1, texts)
+    of_seeds = statistics.variance(gains) / len(gains) if len(gains) > 1 else 0.0
+    return statistics.fmean(gains) > math.sqrt(of_seeds + of_texts)
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def test_the_mean_over_seeds_decides_not_the_search():
         for name, pair in scores.items()
         for number, score in enumerate(pair, 1)
     ]
-    found = gathered(finalists, runs)
+    found = gathered(finalists, runs, 10**6)
     assert [finalist.trial.name for finalist in found] == ["0002", "0000", "0001"]
     assert found[0].best_run().name == "0002-s2"
     shown = found[0].as_json()
@@ -72,20 +72,26 @@ def of_seeds(name, *scores):
 
 
 @pytest.mark.parametrize(
-    ("challenger", "configured", "winner"),
+    ("challenger", "configured", "winner", "texts"),
     [
-        ((0.85, 0.87, 0.86), (0.85, 0.84, 0.86), "0000"),  # above by a third of a point on average
-        ((0.86, 0.86, 0.87), (0.85, 0.84, 0.86), "0007"),  # above with every seed
-        ((0.87, 0.99, 0.70), (0.85, 0.84, 0.86), "0000"),  # by one lucky seed
-        ((0.87,), (0.85,), "0007"),  # nothing is known of chance
-        ((0.87, 0.86), (), "0007"),
+        (
+            (0.85, 0.87, 0.86),
+            (0.85, 0.84, 0.86),
+            "0000",
+            10**6,
+        ),  # above by a third of a point on average
+        ((0.86, 0.86, 0.87), (0.85, 0.84, 0.86), "0007", 10**6),  # above with every seed
+        ((0.87, 0.99, 0.70), (0.85, 0.84, 0.86), "0000", 10**6),  # by one lucky seed
+        ((0.86, 0.86, 0.87), (0.85, 0.84, 0.86), "0000", 100),  # on a hundred texts it is nothing
+        ((0.87,), (0.85,), "0007", 10**6),  # nothing is known of chance
+        ((0.87, 0.86), (), "0007", 10**6),
     ],
 )
 def test_the_configured_values_stay_unless_another_is_above_by_more_than_chance(
-    challenger, configured, winner
+    challenger, configured, winner, texts
 ):
     runs = [*of_seeds("0007", *challenger), *of_seeds("0000", *configured)]
-    found = gathered([entry("0007", 0.9), entry("0000", 0.5)], runs)
+    found = gathered([entry("0007", 0.9), entry("0000", 0.5)], runs, texts)
     assert [finalist.trial.name for finalist in found][0] == winner
     assert {finalist.trial.name for finalist in found} == {"0000", "0007"}
 
@@ -93,17 +99,17 @@ def test_the_configured_values_stay_unless_another_is_above_by_more_than_chance(
 def test_of_equals_the_configured_values_win():
     finalists = [entry("0007", 0.9), entry("0000", 0.5)]
     runs = [entry("0007-s1", 0.8), entry("0000-s1", 0.8)]
-    assert gathered(finalists, runs)[0].trial.name == "0000"
+    assert gathered(finalists, runs, 10**6)[0].trial.name == "0000"
 
 
 def test_a_run_that_failed_is_told_and_does_not_count():
     finalists = [entry("0001", 0.9), entry("0000", 0.5)]
     runs = [entry("0001-s1", None, state="failed"), entry("0001-s2", 0.9), entry("0000-s1", 0.8)]
-    best = gathered(finalists, runs)[0].as_json()
+    best = gathered(finalists, runs, 10**6)[0].as_json()
     assert (best["trial"], best["seeds"]["n"], best["seeds"]["failed"]) == ("0001", 1, ["why"])
     assert best["seeds"]["accuracy"]["std"] is None
     with pytest.raises(RaybertError, match="no finalist came to a score: why"):
-        gathered(finalists, [entry("0001-s1", None, state="failed")])
+        gathered(finalists, [entry("0001-s1", None, state="failed")], 100)
 
 
 # Importance --------------------------------------------------------------------------------------
