@@ -1,12 +1,10 @@
 """The registry: versions, the pointer, the way back."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
 from raybert.errors import UserError
 from raybert.registry import Registry
-from raybert.storage import Folder, take_number
+from raybert.storage import Folder
 
 
 @pytest.fixture
@@ -112,10 +110,3 @@ def test_a_newer_registry_is_refused_by_name(registry, anywhere, tmp_path):
     folder.write_json("current.json", {"format_version": 2, "version": 1, "history": []})
     with pytest.raises(UserError, match="has format 2, this raybert reads up to 1; upgrade"):
         registry.current("reviews")
-
-
-def test_numbers_that_are_taken_at_once_differ(anywhere):
-    folder = anywhere / "numbers"
-    with ThreadPoolExecutor(8) as pool:
-        numbers = list(pool.map(lambda _: take_number(folder), range(24)))
-    assert len(set(numbers)) == 24
