@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+FULL = "x-raybert-full"  # the header of a replica's refusals while its queue is full
+QUEUED = ("/predict", "/infer")  # how the paths end of what wants the queue
 _MOST_SHOWN = 60  # characters of a key that nobody knows
 
 

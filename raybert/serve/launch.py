@@ -52,7 +52,7 @@ def serving(
     workers = math.ceil(config.cpus * (config.most_replicas + 1))
     scratch = Path(tempfile.mkdtemp(prefix="rbs-", dir="/tmp"))  # HAProxy's socket has a short name
     try:
-        with _environment({} if on_cluster else serve_environment(config, scratch)):
+        with _environment({} if on_cluster else serve_environment(config, scratch, digests)):
             from raybert.serve.app import check_is_closed, check_models, completed
 
             config = completed(config)

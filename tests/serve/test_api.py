@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import logging
+import math
 import time
 from concurrent.futures import Future
 
@@ -16,10 +17,10 @@ from hypothesis import strategies as st
 from making import reviews
 
 from raybert.predict import numbered, predict_texts
-from raybert.serve import edge
+from raybert.serve import edge, gate
 from raybert.serve.api import make_api
 from raybert.serve.auth import Keys, digest
-from raybert.serve.bodies import PredictRequest, Refused
+from raybert.serve.bodies import FULL, PredictRequest, Refused
 from raybert.serve.classifier import TextClassifier
 from raybert.serve.service import Service
 from raybert.serve.settings import ServeConfig
@@ -511,6 +512,26 @@ def test_a_full_queue_is_told_before_serve_is_asked(edged, monkeypatch, caplog):
     assert edged.ask("GET", "/info", headers=headers).is_success
     statuses = [record.http_status for record in caplog.records if record.name == LOG.name]
     assert statuses == [200, 429, 401, 200]
+
+
+def test_refusals_share_a_line_in_the_log(edged, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger=LOG.name)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    batcher = edged.service.find(None).batcher
+    monkeypatch.setattr(batcher, "_speed", 1000.0)
+    monkeypatch.setattr(batcher, "_queued", 5000)
+    monkeypatch.setattr(edge._door, "_told", -math.inf)
+    monkeypatch.setattr(gate, "_TELL_S", 3600)
+    before = edged.service.metrics.value("requests_total", route="-", status="429")
+    answers = [edged.post("/predict", {"inputs": "a"}, headers=headers) for _ in range(9)]
+    assert {answer.status_code for answer in answers} == {429}
+    assert len({answer.content for answer in answers}) == 1
+    assert answers[-1].headers[FULL] == "1"  # for HAProxy
+    monkeypatch.setattr(gate, "_TELL_S", 0)
+    edged.ask("GET", "/health")
+    told = [r.requests for r in caplog.records if r.name == LOG.name and r.http_status == 429]
+    assert told == [1, 8]
+    assert edged.service.metrics.value("requests_total", route="-", status="429") == before + 9
 
 
 def test_a_header_that_is_not_utf_8_is_told_before_serve_is_asked(edged):
