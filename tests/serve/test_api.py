@@ -5,6 +5,7 @@ import copy
 import json
 import logging
 import math
+import re
 import time
 from concurrent.futures import Future
 
@@ -593,6 +594,21 @@ def test_the_document_describes_every_body(api):
     assert used <= set(schemas)
     body = document["paths"]["/predict"]["post"]["requestBody"]
     assert body["content"]["application/json"]["schema"]["$ref"].endswith("/PredictRequest")
+
+
+def test_the_document_can_be_read_without_asking_anybody_else(api):
+    answer = api.ask("GET", "/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    policy = answer.headers["Content-Security-Policy"].split("; ")
+    assert "default-src 'none'" in policy and not [rule for rule in policy if "unsafe" in rule]
+    text = answer.text
+    assert "<script" not in text and "style=" not in text and "//" not in text.lower()
+    for path, methods in api.ask("GET", "/openapi.json").json()["paths"].items():
+        for method in methods:
+            assert f"<code>{method.upper()} {path}</code>" in text
+    assert '<a href="#PredictRequest">' in text and 'id="PredictRequest"' in text
+    links = set(re.findall(r'href="#(\w+)"', text))
+    assert links <= set(re.findall(r'id="(\w+)"', text))
 
 
 def test_a_page_is_served_beside_the_api(model, pretrained, tmp_path):
