@@ -21,6 +21,7 @@ from raybert.serve import bodies
 from raybert.serve.bodies import FULL, QUEUED
 from raybert.serve.settings import ServeConfig
 
+SCRATCH = "/tmp/rbs-"  # how the folders of HAProxy's files begin: its socket has a short name
 _BUFFER = 65_536  # bytes: a request that a killed replica held must fit to be sent to another one
 #: For Serve's own proxy and HAProxy alike.
 _BASIC = {
@@ -50,7 +51,10 @@ _WRAPPER = """#!/bin/sh
 # HAProxy's own pages, which Ray's template binds to all interfaces, are for this machine alone.
 sed -i -e 's/^  bind \\*:/  bind 127.0.0.1:/' -e 's/^    bind :/    bind 127.0.0.1:/' \\
     -e '/^backend /r {rules}' "$3"
-exec '{binary}' "$@"
+# It ends with the Ray that started it, even one that is killed, which else would leave it the port.
+guard="setpriv --pdeathsig TERM"
+$guard true 2> /dev/null || guard=
+exec $guard '{binary}' "$@"
 """
 #: In an overload most requests end here, at a hundredth of what a replica takes to refuse them, and
 #: the difference is left for answers. Replicas say with a header that their queue is full; while

@@ -3,8 +3,10 @@
 import contextlib
 import http.client
 import json
+import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +16,7 @@ import pytest
 from raybert.serve.auth import digest
 from raybert.serve.bodies import FULL
 from raybert.serve.ingress import serve_environment, uses_haproxy
+from raybert.serve.ports import holder
 from raybert.serve.settings import ServeConfig
 
 pytestmark = pytest.mark.skipif(
@@ -41,6 +44,14 @@ backend default_backend
 backend http-raybert
     http-reuse always
 """
+
+
+def wait_for(holds):
+    for _ in range(1000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it does not come")
 
 
 class Replica(ThreadingHTTPServer):
@@ -141,6 +152,23 @@ def started(tmp_path):
     yield start
     for ingress in made:
         ingress.stop()
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv, of util-linux")
+def test_it_ends_with_who_started_it(tmp_path):
+    """Even with one that is killed, as Ray's processes are when `raybert serve` is."""
+    environment = serve_environment(ServeConfig(), tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(CONFIG.format(port=port, bufsize=65_536) + "    server none 127.0.0.1:1\n")
+    command = [environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(file)]
+    script = f"import subprocess; subprocess.Popen({command!r}).wait()"
+    with subprocess.Popen([sys.executable, "-c", script]) as parent:
+        wait_for(lambda: holder(port) is not None)
+        parent.kill()
+    wait_for(lambda: holder(port) is None)
 
 
 def test_while_all_replicas_are_full_nobody_is_sent_to_them(started):
