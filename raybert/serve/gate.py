@@ -7,6 +7,7 @@ in the log. What the log gets is a route's pattern, never a path, a query, a hea
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import math
@@ -23,6 +24,7 @@ from raybert.serve.service import Service
 TEXTS = "raybert.texts"  # in the scope: how many texts the request had
 _UNKNOWN = "-"
 _BUSY = 429
+_GONE = 499  # as Serve counts those who did not wait for their answer
 _TELL_S = 1.0  # between two lines of the log that tell of refusals
 
 
@@ -136,7 +138,7 @@ class Gate:
             else:  # nothing here speaks WebSocket
                 await send({"type": "websocket.close", "code": 1000})
             return
-        begun, status = time.perf_counter(), 500
+        begun, status = time.perf_counter(), 0
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -147,5 +149,8 @@ class Gate:
         try:
             answer: ASGIApp = self._door.refusal(scope) or self._app
             await answer(scope, receive, noting)
+        except asyncio.CancelledError:
+            status = status or _GONE
+            raise
         finally:
-            self._door.note(scope, status, time.perf_counter() - begun)
+            self._door.note(scope, status or 500, time.perf_counter() - begun)

@@ -227,6 +227,9 @@ def test_open_inference(api):
         ({"inputs": [tensor(["a"]), tensor(["b"])]}, 422),
         ({"inputs": [tensor([])]}, 400),
         ({"inputs": [tensor(["a"])], "outputs": [{"name": "x"}]}, 422),
+        ({"inputs": [tensor(["a"])], "outputs": [{"name": "label"}] * 3}, 422),
+        ({"inputs": [tensor(["a"], shape=[1] * 9)]}, 422),
+        ({"inputs": [tensor(["a"], shape=[10**4000] * 8)]}, 422),
         ({"inputs": [tensor(["a"])], "parameters": {"truncate": "yes"}}, 422),
     ],
 )
@@ -288,6 +291,73 @@ def test_what_predict_refuses(api, body, status, words):
 )
 def test_what_is_no_json_is_refused(api, content):
     refused(api.send("/predict", content), 400)
+
+
+@pytest.mark.parametrize(
+    "number", ["NaN", "Infinity", "-Infinity", "1e400", "9" * 5000, "-0", "5."]
+)
+def test_numbers_that_are_none_are_refused(api, number):
+    for path, body in (
+        ("/fill-mask", '{"inputs": "a [MASK]", "top_k": %s}'),
+        ("/predict", '{"inputs": "a", "truncate": %s}'),
+        ("/predict", '{"inputs": %s}'),
+        ("/v2/models/x/infer", '{"inputs": [{"shape": [%s], "datatype": "BYTES", "data": ["a"]}]}'),
+        ("/v2/models/x/infer", '{"inputs": [], "parameters": {"truncate": %s}}'),
+    ):
+        assert api.send(path, (body % number).encode()).status_code in (400, 404, 422)
+
+
+def test_the_last_of_equal_keys_counts(api):
+    twice = api.send("/predict", b'{"inputs": "awful", "inputs": "superb"}')
+    assert twice.json() == api.post("/predict", {"inputs": "superb"}).json()
+
+
+@pytest.mark.parametrize("charset", ["utf-16", "latin-1", "nonsense", '"', ""])
+def test_json_is_utf_8_whatever_is_said_of_it(api, charset):
+    kind = f"application/json; charset={charset}"
+    assert api.send("/predict", b'{"inputs": "superb"}', kind).is_success
+    refused(api.send("/predict", '{"inputs": "superb"}'.encode("utf-16"), kind), 400)
+    refused(api.send("/predict", b'{"inputs": "\xe9"}', kind), 400)
+
+
+def test_many_mistakes_are_told_in_one_line(api):
+    many = {f"key{number}": 1 for number in range(3000)}
+    found = refused(api.post("/predict", {**many, "inputs": "a"}), 422, "3,000 mistakes; known")
+    assert len(found["error"]) < 200
+
+
+@pytest.mark.parametrize("length", ["", "-1", "abc", "9" * 30, "1" * 5000, "\u00b2"])
+def test_a_length_that_is_none_does_no_harm(api, length):
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", length.encode("latin-1")),
+    ]
+    answer = api.ask("POST", "/predict", content=b'{"inputs": "superb"}', headers=headers)
+    assert answer.status_code == (413 if len(length) >= 30 else 200)
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE"])
+@pytest.mark.parametrize("path", ["/predict", "/info", "/docs", "/v2/models/x/infer", "/nothing"])
+def test_other_methods_are_refused(api, method, path):
+    assert api.ask(method, path).status_code in (404, 405)
+
+
+def test_who_does_not_wait_is_no_failure_of_the_server(api, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger=LOG.name)
+
+    async def waiting(request):
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(api.service, "predict", waiting)
+
+    async def leave():
+        transport = httpx.ASGITransport(app=api.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            await asyncio.wait_for(client.post("/predict", json={"inputs": "a"}), 0.1)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(leave())
+    assert [r.http_status for r in caplog.records if r.name == LOG.name] == [499]
 
 
 def test_what_is_not_sent_as_json_is_refused(api):
