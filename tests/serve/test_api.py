@@ -645,6 +645,12 @@ def test_scores_that_are_no_numbers_are_a_failure(api, monkeypatch):
     refused(api.post("/predict", {"inputs": "superb"}), 424)
 
 
+def test_guesses_that_are_no_numbers_are_a_failure(api, monkeypatch):
+    guesses = [[{"token": "film", "probability": float("nan")}]]
+    monkeypatch.setattr(api.service.catalog.filler, "fill", lambda text, top: guesses)
+    refused(api.post("/fill-mask", {"inputs": "the [MASK]"}), 424)
+
+
 # The document and the page -----------------------------------------------------------------------
 
 
