@@ -262,17 +262,35 @@ def overload(server: Server, file: Path, given: argparse.Namespace) -> dict[str,
     }
 
 
+def faults(
+    models: Sequence[Path], storage: Path, file: Path, given: argparse.Namespace
+) -> dict[str, Any]:
+    """Kills and updates, as many as are asked for, of a server of several replicas."""
+    promote(models[0], storage)
+    settings = {"precision": given.precision, "replicas": given.replicas, "cpus": CPUS}
+    registry = {"registry": storage, "poll_s": 1}
+    port, found = free_port(), {}
+    with Server("raybert", raybert_serve(NAME, port, **settings, **registry), port) as server:
+        clients = [Clients(server, file, given.connections) for _ in range(3)]
+        if given.kills:
+            found["kills"] = kill_replicas(server, clients[0], given.kills, given.replicas)
+        if given.updates:
+            found["updates"] = update(server, clients[1], models, storage, given.updates)
+            found["rolling_updates"] = roll(server, clients[2], models, given)
+    return found
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, help="default: made by configs/bench-serve.yaml")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--replicas", type=int, default=2, help="while they are killed")
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=10, help="0: none")
+    parser.add_argument("--updates", type=int, default=3, help="0: none")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=15, help="of the peak, before and after")
     parser.add_argument("--times", type=float, default=10, help="the peak, for the overload")
-    parser.add_argument("--overload-seconds", type=float, default=60)
+    parser.add_argument("--overload-seconds", type=float, default=60, help="0: no overload")
     parser.add_argument("--most-connections", type=int, default=2000, help="of the overload")
     parser.add_argument("--deploy", help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
@@ -298,19 +316,13 @@ def main() -> None:
         storage, file = Path(scratch), Path(scratch) / "texts.json"
         file.write_text(json.dumps(texts), encoding="utf-8")
         models = [model, another(model, storage / "another")]
-        promote(model, storage)
-        settings = {"precision": given.precision, "replicas": given.replicas}
-        registry = {"registry": storage, "poll_s": 1, "cpus": CPUS}
-        port = free_port()
-        with Server("raybert", raybert_serve(NAME, port, **settings, **registry), port) as server:
-            clients = [Clients(server, file, given.connections) for _ in range(3)]
-            result["kills"] = kill_replicas(server, clients[0], given.kills, given.replicas)
-            result["updates"] = update(server, clients[1], models, storage, given.updates)
-            result["rolling_updates"] = roll(server, clients[2], models, given)
-        port = free_port()
-        command = raybert_serve(model, port, precision=given.precision, replicas=1)
-        with Server("raybert", command, port) as server:
-            result["overload"] = overload(server, file, given)
+        if given.kills or given.updates:
+            result |= faults(models, storage, file, given)
+        if given.overload_seconds:
+            port = free_port()
+            command = raybert_serve(model, port, precision=given.precision, replicas=1)
+            with Server("raybert", command, port) as server:
+                result["overload"] = overload(server, file, given)
     print(json.dumps(result, indent=None if given.json else 2))
 
 

@@ -19,10 +19,10 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from raybert import __version__
-from raybert.serve import bodies, infer
+from raybert.serve import bodies, docs, infer
 from raybert.serve.auth import Keys
 from raybert.serve.bodies import (
     B,
@@ -72,7 +72,7 @@ def make_api(
         lifespan=following,
         title="raybert",
         version=__version__,
-        docs_url="/docs",
+        docs_url=None,  # which would load its scripts from a public address
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},
@@ -165,6 +165,10 @@ def _add_states(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse, summary="Counters, for Prometheus")
     async def metrics() -> str:
         return service.metrics.render(service.gauges)
+
+    @app.get("/docs", include_in_schema=False)
+    async def documentation() -> HTMLResponse:
+        return HTMLResponse(docs.page(app.openapi()), headers=docs.HEADERS)
 
     @app.get("/v2", summary="The server's metadata")
     async def server() -> dict[str, Any]:

@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+FULL = "x-raybert-full"  # the header of a replica's refusals while its queue is full
+QUEUED = ("/predict", "/infer")  # how the paths end of what wants the queue
+_MOST_MISTAKES = 100  # of a body that are looked at: each takes time, and a megabyte has 100,000
 _MOST_SHOWN = 60  # characters of a key that nobody knows
 
 
@@ -114,7 +117,8 @@ class InferInput(Body):
     """A tensor of the Open Inference Protocol: texts."""
 
     name: str = "text"
-    shape: Annotated[list[int], Field(fail_fast=True)]
+    # Its product is formed, which of a megabyte of factors would take seconds.
+    shape: Annotated[list[int], Field(fail_fast=True, max_length=8)]
     datatype: Literal["BYTES"]
     data: Annotated[list[str], Field(fail_fast=True)]
     parameters: dict[str, Any] = {}
@@ -131,8 +135,9 @@ class InferRequest(Body):
     """A request of the Open Inference Protocol, version 2."""
 
     id: str | None = Field(None, max_length=256)
-    inputs: Annotated[list[InferInput], Field(fail_fast=True)]
-    outputs: Annotated[list[InferOutput], Field(fail_fast=True)] | None = None
+    inputs: Annotated[list[InferInput], Field(fail_fast=True, max_length=1)]
+    # Each is answered in full: many would make a small request a large answer.
+    outputs: Annotated[list[InferOutput], Field(fail_fast=True, max_length=2)] | None = None
     parameters: dict[str, Any] = {}
 
 
@@ -188,6 +193,9 @@ def parse(model: type[B], body: bytes) -> B:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
+        if error.error_count() > _MOST_MISTAKES:
+            known = ", ".join(model.model_fields)
+            raise invalid(f"{error.error_count():,} mistakes; known keys are {known}") from None
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     if first["type"] == "json_invalid":
         raise Refused(400, "Validation", str(first["msg"]))

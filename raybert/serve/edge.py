@@ -43,7 +43,7 @@ class Edge:
                 answer = _door.refusal(scope)
                 if answer is not None:
                     await answer(scope, receive, send)
-                    _door.note(scope, answer.status_code, time.perf_counter() - begun)
+                    _door.note(scope, answer.status, time.perf_counter() - begun)
                     return
         await self._app(scope, receive, send)
 

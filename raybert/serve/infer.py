@@ -76,8 +76,8 @@ async def infer(service: Service, name: str, request: InferRequest) -> dict[str,
 
 
 def _texts(request: InferRequest) -> list[str]:
-    if len(request.inputs) != 1:
-        raise bodies.invalid(f"inputs: this model has one, text; got {len(request.inputs)}")
+    if not request.inputs:
+        raise bodies.invalid("inputs: this model has one, text; got none")
     [given] = request.inputs
     if any(size < 0 for size in given.shape) or math.prod(given.shape) != len(given.data):
         raise bodies.invalid(f"inputs.0.shape: does not fit {len(given.data):,} texts")

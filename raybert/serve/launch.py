@@ -11,17 +11,17 @@ import math
 import os
 import re
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raybert.errors import RaybertError, UserError
+from raybert.errors import RaybertError
 from raybert.ray_session import RayConfig, cores, ray_session
 from raybert.serve.auth import read_keys
-from raybert.serve.ingress import serve_environment
+from raybert.serve.ingress import SCRATCH, serve_environment
+from raybert.serve.ports import check_port
 from raybert.serve.settings import ServeConfig
 
 
@@ -46,13 +46,13 @@ def serving(
     digests = read_keys(config.keys)
     on_cluster = bool(ray_config.address or os.environ.get("RAY_ADDRESS"))
     if not on_cluster:
-        _check_port(config)
+        check_port(config.host, config.port)
         config = config.model_copy(update={"threads": config.threads or _threads(config)})
     # One replica more than there are, for an update starts the new ones first.
     workers = math.ceil(config.cpus * (config.most_replicas + 1))
-    scratch = Path(tempfile.mkdtemp(prefix="rbs-", dir="/tmp"))  # HAProxy's socket has a short name
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir="/"))
     try:
-        with _environment({} if on_cluster else serve_environment(config, scratch)):
+        with _environment({} if on_cluster else serve_environment(config, scratch, digests)):
             from raybert.serve.app import check_is_closed, check_models, completed
 
             config = completed(config)
@@ -122,19 +122,6 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 def _threads(config: ServeConfig) -> int:
     """A replica's share of the cores of this machine."""
     return max(1, cores() // config.most_replicas)
-
-
-def _check_port(config: ServeConfig) -> None:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise UserError(
-                f"{config.host}:{config.port} can't be listened on: {error.strerror or error}; "
-                "choose another serve.port or serve.host"
-            ) from None
 
 
 def _shown(host: str) -> str:

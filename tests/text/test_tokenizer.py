@@ -94,6 +94,23 @@ def test_the_word_cache_forgets_and_relearns(monkeypatch):
     assert "z" * 60 not in cache._ids
 
 
+class NeverWalked(dict):
+    def __iter__(self):
+        raise AssertionError("all that the cache knows was walked through")
+
+    keys = items = values = __iter__
+
+
+def test_a_lone_text_does_not_walk_through_the_cache():
+    """Which knows 100,000 words after a while: a server would do it for every request."""
+    cache = WordCache(WORDPIECE.hf, np.uint16)
+    cache.encode(corpus(50))
+    expected = cache.encode(["the film"])
+    cache._ids = NeverWalked(cache._ids)
+    assert cache.encode(["the film"]) == expected
+    assert cache.encode(["the newest film"])
+
+
 def test_the_word_cache_is_safe_for_threads():
     texts, failures = corpus(200, seed=7), []
     fresh = Tokenizer(WORDPIECE.to_json())
