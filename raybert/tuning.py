@@ -34,6 +34,7 @@ from raybert.tune.settings import (
     Searched,
     TuneConfig,
     accepts,
+    compares_unequal,
     most_epochs,
     read_space,
 )
@@ -156,6 +157,12 @@ class _Tuning:
             self._display.say(
                 f"tune      {self._seen} is trained on: the winner's test scores will say little "
                 "about new texts; name others with --set evaluate.source.path=FILE"
+            )
+        if compares_unequal(self._config, self._space, self._runner.base):
+            self._display.say(
+                f"tune      finetune.evaluations={self._runner.base.finetune.evaluations} is spread "
+                "over each trial's own length: trials are compared after unequal epochs; set it to "
+                "null to evaluate after every epoch"
             )
 
     def run(self) -> dict[str, Any]:

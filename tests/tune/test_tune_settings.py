@@ -1,10 +1,23 @@
 """What a search may search over: every mistake is one line before any trial starts."""
 
+from pathlib import Path
+
 import pytest
 
-from raybert.config import build
+from raybert.config import build, load
 from raybert.errors import ConfigError
-from raybert.tune.settings import MUTABLE, Searched, TuneConfig, most_epochs, read_space
+from raybert.experiment import Experiment
+from raybert.tune.settings import (
+    MUTABLE,
+    Searched,
+    TuneConfig,
+    compares_unequal,
+    most_epochs,
+    read_space,
+)
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def base(**finetune):
@@ -43,6 +56,7 @@ def test_the_default_space_can_be_searched():
             "finetune.head.pooling='median",
         ),
         ({"finetune.seed": {"integer": [0, 9]}}, "finetune.seed can't be searched: a seed is no"),
+        ({"finetune.evaluations": {"integer": [1, 9]}}, "finetune.evaluations can't be searched: t"),
         ({"finetune.minutes": {"uniform": [1, 2]}}, "finetune.minutes can't be searched: trials"),
         ({"finetune.source.limit": {"integer": [1, 9]}}, "it decides what trials are compared on"),
         ({"finetune.workers": {"choice": [1, 2]}}, "does not change what is learned"),
@@ -72,6 +86,29 @@ def test_values_that_fit_beside_others_alone_are_accepted():
         }
     )
     assert len(found) == 2
+
+
+def compared(name, **finetune):
+    overrides = [f"finetune.{key}={value}" for key, value in finetune.items()]
+    experiment = load(Experiment, CONFIGS / f"{name}.yaml", overrides)
+    base = Searched(model=experiment.model, finetune=experiment.finetune)
+    found = read_space(experiment.tune, base)
+    return compares_unequal(experiment.tune, found, base)
+
+
+@pytest.mark.parametrize("name", ["tune", "tune-demo"])
+def test_shipped_searches_compare_trials_after_equal_epochs(name):
+    assert not compared(name)
+
+
+def test_evaluations_spread_over_unequal_lengths_are_noticed():
+    assert compared("tune", evaluations=6)
+    assert not compared("tune-demo", evaluations=6)  # trials of one length
+
+
+def test_a_number_of_evaluations_is_no_start_value():
+    with pytest.raises(ConfigError, match=r"tune.start: finetune.evaluations can't be searched"):
+        space({"finetune.lr": {"uniform": [1e-4, 1e-3]}}, start=[{"finetune.evaluations": 3}])
 
 
 def test_start_values_are_looked_at():
