@@ -182,7 +182,12 @@ class Execution:
             group,
             store=self._store,
             open_log=lambda step: MetricsLog(
-                run, attempt, step, workers=group.world_size, tell=self._tell
+                run,
+                attempt,
+                step,
+                workers=group.world_size,
+                weights=self.loop.loaded,
+                tell=self._tell,
             ),
             on_progress=on_progress,
             wishes=wishes,

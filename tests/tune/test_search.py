@@ -412,7 +412,11 @@ def test_population_based_training_exchanges_weights_and_changes_the_rate(ray_se
     for trial, exchange in exchanges:
         assert exchange["from"] != trial["trial"]
         assert exchange["weights_after"] == exchange["weights"]  # the donor's
-        assert exchange["lr"] == exchange["after"]["finetune.lr"]
+        trained = exchange["trained"]
+        assert trained["step"] == exchange["step"] + 1  # every step is logged
+        assert trained["lr"] == trained["due"]
+        share = (45 - exchange["step"]) / (45 - round(45 * 0.06))  # past the warm-up, linear
+        assert trained["lr"] == pytest.approx(exchange["after"]["finetune.lr"] * share)
         low, high = 1e-7, 3e-2
         assert low <= exchange["after"]["finetune.lr"] <= high
     last = next(t for t in trials if t["exchanges"])
@@ -421,9 +425,8 @@ def test_population_based_training_exchanges_weights_and_changes_the_rate(ray_se
     since = last["exchanges"][-1]["step"]
     rates = [r["lr"] for r in log if r["kind"] == "train" and r["step"] > since]
     assert rates and max(rates) <= last["values"]["finetune.lr"]
-    if (stage / "report.html").exists():
-        report = Path(stage.join("report.html")).read_text()
-        assert "Exchanges" in report and "NOT equal" not in report
+    report = stage.read_text("report.html")
+    assert "Exchanges" in report and "NOT equal" not in report and "not logged" not in report
 
 
 @pytest.mark.ray
