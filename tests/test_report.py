@@ -334,7 +334,10 @@ def trial(name, accuracy, state="finished", **more):
 def finalist(name, *accuracies):
     spread = {"mean": sum(accuracies) / len(accuracies), "std": 0.01, "values": list(accuracies)}
     seeds = {"n": len(accuracies), "score": spread, "accuracy": spread, "loss": spread}
-    return {"trial": name, "config": {"finetune.lr": 2e-3}, "seeds": seeds}
+    return {
+        "trial": name, "configured": name == "0000", "config": {"finetune.lr": 2e-3},
+        "seeds": seeds,
+    }  # fmt: skip
 
 
 def make_search(root):
@@ -372,7 +375,7 @@ def test_a_search_is_told(tmp_path):
     page = Page(report(tmp_path))
     for expected in (
         "Search", "tpe search, asha scheduler", "2 finished, 1 stopped, 1 failed",
-        "0.8900 ± 0.0100", "0.8100 ± 0.0100", "Core hours0.07", "Finalists", "All trials",
+        "Configured values", "0.8900 ± 0.0100", "0.8100 ± 0.0100", "Core hours0.07", "Finalists", "All trials",
         "Exchanges", "lr 0.001 → 0.0008", "abababababab, equal", "0.0004, equal", "stopped at epoch 1",
         "rank correlation", "Importance of each key", "Validation accuracy over time", NASTY,
     ):  # fmt: skip

@@ -31,7 +31,7 @@ def search_tiles(search: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     finalists = search.get("finalists") or []
     if finalists:
         yield "Winner", _mean(finalists[0]), f"trial {finalists[0].get('trial')}, validation"
-        default = next((f for f in finalists if f.get("trial") == "0000"), None)
+        default = next((f for f in finalists if f.get("configured")), None)
         if default is not None and default is not finalists[0]:
             yield "Configured values", _mean(default), "validation"
     cost = search.get("cost") or {}

@@ -6,6 +6,7 @@ from making import Attempt, finetune_job
 from raybert.storage import Folder
 from raybert.train.checkpoint import CheckpointStore, begin_attempt, hash_tensors
 from raybert.train.meters import read_metrics
+from raybert.train.run import execute_bare
 from raybert.tune.exchange import FRESH, evidence, is_proven
 
 STEP, TOTAL, MUTATED = 4, 10, 3e-3
@@ -33,7 +34,8 @@ def go_on(root, snapshot, **settings):
     store = CheckpointStore(root / "child", attempt, 2)
     store.save(snapshot, best_step=None, wait=True)
     exchange = {"step": STEP, "attempt": attempt, "weights": hash_tensors(snapshot.model)}
-    Attempt(job_of(root, seed=1, **settings), root / "child").run()
+    job = job_of(root, seed=1, **settings)
+    execute_bare(job, root / "child", on_progress=lambda record: None)
     return exchange, read_metrics(root / "child")
 
 
