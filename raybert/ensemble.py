@@ -21,9 +21,9 @@ from raybert.finetuning import finetune_job
 from raybert.ray_session import ray_session
 from raybert.storage import Folder
 from raybert.train.finetune import FinetuneJob
-from raybert.train.run import CONFIG, RESULT, open_run
+from raybert.train.run import CONFIG, RESULT, dotted, open_run
 from raybert.train.scores import classification_scores
-from raybert.train.settings import LIMITS, MAY_CHANGE
+from raybert.train.settings import ALIKE_MAY_CHANGE
 from raybert.train.texts import Texts
 from raybert.trials import Runner
 from raybert.tune.ledger import Ledger
@@ -88,7 +88,7 @@ def _open(
         "finetune",
         ("model",),
         inputs=None if job is None else job.inputs(),
-        may_change=MAY_CHANGE - {*LIMITS, "evaluations"},  # members are trained alike
+        may_change=dotted("finetune", ALIKE_MAY_CHANGE),
     )
 
 

@@ -12,7 +12,7 @@ from raybert.config import Settings, build, flatten
 from raybert.errors import ConfigError
 from raybert.model.encoder import ModelConfig
 from raybert.train.finetune import FinetuneConfig
-from raybert.train.settings import LIMITS
+from raybert.train.settings import ALIKE_MAY_CHANGE, LIMITS
 from raybert.tune.space import Dimension, Space, Values
 
 #: What is worth searching: the first lines decide most, the last ones cost time in every step.
@@ -137,19 +137,21 @@ class TuneConfig(Settings):
     )
 
 
-#: What may differ when a search goes on: how long, how much at a time, what is kept.
+#: What may differ when a search goes on: how long, how much at a time, what is kept; and of its
+#: trials who computes them and what they log, but nothing that what they learn depends on.
 MAY_CHANGE = frozenset(
     {
-        "trials",
-        "minutes",
-        "concurrency",
-        "cpus_per_trial",
-        "gpus_per_trial",
-        "max_failures",
-        "finalists",
-        "seeds",
-        "test",
-        "keep_models",
+        *(f"finetune.{key}" for key in ALIKE_MAY_CHANGE - {"on_non_finite"}),
+        "tune.trials",
+        "tune.minutes",
+        "tune.concurrency",
+        "tune.cpus_per_trial",
+        "tune.gpus_per_trial",
+        "tune.max_failures",
+        "tune.finalists",
+        "tune.seeds",
+        "tune.test",
+        "tune.keep_models",
     }
 )
 
