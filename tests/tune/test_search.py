@@ -588,3 +588,23 @@ def test_an_ensemble_is_measured_and_teaches(ray_session, tmp_path):
     teacher = Texts.load(data, prepared.train).teacher
     assert teacher.shape == (prepared.train.rows, 2)
     assert teacher.std() > 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_member_that_failed_is_trained_when_the_command_is_run_again(ray_session, tmp_path):
+    experiment = searchable(tmp_path)
+    result = finetune_seeds(experiment, QUIET, 2)
+    stage = experiment.folder / "ensemble"
+    stage.delete("result.json")
+    members = Ledger(stage / "members")
+    kept, lost = (members.run(name) for name in ("s0", "s1"))
+    for name in ("result.json", "metrics.jsonl", "model"):
+        lost.delete(name)
+    lost.write_json("outcome.json", {"state": "failed", "why": "its worker was lost", "ended": 1.0})
+    attempts = len(kept.names("attempts"))
+    again = finetune_seeds(experiment, QUIET, 2)
+    for key in ("members", "mean", "ensemble"):
+        assert again[key] == result[key]
+    assert [e.state for e in members.entries()] == ["finished", "finished"]
+    assert len(kept.names("attempts")) == attempts  # it was not begun again
