@@ -29,6 +29,7 @@ from raybert.train.texts import Texts
 from raybert.trials import Runner
 from raybert.tune.ledger import Entry, Ledger
 from raybert.tune.propose import Wanted
+from raybert.tune.space import Values
 
 _KEYS = ("accuracy", "loss", "f1_macro", "expected_calibration_error")
 
@@ -63,7 +64,9 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
             ledger = Ledger(stage / "members")
             first = experiment.finetune.seed
             names = [f"s{first + number}" for number in range(seeds)]
-            wanted = [(name, {}, first + n) for n, name in enumerate(names)]
+            wanted: list[tuple[str, Values, int]] = [
+                (name, {}, first + n) for n, name in enumerate(names)
+            ]
             source = Wanted(ledger, wanted, retry=True)
             runner.run(stage, ledger, source, keys=[], limit=seeds, retries=True)
         check_members(source.entries)

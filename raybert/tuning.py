@@ -161,10 +161,10 @@ class _Tuning:
                 "about new texts; name others with --set evaluate.source.path=FILE"
             )
         if compares_unequal(self._config, self._space, self._runner.base):
+            count = self._runner.base.finetune.evaluations
             self._display.say(
-                f"tune      finetune.evaluations={self._runner.base.finetune.evaluations} is spread "
-                "over each trial's own length: trials are compared after unequal epochs; set it to "
-                "null to evaluate after every epoch"
+                f"tune      finetune.evaluations={count} is spread over each trial's own length: "
+                "trials are compared after unequal epochs; null evaluates after every epoch"
             )
 
     def run(self) -> dict[str, Any]:

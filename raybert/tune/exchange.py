@@ -43,7 +43,9 @@ def evidence(
     if not started:  # until then the later records are those of the life before
         return {}
     found = {LOADED: started[0].get("weights", FRESH)}
-    trained = next((r for r in records if r["kind"] == "train" and r["step"] > exchange["step"]), None)
+    trained = next(
+        (r for r in records if r["kind"] == "train" and r["step"] > exchange["step"]), None
+    )
     if trained is None:
         return found
     total = trained["total_steps"]

@@ -47,9 +47,7 @@ def test_a_classifier_learns_what_decides_the_label(folder):
 )
 def test_trials_of_any_length_are_evaluated_at_the_same_epochs(folder, epochs, batch, expected):
     """What a search's scheduler compares them at."""
-    job = finetune_job(
-        folder, steps=None, epochs=epochs, global_batch_size=batch, evaluations=None
-    )
+    job = finetune_job(folder, steps=None, epochs=epochs, global_batch_size=batch, evaluations=None)
     attempt = Attempt(job, folder / "run")
     attempt.run()
     assert [record["epoch"] for record in attempt.of_kind("eval")] == expected

@@ -443,8 +443,15 @@ def test_hyperband_pauses_and_goes_on(ray_session, tmp_path):
         },
     )
     result = tune(experiment, QUIET)
-    assert result["trials"]["failed"] == 0
-    assert result["trials"]["stopped"] + result["trials"]["finished"] == 6
+    # The first bracket has room for 3 trials, which nobody stops; the second for 5, of which the
+    # best 2 go on from epoch 3.
+    assert result["trials"] == {"all": 6, "finished": 5, "stopped": 1, "failed": 0}
+    entries = Ledger(experiment.folder / "tune" / "trials").entries()
+    assert [e.epoch for e in entries if e.state == "finished"] == [9.0] * 5
+    [stopped] = [e for e in entries if e.state == "stopped"]
+    assert stopped.epoch == 3.0
+    for other in entries[3:]:
+        assert stopped.score <= max(e.score for e in other.evaluations if e.epoch <= 3.0)
     for name in (experiment.folder / "tune" / "trials").names():
         steps = [r["step"] for r in read_metrics(experiment.folder / "tune" / "trials" / name)
                  if r["kind"] == "train"]  # fmt: skip

@@ -20,7 +20,6 @@ from raybert.tune.settings import (
 )
 from raybert.tuning import _open
 
-
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -60,7 +59,10 @@ def test_the_default_space_can_be_searched():
             "finetune.head.pooling='median",
         ),
         ({"finetune.seed": {"integer": [0, 9]}}, "finetune.seed can't be searched: a seed is no"),
-        ({"finetune.evaluations": {"integer": [1, 9]}}, "finetune.evaluations can't be searched: t"),
+        (
+            {"finetune.evaluations": {"integer": [1, 9]}},
+            "finetune.evaluations can't be searched: t",
+        ),
         ({"finetune.minutes": {"uniform": [1, 2]}}, "finetune.minutes can't be searched: trials"),
         ({"finetune.source.limit": {"integer": [1, 9]}}, "it decides what trials are compared on"),
         ({"finetune.workers": {"choice": [1, 2]}}, "does not change what is learned"),

@@ -1,4 +1,4 @@
-"""The end of a search: what is written in which order, so that a kill at any point loses nothing."""
+"""The end of a search: what is written in which order, so that a kill loses nothing."""
 
 from types import SimpleNamespace
 
