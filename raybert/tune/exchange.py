@@ -16,9 +16,10 @@ LOADED, TRAINED = "weights_after", "trained"  # what is found of an exchange
 FRESH = "fresh"  # in a hash's place: nothing was loaded
 
 
-def is_proven(exchange: Mapping[str, Any]) -> bool:
-    """Whether all that proves an exchange, or refutes it, is known."""
-    return LOADED in exchange and TRAINED in exchange
+def is_open(exchange: Mapping[str, Any]) -> bool:
+    """Whether the log may yet tell more of what proves an exchange, or refutes it."""
+    is_told = LOADED in exchange and TRAINED in exchange
+    return not is_told and "attempt" in exchange  # which an earlier version did not write down
 
 
 def evidence(

@@ -25,7 +25,7 @@ from raybert.train.finetune import FinetuneJob, Held
 from raybert.train.meters import read_metrics
 from raybert.train.run import CONFIG
 from raybert.train.task import Stopped
-from raybert.tune.exchange import evidence, is_proven
+from raybert.tune.exchange import evidence, is_open
 from raybert.tune.ledger import TRIAL, write_trial
 from raybert.tune.running import Run, start_run
 from raybert.tune.settings import Searched
@@ -175,7 +175,7 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         attempt = begin_attempt(folder, job.config.patience_s)
         taken = self._take_over(folder, attempt, job)
         exchanges = folder.read_json(TRIAL)["exchanges"]
-        self._is_unproven = bool(exchanges) and not is_proven(exchanges[-1])
+        self._is_unproven = bool(exchanges) and is_open(exchanges[-1])
         scores = [r["score"] for r in read_metrics(folder) if r["kind"] == "eval" and not taken]
         self._last["best"] = max([FAILED_SCORE, *(s for s in scores if s is not None)])
         self._run = start_run(
@@ -225,7 +225,7 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         config = self._work.job_of(self._values, self._seed).config
         exchange |= evidence(exchange, read_metrics(folder), config)
         folder.write_json(TRIAL, trial)
-        self._is_unproven = not is_proven(exchange)
+        self._is_unproven = is_open(exchange)
 
 
 def _load(store: CheckpointStore, step: int) -> Snapshot:

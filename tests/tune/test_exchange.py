@@ -7,7 +7,7 @@ from raybert.storage import Folder
 from raybert.train.checkpoint import CheckpointStore, begin_attempt, hash_tensors
 from raybert.train.meters import read_metrics
 from raybert.train.run import execute_bare
-from raybert.tune.exchange import FRESH, evidence, is_proven
+from raybert.tune.exchange import FRESH, evidence, is_open
 
 STEP, TOTAL, MUTATED = 4, 10, 3e-3
 
@@ -50,7 +50,8 @@ def test_a_child_that_goes_on_from_the_donor_at_the_mutated_rate_proves_it(famil
     assert found["weights_after"] == exchange["weights"]
     assert found["trained"]["step"] == STEP + 1
     assert found["trained"]["lr"] == found["trained"]["due"] == pytest.approx(MUTATED * 6 / 9)
-    assert is_proven(found) and not is_proven(exchange)
+    assert is_open(exchange) and not is_open({**exchange, **found})
+    assert is_open({**exchange, "weights_after": found["weights_after"]})
 
 
 def test_a_rate_that_was_not_taken_over_shows(family):
