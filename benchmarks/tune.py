@@ -306,10 +306,9 @@ def pbt(storage: Path) -> dict[str, Any]:
     return {
         "exchanges": len(exchanges),
         "weights_equal": bool(exchanges)
-        and all(e["weights"] == e["weights_after"] for e in exchanges),
-        "rate_in_use_is_the_mutated_one": all(
-            e["lr"] == e["after"]["finetune.lr"] for e in exchanges
-        ),
+        and all(e["weights"] == e.get("weights_after") for e in exchanges),
+        "rate_trained_with_is_the_mutated_one": bool(exchanges)
+        and all("trained" in e and e["trained"]["lr"] == e["trained"]["due"] for e in exchanges),
         "in_the_report": "Exchanges" in report,
         "all": exchanges,
         "trials": result["trials"],

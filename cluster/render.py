@@ -244,6 +244,7 @@ def files(v: Values, experiment: str) -> dict[str, str]:
     # A trial has one worker: many at a time, and no process group to start. It is not limited by
     # minutes, for how many steps they are would depend on its neighbours.
     each = "--set finetune.workers=1 --set finetune.minutes=null --set finetune.epochs=2"
+    each += " --set finetune.evaluations=null"  # after every epoch, where ASHA compares trials
     tune = f"{run('tune')} --trials {v['trials']} {each} --json"
     again = (
         "A retry makes a new cluster, and two attempts can overlap: raybert's runs fence their\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from raybert.finetuning import finetune_job
 from raybert.ray_session import ray_session
 from raybert.storage import Folder
 from raybert.train.finetune import FinetuneJob
-from raybert.train.run import CONFIG, RESULT, open_run
+from raybert.train.run import CONFIG, RESULT, dotted, open_run
 from raybert.train.scores import classification_scores
-from raybert.train.settings import LIMITS, MAY_CHANGE
+from raybert.train.settings import ALIKE_MAY_CHANGE
 from raybert.train.texts import Texts
 from raybert.trials import Runner
-from raybert.tune.ledger import Ledger
+from raybert.tune.ledger import Entry, Ledger
 from raybert.tune.propose import Wanted
+from raybert.tune.space import Values
 
 _KEYS = ("accuracy", "loss", "f1_macro", "expected_calibration_error")
 
@@ -62,11 +64,12 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
             ledger = Ledger(stage / "members")
             first = experiment.finetune.seed
             names = [f"s{first + number}" for number in range(seeds)]
-            source = Wanted(ledger, [(name, {}, first + n) for n, name in enumerate(names)])
-            runner.run(stage, ledger, source, keys=[], limit=seeds)
-        failed = [entry for entry in source.entries if entry.state != "finished"]
-        if failed:
-            raise RaybertError(f"member {failed[0].name} failed: {failed[0].why}")
+            wanted: list[tuple[str, Values, int]] = [
+                (name, {}, first + n) for n, name in enumerate(names)
+            ]
+            source = Wanted(ledger, wanted, retry=True)
+            runner.run(stage, ledger, source, keys=[], limit=seeds, retries=True)
+        check_members(source.entries)
         models = [stage / "members" / name / "model" for name in names]
         validation = Texts.load(job.data, job.prepared.validation)
         result = measure(models, validation, job.prepared.labels)
@@ -79,6 +82,21 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
     return result
 
 
+def check_members(entries: Sequence[Entry]) -> None:
+    """Refuse to measure an ensemble that lacks a member.
+
+    Raises:
+        RaybertError: a member failed; says that the same command tries it again.
+    """
+    failed = [entry for entry in entries if entry.state != "finished"]
+    if failed:
+        names = ", ".join(entry.name for entry in failed)
+        raise RaybertError(
+            f"member {failed[0].name} failed: {failed[0].why}; run the same command again to go on "
+            f"with {names} (the others are kept), or choose another run.name for other settings"
+        )
+
+
 def _open(
     experiment: Experiment, stage: Folder, job: FinetuneJob | None = None
 ) -> dict[str, Any] | None:
@@ -88,7 +106,7 @@ def _open(
         "finetune",
         ("model",),
         inputs=None if job is None else job.inputs(),
-        may_change=MAY_CHANGE - {*LIMITS, "evaluations"},  # members are trained alike
+        may_change=dotted("finetune", ALIKE_MAY_CHANGE),
     )
 
 

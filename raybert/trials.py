@@ -66,6 +66,7 @@ class Runner:
         longest: float = 1.0,
         deadline: float | None = None,
         watchers: Sequence[Watcher] = (),
+        retries: bool = False,
     ) -> None:
         """Run a source's trials to their ends, and show how they go.
 
@@ -80,6 +81,7 @@ class Runner:
             longest: epochs of the longest trial.
             deadline: of time.monotonic, after which no trial begins or goes on.
             watchers: hear how each trial goes.
+            retries: whether trials that fail keep their checkpoints, for a later session.
         """
         scheduler = scheduler or SchedulerConfig(kind="none")
         exchanges = scheduler.kind == "pbt"
@@ -92,6 +94,7 @@ class Runner:
             [*watchers, _Teller(told)],
             all_at_once=scheduler.kind in ("pbt", "hyperband"),
             keeps_checkpoints=exchanges,
+            retries=retries,
         )
         work = Work(
             folder=ledger.folder,

@@ -34,6 +34,7 @@ from raybert.tune.settings import (
     Searched,
     TuneConfig,
     accepts,
+    compares_unequal,
     most_epochs,
     read_space,
 )
@@ -58,6 +59,8 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
         result = _open(experiment, stage, display)
         assert result is not None
         display.say(f"tune      {stage} is finished already: {_best_line(result)}")
+        if result.get("report") is None:
+            result = _reported(stage, result, display)
         if config.searcher != "grid" and config.trials > result["trials"]["all"]:
             display.say(
                 f"tune      it had {result['trials']['all']} trials, you ask for {config.trials}: "
@@ -156,6 +159,12 @@ class _Tuning:
             self._display.say(
                 f"tune      {self._seen} is trained on: the winner's test scores will say little "
                 "about new texts; name others with --set evaluate.source.path=FILE"
+            )
+        if compares_unequal(self._config, self._space, self._runner.base):
+            count = self._runner.base.finetune.evaluations
+            self._display.say(
+                f"tune      finetune.evaluations={count} is spread over each trial's own length: "
+                "trials are compared after unequal epochs; null evaluates after every epoch"
             )
 
     def run(self) -> dict[str, Any]:
@@ -266,14 +275,13 @@ class _Tuning:
                 stage.write_json(METRICS, metrics)
             result["test"] = {key: metrics[key] for key in ("accuracy", "loss", "f1_macro", "n")}
             result["test"]["seen_in_training"] = self._seen is not None
-        stage.write_json(RESULT, result)
         stage.delete("ray")  # what sessions that were killed have left
+        result = _reported(stage, result, display)
+        # Only now: a session that is killed before the result stands needs these again.
         if not config.keep_models:
             for folder, trials in (("trials", entries), ("seeds", runs)):
                 for entry in trials:
                     (stage / folder / entry.name).delete("model")
-        result["report"] = _report(stage, display)
-        stage.write_json(RESULT, result)
         display.say(f"tune      {_best_line(result)}; model in {result['model']}")
         return result
 
@@ -297,15 +305,18 @@ class _Tuning:
         return int(Texts.load(self._job.data, self._job.prepared.train).lengths.sum())
 
 
-def _report(stage: Folder, display: Display) -> str | None:
+def _reported(stage: Folder, result: dict[str, Any], display: Display) -> dict[str, Any]:
+    """Write the report, then the result, by which a search counts as finished; returns that."""
     from raybert.report import write_report
 
+    result = {**result, "report": None}
     try:
-        write_report(stage)
+        write_report(stage, result)
+        result["report"] = (stage / "report.html").uri
     except UserError as error:  # the result is worth no less without it
         display.say(f"report    none: {error}")
-        return None
-    return (stage / "report.html").uri
+    stage.write_json(RESULT, result)
+    return result
 
 
 def _best_line(result: dict[str, Any]) -> str:

@@ -202,7 +202,9 @@ class Attempt:
             job.config,
             group,
             store=self.store,
-            open_log=lambda step: MetricsLog(run, number, step, tell=self.loop.tell),
+            open_log=lambda step: MetricsLog(
+                run, number, step, weights=self.loop.loaded, tell=self.loop.tell
+            ),
             on_progress=self.records.append,
             wishes=Wishes(stop=lambda: self.loop.progress.step == stop_at),
             **options,

@@ -48,6 +48,7 @@ HOMES = {
     },
     "ray.train": {"raybert.train.worker", "raybert.train.recovery"},
     "ray.tune": {
+        "raybert.tune.brackets",
         "raybert.tune.schedule",
         "raybert.tune.search",
         "raybert.tune.session",
@@ -73,6 +74,7 @@ CORE = {
     "raybert.train.recovery",
     "raybert.train.telemetry",
     "raybert.train.worker",
+    "raybert.tune.brackets",
     "raybert.tune.schedule",
     "raybert.tune.search",
     "raybert.tune.session",

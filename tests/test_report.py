@@ -334,12 +334,16 @@ def trial(name, accuracy, state="finished", **more):
 def finalist(name, *accuracies):
     spread = {"mean": sum(accuracies) / len(accuracies), "std": 0.01, "values": list(accuracies)}
     seeds = {"n": len(accuracies), "score": spread, "accuracy": spread, "loss": spread}
-    return {"trial": name, "config": {"finetune.lr": 2e-3}, "seeds": seeds}
+    return {
+        "trial": name, "configured": name == "0000", "config": {"finetune.lr": 2e-3},
+        "seeds": seeds,
+    }  # fmt: skip
 
 
 def make_search(root):
     exchange = {
-        "from": "0001", "step": 40, "weights": "ab" * 32, "weights_after": "ab" * 32, "lr": 8e-4,
+        "from": "0001", "step": 40, "weights": "ab" * 32, "weights_after": "ab" * 32,
+        "trained": {"step": 50, "lr": 4e-4, "due": 4e-4},
         "before": {"finetune.lr": 1e-3}, "after": {"finetune.lr": 8e-4},
     }  # fmt: skip
     write(
@@ -371,9 +375,10 @@ def test_a_search_is_told(tmp_path):
     page = Page(report(tmp_path))
     for expected in (
         "Search", "tpe search, asha scheduler", "2 finished, 1 stopped, 1 failed",
-        "0.8900 ± 0.0100", "0.8100 ± 0.0100", "Core hours0.07", "Finalists", "All trials",
-        "Exchanges", "lr 0.001 → 0.0008", "abababababab, equal", "stopped at epoch 1",
-        "rank correlation", "Importance of each key", "Validation accuracy over time", NASTY,
+        "0.8900 ± 0.0100", "Configured values0.8100 ± 0.0100", "Core hours0.07", "Finalists",
+        "All trials", "Exchanges", "lr 0.001 → 0.0008", "abababababab, equal", "0.0004, equal",
+        "stopped at epoch 1", "rank correlation", "Importance of each key",
+        "Validation accuracy over time", NASTY,
     ):  # fmt: skip
         assert expected in page.text, expected
     assert page.tags.count("svg") == 4
@@ -401,10 +406,19 @@ def test_a_search_without_a_part_shows_the_rest(tmp_path, left):
     assert "Search" in Page(report(tmp_path)).text
 
 
-def test_weights_that_are_not_the_donors_are_told(tmp_path):
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"weights_after": "c"}, "abababababab, NOT equal"),
+        ({"weights_after": None}, "not logged"),
+        ({"trained": {"step": 50, "lr": 5e-4, "due": 4e-4}}, "0.0005, NOT equal"),
+        ({"trained": None}, "not logged"),
+    ],
+)
+def test_an_exchange_that_did_not_happen_as_it_should_is_told(tmp_path, found, words):
     make_search(tmp_path / "tune")
     path = tmp_path / "tune" / "trials.json"
-    path.write_text(
-        path.read_text().replace(f'"weights_after": "{"ab" * 32}"', '"weights_after": "c"')
-    )
-    assert "NOT equal" in Page(report(tmp_path)).text
+    search = json.loads(path.read_text())
+    search["trials"][1]["exchanges"][0] |= found
+    path.write_text(json.dumps(search))
+    assert words in Page(report(tmp_path)).text

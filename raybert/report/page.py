@@ -61,8 +61,12 @@ def check_report() -> None:
         )
 
 
-def write_report(run: Folder) -> None:
+def write_report(run: Folder, result: Mapping[str, Any] | None = None) -> None:
     """Write `report.html` into the folder of a run, or of a pipeline with a run in each subfolder.
+
+    Args:
+        run: the folder.
+        result: of the run, where it is not written yet: the report is to be there before it.
 
     Raises:
         UserError: matplotlib is not installed, or the folder holds nothing to report on.
@@ -74,6 +78,8 @@ def write_report(run: Folder) -> None:
             f"{run}: there is nothing to report on: no {', '.join(sorted(TRACES))}, here or in a "
             "folder inside; name the folder of a run"
         )
+    if result is not None:
+        stages[0].result = dict(result)
     run.write_text(FILE, render(run.path.rstrip("/").rsplit("/", 1)[-1], stages))
 
 

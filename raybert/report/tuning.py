@@ -31,7 +31,7 @@ def search_tiles(search: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     finalists = search.get("finalists") or []
     if finalists:
         yield "Winner", _mean(finalists[0]), f"trial {finalists[0].get('trial')}, validation"
-        default = next((f for f in finalists if f.get("trial") == "0000"), None)
+        default = next((f for f in finalists if f.get("configured")), None)
         if default is not None and default is not finalists[0]:
             yield "Configured values", _mean(default), "validation"
     cost = search.get("cost") or {}
@@ -232,16 +232,34 @@ def _exchanges(trials: Sequence[Trial]) -> Html:
                 f"{key.rpartition('.')[2]} {show(before.get(key))} → {show(value)}"
                 for key, value in after.items()
             )
-            equal = exchange.get("weights") == exchange.get("weights_after")
-            proof = f"{str(exchange.get('weights'))[:12]}, {'equal' if equal else 'NOT equal'}"
-            cells = (str(trial.get("trial")), str(exchange.get("from")), show(exchange.get("step")),
-                     changed, proof, show(exchange.get("lr")))  # fmt: skip
+            trained = exchange.get("trained") or {}
+            cells = (
+                str(trial.get("trial")),
+                str(exchange.get("from")),
+                show(exchange.get("step")),
+                changed,
+                _compared(
+                    str(exchange.get("weights"))[:12],
+                    exchange.get("weights"),
+                    exchange.get("weights_after"),
+                ),
+                _compared(show(trained.get("lr")), trained.get("due"), trained.get("lr")),
+            )
             body.append(tag("tr", *(tag("td", cell) for cell in cells)))
     if not body:
         return Html()
-    names = ("trial", "took over", "at step", "values", "SHA-256 of the weights", "peak lr in use")
+    names = (
+        *("trial", "took over", "at step", "values", "weights: SHA-256, and those loaded"),
+        "rate of the first logged step, and the schedule's",
+    )
     head = tag("tr", *(tag("th", name) for name in names))
     return join([tag("h3", "Exchanges"), table(head, body)])
+
+
+def _compared(text: str, due: Any, found: Any) -> str:
+    if found is None:
+        return "not logged"
+    return f"{text}, {'equal' if found == due else 'NOT equal'}"
 
 
 def _trial_table(trials: Sequence[Trial], keys: Sequence[str]) -> Html:

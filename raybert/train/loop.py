@@ -22,7 +22,7 @@ from torch import nn
 from raybert.errors import DamagedError, RaybertError, StorageError
 from raybert.storage import patiently
 from raybert.text.keyed import key_of
-from raybert.train.checkpoint import CheckpointStore, Snapshot
+from raybert.train.checkpoint import CheckpointStore, Snapshot, hash_tensors
 from raybert.train.group import Group, has_fast_bf16
 from raybert.train.meters import MetricsLog, Rate, finite
 from raybert.train.optim import (
@@ -107,6 +107,8 @@ class Loop:
         self._damaged: list[str] = []  # what was found before there was a log
         self._found: list[dict[str, Any]] = []  # evaluations that nobody has been given yet
         self._resumed = False
+        #: The hash of the weights that this attempt goes on from; None: fresh ones. On rank 0.
+        self.loaded: str | None = None
         self._skipped_in_a_row = 0
         self._begun = (0, 0.0)  # steps and seconds at which this attempt began
         self._settled: tuple[int, float] | None = None  # the same, once its speed is steady
@@ -445,7 +447,8 @@ class Loop:
                 "kind": "train",
                 "step": progress.step,
                 "loss": round(loss / max(1.0, counted), 5),
-                "lr": self.lr(progress.step - 1),
+                # As the optimizer had it; a part that learns slower has a share of it.
+                "lr": max(group["lr"] for group in self.optimizer.param_groups),
                 "grad_norm": round(self.grad_norm, 4),
                 **rates,
                 "mfu": round(flops / peak, 4) if peak else None,
@@ -553,6 +556,8 @@ class Loop:
         if progress.best_step not in store.steps():  # it gave way to one that was damaged
             progress.best_score = progress.best_step = progress.best_metrics = None
         self.restore(snapshot)
+        if first:  # of the model itself, not of what was read: it is what a log can vouch for
+            self.loaded = hash_tensors(self.task.model.state_dict())
 
     def _non_finite(self) -> None:
         """The gradient is infinite or undefined: do what the configuration says."""

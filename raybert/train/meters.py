@@ -155,15 +155,18 @@ class MetricsLog:
         first_step: int,
         *,
         workers: int = 1,
+        weights: str | None = None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Open the segment of an attempt that starts at `first_step` with so many workers.
 
-        `tell` is given trouble with its lines, and its end.
+        `weights` is the hash of those that it goes on from, where they are not fresh ones; `tell`
+        is given trouble with its lines, and its end.
         """
         self._lines = LineLog(run / SEGMENTS, f"{attempt:04d}.jsonl", tell)
         start = {"kind": "event", "step": first_step, "event": "start"}
-        self.write({**start, "attempt": attempt, "workers": workers})
+        loaded = {} if weights is None else {"weights": weights}
+        self.write({**start, "attempt": attempt, "workers": workers, **loaded})
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record; its time is added. NaN and infinity become null, as JSON demands."""

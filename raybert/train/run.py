@@ -10,7 +10,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -69,7 +69,7 @@ def open_run(
     *,
     inputs: Mapping[str, str] | None = None,
     tell: Callable[[str], None] = lambda text: None,
-    may_change: frozenset[str] = MAY_CHANGE,
+    may_change: Set[str] | None = None,
 ) -> dict[str, Any] | None:
     """Create or reopen a run of a stage, whose result depends on its section and some others.
 
@@ -80,7 +80,7 @@ def open_run(
         sections: others that decide its result.
         inputs: hashes of what the run reads, by name; None where that is not known, or not needed.
         tell: is given what differs and may, in a line.
-        may_change: keys of the stage that may differ.
+        may_change: dotted keys that may differ; None: those of the stage that may in any run.
 
     Returns:
         The result, where the run is finished; None where there is work to do.
@@ -90,10 +90,14 @@ def open_run(
         DataError: the run has begun on other inputs.
     """
     now = parse_yaml(config_yaml, CONFIG)
+    matters = {stage, *sections}
+    if may_change is None:
+        may_change = dotted(stage, MAY_CHANGE)
     if run.exists(CONFIG):
         before = parse_yaml(run.read_text(CONFIG), run.join(CONFIG))
         all_changed = differences(before, now)
-        changed = _refused(all_changed, stage, sections, may_change)
+        all_changed = {k: v for k, v in all_changed.items() if k.partition(".")[0] in matters}
+        changed = {k: v for k, v in all_changed.items() if _owner(k) not in may_change}
         if changed:
             shown = _shown(changed)
             state = "is finished" if run.exists(RESULT) else "has begun"
@@ -101,9 +105,8 @@ def open_run(
                 f"{run} {state} with other settings ({shown}); set them back, or choose another "
                 "run.name"
             )
-        allowed = {k: v for k, v in all_changed.items() if k.partition(".")[0] == stage}
-        if allowed and not run.exists(RESULT):
-            tell(f"goes on with other settings: {_shown(allowed)}")
+        if all_changed and not run.exists(RESULT):
+            tell(f"goes on with other settings: {_shown(all_changed)}")
     if inputs is not None and run.exists(INPUTS):
         begun_on = run.read_json(INPUTS)
         for name, digest in inputs.items():
@@ -125,19 +128,14 @@ def _shown(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
 
 
-def _refused(
-    changed: Mapping[str, tuple[Any, Any]],
-    stage: str,
-    sections: tuple[str, ...],
-    may_change: frozenset[str],
-) -> dict[str, tuple[Any, Any]]:
-    matters = {stage, *sections}
-    allowed = {f"{stage}.{key}" for key in may_change}
-    return {
-        key: value
-        for key, value in changed.items()
-        if key.partition(".")[0] in matters and ".".join(key.split(".")[:2]) not in allowed
-    }
+def dotted(section: str, keys: Iterable[str]) -> set[str]:
+    """Keys of a section, as a configuration's dotted ones."""
+    return {f"{section}.{key}" for key in keys}
+
+
+def _owner(key: str) -> str:
+    """The setting that a dotted key is of: `finetune.workers.min` is of `finetune.workers`."""
+    return ".".join(key.split(".")[:2])
 
 
 class Execution:
@@ -182,7 +180,12 @@ class Execution:
             group,
             store=self._store,
             open_log=lambda step: MetricsLog(
-                run, attempt, step, workers=group.world_size, tell=self._tell
+                run,
+                attempt,
+                step,
+                workers=group.world_size,
+                weights=self.loop.loaded,
+                tell=self._tell,
             ),
             on_progress=on_progress,
             wishes=wishes,

@@ -213,3 +213,5 @@ MAY_CHANGE = frozenset(
         "on_non_finite",
     }
 )
+#: The same of runs that are compared with each other: all are as long, and evaluated as often.
+ALIKE_MAY_CHANGE = MAY_CHANGE - {*LIMITS, "evaluations"}

@@ -124,6 +124,11 @@ class Ledger:
         entry.ended = round(time.time(), 3)
         self.run(entry.name).write_json(OUTCOME, {"state": state, "why": why, "ended": entry.ended})
 
+    def reopen(self, entry: Entry) -> None:
+        """Forget how a trial ended: it goes on from its checkpoints, if it has some."""
+        self.run(entry.name).delete(OUTCOME)
+        entry.state, entry.why, entry.ended = "waiting", "", None
+
     def refresh(self, entry: Entry) -> None:
         """Read again what a trial's workers have written of it."""
         found = self._read(entry.name)

@@ -217,13 +217,18 @@ class Trials:
 class Wanted:
     """Trials that are known beforehand: name, values and seed of each."""
 
-    def __init__(self, ledger: Ledger, wanted: list[tuple[str, Values, int]]) -> None:
-        """Read which of them the storage knows already."""
+    def __init__(
+        self, ledger: Ledger, wanted: list[tuple[str, Values, int]], *, retry: bool = False
+    ) -> None:
+        """Read which of them the storage knows already; `retry` those of them that failed."""
         known = {entry.name: entry for entry in ledger.entries()}
         self._ledger = ledger
         self._new = [w for w in wanted if w[0] not in known]
         names = {name for name, _, _ in wanted}
         self.entries = [entry for entry in known.values() if entry.name in names]
+        for entry in self.entries:
+            if retry and entry.state == "failed":
+                ledger.reopen(entry)
         self._unfinished = [e for e in self.entries if e.state == "waiting"]
 
     def next(self) -> Entry | None:

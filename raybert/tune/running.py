@@ -39,10 +39,7 @@ class Run(Protocol):
         """Save it where it stands; returns the step."""
 
     def weights(self) -> str:
-        """A hash of the weights as they stand."""
-
-    def lr(self) -> float:
-        """The peak learning rate that is in use."""
+        """A hash of the weights as they were saved."""
 
     def close(self) -> None:
         """Leave it as it stands."""
@@ -104,10 +101,6 @@ class _Here:
     def weights(self) -> str:
         return hash_tensors(self._execution.loop.task.model.state_dict())
 
-    def lr(self) -> float:
-        groups = self._execution.loop.optimizer.param_groups
-        return float(max(group["lr"] for group in groups))
-
     def close(self) -> None:
         self._execution.close()
 
@@ -154,9 +147,6 @@ class _OnRay:
     def weights(self) -> str:
         snapshot = self._store.load_latest(lambda text: None)
         return "" if snapshot is None else hash_tensors(snapshot.model)
-
-    def lr(self) -> float:
-        return self._job.config.lr
 
     def close(self) -> None:
         if self._thread is not None:

@@ -12,12 +12,12 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
-    HyperBandScheduler,
     PopulationBasedTraining,
     TrialScheduler,
 )
 
 from raybert.errors import ConfigError
+from raybert.tune.brackets import Brackets
 from raybert.tune.ledger import Entry
 from raybert.tune.session import Session
 from raybert.tune.settings import SchedulerConfig
@@ -28,10 +28,7 @@ from raybert.tune.trial import EXCHANGE
 def make_scheduler(
     config: SchedulerConfig, space: Space | None, most_epochs: float, session: Session
 ) -> TrialScheduler:
-    """Build Ray Tune's scheduler; ASHA's is told of what earlier sessions saw.
-
-    HyperBand's brackets begin anew with each session.
-    """
+    """Build Ray Tune's scheduler; ASHA and HyperBand are told of what earlier sessions saw."""
     common: dict[str, Any] = {"time_attr": "epoch"}
     match config.kind:
         case "asha":
@@ -45,7 +42,8 @@ def make_scheduler(
             for entry in session.source.entries:
                 _replay(scheduler, entry)
         case "hyperband":
-            scheduler = _bounded(HyperBandScheduler, session)(
+            scheduler = _bounded(Brackets, session)(
+                session.source.entries,
                 max_t=max(1, math.ceil(most_epochs)),
                 reduction_factor=config.reduction,
                 stop_last_trials=False,
@@ -89,11 +87,6 @@ def _bounded(kind: type[TrialScheduler], session: Session) -> type[TrialSchedule
     """A scheduler that wakes no more trials than there is room for, and none past the time."""
 
     class Bounded(kind):  # type: ignore[misc]
-        def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-            super().on_trial_add(tune_controller, trial)
-            if isinstance(self, HyperBandScheduler) and trial.status == Trial.PAUSED:
-                self._trial_info[trial][0].trials_to_unpause.add(trial)  # it waits for its turn
-
         def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
             if session.is_ending:
                 for trial in list(tune_controller.get_trials()):

@@ -21,6 +21,7 @@ from raybert.tune.ledger import Entry, ranked
 from raybert.tune.space import Values
 
 DEFAULT = "0000"  # the trial of the configured values
+CONFIGURED = "configured"  # these values, where that trial has taken over another's meanwhile
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class Finalist:
 
     trial: Entry
     runs: list[Entry]
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether its values are the configured ones."""
+        return self.trial.name == CONFIGURED or (
+            self.trial.name == DEFAULT and not self.trial.exchanges
+        )
 
     @property
     def scores(self) -> list[float]:
@@ -49,6 +57,7 @@ class Finalist:
         trial = self.trial
         return {
             "trial": trial.name,
+            "configured": self.is_configured,
             "config": trial.values,
             "score": None if trial.best is None else trial.best.score,
             "accuracy": None if trial.best is None else trial.best.accuracy,
@@ -76,10 +85,22 @@ def finalists_of(entries: Sequence[Entry], most: int) -> list[Entry]:
     for entry in order:
         if len(chosen) < most and all(entry.values != other.values for other in chosen):
             chosen.append(entry)
-    default = next((e for e in entries if e.name == DEFAULT), None)
+    default = configured(entries)
     if default is not None and all(default.values != other.values for other in chosen):
         chosen.append(default)
     return chosen
+
+
+def configured(entries: Sequence[Entry]) -> Entry | None:
+    """The trial of the configured values.
+
+    One that took over another trial's weights has that one's values, changed, from then on: the
+    configured ones are then nobody's, and run for the first time among the finalists.
+    """
+    first = next((entry for entry in entries if entry.name == DEFAULT), None)
+    if first is None or not first.exchanges:
+        return first
+    return Entry(CONFIGURED, first.exchanges[0]["before"], first.seed, begun=first.begun)
 
 
 def runs_of(finalists: Sequence[Entry], seed: int, seeds: int) -> list[tuple[str, Values, int]]:
@@ -110,7 +131,7 @@ def gathered(finalists: Sequence[Entry], runs: Sequence[Entry], texts: int) -> l
         why = next((run.why for run in runs if run.why), "none was evaluated")
         raise RaybertError(f"no finalist came to a score: {why}")
     order = sorted(found, key=lambda finalist: (-finalist.mean, finalist.trial.name))
-    default = next((finalist for finalist in order if finalist.trial.name == DEFAULT), None)
+    default = next((finalist for finalist in order if finalist.is_configured), None)
     if default is not None and not is_above(order[0], default, texts):
         order.remove(default)
         order.insert(0, default)

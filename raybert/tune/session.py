@@ -138,6 +138,7 @@ class Session:
     watchers: list[Watcher] = field(default_factory=list)
     all_at_once: bool = False  # trials are compared while they run: they take turns
     keeps_checkpoints: bool = False  # of trials that are over: others may take them over
+    retries: bool = False  # a later session goes on with trials that have failed
     running: dict[str, Trial] = field(default_factory=dict)
     is_stopping: bool = False
     superseded: str | None = None  # another driver is at the same search
@@ -225,6 +226,7 @@ class Session:
         """
         for entry in self.source.entries:
             is_old = entry.ended is not None and time.time() - entry.ended >= seconds
-            if is_old and entry.state in ENDED and entry.name not in self._swept:
+            is_over = entry.state in ENDED and not (self.retries and entry.state == "failed")
+            if is_old and is_over and entry.name not in self._swept:
                 self._swept.add(entry.name)
                 self.ledger.run(entry.name).delete("checkpoints")

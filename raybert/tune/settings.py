@@ -12,6 +12,7 @@ from raybert.config import Settings, build, flatten
 from raybert.errors import ConfigError
 from raybert.model.encoder import ModelConfig
 from raybert.train.finetune import FinetuneConfig
+from raybert.train.settings import ALIKE_MAY_CHANGE, LIMITS
 from raybert.tune.space import Dimension, Space, Values
 
 #: What is worth searching: the first lines decide most, the last ones cost time in every step.
@@ -57,6 +58,8 @@ _FIXED = {
     "finetune.source": _COMPARED,
     "finetune.validation": _COMPARED,
     "finetune.validation_fraction": _COMPARED,
+    "finetune.evaluations": "trials are compared where they are evaluated, which must be the same "
+    "for all",
     "finetune.distill": "a teacher's answers are made once, before the trials",
     **dict.fromkeys(
         (f"finetune.{key}" for key in ("workers", "gpu", "threads", "digests", "deterministic")),
@@ -134,19 +137,21 @@ class TuneConfig(Settings):
     )
 
 
-#: What may differ when a search goes on: how long, how much at a time, what is kept.
+#: What may differ when a search goes on: how long, how much at a time, what is kept; and of its
+#: trials who computes them and what they log, but nothing that what they learn depends on.
 MAY_CHANGE = frozenset(
     {
-        "trials",
-        "minutes",
-        "concurrency",
-        "cpus_per_trial",
-        "gpus_per_trial",
-        "max_failures",
-        "finalists",
-        "seeds",
-        "test",
-        "keep_models",
+        *(f"finetune.{key}" for key in ALIKE_MAY_CHANGE - {"on_non_finite"}),
+        "tune.trials",
+        "tune.minutes",
+        "tune.concurrency",
+        "tune.cpus_per_trial",
+        "tune.gpus_per_trial",
+        "tune.max_failures",
+        "tune.finalists",
+        "tune.seeds",
+        "tune.test",
+        "tune.keep_models",
     }
 )
 
@@ -203,6 +208,17 @@ def read_space(config: TuneConfig, base: Searched) -> Space:
         base.with_values(values, "tune.start")
     _check_scheduler(config, space, base)
     return space
+
+
+def compares_unequal(config: TuneConfig, space: Space, base: Searched) -> bool:
+    """Whether rungs would compare trials that were trained for unequal epochs.
+
+    A number of evaluations is spread over each trial's own length: the first evaluation past a
+    rung is then another one for every length.
+    """
+    rungs = config.scheduler.kind in ("asha", "hyperband")
+    lengths = {f"finetune.{name}" for name in LIMITS} & {d.key for d in space.dimensions}
+    return rungs and bool(lengths) and base.finetune.evaluations is not None
 
 
 def most_epochs(space: Space, base: Searched, steps_per_epoch: int, tokens_per_epoch: int) -> float:

@@ -10,7 +10,7 @@ from raybert.storage import Folder
 from raybert.train.meters import finite
 from raybert.tune.importance import METHOD, importance
 from raybert.tune.ledger import Entry, count_states
-from raybert.tune.select import DEFAULT, Finalist
+from raybert.tune.select import Finalist, configured
 from raybert.tune.space import Space
 
 TRIALS, CLOCK = "trials.json", "search.json"
@@ -80,10 +80,9 @@ def result_of(
     entries: Sequence[Entry], finalists: Sequence[Finalist], cost: Cost, seconds: float
 ) -> dict[str, Any]:
     """What `raybert tune --json` ends with, but for what the winner's model adds."""
-    configured = next((e for e in entries if e.name == DEFAULT), None)
+    first = configured(entries)
     default = next(
-        (f for f in finalists if configured is not None and f.trial.values == configured.values),
-        None,
+        (f for f in finalists if first is not None and f.trial.values == first.values), None
     )
     found = {
         "trials": {"all": len(entries), **count_states(entries)},

@@ -25,6 +25,7 @@ from raybert.train.finetune import FinetuneJob, Held
 from raybert.train.meters import read_metrics
 from raybert.train.run import CONFIG
 from raybert.train.task import Stopped
+from raybert.tune.exchange import evidence, is_open
 from raybert.tune.ledger import TRIAL, write_trial
 from raybert.tune.running import Run, start_run
 from raybert.tune.settings import Searched
@@ -86,6 +87,7 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         self._link = Link(work.board, uuid.uuid4().int % 1_000_000)
         self._run: Run | None = None
         self._pointer: dict[str, Any] | None = None
+        self._is_unproven = False  # its last exchange, as yet
         self._last: dict[str, Any] = {}
         self._take(config)
 
@@ -103,6 +105,8 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         """
         try:
             self._last = self._advance()
+            if self._is_unproven:
+                self._note_evidence()
         except Stopped:
             self._leave()
             return {**self._last, "interrupted": True, "done": True}
@@ -170,6 +174,8 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         folder.write_text(CONFIG, dump(Searched(model=job.model, finetune=job.config)))
         attempt = begin_attempt(folder, job.config.patience_s)
         taken = self._take_over(folder, attempt, job)
+        exchanges = folder.read_json(TRIAL)["exchanges"]
+        self._is_unproven = bool(exchanges) and is_open(exchanges[-1])
         scores = [r["score"] for r in read_metrics(folder) if r["kind"] == "eval" and not taken]
         self._last["best"] = max([FAILED_SCORE, *(s for s in scores if s is not None)])
         self._run = start_run(
@@ -182,8 +188,6 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
             report=self._report,
             is_stopping=self._link.is_stopping,
         )
-        if taken:
-            self._note_exchange(folder, self._run)
         return self._run
 
     def _report(self, record: dict[str, Any]) -> None:
@@ -198,6 +202,7 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         if any(exchange.get("id") == self._exchange for exchange in trial["exchanges"]):
             return False  # before a restart: it has come further since
         taken = {"id": self._exchange, "from": pointer["trial"], "step": pointer["step"]}
+        taken |= {"attempt": attempt}
         donor = CheckpointStore(self._work.folder / pointer["trial"], 0, 1)
         snapshot = _load(donor, pointer["step"])
         # Whatever is best of the donor lies in the donor's folder; this one's best is yet to come.
@@ -212,11 +217,15 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         write_trial(folder, self._values, self._seed, trial["begun"], exchanges)
         return True
 
-    def _note_exchange(self, folder: Folder, run: Run) -> None:
-        """Write down what proves an exchange: the weights and the learning rate in use."""
+    def _note_evidence(self) -> None:
+        """Write down what proves the last exchange, once the run has logged it."""
+        folder = self._work.folder / self.trial_id
         trial = folder.read_json(TRIAL)
-        trial["exchanges"][-1] |= {"weights_after": run.weights(), "lr": run.lr()}
+        exchange = trial["exchanges"][-1]
+        config = self._work.job_of(self._values, self._seed).config
+        exchange |= evidence(exchange, read_metrics(folder), config)
         folder.write_json(TRIAL, trial)
+        self._is_unproven = is_open(exchange)
 
 
 def _load(store: CheckpointStore, step: int) -> Snapshot:

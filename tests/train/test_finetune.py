@@ -42,6 +42,17 @@ def test_a_classifier_learns_what_decides_the_label(folder):
     assert hub.read_temperature(folder / "run" / "model") == result["temperature"]
 
 
+@pytest.mark.parametrize(
+    ("epochs", "batch", "expected"), [(2, 8, [1, 2]), (3, 8, [1, 2, 3]), (3, 16, [1, 2, 3])]
+)
+def test_trials_of_any_length_are_evaluated_at_the_same_epochs(folder, epochs, batch, expected):
+    """What a search's scheduler compares them at."""
+    job = finetune_job(folder, steps=None, epochs=epochs, global_batch_size=batch, evaluations=None)
+    attempt = Attempt(job, folder / "run")
+    attempt.run()
+    assert [record["epoch"] for record in attempt.of_kind("eval")] == expected
+
+
 def test_texts_are_read_as_they_were_written(folder):
     texts = Texts([np.array([3, 70_000], np.uint32), np.array([1], np.uint32)], np.array([1, 0]))
     file = texts.save(folder, "t.parquet")

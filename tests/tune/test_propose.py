@@ -4,11 +4,13 @@ import math
 
 import pytest
 
-from raybert.errors import ConfigError
+from raybert.ensemble import check_members
+from raybert.errors import ConfigError, RaybertError
 from raybert.storage import Folder
 from raybert.train.meters import MetricsLog
 from raybert.tune.ledger import Ledger
 from raybert.tune.propose import GridSearch, RandomSearch, TpeSearch, Trials, Wanted
+from raybert.tune.session import Room, Session
 from raybert.tune.space import Space
 
 SPACE = Space.parse(
@@ -173,3 +175,33 @@ def test_tpe_goes_on_as_it_would_have(tpe, ledger):
 
 def test_a_search_with_tpe_differs_by_its_seed(tpe, ledger):
     assert tpe(0).propose(1) == tpe(0).propose(1) != tpe(1).propose(1)
+
+
+def test_a_wanted_trial_that_failed_is_tried_again_where_that_is_asked_for(ledger):
+    wanted = [("s0", {}, 0), ("s1", {}, 1)]
+    first = Wanted(ledger, wanted, retry=True)
+    ledger.close(first.next(), "finished")
+    ledger.close(first.next(), "failed", "its worker was lost")
+    assert Wanted(ledger, wanted).next() is None
+    second = Wanted(ledger, wanted, retry=True)
+    again = second.next()
+    assert (again.name, again.state, again.why, again.ended) == ("s1", "waiting", "", None)
+    assert second.next() is None
+    assert [(e.name, e.state) for e in ledger.entries()] == [("s0", "finished"), ("s1", "waiting")]
+    with pytest.raises(RaybertError, match="member s1 failed: .* same command again .* with s1 "):
+        ledger.close(again, "failed", "its worker was lost")
+        check_members(second.entries)
+    ledger.close(again, "finished")
+    check_members(second.entries)
+
+
+@pytest.mark.parametrize("retries", [False, True])
+def test_what_failed_keeps_its_checkpoints_where_it_is_tried_again(ledger, retries):
+    source = Wanted(ledger, [("s0", {}, 0), ("s1", {}, 1)])
+    for state in ("finished", "failed"):
+        entry = source.next()
+        ledger.run(entry.name).write_text("checkpoints/step.json", "x")
+        ledger.close(entry, state)
+    Session(source, ledger, Room(1, 1.0, 0.0), retries=retries).sweep()
+    kept = [e.name for e in source.entries if ledger.run(e.name).names("checkpoints")]
+    assert kept == (["s1"] if retries else [])

@@ -7,6 +7,7 @@ from raybert.tune.importance import importance
 from raybert.tune.ledger import Entry, Evaluation
 from raybert.tune.select import finalists_of, gathered, runs_of
 from raybert.tune.space import Space
+from raybert.tune.summary import Cost, result_of
 
 
 def entry(name, score=None, values=None, state="finished", seed=0):
@@ -33,6 +34,32 @@ def test_finalists_are_the_best_of_different_values_and_the_configured_ones():
 def test_the_configured_values_are_a_finalist_even_where_they_failed():
     trials = [entry("0000", None, state="failed"), entry("0001", 0.5)]
     assert [e.name for e in finalists_of(trials, 1)] == ["0001", "0000"]
+
+
+def taken_over(name, score, before, values):
+    found = entry(name, score, values)
+    found.exchanges = [{"before": before}, {"before": {"k": "between"}}]
+    return found
+
+
+def test_the_configured_values_are_a_finalist_where_their_trial_took_over_anothers():
+    trials = [taken_over("0000", 0.8, {"k": "configured"}, {"k": "mutated"}), entry("0001", 0.9)]
+    finalists = finalists_of(trials, 2)
+    assert [(e.name, e.values["k"]) for e in finalists] == [
+        ("0001", "0001"), ("0000", "mutated"), ("configured", "configured"),
+    ]  # fmt: skip
+    assert ("configured-s1", {"k": "configured"}, 6) in runs_of(finalists, 5, 1)
+    # It stays the winner unless another is above it by more than chance; 0000 is but a trial.
+    runs = [
+        *of_seeds("0001", 0.85, 0.87, 0.86), *of_seeds("0000", 0.70, 0.70, 0.70),
+        *of_seeds("configured", 0.85, 0.84, 0.86),
+    ]  # fmt: skip
+    found = gathered(finalists, runs, 10**6)
+    assert [f.trial.name for f in found] == ["configured", "0001", "0000"]
+    assert [f.is_configured for f in found] == [True, False, False]
+    result = result_of(trials, found, Cost(0.0, 0.0, 0.0), 1.0)
+    assert result["default"]["trial"] == result["best"]["trial"] == "configured"
+    assert result["default"]["config"] == {"k": "configured"}
 
 
 def test_a_search_of_failures_says_why():

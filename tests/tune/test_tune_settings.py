@@ -1,10 +1,26 @@
 """What a search may search over: every mistake is one line before any trial starts."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
-from raybert.config import build
+from raybert.config import build, load
 from raybert.errors import ConfigError
-from raybert.tune.settings import MUTABLE, Searched, TuneConfig, most_epochs, read_space
+from raybert.experiment import Experiment
+from raybert.storage import Folder
+from raybert.tune.settings import (
+    MAY_CHANGE,
+    MUTABLE,
+    Searched,
+    TuneConfig,
+    compares_unequal,
+    most_epochs,
+    read_space,
+)
+from raybert.tuning import _open
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def base(**finetune):
@@ -43,6 +59,10 @@ def test_the_default_space_can_be_searched():
             "finetune.head.pooling='median",
         ),
         ({"finetune.seed": {"integer": [0, 9]}}, "finetune.seed can't be searched: a seed is no"),
+        (
+            {"finetune.evaluations": {"integer": [1, 9]}},
+            "finetune.evaluations can't be searched: t",
+        ),
         ({"finetune.minutes": {"uniform": [1, 2]}}, "finetune.minutes can't be searched: trials"),
         ({"finetune.source.limit": {"integer": [1, 9]}}, "it decides what trials are compared on"),
         ({"finetune.workers": {"choice": [1, 2]}}, "does not change what is learned"),
@@ -72,6 +92,29 @@ def test_values_that_fit_beside_others_alone_are_accepted():
         }
     )
     assert len(found) == 2
+
+
+def compared(name, **finetune):
+    overrides = [f"finetune.{key}={value}" for key, value in finetune.items()]
+    experiment = load(Experiment, CONFIGS / f"{name}.yaml", overrides)
+    base = Searched(model=experiment.model, finetune=experiment.finetune)
+    found = read_space(experiment.tune, base)
+    return compares_unequal(experiment.tune, found, base)
+
+
+@pytest.mark.parametrize("name", ["tune", "tune-demo"])
+def test_shipped_searches_compare_trials_after_equal_epochs(name):
+    assert not compared(name)
+
+
+def test_evaluations_spread_over_unequal_lengths_are_noticed():
+    assert compared("tune", evaluations=6)
+    assert not compared("tune-demo", evaluations=6)  # trials of one length
+
+
+def test_a_number_of_evaluations_is_no_start_value():
+    with pytest.raises(ConfigError, match=r"tune.start: finetune.evaluations can't be searched"):
+        space({"finetune.lr": {"uniform": [1e-4, 1e-3]}}, start=[{"finetune.evaluations": 3}])
 
 
 def test_start_values_are_looked_at():
@@ -114,3 +157,46 @@ def test_population_based_training_changes_what_can_change():
 )
 def test_the_longest_trial(said, finetune, expected):
     assert most_epochs(space(said, finetune), base(**finetune), 10, 1) == expected
+
+
+# Going on -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("finetune.threads=1", "finetune.log_every=3", "finetune.checkpoint_minutes=1"),
+        *("finetune.checkpoint_steps=9", "finetune.keep_checkpoints=3", "finetune.workers=2"),
+        *("tune.concurrency=1", "tune.cpus_per_trial=2", "tune.trials=99", "ray.logs=true"),
+        "tune.max_failures=5",
+    ],
+)
+def test_a_search_goes_on_with_what_changes_no_trial(tmp_path, override):
+    stage, told = Folder(tmp_path) / "tune", []
+    for overrides in ([], [override]):
+        experiment = load(Experiment, None, overrides)
+        assert _open(experiment, stage, SimpleNamespace(say=told.append)) is None
+    words = [] if override.startswith("ray.") else [f"{override.partition('=')[0]}: "]
+    assert len(told) == len(words) and all(w in line for w, line in zip(words, told, strict=True))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("finetune.lr=0.5", "finetune.epochs=2", "finetune.evaluations=3", "finetune.seed=3"),
+        *("finetune.on_non_finite=stop", "finetune.deterministic=true", "finetune.precision=fp32"),
+        *("model.num_layers=9", "tune.seed=3", "tune.scheduler.reduction=2", "tune.searcher=grid"),
+    ],
+)
+def test_a_search_does_not_go_on_with_what_changes_its_trials(tmp_path, override):
+    stage, quiet = Folder(tmp_path) / "tune", SimpleNamespace(say=lambda text: None)
+    _open(load(Experiment, None, []), stage, quiet)
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        _open(load(Experiment, None, [override]), stage, quiet)
+
+
+def test_what_may_change_of_a_search_exists():
+    settings = load(Experiment, None, []).model_dump()
+    for key in MAY_CHANGE:
+        section, _, name = key.partition(".")
+        assert name in settings[section]
