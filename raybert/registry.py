@@ -18,9 +18,9 @@ from raybert.storage import Folder, take_number
 
 FORMAT_VERSION = 1
 REGISTRY = "registry"  # the folder, in a storage
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a model
 _VERSION, _CURRENT = "version.json", "current.json"
 _FOLDER = re.compile(r"v(\d+)")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_HISTORY = 100  # rollbacks back
 
 
@@ -33,7 +33,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """The names under which there are models."""
-        found = [name for name in self._folder.names() if _NAME.fullmatch(name)]
+        found = [name for name in self._folder.names() if NAME.fullmatch(name)]
         return [name for name in found if self._model(name).exists(_CURRENT)]
 
     def versions(self, name: str) -> list[int]:
@@ -163,7 +163,7 @@ class Registry:
         return dict(pointer)
 
     def _model(self, name: str) -> Folder:
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise UserError(f"{name!r} is no name for a model; use letters, digits, . _ -")
         return self._folder / name
 
