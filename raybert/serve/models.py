@@ -59,8 +59,7 @@ def find(
     Raises:
         UserError: there is neither.
     """
-    is_name = NAME.fullmatch(given) is not None
-    if is_name and storage is not None and not Folder(given).exists():
+    if storage is not None and is_registered(given, storage):
         if Registry(storage).versions(given):
             return Source(name or given, given, storage)
         raise UserError(
@@ -70,6 +69,12 @@ def find(
     folder = resolve_model(given, stage)
     parts = [part for part in folder.path.split("/") if part and part not in _INSIDE]
     return Source(name or (parts[-1] if parts else "model"), given, stage=stage)
+
+
+def is_registered(given: str, storage: str | None) -> bool:
+    """Whether a model is looked up in the registry: by a name that no path has."""
+    is_name = NAME.fullmatch(given) is not None
+    return is_name and storage is not None and not Folder(given).exists()
 
 
 class Served:
