@@ -728,6 +728,9 @@ def test_the_document_describes_every_body(api):
         for inner in value if isinstance(value, list) else []:
             yield from references(inner)
 
+    for path in ("/health", "/health/ready", "/v2/health/ready", "/v2/models/{name}/ready"):
+        answer = document["paths"][path]["get"]["responses"]["503"]
+        assert list(references(answer)) == ["#/components/schemas/Error"]
     used = {reference.rpartition("/")[2] for reference in references(document)}
     assert {"PredictRequest", "FillMaskRequest", "InferRequest", "Error"} <= used
     assert used <= set(schemas)
