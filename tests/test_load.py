@@ -80,8 +80,31 @@ def test_what_fails_is_not_asked_again(server, tmp_path):
     texts = ["200", "lost", "503", "500"]
     found = load(server, tmp_path, texts, "--seconds", "1", "--connections", "1")
     assert found["failed"] == sum(server.seen[text] for text in texts[1:])
-    assert {status for _, status in found["failures"]} == {0, 500, 503}
+    assert {status for *_, status in found["failures"]} == {0, 500, 503}
+    assert all(
+        found["began"] - 0.01 <= sent <= answered <= time.time()
+        for sent, answered, _ in found["failures"]
+    )
     assert max(server.seen.values()) - min(server.seen.values()) <= 1
+
+
+def test_where_no_refusal_is_expected_one_is_a_failure(server, tmp_path):
+    options = ("--seconds", "1", "--connections", "1")
+    found = load(server, tmp_path, ["200", "429"], *options, "--expected", "200")
+    assert found["failed"] == server.seen["429"] > 0
+    assert {status for *_, status in found["failures"]} == {429}
+
+
+def test_it_begins_when_it_is_told_to(server, tmp_path):
+    at = time.time() + 3  # Python has started by then
+    process = start(server, tmp_path, ["200"], "--seconds", "1", "--at", str(at))
+    while not server.seen:
+        assert process.poll() is None
+        time.sleep(0.01)
+    assert time.time() >= at
+    found = json.loads(process.communicate()[0].splitlines()[-1])
+    assert found["began"] == pytest.approx(at, abs=0.5)
+    assert len(found["good_by_second"]) == 1
 
 
 def test_lists_count_every_text(server, tmp_path):
