@@ -12,8 +12,19 @@ from pathlib import Path
 
 import pytest
 
-LOAD = Path(__file__).parents[1] / "benchmarks" / "load.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+LOAD = BENCHMARKS / "load.py"
 pytest.importorskip("uvloop")
+
+
+@pytest.fixture
+def drill(monkeypatch):
+    """The drill and its clients, as modules."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import clients
+    import serve_faults
+
+    return serve_faults, clients
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -134,3 +145,31 @@ def test_it_ends_early_with_what_came(server, tmp_path):
     assert process.returncode == 0
     assert server.seen["200"] - 2 <= found["statuses"]["200"] <= server.seen["200"]
     assert found["requests_per_second"] > 0
+
+
+def test_what_fails_at_a_kill_is_told_from_what_fails_otherwise(drill):
+    clients = drill[1]
+    failures = [
+        (90.0, 99.9, 0),  # over before the kill
+        (99.0, 100.2, 0),  # under way
+        (100.3, 101.0, 500),  # taken by what was going down
+        (100.7, 101.0, 0),  # sent when it was dead
+        (199.0, 200.1, 429),  # under way at the next one
+    ]
+    assert [clients.in_flight(failures, struck) for struck in (100.0, 200.0)] == [2, 1]
+    assert clients.otherwise(failures, [100.0, 200.0]) == 2
+    assert clients.otherwise(failures, []) == 5
+
+
+def test_recovery_counts_from_the_last_request_of_the_overload(drill):
+    faults = drill[0]
+    assert faults.recovered([10, 80, 95, 20], 90, gap=0.5) == 3.5  # when that second is over
+    assert faults.recovered([10, 20], 90, gap=0.5) is None
+
+
+def test_what_does_not_come_is_not_reported(drill, monkeypatch):
+    faults = drill[0]
+    monkeypatch.setattr(faults, "PATIENCE_SECONDS", 0.2)
+    with pytest.raises(SystemExit, match="does not hold that all replicas answer again"):
+        faults.wait_until("all replicas answer again", lambda: False)
+    assert faults.wait_until("it holds", lambda: True) == 0.0
