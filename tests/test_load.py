@@ -1,5 +1,6 @@
 """The load that benchmarks put on a server: all of it is counted, and nothing is asked twice."""
 
+import importlib
 import json
 import signal
 import subprocess
@@ -18,13 +19,10 @@ pytest.importorskip("uvloop")
 
 
 @pytest.fixture
-def drill(monkeypatch):
-    """The drill and its clients, as modules."""
+def module(monkeypatch):
+    """A module of the benchmarks, by its name."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import clients
-    import serve_faults
-
-    return serve_faults, clients
+    return importlib.import_module
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -147,8 +145,8 @@ def test_it_ends_early_with_what_came(server, tmp_path):
     assert found["requests_per_second"] > 0
 
 
-def test_what_fails_at_a_kill_is_told_from_what_fails_otherwise(drill):
-    clients = drill[1]
+def test_what_fails_at_a_kill_is_told_from_what_fails_otherwise(module):
+    clients = module("clients")
     failures = [
         (90.0, 99.9, 0),  # over before the kill
         (99.0, 100.2, 0),  # under way
@@ -161,15 +159,28 @@ def test_what_fails_at_a_kill_is_told_from_what_fails_otherwise(drill):
     assert clients.otherwise(failures, []) == 5
 
 
-def test_recovery_counts_from_the_last_request_of_the_overload(drill):
-    faults = drill[0]
+def test_recovery_counts_from_the_last_request_of_the_overload(module):
+    faults = module("serve_faults")
     assert faults.recovered([10, 80, 95, 20], 90, gap=0.5) == 3.5  # when that second is over
     assert faults.recovered([10, 20], 90, gap=0.5) is None
 
 
-def test_what_does_not_come_is_not_reported(drill, monkeypatch):
-    faults = drill[0]
+def test_what_does_not_come_is_not_reported(module, monkeypatch):
+    faults = module("serve_faults")
     monkeypatch.setattr(faults, "PATIENCE_SECONDS", 0.2)
     with pytest.raises(SystemExit, match="does not hold that all replicas answer again"):
         faults.wait_until("all replicas answer again", lambda: False)
     assert faults.wait_until("it holds", lambda: True) == 0.0
+
+
+def test_what_a_precision_costs_is_told_by_the_texts_whose_labels_changed(module):
+    serve = module("serve")
+    truth = ["a"] * 100 + ["b"] * 100
+    exact = ["a"] * 90 + ["b"] * 110
+    found = ["b", *exact[1:98], "a", "a", *exact[100:]]  # one is wrong now, and two are right
+    lost = serve.points_lost(exact, found, truth)
+    assert (lost["worse"], lost["better"], lost["points"], lost["ok"]) == (1, 2, -0.5, True)
+    assert lost["at_most"] > 0  # three texts say little
+    assert serve.points_lost(exact, exact, truth)["at_most"] == 0
+    worse = serve.points_lost(truth, ["b"] * 2 + truth[2:], truth)
+    assert worse["points"] == 1 and not worse["ok"]
