@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated
 
 import typer
@@ -38,9 +37,12 @@ def serve(
 ) -> None:
     """Answer over HTTP until Ctrl-C: labels, words that decided, masked words, and a page.
 
+    It ends with an error where no replica answers for five minutes.
+
     Example: `raybert serve runs/demo`, then open http://127.0.0.1:8000
     """
-    from raybert.serve.launch import serving
+    from raybert.serve.launch import serving, state
+    from raybert.serve.watching import watch
 
     given = {"model": model, "host": host, "port": port, "keys": keys}
     experiment = load_experiment(config, overrides, name)
@@ -58,7 +60,6 @@ def serve(
         if as_json:
             print_json({"url": url, "model": serve_config.model})
         try:
-            while True:
-                time.sleep(1)
+            watch(state, lambda line: display.say(f"serve     {line}"))
         except KeyboardInterrupt:
             display.say("serve     ending; Ctrl-C again to end at once")

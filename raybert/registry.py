@@ -18,9 +18,10 @@ from raybert.storage import Folder, take_number
 
 FORMAT_VERSION = 1
 REGISTRY = "registry"  # the folder, in a storage
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a model
 _VERSION, _CURRENT = "version.json", "current.json"
 _FOLDER = re.compile(r"v(\d+)")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_CHOICES = "serving-"  # files of a model that say what it is served in: `serve.precision`
 _MOST_HISTORY = 100  # rollbacks back
 
 
@@ -33,7 +34,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """The names under which there are models."""
-        found = [name for name in self._folder.names() if _NAME.fullmatch(name)]
+        found = [name for name in self._folder.names() if NAME.fullmatch(name)]
         return [name for name in found if self._model(name).exists(_CURRENT)]
 
     def versions(self, name: str) -> list[int]:
@@ -78,7 +79,8 @@ class Registry:
     def promote(self, name: str, model: Folder) -> int:
         """Copy a model into the registry, and make it the current one.
 
-        One whose weights and configuration are there already is not copied again.
+        One whose weights and configuration are there already is not copied again, but for the
+        precisions that were chosen for it: what serves it already takes them when it restarts.
 
         Returns:
             Its version.
@@ -91,6 +93,7 @@ class Registry:
         digest = _digest(model)
         for version in reversed(self.versions(name)):
             if self.describe(name, version)["digest"] == digest:
+                _copy_choices(model, self.folder(name, version))
                 self._move(name, version)
                 return version
         version = take_number(self._model(name) / "numbers")
@@ -163,7 +166,7 @@ class Registry:
         return dict(pointer)
 
     def _model(self, name: str) -> Folder:
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise UserError(f"{name!r} is no name for a model; use letters, digits, . _ -")
         return self._folder / name
 
@@ -175,3 +178,15 @@ def _digest(model: Folder) -> str:
         if model.exists(name):
             digest.update(hashlib.sha256(model.read_bytes(name)).digest())
     return digest.hexdigest()
+
+
+def _copy_choices(model: Folder, version: Folder) -> None:
+    """Bring the choices of a precision up to date; one by accuracy outweighs one by speed."""
+    there = set(version.names())
+    for name in model.names():
+        if not name.startswith(_CHOICES):
+            continue
+        given = model.read_json(name)
+        if name in there and "texts" not in given and "texts" in version.read_json(name):
+            continue
+        version.write_json(name, given)

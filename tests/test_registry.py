@@ -63,6 +63,22 @@ def test_what_is_there_is_not_copied_again(registry, tmp_path):
     assert registry.rollback("reviews") == 2
 
 
+def test_a_choice_of_precision_reaches_a_version_that_is_there(registry, tmp_path):
+    """As `bench serve` makes it, by accuracy, after the version was served and measured itself."""
+    source = model(tmp_path, "one")
+    registry.promote("reviews", source)
+    version = registry.current("reviews")
+    version.write_json("serving-a-b.json", {"precision": "int8"})
+    source.write_json("serving-a-b.json", {"precision": "bf16", "texts": 900})
+    source.write_json("serving-a-c.json", {"precision": "fp32"})
+    assert registry.promote("reviews", source) == 1
+    assert version.read_json("serving-a-b.json")["precision"] == "bf16"
+    assert version.read_json("serving-a-c.json")["precision"] == "fp32"
+    source.write_json("serving-a-b.json", {"precision": "compiled"})  # by speed alone
+    registry.promote("reviews", source)
+    assert version.read_json("serving-a-b.json")["precision"] == "bf16"
+
+
 def test_names_are_kept_apart(registry, tmp_path):
     registry.promote("a", model(tmp_path, "one"))
     registry.promote("b", model(tmp_path, "two"))

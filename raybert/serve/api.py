@@ -139,6 +139,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 def _add_states(app: FastAPI, service: Service) -> None:
     """Add the routes that tell what is served, and whether it works."""
     unknown: dict[int | str, dict[str, Any]] = {404: {"model": Error}}
+    stuck: dict[int | str, dict[str, Any]] = {503: {"model": Error}}
 
     def ready() -> dict[str, bool]:
         try:
@@ -147,9 +148,9 @@ def _add_states(app: FastAPI, service: Service) -> None:
             raise Refused(503, "Unhealthy", str(error)) from None
         return {"ready": True}
 
-    @app.get("/health", summary="Whether it works")
-    @app.get("/health/ready", summary="Whether it works")
-    @app.get("/v2/health/ready", summary="Whether it works")
+    @app.get("/health", responses=stuck, summary="Whether it works")
+    @app.get("/health/ready", responses=stuck, summary="Whether it works")
+    @app.get("/v2/health/ready", responses=stuck, summary="Whether it works")
     async def health_ready() -> dict[str, bool]:
         return ready()
 
@@ -178,7 +179,9 @@ def _add_states(app: FastAPI, service: Service) -> None:
     async def model(name: str) -> dict[str, Any]:
         return infer.describe(service.find(name))
 
-    @app.get("/v2/models/{name}/ready", responses=unknown, summary="Whether a model is there")
+    @app.get(
+        "/v2/models/{name}/ready", responses=unknown | stuck, summary="Whether a model is there"
+    )
     async def model_ready(name: str) -> dict[str, Any]:
         served = service.find(name)
         return {"name": served.name, **ready()}

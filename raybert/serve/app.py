@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -143,23 +144,52 @@ def _gpus(config: ServeConfig) -> float:
 def completed(config: ServeConfig) -> ServeConfig:
     """Fill in what follows from the model: whether it labels or fills masks, and what lies beside.
 
+    Paths become whole: replicas and proxies have other working directories.
+
     Raises:
         UserError: there is no such model.
     """
+    config = _placed(config)
     if config.model is None:
         if config.fill_mask is None:
             raise ConfigError("serve.model=null: name a model/, a run, or an experiment")
         return config
     source = models.find(config.model, config.registry)
-    described = source.current().read_json("config.json")
+    folder = source.current()
+    described = folder.read_json("config.json")
     kinds = described.get("architectures") or [""]
     if str(kinds[0]).endswith("MaskedLM"):
-        return config.model_copy(update={"model": None, "fill_mask": config.model})
+        return config.model_copy(update={"model": None, "fill_mask": folder.uri})
     if config.fill_mask is None and source.storage is None:
         pretrained = Folder(config.model) / "pretrain"
         if pretrained.exists("model/config.json"):
             return config.model_copy(update={"fill_mask": resolve_model(pretrained.uri).uri})
     return config
+
+
+def _placed(config: ServeConfig) -> ServeConfig:
+    """The same with whole paths; what the registry knows by name stays a name."""
+
+    def place(given: str) -> str:
+        is_name = models.is_registered(given, config.registry)
+        return given if is_name else Folder(given).uri
+
+    canary, fill_mask = config.canary, config.fill_mask
+    return config.model_copy(
+        update={
+            "model": None if config.model is None else place(config.model),
+            "models": {name: place(given) for name, given in config.models.items()},
+            "canary": canary and canary.model_copy(update={"model": place(canary.model)}),
+            "fill_mask": None if fill_mask is None else Folder(fill_mask).uri,
+            "registry": None if config.registry is None else Folder(config.registry).uri,
+            "tls_cert": _whole(config.tls_cert),
+            "tls_key": _whole(config.tls_key),
+        }
+    )
+
+
+def _whole(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def check_models(config: ServeConfig) -> None:

@@ -14,18 +14,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeVar
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from raybert.errors import RaybertError
+from raybert.serve.windows import Row
 
-Row = npt.NDArray[Any]  # a text's ids
 Scores = npt.NDArray[np.float32]
-
-T = TypeVar("T")
 
 _MEMORY = 0.2  # weight of the newest full batch in the speed that waiting is judged by
 _FIRST_BATCHES = 16  # that may wait before any speed is known
@@ -243,48 +240,3 @@ class Batcher:
 def _cost(row: Row) -> int:
     """The tokens of a row; one of which nothing is left counts, too."""
     return max(1, len(row))
-
-
-class Aside:
-    """Work that no batch helps, such as explanations: one at a time in a thread, few waiting."""
-
-    def __init__(self, executor: Executor, most: int) -> None:
-        """Set up; the executor has one thread, and `most` is what may wait or run."""
-        self._executor, self._most = executor, most
-        self._count = 0
-        self._seconds = 0.5  # of a piece, by those that were done
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """Do a piece of work.
-
-        Raises:
-            Overloaded: too many wait.
-            RaybertError: the work's own.
-            Failed: it raised anything else.
-        """
-        if self._count >= self._most:
-            raise Overloaded(self._count * self._seconds)
-        self._count += 1
-        loop = asyncio.get_running_loop()
-        future = self._executor.submit(self._timed, work)
-        # Counted until it is done: what was begun goes on, even if nobody waits any more.
-        future.add_done_callback(lambda done: self._forget(loop))
-        try:
-            return await asyncio.wrap_future(future)
-        except RaybertError:
-            raise
-        except Exception as error:
-            raise Failed(error) from error
-
-    def _timed(self, work: Callable[[], T]) -> T:
-        begun = time.monotonic()
-        result = work()
-        self._seconds += _MEMORY * (time.monotonic() - begun - self._seconds)
-        return result
-
-    def _forget(self, loop: asyncio.AbstractEventLoop) -> None:
-        def forget() -> None:
-            self._count -= 1
-
-        with suppress(RuntimeError):  # the loop is closed: the server has ended
-            loop.call_soon_threadsafe(forget)

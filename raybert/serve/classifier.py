@@ -8,7 +8,6 @@ text's scores do not depend on its company.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +15,10 @@ import torch
 
 from raybert.model import hub
 from raybert.serve import precision as precisions
-from raybert.serve.windows import windows
+from raybert.serve.windows import Row, windows
 from raybert.storage import Folder
 from raybert.text.preprocess import Preprocessing, pad, split
 from raybert.text.tokenizer import Tokenizer
-
-Row = npt.NDArray[Any]  # a text's ids, [tokens]
 
 #: Of one forward pass: large enough that products, not calls, take the time, and small enough that
 #: on CPUs what lies between two products stays in the cache.

@@ -4,14 +4,17 @@
         client.predict("A joy to watch.")   # [{"label": "pos", "score": 0.98}, ...]
 
 Predictions may be asked for twice, so that what a busy or a restarting server could not answer is
-asked again, after the pause that it asks for.
+asked again, after the pause that it asks for. What can't get better is raised at once, such as a
+host that nobody knows or a certificate that does not hold; what took too long is sent once more.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import math
 import random
+import socket
 import ssl
 import time
 from collections.abc import Sequence
@@ -19,6 +22,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 _AGAIN = frozenset({0, 408, 429, 500, 502, 503, 504})  # 0: no answer at all
+_TOO_LONG, _MOST_TOO_LONG = 504, 2  # the dearest requests: a busy server is not given them forever
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds
 
 
@@ -111,27 +115,30 @@ class Client:
         return self._ask("POST", path, body)
 
     def _ask(self, method: str, path: str, body: bytes | None) -> Any:
-        deadline, pause = time.monotonic() + self._patience_s, _FIRST_PAUSE
+        deadline, pause, too_long = time.monotonic() + self._patience_s, _FIRST_PAUSE, 0
         while True:
             answer, wish = self._try(method, path, body)
             if not isinstance(answer, ServerError):
                 return answer
             # Not all at once, where many wait for the same server.
             wait = max(wish, pause * random.uniform(0.5, 1.5))
-            if answer.status not in _AGAIN or time.monotonic() + wait > deadline:
+            too_long += answer.status == _TOO_LONG
+            is_hopeless = answer.status not in _AGAIN or too_long >= _MOST_TOO_LONG
+            if is_hopeless or time.monotonic() + wait > deadline:
                 raise answer
             time.sleep(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _try(self, method: str, path: str, body: bytes | None) -> tuple[Any, float]:
-        """One try: an answer, or a ServerError, and the seconds that the server asks to wait."""
+        """One try: an answer, or a ServerError, and the seconds to wait at least; inf: for ever."""
         try:
             self._connection.request(method, self._root + path, body, self._headers)
             response = self._connection.getresponse()
             content = response.read()
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()  # the next try opens it again
-            return ServerError(0, f"no answer: {error or type(error).__name__}"), 0.0
+            silence = ServerError(0, f"no answer: {error or type(error).__name__}")
+            return silence, math.inf if _is_lasting(error) else 0.0
         try:
             answer = json.loads(content)
         except ValueError:
@@ -142,3 +149,10 @@ class Client:
         wish = response.headers.get("Retry-After", "")
         seconds = min(_LONGEST_PAUSE, float(wish)) if wish.isdecimal() else 0.0
         return ServerError(response.status, str(told or response.reason)), seconds
+
+
+def _is_lasting(error: Exception) -> bool:
+    """Whether another try would end the same: an unknown host, a certificate that does not hold."""
+    if isinstance(error, socket.gaierror):
+        return error.errno != socket.EAI_AGAIN  # the resolver does not answer just now
+    return isinstance(error, ssl.SSLCertVerificationError)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from raybert.serve.auth import read_keys
 from raybert.serve.ingress import SCRATCH, serve_environment
 from raybert.serve.ports import check_port
 from raybert.serve.settings import ServeConfig
+from raybert.serve.watching import State, reason
 
 
 @contextmanager
@@ -90,19 +90,43 @@ def _deploy(config: ServeConfig, digests: list[str], on_progress: Callable[[str]
     except (RuntimeError, TimeoutError) as error:
         state = serve.status().applications.get(APP)
         told = [one.message for one in state.deployments.values()] if state else []
-        raise RaybertError(_reason("\n".join([str(error), *told]))) from None
+        raise RaybertError(reason("\n".join([str(error), *told]))) from None
     scheme = "https" if there.ssl_certfile else "http"
     return f"{scheme}://{_shown(there.host)}:{there.port}"
+
+
+def state() -> State | None:
+    """How the application is, as Serve sees it; None: it is not there any more."""
+    from ray import serve
+
+    from raybert.serve.app import APP
+
+    status = serve.status()
+    if not status.proxies:  # which is also what a controller that is slow to answer leads to
+        return State(0, "Ray Serve does not run, or does not answer")
+    found = status.applications.get(APP)
+    if found is None:
+        return None
+    deployments = found.deployments.values()
+    running = sum(
+        count for one in deployments for at, count in one.replica_states.items() if at == "RUNNING"
+    )
+    trouble = ""
+    if found.status in ("UNHEALTHY", "DEPLOY_FAILED"):
+        trouble = reason("\n".join([found.message, *(one.message for one in deployments)]))
+    return State(running, trouble)
 
 
 def _end(on_cluster: bool) -> None:
     """Take the application away, once its replicas have drained."""
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     from raybert.serve.app import APP
 
     if on_cluster:
-        serve.delete(APP)
+        with suppress(RayServeException):  # somebody has ended Serve
+            serve.delete(APP)
     else:
         serve.shutdown()
 
@@ -126,12 +150,3 @@ def _threads(config: ServeConfig) -> int:
 
 def _shown(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _reason(message: str) -> str:
-    """What a replica said in our words, out of the traceback that Serve wraps it in."""
-    ours = re.findall(r"raybert\.errors\.\w+: (.+)", message)
-    if ours:
-        return str(ours[-1]).strip()
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return f"Ray Serve: {lines[-1] if lines else 'no reason given'}"

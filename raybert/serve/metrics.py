@@ -22,6 +22,7 @@ _HELP = {
     "batch_seconds_total": "Time spent on them, by model.",
     "canary_total": "Texts that the canary answered, by whether both models gave the same label.",
     "canary_difference_total": "Sum over these of the difference between both models' scores.",
+    "canary_missed_total": "Requests that the canary gave no scores for: failed, full or slow.",
     "model_loads_total": "Versions of models that were loaded, by model and outcome.",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -13,17 +12,16 @@ import numpy.typing as npt
 from raybert.errors import UserError
 from raybert.model import hub
 from raybert.model.find import resolve_model
-from raybert.registry import Registry
+from raybert.registry import NAME, Registry
 from raybert.serve import choice
 from raybert.serve.batcher import Batcher, Failed
-from raybert.serve.classifier import Row, TextClassifier
+from raybert.serve.classifier import TextClassifier
 from raybert.serve.explain import Explainer
 from raybert.serve.metrics import Metrics
 from raybert.serve.settings import ServeConfig
-from raybert.serve.windows import pool
+from raybert.serve.windows import Row, pool
 from raybert.storage import Folder
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _INSIDE = ("model", "finetune", "pretrain")  # folders of a run that name nothing
 
 
@@ -61,8 +59,7 @@ def find(
     Raises:
         UserError: there is neither.
     """
-    is_name = _NAME.fullmatch(given) is not None
-    if is_name and storage is not None and not Folder(given).exists():
+    if storage is not None and is_registered(given, storage):
         if Registry(storage).versions(given):
             return Source(name or given, given, storage)
         raise UserError(
@@ -72,6 +69,12 @@ def find(
     folder = resolve_model(given, stage)
     parts = [part for part in folder.path.split("/") if part and part not in _INSIDE]
     return Source(name or (parts[-1] if parts else "model"), given, stage=stage)
+
+
+def is_registered(given: str, storage: str | None) -> bool:
+    """Whether a model is looked up in the registry: by a name that no path has."""
+    is_name = NAME.fullmatch(given) is not None
+    return is_name and storage is not None and not Folder(given).exists()
 
 
 class Served:

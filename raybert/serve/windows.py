@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+Row = npt.NDArray[Any]  # a text's ids, or those of a window of it, [tokens]
+
 OVERLAP = 4  # a quarter of a window is also in the next one, so that no phrase is cut for both
 
 
-def windows(ids: npt.NDArray[Any], seq_len: int) -> list[npt.NDArray[Any]]:
+def windows(ids: Row, seq_len: int) -> list[Row]:
     """Cut a text's ids into windows of at most `seq_len` tokens that cover all of it.
 
     Each window has the text's first and last id around it, which are the special ones. A text that

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -324,18 +325,7 @@ def fillings(
     Raises:
         DataError: the text has no mask, or is longer than the model reads.
     """
-    ids = tokenizer.encode_batch([text])[0].astype(np.int64)
-    where = np.flatnonzero(ids == tokenizer.mask_id)
-    if not len(where):
-        raise DataError(
-            f"{text[:60]!r} has no {tokenizer.mask_token}: put one where a word is to be guessed"
-        )
-    limit = model.encoder.config.max_seq_len
-    if len(ids) > limit:
-        raise DataError(
-            f"the text has {len(ids):,} tokens, the model reads {limit}; shorten it around the "
-            f"{tokenizer.mask_token}"
-        )
+    ids, where = masks(model, tokenizer, text)
     device = next(model.parameters()).device
     batch = torch.from_numpy(ids)[None].to(device)
     with torch.inference_mode():
@@ -348,6 +338,29 @@ def fillings(
         ]
         for row_p, row_i in zip(probabilities.tolist(), best.tolist(), strict=True)
     ]
+
+
+def masks(
+    model: MaskedLM, tokenizer: Tokenizer, text: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """A text's ids [tokens], and the places of its masks [masks] among them.
+
+    Raises:
+        DataError: the text has no mask, or is longer than the model reads.
+    """
+    ids = tokenizer.encode_batch([text])[0].astype(np.int64)
+    where = np.flatnonzero(ids == tokenizer.mask_id).astype(np.int64)
+    if not len(where):
+        raise DataError(
+            f"{text[:60]!r} has no {tokenizer.mask_token}: put one where a word is to be guessed"
+        )
+    limit = model.encoder.config.max_seq_len
+    if len(ids) > limit:
+        raise DataError(
+            f"the text has {len(ids):,} tokens, the model reads {limit}; shorten it around the "
+            f"{tokenizer.mask_token}"
+        )
+    return ids, where
 
 
 def model_card(job: PretrainJob, metrics: dict[str, Any]) -> str:

@@ -171,6 +171,35 @@ def test_masks_are_filled(api):
     refused(api.post("/fill-mask", {"inputs": "[MASK] " * 100}), 422, "the model reads 64")
 
 
+def test_more_masks_than_can_be_told_are_refused(api, monkeypatch):
+    filled, catalog = [], api.service.catalog
+    fill = catalog.filler.fill
+    monkeypatch.setattr(
+        catalog.filler, "fill", lambda text, top: filled.append(text) or fill(text, top)
+    )
+    full = {"inputs": ["[MASK] " * 60] * 2, "top_k": 84}
+    refused(api.post("/fill-mask", full), 413, "10,080 guesses are more than the 10,000")
+    refused(api.post("/fill-mask", {"inputs": ["a [MASK]"] * 33}), 413, "33 texts are more than")
+    assert filled == []
+    assert api.post("/fill-mask", {**full, "top_k": 5}).is_success
+
+
+def test_masks_that_nobody_waits_for_are_not_filled(model, pretrained, monkeypatch):
+    slow = Api(model, pretrained, timeout_s=0.05)
+    filled = []
+
+    def fill(text, top):
+        filled.append(text)
+        time.sleep(0.1)
+        return []
+
+    monkeypatch.setattr(slow.service.catalog.filler, "fill", fill)
+    refused(slow.post("/fill-mask", {"inputs": ["a [MASK]"] * 30}), 504)
+    slow.service._beside.submit(int).result(30)
+    assert len(filled) == 1
+    slow.service.close()
+
+
 def test_info_and_metrics_tell_what_is_served(api):
     api.post("/predict", {"inputs": ["a", "b"]})
     info = api.ask("GET", "/info").json()
@@ -544,7 +573,7 @@ def test_what_there_is_no_room_for_is_refused_before_it_is_tokenized(api, monkey
     text = "superb " * 300  # 2,100 tokens, as it is told: only one may wait beside another
 
     async def ask():
-        request = PredictRequest(inputs=text)
+        request = PredictRequest(inputs=text, truncate=False)
         return await asyncio.gather(
             *(api.service.predict(request) for _ in range(20)), return_exceptions=True
         )
@@ -552,6 +581,40 @@ def test_what_there_is_no_room_for_is_refused_before_it_is_tokenized(api, monkey
     answers = asyncio.run(ask())
     refusals = [one.status for one in answers if isinstance(one, Refused)]
     assert refusals == [429] * (20 - len(read)) and 1 <= len(read) <= 2
+
+
+def test_a_long_text_that_is_cut_takes_no_more_room_than_what_is_left_of_it(api, monkeypatch):
+    """However long it is, the model reads 32 tokens of it: others are not refused meanwhile."""
+    served = api.service.find(None)
+    seen, encode = [], served.encode
+
+    def noting(texts, *, windows):
+        seen.append(served.batcher._expected)
+        return encode(texts, windows=windows)
+
+    monkeypatch.setattr(served, "encode", noting)
+    monkeypatch.setattr(api.service, "_tokens_a_character", 0.2)
+    for inputs in ("superb " * 8000, ["superb " * 4000, "superb"]):
+        assert api.post("/predict", {"inputs": inputs}).is_success
+    assert seen == [32, 33]
+    # And it says nothing of how many characters a token has.
+    assert api.service._tokens_a_character == 0.2
+    assert api.post("/predict", {"inputs": "superb"}).is_success
+    assert api.service._tokens_a_character != 0.2
+
+
+def test_with_several_models_the_door_closes_when_all_are_full(model, pretrained, monkeypatch):
+    several = Api(model, pretrained, models={"second": model.uri})
+    first, second = (served.batcher for served in several.service.catalog.served.values())
+    for batcher, queued in ((first, 5000), (second, 7000)):
+        monkeypatch.setattr(batcher, "_speed", 1000.0)
+        assert several.post("/predict", {"inputs": "a", "model": "second"}).is_success
+        monkeypatch.setattr(batcher, "_speed", 1000.0)
+        monkeypatch.setattr(batcher, "_queued", queued)
+    response = several.send("/predict", b"not even JSON")
+    refused(response, 429, "try again in 5 s")
+    assert response.headers[FULL] == "1"
+    several.service.close()
 
 
 @pytest.fixture
@@ -665,6 +728,9 @@ def test_the_document_describes_every_body(api):
         for inner in value if isinstance(value, list) else []:
             yield from references(inner)
 
+    for path in ("/health", "/health/ready", "/v2/health/ready", "/v2/models/{name}/ready"):
+        answer = document["paths"][path]["get"]["responses"]["503"]
+        assert list(references(answer)) == ["#/components/schemas/Error"]
     used = {reference.rpartition("/")[2] for reference in references(document)}
     assert {"PredictRequest", "FillMaskRequest", "InferRequest", "Error"} <= used
     assert used <= set(schemas)

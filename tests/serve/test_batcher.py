@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raybert.errors import DataError
-from raybert.serve.batcher import Aside, Batcher, Failed, Overloaded
+from raybert.serve.batcher import Batcher, Failed, Overloaded
 
 LENGTHS = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=6), min_size=1, max_size=12)
 
@@ -263,33 +262,5 @@ def test_the_speed_follows_full_batches_more_than_small_ones(executor):
         for _ in range(30):
             made._note_speed(100, 1.0)
         assert made._speed == pytest.approx(100, rel=0.05)
-
-    run(ask())
-
-
-def test_work_aside_is_bounded_and_told_what_went_wrong(executor):
-    gate = threading.Event()
-
-    def wrong():
-        raise DataError("no mask")
-
-    async def ask():
-        aside = Aside(executor, 2)
-        tasks = [asyncio.create_task(aside.run(lambda: gate.wait(30))) for _ in range(2)]
-        await asyncio.sleep(0.01)
-        with pytest.raises(Overloaded):
-            await aside.run(lambda: None)
-        tasks[0].cancel()  # it runs on, and still counts
-        await asyncio.gather(tasks[0], return_exceptions=True)
-        with pytest.raises(Overloaded):
-            await aside.run(lambda: None)
-        gate.set()
-        assert await tasks[1]
-        await asyncio.sleep(0.01)
-        with pytest.raises(DataError, match="no mask"):
-            await aside.run(wrong)
-        with pytest.raises(Failed):
-            await aside.run(lambda: 1 / 0)
-        assert await aside.run(lambda: 5) == 5
 
     run(ask())

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import random
 import shutil
-from concurrent.futures import Future
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from making import reviews
@@ -139,6 +141,44 @@ def test_a_canary_answers_its_share_and_is_compared(storage):
     assert metrics.value("canary_total", model=name, agree="false") == theirs  # labels are swapped
     assert metrics.value("canary_difference_total", model=name) > 0
     assert service.info()["canary"]["share"] == 0.5
+    service.close()
+
+
+@pytest.mark.parametrize("trouble", ["slow", "slow to read", "full", "broken"])
+def test_a_canary_in_trouble_costs_no_answer(storage, trouble, monkeypatch, caplog):
+    canary = {"model": version_of(storage, 2).uri, "share": 0.9}
+    service = service_of(storage, canary=canary, timeout_s=0.4)
+    monkeypatch.setattr(random, "random", lambda: 0.0)
+    tried, gate = service.catalog.canary, threading.Event()
+
+    def broken(rows):
+        raise RuntimeError("no")
+
+    if trouble == "slow":  # a batch that takes its time, before which others wait
+        monkeypatch.setattr(tried.batcher, "_executor", ThreadPoolExecutor(1))
+        monkeypatch.setattr(tried.batcher, "_compute", lambda rows: gate.wait(30))
+    elif trouble == "slow to read":
+        monkeypatch.setattr(tried, "encode", lambda texts, windows: gate.wait(30))
+    elif trouble == "full":
+        monkeypatch.setattr(tried.batcher, "_speed", 1.0)
+        monkeypatch.setattr(tried.batcher, "_queued", 10**6)
+    else:
+        monkeypatch.setattr(tried.batcher, "_compute", broken)
+
+    async def go():
+        count = 1 if trouble == "slow to read" else 5  # the thread that reads is everybody's
+        try:
+            return await asyncio.gather(*(label(service) for _ in range(count)))
+        finally:
+            gate.set()
+
+    found = asyncio.run(go())
+    assert set(found) == {"pos"}  # the first model's word
+    metrics = service.metrics
+    assert metrics.value("texts_total", model="mine") == len(found)
+    assert metrics.value("canary_missed_total", model=tried.name) == len(found)
+    told = [r.getMessage() for r in caplog.records if "the canary failed" in r.getMessage()]
+    assert len(told) == 1  # however many there are
     service.close()
 
 

@@ -2,11 +2,13 @@
 
 import json
 import socket
+import ssl
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from certificates import certificate
 
 from raybert.serve import client as module
 from raybert.serve.client import Client, ServerError
@@ -15,7 +17,7 @@ ANSWER = [{"label": "pos", "score": 0.9}]
 
 
 @contextmanager
-def server(*script):
+def server(*script, context=None):
     """A server that answers request after request as told; what it was asked is in `asked`.
 
     Each of the script is a status, (status, headers), or None: the connection is cut.
@@ -47,6 +49,8 @@ def server(*script):
 
     made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     made.daemon_threads = True
+    if context is not None:
+        made.socket = context.wrap_socket(made.socket, server_side=True)
     thread = threading.Thread(target=made.serve_forever)
     thread.start()
     try:
@@ -96,6 +100,47 @@ def test_what_can_not_become_better_is_raised_at_once(pauses, status):
             client.predict("a")
     assert refused.value.status == status
     assert (len(asked), pauses) == (1, [])
+
+
+def test_a_request_that_took_too_long_is_sent_once_more(pauses):
+    with server(504, 503, 504, 200) as (url, asked), Client(url) as client:
+        with pytest.raises(ServerError, match="^504: "):
+            client.predict("a")
+        assert (len(asked), len(pauses)) == (3, 2)
+        assert client.predict("a") == ANSWER
+    with server(504, 200) as (url, asked), Client(url) as client:
+        assert client.predict("a") == ANSWER
+
+
+@pytest.mark.parametrize(
+    ("code", "tries"), [(socket.EAI_NONAME, 1), (socket.EAI_FAIL, 1), (socket.EAI_AGAIN, 3)]
+)
+def test_a_host_that_is_not_known_is_told_at_once(pauses, monkeypatch, code, tries):
+    looked = []
+
+    def unknown(*arguments, **options):
+        looked.append(arguments)
+        raise socket.gaierror(code if len(looked) < 3 else socket.EAI_NONAME, "who is that?")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with Client("http://a-host.example") as client:
+        with pytest.raises(ServerError, match="no answer: .*who is that"):
+            client.predict("a")
+    assert (len(looked), len(pauses)) == (tries, tries - 1)
+
+
+def test_a_certificate_that_does_not_hold_is_told_at_once(pauses, tmp_path):
+    files = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*files)
+    with server(context=context) as (url, asked):
+        with Client(url.replace("http:", "https:")) as stranger:
+            with pytest.raises(ServerError, match="certificate verify failed"):
+                stranger.predict("a")
+        assert (asked, pauses) == ([], [])
+        trusting = ssl.create_default_context(cafile=files[0])
+        with Client(url.replace("http:", "https:"), context=trusting) as client:
+            assert client.predict("a") == ANSWER
 
 
 def test_patience_ends():

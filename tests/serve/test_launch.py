@@ -13,11 +13,13 @@ import pytest
 
 from raybert.errors import ConfigError, DamagedError, UserError
 from raybert.ray_session import RayConfig
+from raybert.registry import Registry
 from raybert.serve import ingress, launch
 from raybert.serve.auth import VARIABLE
 from raybert.serve.ingress import SCRATCH, serve_environment, uses_haproxy
 from raybert.serve.launch import serving
 from raybert.serve.ports import check_port, holder
+from raybert.serve.service import Service
 from raybert.serve.settings import ServeConfig
 from raybert.storage import Folder
 
@@ -57,6 +59,44 @@ def test_a_broken_model_is_refused_before_ray_is_started(model, tmp_path, broken
     with pytest.raises((UserError, DamagedError)) as refused:
         start(config_of(model=folder.uri))
     assert "\n" not in str(refused.value)
+
+
+def test_paths_hold_wherever_replicas_run(model, pretrained, tmp_path, monkeypatch):
+    """Replicas and proxies of a Ray that others have started work in another directory."""
+    from raybert.serve.app import completed
+
+    shutil.copytree(model.path, tmp_path / "run" / "model")
+    shutil.copytree(pretrained.path, tmp_path / "mlm")
+    Registry(str(tmp_path / "storage")).promote("reviews", model)
+    monkeypatch.chdir(tmp_path)
+    given = ServeConfig.model_validate(
+        {
+            "model": "run",
+            "models": {"second": "./run/model", "third": "reviews"},
+            "canary": {"model": "run/model"},
+            "fill_mask": "mlm",
+            "registry": "storage",
+            "tls_cert": "cert.pem",
+            "tls_key": "key.pem",
+        }
+    )
+    found = completed(given)
+    only_masks = completed(ServeConfig(model="mlm"))
+    Registry("storage").promote("masks", pretrained)
+    registered = completed(ServeConfig(model="masks", registry="storage"))
+    assert registered.model is None and Folder(registered.fill_mask).exists("config.json")
+    monkeypatch.chdir("/")
+    assert found.models["third"] == "reviews"  # which is followed
+    paths = [found.model, found.models["second"], found.canary.model, found.fill_mask]
+    paths += [found.registry, found.tls_cert, found.tls_key, only_masks.fill_mask]
+    assert [os.path.relpath(path, tmp_path) for path in paths] == [
+        *("run", "run/model", "run/model", "mlm", "storage", "cert.pem", "key.pem", "mlm")
+    ]
+    assert completed(found) == found
+    service = Service(found.model_copy(update={"precision": "fp32"}))
+    service.load()
+    assert list(service.catalog.served) == ["run", "second", "third"]
+    service.close()
 
 
 def test_a_port_that_is_taken_is_refused(model):
@@ -160,15 +200,40 @@ def test_the_socket_that_haproxy_obeys_has_a_name_that_is_short_enough(monkeypat
         shutil.rmtree(scratch)
 
 
-def test_the_reason_of_a_replica_is_told_without_its_traceback():
-    message = (
-        "Deploying application raybert failed: The deployment failed to start 3 times in a row.\n"
-        "Traceback (most recent call last):\n  File ...\n"
-        "raybert.errors.DamagedError: /m/model.safetensors is damaged: header too large\n"
+@pytest.mark.parametrize(
+    ("status", "replicas", "expected"),
+    [
+        ("RUNNING", {"RUNNING": 2}, (2, "")),
+        ("DEPLOYING", {"RUNNING": 1, "STARTING": 1}, (1, "")),
+        ("RUNNING", {"STOPPING": 1}, (0, "")),
+        ("UNHEALTHY", {"STARTING": 1}, (0, "/m/model.safetensors is damaged: header too large")),
+    ],
+)
+def test_how_an_application_is_as_serve_sees_it(monkeypatch, status, replicas, expected):
+    from ray import serve
+    from ray.serve import schema
+    from ray.serve._private.common import DeploymentStatusTrigger, ReplicaState
+
+    told = (
+        "Traceback:\nraybert.errors.DamagedError: /m/model.safetensors is damaged: header too large"
     )
-    assert launch._reason(message) == "/m/model.safetensors is damaged: header too large"
-    assert launch._reason("a\nb\n") == "Ray Serve: b"
-    assert launch._reason("") == "Ray Serve: no reason given"
+    deployment = schema.DeploymentStatusOverview(
+        status=schema.DeploymentStatus.HEALTHY,
+        status_trigger=DeploymentStatusTrigger.UNSPECIFIED,
+        replica_states={ReplicaState(name): count for name, count in replicas.items()},
+        message=told,
+    )
+    application = schema.ApplicationStatusOverview(
+        schema.ApplicationStatus(status), "The deployments are not well.", 0.0, {"it": deployment}
+    )
+    proxies = {"a-node": schema.ProxyStatus.HEALTHY}
+    found = schema.ServeStatus(proxies=proxies, applications={"raybert": application})
+    monkeypatch.setattr(serve, "status", lambda: found)
+    assert launch.state() == expected
+    monkeypatch.setattr(serve, "status", lambda: schema.ServeStatus(proxies=proxies))
+    assert launch.state() is None
+    monkeypatch.setattr(serve, "status", schema.ServeStatus)
+    assert launch.state() == (0, "Ray Serve does not run, or does not answer")
 
 
 def test_ports_of_our_own_are_none_that_the_system_hands_out():

@@ -1,9 +1,7 @@
 """`raybert serve` itself: real Serve, real HAProxy where it is installed, real HTTP."""
 
 import contextlib
-import datetime
 import http.client
-import ipaddress
 import json
 import os
 import random
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from certificates import certificate
 from making import reviews
 
 from raybert.serve.classifier import TextClassifier
@@ -260,37 +259,3 @@ def test_tls_through_serves_own_proxy(model, tmp_path):
         assert server.stop() == 0
     finally:
         server.clear()
-
-
-def certificate(folder):
-    """Make a certificate of 127.0.0.1's own; returns the files of it and of its key."""
-    x509 = pytest.importorskip("cryptography.x509")
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.datetime.now(datetime.UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=2))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    encoding = serialization.Encoding.PEM
-    (folder / "cert.pem").write_bytes(made.public_bytes(encoding))
-    (folder / "key.pem").write_bytes(
-        key.private_bytes(
-            encoding,
-            serialization.PrivateFormat.TraditionalOpenSSL,
-            serialization.NoEncryption(),
-        )
-    )
-    return folder / "cert.pem", folder / "key.pem"
