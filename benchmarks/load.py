@@ -6,7 +6,8 @@ Speaks HTTP/1.1 by hand over asyncio's streams: on two cores that it shares with
 client's library takes would be missing from the server's figures. It never retries: a request whose
 connection breaks is lost. Each connection sends its next request once the last one is answered;
 with `--rate`, requests leave when they are due, whatever became of those before, and their latency
-counts from then. Ends with one JSON object; SIGTERM makes it end early.
+counts from then. With `--at` it waits, ready, for its moment: a load can follow another one without
+a gap. Ends with one JSON object; SIGTERM makes it end early.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def summary(load: Load, given: argparse.Namespace, hung: int) -> dict[str, Any]:
     counted = [a for a in load.answers if given.warmup <= a.at < ends]
     latencies = sorted(a.latency * 1000 for a in counted if a.status == 200)
     statuses = Counter("lost" if a.status == LOST else str(a.status) for a in counted)
-    failures = [a for a in load.answers if a.status not in (200, 429)]
+    failures = [a for a in load.answers if a.status not in given.expected]
     began = time.time() - (time.monotonic() - load.begun)
     seconds = Counter(int(a.at) for a in load.answers if a.status == 200)
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -175,8 +176,12 @@ def summary(load: Load, given: argparse.Namespace, hung: int) -> dict[str, Any]:
         "p50": quantile(latencies, 0.5),  # milliseconds
         "p99": quantile(latencies, 0.99),
         "statuses": dict(statuses),
+        "began": round(began, 3),  # Unix time
         "failed": len(failures),
-        "failures": [[round(began + a.at, 2), a.status] for a in failures[:MOST_FAILURES]],
+        "failures": [  # when each was sent and answered, in Unix time, and its status
+            [round(began + a.at - a.latency, 3), round(began + a.at, 3), a.status]
+            for a in failures[:MOST_FAILURES]
+        ],
         "hung": hung,
         "unsent": load.unsent,
         "good_by_second": [seconds[i] for i in range(int(ends))],
@@ -185,8 +190,9 @@ def summary(load: Load, given: argparse.Namespace, hung: int) -> dict[str, Any]:
 
 
 async def run(given: argparse.Namespace) -> dict[str, Any]:
-    texts = json.loads(given.texts.read_text(encoding="utf-8"))
-    load = Load(given.url, bodies_of(texts, given.list), given.warmup + given.seconds)
+    bodies = bodies_of(json.loads(given.texts.read_text(encoding="utf-8")), given.list)
+    await asyncio.sleep(max(0.0, given.at - time.time()))
+    load = Load(given.url, bodies, given.warmup + given.seconds)
     loop = asyncio.get_running_loop()
     patience = asyncio.timeout_at(loop.time() + load.ends - load.begun + PATIENCE_SECONDS)
 
@@ -206,7 +212,7 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
     return summary(load, given, hung=0)
 
 
-def begin(url: str, texts: Path, **options: float) -> subprocess.Popen[str]:
+def begin(url: str, texts: Path, **options: float | str) -> subprocess.Popen[str]:
     """Start a load in a process of its own; options as on the command line."""
     command = [sys.executable, __file__, url, "--texts", str(texts)]
     for name, value in options.items():
@@ -235,6 +241,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="that count")
     parser.add_argument("--warmup", type=float, default=2, help="seconds before those")
     parser.add_argument("--rate", type=float, help="requests a second, by the clock")
+    parser.add_argument("--at", type=float, default=0, help="Unix time to begin at; 0: at once")
+    parser.add_argument(
+        "--expected",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=[200, 429],
+        help="statuses that are no failures, with commas between them",
+    )
     print(json.dumps(uvloop.run(run(parser.parse_args()))))
 
 

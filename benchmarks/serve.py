@@ -2,12 +2,13 @@
 
     python benchmarks/serve.py --json
 
-Twice, at fp32 and at the precision that `raybert serve` chooses (`best`), it starts both servers,
-`raybert serve` and `transformers.pipeline` behind FastAPI, and lets them and the bare classifier
-take turns (`turns` below), each driven from a process of its own (`load.py`), all other ones idle:
-a machine that slows down does so for all of them. See README.md. Ends with one JSON object, for
-each precision `requests_per_second`, `p50` and `p99` in milliseconds of both servers, `ratio`,
-`share_of_bare`, `one_connection` and `accuracy`.
+First `raybert bench serve` chooses the fastest precision that costs at most half a point of
+accuracy. Then twice, at fp32 and at that one (`best`), it starts both servers, `raybert serve` and
+`transformers.pipeline` behind FastAPI, and lets them and the bare classifier take turns (`turns`
+below), each driven from a process of its own (`load.py`), all other ones idle: a machine that slows
+down does so for all of them. See README.md. Ends with one JSON object, for each precision
+`requests_per_second`, `p50` and `p99` in milliseconds of both servers, `ratio`, `share_of_bare`,
+`one_connection`, `accuracy`, and of `best` the points that it lost, text by text against fp32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,6 +31,8 @@ from typing import Any
 import load
 from peers import commit, cpu_model
 from servers import (
+    RAYBERT,
+    ROOT,
     Server,
     free_port,
     hugging_face,
@@ -42,17 +46,39 @@ US, THEM = "raybert", "transformers"
 LIST = 32  # texts a request, where they come in lists
 LIST_CONNECTIONS = 4  # keep the server busy: 128 texts are under way
 WARM_TEXTS = 64
-PRECISIONS = {"fp32": "fp32", "best": "auto"}  # name in the result -> what the server is told
+ONE_BY_ONE = 128  # texts, the same ones over one connection and in the bare forward pass
+PRECISIONS = ("fp32", "best")
+MOST_POINTS = 0.5  # of accuracy that the best precision may cost
 
 Turns = dict[str, Callable[[], dict[str, Any]]]
+
+
+def choose(model: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Let `raybert bench serve` choose by accuracy and speed, whatever was chosen before.
+
+    Raises:
+        SystemExit: it fails.
+    """
+    command = [*RAYBERT, "bench", "serve", "--model", str(model), "--json"]
+    command += ["--texts", str(given.choice_texts)]
+    say(" ".join(command))
+    threads = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
+    done = subprocess.run(command, cwd=ROOT, env=threads, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise SystemExit(f"raybert bench serve ended with {done.returncode}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def turns(ours: Server, theirs: Server, texts: Path, bare: Sequence[str], given: Any) -> Turns:
     """What takes turns: a name, and what measures it once."""
 
-    def drive(server: Server, **options: float) -> dict[str, Any]:
+    def drive(server: Server, texts: Path = texts, **options: float) -> dict[str, Any]:
         times = {"seconds": given.seconds, "warmup": given.warmup}
         return load.end(load.begin(f"{server.url}/predict", texts, **options, **times))
+
+    few = texts.with_name("few.json")
+    every = json.loads(texts.read_text(encoding="utf-8"))
+    few.write_text(json.dumps(every[:ONE_BY_ONE]), encoding="utf-8")
 
     def called() -> dict[str, Any]:
         done = subprocess.run(bare, stdout=subprocess.PIPE, text=True, check=True)
@@ -62,20 +88,26 @@ def turns(ours: Server, theirs: Server, texts: Path, bare: Sequence[str], given:
         THEM: lambda: drive(theirs, connections=given.connections),
         US: lambda: drive(ours, connections=given.connections),
         "lists": lambda: drive(ours, connections=LIST_CONNECTIONS, list=LIST),
-        "one_connection": lambda: drive(ours, connections=1),
+        "one_connection": lambda: drive(ours, few, connections=1),
         "bare": called,
     }
 
 
-def measure(precision: str, model: Path, texts: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Start both servers and measure them at one precision of ours."""
+def measure(
+    precision: str,
+    model: Path,
+    texts: Path,
+    given: argparse.Namespace,
+    labels: dict[str, list[str]],
+) -> dict[str, Any]:
+    """Start both servers and measure them at one precision of ours; adds the `labels` of ours."""
     ports = free_port(), free_port()
     theirs = Server(THEM, hugging_face(model, ports[0], given.threads), ports[0])
-    ours = Server(US, raybert_serve(model, ports[1], precision=precision), ports[1])
+    command = raybert_serve(model, ports[1], precision=precision, threads=given.threads)
+    ours = Server(US, command, ports[1])
     with theirs, ours:
         info = ours.get("/info")
-        chosen = info["model_dtype"]
-        bare = [sys.executable, __file__, "--bare", chosen, "--model", str(model)]
+        bare = [sys.executable, __file__, "--bare", precision, "--model", str(model)]
         bare += ["--texts-file", str(texts), "--threads", str(given.threads)]
         taking = turns(ours, theirs, texts, [*bare, "--seconds", str(given.seconds)], given)
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in taking}
@@ -86,8 +118,10 @@ def measure(precision: str, model: Path, texts: Path, given: argparse.Namespace)
                 shown = f"{name:<15}{rate:>9,.1f} texts/s   p50 {p50:.1f} ms"
                 say(f"[{number + 1}/{given.rounds}] {precision} {shown}")
         idle = {server.name: server.cores_used() for server in (ours, theirs)}
-        labels = {server.name: predicted(server, texts) for server in (ours, theirs)}
-    return summarize(rounds) | {"info": info, "idle_cores": idle, "labels": labels}
+        labels[precision] = predicted(ours, texts)
+        if THEM not in labels:  # theirs are always the same
+            labels[THEM] = predicted(theirs, texts)
+    return summarize(rounds) | {"info": info, "idle_cores": idle}
 
 
 def summarize(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -125,6 +159,30 @@ def predicted(server: Server, texts: Path) -> list[str]:
     return [scores[0]["label"] for group in lists for scores in server.ask(group)]
 
 
+def points_lost(exact: Sequence[str], found: Sequence[str], truth: Sequence[str]) -> dict[str, Any]:
+    """What a precision costs of the accuracy, by the texts of which one label only is right.
+
+    Returns:
+        points: of accuracy that were lost; negative where there are gains.
+        at_most: with a confidence of 95%, one-sided, from the texts whose labels changed.
+        worse, better: how many texts have the right label no more, or only now.
+        ok: whether no more was lost than may be.
+    """
+    triples = list(zip(exact, found, truth, strict=True))
+    worse = sum(before == right != after for before, after, right in triples)
+    better = sum(after == right != before for before, after, right in triples)
+    lost, count = worse - better, len(triples)
+    spread = math.sqrt(worse + better - lost**2 / count)
+    points = 100 * lost / count
+    return {
+        "points": round(points, 3),
+        "at_most": round(points + 100 * 1.645 * spread / count, 3),
+        "worse": worse,
+        "better": better,
+        "ok": points <= MOST_POINTS,
+    }
+
+
 def share_equal(left: Sequence[str], right: Sequence[str]) -> float:
     """The share of places at which two lists are equal."""
     return round(sum(a == b for a, b in zip(left, right, strict=True)) / len(left), 4)
@@ -146,7 +204,7 @@ def call_bare(given: argparse.Namespace) -> dict[str, Any]:
         classifier.logits(texts)
         done += len(texts)
     passes = []
-    for row in classifier.encode(texts[: 2 * WARM_TEXTS]):
+    for row in classifier.encode(texts[:ONE_BY_ONE]):
         started = time.perf_counter()
         classifier.score([row])
         passes.append(1000 * (time.perf_counter() - started))
@@ -162,7 +220,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=float, default=3, help="seconds before those")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--texts", type=int, default=2000, help="held-out reviews")
-    parser.add_argument("--threads", type=int, default=2, help="of torch, not in raybert serve")
+    parser.add_argument("--choice-texts", type=int, default=5000, help="the precision is chosen by")
+    parser.add_argument("--threads", type=int, default=2, help="of torch, in all of them")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     parser.add_argument("--texts-file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -195,11 +254,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "texts.json"
         file.write_text(json.dumps(texts), encoding="utf-8")
+        labels: dict[str, list[str]] = {}
         for name in given.precisions.split(","):
-            found = measure(PRECISIONS[name], model, file, given)
-            labels = found.pop("labels")
-            found["accuracy"] = {who: share_equal(labels[who], truth) for who in labels}
-            found["same_labels"] = share_equal(labels[US], labels[THEM])
+            precision = name
+            if name == "best":
+                result["choice"] = choose(model, given)
+                precision = result["choice"]["precision"]
+            found = measure(precision, model, file, given, labels)
+            whose = {US: labels[precision], THEM: labels[THEM]}
+            found["accuracy"] = {who: share_equal(whose[who], truth) for who in whose}
+            found["same_labels"] = share_equal(whose[US], whose[THEM])
+            if "fp32" in labels:
+                found["lost"] = points_lost(labels["fp32"], labels[precision], truth)
+                if not found["lost"]["ok"]:
+                    say(f"{precision} costs more than {MOST_POINTS} points: {found['lost']}")
             result[name] = found
     print(json.dumps(result, indent=None if given.json else 2))
 

@@ -7,9 +7,10 @@ retries (`load.py`) and the one that raybert ships ask without pause, replicas a
 one after another, each once the one before is back. (2) Under the same load the model is changed
 for another in the registry, and then the application is deployed anew with another one. (3) With
 one replica: the peak that 32 connections reach, then ten times as many requests a second, by the
-clock, for a minute, then the 32 connections again. Ends with one JSON object: `kills`, `updates`
-and `rolling_updates` with what each client lost; `overload` with the share of the peak's good
-answers, their latency, all statuses, memory and recovery.
+clock, for a minute, and the 32 connections again from its last request on. Ends with one JSON
+object: `kills`, `updates` and `rolling_updates` with what each client lost, which is all that was
+not answered with 200; `overload` with the share of the peak's good answers, their latency, all
+statuses, memory and recovery. What does not come ends it with an error.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 
 import load
 import psutil
+from clients import Clients, in_flight, otherwise
 from peers import commit, cpu_model
 from safetensors.torch import load_file, save_file
 from servers import (
@@ -41,73 +43,19 @@ from servers import (
     raybert_serve,
     reviews,
     say,
-    shipped_client,
     small_classifier,
 )
 
 from raybert.serve.ingress import HAPROXY
 
 NAME = "reviews"  # of the model in the registry
-RETRYING = 4  # threads that ask through the shipped client
 CALM_SECONDS = 3  # before each fault
 PATIENCE_SECONDS = 180  # until a replica is back, or a model is served
 SURE = 10  # answers in a row that tell of the new model
 CPUS = 0.5  # logical ones of a replica
 LOOKS = 20  # at which every replica is met, under load
 FULL_SPEED = 0.9  # of the peak: recovered
-ENDLESS = 24 * 3600  # seconds: the load ends when the faults do
-
-
-class Shipped(threading.Thread):
-    """Asks without pause through the client that raybert ships, and counts what it can't get."""
-
-    def __init__(self, url: str, texts: Sequence[str], seed: int) -> None:
-        super().__init__(daemon=True)
-        self._ask, self._texts, self._rng = shipped_client(url), texts, random.Random(seed)
-        self.over = threading.Event()
-        self.answered = 0
-        self.lost: list[str] = []
-
-    def run(self) -> None:
-        """Ask until told to stop."""
-        while not self.over.is_set():
-            try:
-                self._ask(self._rng.choice(self._texts))
-                self.answered += 1
-            except Exception as error:  # noqa: BLE001 - whatever it is, the answer is lost
-                self.lost.append(f"{type(error).__name__}: {error}"[:200])
-
-
-class Clients:
-    """Both clients at work for as long as the context lasts; then `got` has what they got."""
-
-    def __init__(self, server: Server, file: Path, connections: int) -> None:
-        texts = json.loads(file.read_text(encoding="utf-8"))
-        self._url, self._file = f"{server.url}/predict", file
-        self._shipped = [Shipped(server.url, texts, seed) for seed in range(RETRYING)]
-        self.got: dict[str, Any] = {"connections": connections}
-
-    def __enter__(self) -> Clients:
-        options = {"connections": self.got["connections"], "seconds": ENDLESS, "warmup": 0}
-        self._plain = load.begin(self._url, self._file, **options)
-        for thread in self._shipped:
-            thread.start()
-        return self
-
-    def __exit__(self, *rest: object) -> None:
-        for thread in self._shipped:
-            thread.over.set()
-        self._plain.terminate()  # it ends with what came until now
-        plain = load.end(self._plain)
-        for thread in self._shipped:
-            thread.join()
-        self.got |= {
-            "never_retries": {key: plain[key] for key in ("statuses", "failed", "failures")},
-            "shipped": {
-                "answered": sum(thread.answered for thread in self._shipped),
-                "lost": [error for thread in self._shipped for error in thread.lost],
-            },
-        }
+START_SECONDS = 5  # in which a load is ready to begin
 
 
 def kill_replicas(server: Server, clients: Clients, count: int, replicas: int) -> dict[str, Any]:
@@ -117,12 +65,18 @@ def kill_replicas(server: Server, clients: Clients, count: int, replicas: int) -
         for number in range(1, count + 1):
             time.sleep(CALM_SECONDS)
             victim = rng.choice(sorted(process.pid for process in server.replicas()))
+            struck = round(time.time(), 3)
             psutil.Process(victim).kill()
-            struck = round(time.time(), 2)
-            back = wait_until(lambda: len(server.answering(LOOKS)) >= replicas)
+            back = wait_until(
+                "all replicas answer again", lambda: len(server.answering(LOOKS)) >= replicas
+            )
             kills.append({"time": struck, "back_after": back})
             say(f"kill {number} of {count}: process {victim}; another one after {back} s")
-    return {"kills": kills, **clients.got}
+    failures = clients.got["never_retries"]["failures"]
+    for kill in kills:
+        kill["failed_in_flight"] = in_flight(failures, kill["time"])
+    lost = otherwise(failures, [kill["time"] for kill in kills])
+    return {"kills": kills, "failed_otherwise": lost, **clients.got}
 
 
 def update(
@@ -139,7 +93,7 @@ def update(
             def is_another(before: Any = before) -> bool:
                 return all(server.get("/info") != before for _ in range(SURE))
 
-            taken = wait_until(is_another)
+            taken = wait_until("the model is another one", is_another)
             updates.append({"seconds": taken})
             say(f"update {number} of {count}: served after {taken} s")
         time.sleep(CALM_SECONDS)  # for the last of the old replicas to end
@@ -165,7 +119,7 @@ def roll(server: Server, clients: Clients, models: Sequence[Path], given: Any) -
                 now = server.answering(LOOKS)
                 return not now & before and len(now) >= given.replicas
 
-            wait_until(is_rolled)
+            wait_until("all replicas are new ones", is_rolled)
             rolls.append({"seconds": round(time.monotonic() - begun, 1)})
             say(f"rolling update {number} of {given.updates}: after {rolls[-1]['seconds']} s")
         time.sleep(CALM_SECONDS)
@@ -201,14 +155,18 @@ def another(model: Path, folder: Path) -> Path:
     return folder
 
 
-def wait_until(holds: Callable[[], bool]) -> float | None:
-    """Wait until something holds; returns the seconds that took, None where it does not come."""
+def wait_until(what: str, holds: Callable[[], bool]) -> float:
+    """Wait until something holds; returns the seconds that took.
+
+    Raises:
+        SystemExit: it does not come: nothing that was measured meanwhile would be what it says.
+    """
     begun = time.monotonic()
     while (spent := time.monotonic() - begun) < PATIENCE_SECONDS:
         if holds():
             return round(spent, 1)
         time.sleep(0.1)
-    return None
+    raise SystemExit(f"after {PATIENCE_SECONDS} s it does not hold that {what}")
 
 
 class Memory(threading.Thread):
@@ -229,21 +187,26 @@ class Memory(threading.Thread):
 def overload(server: Server, file: Path, given: argparse.Namespace) -> dict[str, Any]:
     """The peak, ten times as much for a while, and what comes of the peak right after it."""
 
-    def drive(seconds: float, connections: int = given.connections, **more: float) -> Any:
+    def begin(seconds: float, connections: int = given.connections, **more: float) -> Any:
         options = {"seconds": seconds, "connections": connections, "warmup": 0, **more}
-        return load.end(load.begin(f"{server.url}/predict", file, **options))
+        return load.begin(f"{server.url}/predict", file, **options)
 
-    drive(5)  # warm-up
-    peak = drive(given.seconds)["requests_per_second"]
+    load.end(begin(5))  # warm-up
+    peak = load.end(begin(given.seconds))["requests_per_second"]
     rate = given.times * peak
     say(f"peak: {peak:.0f} good answers/s; now {rate:.0f} requests/s")
+    # Both are ready beforehand, so that the second begins when the first has sent its last request.
+    at = time.time() + START_SECONDS
+    much = begin(given.overload_seconds, given.most_connections, rate=rate, at=at)
+    next_one = begin(given.seconds, at=at + given.overload_seconds)
+    time.sleep(max(0.0, at - time.time()))
     memory = Memory(server)
     memory.start()
-    during = drive(given.overload_seconds, given.most_connections, rate=rate)
+    during = load.end(much)
     memory.over.set()
+    after = load.end(next_one)
     memory.join()
-    after = drive(given.seconds)["good_by_second"]
-    fast = [second for second, good in enumerate(after) if good >= FULL_SPEED * peak]
+    gap = after["began"] - (during["began"] + given.overload_seconds)
     third = max(1, len(memory.seen) // 3)
     told = ("p50", "p99", "statuses", "failed", "failures", "hung", "unsent", "client_cores")
     return {
@@ -257,9 +220,22 @@ def overload(server: Server, file: Path, given: argparse.Namespace) -> dict[str,
             "first_third": round(median(memory.seen[:third]) / 2**20),
             "last_third": round(median(memory.seen[-third:]) / 2**20),
         },
-        "full_speed_after_s": fast[0] if fast else None,
-        "good_by_second_after": after,
+        "full_speed_after_s": recovered(after["good_by_second"], FULL_SPEED * peak, gap),
+        "good_by_second_after": after["good_by_second"],
+        "failed_after": after["failed"] + after["hung"],
     }
+
+
+def recovered(good_by_second: Sequence[int], enough: float, gap: float) -> float | None:
+    """When a second of full speed was over, for the first time; None where there was none.
+
+    Args:
+        good_by_second: good answers, by second of the load that came after.
+        enough: of them in a second that is one of full speed.
+        gap: seconds between the last request of the overload and the first one of that load.
+    """
+    fast = [second for second, good in enumerate(good_by_second) if good >= enough]
+    return round(gap + fast[0] + 1, 2) if fast else None
 
 
 def faults(

@@ -4,10 +4,12 @@
 
 Puts the small classifier behind `raybert serve`, with a key. Then, over HTTP: 10,000 requests that
 hypothesis draws (empty, a megabyte, control characters, lone surrogates, wrong types, deep JSON,
-50,000 words, bytes of any kind); schemathesis on the server's own OpenAPI document; texts alone, in
-lists and through `raybert predict`; requests without the key. At last all that Ray, Serve and
-raybert wrote is searched for the key and for a text, and servers are started on models that are
-broken. Ends with one JSON object; `ok` says whether all of it is as it must be.
+50,000 words, thousands of masks, bytes of any kind); schemathesis on the server's own OpenAPI
+document; meanwhile a bystander who asks for a label again and again, and is never failed; texts
+alone, in lists and through `raybert predict`; requests without the key. All limits are the
+defaults. At last all that Ray, Serve and raybert wrote is searched for the key and for a text, and
+servers are started on models that are broken. Ends with one JSON object; `ok` says whether all of
+it is as it must be.
 """
 
 from __future__ import annotations
@@ -22,94 +24,66 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from drawn import NAME, kinds, requests
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from peers import commit, cpu_model
 from servers import RAYBERT, ROOT, Server, free_port, raybert_serve, reviews, say, small_classifier
 
-NAME = "under-test"  # of the model in requests
+from raybert.serve.settings import ServeConfig
+
 SECRET = "the zymurgist whispered of quinces"  # a text that no log may have
 LEAKS = re.compile(rb"Traceback|site-packages|File \"|raybert/serve/|/python3")
-PATIENCE_SECONDS = 60  # for an answer; after that it hangs
+PATIENCE_SECONDS = ServeConfig().timeout_s + 5  # for an answer; after that it hangs
 CLOSE = 1e-5  # between two scores of one text, at fp32
+LIST = 100  # texts a request, where scores are compared: with one more below `max_texts`
+PAUSE_SECONDS = 0.05  # between two requests of the bystander
 
 # What is sent ------------------------------------------------------------------------------------
 
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=8,
-)
-texts = st.text(max_size=300) | st.text(st.characters(categories=["Cc", "Cf", "Cs", "Co"]))
-asked = st.fixed_dictionaries(
-    {"inputs": texts | st.lists(texts, max_size=5) | anything},
-    optional={
-        "truncate": st.booleans() | anything,
-        "raw_scores": st.booleans() | anything,
-        "all_scores": st.booleans() | anything,
-        "explain": st.booleans() | anything,
-        "top_k": st.integers() | anything,
-        "model": st.just(NAME) | anything,
-    },
-)
-tensors = st.fixed_dictionaries(
-    {
-        "inputs": st.lists(
-            st.fixed_dictionaries(
-                {"datatype": st.just("BYTES") | anything, "data": st.lists(texts) | anything},
-                optional={"name": st.text() | anything, "shape": st.lists(st.integers())},
-            ),
-            max_size=2,
-        )
-    },
-    optional={"id": texts, "outputs": anything, "parameters": anything},
-)
-HUGE = [
-    json.dumps({"inputs": "word " * 50_000}),
-    json.dumps({"inputs": "x" * 1_000_000}),
-    json.dumps({"inputs": "\x00\ud800" * 20_000}),
-    json.dumps({"inputs": ["[MASK]"] * 5_000}),
-    '{"inputs": ' + "[" * 100_000 + "]" * 100_000 + "}",
-    "[" * 500_000,
-    '{"inputs": "' + "a" * 2_000_000,
-    "",
-]
-readable = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2000)
-labelled = st.fixed_dictionaries(
-    {"inputs": readable | st.lists(readable, min_size=1, max_size=5)},
-    optional={"truncate": st.booleans(), "raw_scores": st.booleans(), "model": st.just(NAME)},
-)
-explained = st.fixed_dictionaries({"inputs": readable, "explain": st.just(True)})
-masked = readable.map(lambda text: {"inputs": f"{text[:100]} [MASK]"})
-tensor = st.lists(readable, min_size=1, max_size=5).map(
-    lambda data: {"inputs": [{"shape": [len(data)], "datatype": "BYTES", "data": data}]}
-)
-paths = st.sampled_from(
-    ["/predict", "/fill-mask", f"/v2/models/{NAME}/infer", "/v2/models/%ff/infer"]
-)
 
+class Bystander(threading.Thread):
+    """Asks for a label without pause, for as long as the context lasts; `found` says what came."""
 
-def posts(where: st.SearchStrategy[str], body: st.SearchStrategy[Any]) -> Any:
-    """Draw requests: a path, and a body of JSON."""
-    return st.tuples(where, body.map(json.dumps).map(str.encode))
+    def __init__(self, port: int, key: str) -> None:
+        super().__init__(daemon=True)
+        self._port, self._over = port, threading.Event()
+        self._headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        self._statuses: Counter[int] = Counter()
+        self._slowest = 0.0
 
+    def __enter__(self) -> Self:
+        self.start()
+        return self
 
-requests = st.one_of(  # the first half is well formed
-    *[posts(st.just("/predict"), labelled)] * 5,
-    posts(st.just("/predict"), explained),
-    posts(st.just("/fill-mask"), masked),
-    posts(st.just(f"/v2/models/{NAME}/infer"), tensor),
-    *[posts(paths, asked | tensors | anything)] * 4,
-    *[st.tuples(paths, st.binary(max_size=400))] * 3,
-    st.tuples(paths, st.sampled_from([body.encode() for body in HUGE])),
-)
-kinds = st.sampled_from(["application/json"] * 9 + ["text/plain", "application/json; charset=x"])
+    def __exit__(self, *rest: object) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        """Ask until told to stop."""
+        body = json.dumps({"inputs": "a joy to watch"}).encode()
+        while not self._over.wait(PAUSE_SECONDS):
+            begun = time.monotonic()
+            status, _ = ask(self._port, "POST", "/predict", body, self._headers)
+            self._slowest = max(self._slowest, time.monotonic() - begun)
+            self._statuses[status] += 1
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What came."""
+        return {
+            "statuses": {str(status): n for status, n in sorted(self._statuses.items())},
+            "slowest_seconds": round(self._slowest, 2),
+            # It is no overload by itself, but the others may be.
+            "ok": self._statuses[200] > 0 and set(self._statuses) <= {200, 429},
+        }
 
 
 def draw_inputs(port: int, key: str, count: int) -> dict[str, Any]:
@@ -133,9 +107,11 @@ def draw_inputs(port: int, key: str, count: int) -> dict[str, Any]:
         begun = time.monotonic()
         headers = {"Content-Type": kind, "Authorization": f"Bearer {key}"}
         status, answer = ask(port, "POST", path, body, headers)
-        slowest = max(slowest, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        slowest = max(slowest, seconds)
         statuses[status] += 1
-        if status == 0 or status >= 500 or LEAKS.search(answer):
+        late = status == 0 or seconds > PATIENCE_SECONDS
+        if late or status >= 500 or LEAKS.search(answer):
             wrong.append(f"{status} for {path} {body[:80]!r}: {answer[:80]!r}")
 
     send()
@@ -184,9 +160,12 @@ def same_scores(
 ) -> dict[str, Any]:
     """How far the scores of texts differ: alone, in lists, among others, through `predict`."""
     alone = [server.ask(text, key) for text in every]
-    listed = server.ask(list(every), key)
-    among = server.ask([*every[1:], "short", *every[:1]], key)
-    among = [among[-1], *among[: len(every) - 1]]
+    listed, among = [], []
+    for begin in range(0, len(every), LIST):
+        group = every[begin : begin + LIST]
+        listed += server.ask(list(group), key)
+        others = server.ask([*group[1:], "short", *group[:1]], key)
+        among += [others[-1], *others[: len(group) - 1]]
     source, output = scratch / "texts.jsonl", scratch / "labels.jsonl"
     source.write_text("".join(json.dumps({"text": text, "label": 0}) + "\n" for text in every))
     command = [*RAYBERT, "predict", "--model", str(model), "--input", str(source)]
@@ -310,8 +289,6 @@ def main() -> None:
                 precision="fp32",
                 keys=scratch / "keys",
                 models=json.dumps({NAME: str(model)}),
-                max_texts=max(256, len(every) + 1),
-                max_tokens=10**6,
                 **({"fill_mask": pretrained} if pretrained.exists() else {}),
             )
             environment = {
@@ -322,14 +299,18 @@ def main() -> None:
             with Server("raybert", command, port, environment) as server:
                 result["keys"] = without_the_key(port, key)
                 result["scores"] = same_scores(server, key, model, every, scratch)
-                result["inputs"] = draw_inputs(port, key, given_.inputs)
-                say(f"inputs: {result['inputs']['statuses']}")
-                result["schemathesis"] = run_schemathesis(server.url, key, given_.examples, scratch)
+                with Bystander(port, key) as bystander:
+                    result["inputs"] = draw_inputs(port, key, given_.inputs)
+                    say(f"inputs: {result['inputs']['statuses']}")
+                    result["schemathesis"] = run_schemathesis(
+                        server.url, key, given_.examples, scratch
+                    )
+                result["bystander"] = bystander.found
                 result["still_answers"] = bool(server.ask("still there?", key))
                 printed = server.printed()
             result["logs"] = search_logs([Path(ray_files)], printed, [key, SECRET])
             result["broken_models"] = broken_models(model, scratch)
-    parts = ("keys", "scores", "inputs", "schemathesis", "logs", "broken_models")
+    parts = ("keys", "scores", "inputs", "schemathesis", "bystander", "logs", "broken_models")
     result["ok"] = all(result[part]["ok"] for part in parts) and result["still_answers"]
     print(json.dumps(result, indent=None if given_.json else 2))
 

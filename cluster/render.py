@@ -33,7 +33,7 @@ from pods import (
 )
 
 from raybert.config import build
-from raybert.serve.ingress import HAPROXY
+from raybert.serve.ingress import haproxy_environment
 from raybert.serve.settings import ServeConfig
 
 HERE = Path(__file__).resolve().parent
@@ -212,7 +212,7 @@ def ray_service(v: Values) -> Manifest:
         {"cpu": v["nodes"]["cpu"]["min"]},
         outlives_its_head=True,
         everywhere={"keys": (posixpath.dirname(v["serve"]["keys"]), keys)},
-        environment=HAPROXY,
+        environment=haproxy_environment(build(ServeConfig, v["serve"], "serve")),
     )
     spec = {
         # Half as many nodes again while it lasts; a plain new cluster takes twice as many.

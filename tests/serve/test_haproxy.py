@@ -1,4 +1,4 @@
-"""What HAProxy refuses by itself while replicas are full: real HAProxy, before stand-ins."""
+"""What HAProxy does by itself: real HAProxy, with Ray's own configuration, before stand-ins."""
 
 import contextlib
 import http.client
@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+from raybert.serve import ingress as ingress_module
 from raybert.serve.auth import digest
 from raybert.serve.bodies import FULL
 from raybert.serve.ingress import serve_environment, uses_haproxy
@@ -26,24 +28,59 @@ pytestmark = pytest.mark.skipif(
 KEY = "a-key-of-mine-0123456789"
 QUEUE_S = 2.5
 BODY = json.dumps({"inputs": "superb"}).encode()
-CONFIG = """
-global
-  tune.bufsize {bufsize}
-defaults
-  mode http
-  timeout connect 5s
-  timeout client 30s
-  timeout server 30s
-  balance leastconn
-frontend http_frontend
-    bind 127.0.0.1:{port}
-    use_backend http-raybert if {{ path_beg / }}
-    default_backend default_backend
-backend default_backend
-    http-request return status 404
-backend http-raybert
-    http-reuse always
-"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def configure(environment, port, replicas, fallback):
+    """Write HAProxy's file as Ray does: its template, for one application at `/`.
+
+    Ray's modules read their environment when they are imported: what `serve_environment` sets is
+    handed over by name. Returns the command with which Ray starts HAProxy.
+    """
+    from ray.serve._private import haproxy
+    from ray.serve.config import HTTPOptions
+
+    def value(name):
+        text = environment[f"RAY_SERVE_HAPROXY_{name}"]
+        return int(text) if text.isdecimal() else text
+
+    def server(name, port):
+        return haproxy.ServerConfig(name=name, host="127.0.0.1", port=port)
+
+    config = haproxy.HAProxyConfig(
+        socket_path=value("SOCKET_PATH"),
+        server_state_base=value("SERVER_STATE_BASE"),
+        server_state_file=value("SERVER_STATE_FILE"),
+        log_target=value("LOG_TARGET"),
+        nbthread=value("NBTHREAD"),
+        bufsize=value("TUNE_BUFSIZE"),
+        retry_on=value("RETRY_ON"),
+        timeout_server_s=value("TIMEOUT_SERVER_S"),
+        timeout_client_s=value("TIMEOUT_CLIENT_S"),
+        hard_stop_after_s=value("HARD_STOP_AFTER_S"),
+        stats_port=value("STATS_PORT"),
+        metrics_port=value("METRICS_PORT"),
+        metrics_enabled=value("METRICS_ENABLED") == 1,
+        has_received_routes=True,
+        has_received_servers=True,
+        http_options=HTTPOptions(host="127.0.0.1", port=port),
+    )
+    backend = haproxy.BackendConfig(
+        name="http-raybert",
+        path_prefix="/",
+        app_name="raybert",
+        servers=[server(f"replica-{number}", port) for number, port in enumerate(replicas)],
+        fallback_server=server("proxy", fallback),
+    )
+    file = value("CONFIG_FILE_LOC")
+    made = haproxy.HAProxyApi(config, {backend.name: backend}, file)
+    made._generate_config_file_internal()
+    return [value("BINARY_PATH"), "-db", "-f", file]
 
 
 def wait_for(holds):
@@ -60,6 +97,7 @@ class Replica(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.full, self.asked, self.port = False, 0, self.server_address[1]
+        self.stuck = None  # an event, until which it answers nothing
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
         self._thread.start()
 
@@ -74,7 +112,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.rfile.read(int(self.headers.get("content-length", 0)))
+        if self.path == "/-/healthz":  # HAProxy itself
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         self.server.asked += 1
+        if self.server.stuck is not None:
+            self.server.stuck.wait(30)
+            self.close_connection = True
+            return
         self.send_response(429 if self.server.full else 200)
         if self.server.full:
             self.send_header(FULL, "1")
@@ -90,21 +137,15 @@ class Handler(BaseHTTPRequestHandler):
 class Ingress:
     """HAProxy before two replicas, as Ray would start it."""
 
-    def __init__(self, scratch, keys=(), **changes):
+    def __init__(self, scratch, keys=(), times=(), **changes):
         self.replicas = [Replica(), Replica()]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        config = ServeConfig(queue_s=QUEUE_S, **changes)
+        self.port = free_port()
         digests = [digest(key.encode()) for key in keys]
-        environment = serve_environment(config, scratch, digests)
-        file = scratch / "haproxy.cfg"
-        servers = [f"    server s{r.port} 127.0.0.1:{r.port}\n" for r in self.replicas]
-        servers.append(f"    server proxy 127.0.0.1:{self.replicas[0].port} backup\n")
-        bufsize = environment["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]
-        file.write_text(CONFIG.format(port=self.port, bufsize=bufsize) + "".join(servers))
-        command = [environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(file)]
-        self.process = subprocess.Popen(command)
+        environment = serve_environment(
+            ServeConfig(queue_s=QUEUE_S, **changes), scratch, digests
+        ) | dict(times)
+        ports = [replica.port for replica in self.replicas]
+        self.process = subprocess.Popen(configure(environment, self.port, ports, ports[0]))
         for _ in range(500):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
                 return
@@ -157,18 +198,92 @@ def started(tmp_path):
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv, of util-linux")
 def test_it_ends_with_who_started_it(tmp_path):
     """Even with one that is killed, as Ray's processes are when `raybert serve` is."""
-    environment = serve_environment(ServeConfig(), tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    file = tmp_path / "haproxy.cfg"
-    file.write_text(CONFIG.format(port=port, bufsize=65_536) + "    server none 127.0.0.1:1\n")
-    command = [environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(file)]
+    port = free_port()
+    command = configure(serve_environment(ServeConfig(), tmp_path), port, [1], 2)
     script = f"import subprocess; subprocess.Popen({command!r}).wait()"
     with subprocess.Popen([sys.executable, "-c", script]) as parent:
         wait_for(lambda: holder(port) is not None)
         parent.kill()
     wait_for(lambda: holder(port) is None)
+
+
+def test_the_rules_stand_in_the_file_that_ray_writes(tmp_path):
+    """The program that Ray starts puts them there, by how the lines of Ray's template begin."""
+    environment = serve_environment(ServeConfig(), tmp_path)
+    wrapper, *arguments = configure(environment, free_port(), [1], 2)
+    checked = subprocess.run([wrapper, *arguments, "-c"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    sections, name = {}, ""
+    for line in Path(arguments[-1]).read_text().splitlines():
+        if line[:1].strip():
+            name = line
+        sections.setdefault(name, []).append(line.strip())
+    rules = sections["backend http-raybert"]
+    assert sum(line.startswith("stick-table ") for line in rules) == 1
+    assert any(line.startswith("server replica-0 127.0.0.1:1 ") for line in rules)
+    assert any(line.startswith("http-request return status 429 ") for line in rules)
+    defaults = sections["defaults"]
+    assert f"timeout http-request {ingress_module._HEAD_S}s" in defaults
+    assert "timeout server 70s" in defaults and "timeout client 60s" in defaults
+    # Or it would be that of heads, and an idle connection would not live for long.
+    assert "timeout http-keep-alive 90s" in defaults
+    files = [line.split()[1:] for line in defaults if line.startswith("errorfile ")]
+    assert [int(status) for status, _ in files] == list(ingress_module._ERRORS)
+    assert all(Path(file).parent == tmp_path and Path(file).exists() for _, file in files)
+    binds = [line for name in sections for line in sections[name] if line.startswith("bind ")]
+    assert len(binds) == 3 and all(line.startswith("bind 127.0.0.1:") for line in binds)
+
+
+def test_a_replica_that_has_stopped_costs_its_requests_no_more_than_a_while(started):
+    """They end with 504, in the form of all refusals, where they would have waited without end."""
+    ingress = started(times={"RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "1"})
+    over = threading.Event()
+    for replica in ingress.replicas:
+        replica.stuck = over
+    try:
+        begun = time.monotonic()
+        status, headers, content, _ = ingress.ask()
+        assert 0.5 < time.monotonic() - begun < 20
+    finally:
+        over.set()
+    assert status == 504 and headers["Content-Type"] == "application/json"
+    assert json.loads(content)["error_type"] == "Timeout"
+
+
+def test_where_nobody_answers_it_says_so_in_the_form_of_all_refusals(started):
+    ingress = started()
+    for replica in ingress.replicas:
+        replica.stop()
+    status, headers, content, _ = ingress.ask()
+    assert status == 503 and headers["Content-Type"] == "application/json"
+    assert json.loads(content) == {
+        "error": "no replica is ready; try again",
+        "error_type": "Unhealthy",
+    }
+
+
+def test_a_client_that_never_finishes_its_request_is_not_waited_for(started, monkeypatch):
+    monkeypatch.setattr(ingress_module, "_HEAD_S", 1)
+    ingress = started()
+    with socket.create_connection(("127.0.0.1", ingress.port), timeout=20) as slow:
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\n")
+        answer = b""
+        while part := slow.recv(4096):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    # One that was opened for later, as browsers do, is closed without a word.
+    with socket.create_connection(("127.0.0.1", ingress.port), timeout=20) as early:
+        assert early.recv(4096) == b""
+
+
+@pytest.mark.parametrize(
+    ("drain_s", "timeout_s", "seconds"), [(30, 10, 35), (10, 60, 65), (0, 0.5, 6)]
+)
+def test_a_haproxy_that_was_replaced_outlives_its_requests(drain_s, timeout_s, seconds):
+    config = ServeConfig(drain_s=drain_s, timeout_s=timeout_s)
+    found = ingress_module.haproxy_environment(config)
+    assert found["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] == str(seconds)
+    assert int(found["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"]) >= timeout_s + 60
 
 
 def test_while_all_replicas_are_full_nobody_is_sent_to_them(started):

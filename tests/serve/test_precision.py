@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,6 +93,50 @@ def test_of_replicas_that_choose_at_once_the_first_decides(own):
     assert len(set(found)) == 1
     assert len(choices(own)) == 1
     assert own.names(hidden=True) == own.names()
+
+
+def test_on_an_object_store_all_replicas_take_one_choice_too(model, bucket, monkeypatch):
+    """It has no locks: who writes later than another one must not take its own choice for all."""
+    monkeypatch.setattr(precisions, "_AGREE_SECONDS", 1.0)
+    for name in model.names():
+        if model.size(name) is not None:
+            bucket.write_bytes(name, model.read_bytes(name))
+    write, turn = Folder.write_json, iter(range(100))
+
+    def write_later(folder, name, value):
+        time.sleep(0.1 * next(turn))  # each after the others have looked, and found nothing
+        write(folder, name, value)
+
+    monkeypatch.setattr(Folder, "write_json", write_later)
+    names = ["fp32", "bf16"] * 2
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda name: choice.settle(bucket, "cpu", name), names))
+    assert len(set(found)) == 1
+    assert choice.settle(bucket, "cpu") == found[0]
+    assert [name for name in bucket.names(hidden=True) if "serving-" in name] == choices(bucket)
+    assert len(choices(bucket)) == 1
+
+
+def test_replicas_that_start_at_once_measure_one_after_the_other(own, monkeypatch, tmp_path):
+    """And those after the first one find its choice, and don't measure at all."""
+    monkeypatch.setattr(choice.tempfile, "tempdir", str(tmp_path))
+    measured = []
+
+    def measure(folder, device):
+        measured.append(device)
+        time.sleep(0.3)
+        return {"precision": "fp32"}
+
+    monkeypatch.setattr(choice, "measure", measure)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: choice.settle(own, "cpu"), range(4)))
+    assert found == ["fp32"] * 4 and len(measured) == 1
+
+
+def test_where_no_lock_can_be_had_the_choice_is_made_all_the_same(own, monkeypatch, tmp_path):
+    monkeypatch.setattr(choice.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(choice, "measure", lambda folder, device: {"precision": "fp32"})
+    assert choice.settle(own, "cpu") == "fp32"
 
 
 def test_a_choice_holds_for_its_weights_and_machine_only(own, monkeypatch):
