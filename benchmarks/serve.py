@@ -115,6 +115,8 @@ def measure(
             for name in taking if number % 2 else reversed(taking):
                 rounds[name].append(taking[name]())
                 rate, p50 = (rounds[name][-1][key] for key in ("texts_per_second", "p50"))
+                if p50 is None:
+                    raise SystemExit(f"serve.py: {name} had no answer: {rounds[name][-1]}")
                 shown = f"{name:<15}{rate:>9,.1f} texts/s   p50 {p50:.1f} ms"
                 say(f"[{number + 1}/{given.rounds}] {precision} {shown}")
         idle = {server.name: server.cores_used() for server in (ours, theirs)}

@@ -626,6 +626,7 @@ def test_a_run_has_one_job_which_can_be_followed_and_stopped(head, config):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_what_the_doctor_minds_ends_with_its_line_and_exit_code(head, config):
     done = call(head, "doctor", "-c", config, "--set", "run.storage=/dev/null/runs", "--json")
     assert done.returncode == 2, done.stderr
@@ -640,6 +641,7 @@ def test_what_the_doctor_minds_ends_with_its_line_and_exit_code(head, config):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_that_would_fail_is_stopped_before_it_trains(head, config):
     """And ends with the job's line and exit code."""
     shutil.copytree(config.parent / "runs/tiny-1/corpus", config.parent / "runs/tiny-2/corpus")

@@ -59,6 +59,7 @@ _WRAPPER = """#!/bin/sh
 # HAProxy's own pages, which Ray's template binds to all interfaces, are for this machine alone.
 sed -i -e 's/^  bind \\*:/  bind 127.0.0.1:/' -e 's/^    bind :/    bind 127.0.0.1:/' \\
     -e '/^    errorfile /d' -e '/^defaults$/r {defaults}' -e '/^backend /r {rules}' "$3"
+echo '{table}' >> "$3"
 # It ends with the Ray that started it, even one that is killed, which else would leave it the port.
 guard="setpriv --pdeathsig TERM"
 $guard true 2> /dev/null || guard=
@@ -77,11 +78,15 @@ _ERRORS = {
 }
 #: In an overload most requests end here, at a hundredth of what a replica takes to refuse them, and
 #: the difference is left for answers. Replicas say with a header that their queue is full; while
-#: all of them have just said so, nobody is sent to them.
-_RULES = """    stick-table type integer size 1k expire {pause}ms
-    http-response track-sc0 srv_id if {{ res.hdr({full}) -m found }}
+#: all of them have just said so, nobody is sent to them. What counts is a rate, which fades by
+#: itself: HAProxy 2.8 may keep an entry that has expired for ever, and counts it.
+_TABLE = """backend raybert-full
+    stick-table type integer size 1k expire 10s store gpc(1),gpc_rate(1,{pause}ms)"""
+_RULES = """    http-response track-sc0 srv_id table raybert-full if {{ res.hdr({full}) -m found }}
+    http-response sc-add-gpc(0,0) {often} if {{ res.hdr({full}) -m found }}
     http-response del-header {full}
-    http-request set-var(txn.full) table_cnt
+    http-request set-var(txn.full) int(0)
+{counted}
     http-request set-var(txn.refused) bool(true) if METH_POST {{ path_end {queued} }} \
 {{ var(txn.full) -m int gt 0 }} {{ nbsrv,sub(txn.full) le 0 }} \
 {{ req.hdr_val(content-length) le {longest} }}{known}
@@ -89,6 +94,12 @@ _RULES = """    stick-table type integer size 1k expire {pause}ms
     http-request return status 429 content-type application/json hdr Retry-After {wait} \
 string '{body}' if {{ var(txn.refused) -m bool }}
 """
+#: Servers, whose numbers begin at 1, that are looked at; of more, none is refused for.
+_COUNTED = 16
+_COUNT = """    http-request set-var(txn.full) int({number}),table_gpc_rate(0,raybert-full),bool,\
+add(txn.full) if METH_POST {{ path_end {queued} }}"""
+#: A rate of one event is forgotten early, as HAProxy rounds it; that of several lasts its period.
+_OFTEN = 8
 #: Of a body that is read and thrown away, so that its connection lives on; a longer one, which
 #: would have to be cut off, is left to the replicas.
 _LONGEST_REFUSED = _BUFFER // 2
@@ -120,7 +131,8 @@ def serve_environment(
     wrapper, rules, defaults = (scratch / name for name in ("haproxy", "rules.cfg", "defaults.cfg"))
     rules.write_text(_rules(config, scratch, digests), encoding="utf-8")
     defaults.write_text(_defaults(scratch), encoding="utf-8")
-    text = _WRAPPER.format(binary=get_haproxy_binary(), rules=rules, defaults=defaults)
+    table = _TABLE.format(pause=max(1, min(_LONGEST_PAUSE_MS, int(1000 * _PAUSE * config.queue_s))))
+    text = _WRAPPER.format(binary=get_haproxy_binary(), rules=rules, defaults=defaults, table=table)
     wrapper.write_text(text, encoding="utf-8")
     wrapper.chmod(0o700)
     return {
@@ -174,12 +186,15 @@ def _rules(config: ServeConfig, scratch: Path, digests: Sequence[str]) -> str:
         file.write_text("\n".join([*digests, ""]), encoding="utf-8")
         known += _KNOWN.format(digests=file)
     refused = bodies.overloaded(config.queue_s)
+    queued = " ".join(QUEUED)
+    counted = (_COUNT.format(number=1 + n, queued=queued) for n in range(_COUNTED))
     return _RULES.format(
-        pause=max(1, min(_LONGEST_PAUSE_MS, int(1000 * _PAUSE * config.queue_s))),
         full=FULL,
         wait=refused.headers["Retry-After"],
         body=json.dumps(refused.body, separators=(",", ":")),
-        queued=" ".join(QUEUED),
+        queued=queued,
+        counted="\n".join(counted),
+        often=_OFTEN,
         longest=_LONGEST_REFUSED,
         known=known,
     )

@@ -219,7 +219,7 @@ def test_the_rules_stand_in_the_file_that_ray_writes(tmp_path):
             name = line
         sections.setdefault(name, []).append(line.strip())
     rules = sections["backend http-raybert"]
-    assert sum(line.startswith("stick-table ") for line in rules) == 1
+    assert sections["backend raybert-full"][1].startswith("stick-table ")
     assert any(line.startswith("server replica-0 127.0.0.1:1 ") for line in rules)
     assert any(line.startswith("http-request return status 429 ") for line in rules)
     defaults = sections["defaults"]
@@ -302,6 +302,32 @@ def test_while_all_replicas_are_full_nobody_is_sent_to_them(started):
         replica.full = False
     time.sleep(0.3)
     assert [ingress.ask()[0] for _ in range(4)] == [200] * 4
+
+
+def test_it_opens_again_after_many_were_refused_at_once(started):
+    ingress = started()
+    for replica in ingress.replicas:
+        replica.full = True
+    ends = time.monotonic() + 1.5
+
+    def storm():  # of bodies that go through
+        connection = http.client.HTTPConnection("127.0.0.1", ingress.port, timeout=30)
+        with contextlib.closing(connection):
+            while time.monotonic() < ends:
+                connection.request("POST", "/predict", 40_000 * b"x")
+                connection.getresponse().read()
+
+    threads = [threading.Thread(target=storm) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for replica in ingress.replicas:
+        replica.full = False
+    time.sleep(0.3)
+    before = ingress.asked
+    assert [ingress.ask()[0] for _ in range(4)] == [200] * 4
+    assert ingress.asked == before + 4
 
 
 def test_one_full_replica_does_not_close_the_other(started):
