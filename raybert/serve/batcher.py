@@ -1,8 +1,9 @@
 """Batches of texts by a budget of tokens, out of requests that come at any time.
 
 A request's texts join the queue row by row, so that a long list shares batches with others. While
-one batch is computed in a thread, the next one gathers: under load batches fill themselves, and a
-lone request waits for nobody. What would wait too long is refused at once.
+batches are computed in threads, the next one gathers: under load batches fill themselves, and a
+lone request waits for nobody. Where more waits than one batch, several are computed at once, with a
+share of the cores each (`workers`). What would wait too long is refused at once.
 
 All methods belong to one event loop.
 """
@@ -10,12 +11,13 @@ All methods belong to one event loop.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +47,14 @@ class Failed(Exception):
         self.__cause__ = cause
 
 
+class Threads(Protocol):
+    """Where batches are computed: `whole` with all cores, `count` at once in `shares`."""
+
+    whole: Executor
+    shares: Executor
+    count: int
+
+
 class _Request:
     """The rows of one request, and the scores that have come for them."""
 
@@ -64,13 +74,21 @@ class _Item(NamedTuple):
         return self.request.rows[self.place]
 
 
+class _Batch(NamedTuple):
+    """A batch under way."""
+
+    items: list[_Item]
+    begun: float
+    in_share: bool
+
+
 class Batcher:
-    """Hands rows to a function in batches, one at a time, in the order in which they came."""
+    """Hands rows to a function in batches, in the order in which they came."""
 
     def __init__(
         self,
         compute: Callable[[list[Row]], Scores],
-        executor: Executor,
+        threads: Threads,
         *,
         tokens_per_batch: int,
         queue_s: float,
@@ -80,22 +98,21 @@ class Batcher:
         """Set up an empty queue.
 
         Args:
-            compute: rows, sorted by length, to scores [rows, labels]; runs in the executor.
-            executor: where; of one thread, or batches would compete.
+            compute: rows, sorted by length, to scores [rows, labels]; safe for threads.
+            threads: where.
             tokens_per_batch: in a batch at most, unless a single row has more.
             queue_s: seconds of work that may wait, at the speed of the last batches.
             wait_s: for which a batch that is not full waits for company while nothing runs.
             on_batch: is told rows, tokens and seconds of every batch.
         """
-        self._compute, self._executor = compute, executor
+        self._compute, self._threads = compute, threads
         self._tokens_per_batch, self._queue_s, self._wait_s = tokens_per_batch, queue_s, wait_s
         self._on_batch = on_batch
         self._items: deque[_Item] = deque()
         self._queued = 0  # tokens of the items whose requests are still wanted
         self._expected = 0  # tokens of requests that are let in, and still being read
         self._typical = 0.0  # tokens of a request
-        self._running: list[_Item] = []
-        self._begun = 0.0
+        self._running: dict[asyncio.Future[Scores], _Batch] = {}
         self._speed: float | None = None  # tokens per second
         self._timer: asyncio.TimerHandle | None = None
 
@@ -118,8 +135,9 @@ class Batcher:
 
     @property
     def running_s(self) -> float:
-        """Seconds since the batch under way has begun; 0 where there is none."""
-        return time.monotonic() - self._begun if self._running else 0.0
+        """Seconds since the oldest batch under way has begun; 0 where there is none."""
+        begun = min((batch.begun for batch in self._running.values()), default=None)
+        return 0.0 if begun is None else time.monotonic() - begun
 
     def check(self, tokens: float | None = None) -> None:
         """Refuse a request for which there is no room.
@@ -167,28 +185,41 @@ class Batcher:
             request.waiting = 0
 
     def _start(self, *, forced: bool) -> None:
-        """Begin a batch where none is under way, and enough waits, or has waited enough."""
+        """Begin batches where there is room, and enough waits, or has waited enough."""
         if forced:
             self._timer = None
-        if self._running or not self._queued:
-            return
-        if self._wait_s and not forced and self._queued < self._tokens_per_batch:
-            if self._timer is None:
-                loop = asyncio.get_running_loop()
-                self._timer = loop.call_later(self._wait_s, lambda: self._start(forced=True))
-            return
-        batch = self._take()
-        if not batch:
-            return
-        # Texts of one length are computed together.
-        batch.sort(key=lambda item: len(item.row))
-        rows = [item.row for item in batch]
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._executor, self._compute, rows)
-        self._running, self._begun = batch, time.monotonic()
-        future.add_done_callback(self._finish)
+        while self._queued and (place := self._place()) is not None:
+            lone = not self._running and self._queued < self._tokens_per_batch
+            if self._wait_s and not forced and lone:
+                if self._timer is None:
+                    loop = asyncio.get_running_loop()
+                    self._timer = loop.call_later(self._wait_s, lambda: self._start(forced=True))
+                return
+            executor, budget = place
+            items = self._take(budget)
+            if not items:
+                return
+            # Texts of one length are computed together.
+            items.sort(key=lambda item: len(item.row))
+            rows = [item.row for item in items]
+            loop = asyncio.get_running_loop()
+            begun = time.monotonic()
+            future = loop.run_in_executor(executor, self._compute, rows)
+            self._running[future] = _Batch(items, begun, executor is self._threads.shares)
+            future.add_done_callback(self._finish)
 
-    def _take(self) -> list[_Item]:
+    def _place(self) -> tuple[Executor, int] | None:
+        """Where the next batch is computed, and the tokens that it may have; None: nowhere yet."""
+        threads, running = self._threads, len(self._running)
+        if not running and (threads.count == 1 or self._queued <= self._tokens_per_batch):
+            return threads.whole, self._tokens_per_batch
+        if running == threads.count or any(not b.in_share for b in self._running.values()):
+            return None
+        # What waits is shared out evenly, or the last one would keep all others waiting.
+        share = math.ceil(self._queued / (threads.count - running))
+        return threads.shares, min(self._tokens_per_batch, share)
+
+    def _take(self, budget: int) -> list[_Item]:
         """The rows from the head of the queue that fit into a batch; at least one."""
         batch: list[_Item] = []
         tokens = 0
@@ -198,7 +229,7 @@ class Batcher:
                 self._items.popleft()
                 continue
             cost = _cost(item.row)
-            if batch and tokens + cost > self._tokens_per_batch:
+            if batch and tokens + cost > budget:
                 break
             self._items.popleft()
             batch.append(item)
@@ -208,16 +239,17 @@ class Batcher:
         return batch
 
     def _finish(self, future: asyncio.Future[Scores]) -> None:
-        batch, self._running = self._running, []
-        seconds = max(1e-9, time.monotonic() - self._begun)
+        beside = len(self._running)  # batches, this one among them
+        items, begun, _ = self._running.pop(future)
+        seconds = max(1e-9, time.monotonic() - begun)
         self._start(forced=False)  # before answers are handed out: the thread must not wait
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
         if error is None:
-            tokens = sum(_cost(item.row) for item in batch)
-            self._note_speed(tokens, seconds)
-            self._on_batch(len(batch), tokens, seconds)
+            tokens = sum(_cost(item.row) for item in items)
+            self._note_speed(tokens, seconds / beside)
+            self._on_batch(len(items), tokens, seconds)
             scores = future.result()
-        for row, item in enumerate(batch):
+        for row, item in enumerate(items):
             request = item.request
             if request.future.done():
                 continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import Executor
 
 from raybert.errors import ConfigError, RaybertError, StorageError
 from raybert.serve import models
@@ -12,6 +11,7 @@ from raybert.serve.filler import MaskFiller
 from raybert.serve.metrics import Metrics
 from raybert.serve.models import Served, Source
 from raybert.serve.settings import ServeConfig
+from raybert.serve.workers import Workers
 from raybert.storage import Folder
 
 
@@ -21,13 +21,13 @@ class Catalog:
     def __init__(
         self,
         config: ServeConfig,
-        executor: Executor,
+        workers: Workers,
         metrics: Metrics,
         log: logging.Logger,
         device: str,
     ) -> None:
-        """Start empty; models will compute in the executor."""
-        self._config, self._executor, self._device = config, executor, device
+        """Start empty; models will compute in the workers' threads."""
+        self._config, self._workers, self._device = config, workers, device
         self._metrics, self._log = metrics, log
         self.served: dict[str, Served] = {}  # classifiers by name; the first is meant by no name
         self.canary: Served | None = None
@@ -76,7 +76,7 @@ class Catalog:
             source,
             folder,
             self._config,
-            self._executor,
+            self._workers,
             self._metrics,
             device=self._device,
             like=like,

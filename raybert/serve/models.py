@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from raybert.serve.explain import Explainer
 from raybert.serve.metrics import Metrics
 from raybert.serve.settings import ServeConfig
 from raybert.serve.windows import Row, pool
+from raybert.serve.workers import Workers
 from raybert.storage import Folder
 
 _INSIDE = ("model", "finetune", "pretrain")  # folders of a run that name nothing
@@ -85,7 +85,7 @@ class Served:
         source: Source,
         folder: Folder,
         config: ServeConfig,
-        executor: Executor,
+        workers: Workers,
         metrics: Metrics,
         *,
         device: str,
@@ -97,7 +97,7 @@ class Served:
             source: where it comes from.
             folder: the version's model directory.
             config: how it is served.
-            executor: of one thread, in which models compute.
+            workers: in which models compute.
             metrics: are told of its batches.
             device: cpu or cuda.
             precision: as in `TextClassifier`.
@@ -124,13 +124,15 @@ class Served:
 
         self.batcher = Batcher(
             self.classifier.score,
-            executor,
+            workers,
             tokens_per_batch=self.classifier.tokens_per_batch,
             queue_s=config.queue_s,
             wait_s=config.wait_ms / 1000,
             on_batch=note,
         )
-        self.classifier.logits(["a", "a b"])  # kernels are chosen, or compiled
+        workers.warm(
+            lambda: self.classifier.logits(["a", "a b"])
+        )  # kernels are chosen, or compiled
 
     @property
     def labels(self) -> list[str]:
@@ -169,7 +171,7 @@ def load(
     source: Source,
     folder: Folder,
     config: ServeConfig,
-    executor: Executor,
+    workers: Workers,
     metrics: Metrics,
     *,
     device: str,
@@ -184,4 +186,4 @@ def load(
     precision: str = config.precision
     if precision == "auto":
         precision = choice.settle(folder, device, like)
-    return Served(source, folder, config, executor, metrics, device=device, precision=precision)
+    return Served(source, folder, config, workers, metrics, device=device, precision=precision)

@@ -1,6 +1,6 @@
 """What a replica does with a request, apart from HTTP and apart from Ray.
 
-Tokenization runs in one thread, models in another, explanations and masks in a third: the event
+Tokenization runs in one thread, models in others, explanations and masks in one more: the event
 loop only passes things on.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from raybert.errors import DataError
 from raybert.serve import answers, bodies, filler, info
@@ -29,6 +28,7 @@ from raybert.serve.metrics import Metrics
 from raybert.serve.models import Served
 from raybert.serve.settings import ServeConfig
 from raybert.serve.windows import Row
+from raybert.serve.workers import Workers, use_threads
 
 _ASIDE = 8  # explanations and masks that may wait
 _MOST_CHARACTERS = 8 << 20  # that wait to be tokenized: about a second of it
@@ -59,17 +59,15 @@ class Service:
         """
         self.config, self.metrics = config, metrics or Metrics()
         self._log = log or logging.getLogger("raybert.serve")
-        use_threads = functools.partial(_use_threads, threads)
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
-        self._computing = ThreadPoolExecutor(1, "compute", use_threads)
-        self._beside = ThreadPoolExecutor(1, "beside", use_threads)
+        self._workers = Workers(threads, device=device)
+        self._beside = ThreadPoolExecutor(1, "beside", use_threads, (threads,))
         self._aside = Aside(self._beside, _ASIDE)
         self._characters = 0  # that wait to be tokenized
         self._tokens_a_character = 0.2  # of the last requests
-        self._threads = threads
         share = config.canary.share if config.canary else 0.0
         self._trial = Trial(share, self.metrics, self._log)
-        self.catalog = Catalog(config, self._computing, self.metrics, self._log, device)
+        self.catalog = Catalog(config, self._workers, self.metrics, self._log, device)
 
     def load(self) -> None:
         """Load the models; takes seconds, or longer where a precision is chosen by measuring.
@@ -78,12 +76,13 @@ class Service:
             UserError: a model is not there, or is none of its kind.
             DamagedError: a file is cut short or altered.
         """
-        _use_threads(self._threads)
+        use_threads(self._workers.threads)
         self.catalog.load()
 
     def close(self) -> None:
         """Let the threads end."""
-        for executor in (self._tokenizing, self._computing, self._beside):
+        self._workers.close()
+        for executor in (self._tokenizing, self._beside):
             executor.shutdown(wait=False, cancel_futures=True)
 
     # State ---------------------------------------------------------------------------------------
@@ -266,9 +265,3 @@ class Service:
         except Failed as error:
             self._log.error("%s", error, exc_info=error.__cause__)
             raise bodies.failed() from None
-
-
-def _use_threads(threads: int | None) -> None:
-    """Make models compute with so many threads, when they are called from this one."""
-    if threads is not None:
-        torch.set_num_threads(threads)

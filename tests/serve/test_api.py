@@ -677,12 +677,12 @@ def test_a_header_that_is_not_utf_8_is_told_before_serve_is_asked(edged):
 def test_what_takes_too_long_is_given_up(model, pretrained):
     slow = Api(model, pretrained, timeout_s=0.05)
     block = Future()
-    slow.service._computing.submit(block.result, 30)  # something else computes
+    slow.service._workers.whole.submit(block.result, 30)  # something else computes
     try:
         refused(slow.post("/predict", {"inputs": "superb"}), 504, "no answer within 0.05 s")
     finally:
         block.set_result(None)
-    slow.service._computing.submit(int).result(30)
+    slow.service._workers.whole.submit(int).result(30)
     assert slow.service.find(None).batcher.queued == 0
     slow.service.close()
 

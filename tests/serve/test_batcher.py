@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from raybert.serve.batcher import Batcher, Failed, Overloaded
 
+SHARES = ThreadPoolExecutor(4)
 LENGTHS = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=6), min_size=1, max_size=12)
 
 
@@ -47,9 +49,15 @@ class Recorder:
         return scores_of(rows)
 
 
-def batcher(compute, executor, **changes):
+class Threads(NamedTuple):
+    whole: Executor
+    shares: Executor
+    count: int
+
+
+def batcher(compute, executor, count=1, **changes):
     values = {"tokens_per_batch": 16, "queue_s": 1e9, **changes}
-    return Batcher(compute, executor, **values)
+    return Batcher(compute, Threads(executor, SHARES, count), **values)
 
 
 def run(coroutine):
@@ -65,13 +73,15 @@ def executor():
         yield made
 
 
-@given(LENGTHS, st.integers(1, 40), st.sampled_from([0.0, 0.001]))
+@given(LENGTHS, st.integers(1, 40), st.sampled_from([0.0, 0.001]), st.integers(1, 4))
 @settings(deadline=None, max_examples=60)
-def test_every_row_is_answered_once_and_with_its_own_score(executor, lengths, budget, wait_s):
+def test_every_row_is_answered_once_and_with_its_own_score(
+    executor, lengths, budget, wait_s, count
+):
     requests, recorder = requests_of(lengths), Recorder()
 
     async def ask():
-        made = batcher(recorder, executor, tokens_per_batch=budget, wait_s=wait_s)
+        made = batcher(recorder, executor, count, tokens_per_batch=budget, wait_s=wait_s)
         made._speed = 1e9  # everything may wait
         return await asyncio.gather(*(made.score(rows) for rows in requests)), made
 
@@ -86,13 +96,13 @@ def test_every_row_is_answered_once_and_with_its_own_score(executor, lengths, bu
     assert made.queued == 0
 
 
-@given(LENGTHS, st.integers(1, 40))
+@given(LENGTHS, st.integers(1, 40), st.integers(1, 4))
 @settings(deadline=None, max_examples=60)
-def test_batches_keep_to_the_budget_and_are_sorted_by_length(executor, lengths, budget):
+def test_batches_keep_to_the_budget_and_are_sorted_by_length(executor, lengths, budget, count):
     recorder = Recorder()
 
     async def ask():
-        made = batcher(recorder, executor, tokens_per_batch=budget)
+        made = batcher(recorder, executor, count, tokens_per_batch=budget)
         made._speed = 1e9
         await asyncio.gather(*(made.score(rows) for rows in requests_of(lengths)))
 
@@ -101,7 +111,36 @@ def test_batches_keep_to_the_budget_and_are_sorted_by_length(executor, lengths, 
         cost = sum(max(1, length) for _, length in batch)
         assert cost <= budget or len(batch) == 1
         assert [length for _, length in batch] == sorted(length for _, length in batch)
-    assert recorder.most == 1  # one batch at a time
+    assert recorder.most <= count
+
+
+def test_what_is_more_than_a_batch_is_shared_out_evenly_and_computed_at_once(executor):
+    """But a lone batch has all cores, and nothing runs beside it."""
+    gate, whole, shares = threading.Event(), [], []
+
+    def compute(rows):
+        place = whole if threading.current_thread() in executor._threads else shares
+        place.append(sum(map(len, rows)))
+        assert gate.wait(30)
+        return scores_of(rows)
+
+    async def ask():
+        made = batcher(compute, executor, 2, tokens_per_batch=8)
+        tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[3]] + [[2]] * 6)]
+        await asyncio.sleep(0.05)
+        assert (whole, shares) == ([3], []) and made.queued == 12  # the first one came alone
+        gate.set()
+        await asyncio.gather(*tasks)
+        gate.clear()
+        lone = asyncio.create_task(made.score([np.ones(8)]))
+        await asyncio.sleep(0.05)
+        assert made.running_s > 0
+        gate.set()
+        await lone
+        assert made.running_s == 0
+
+    run(ask())
+    assert whole == [3, 8] and shares == [6, 6]
 
 
 def test_rows_are_computed_in_the_order_in_which_they_came(executor):

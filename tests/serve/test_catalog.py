@@ -5,7 +5,7 @@ import logging
 import random
 import shutil
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import pytest
 from making import reviews
@@ -17,6 +17,7 @@ from raybert.serve.bodies import PredictRequest
 from raybert.serve.models import Source, find
 from raybert.serve.service import Service
 from raybert.serve.settings import ServeConfig
+from raybert.serve.workers import Workers
 from raybert.storage import Folder
 
 TEXTS = [text for text, _ in reviews(20, seed=8)]
@@ -81,7 +82,7 @@ def test_requests_that_have_begun_end_with_the_version_that_they_began_with(stor
     block = Future()
 
     async def go():
-        service._computing.submit(block.result, 30)
+        service._workers.whole.submit(block.result, 30)
         tasks = [asyncio.create_task(label(service)) for _ in range(20)]
         while service.catalog.first.batcher.queued < 19:  # the other one is under way
             await asyncio.sleep(0.01)
@@ -155,7 +156,7 @@ def test_a_canary_in_trouble_costs_no_answer(storage, trouble, monkeypatch, capl
         raise RuntimeError("no")
 
     if trouble == "slow":  # a batch that takes its time, before which others wait
-        monkeypatch.setattr(tried.batcher, "_executor", ThreadPoolExecutor(1))
+        monkeypatch.setattr(tried.batcher, "_threads", Workers(1))
         monkeypatch.setattr(tried.batcher, "_compute", lambda rows: gate.wait(30))
     elif trouble == "slow to read":
         monkeypatch.setattr(tried, "encode", lambda texts, windows: gate.wait(30))
