@@ -30,15 +30,21 @@ def search_tiles(search: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "Trials", show(len(trials)), told
     finalists = search.get("finalists") or []
     if finalists:
-        yield "Winner", _mean(finalists[0]), f"trial {finalists[0].get('trial')}, validation"
+        yield _tile("Winner", finalists[0], f"trial {finalists[0].get('trial')}, validation")
         default = next((f for f in finalists if f.get("configured")), None)
         if default is not None and default is not finalists[0]:
-            yield "Configured values", _mean(default), "validation"
+            yield _tile("Configured values", default, "validation")
     cost = search.get("cost") or {}
     if number(cost.get("core_hours")) is not None:
         gpu = number(cost.get("gpu_hours")) or 0.0
         unit = ("GPU hours", gpu) if gpu else ("Core hours", cost["core_hours"])
         yield unit[0], f"{unit[1]:.2f}", "of all trials and the finalists' runs"
+
+
+def _tile(name: str, finalist: Mapping[str, Any], of: str) -> tuple[str, str, str]:
+    """A finalist's mean; the deviation stands below, for a tile has no room for both in a line."""
+    mean, _, deviation = _mean(finalist).partition(" ± ")
+    return name, mean, f"± {deviation}, {of}" if deviation else of
 
 
 _STATES = ("finished", "stopped", "failed", "running", "waiting")
