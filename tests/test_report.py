@@ -375,7 +375,8 @@ def test_a_search_is_told(tmp_path):
     page = Page(report(tmp_path))
     for expected in (
         "Search", "tpe search, asha scheduler", "2 finished, 1 stopped, 1 failed",
-        "Winner0.8900± 0.0100, trial", "Configured values0.8100± 0.0100, validation", "Core hours0.07", "Finalists",
+        "Winner0.8900± 0.0100, trial", "Configured values0.8100± 0.0100, validation",
+        "Core hours0.07", "Finalists",
         "All trials", "Exchanges", "lr 0.001 → 0.0008", "abababababab, equal", "0.0004, equal",
         "stopped at epoch 1", "rank correlation", "Importance of each key",
         "Validation accuracy over time", NASTY,
