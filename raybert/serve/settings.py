@@ -101,7 +101,7 @@ class ServeConfig(Settings):
         0, ge=0, description="that a batch which is not full waits for company while nothing runs"
     )
     queue_s: float = Field(
-        4, gt=0, description="of work in the queue at most; what comes then is refused with 429"
+        3, gt=0, description="of work in the queue at most; what comes then is refused with 429"
     )
     timeout_s: float = Field(10, gt=0, description="after which a request is given up with 504")
     drain_s: float = Field(
