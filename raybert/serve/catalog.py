@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from raybert.errors import ConfigError, RaybertError, StorageError
-from raybert.serve import models
+from raybert.serve import choice, models
 from raybert.serve.filler import MaskFiller
 from raybert.serve.metrics import Metrics
 from raybert.serve.models import Served, Source
@@ -72,14 +72,19 @@ class Catalog:
         self.served[source.name] = self._load(source, source.current())
 
     def _load(self, source: Source, folder: Folder, like: str | None = None) -> Served:
-        return models.load(
+        """Load a version in the precision that all replicas take; `like`: that of another."""
+        config, device = self._config, self._device
+        precision: str = config.precision
+        if precision == "auto":
+            precision = choice.settle(folder, device, like)
+        return Served(
             source,
             folder,
-            self._config,
+            config,
             self._workers,
             self._metrics,
-            device=self._device,
-            like=like,
+            device=device,
+            precision=precision,
         )
 
     async def watch(self) -> None:

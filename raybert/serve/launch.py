@@ -11,13 +11,13 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from raybert.errors import RaybertError
-from raybert.ray_session import RayConfig, cores, ray_session
+from raybert.ray_session import RayConfig, cores, environment, ray_session
 from raybert.serve.auth import read_keys
 from raybert.serve.ingress import SCRATCH, serve_environment
 from raybert.serve.ports import check_port
@@ -52,7 +52,7 @@ def serving(
     workers = math.ceil(config.cpus * (config.most_replicas + 1))
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir="/"))
     try:
-        with _environment({} if on_cluster else serve_environment(config, scratch, digests)):
+        with environment({} if on_cluster else serve_environment(config, scratch, digests)):
             from raybert.serve.app import check_is_closed, check_models, completed
 
             config = completed(config)
@@ -129,18 +129,6 @@ def _end(on_cluster: bool) -> None:
             serve.delete(APP)
     else:
         serve.shutdown()
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for the time of the context; those that are set already stay as they are."""
-    mine = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(mine)
-    try:
-        yield
-    finally:
-        for name in mine:
-            os.environ.pop(name, None)
 
 
 def _threads(config: ServeConfig) -> int:

@@ -12,7 +12,6 @@ from raybert.errors import UserError
 from raybert.model import hub
 from raybert.model.find import resolve_model
 from raybert.registry import NAME, Registry
-from raybert.serve import choice
 from raybert.serve.batcher import Batcher, Failed
 from raybert.serve.classifier import TextClassifier
 from raybert.serve.explain import Explainer
@@ -91,7 +90,7 @@ class Served:
         device: str,
         precision: str,
     ) -> None:
-        """Load it, and run it once in this thread.
+        """Load it, and run it once as it will be run.
 
         Args:
             source: where it comes from.
@@ -130,9 +129,8 @@ class Served:
             wait_s=config.wait_ms / 1000,
             on_batch=note,
         )
-        workers.warm(
-            lambda: self.classifier.logits(["a", "a b"])
-        )  # kernels are chosen, or compiled
+        # Kernels are chosen, or compiled.
+        workers.warm(lambda: self.classifier.logits(["a", "a b"]))
 
     @property
     def labels(self) -> list[str]:
@@ -165,25 +163,3 @@ class Served:
         if not np.isfinite(logits).all():
             raise Failed(ValueError("scores are not finite: the weights have diverged"))
         return logits
-
-
-def load(
-    source: Source,
-    folder: Folder,
-    config: ServeConfig,
-    workers: Workers,
-    metrics: Metrics,
-    *,
-    device: str,
-    like: str | None = None,
-) -> Served:
-    """Load a version of a model in the precision that all replicas take; `like`: that of another.
-
-    Raises:
-        UserError: there is no classifier there.
-        DamagedError: a file is cut short or altered.
-    """
-    precision: str = config.precision
-    if precision == "auto":
-        precision = choice.settle(folder, device, like)
-    return Served(source, folder, config, workers, metrics, device=device, precision=precision)

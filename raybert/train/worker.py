@@ -7,11 +7,10 @@ storage: a restarted worker group finds the youngest whole one there, whatever R
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ from raybert.errors import (
     UserError,
 )
 from raybert.model.allocator import KEEP_FREED_MEMORY
-from raybert.ray_session import Resources
+from raybert.ray_session import Resources, environment
 from raybert.storage import Folder, patiently
 from raybert.train.board import Board, Link
 from raybert.train.checkpoint import begin_attempt
@@ -129,7 +128,7 @@ def train_on_ray(
             worker_runtime_env={"env_vars": {} if gpu else KEEP_FREED_MEMORY},
         ),
     )
-    with _set(_patience(config)):
+    with environment(_patience(config)):
         _Fit(trainer, board, on_progress).wait()
     with suppress(StorageError):  # what is left over is no reason to fail
         ray_folder.delete(name)
@@ -139,18 +138,6 @@ def train_on_ray(
         raise Stopped(f"{run} was asked to stop; run it again to go on")
     result = patiently(lambda: run.read_json(RESULT), config.patience_s)
     return result if isinstance(result, dict) else {}
-
-
-@contextmanager
-def _set(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables that the user has not set, for a while."""
-    new = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(new)
-    try:
-        yield
-    finally:
-        for name in new:
-            os.environ.pop(name, None)
 
 
 def _patience(config: TrainConfig) -> dict[str, str]:
