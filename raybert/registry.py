@@ -19,9 +19,9 @@ from raybert.storage import Folder, take_number
 FORMAT_VERSION = 1
 REGISTRY = "registry"  # the folder, in a storage
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a model
+CHOICES = "serving-"  # how files of a model begin that say what it is served in: `serve.precision`
 _VERSION, _CURRENT = "version.json", "current.json"
 _FOLDER = re.compile(r"v(\d+)")
-_CHOICES = "serving-"  # files of a model that say what it is served in: `serve.precision`
 _MOST_HISTORY = 100  # rollbacks back
 
 
@@ -184,7 +184,7 @@ def _copy_choices(model: Folder, version: Folder) -> None:
     """Bring the choices of a precision up to date; one by accuracy outweighs one by speed."""
     there = set(version.names())
     for name in model.names():
-        if not name.startswith(_CHOICES):
+        if not name.startswith(CHOICES):
             continue
         given = model.read_json(name)
         if name in there and "texts" not in given and "texts" in version.read_json(name):

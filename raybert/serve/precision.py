@@ -25,6 +25,7 @@ from raybert.errors import StorageError, UserError
 from raybert.model import hub
 from raybert.model.heads import Classifier
 from raybert.ray_session import cores
+from raybert.registry import CHOICES
 from raybert.storage import Folder
 from raybert.train.group import Group, has_fast_bf16
 from raybert.train.run import describe_machine
@@ -35,7 +36,6 @@ PRECISIONS = ("fp32", "bf16", "int8", "compiled")
 ONE_BY_ONE = frozenset({"int8"})
 
 _INT8_ENGINES = ("x86", "fbgemm", "onednn")  # those that scale weights by output
-_PREFIX = "serving-"  # of the file that holds the choice
 _AGREE_SECONDS = 3.0  # more than a store takes to look a file up and to write another one
 _ANGLES = ("global_angles", "local_angles")
 
@@ -166,7 +166,7 @@ def machine(device: torch.device) -> str:
 def stored(folder: Folder, device: torch.device) -> dict[str, Any] | None:
     """The choice that was stored for these weights and this machine type; None: none was."""
     ending = f"-{_short(machine(device))}.json"
-    names = [n for n in folder.names() if n.startswith(_PREFIX) and n.endswith(ending)]
+    names = [n for n in folder.names() if n.startswith(CHOICES) and n.endswith(ending)]
     if not names:  # weights are not read for nothing
         return None
     name = _name(folder, device)
@@ -238,7 +238,7 @@ def _create(path: Path, text: str) -> None:
 
 
 def _name(folder: Folder, device: torch.device) -> str:
-    return f"{_PREFIX}{hub.weights_hash(folder)[:8]}-{_short(machine(device))}.json"
+    return f"{CHOICES}{hub.weights_hash(folder)[:8]}-{_short(machine(device))}.json"
 
 
 def _short(text: str) -> str:
