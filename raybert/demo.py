@@ -112,7 +112,7 @@ def _summary(experiment: Experiment, result: dict[str, Any]) -> str:
             + (f" Report: {result['report']}" if result["report"] else ""),
             "Next:",
             f'  {raybert} fill-mask -m {folder} "The acting was [MASK]."',
-            f'  {raybert} predict -m {folder} "I want these two hours of my life back."',
+            f'  {raybert} predict -m {folder} "Boring from the first minute to the last."',
             f"  {raybert} config > mine.yaml   # then set corpus.source.path to text of yours",
         ]
     )
