@@ -8,7 +8,10 @@ came no further, wait for nodes as long as it takes, and save before they resize
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -40,6 +43,8 @@ from raybert.train.task import Evicted
 
 _SAVE_SECONDS = 60  # for the checkpoint before a resize; without it, what came since is repeated
 _TELL_SECONDS = 30  # between two lines that say that nodes are missing
+_ANSWER_SECONDS = 2.0  # for a node to take a connection
+_ASKED_AT_ONCE = 32  # nodes
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]  # of an untyped package
@@ -156,18 +161,36 @@ class FollowNodes(ElasticScalingPolicy):  # type: ignore[misc]
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
         """Count what the nodes that are alive and stay can hold; one CPU is Ray Data's.
 
-        The coordinator's word of a node is up to 20 seconds old.
+        The coordinator's word of a node is up to 20 seconds old, and the head's own up to a minute.
         """
         leaving = ray._private.state.state.get_draining_nodes()
+        listed = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
+        with ThreadPoolExecutor(_ASKED_AT_ONCE) as threads:
+            answers = threads.map(answers_still, listed)
         staying = {
             node["NodeID"]: node["Resources"].get("CPU", 0)
-            for node in ray.nodes()
-            if node["Alive"] and node["NodeID"] not in leaving
+            for node, is_there in zip(listed, answers, strict=True)
+            if is_there
         }
         count = super()._count_possible_workers(
             {node: has for node, has in reserved_resources.items() if node in staying}
         )
         return int(min(count, sum(staying.values()) - 1))
+
+
+def answers_still(node: Mapping[str, Any]) -> bool:
+    """Whether a node, as `ray.nodes` has it, takes connections.
+
+    A node that is gone stays on Ray's list until some health checks have failed. Workers that are
+    given a place there in the meantime, or Ray Data's CPU for them, wait for it in vain.
+    """
+    try:
+        with socket.create_connection(
+            (node["NodeManagerAddress"], node["NodeManagerPort"]), _ANSWER_SECONDS
+        ):
+            return True
+    except OSError:
+        return False
 
 
 class NodesInterface(TorchConfig):  # type: ignore[misc]

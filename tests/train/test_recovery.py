@@ -19,7 +19,14 @@ from raybert.ray_session import Resources
 from raybert.storage import Folder
 from raybert.train.board import Board
 from raybert.train.group import _interface_of
-from raybert.train.recovery import Patience, Trainer, _Losses, causes_of, reason_of
+from raybert.train.recovery import (
+    Patience,
+    Trainer,
+    _Losses,
+    answers_still,
+    causes_of,
+    reason_of,
+)
 from raybert.train.task import Evicted
 
 LOST = WorkerGroupError("lost", {1: RuntimeError("Connection closed by peer"), 2: RayActorError()})
@@ -148,3 +155,11 @@ def test_the_interface_of_an_address():
     names = {name for _, name in socket.if_nameindex()}
     assert _interface_of("127.0.0.1") in names
     assert _interface_of("203.0.113.7") is None
+
+
+def test_a_node_that_takes_no_connection_is_gone():
+    with socket.create_server(("127.0.0.1", 0)) as raylet:
+        host, port = raylet.getsockname()
+        node = {"NodeManagerAddress": host, "NodeManagerPort": port}
+        assert answers_still(node)
+    assert not answers_still(node)
