@@ -176,8 +176,8 @@ class _Int8FeedForward(nn.Module):
         if gate is not None:
             gate = gate.float()
             most, y = most * gate.abs(), y * gate
-        y = self.down(y, most.amax(dim=-1, keepdim=True))
-        return y.to(dtype)
+        x = self.down(y, most.amax(dim=-1, keepdim=True)).to(dtype)
+        return x
 
 
 def _multiply_bytes(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, half: bool) -> Tensor:
