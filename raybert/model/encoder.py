@@ -333,7 +333,9 @@ class Encoder(nn.Module):
             positions = torch.cat([starts[:length] for length in lengths])[None]  # [1, T]
         mask = _mask(attention_mask, document_ids)
         global_plan = self._plan(mask, positions, seq_len, lengths, local=False)
-        local_plan = self._plan(mask, positions, seq_len, lengths, local=True)
+        local_plan = global_plan
+        if self.config.global_attention_every > 1:
+            local_plan = self._plan(mask, positions, seq_len, lengths, local=True)
         return positions, global_plan, local_plan
 
     def transform(
