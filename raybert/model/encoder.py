@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from raybert.config import Settings
 from raybert.errors import ConfigError
-from raybert.model.attention import Dropout, attend, attend_each
+from raybert.model.attention import Dropout, attend, attend_between, attend_each
 
 
 class ModelConfig(Settings):
@@ -146,7 +146,8 @@ class AttentionPlan(NamedTuple):
     mask: Tensor | None  # bool [B or 1, 1, T or 1, T], True: may be seen; None: everything may
     cos: Tensor | None  # fp32 [B or 1, T, 1, 1, H/2]; None: no rotary positions
     sin: Tensor | None
-    lengths: Sequence[int] | None = None  # of texts end to end in one row; then no mask is needed
+    # Of texts end to end in one row; then no mask is needed. A tensor: their bounds, int64 [n + 1].
+    lengths: Sequence[int] | Tensor | None = None
     reach: int | None = None  # of a local layer, where there are lengths
 
 
@@ -200,6 +201,8 @@ class Attention(nn.Module):
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, N, T, H]
         if plan.lengths is None:
             mixed = attend(q, k, v, plan.mask)  # [B, N, T, H]
+        elif isinstance(plan.lengths, Tensor):
+            mixed = attend_between(q, k, v, plan.lengths, plan.reach)
         else:
             mixed = attend_each(q, k, v, plan.lengths, plan.reach)
         x = self.out(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
@@ -299,6 +302,25 @@ class Encoder(nn.Module):
         Raises:
             ConfigError: a text is longer than max_seq_len.
         """
+        plans = self.plan(input_ids, attention_mask, document_ids, lengths)
+        return self.transform(input_ids, *plans)
+
+    def plan(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> tuple[Tensor | None, AttentionPlan, AttentionPlan]:
+        """What `transform` needs of a batch, described as in `forward`.
+
+        Returns:
+            Positions [B, T], or None where each row begins at 0; what global layers need; and what
+            local ones do.
+
+        Raises:
+            ConfigError: a text is longer than max_seq_len.
+        """
         seq_len = input_ids.shape[1] if lengths is None else max(lengths)
         if seq_len > self.config.max_seq_len:
             raise ConfigError(
@@ -311,8 +333,19 @@ class Encoder(nn.Module):
             positions = torch.cat([starts[:length] for length in lengths])[None]  # [1, T]
         mask = _mask(attention_mask, document_ids)
         global_plan = self._plan(mask, positions, seq_len, lengths, local=False)
-        local_plan = self._plan(mask, positions, seq_len, lengths, local=True)
+        local_plan = global_plan
+        if self.config.global_attention_every > 1:
+            local_plan = self._plan(mask, positions, seq_len, lengths, local=True)
+        return positions, global_plan, local_plan
 
+    def transform(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None,
+        global_plan: AttentionPlan,
+        local_plan: AttentionPlan,
+    ) -> Tensor:
+        """Encode `input_ids` [B, T] by what `plan` made of the batch: hidden states [B, T, D]."""
         x: Tensor = self.embeddings(input_ids, positions)  # [B, T, D]
         for index, layer in enumerate(self.layers):
             x = layer(x, local_plan if self.config.is_local(index) else global_plan)
@@ -392,6 +425,10 @@ class _Rotary(torch.autograd.Function):
 
 def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + H/2) of the queries and keys in [B, T, 3, N, H], not the values."""
+    if torch.compiler.is_compiling():  # which turns writing in place into masks for every element
+        first, second = qkv[:, :, :2].chunk(2, dim=-1)  # [B, T, 2, N, H/2] each
+        halves = (first * cos - second * sin, second * cos + first * sin)
+        return torch.cat([torch.cat(halves, dim=-1), qkv[:, :, 2:]], dim=2)
     qkv = qkv.clone()
     first, second = qkv[:, :, :2].chunk(2, dim=-1)  # [B, T, 2, N, H/2] each
     turned = (first * cos).addcmul_(second, sin, value=-1)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from raybert.model import hub
+from raybert.serve import engines
 from raybert.serve import precision as precisions
 from raybert.serve.windows import Row, windows
 from raybert.storage import Folder
@@ -51,7 +52,7 @@ class TextClassifier:
         self.precision = precisions.resolve(precision, folder, self._device)
         #: In fp32, for explanations; scores come from what `precision` makes of it.
         self.model = model.to(self._device).eval().requires_grad_(False)
-        self._engine = precisions.engine(self.model, self.precision)
+        self._engine = engines.engine(self.model, self.precision)
         self.tokens_per_batch = TOKENS_PER_BATCH.get(self._device.type, TOKENS_PER_BATCH["cuda"])
 
     @property
@@ -96,8 +97,6 @@ class TextClassifier:
 
     def _batch_end(self, lengths: Sequence[int], order: npt.NDArray[np.int64], begin: int) -> int:
         """The end of the batch that starts at `begin`: as many texts as fit the token budget."""
-        if self.precision in precisions.ONE_BY_ONE:
-            return begin + 1
         end, total = begin, 0
         while end < len(order):
             length = lengths[order[end]]

@@ -6,38 +6,29 @@ it never differ from each other. `choice` makes it by measuring.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
-import shutil
 import time
 import uuid
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from raybert.errors import StorageError, UserError
 from raybert.model import hub
-from raybert.model.heads import Classifier
 from raybert.ray_session import cores
 from raybert.registry import CHOICES
+from raybert.serve.engines import can_compile, has_int8
 from raybert.storage import Folder
 from raybert.train.group import Group, has_fast_bf16
 from raybert.train.run import describe_machine
 
 PRECISIONS = ("fp32", "bf16", "int8", "compiled")
-#: Where a text's scores would depend on what stands beside it: int8 scales activations by the
-#: largest one of a whole product's input.
-ONE_BY_ONE = frozenset({"int8"})
 
-_INT8_ENGINES = ("x86", "fbgemm", "onednn")  # those that scale weights by output
 _AGREE_SECONDS = 3.0  # more than a store takes to look a file up and to write another one
-_ANGLES = ("global_angles", "local_angles")
 
 
 def resolve(precision: str, folder: Folder, device: torch.device) -> str:
@@ -70,88 +61,10 @@ def fallback(device: torch.device) -> str:
 def available(device: torch.device) -> tuple[str, ...]:
     """The precisions that this machine can compute in, fp32 first."""
     has = {
-        "int8": device.type == "cpu"
-        and hasattr(torch, "quantize_per_channel")
-        and torch.backends.quantized.engine in _INT8_ENGINES,
-        "compiled": shutil.which(os.environ.get("CXX", "g++")) is not None,
+        "int8": device.type == "cpu" and has_int8(),
+        "compiled": can_compile(),
     }
     return tuple(name for name in PRECISIONS if has.get(name, True))
-
-
-def engine(model: Classifier, precision: str) -> nn.Module:
-    """Make of an fp32 classifier what computes in a precision, called alike; the head stays fp32.
-
-    Args:
-        model: the classifier, which is left as it is.
-        precision: one of PRECISIONS.
-    """
-    if precision == "fp32":
-        return model
-    served = copy.deepcopy(model)
-    fast_bf16 = has_fast_bf16(next(model.parameters()).device)
-    if precision == "int8":
-        _quantize(served.encoder)
-    elif precision == "compiled":
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else it keeps processes
-        for layer in served.encoder.layers:
-            compiled: Any = torch.compile(layer.get_submodule("feed_forward"), dynamic=True)
-            layer.register_module("feed_forward", compiled)
-    if precision == "bf16" or (precision == "compiled" and fast_bf16):
-        served.register_module("encoder", _InBf16(served.encoder))
-    return served
-
-
-class _InBf16(nn.Module):
-    """An encoder whose weights and states are bf16; what it returns is fp32."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        angles = {name: b for name, b in encoder.named_buffers(recurse=False) if name in _ANGLES}
-        self.encoder = encoder.to(torch.bfloat16)
-        for name, angle in angles.items():  # of rotary positions: bf16 counts to 256
-            encoder.register_buffer(name, angle, persistent=False)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = self.encoder(*args, **kwargs)
-        return x.float()
-
-
-class _Int8Linear(nn.Module):
-    """A dense layer with int8 weights, scaled by output, and activations quantized as they come."""
-
-    def __init__(self, dense: nn.Linear) -> None:
-        super().__init__()
-        weight = dense.weight.detach().float()  # [out, in]
-        scales = weight.abs().amax(dim=1).clamp(min=1e-8).double() / 127
-        zeros = torch.zeros(len(scales), dtype=torch.int64)
-        bias = None if dense.bias is None else dense.bias.detach().float()
-        with warnings.catch_warnings():
-            # PyTorch means to drop such tensors one day; `available` then leaves int8 out.
-            warnings.simplefilter("ignore")
-            quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        self._packed = torch.ops.quantized.linear_prepack(quantized, bias)
-        # Without VNNI, sums of two products overflow 16 bits unless activations have 7.
-        self._reduced = not _has_vnni()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.quantized.linear_dynamic(x, self._packed, self._reduced)
-        return y
-
-
-def _quantize(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            module.register_module(name, _Int8Linear(child))
-        else:
-            _quantize(child)
-
-
-def _has_vnni() -> bool:
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            return any("vnni" in line for line in file if line.startswith("flags"))
-    except OSError:  # not Linux
-        return False
 
 
 # The choice --------------------------------------------------------------------------------------
