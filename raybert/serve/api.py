@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from raybert import __version__
-from raybert.serve import bodies, docs, infer
+from raybert.serve import bodies, docs, infer, logs
 from raybert.serve.auth import Keys
 from raybert.serve.bodies import (
     B,
@@ -62,11 +62,15 @@ def make_api(
 
     @asynccontextmanager
     async def following(app: FastAPI) -> AsyncIterator[None]:
-        watch = asyncio.create_task(service.catalog.watch())
+        beside = [
+            asyncio.create_task(service.catalog.watch()),
+            asyncio.create_task(logs.keep_written(log)),
+        ]
         try:
             yield
         finally:
-            watch.cancel()
+            for task in beside:
+                task.cancel()
 
     app = FastAPI(
         lifespan=following,

@@ -21,7 +21,7 @@ from raybert.config import build as build_settings
 from raybert.errors import ConfigError, UserError
 from raybert.model.allocator import KEEP_FREED_MEMORY, keep_freed_memory
 from raybert.model.find import resolve_model
-from raybert.serve import edge, models
+from raybert.serve import edge, logs, models
 from raybert.serve.api import make_api
 from raybert.serve.auth import VARIABLE, Keys, read_keys
 from raybert.serve.classifier import TextClassifier
@@ -80,6 +80,7 @@ class Server:
         """Called by Serve when the replica has drained."""
         if hasattr(self, "_service"):  # it may have failed to load
             self._service.close()
+            logs.write(self._log)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raybert.errors import RaybertError
-from raybert.ray_session import RayConfig, cores, environment, ray_session
+from raybert.ray_session import RayConfig, cores, environment, logs_folder, ray_session
 from raybert.serve.auth import read_keys
 from raybert.serve.ingress import SCRATCH, serve_environment
 from raybert.serve.ports import check_port
@@ -93,6 +93,12 @@ def _deploy(config: ServeConfig, digests: list[str], on_progress: Callable[[str]
         raise RaybertError(reason("\n".join([str(error), *told]))) from None
     scheme = "https" if there.ssl_certfile else "http"
     return f"{scheme}://{_shown(there.host)}:{there.port}"
+
+
+def log_folder() -> Path | None:
+    """Where the replicas of a Ray that was started here write their log; None elsewhere."""
+    found = logs_folder()
+    return None if found is None else found / "serve"
 
 
 def state() -> State | None:
