@@ -114,6 +114,16 @@ def test_a_model_is_promoted_and_rolled_back(raybert, trained, tmp_path):
     assert "has no model 'films'; it has reviews" in refused(raybert("rollback", "films", *at))
 
 
+def test_a_broken_model_is_not_promoted(raybert, trained, tmp_path):
+    shutil.copytree(trained.run / "finetune" / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    done = raybert("promote", "reviews", "-m", tmp_path / "model", "-c", trained.config,
+                   "--set", f"run.storage={tmp_path}")  # fmt: skip
+    assert refused(done).startswith(f"{weights} is damaged: ")
+    assert not (tmp_path / "registry").exists()
+
+
 def test_the_fine_tuned_model_is_what_is_promoted_without_a_search(raybert, trained, tmp_path):
     shutil.copytree(trained.run, tmp_path / "tiny")
     done = raybert("promote", "reviews", "-c", trained.config, "--set",

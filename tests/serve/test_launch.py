@@ -1,5 +1,6 @@
 """What is set before Ray starts, and what is refused before it is started for nothing."""
 
+import json
 import os
 import re
 import shutil
@@ -163,6 +164,20 @@ def test_a_certificate_that_can_not_be_used_is_refused(model, tmp_path):
         given = {"tls_cert": str(files[0]), "tls_key": str(files[1])}
         with pytest.raises(UserError, match=words):
             start(config_of(model=model.uri, **given))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"models": {"more": "{}/none"}}, "serve.models.more"),
+        ({"canary": {"model": "{}/none"}}, "serve.canary.model"),
+        ({"fill_mask": "{}/none"}, "serve.fill_mask"),
+    ],
+)
+def test_the_key_of_a_model_that_is_not_there_is_named(model, tmp_path, changes, key):
+    text = json.dumps(changes).replace("{}", str(tmp_path))
+    with pytest.raises(UserError, match=f"^{key}: {tmp_path}/none: no model here"):
+        start(config_of(model=model.uri, **json.loads(text)))
 
 
 def test_nothing_of_a_start_that_failed_is_left():
