@@ -20,6 +20,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from raybert import __version__
 from raybert.serve import bodies, docs, infer, logs
@@ -78,6 +79,7 @@ def make_api(
         version=__version__,
         docs_url=None,  # which would load its scripts from a public address
         redoc_url=None,
+        redirect_slashes=False,  # to an address that a proxy before it may not know
         swagger_ui_oauth2_redirect_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
@@ -163,6 +165,11 @@ def _add_states(app: FastAPI, service: Service) -> None:
     async def health_live() -> dict[str, bool]:
         return {"live": True}
 
+    for path in (*_OPEN, *_OPEN_V2):  # load balancers ask so
+        if "health" in path:
+            answer = health_live if path.endswith("live") else health_ready
+            app.head(path, include_in_schema=False)(answer)
+
     @app.get("/info", summary="What is served")
     async def info() -> dict[str, Any]:
         return service.info()
@@ -192,12 +199,17 @@ def _add_states(app: FastAPI, service: Service) -> None:
 
 
 def _add_page(app: FastAPI, page: Path | None) -> list[str]:
-    """Serve a folder at `/`, after all other routes; returns the paths of its files."""
+    """Serve a folder at `/`, a route a file; returns their paths.
+
+    A folder that is mounted would answer for every path, and take GET /predict for a missing file.
+    """
     if page is None or not page.joinpath("index.html").exists():
         return []
-    app.mount("/", StaticFiles(directory=page, html=True))
     files = (file.relative_to(page) for file in page.rglob("*") if file.is_file())
-    return ["/", *(f"/{file.as_posix()}" for file in files)]
+    paths = ["/", *(f"/{file.as_posix()}" for file in files)]
+    served = StaticFiles(directory=page, html=True)
+    app.router.routes.extend(Route(path, served, methods=["GET"]) for path in paths)
+    return paths
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -207,9 +219,14 @@ def _add_errors(app: FastAPI) -> None:
 
     async def no_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        kind = _KINDS.get(error.status_code, "Validation")
-        body = {"error": str(error.detail), "error_type": kind}
-        return JSONResponse(body, error.status_code, dict(error.headers or {}))
+        status, headers = error.status_code, dict(error.headers or {})
+        told = str(error.detail)
+        if status == 404:
+            told = "there is nothing at this path; /docs names those that there are"
+        elif status == 405:
+            told = f"this path takes {headers.get('Allow', 'other methods')}; /docs says how"
+        body = {"error": told, "error_type": _KINDS.get(status, "Validation")}
+        return JSONResponse(body, status, headers)
 
     async def broken(request: Request, error: Exception) -> Response:
         body = {"error": "the server failed; its log says why", "error_type": "Internal"}

@@ -404,9 +404,9 @@ def test_a_body_without_end_is_refused_at_the_limit(api):
 
 
 def test_paths_and_methods_that_are_not_there(api):
-    refused(api.ask("GET", "/nothing"), 404)
-    refused(api.ask("GET", "/predict"), 405)
-    refused(api.ask("DELETE", "/info"), 405)
+    refused(api.ask("GET", "/nothing"), 404, "/docs")
+    refused(api.ask("GET", "/predict"), 405, "this path takes POST")
+    refused(api.ask("DELETE", "/info"), 405, "this path takes GET")
 
 
 @pytest.mark.parametrize(
@@ -763,3 +763,10 @@ def test_a_page_is_served_beside_the_api(model, pretrained, tmp_path):
     for path in ("/secret.txt", "/../conftest.py", "/%2e%2e/conftest.py"):
         assert api.ask("GET", path).status_code == 401
     api.service.close()
+    assert api.ask("HEAD", "/health/live").status_code == 200
+    own = {"Authorization": f"Bearer {KEY}"}
+    answer = api.ask("GET", "/predict", headers=own)  # is no file that is missing
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
+    for path in ("/nothing", "/predict/"):
+        refused(api.post(path, {"inputs": "a"}, headers=own), 404)
+    refused(api.post("/app.js", {}, headers=own), 405)
