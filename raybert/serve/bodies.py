@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 FULL = "x-raybert-full"  # the header of a replica's refusals while its queue is full
 QUEUED = ("/predict", "/infer")  # how the paths end of what wants the queue
@@ -81,13 +81,23 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _unwrapped(given: Any) -> Any:
+    """Several texts as text-embeddings-inference asks for them, each in a list of its own."""
+    is_wrapped = isinstance(given, list) and all(
+        isinstance(one, list) and len(one) == 1 for one in given
+    )
+    return [text for [text] in given] if is_wrapped else given
+
+
+_Alone = Annotated[list[str], Field(min_length=1, max_length=1)]
 Texts = Annotated[
     str | Annotated[list[str], Field(fail_fast=True)],
     Field(
         union_mode="left_to_right",
-        description="a text, or several",
+        description="a text, or several, each alone or in a list of its own",
         examples=["The plot was thin, but the actors made it a joy to watch."],
     ),
+    BeforeValidator(_unwrapped, json_schema_input_type=str | list[str] | list[_Alone]),
 ]
 
 
@@ -99,6 +109,14 @@ class PredictRequest(Body):
         None,
         description="true: a text past the model's length loses its middle, as in training; false: "
         "it is read in windows and their scores are averaged; null: as the server is set",
+    )
+    truncation_direction: Literal["Left", "Right", "left", "right"] | None = Field(
+        None,
+        description="as text-embeddings-inference's clients send it; without effect, for what is "
+        "cut is the middle",
+    )
+    parameters: dict[str, Any] | None = Field(
+        None, max_length=0, description="as huggingface_hub's client sends it: with nothing in it"
     )
     raw_scores: bool = Field(False, description="logits in place of probabilities")
     all_scores: bool = Field(True, description="all labels, the likeliest first; false: that one")

@@ -100,6 +100,16 @@ def test_one_text_and_a_list(api):
     assert many[1][0]["label"] == "neg"
 
 
+def test_lists_as_text_embeddings_inference_takes_them(api):
+    """Its documentation sends several texts as `[["a"], ["b"]]`, and its clients all its keys."""
+    texts = ["a superb film", "an awful film"]
+    keys = {"truncate": False, "truncation_direction": "Right", "raw_scores": False}
+    keys |= {"parameters": {}}  # of huggingface_hub's client
+    wrapped = api.post("/predict", {"inputs": [[text] for text in texts], **keys})
+    assert wrapped.json() == api.post("/predict", {"inputs": texts}).json()
+    assert len(api.post("/fill-mask", {"inputs": [["a [MASK]"], ["[MASK]"]]}).json()) == 2
+
+
 def test_options_of_an_answer(api):
     raw = api.post("/predict", {"inputs": "superb", "raw_scores": True}).json()
     logits = TextClassifier(api.service.find(None).folder, precision="fp32").logits(["superb"])
@@ -270,6 +280,8 @@ def test_open_inference_refuses(api, body, status):
 def test_a_model_that_is_not_served(api):
     for path in ("/v2/models/other", "/v2/models/other/ready"):
         refused(api.ask("GET", path), 404)
+        ({"inputs": [tensor([["a"], "b"])]}, 422),
+        ({"inputs": [tensor([["a", "b"]], shape=[1])]}, 422),
     refused(api.post("/v2/models/other/infer", {"inputs": [tensor(["a"])]}), 404)
     refused(api.post("/predict", {"inputs": "a", "model": "other"}), 404, "no such classifier")
 
