@@ -89,6 +89,13 @@ def _unwrapped(given: Any) -> Any:
     return [text for [text] in given] if is_wrapped else given
 
 
+def _flat(given: Any) -> Any:
+    """A tensor's elements in their order: the protocol lets lists be nested as its shape is."""
+    while isinstance(given, list) and given and all(isinstance(one, list) for one in given):
+        given = [inner for one in given for inner in one]
+    return given
+
+
 _Alone = Annotated[list[str], Field(min_length=1, max_length=1)]
 Texts = Annotated[
     str | Annotated[list[str], Field(fail_fast=True)],
@@ -138,15 +145,19 @@ class InferInput(Body):
     # Its product is formed, which of a megabyte of factors would take seconds.
     shape: Annotated[list[int], Field(fail_fast=True, max_length=8)]
     datatype: Literal["BYTES"]
-    data: Annotated[list[str], Field(fail_fast=True)]
-    parameters: dict[str, Any] = {}
+    data: Annotated[
+        list[str],
+        Field(fail_fast=True, description="the texts, flat or nested as the shape is"),
+        BeforeValidator(_flat, json_schema_input_type=list[Any]),
+    ]
+    parameters: dict[str, Any] | None = None
 
 
 class InferOutput(Body):
     """An output that is asked for."""
 
-    name: str
-    parameters: dict[str, Any] = {}
+    name: str = Field(description="label or scores")
+    parameters: dict[str, Any] | None = None
 
 
 class InferRequest(Body):
@@ -156,7 +167,7 @@ class InferRequest(Body):
     inputs: Annotated[list[InferInput], Field(fail_fast=True, max_length=1)]
     # Each is answered in full: many would make a small request a large answer.
     outputs: Annotated[list[InferOutput], Field(fail_fast=True, max_length=2)] | None = None
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = Field(None, description="truncate: as in PredictRequest")
 
 
 class Score(BaseModel):
@@ -172,15 +183,18 @@ class WeighedWord(BaseModel):
     text: str
     start: int
     end: int
-    weight: float
+    weight: float = Field(description="above 0: it spoke for the likeliest label")
 
 
 class Explained(BaseModel):
     """Scores with the words that decided."""
 
-    predictions: list[Score]
-    words: list[WeighedWord]
-    error: float
+    predictions: list[Score] = Field(description="the likeliest first")
+    words: list[WeighedWord] = Field(description="in the text's order")
+    error: float = Field(
+        description="how far the weights are from summing to the likeliest label's logit over the "
+        "others' mean, less the same for the text with all words masked"
+    )
 
 
 class Guess(BaseModel):
