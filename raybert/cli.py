@@ -400,7 +400,7 @@ def bench_serve(
     for precision, found in result["measured"].items():
         print(
             f"{precision:<10}{found['texts_per_second']:>10,.1f} texts/s  "
-            f"accuracy {found['accuracy']:.4f} ({-found['points_lost']:+.2f} points)"
+            f"accuracy {found['accuracy']:.4f} ({0.0 - found['points_lost']:+.2f} points)"
         )
     kept = "kept with the model" if result["stored"] else "not kept: the model can't be written to"
     print(f"{result['precision']} for {result['machine']}: {kept}")

@@ -41,7 +41,7 @@ def serve(
 
     Example: `raybert serve runs/demo`, then open http://127.0.0.1:8000
     """
-    from raybert.serve.launch import serving, state
+    from raybert.serve.launch import log_folder, serving, state
     from raybert.serve.watching import watch
 
     given = {"model": model, "host": host, "port": port, "keys": keys}
@@ -57,6 +57,9 @@ def serve(
         serving(serve_config, experiment.ray, on_progress=display.line) as url,
     ):
         display.say(f"serve     {url} answers; {url}/docs says how; Ctrl-C ends it")
+        log = log_folder()
+        if log is not None:
+            display.say(f"serve     its log: {log}")
         if as_json:
             print_json({"url": url, "model": serve_config.model})
         try:

@@ -75,6 +75,7 @@ def promote(
     """
     from raybert.model.find import resolve_model
     from raybert.registry import Registry
+    from raybert.serve.models import check
 
     experiment = load_experiment(config, overrides, name)
     if model is None:
@@ -82,7 +83,9 @@ def promote(
         stage = "tune" if tuned.exists("model/config.json") else "finetune"
         model = (experiment.folder / stage).uri
     registry = Registry(experiment.run.storage)
-    version = registry.promote(registered, resolve_model(model))
+    folder = resolve_model(model)
+    check(folder)  # what serves would go on with the version before, and tell it in a log only
+    version = registry.promote(registered, folder)
     _show(registry, registered, version, as_json)
 
 

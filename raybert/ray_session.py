@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import Field
 
@@ -150,6 +151,14 @@ def dashboard_url() -> str | None:
 
     address = ray._private.worker.get_dashboard_url()
     return f"http://{address}/" if address else None
+
+
+def logs_folder() -> Path | None:
+    """Where the Ray that was started here writes its logs; None for one of somebody else's."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return Path(node.get_logs_dir_path()) if _started_here and node is not None else None
 
 
 def _set_log_level(level: int) -> None:

@@ -114,6 +114,16 @@ def test_a_model_is_promoted_and_rolled_back(raybert, trained, tmp_path):
     assert "has no model 'films'; it has reviews" in refused(raybert("rollback", "films", *at))
 
 
+def test_a_broken_model_is_not_promoted(raybert, trained, tmp_path):
+    shutil.copytree(trained.run / "finetune" / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    done = raybert("promote", "reviews", "-m", tmp_path / "model", "-c", trained.config,
+                   "--set", f"run.storage={tmp_path}")  # fmt: skip
+    assert refused(done).startswith(f"{weights} is damaged: ")
+    assert not (tmp_path / "registry").exists()
+
+
 def test_the_fine_tuned_model_is_what_is_promoted_without_a_search(raybert, trained, tmp_path):
     shutil.copytree(trained.run, tmp_path / "tiny")
     done = raybert("promote", "reviews", "-c", trained.config, "--set",
@@ -272,6 +282,7 @@ def test_what_a_precision_costs_is_measured_and_kept(raybert, tmp_path, trained,
     assert found["measured"]["fp32"]["accuracy"] > 0.5
     shown = raybert(*at).out
     assert "texts/s" in shown and "kept with the model" in shown
+    assert "(+0.00 points)" in shown and "-0.00" not in shown  # of fp32 against itself
 
 
 def test_finished_runs_say_so_when_what_made_them_is_gone(raybert, tmp_path, trained):
@@ -437,6 +448,13 @@ def test_fine_tuning_past_the_models_length(raybert, trained, tmp_path):
 def test_a_model_that_is_not_there(raybert, tmp_path):
     for command in (["predict", "-m", tmp_path, "x"], ["fill-mask", "-m", tmp_path, "[MASK]"]):
         assert "no model here (config.json is missing)" in refused(raybert(*command))
+
+
+def test_an_experiment_that_has_only_been_pretrained(raybert, trained, tmp_path):
+    shutil.copytree(trained.run / "pretrain", tmp_path / "pretrain")
+    told = f"{tmp_path}: no model of finetune here, but one of pretrain; name {tmp_path}/pretrain"
+    assert refused(raybert("predict", "-m", tmp_path, "x")) == told
+    assert refused(raybert("serve", tmp_path, "--port", "10999")) == told
 
 
 def test_a_model_of_the_other_kind(raybert, trained):

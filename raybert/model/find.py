@@ -5,6 +5,8 @@ from __future__ import annotations
 from raybert.errors import UserError
 from raybert.storage import Folder
 
+_STAGES = ("pretrain", "finetune", "tune")  # whose runs have a model
+
 
 def find_model(folder: Folder, stage: str) -> Folder | None:
     """The model directory that a folder means: itself, a run's `model/`, or an experiment's.
@@ -31,5 +33,10 @@ def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
     found = find_model(Folder(path), stage)
     if found is None:
         named = f"{key}={path}" if key else path
+        for other in _STAGES:  # an experiment that has not come as far, or begins later
+            if (Folder(path) / other).exists("model/config.json"):
+                raise UserError(
+                    f"{named}: no model of {stage} here, but one of {other}; name {path}/{other}"
+                )
         raise UserError(f"{named}: no model here (config.json is missing); name a model/ or a run")
     return found

@@ -15,19 +15,17 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from raybert import __version__
-from raybert.serve import bodies, docs, infer
+from raybert.serve import bodies, docs, document, infer, logs
 from raybert.serve.auth import Keys
 from raybert.serve.bodies import (
     B,
-    Body,
-    Error,
     Explained,
     FillMaskRequest,
     Guess,
@@ -43,9 +41,11 @@ PAGE = Path(__file__).with_name("page")
 
 _OPEN = ("/docs", "/openapi.json", "/health", "/health/live", "/health/ready")
 _OPEN_V2 = ("/v2/health/live", "/v2/health/ready")
-_STATUSES = (400, 401, 404, 408, 413, 415, 422, 424, 429, 504)
 _KINDS = {404: "NotFound", 405: "MethodNotAllowed"}
-_DEFINED = "#/components/schemas/{model}"
+_MODEL = "/v2/models/{name}"
+_VERSION = _MODEL + "/versions/{version}"
+_ALSO = f"also at {_VERSION}"
+_BINARY = "inference-header-content-length"  # of the protocol's extension for binary tensors
 
 
 def make_api(
@@ -62,11 +62,15 @@ def make_api(
 
     @asynccontextmanager
     async def following(app: FastAPI) -> AsyncIterator[None]:
-        watch = asyncio.create_task(service.catalog.watch())
+        beside = [
+            asyncio.create_task(service.catalog.watch()),
+            asyncio.create_task(logs.keep_written(log)),
+        ]
         try:
             yield
         finally:
-            watch.cancel()
+            for task in beside:
+                task.cancel()
 
     app = FastAPI(
         lifespan=following,
@@ -74,6 +78,7 @@ def make_api(
         version=__version__,
         docs_url=None,  # which would load its scripts from a public address
         redoc_url=None,
+        redirect_slashes=False,  # to an address that a proxy before it may not know
         swagger_ui_oauth2_redirect_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
@@ -91,20 +96,18 @@ def make_api(
             allow_headers=["Authorization", "Content-Type"],
             expose_headers=["Retry-After"],
         )
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: document.openapi(app)  # type: ignore[method-assign]
     return app
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
     """Add the routes that run a model."""
-    refusals: dict[int | str, dict[str, Any]] = {code: {"model": Error} for code in _STATUSES}
 
     @app.post(
         "/predict",
         response_model=list[Score] | list[list[Score]] | Explained | list[Explained],
-        responses=refusals,
-        openapi_extra=_body(PredictRequest),
         summary="Label texts",
+        **document.described(PredictRequest),
     )
     async def predict(request: Request) -> Response:
         asked = await _read(request, PredictRequest, service)
@@ -114,32 +117,33 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post(
         "/fill-mask",
         response_model=list[list[Guess]] | list[list[list[Guess]]],
-        responses=refusals,
-        openapi_extra=_body(FillMaskRequest),
         summary="Guess masked words",
+        **document.described(FillMaskRequest),
     )
     async def fill_mask(request: Request) -> Response:
         asked = await _read(request, FillMaskRequest, service)
         request.scope[TEXTS] = _count(asked.inputs)
         return JSONResponse(await service.fill_mask(asked))
 
+    @app.post(f"{_VERSION}/infer", include_in_schema=False)
     @app.post(
-        "/v2/models/{name}/infer",
+        f"{_MODEL}/infer",
         response_model=dict[str, Any],
-        responses=refusals,
-        openapi_extra=_body(InferRequest),
-        summary="Label texts, as tensors",
+        summary=f"Label texts, as tensors; {_ALSO}/infer",
+        **document.described(InferRequest),
     )
     async def infer_model(name: str, request: Request) -> Response:
-        asked = await _read(request, InferRequest, service)
+        if _BINARY in request.headers:
+            raise Refused(415, "Validation", "tensors are read as JSON here, not as binary data")
+        asked = await _read(request, InferRequest, service, untyped=True)
         request.scope[TEXTS] = sum(len(given.data) for given in asked.inputs)
-        return JSONResponse(await infer.infer(service, name, asked))
+        return JSONResponse(await infer.infer(service, name, _version(request), asked))
 
 
 def _add_states(app: FastAPI, service: Service) -> None:
     """Add the routes that tell what is served, and whether it works."""
-    unknown: dict[int | str, dict[str, Any]] = {404: {"model": Error}}
-    stuck: dict[int | str, dict[str, Any]] = {503: {"model": Error}}
+    closed, stuck = document.refused(401), document.refused(503)
+    unknown = document.refused(401, 404)
 
     def ready() -> dict[str, bool]:
         try:
@@ -159,11 +163,21 @@ def _add_states(app: FastAPI, service: Service) -> None:
     async def health_live() -> dict[str, bool]:
         return {"live": True}
 
-    @app.get("/info", summary="What is served")
+    for path in (*_OPEN, *_OPEN_V2):  # load balancers ask so
+        if "health" in path:
+            answer = health_live if path.endswith("live") else health_ready
+            app.head(path, include_in_schema=False)(answer)
+
+    @app.get("/info", responses=closed, summary="What is served")
     async def info() -> dict[str, Any]:
         return service.info()
 
-    @app.get("/metrics", response_class=PlainTextResponse, summary="Counters, for Prometheus")
+    @app.get(
+        "/metrics",
+        responses=closed,
+        response_class=PlainTextResponse,
+        summary="Counters, for Prometheus",
+    )
     async def metrics() -> str:
         return service.metrics.render(service.gauges)
 
@@ -171,29 +185,38 @@ def _add_states(app: FastAPI, service: Service) -> None:
     async def documentation() -> HTMLResponse:
         return HTMLResponse(docs.page(app.openapi()), headers=docs.HEADERS)
 
-    @app.get("/v2", summary="The server's metadata")
+    @app.get("/v2", responses=closed, summary="The server's metadata")
     async def server() -> dict[str, Any]:
         return {"name": "raybert", "version": __version__, "extensions": []}
 
-    @app.get("/v2/models/{name}", responses=unknown, summary="A model's metadata")
-    async def model(name: str) -> dict[str, Any]:
-        return infer.describe(service.find(name))
+    @app.get(_VERSION, include_in_schema=False)
+    @app.get(_MODEL, responses=unknown, summary=f"A model's metadata; {_ALSO}")
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        return infer.describe(infer.find(service, name, _version(request)))
 
+    @app.get(f"{_VERSION}/ready", include_in_schema=False)
     @app.get(
-        "/v2/models/{name}/ready", responses=unknown | stuck, summary="Whether a model is there"
+        f"{_MODEL}/ready",
+        responses=unknown | stuck,
+        summary=f"Whether a model is there; {_ALSO}/ready",
     )
-    async def model_ready(name: str) -> dict[str, Any]:
-        served = service.find(name)
+    async def model_ready(name: str, request: Request) -> dict[str, Any]:
+        served = infer.find(service, name, _version(request))
         return {"name": served.name, **ready()}
 
 
 def _add_page(app: FastAPI, page: Path | None) -> list[str]:
-    """Serve a folder at `/`, after all other routes; returns the paths of its files."""
+    """Serve a folder at `/`, a route a file; returns their paths.
+
+    A folder that is mounted would answer for every path, and take GET /predict for a missing file.
+    """
     if page is None or not page.joinpath("index.html").exists():
         return []
-    app.mount("/", StaticFiles(directory=page, html=True))
     files = (file.relative_to(page) for file in page.rglob("*") if file.is_file())
-    return ["/", *(f"/{file.as_posix()}" for file in files)]
+    paths = ["/", *(f"/{file.as_posix()}" for file in files)]
+    served = StaticFiles(directory=page, html=True)
+    app.router.routes.extend(Route(path, served, methods=["GET"]) for path in paths)
+    return paths
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -203,9 +226,14 @@ def _add_errors(app: FastAPI) -> None:
 
     async def no_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        kind = _KINDS.get(error.status_code, "Validation")
-        body = {"error": str(error.detail), "error_type": kind}
-        return JSONResponse(body, error.status_code, dict(error.headers or {}))
+        status, headers = error.status_code, dict(error.headers or {})
+        told = str(error.detail)
+        if status == 404:
+            told = "there is nothing at this path; /docs names those that there are"
+        elif status == 405:
+            told = f"this path takes {headers.get('Allow', 'other methods')}; /docs says how"
+        body = {"error": told, "error_type": _KINDS.get(status, "Validation")}
+        return JSONResponse(body, status, headers)
 
     async def broken(request: Request, error: Exception) -> Response:
         body = {"error": "the server failed; its log says why", "error_type": "Internal"}
@@ -216,14 +244,21 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, broken)
 
 
-async def _read(request: Request, model: type[B], service: Service) -> B:
+async def _read(request: Request, model: type[B], service: Service, *, untyped: bool = False) -> B:
     """Read and parse a body of bounded size.
+
+    Args:
+        request: whose body is read.
+        model: its form.
+        service: whose limits hold.
+        untyped: whether it may come without a Content-Type, as the Open Inference Protocol's
+            clients send it.
 
     Raises:
         Refused: it is too large or too slow, no JSON, or of another form.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
+    if content_type != "application/json" and not (untyped and not content_type):
         raise Refused(415, "Validation", "send JSON, with Content-Type: application/json")
     limit, seconds = 1024 * service.config.max_body_kb, service.config.timeout_s
     told = request.headers.get("content-length", "")
@@ -251,23 +286,7 @@ def _count(inputs: str | list[str]) -> int:
     return 1 if isinstance(inputs, str) else len(inputs)
 
 
-def _body(model: type[Body]) -> dict[str, Any]:
-    reference = {"$ref": _DEFINED.format(model=model.__name__)}
-    content = {"application/json": {"schema": reference}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document: bodies are read by hand, so that their schemas are added by hand."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        components = document.setdefault("components", {})
-        schemas = components.setdefault("schemas", {})
-        for model in (PredictRequest, FillMaskRequest, InferRequest):
-            schema = model.model_json_schema(ref_template=_DEFINED)
-            schemas.update(schema.pop("$defs", {}))
-            schemas[model.__name__] = schema
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}, {}]  # {}: where no keys are set
-        app.openapi_schema = document
-    return app.openapi_schema
+def _version(request: Request) -> str | None:
+    """The version that a path asks for."""
+    found: str | None = request.path_params.get("version")
+    return found

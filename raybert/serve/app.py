@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ from fastapi import FastAPI
 from ray import serve
 
 from raybert.config import build as build_settings
-from raybert.errors import ConfigError, UserError
+from raybert.errors import ConfigError, DamagedError, UserError
 from raybert.model.allocator import KEEP_FREED_MEMORY, keep_freed_memory
 from raybert.model.find import resolve_model
-from raybert.serve import edge, models
+from raybert.serve import edge, logs, models
 from raybert.serve.api import make_api
 from raybert.serve.auth import VARIABLE, Keys, read_keys
 from raybert.serve.classifier import TextClassifier
@@ -80,6 +82,7 @@ class Server:
         """Called by Serve when the replica has drained."""
         if hasattr(self, "_service"):  # it may have failed to load
             self._service.close()
+            logs.write(self._log)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -156,9 +159,7 @@ def completed(config: ServeConfig) -> ServeConfig:
         return config
     source = models.find(config.model, config.registry)
     folder = source.current()
-    described = folder.read_json("config.json")
-    kinds = described.get("architectures") or [""]
-    if str(kinds[0]).endswith("MaskedLM"):
+    if models.fills_masks(folder):
         return config.model_copy(update={"model": None, "fill_mask": folder.uri})
     if config.fill_mask is None and source.storage is None:
         pretrained = Folder(config.model) / "pretrain"
@@ -199,13 +200,24 @@ def check_models(config: ServeConfig) -> None:
         UserError: a model is not there, or is none of its kind.
         DamagedError: a file is cut short or altered.
     """
-    given = list(config.models.values())
-    given += [config.model] if config.model is not None else []
-    given += [config.canary.model] if config.canary is not None else []
-    for one in given:
-        TextClassifier(models.find(one, config.registry).current(), precision="fp32")
+    given = {f"serve.models.{name}": one for name, one in config.models.items()}
+    given |= {"serve.canary.model": config.canary.model} if config.canary is not None else {}
+    given |= {"": config.model} if config.model is not None else {}  # as it was just typed
+    for key, one in given.items():
+        with _naming(key):
+            TextClassifier(models.find(one, config.registry).current(), precision="fp32")
     if config.fill_mask is not None:
-        MaskFiller(models.find(config.fill_mask, None, stage="pretrain").current())
+        with _naming("serve.fill_mask"):
+            MaskFiller(models.find(config.fill_mask, None, stage="pretrain").current())
+
+
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Say which key named the model that is not there, or no good."""
+    try:
+        yield
+    except (UserError, DamagedError) as error:
+        raise type(error)(f"{key}: {error}" if key else str(error)) from None
 
 
 def check_is_closed(host: str, digests: list[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 FULL = "x-raybert-full"  # the header of a replica's refusals while its queue is full
 QUEUED = ("/predict", "/infer")  # how the paths end of what wants the queue
@@ -81,13 +81,30 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _unwrapped(given: Any) -> Any:
+    """Several texts as text-embeddings-inference asks for them, each in a list of its own."""
+    is_wrapped = isinstance(given, list) and all(
+        isinstance(one, list) and len(one) == 1 for one in given
+    )
+    return [text for [text] in given] if is_wrapped else given
+
+
+def _flat(given: Any) -> Any:
+    """A tensor's elements in their order: the protocol lets lists be nested as its shape is."""
+    while isinstance(given, list) and given and all(isinstance(one, list) for one in given):
+        given = [inner for one in given for inner in one]
+    return given
+
+
+_Alone = Annotated[list[str], Field(min_length=1, max_length=1)]
 Texts = Annotated[
     str | Annotated[list[str], Field(fail_fast=True)],
     Field(
         union_mode="left_to_right",
-        description="a text, or several",
+        description="a text, or several, each alone or in a list of its own",
         examples=["The plot was thin, but the actors made it a joy to watch."],
     ),
+    BeforeValidator(_unwrapped, json_schema_input_type=str | list[str] | list[_Alone]),
 ]
 
 
@@ -99,6 +116,14 @@ class PredictRequest(Body):
         None,
         description="true: a text past the model's length loses its middle, as in training; false: "
         "it is read in windows and their scores are averaged; null: as the server is set",
+    )
+    truncation_direction: Literal["Left", "Right", "left", "right"] | None = Field(
+        None,
+        description="as text-embeddings-inference's clients send it; without effect, for what is "
+        "cut is the middle",
+    )
+    parameters: dict[str, Any] | None = Field(
+        None, max_length=0, description="as huggingface_hub's client sends it: with nothing in it"
     )
     raw_scores: bool = Field(False, description="logits in place of probabilities")
     all_scores: bool = Field(True, description="all labels, the likeliest first; false: that one")
@@ -120,15 +145,19 @@ class InferInput(Body):
     # Its product is formed, which of a megabyte of factors would take seconds.
     shape: Annotated[list[int], Field(fail_fast=True, max_length=8)]
     datatype: Literal["BYTES"]
-    data: Annotated[list[str], Field(fail_fast=True)]
-    parameters: dict[str, Any] = {}
+    data: Annotated[
+        list[str],
+        Field(fail_fast=True, description="the texts, flat or nested as the shape is"),
+        BeforeValidator(_flat, json_schema_input_type=list[Any]),
+    ]
+    parameters: dict[str, Any] | None = None
 
 
 class InferOutput(Body):
     """An output that is asked for."""
 
-    name: str
-    parameters: dict[str, Any] = {}
+    name: str = Field(description="label or scores")
+    parameters: dict[str, Any] | None = None
 
 
 class InferRequest(Body):
@@ -138,7 +167,7 @@ class InferRequest(Body):
     inputs: Annotated[list[InferInput], Field(fail_fast=True, max_length=1)]
     # Each is answered in full: many would make a small request a large answer.
     outputs: Annotated[list[InferOutput], Field(fail_fast=True, max_length=2)] | None = None
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = Field(None, description="truncate: as in PredictRequest")
 
 
 class Score(BaseModel):
@@ -154,15 +183,18 @@ class WeighedWord(BaseModel):
     text: str
     start: int
     end: int
-    weight: float
+    weight: float = Field(description="above 0: it spoke for the likeliest label")
 
 
 class Explained(BaseModel):
     """Scores with the words that decided."""
 
-    predictions: list[Score]
-    words: list[WeighedWord]
-    error: float
+    predictions: list[Score] = Field(description="the likeliest first")
+    words: list[WeighedWord] = Field(description="in the text's order")
+    error: float = Field(
+        description="how far the weights are from summing to the likeliest label's logit over the "
+        "others' mean, less the same for the text with all words masked"
+    )
 
 
 class Guess(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
@@ -51,20 +52,31 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
     lines += [f"<p>{escape(operation['summary'])}</p>"]
     body = operation.get("requestBody")
     if body:
-        lines.append(f"<p>Takes {_kind(body['content'][_JSON]['schema'])}</p>")
+        content = body["content"][_JSON]
+        lines.append(f"<p>Takes {_kind(content['schema'])}, for instance</p>")
+        lines.append(_shown(content["example"]))
     for status, answer in operation["responses"].items():
         kinds = [_kind(content["schema"]) for content in answer.get("content", {}).values()]
         told = escape(answer["description"]) if status != "200" else " ".join(kinds)
         lines.append(f'<p class="quiet">{status} {told}</p>')
+        examples = (found.get("example") for found in answer.get("content", {}).values())
+        lines += [_shown(example) for example in examples if example is not None]
     return "\n".join(['<section class="card">', *lines, "</section>"])
+
+
+def _shown(example: Any) -> str:
+    return f"<p><code>{escape(json.dumps(example))}</code></p>"
 
 
 def _form(name: str, schema: Mapping[str, Any]) -> str:
     lines = [f'<section class="card" id="{escape(name)}">', f"<h3><code>{escape(name)}</code></h3>"]
     lines += [f"<p>{escape(schema['description'])}</p>"] if "description" in schema else []
+    is_body = schema.get("additionalProperties") is False  # what is asked, not what is answered
     for key, value in schema.get("properties", {}).items():
         told = [_kind(value)]
-        told += ["asked for"] if key in schema.get("required", []) else []
+        told += ["required"] if is_body and key in schema.get("required", []) else []
+        default = value.get("default")
+        told += [f"{escape(json.dumps(default))} by default"] if default is not None else []
         told += [escape(value["description"])] if "description" in value else []
         lines.append(f"<p><code>{escape(key)}</code> <span>{'; '.join(told)}</span></p>")
     return "\n".join([*lines, "</section>"])
@@ -79,8 +91,10 @@ def _kind(schema: Mapping[str, Any]) -> str:
         return " or ".join(map(_kind, schema["anyOf"]))
     if "const" in schema:
         return f"<code>{escape(str(schema['const']))}</code>"
+    if "enum" in schema:
+        return " or ".join(f"<code>{escape(str(one))}</code>" for one in schema["enum"])
     if schema.get("type") == "array":
-        return f"list of {_kind(schema['items'])}"
+        return f"list of {_kind(schema.get('items', {}))}"
     return escape(str(schema.get("type", "anything")))
 
 

@@ -29,7 +29,21 @@ def describe(served: Served) -> dict[str, Any]:
     }
 
 
-async def infer(service: Service, name: str, request: InferRequest) -> dict[str, Any]:
+def find(service: Service, name: str, version: str | None) -> Served:
+    """A model by name, and by the version that a path may ask for.
+
+    Raises:
+        Refused: there is none.
+    """
+    served = service.find(name)
+    if version is not None and version != served.version:
+        raise bodies.not_found(f"no such version of {name}; version {served.version} is served")
+    return served
+
+
+async def infer(
+    service: Service, name: str, version: str | None, request: InferRequest
+) -> dict[str, Any]:
     """Label the texts of a request.
 
     Returns:
@@ -39,9 +53,9 @@ async def infer(service: Service, name: str, request: InferRequest) -> dict[str,
     Raises:
         Refused: it can't be answered.
     """
-    served = service.find(name)
+    find(service, name, version)
     texts = _texts(request)
-    truncate = request.parameters.get("truncate")
+    truncate = (request.parameters or {}).get("truncate")
     if not (truncate is None or isinstance(truncate, bool)):
         raise bodies.invalid("parameters.truncate: true or false")
     wanted = [output.name for output in request.outputs or []] or ["label", "scores"]

