@@ -88,6 +88,8 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     """
     global _started_here
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own notice, answered
+    # Ray gives its first process 20 s; on a machine with other work to do it takes longer.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
     import ray
     from ray.exceptions import AuthenticationError
 
