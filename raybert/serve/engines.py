@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, D hidden, I intermediate.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 import os
@@ -249,6 +250,7 @@ def _quantize(module: nn.Module, exact: nn.Module, *, half: bool) -> None:
             _quantize(module.get_submodule(name), child, half=half)
 
 
+@functools.cache
 def _has_vnni() -> bool:
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
