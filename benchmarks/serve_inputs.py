@@ -291,11 +291,7 @@ def main() -> None:
                 models=json.dumps({NAME: str(model)}),
                 **({"fill_mask": pretrained} if pretrained.exists() else {}),
             )
-            environment = {
-                **os.environ,
-                "RAY_TMPDIR": ray_files,
-                "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # records are written at once
-            }
+            environment = {**os.environ, "RAY_TMPDIR": ray_files}
             with Server("raybert", command, port, environment) as server:
                 result["keys"] = without_the_key(port, key)
                 result["scores"] = same_scores(server, key, model, every, scratch)

@@ -6,6 +6,7 @@ that it does know, and every error is one line that names key, value and remedy.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,8 +70,20 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {problem}") from None
 
 
-def load(root: type[S], path: str | Path | None, overrides: Sequence[str] = ()) -> S:
+def load(
+    root: type[S],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    options: str = "--set",
+) -> S:
     """Read a configuration file, apply `key.path=value` overrides, and validate the result.
+
+    Args:
+        root: what it is a configuration of.
+        path: the file; None: the defaults.
+        overrides: replace what the file says.
+        options: what gave the overrides, for errors.
 
     Raises:
         ConfigError: a missing file, a syntax error, an unknown key, a value that does not fit.
@@ -88,17 +101,28 @@ def load(root: type[S], path: str | Path | None, overrides: Sequence[str] = ()) 
             raise ConfigError(
                 f"{source}: expected `section:` keys at the top, got {type(values).__name__}"
             )
+    before = copy.deepcopy(values)
     for override in overrides:
         _override(values, override)
-    return build(root, values, source)
-
-
-def build(root: type[S], values: Mapping[str, Any], source: str) -> S:
-    """Validate a mapping as `root`; the first error becomes a one-line ConfigError."""
     try:
         return root.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_one_line(root, error, source)) from None
+        wrong = _one_line(root, error)
+    if overrides and wrong != _wrong(root, before):
+        source = options
+    raise ConfigError(f"{source}: {wrong}")
+
+
+def build(root: type[S], values: Mapping[str, Any], source: str) -> S:
+    """Validate a mapping as `root`; the first error becomes a one-line ConfigError.
+
+    It begins with `source`, unless that is empty.
+    """
+    try:
+        return root.model_validate(values)
+    except ValidationError as error:
+        wrong = _one_line(root, error)
+        raise ConfigError(f"{source}: {wrong}" if source else wrong) from None
 
 
 def dump(settings: Settings) -> str:
@@ -142,21 +166,30 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[leaf] = parse_yaml(text, f"--set {key}")
 
 
-def _one_line(root: type[Settings], error: ValidationError, source: str) -> str:
+def _wrong(root: type[Settings], values: Mapping[str, Any]) -> str | None:
+    """What is wrong with a mapping, in one line; None: nothing."""
+    try:
+        root.model_validate(values)
+    except ValidationError as error:
+        return _one_line(root, error)
+    return None
+
+
+def _one_line(root: type[Settings], error: ValidationError) -> str:
     """Say the first error in one line: key, value, what is wrong, what to do."""
     first = error.errors(include_url=False)[0]
     path = _path(root, first["loc"], unknown=first["type"] == "extra_forbidden")
     key = ".".join(path) or "(top level)"
     if first["type"] == "extra_forbidden":
-        return f"{source}: unknown key {key}; {_hint(root, path, first.get('input'))}"
+        return f"unknown key {key}; {_hint(root, path, first.get('input'))}"
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "value_error":  # raised by our own validators, which name their keys
         named = _with_section(root, message, path)
         told = not path or re.search(rf"(?<![\w.]){re.escape(key)}\b", named)
-        return f"{source}: {named}" if told else f"{source}: {key}: {named}"
+        return named if told else f"{key}: {named}"
     if first["type"] == "missing":
-        return f"{source}: {key} is missing; add it, or pass --set {key}=VALUE"
-    return f"{source}: {key}={first.get('input')!r}: {message[0].lower()}{message[1:]}"
+        return f"{key} is missing; add it, or pass --set {key}=VALUE"
+    return f"{key}={first.get('input')!r}: {message[0].lower()}{message[1:]}"
 
 
 def _hint(root: type[BaseModel], path: Sequence[str], value: Any) -> str:

@@ -44,7 +44,13 @@ def load_experiment(
 
     given = [f"{key}={json.dumps(data)}" for key in DATA_KEYS] if data is not None else []
     named = [f"run.name={json.dumps(name)}"] if name is not None else []
-    return load(Experiment, path, [*given, *(overrides or []), *named])
+    options = {"--data": given, "--set": overrides, "--name": named}
+    return load(
+        Experiment,
+        path,
+        [*given, *(overrides or []), *named],
+        options=", ".join(option for option, value in options.items() if value),
+    )
 
 
 def new_display() -> Display:

@@ -6,11 +6,13 @@ import importlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -41,7 +43,7 @@ _TRAIN_PAGE = "RAY_TRAIN_ENABLE_STATE_TRACKING"
 #: For a Ray started here. Each of its processes wakes a hundred times a second, which takes 0.8% of
 #: a core, and a trainer's threads wait for the slowest one of them: of idle workers one is enough.
 _SPARING = {"num_workers_soft_limit": 1}
-
+_CONNECT_SECONDS = 10  # for a cluster's head to take a connection
 
 _started_here = False  # whether the connected Ray is one that `ray_session` started
 
@@ -84,7 +86,8 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     whole run, and Ray Data's operators would starve on the rest of a small machine.
 
     Raises:
-        UserError: the cluster does not answer, or wants another token.
+        UserError: nobody listens at the cluster's address, or who does doesn't answer, or wants
+            another token.
     """
     global _started_here
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own notice, answered
@@ -98,6 +101,7 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     if ray.is_initialized():  # a pipeline's stages share one session
         yield _resources()
         return
+    _check_address(config)
     before = {name: os.environ.get(name) for name in (_PREEMPTION, _TRAIN_PAGE)}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address or config.dashboard:
@@ -145,6 +149,32 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _check_address(config: RayConfig) -> None:
+    """Refuse a cluster's address where nobody listens: Ray tries for a minute, and tells all of it.
+
+    Raises:
+        UserError: nobody does.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS") or ""
+    named = f"ray.address={address}" if config.address else f"RAY_ADDRESS={address}"
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:  # which Ray has words for
+        return
+    if not host or port is None:  # auto, local, a namespace of Ray's client
+        return
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
+            pass
+    except OSError as error:
+        other = "set it to null" if config.address else "unset it"
+        raise UserError(
+            f"{named}: nobody answers ({one_line(error)}); name the head of a cluster that runs, "
+            f"or {other}, and a Ray is started on this machine"
+        ) from None
 
 
 def dashboard_url() -> str | None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from raybert.config import Settings, build, differences, dump, flatten, load, parse_yaml
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
+from raybert.options import load_experiment
 
 
 def refused(values=None, *overrides, path=None):
@@ -141,7 +142,7 @@ def test_a_missing_key_says_how_to_give_it():
 )
 def test_credentials_are_refused_wherever_they_stand_and_not_repeated(override):
     message = refused(None, override)
-    assert message.startswith(f"the defaults: {override.partition('=')[0]}: s3://... holds a key")
+    assert message.startswith(f"--set: {override.partition('=')[0]}: s3://... holds a key")
     assert "hush" not in message and "AKIA" not in message
 
 
@@ -199,9 +200,19 @@ def test_an_override_without_key_or_value(override):
     assert refused(None, override).startswith(f"--set {override}: expected `key=value`")
 
 
+def test_who_gave_a_value_that_does_not_fit_is_named(tmp_path):
+    """Where the file was wrong before an override, it still is."""
+    path = tmp_path / "bad.yaml"
+    path.write_text("pretrain:\n  lr: fast\n")
+    assert refused(None, "pretrain.steps=3", path=path).startswith(f"{path}: pretrain.lr='fast': ")
+    assert refused(None, "pretrain.lr=slow", path=path).startswith("--set: pretrain.lr='slow': ")
+    with pytest.raises(ConfigError, match="^--name: run.name=''"):
+        load_experiment(None, None, name="")
+
+
 def test_an_override_of_an_unknown_key():
     message = refused(None, "pretrain.stps=3")
-    assert message == "the defaults: unknown key pretrain.stps; did you mean pretrain.steps?"
+    assert message == "--set: unknown key pretrain.stps; did you mean pretrain.steps?"
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,9 @@ def attend_each(
     Returns:
         [1, N, T, H].
     """
-    heads, head_dim = q.shape[1], q.shape[3]
+    _, heads, seq_len, head_dim = q.shape
     rows = [tensor[0].transpose(0, 1) for tensor in (q, k, v)]  # [T, N, H] each
-    row = _like_row(q)
-    mixed = row[0].transpose(0, 1)  # [T, N, H]
+    mixed = q.new_empty(seq_len, heads, head_dim)
     by_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not q.requires_grad
     begin = 0
     for length, alike in itertools.groupby(lengths):
@@ -81,7 +80,7 @@ def attend_each(
             mask = ((at[:, None] - at).abs() <= reach)[None, None]  # [1, 1, length, length]
         mixed[begin:end] = attend(of_q, of_k, of_v, mask).transpose(1, 2).flatten(0, 1)
         begin = end
-    return row
+    return mixed.transpose(0, 1)[None]
 
 
 def _mix(q: Tensor, k: Tensor, v: Tensor, *, out: Tensor) -> None:
@@ -121,16 +120,16 @@ def _attend_between(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, reach: int 
     return attend_each(q, k, v, lengths, reach)
 
 
+def _like_mixed(q: Tensor, *rest: Any) -> Tensor:
+    """What `_attend_between` returns, laid out as it lies in memory."""
+    _, heads, seq_len, head_dim = q.shape
+    return q.new_empty(seq_len, heads, head_dim).transpose(0, 1)[None]
+
+
 _LIBRARY: Any = torch.library.Library("raybert", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("attend_between(Tensor q, Tensor k, Tensor v, Tensor bounds, int? reach) -> Tensor")
 _LIBRARY.impl("attend_between", _attend_between, "CPU")
-_LIBRARY.impl("attend_between", lambda q, *rest: _like_row(q), "Meta")
-
-
-def _like_row(q: Tensor) -> Tensor:
-    """Room for what `attend_each` returns: a view [1, N, T, H] of [T, N, H]."""
-    _, heads, seq_len, head_dim = q.shape
-    return q.new_empty(seq_len, heads, head_dim).transpose(0, 1)[None]
+_LIBRARY.impl("attend_between", _like_mixed, "Meta")
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

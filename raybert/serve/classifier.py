@@ -60,6 +60,12 @@ class TextClassifier:
         """Tokens of a text that the model reads at once, special ones included."""
         return self.preprocessing.seq_len
 
+    def warm(self) -> None:
+        """Score a full batch: kernels are chosen, or compiled, for the size that comes first."""
+        count = max(2, self.tokens_per_batch // self.longest)
+        lengths = [self.longest - 1, *[self.longest] * (count - 1)]  # of two, to be padded on GPUs
+        self.score([np.full(length, self.tokenizer.pad_id) for length in lengths])
+
     def logits(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Score texts: [n, labels]. One that is too long for the model loses its middle."""
         return self.score(self.encode(texts))

@@ -99,6 +99,10 @@ class Client:
         """What is served."""
         return self._ask("GET", "/info", None)
 
+    def ready(self) -> Any:
+        """Wait until it works, for `patience_s` at most; asks without a key, too."""
+        return self._ask("GET", "/health/ready", None)
+
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()

@@ -16,14 +16,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from raybert.errors import RaybertError, UserError
 from raybert.ray_session import RayConfig, cores, environment, logs_folder, ray_session
 from raybert.serve.auth import read_keys
+from raybert.serve.client import Client, ServerError
 from raybert.serve.ingress import SCRATCH, serve_environment
 from raybert.serve.ports import check_port
 from raybert.serve.settings import ServeConfig
 from raybert.serve.watching import State, reason
+
+ANSWER_S = 30.0  # for the address to answer, once Serve says that all is well
+_EVERY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # that stand for all of a machine's addresses
 
 
 @contextmanager
@@ -42,7 +47,7 @@ def serving(
 
     Raises:
         UserError: no such model or certificate, the port is taken, Ray does not start.
-        RaybertError: no replica comes up.
+        RaybertError: no replica comes up, or the address does not answer.
     """
     digests = read_keys(config.keys)
     on_cluster = bool(ray_config.address or os.environ.get("RAY_ADDRESS"))
@@ -64,7 +69,10 @@ def serving(
                 if not ray_config.logs:
                     logging.getLogger("ray.serve").setLevel(logging.ERROR)
                 try:
-                    yield _deploy(config, digests, on_progress)
+                    url = _deploy(config, digests, on_progress)
+                    if not on_cluster:  # whose head may be out of reach from here
+                        check_answers(url)
+                    yield url
                 finally:
                     on_progress("answering what has begun")
                     _end(on_cluster)
@@ -123,6 +131,28 @@ def check_certificate(config: ServeConfig) -> None:
             f"serve.tls_cert={config.tls_cert}, serve.tls_key={config.tls_key}: "
             f"{reason.lower().replace('_', ' ')}; name a certificate and its own key, in PEM form "
             "and without a password"
+        ) from None
+
+
+def check_answers(url: str) -> None:
+    """Ask for an answer where clients will: Serve's word is of its replicas, not of what is before.
+
+    Raises:
+        RaybertError: none comes within ANSWER_S.
+    """
+    parts = urlsplit(url)
+    host = _shown(_EVERY.get(parts.hostname or "", parts.hostname or ""))
+    context = ssl.create_default_context()
+    context.check_hostname = False  # whom it is for, only clients know; nothing secret is sent
+    context.verify_mode = ssl.CERT_NONE
+    asked = f"{parts.scheme}://{host}:{parts.port}"
+    try:
+        with Client(asked, timeout_s=5, patience_s=ANSWER_S, context=context) as client:
+            client.ready()
+    except ServerError as error:
+        raise RaybertError(
+            f"{url}: the replicas run, and /health/ready has no answer ({error}); "
+            f"the logs in {log_folder()} say more"
         ) from None
 
 

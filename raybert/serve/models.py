@@ -149,8 +149,7 @@ class Served:
             wait_s=config.wait_ms / 1000,
             on_batch=note,
         )
-        # Kernels are chosen, or compiled.
-        workers.warm(lambda: self.classifier.logits(["a", "a b"]))
+        workers.warm(self.classifier.warm)
 
     @property
     def labels(self) -> list[str]:

@@ -146,12 +146,18 @@ class ServeConfig(Settings):
             values["model"] = model
         if values["registry"] is None:
             values["registry"] = registry
-        return build(ServeConfig, values, "serve")
+        return build(_Section, {"serve": values}, "").serve
 
     @property
     def most_replicas(self) -> int:
         """The most replicas that answer."""
         return self.replicas if isinstance(self.replicas, int) else self.replicas.max
+
+
+class _Section(Settings):
+    """Lets errors name keys as the user knows them: `serve.port`."""
+
+    serve: ServeConfig
 
 
 def is_own(host: str) -> bool:

@@ -34,7 +34,7 @@ class Workers:
         self.shares: Executor = ThreadPoolExecutor(self.count, "share", use_threads, (self._share,))
 
     def warm(self, work: Callable[[], object]) -> None:
-        """Do something once with all cores and once with a share, as it is compiled for each.
+        """Do something once with all cores and once with a share, as it is traced for each.
 
         In threads of its own: those of the queue have requests to answer meanwhile.
         """

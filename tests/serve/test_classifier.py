@@ -175,3 +175,13 @@ def test_lines_before_a_bad_one_are_answered():
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(RaybertError):
         TextClassifier(Folder(tmp_path))
+
+
+def test_it_is_warmed_up_with_a_full_batch(model, monkeypatch):
+    """Compiled for a few tokens, loops would run on one core."""
+    classifier, rows = TextClassifier(model, precision="fp32"), []
+    monkeypatch.setattr(classifier, "score", rows.extend)
+    classifier.warm()
+    tokens = sum(map(len, rows))
+    assert classifier.tokens_per_batch - classifier.longest < tokens <= classifier.tokens_per_batch
+    assert len(set(map(len, rows))) == 2

@@ -1,20 +1,23 @@
 """What is set before Ray starts, and what is refused before it is started for nothing."""
 
+import http.server
 import json
 import os
 import re
 import shutil
 import socket
+import ssl
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from certificates import certificate
 
-from raybert.errors import ConfigError, DamagedError, UserError
-from raybert.ray_session import RayConfig
+from raybert.errors import ConfigError, DamagedError, RaybertError, UserError
+from raybert.ray_session import RayConfig, ray_session
 from raybert.registry import Registry
 from raybert.serve import ingress, launch
 from raybert.serve.auth import VARIABLE
@@ -164,6 +167,49 @@ def test_a_certificate_that_can_not_be_used_is_refused(model, tmp_path):
         given = {"tls_cert": str(files[0]), "tls_key": str(files[1])}
         with pytest.raises(UserError, match=words):
             start(config_of(model=model.uri, **given))
+
+
+@pytest.mark.parametrize("every", ["127.0.0.1", "0.0.0.0"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_an_address_is_asked_before_it_is_said_to_answer(monkeypatch, tmp_path, scheme, every):
+    monkeypatch.setattr(launch, "ANSWER_S", 0.3)
+    paths = []
+
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            paths.append(self.path)
+            self.send_response(503 if len(paths) == 1 else 200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *message):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as there:
+        if scheme == "https":
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate(tmp_path))
+            there.socket = context.wrap_socket(there.socket, server_side=True)
+        url = f"{scheme}://{every}:{there.server_port}"
+        threading.Thread(target=there.serve_forever, daemon=True).start()
+        launch.check_answers(url)
+        assert paths == ["/health/ready"] * 2
+        there.shutdown()
+    with pytest.raises(RaybertError, match=f"^{url}: .* has no answer .*refused"):
+        launch.check_answers(url)
+
+
+@pytest.mark.parametrize("key", ["RAY_ADDRESS", "ray.address"])
+def test_a_cluster_where_nobody_listens_is_told_at_once(monkeypatch, key):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = "{}:{}".format(*unused.getsockname())
+    config = RayConfig(address=address if key == "ray.address" else None)
+    if key == "RAY_ADDRESS":
+        monkeypatch.setenv(key, address)
+    with pytest.raises(UserError, match=f"^{key}={address}: nobody answers .*; name the head of"):
+        with ray_session(config):
+            raise AssertionError("Ray was started")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Precisions: how far each moves a score, and that replicas take the same one."""
 
+import functools
 import json
+import logging
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +19,15 @@ from raybert.model.heads import Classifier
 from raybert.serve import choice, engines
 from raybert.serve import precision as precisions
 from raybert.serve.classifier import TextClassifier
+from raybert.serve.workers import Workers
 from raybert.storage import Folder
 
 CPU = torch.device("cpu")
 TEXTS = [text for text, _ in reviews(30, seed=5)]
+compiler = pytest.mark.skipif(
+    "compiled" not in precisions.available(CPU), reason="there is no C++ compiler here"
+)
+torchs_own = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of its own parts
 QUICK = [name for name in precisions.available(CPU) if name != "compiled"]
 
 
@@ -69,23 +76,59 @@ def test_positions_are_exact_in_bf16(model):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own parts of each other
-@pytest.mark.skipif(
-    "compiled" not in precisions.available(CPU), reason="there is no C++ compiler here"
-)
+@torchs_own
+@compiler
 @pytest.mark.parametrize("name", ["compiled", "int8"])
-def test_a_compiled_model_scores_alike_and_is_compiled_once(model, name):
+def test_a_compiled_model_scores_alike_and_is_compiled_once(model, name, caplog):
     if name not in precisions.available(CPU):
         pytest.skip(f"there is no {name} here")
     exact = TextClassifier(model, precision="fp32").probabilities(TEXTS)
     classifier = TextClassifier(model, precision=name)
-    classifier.logits(["a", "a b"])  # as servers warm it up
+    classifier.warm()
     with torch.compiler.set_stance("fail_on_recompile"):  # whatever comes then
         found = classifier.probabilities(TEXTS)
         alone = np.concatenate([classifier.probabilities([text]) for text in TEXTS])
         classifier.probabilities([""])
+    assert not warned(caplog)  # of a failure, after which it would run as it is
     assert np.abs(found - exact).max() < 0.05
     np.testing.assert_allclose(found, alone, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+@torchs_own
+@compiler
+def test_versions_of_many_shapes_are_compiled_one_after_the_other(caplog):
+    """PyTorch's limit is eight: four architectures, each with two numbers of threads."""
+    workers, graphs = Workers(2), torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for width in (32, 64, 96, 128, 160):
+        config = ModelConfig(hidden_size=width, num_layers=1, num_heads=2, max_seq_len=40)
+        exact = Classifier(Encoder(config, 50), 2).eval().requires_grad_(False)
+        served, ids = engines.engine(exact, "compiled"), torch.ones(1, 40, dtype=torch.int64)
+        workers.warm(functools.partial(served, ids, lengths=[20, 20]))
+    assert graphs["unique_graphs"] - before == 10
+    assert not warned(caplog)
+
+
+@torchs_own
+@compiler
+@pytest.mark.parametrize("broken", ["compiler", "cache"])
+def test_what_can_not_be_compiled_runs_as_it_is(monkeypatch, caplog, tmp_path, broken):
+    """With a compiler that fails, or no folder to keep its files in."""
+    tmp_path.joinpath("file").touch()
+    cache = tmp_path / ("cache" if broken == "compiler" else "file/cache")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    run, x = engines._compiled(lambda x: x.sin() + 1), torch.arange(9.0)
+    with torch._inductor.config.patch({"cpp.cxx": (None, "false")}):
+        for _ in range(2):
+            assert torch.equal(run(x), x.sin() + 1)
+    [told] = warned(caplog)
+    assert told.startswith("compiling fails, so the model runs as it is, slower: ")
+
+
+def warned(caplog):
+    """The warnings of a log."""
+    return [told.getMessage() for told in caplog.records if told.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("layout", ["modern", "classic"])

@@ -31,6 +31,11 @@ def test_what_does_not_fit_is_refused(values, words):
     assert words in str(refused.value)
 
 
+def test_an_option_that_does_not_fit_is_named_by_its_key():
+    with pytest.raises(ConfigError, match="^serve.port=70000: input should be less than"):
+        ServeConfig().changed({"port": 70000}, model="runs/a", registry="runs")
+
+
 def test_replicas_are_a_number_or_a_range():
     assert build(ServeConfig, {"replicas": 3}, "test").most_replicas == 3
     assert build(ServeConfig, {"replicas": {"max": 5}}, "test").most_replicas == 5
