@@ -1,9 +1,9 @@
 """What computes a classifier's scores in a precision: `engine` makes it of the fp32 model.
 
 What bounds a small encoder on CPUs is not its products alone: between two of them, every element is
-read and written several times. So on CPUs the whole encoder is compiled, for any number of texts of
-any lengths, and what lies between two products becomes one loop. In int8, which does products in
-half the time of bf16, that loop also scales what goes in by the largest of each token, so that no
+read and written several times. So on CPUs whole layers are compiled, for any number of texts of any
+lengths, and what lies between two products becomes one loop. In int8, which does products in half
+the time of bf16, that loop also scales what goes in by the largest of each token, so that no
 token's values depend on another's (LLM.int8(), arXiv 2208.07339, section 2.1).
 
 Shapes: B batch, T tokens, D hidden, I intermediate.
@@ -65,59 +65,62 @@ def engine(model: Classifier, precision: str) -> nn.Module:
     encoder: Encoder = served.encoder
     device = next(model.parameters()).device
     fast_bf16 = has_fast_bf16(device)
+    layers = encoder.layers
     if precision == "bf16" or fast_bf16:
         _to_bf16(encoder)
     if precision == "int8":
         _quantize(encoder, model.encoder, half=fast_bf16)
-    run: Callable[..., Tensor] = encoder.transform
     if precision == "compiled" or (precision == "int8" and can_compile()):
-        if device.type == "cpu":
-            run = _compiled(encoder.transform)
-        else:
-            for layer in encoder.layers:
-                feed_forward: Any = layer.get_submodule("feed_forward")
-                feed_forward.forward = _compiled(feed_forward.forward)
-    served.register_module("encoder", _Served(encoder, run))
+        on_cpu = device.type == "cpu"
+        _compile([layer if on_cpu else layer.get_submodule("feed_forward") for layer in layers])
+    served.register_module("encoder", _Served(encoder))
     return served
 
 
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile a function, when it is first called; where that fails, it runs as it is."""
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else it keeps processes
-    from torch._dynamo import config
-    from torch._dynamo.exc import TorchDynamoException
+def _compile(parts: Sequence[nn.Module]) -> None:
+    """Compile modules when they are first called; where that fails, all run as they are.
 
+    Modules that differ in their weights alone share their code, however many there are.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else it keeps processes
     # One code for any number of threads: for another one it is only traced again, which takes 2.8 s
     # in place of 10 (int8, 4 layers of 128). On one core it is as fast, within 0.3%.
     options: dict[str, Any] = {"cpp.dynamic_threads": True}
-    compiled: Callable[..., Tensor] | None = None
     fails = False
 
-    def run(*args: Any) -> Tensor:
-        nonlocal compiled, fails
-        if fails:
-            return function(*args)
-        config.recompile_limit = _MOST_COMPILED  # of this thread: each has a configuration
-        try:
-            if compiled is None:
-                compiled = torch.compile(function, dynamic=True, options=options)
-            return compiled(*args)
-        except (TorchDynamoException, OSError) as error:  # OSError: where it would keep its files
-            fails = True
-            told = " ".join(str(error).split("\n")[:2]).strip()  # who, and why
-            _LOG.warning("compiling fails, so the model runs as it is, slower: %s", told)
-            return function(*args)
+    def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        from torch._dynamo import config
+        from torch._dynamo.exc import TorchDynamoException
 
-    return run
+        quick: Callable[..., Tensor] | None = None
+
+        def run(*args: Any) -> Tensor:
+            nonlocal quick, fails
+            if fails:
+                return function(*args)
+            config.recompile_limit = _MOST_COMPILED  # of this thread: each has a configuration
+            try:
+                if quick is None:
+                    quick = torch.compile(function, dynamic=True, options=options)
+                return quick(*args)
+            except (TorchDynamoException, OSError) as error:  # OSError: where it keeps its files
+                fails = True
+                told = " ".join(str(error).split("\n")[:2]).strip()  # who, and why
+                _LOG.warning("compiling fails, so the model runs as it is, slower: %s", told)
+                return function(*args)
+
+        return run
+
+    for part in parts:
+        part.forward = compiled(part.forward)
 
 
 class _Served(nn.Module):
-    """An encoder that is run by a function, compiled or not; what it returns is fp32."""
+    """An encoder, called alike, to whose layers the lengths of texts are data; returns fp32."""
 
-    def __init__(self, encoder: Encoder, run: Callable[..., Tensor]) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
-        self._run = run
 
     def forward(
         self,
@@ -125,15 +128,15 @@ class _Served(nn.Module):
         attention_mask: Tensor | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
+        if lengths is not None and sum(lengths) == 1:
+            # A size of 1 would be compiled for by itself: the token gets company.
+            x: Tensor = self(input_ids.expand(1, 2), None, [1, 1])
+            return x[:, :1]
         positions, far, near = self.encoder.plan(input_ids, attention_mask, lengths=lengths)
-        run = self._run
         if lengths is not None:
             bounds = torch.tensor([0, *itertools.accumulate(lengths)])
             far, near = far._replace(lengths=bounds), near._replace(lengths=bounds)
-        if input_ids.shape[1] == 1:  # a size that would be compiled for by itself
-            run = self.encoder.transform
-        x = run(input_ids, positions, far, near)  # [B, T, D]
-        return x.float()
+        return self.encoder.transform(input_ids, positions, far, near).float()  # [B, T, D]
 
 
 def _to_bf16(encoder: Encoder) -> None:

@@ -97,6 +97,30 @@ def test_a_compiled_model_scores_alike_and_is_compiled_once(model, name, caplog)
 @pytest.mark.slow
 @torchs_own
 @compiler
+@pytest.mark.parametrize("local", [1, 2])
+def test_a_deep_model_takes_no_longer_to_compile(local):
+    """Layers share their code; local ones and global ones differ, and where the first norm is."""
+    graphs, new = torch._dynamo.utils.counters["stats"], []
+    for depth in (4, 9):
+        config = ModelConfig(
+            hidden_size=24 * local,
+            num_layers=depth,
+            num_heads=2,
+            max_seq_len=40,
+            global_attention_every=local,
+            local_attention=8,
+        )
+        exact = Classifier(Encoder(config, 50), 2).eval().requires_grad_(False)
+        before = graphs["unique_graphs"]
+        served = engines.engine(exact, "compiled")
+        served(torch.ones(1, 40, dtype=torch.int64), lengths=[20, 20])
+        new.append(graphs["unique_graphs"] - before)
+    assert new[0] <= 2 * local and new[1] == 0
+
+
+@pytest.mark.slow
+@torchs_own
+@compiler
 def test_versions_of_many_shapes_are_compiled_one_after_the_other(caplog):
     """PyTorch's limit is eight: four architectures, each with two numbers of threads."""
     workers, graphs = Workers(2), torch._dynamo.utils.counters["stats"]
@@ -118,10 +142,12 @@ def test_what_can_not_be_compiled_runs_as_it_is(monkeypatch, caplog, tmp_path, b
     tmp_path.joinpath("file").touch()
     cache = tmp_path / ("cache" if broken == "compiler" else "file/cache")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    run, x = engines._compiled(lambda x: x.sin() + 1), torch.arange(9.0)
+    parts, x = [torch.nn.SiLU(), torch.nn.Tanh()], torch.arange(9.0)
+    expected = [part(x) for part in parts]
+    engines._compile(parts)
     with torch._inductor.config.patch({"cpp.cxx": (None, "false")}):
-        for _ in range(2):
-            assert torch.equal(run(x), x.sin() + 1)
+        for part, y in zip(2 * parts, 2 * expected, strict=True):
+            assert torch.equal(part(x), y)
     [told] = warned(caplog)
     assert told.startswith("compiling fails, so the model runs as it is, slower: ")
 
