@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 
 from raybert.errors import ConfigError, RaybertError, StorageError
@@ -11,7 +12,7 @@ from raybert.serve.filler import MaskFiller
 from raybert.serve.metrics import Metrics
 from raybert.serve.models import Served, Source
 from raybert.serve.settings import ServeConfig
-from raybert.serve.workers import Workers
+from raybert.serve.workers import Workers, briefly
 from raybert.storage import Folder
 
 
@@ -112,7 +113,8 @@ class Catalog:
                 if folder.uri in (served.folder.uri, self._failed.get(source.name)):
                     continue
                 precision = served.classifier.precision
-                new = await asyncio.to_thread(self._load, source, folder, precision)
+                load = functools.partial(self._load, source, folder, precision)
+                new = await asyncio.to_thread(briefly, load, self._workers.threads)
             except StorageError as error:  # may be better the next time
                 self._log.warning("model %s: %s", source.name, error)
             except RaybertError as error:

@@ -28,7 +28,7 @@ from raybert.serve.metrics import Metrics
 from raybert.serve.models import Served
 from raybert.serve.settings import ServeConfig
 from raybert.serve.windows import Row
-from raybert.serve.workers import Workers, use_threads
+from raybert.serve.workers import Brief, Workers, briefly
 
 _ASIDE = 8  # explanations and masks that may wait
 _MOST_CHARACTERS = 8 << 20  # that wait to be tokenized: about a second of it
@@ -61,7 +61,7 @@ class Service:
         self._log = log or logging.getLogger("raybert.serve")
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
         self._workers = Workers(threads, device=device)
-        self._beside = ThreadPoolExecutor(1, "beside", use_threads, (threads,))
+        self._beside = Brief("beside", threads)
         self._aside = Aside(self._beside, _ASIDE)
         self._characters = 0  # that wait to be tokenized
         self._tokens_a_character = 0.2  # of the last requests
@@ -76,14 +76,13 @@ class Service:
             UserError: a model is not there, or is none of its kind.
             DamagedError: a file is cut short or altered.
         """
-        use_threads(self._workers.threads)
-        self.catalog.load()
+        briefly(self.catalog.load, self._workers.threads)
 
     def close(self) -> None:
         """Let the threads end."""
         self._workers.close()
-        for executor in (self._tokenizing, self._beside):
-            executor.shutdown(wait=False, cancel_futures=True)
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._beside.shutdown(wait=False, cancel_futures=True)
 
     # State ---------------------------------------------------------------------------------------
 
