@@ -59,11 +59,14 @@ def engine(model: Classifier, precision: str) -> nn.Module:
         model: the classifier, which is left as it is.
         precision: one of `precision.PRECISIONS`.
     """
-    if precision == "fp32":
+    device = next(model.parameters()).device
+    if precision == "fp32" and not (device.type == "cpu" and _can_pack()):
         return model
     served = copy.deepcopy(model)
     encoder: Encoder = served.encoder
-    device = next(model.parameters()).device
+    if precision == "fp32":
+        _pack(encoder)
+        return served
     fast_bf16 = has_fast_bf16(device)
     layers = encoder.layers
     if precision == "bf16" or fast_bf16:
@@ -145,6 +148,41 @@ def _to_bf16(encoder: Encoder) -> None:
     encoder.to(torch.bfloat16)
     for name, angle in angles.items():  # of rotary positions: bf16 counts to 256
         encoder.register_buffer(name, angle, persistent=False)
+
+
+# fp32 --------------------------------------------------------------------------------------------
+
+
+class _PackedLinear(nn.Module):
+    """A dense layer whose weights lie as oneDNN's products read them.
+
+    With MKL, which PyTorch takes, a batch of 2,040 tokens takes 12 to 20% longer (4 layers of 256,
+    one core of an AMD EPYC).
+    """
+
+    def __init__(self, dense: nn.Linear) -> None:
+        super().__init__()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(dense.weight.detach())
+        self.bias = dense.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return y
+
+
+def _can_pack() -> bool:
+    """Whether this PyTorch has oneDNN."""
+    return torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
+        torch.ops.mkldnn, "_linear_pointwise"
+    )
+
+
+def _pack(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            module.register_module(name, _PackedLinear(child))
+        else:
+            _pack(child)
 
 
 # int8 --------------------------------------------------------------------------------------------
