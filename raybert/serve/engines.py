@@ -35,6 +35,12 @@ _TINY = 1e-8  # scales are not 0
 #: Of one function, in a process: once for each architecture and each number of threads. PyTorch's
 #: limit is 8, past which it computes without a compiler.
 _MOST_COMPILED = 128
+#: How compiled loops are called from Python, in PyTorch 2.13, and so that others may run meanwhile.
+_HOLDING = "kernel({}); Py_RETURN_NONE;"
+_RELEASING = (
+    "[](auto... given) {{ Py_BEGIN_ALLOW_THREADS kernel(given...); Py_END_ALLOW_THREADS }}({}); "
+    "Py_RETURN_NONE;"
+)
 _LOG = logging.getLogger("ray.serve")  # a replica's; elsewhere its warnings go to standard error
 
 
@@ -86,6 +92,7 @@ def _compile(parts: Sequence[nn.Module]) -> None:
     Modules that differ in their weights alone share their code, however many there are.
     """
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else it keeps processes
+    _release_the_lock()
     # One code for any number of threads: for another one it is only traced again, which takes 2.8 s
     # in place of 10 (int8, 4 layers of 128). On one core it is as fast, within 0.3%.
     options: dict[str, Any] = {"cpp.dynamic_threads": True}
@@ -116,6 +123,18 @@ def _compile(parts: Sequence[nn.Module]) -> None:
 
     for part in parts:
         part.forward = compiled(part.forward)
+
+
+def _release_the_lock() -> None:
+    """Let compiled loops run without Python's lock, as PyTorch's own operators do.
+
+    With it, two threads that compute, and the one that reads requests, wait for each other's loops:
+    of two cores 1.5 were busy. PyTorch has no setting for it; another version is left as it is.
+    """
+    from torch._inductor.codecache import CppPythonBindingsCodeCache as Bindings
+
+    if Bindings.call_entry_function == _HOLDING:
+        Bindings.call_entry_function = _RELEASING
 
 
 class _Served(nn.Module):
