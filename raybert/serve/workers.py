@@ -13,6 +13,7 @@ from 7.5 ms to 19 (int8, two cores).
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ import torch
 
 T = TypeVar("T")
 
+_SETTING = threading.Lock()
 _MOST_SHARES = 4  # more, smaller batches would gain less than they keep a request waiting
 
 
@@ -81,4 +83,7 @@ def briefly(work: Callable[[], T], threads: int | None) -> T:
 def use_threads(threads: int | None) -> None:
     """Make models compute with so many threads, when they are called from this one."""
     if threads is not None:
-        torch.set_num_threads(threads)
+        with _SETTING:
+            torch.set_num_threads(threads)
+            # A thread takes the number that was set last, by whichever thread, when it first asks.
+            torch.get_num_threads()

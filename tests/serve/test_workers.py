@@ -2,11 +2,12 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from raybert.serve.workers import Brief, Workers, briefly
+from raybert.serve.workers import Brief, Workers, briefly, use_threads
 
 
 def seen():
@@ -45,3 +46,10 @@ def test_work_is_warmed_up_once_with_all_cores_and_once_with_a_share():
     workers.warm(lambda: counts.append(torch.get_num_threads()))
     assert sorted(counts) == [1, 4] and workers.count == 4
     workers.close()
+
+
+def test_a_thread_keeps_its_number_whatever_others_compute_with():
+    with ThreadPoolExecutor(1, initializer=use_threads, initargs=(3,)) as mine:
+        mine.submit(time.monotonic).result()  # it has begun, and computed nothing
+        briefly(seen, 1)
+        assert mine.submit(seen).result()[1] == 3
