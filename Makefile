@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(BIN)/raybert demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not peers"
+	$(BIN)/python -m pytest -m "not slow and not peers"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow"

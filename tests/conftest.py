@@ -35,13 +35,6 @@ server.stop()
 """
 
 
-def pytest_collection_modifyitems(items):
-    """Of two processes that test, one takes all that need Ray: they share one that runs here."""
-    for item in items:
-        if item.get_closest_marker("ray") and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c():
     """A shell makes what it starts in the background deaf to Ctrl-C, which tests press."""
