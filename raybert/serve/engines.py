@@ -71,14 +71,14 @@ def engine(model: Classifier, precision: str) -> nn.Module:
     served = copy.deepcopy(model)
     encoder: Encoder = served.encoder
     if precision == "fp32":
-        _pack(encoder)
+        _replace(encoder, model.encoder, _packed)
         return served
     fast_bf16 = has_fast_bf16(device)
     layers = encoder.layers
     if precision == "bf16" or fast_bf16:
         _to_bf16(encoder)
     if precision == "int8":
-        _quantize(encoder, model.encoder, half=fast_bf16)
+        _replace(encoder, model.encoder, functools.partial(_in_int8, half=fast_bf16))
     if precision == "compiled" or (precision == "int8" and can_compile()):
         on_cpu = device.type == "cpu"
         _compile([layer if on_cpu else layer.get_submodule("feed_forward") for layer in layers])
@@ -161,6 +161,18 @@ class _Served(nn.Module):
         return self.encoder.transform(input_ids, positions, far, near).float()  # [B, T, D]
 
 
+def _replace(
+    module: nn.Module, exact: nn.Module, made: Callable[[nn.Module], nn.Module | None]
+) -> None:
+    """Put what is made of the parts of a module in fp32 into the place of the same parts."""
+    for name, part in exact.named_children():
+        new = made(part)
+        if new is None:
+            _replace(module.get_submodule(name), part, made)
+        else:
+            module.register_module(name, new)
+
+
 def _to_bf16(encoder: Encoder) -> None:
     """Weights and states become bf16."""
     angles = {name: b for name, b in encoder.named_buffers(recurse=False) if name in _ANGLES}
@@ -196,12 +208,9 @@ def _can_pack() -> bool:
     )
 
 
-def _pack(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            module.register_module(name, _PackedLinear(child))
-        else:
-            _pack(child)
+def _packed(part: nn.Module) -> nn.Module | None:
+    """What takes the place of a part; None: its own parts are looked at."""
+    return _PackedLinear(part) if isinstance(part, nn.Linear) else None
 
 
 # int8 --------------------------------------------------------------------------------------------
@@ -302,15 +311,11 @@ for _key in ("CPU", "MkldnnCPU"):  # what weights are packed in
 _LIBRARY.impl("multiply_bytes", _room_for_product, "Meta")
 
 
-def _quantize(module: nn.Module, exact: nn.Module, *, half: bool) -> None:
-    """Make a module's dense layers int8 ones, with the weights of the same module in fp32."""
-    for name, child in exact.named_children():
-        if isinstance(child, FeedForward):
-            module.register_module(name, _Int8FeedForward(child, half=half))
-        elif isinstance(child, nn.Linear):
-            module.register_module(name, _Int8Linear(child, half=half))
-        else:
-            _quantize(module.get_submodule(name), child, half=half)
+def _in_int8(part: nn.Module, *, half: bool) -> nn.Module | None:
+    """What takes the place of a part; None: its own parts are looked at."""
+    if isinstance(part, FeedForward):
+        return _Int8FeedForward(part, half=half)
+    return _Int8Linear(part, half=half) if isinstance(part, nn.Linear) else None
 
 
 @functools.cache
