@@ -101,7 +101,7 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     if ray.is_initialized():  # a pipeline's stages share one session
         yield _resources()
         return
-    _check_address(config)
+    check_address(config)
     before = {name: os.environ.get(name) for name in (_PREEMPTION, _TRAIN_PAGE)}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address or config.dashboard:
@@ -151,7 +151,7 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
                 os.environ[name] = value
 
 
-def _check_address(config: RayConfig) -> None:
+def check_address(config: RayConfig) -> None:
     """Refuse a cluster's address where nobody listens: Ray tries for a minute, and tells all of it.
 
     Raises:
