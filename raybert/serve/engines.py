@@ -150,10 +150,6 @@ class _Served(nn.Module):
         attention_mask: Tensor | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        if lengths is not None and sum(lengths) == 1:
-            # A size of 1 would be compiled for by itself: the token gets company.
-            x: Tensor = self(input_ids.expand(1, 2), None, [1, 1])
-            return x[:, :1]
         positions, far, near = self.encoder.plan(input_ids, attention_mask, lengths=lengths)
         if lengths is not None:
             bounds = torch.tensor([0, *itertools.accumulate(lengths)])

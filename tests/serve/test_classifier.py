@@ -10,7 +10,7 @@ from making import reviews
 from raybert.errors import DataError, RaybertError
 from raybert.model import hub
 from raybert.predict import lines, numbered, predict_texts
-from raybert.serve.classifier import TextClassifier, softmax
+from raybert.serve.classifier import TextClassifier, round_up, softmax
 from raybert.storage import Folder
 
 TEXTS = [text for text, _ in reviews(40, seed=3)] + ["superb " * 100, "awful", "zzz unknown zzz"]
@@ -185,3 +185,31 @@ def test_it_is_warmed_up_with_a_full_batch(model, monkeypatch):
     tokens = sum(map(len, rows))
     assert classifier.tokens_per_batch - classifier.longest < tokens <= classifier.tokens_per_batch
     assert len(set(map(len, rows))) == 2
+
+
+def test_rows_have_few_lengths_none_much_longer_than_its_texts():
+    lengths = np.array([round_up(tokens) for tokens in range(1, 2049)])
+    tokens = np.arange(1, 2049)
+    assert (lengths >= tokens).all() and (np.diff(lengths) >= 0).all()
+    assert (lengths - tokens < np.maximum(16, tokens / 16)).all()
+    assert len(set(lengths)) <= 64
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 30])
+def test_what_fills_a_row_up_is_no_answer(model, monkeypatch, count):
+    classifier = TextClassifier(model, precision="fp32")
+    expected = classifier.logits(TEXTS)[:count]
+    seen = []
+    compute = classifier._engine
+
+    def note(ids, mask, lengths):
+        seen.append((ids.shape[1], lengths))
+        return compute(ids, mask, lengths)
+
+    monkeypatch.setattr(classifier, "_engine", note)
+    monkeypatch.setattr(TextClassifier, "longest", 7)  # shorter than what is missing
+    rows = classifier.encode(TEXTS[:count])
+    np.testing.assert_allclose(classifier._forward(rows), expected, atol=1e-5)
+    [(length, lengths)] = seen
+    assert length == sum(lengths) == round_up(sum(map(len, rows)))
+    assert lengths[:count] == [len(row) for row in rows] and max([0, *lengths[count:]]) <= 7
