@@ -28,6 +28,8 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
+from origin import origin
+
 from raybert.bench import generate_corpus
 from raybert.config import build
 from raybert.display import Display
@@ -219,6 +221,7 @@ def main() -> None:
     found = compare(loop.checkpoints[:count], ends, interval)
     tokens = ROWS * SEQ_LEN
     result = {
+        **origin(),
         "parameters": sum(p.numel() for p in loop.task.model.parameters()),
         "bytes": found[0]["bytes"],
         "interval_seconds": interval,

@@ -21,6 +21,7 @@ from typing import Any
 
 from faults import Watcher, experiment, finished, same_digests, say
 from nodes import Cluster, refusal
+from origin import origin
 
 from raybert.storage import Folder
 from raybert.train.meters import read_metrics
@@ -120,6 +121,7 @@ def main() -> None:
         if left.keys() != right.keys():
             raise SystemExit(f"elastic.py: evaluated at {sorted(left)} and at {sorted(right)}")
         result = {
+            **origin(),
             "workers": [sizes[attempt] for attempt in sorted(sizes)],
             "digests_equal": same_digests(fixed, elastic),
             "evaluations": len(right),

@@ -33,6 +33,7 @@ from statistics import median
 from typing import IO, Any
 
 from nodes import Cluster, Node, refusal
+from origin import origin
 
 from raybert.storage import Folder
 from raybert.train.meters import read_metrics
@@ -387,6 +388,7 @@ def main() -> None:
         hashes = [weights_of(run) for run in runs]
         recovered = [f.recovered for f in faults if f.kind == "worker" and f.recovered is not None]
         result = {
+            **origin(),
             "identical": hashes[0] == hashes[1],
             "digests_equal": same_digests(*runs),
             "weights": hashes,

@@ -9,7 +9,6 @@ machine that slows down, or a noisy neighbour, falls on all of them alike. See R
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders.common import SHAPES
+from origin import origin
 
 HERE = Path(__file__).resolve().parent
 US = "raybert"
@@ -177,12 +177,8 @@ def summarize(
         "benchmark": "pretraining",
         "shape": arguments.shape,
         **asdict(SHAPES[arguments.shape]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
+        **origin(),
         "threads": arguments.threads,
-        "python": platform.python_version(),
         "platform": platform.platform(),
         "peers": peers,
         "ratio": {name: peer["ratio"] for name, peer in peers.items() if "ratio" in peer},
@@ -197,32 +193,6 @@ def table(report: Mapping[str, Any]) -> str:
         ratio = f"   raybert is {peer['ratio']:.1f}x" if "ratio" in peer else ""
         lines.append(f"{name:<12}{peer['tokens_per_second']:>10,.0f} tokens/s ({spread}){ratio}")
     return "\n".join(lines)
-
-
-def cpu_model() -> str:
-    """Return the processor's name, as Linux tells it; elsewhere what Python knows."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """Return the commit of this checkout, `+` when files differ from it, None outside of git."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            cwd=HERE,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def say(line: str) -> None:

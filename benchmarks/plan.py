@@ -27,6 +27,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from origin import origin
+
 from raybert.storage import Folder
 from raybert.text.batches import BatchPlan
 from raybert.text.masking import MaskingConfig, Vocabulary
@@ -204,7 +206,9 @@ def main() -> None:
                 file=sys.stderr,
                 flush=True,
             )
-    result |= {
+    result = {
+        **origin(),
+        **result,
         "workers": arguments.workers,
         "start_seconds": max(m["seconds"] for m in measured if not m["step"]),
         "resume_seconds": max(m["seconds"] for m in measured if m["step"]),

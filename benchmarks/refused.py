@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 from nodes import Cluster, refusal
+from origin import origin
 
 
 def submitted(cluster: Cluster, config: Path, token: Path | None) -> tuple[int, str, float]:
@@ -58,7 +59,7 @@ def main() -> None:
             name: [submitted(cluster, config, tokens[name]) for _ in range(given.repeats)]
             for name in tokens
         }
-        result = {
+        measured = {
             name: {
                 "line": found[0][1],
                 "exit_codes": [code for code, _, _ in found],
@@ -67,6 +68,7 @@ def main() -> None:
             }
             for name, found in tries.items()
         }
+    result = {**origin(), **measured}
     print(json.dumps(result) if given.json else json.dumps(result, indent=2))
 
 

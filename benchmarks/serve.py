@@ -14,7 +14,6 @@ down does so for all of them. See README.md. Ends with one JSON object, for each
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -23,13 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import load
-from peers import commit, cpu_model
+from origin import origin
 from servers import (
     RAYBERT,
     ROOT,
@@ -244,11 +242,7 @@ def main() -> None:
     lengths = sorted(map(len, texts))
     result: dict[str, Any] = {
         "benchmark": "serving",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in ("ray", "torch", "transformers", "uvicorn")},
+        **origin("transformers", "uvicorn"),
         "model": str(model),
         "texts": {"count": len(texts), "median_characters": lengths[len(lengths) // 2]},
         "connections": given.connections,

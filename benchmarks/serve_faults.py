@@ -33,7 +33,7 @@ from typing import Any
 import load
 import psutil
 from clients import Clients, in_flight, otherwise
-from peers import commit, cpu_model
+from origin import origin
 from safetensors.torch import load_file, save_file
 from servers import (
     ROOT,
@@ -283,9 +283,7 @@ def main() -> None:
     texts, _ = reviews(model, 1000)
     result: dict[str, Any] = {
         "benchmark": "serving under faults",
-        "commit": commit(),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
+        **origin(),
         "precision": given.precision,
     }
     with tempfile.TemporaryDirectory() as scratch:

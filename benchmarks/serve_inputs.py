@@ -33,7 +33,7 @@ from typing import Any, Self
 
 from drawn import NAME, kinds, requests
 from hypothesis import HealthCheck, Phase, given, settings
-from peers import commit, cpu_model
+from origin import origin
 from servers import RAYBERT, ROOT, Server, free_port, raybert_serve, reviews, say, small_classifier
 
 from raybert.serve.settings import ServeConfig
@@ -275,7 +275,7 @@ def main() -> None:
     model = small_classifier(given_.model)
     every = reviews(model, given_.texts)[0][: given_.texts]
     pretrained = model.parent.parent / "pretrain" / "model"
-    result: dict[str, Any] = {"benchmark": "inputs", "commit": commit(), "cpu": cpu_model()}
+    result: dict[str, Any] = {"benchmark": "inputs", **origin()}
     # Ray's sockets have short names only.
     with tempfile.TemporaryDirectory(prefix="rbi-", dir="/tmp") as ray_files:
         with tempfile.TemporaryDirectory() as folder:

@@ -30,6 +30,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from origin import origin
+
 from raybert.config import load
 from raybert.display import Display
 from raybert.experiment import Experiment
@@ -372,7 +374,7 @@ def main() -> None:
         "refused": lambda: refused(storage),
     }
     machine = describe_machine(Group(), use_threads(None, 1))
-    result = {"row": given.row, "date": time.strftime("%Y-%m-%d"), **rows[given.row]()}
+    result = {"row": given.row, **origin(), **rows[given.row]()}
     result["machine"] = {key: machine[key] for key in ("raybert", "torch", "python", "device")}
     print(json.dumps(result) if given.json else json.dumps(result, indent=2))
 
