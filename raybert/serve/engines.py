@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from raybert.model.encoder import Encoder, FeedForward
 from raybert.model.heads import Classifier
+from raybert.serve.packed import can_pack, packed_part
 from raybert.train.group import has_fast_bf16
 
 _ANGLES = ("global_angles", "local_angles")
@@ -66,12 +67,12 @@ def engine(model: Classifier, precision: str) -> nn.Module:
         precision: one of `precision.PRECISIONS`.
     """
     device = next(model.parameters()).device
-    if precision == "fp32" and not (device.type == "cpu" and _can_pack()):
+    if precision == "fp32" and not (device.type == "cpu" and can_pack()):
         return model
     served = copy.deepcopy(model)
     encoder: Encoder = served.encoder
     if precision == "fp32":
-        _replace(encoder, model.encoder, _packed)
+        _replace(encoder, model.encoder, packed_part)
         return served
     fast_bf16 = has_fast_bf16(device)
     layers = encoder.layers
@@ -175,38 +176,6 @@ def _to_bf16(encoder: Encoder) -> None:
     encoder.to(torch.bfloat16)
     for name, angle in angles.items():  # of rotary positions: bf16 counts to 256
         encoder.register_buffer(name, angle, persistent=False)
-
-
-# fp32 --------------------------------------------------------------------------------------------
-
-
-class _PackedLinear(nn.Module):
-    """A dense layer whose weights lie as oneDNN's products read them.
-
-    With MKL, which PyTorch takes, a batch of 2,040 tokens takes 12 to 20% longer (4 layers of 256,
-    one core of an AMD EPYC).
-    """
-
-    def __init__(self, dense: nn.Linear) -> None:
-        super().__init__()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(dense.weight.detach())
-        self.bias = dense.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return y
-
-
-def _can_pack() -> bool:
-    """Whether this PyTorch has oneDNN."""
-    return torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
-        torch.ops.mkldnn, "_linear_pointwise"
-    )
-
-
-def _packed(part: nn.Module) -> nn.Module | None:
-    """What takes the place of a part; None: its own parts are looked at."""
-    return _PackedLinear(part) if isinstance(part, nn.Linear) else None
 
 
 # int8 --------------------------------------------------------------------------------------------

@@ -158,7 +158,8 @@ def warned(caplog):
 
 
 @pytest.mark.parametrize("layout", ["modern", "classic"])
-def test_every_layout_is_served_in_int8(layout):
+@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-5), ("int8", 0.05)])
+def test_every_layout_is_served(layout, name, tolerance):
     """With biases, learned positions and local layers, too."""
     torch.manual_seed(0)
     config = ModelConfig(
@@ -174,8 +175,11 @@ def test_every_layout_is_served_in_int8(layout):
     exact = Classifier(Encoder(config, 50), 2).eval().requires_grad_(False)
     lengths = [3, 3, 17, 40]
     ids = torch.randint(1, 50, (1, sum(lengths)))
-    logits = engines.engine(exact, "int8")(ids, lengths=lengths)
-    torch.testing.assert_close(logits, exact(ids, lengths=lengths), rtol=0, atol=0.05)
+    served = engines.engine(exact, name)
+    logits = served(ids, lengths=lengths)
+    torch.testing.assert_close(logits, exact(ids, lengths=lengths), rtol=0, atol=tolerance)
+    ids, mask = ids[:, :20].expand(2, 20), torch.arange(20) < torch.tensor([[20], [11]])
+    torch.testing.assert_close(served(ids, mask), exact(ids, mask), rtol=0, atol=tolerance)
 
 
 def test_an_unknown_precision_is_refused(model):
