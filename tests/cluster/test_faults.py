@@ -43,7 +43,7 @@ def test_runs_differ_where_a_digest_does(tmp_path):
 @pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
 def test_a_worker_that_is_killed_on_a_real_cluster_changes_nothing():
     command = [sys.executable, str(BENCHMARKS / "faults.py"), "--json"]
-    command += ["--faults", "1", "--kinds", "worker", "--workers", "2", "--steps", "40"]
+    command += ["--faults", "1", "--kinds", "worker", "--workers", "2", "--steps", "24"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
