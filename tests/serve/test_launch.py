@@ -17,7 +17,7 @@ import pytest
 from certificates import certificate
 
 from raybert.errors import ConfigError, DamagedError, RaybertError, UserError
-from raybert.ray_session import RayConfig, check_address
+from raybert.ray_session import RayConfig, ray_session
 from raybert.registry import Registry
 from raybert.serve import ingress, launch
 from raybert.serve.auth import VARIABLE
@@ -201,6 +201,7 @@ def test_an_address_is_asked_before_it_is_said_to_answer(monkeypatch, tmp_path, 
 
 @pytest.mark.parametrize("key", ["RAY_ADDRESS", "ray.address"])
 def test_a_cluster_where_nobody_listens_is_told_at_once(monkeypatch, key):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests may have started one
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = "{}:{}".format(*unused.getsockname())
@@ -208,7 +209,8 @@ def test_a_cluster_where_nobody_listens_is_told_at_once(monkeypatch, key):
     if key == "RAY_ADDRESS":
         monkeypatch.setenv(key, address)
     with pytest.raises(UserError, match=f"^{key}={address}: nobody answers .*; name the head of"):
-        check_address(config)
+        with ray_session(config):
+            raise AssertionError("Ray was started")
 
 
 @pytest.mark.parametrize(
