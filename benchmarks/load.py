@@ -167,7 +167,7 @@ def summary(load: Load, given: argparse.Namespace, hung: int) -> dict[str, Any]:
     statuses = Counter("lost" if a.status == LOST else str(a.status) for a in counted)
     failures = [a for a in load.answers if a.status not in given.expected]
     began = time.time() - (time.monotonic() - load.begun)
-    seconds = Counter(int(a.at) for a in load.answers if a.status == 200)
+    tenths = Counter(int(10 * a.at) for a in load.answers if a.status == 200)
     used = resource.getrusage(resource.RUSAGE_SELF)
     rate = len(latencies) / (ends - given.warmup)
     return {
@@ -184,7 +184,7 @@ def summary(load: Load, given: argparse.Namespace, hung: int) -> dict[str, Any]:
         ],
         "hung": hung,
         "unsent": load.unsent,
-        "good_by_second": [seconds[i] for i in range(int(ends))],
+        "good_by_tenth": [tenths[i] for i in range(round(10 * ends))],  # of a second
         "client_cores": round((used.ru_utime + used.ru_stime) / ends, 2),
     }
 

@@ -113,7 +113,8 @@ def test_it_begins_when_it_is_told_to(server, tmp_path):
     assert time.time() >= at
     found = json.loads(process.communicate()[0].splitlines()[-1])
     assert found["began"] == pytest.approx(at, abs=0.5)
-    assert len(found["good_by_second"]) == 1
+    assert len(found["good_by_tenth"]) == 10
+    assert sum(found["good_by_tenth"]) == found["requests_per_second"]
 
 
 def test_lists_count_every_text(server, tmp_path):
@@ -161,8 +162,10 @@ def test_what_fails_at_a_kill_is_told_from_what_fails_otherwise(module):
 
 def test_recovery_counts_from_the_last_request_of_the_overload(module):
     faults = module("serve_faults")
-    assert faults.recovered([10, 80, 95, 20], 90, gap=0.5) == 3.5  # when that second is over
-    assert faults.recovered([10, 20], 90, gap=0.5) is None
+    slow, fast = [5] * 13, [9] * 10
+    assert faults.recovered(slow + fast, 90, gap=0.5) == 2.8  # when that second is over
+    assert faults.recovered(slow + fast[1:], 90, gap=0.5) is None
+    assert faults.recovered(fast[1:], 10, gap=0.5) is None  # not a second yet
 
 
 def test_what_does_not_come_is_not_reported(module, monkeypatch):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from raybert.model.encoder import Encoder, FeedForward
 from raybert.model.heads import Classifier
-from raybert.serve.packed import can_pack, packed_part
+from raybert.serve.packed import can_pack, pack, replace_parts
 from raybert.train.group import has_fast_bf16
 
 _ANGLES = ("global_angles", "local_angles")
@@ -72,14 +72,14 @@ def engine(model: Classifier, precision: str) -> nn.Module:
     served = copy.deepcopy(model)
     encoder: Encoder = served.encoder
     if precision == "fp32":
-        _replace(encoder, model.encoder, packed_part)
+        pack(encoder)
         return served
     fast_bf16 = has_fast_bf16(device)
     layers = encoder.layers
     if precision == "bf16" or fast_bf16:
         _to_bf16(encoder)
     if precision == "int8":
-        _replace(encoder, model.encoder, functools.partial(_in_int8, half=fast_bf16))
+        replace_parts(encoder, model.encoder, functools.partial(_in_int8, half=fast_bf16))
     if precision == "compiled" or (precision == "int8" and can_compile()):
         on_cpu = device.type == "cpu"
         _compile([layer if on_cpu else layer.get_submodule("feed_forward") for layer in layers])
@@ -156,18 +156,6 @@ class _Served(nn.Module):
             bounds = torch.tensor([0, *itertools.accumulate(lengths)])
             far, near = far._replace(lengths=bounds), near._replace(lengths=bounds)
         return self.encoder.transform(input_ids, positions, far, near).float()  # [B, T, D]
-
-
-def _replace(
-    module: nn.Module, exact: nn.Module, made: Callable[[nn.Module], nn.Module | None]
-) -> None:
-    """Put what is made of the parts of a module in fp32 into the place of the same parts."""
-    for name, part in exact.named_children():
-        new = made(part)
-        if new is None:
-            _replace(module.get_submodule(name), part, made)
-        else:
-            module.register_module(name, new)
 
 
 def _to_bf16(encoder: Encoder) -> None:

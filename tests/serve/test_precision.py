@@ -14,9 +14,9 @@ import torch
 from making import reviews
 
 from raybert.errors import UserError
-from raybert.model.encoder import Encoder, ModelConfig
+from raybert.model.encoder import Embeddings, Encoder, ModelConfig
 from raybert.model.heads import Classifier
-from raybert.serve import choice, engines
+from raybert.serve import choice, engines, packed
 from raybert.serve import precision as precisions
 from raybert.serve.classifier import TextClassifier
 from raybert.serve.workers import Workers
@@ -180,6 +180,16 @@ def test_every_layout_is_served(layout, name, tolerance):
     torch.testing.assert_close(logits, exact(ids, lengths=lengths), rtol=0, atol=tolerance)
     ids, mask = ids[:, :20].expand(2, 20), torch.arange(20) < torch.tensor([[20], [11]])
     torch.testing.assert_close(served(ids, mask), exact(ids, mask), rtol=0, atol=tolerance)
+
+
+@pytest.mark.skipif(not packed.can_pack(), reason="this PyTorch has no oneDNN")
+def test_the_first_product_is_looked_up_unless_its_table_is_too_large(model, monkeypatch):
+    looked_up = TextClassifier(model, precision="fp32")
+    monkeypatch.setattr(packed, "_LARGEST_TABLE", 0)
+    computed = TextClassifier(model, precision="fp32")
+    kinds = [type(one._engine.encoder.embeddings) for one in (looked_up, computed)]
+    assert kinds == [packed.TokenTable, Embeddings]
+    np.testing.assert_allclose(looked_up.logits(TEXTS), computed.logits(TEXTS), atol=1e-6)
 
 
 def test_an_unknown_precision_is_refused(model):
