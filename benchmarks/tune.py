@@ -38,9 +38,7 @@ from raybert.experiment import Experiment
 from raybert.pipeline import evaluate_model
 from raybert.ray_session import ray_session
 from raybert.storage import Folder
-from raybert.train.group import Group, use_threads
 from raybert.train.meters import read_metrics
-from raybert.train.run import describe_machine
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "tune-demo.yaml"
@@ -373,9 +371,7 @@ def main() -> None:
         "pbt": lambda: pbt(storage),
         "refused": lambda: refused(storage),
     }
-    machine = describe_machine(Group(), use_threads(None, 1))
     result = {"row": given.row, **origin(), **rows[given.row]()}
-    result["machine"] = {key: machine[key] for key in ("raybert", "torch", "python", "device")}
     print(json.dumps(result) if given.json else json.dumps(result, indent=2))
 
 
