@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import resource
 import signal
 import subprocess
@@ -184,7 +185,9 @@ def summary(load: Load, given: argparse.Namespace, hung: int) -> dict[str, Any]:
         ],
         "hung": hung,
         "unsent": load.unsent,
-        "good_by_tenth": [tenths[i] for i in range(round(10 * ends))],  # of a second
+        "good_by_tenth": [
+            tenths[i] for i in range(math.ceil(10 * ends - 1e-3))
+        ],  # of a second, from the start
         "client_cores": round((used.ru_utime + used.ru_stime) / ends, 2),
     }
 

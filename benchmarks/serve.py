@@ -72,7 +72,9 @@ def turns(ours: Server, theirs: Server, texts: Path, bare: Sequence[str], given:
 
     def drive(server: Server, texts: Path = texts, **options: float) -> dict[str, Any]:
         times = {"seconds": given.seconds, "warmup": given.warmup}
-        return load.end(load.begin(f"{server.url}/predict", texts, **options, **times))
+        found = load.end(load.begin(f"{server.url}/predict", texts, **options, **times))
+        del found["good_by_tenth"]
+        return found
 
     few = texts.with_name("few.json")
     every = json.loads(texts.read_text(encoding="utf-8"))

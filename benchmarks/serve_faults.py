@@ -221,22 +221,26 @@ def overload(server: Server, file: Path, given: argparse.Namespace) -> dict[str,
             "last_third": round(median(memory.seen[-third:]) / 2**20),
         },
         "full_speed_after_s": recovered(after["good_by_tenth"], FULL_SPEED * peak, gap),
+        "by_whole_seconds": recovered(after["good_by_tenth"], FULL_SPEED * peak, gap, step=10),
         "good_by_tenth_after": after["good_by_tenth"],
         "failed_after": after["failed"] + after["hung"],
     }
 
 
-def recovered(good_by_tenth: Sequence[int], enough: float, gap: float) -> float | None:
+def recovered(
+    good_by_tenth: Sequence[int], enough: float, gap: float, step: int = 1
+) -> float | None:
     """When a second of full speed was over, for the first time; None where there was none.
 
     Args:
         good_by_tenth: good answers, by tenth of a second of the load that came after.
-        enough: of them in a second, beginning at any tenth, that is one of full speed.
+        enough: of them in a second that is one of full speed.
         gap: seconds between the last request of the overload and the first one of that load.
+        step: tenths from one second that is looked at to the next; 10: they do not overlap.
     """
-    ends = range(10, len(good_by_tenth) + 1)
+    ends = range(10, len(good_by_tenth) + 1, step)
     fast = (end for end in ends if sum(good_by_tenth[end - 10 : end]) >= enough)
-    return next((round(gap + end / 10, 1) for end in fast), None)
+    return next((round(gap + end / 10, 2) for end in fast), None)
 
 
 def faults(

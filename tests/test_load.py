@@ -165,6 +165,7 @@ def test_recovery_counts_from_the_last_request_of_the_overload(module):
     slow, fast = [5] * 13, [9] * 10
     assert faults.recovered(slow + fast, 90, gap=0.5) == 2.8  # when that second is over
     assert faults.recovered(slow + fast[1:], 90, gap=0.5) is None
+    assert faults.recovered(slow + 2 * fast, 90, gap=0.5, step=10) == 3.5
     assert faults.recovered(fast[1:], 10, gap=0.5) is None  # not a second yet
 
 

@@ -184,12 +184,17 @@ def test_every_layout_is_served(layout, name, tolerance):
 
 @pytest.mark.skipif(not packed.can_pack(), reason="this PyTorch has no oneDNN")
 def test_the_first_product_is_looked_up_unless_its_table_is_too_large(model, monkeypatch):
+    monkeypatch.setattr(packed, "_TABLE_ROWS", 100)
     looked_up = TextClassifier(model, precision="fp32")
-    monkeypatch.setattr(packed, "_LARGEST_TABLE", 0)
+    table = looked_up._engine.encoder.embeddings
+    assert isinstance(table, packed.TokenTable)
+    monkeypatch.setattr(packed, "_LARGEST_TABLE", table._rows.nbytes - 1)
     computed = TextClassifier(model, precision="fp32")
-    kinds = [type(one._engine.encoder.embeddings) for one in (looked_up, computed)]
-    assert kinds == [packed.TokenTable, Embeddings]
-    np.testing.assert_allclose(looked_up.logits(TEXTS), computed.logits(TEXTS), atol=1e-6)
+    assert isinstance(computed._engine.encoder.embeddings, Embeddings)
+    np.testing.assert_allclose(looked_up.logits(TEXTS), computed.logits(TEXTS), rtol=0, atol=1e-5)
+    monkeypatch.setattr(packed, "_LARGEST_TABLE", table._rows.nbytes)
+    again = TextClassifier(model, precision="fp32")
+    assert isinstance(again._engine.encoder.embeddings, packed.TokenTable)
 
 
 def test_an_unknown_precision_is_refused(model):
