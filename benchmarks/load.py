@@ -185,9 +185,8 @@ def summary(load: Load, given: argparse.Namespace, hung: int) -> dict[str, Any]:
         ],
         "hung": hung,
         "unsent": load.unsent,
-        "good_by_tenth": [
-            tenths[i] for i in range(math.ceil(10 * ends - 1e-3))
-        ],  # of a second, from the start
+        # By tenth of a second, from the first request on.
+        "good_by_tenth": [tenths[i] for i in range(math.ceil(10 * ends - 1e-3))],
         "client_cores": round((used.ru_utime + used.ru_stime) / ends, 2),
     }
 
