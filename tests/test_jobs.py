@@ -611,7 +611,7 @@ def test_a_run_has_one_job_which_can_be_followed_and_stopped(head, config):
                 break
         follower.send_signal(signal.SIGINT)
         lines += follower.stderr
-        assert follower.wait(30) == 130
+        assert follower.wait(30) == 130, lines
     assert any("detached" in line for line in lines)
     assert any("no problem in 9 checks" in line for line in lines)
 
