@@ -30,19 +30,19 @@ from typing import Any
 
 from origin import origin
 
-from raybert.bench import generate_corpus
+from raybert.cluster.allocator import keep_freed_memory
 from raybert.config import build
-from raybert.display import Display
-from raybert.model.allocator import keep_freed_memory
 from raybert.model.encoder import ModelConfig
-from raybert.storage import Folder
+from raybert.pipeline.benchmarks import generate_corpus
+from raybert.storage.folder import Folder
+from raybert.tasks.masked_lm import PretrainConfig, PretrainSpec
+from raybert.terminal.display import Display
 from raybert.train.checkpoint import CheckpointStore, Snapshot, begin_attempt
-from raybert.train.group import Group, use_threads
+from raybert.train.distributed import Group, use_threads
 from raybert.train.loop import Loop
-from raybert.train.meters import MetricsLog
-from raybert.train.pretrain import PretrainConfig, PretrainJob
-from raybert.train.run import Feed, describe_machine
-from raybert.train.task import Stopped, Wishes
+from raybert.train.metrics_log import MetricsLog
+from raybert.train.run import LoaderConfig, describe_machine
+from raybert.train.task import ControlSignals, Stopped
 
 SEQ_LEN, VOCAB_SIZE, ROWS = 128, 21_504, 32  # rows a step
 SHAPE = {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "max_seq_len": SEQ_LEN}
@@ -119,7 +119,7 @@ def train(
         "log_every": 1,
         "checkpoint_minutes": 2 * interval / 60,
     }
-    job = PretrainJob(
+    job = PretrainSpec(
         build(PretrainConfig, config, "checkpoints"),
         build(ModelConfig, SHAPE, "checkpoints"),
         folder / "corpus",
@@ -143,13 +143,13 @@ def train(
         return last is not None and time.perf_counter() >= last.began + 2 * interval
 
     loop = TimedLoop(
-        job.make_task(group, Feed()),
+        job.make_task(group, LoaderConfig()),
         job.config,
         group,
         store=store,
         open_log=lambda step: MetricsLog(run, attempt, step),
         on_progress=note,
-        wishes=Wishes(stop=is_over),
+        signals=ControlSignals(stop=is_over),
     )
     with suppress(Stopped):
         loop.run()

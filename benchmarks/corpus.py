@@ -3,8 +3,8 @@
     python benchmarks/corpus.py [--archive aclImdb_v1.tar.gz] [--threads 2] [--repeats 3] --json
 
 Speed: the same texts, alternately through `tokenizers.encode_batch_fast` (2 threads in one process,
-ids taken to NumPy) and through `raybert.text.corpus.build` (2 one-thread Ray tasks), which also
-drops duplicates, packs and writes. Both read texts from Parquet, so that neither unpacks an
+ids taken to NumPy) and through `raybert.data.corpus.build.build` (2 one-thread Ray tasks), which
+also drops duplicates, packs and writes. Both read texts from Parquet, so that neither unpacks an
 archive; the build's time is that of the whole call, with the start of Ray Data's execution. A
 second ratio leaves that start out: it is measured from the first block on.
 
@@ -35,11 +35,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from meter import Meter
 
-from raybert.storage import Folder
-from raybert.text import sources, vocabulary
-from raybert.text.corpus import CorpusConfig, Progress, build
-from raybert.text.sources import SourceConfig
-from raybert.text.tokenizer import Tokenizer, TokenizerConfig
+from raybert.data import vocabulary
+from raybert.data.corpus.build import CorpusConfig, Progress, build
+from raybert.data.sources import documents
+from raybert.data.sources.documents import SourceConfig
+from raybert.data.tokenizer import Tokenizer, TokenizerConfig
+from raybert.storage.folder import Folder
 
 ARCHIVE = "aclImdb_v1.tar.gz"
 OBJECT_STORE = 256 << 20
@@ -84,7 +85,7 @@ def write_texts(archive: str, base: Path) -> list[Path]:
     if not Path(archive).exists():
         archive, split = "sample:all", ["train", "test"]
     config = SourceConfig(path=archive, split=split)
-    texts = pa.concat_tables(list(sources.documents(config))).column("text")
+    texts = pa.concat_tables(list(documents.documents(config))).column("text")
     texts = texts.take(pa.array(np.random.default_rng(0).permutation(len(texts))))
     paths = []
     for begin in range(0, len(texts), 2500):

@@ -23,8 +23,8 @@ from faults import Watcher, experiment, finished, same_digests, say
 from nodes import Cluster, refusal
 from origin import origin
 
-from raybert.storage import Folder
-from raybert.train.meters import read_metrics
+from raybert.storage.folder import Folder
+from raybert.train.metrics_log import read_metrics
 
 PHASE_STEPS = 20  # with each size, at least
 PATIENCE_SECONDS = 400

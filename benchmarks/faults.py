@@ -35,8 +35,8 @@ from typing import IO, Any
 from nodes import Cluster, Node, refusal
 from origin import origin
 
-from raybert.storage import Folder
-from raybert.train.meters import read_metrics
+from raybert.storage.folder import Folder
+from raybert.train.metrics_log import read_metrics
 from raybert.train.run import read_digests
 
 KINDS = ("worker", "raylet", "node", "driver", "network", "storage")

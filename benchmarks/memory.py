@@ -20,13 +20,13 @@ from typing import Any
 
 from meter import Meter
 
-from raybert.bench import generate_corpus
+from raybert.cluster.session import RayConfig, ray_session
 from raybert.config import build
 from raybert.model.encoder import ModelConfig
-from raybert.ray_session import RayConfig, ray_session
-from raybert.storage import Folder
-from raybert.train.pretrain import PretrainConfig, PretrainJob
-from raybert.train.worker import train_on_ray
+from raybert.pipeline.benchmarks import generate_corpus
+from raybert.storage.folder import Folder
+from raybert.tasks.masked_lm import PretrainConfig, PretrainSpec
+from raybert.train.ray.worker import train_on_ray
 
 SEQ_LEN, VOCAB_SIZE = 128, 8192
 
@@ -46,7 +46,7 @@ def measure(rows: int, steps: int) -> dict[str, Any]:
             "examples": [],
         }
         shape = {"hidden_size": 64, "num_layers": 1, "num_heads": 1, "max_seq_len": SEQ_LEN}
-        job = PretrainJob(
+        job = PretrainSpec(
             build(PretrainConfig, config, "memory"),
             build(ModelConfig, shape, "memory"),
             corpus,

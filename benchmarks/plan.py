@@ -29,12 +29,12 @@ from typing import Any
 
 from origin import origin
 
-from raybert.storage import Folder
-from raybert.text.batches import BatchPlan
-from raybert.text.masking import MaskingConfig, Vocabulary
-from raybert.text.order import Order, deal
-from raybert.text.parts import MANIFEST, Manifest, PartFile, PartReader
-from raybert.text.tokenizer import Tokenizer
+from raybert.data.corpus.parts import MANIFEST, Manifest, PartFile, PartReader
+from raybert.data.loader import BatchPlan
+from raybert.data.masking import MaskingConfig, Vocabulary
+from raybert.data.order import Order, assign_to_ranks
+from raybert.data.tokenizer import Tokenizer
+from raybert.storage.folder import Folder
 
 VOCAB_SIZE = 30_000
 EPOCHS = 3
@@ -42,7 +42,9 @@ EPOCHS = 3
 
 def make(folder: Folder, parts: int, rows_per_part: int, seq_len: int) -> None:
     """Write a small corpus, and put sparse parts in the place of its training split."""
-    from raybert.bench import generate_corpus  # imports torch, which the workers do without
+    from raybert.pipeline.benchmarks import (
+        generate_corpus,  # imports torch, which the workers do without
+    )
 
     manifest = generate_corpus(folder, 64, seq_len, VOCAB_SIZE)
     split = manifest.splits["train"]
@@ -86,7 +88,7 @@ def measure(folder: Folder, rank: int, step: int, arguments: argparse.Namespace)
     manifest_seconds = time.perf_counter() - began
     plan = plan_of(folder, manifest, arguments)
     plan_seconds = time.perf_counter() - began - manifest_seconds
-    slots = deal(plan.order.slots, arguments.workers)[rank]
+    slots = assign_to_ranks(plan.order.micro_batches_per_step, arguments.workers)[rank]
     ends = _window_ends(plan.order, step, arguments.windows)
     before = _bytes_read()
     batches = plan.micro_batches(slots, range(step, ends[-1]))
@@ -148,7 +150,7 @@ def travel(folder: Folder, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "rows": plan.order.rows,
         "parts": len(manifest.splits["train"].parts),
-        "slots": plan.order.slots,
+        "slots": plan.order.micro_batches_per_step,
         "window_rows": plan.order.window_rows,
         "steps_per_epoch": plan.order.steps_per_epoch,
         "manifest_bytes": folder.size(MANIFEST),

@@ -32,10 +32,10 @@ from typing import Any
 
 import psutil
 
-from raybert.bench import WARM_STEPS, bench_train
 from raybert.config import load
-from raybert.display import Display
 from raybert.experiment import Experiment
+from raybert.pipeline.benchmarks import WARM_STEPS, bench_train
+from raybert.terminal.display import Display
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 64  # a step

@@ -194,8 +194,8 @@ def call_bare(given: argparse.Namespace) -> dict[str, Any]:
     """Call the classifier in this process: all texts at once, then one by one, tokenized before."""
     import torch
 
-    from raybert.serve.classifier import TextClassifier
-    from raybert.storage import Folder
+    from raybert.inference.classifier import TextClassifier
+    from raybert.storage.folder import Folder
 
     torch.set_num_threads(given.threads)
     classifier = TextClassifier(Folder(str(given.model)), precision=given.bare)

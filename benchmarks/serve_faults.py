@@ -46,7 +46,7 @@ from servers import (
     small_classifier,
 )
 
-from raybert.serve.ingress import HAPROXY
+from raybert.serve.deploy.haproxy import HAPROXY
 
 NAME = "reviews"  # of the model in the registry
 CALM_SECONDS = 3  # before each fault
@@ -130,9 +130,9 @@ def deploy(address: str, settings: dict[str, Any]) -> None:
     """Deploy the application anew on the Ray of a server that runs, as `serve deploy` does."""
     from ray import serve
 
+    from raybert.cluster.session import RayConfig, ray_session
     from raybert.config import build
-    from raybert.ray_session import RayConfig, ray_session
-    from raybert.serve.app import APP, application, completed
+    from raybert.serve.deploy.deployment import APP, application, completed
     from raybert.serve.settings import ServeConfig
 
     config = completed(build(ServeConfig, settings, "serve"))

@@ -25,9 +25,9 @@ from typing import IO, Any, Self
 import psutil
 from meter import plasma_in_use, private_pss
 
-from raybert.model import hub
-from raybert.storage import Folder
-from raybert.text.sources import EvaluationSource, labelled
+from raybert.data.sources.documents import EvaluationSource, labelled
+from raybert.model import huggingface
+from raybert.storage.folder import Folder
 
 ROOT = Path(__file__).resolve().parent.parent
 RAYBERT = (sys.executable, "-m", "raybert")
@@ -60,7 +60,7 @@ def shipped_client(url: str) -> Callable[[str], Any]:
 def hugging_face(model: Path, port: int, threads: int) -> list[str]:
     """The command line of `transformers.pipeline` behind FastAPI, with the model's own length."""
     script = ROOT / "benchmarks" / "contenders" / "hf_server.py"
-    seq_len = hub.read_preprocessing(Folder(model)).get("seq_len", 512)
+    seq_len = huggingface.read_preprocessing(Folder(model)).get("seq_len", 512)
     command = [sys.executable, str(script), str(model), "--port", str(port)]
     return [*command, "--threads", str(threads), "--max-length", str(seq_len)]
 
@@ -250,7 +250,7 @@ def small_classifier(given: Path | None) -> Path:
 
 def reviews(model: Path, count: int) -> tuple[list[str], list[str]]:
     """Draw so many held-out reviews; returns the texts, and the label of each."""
-    names = hub.load_classifier(Folder(model))[1]
+    names = huggingface.load_classifier(Folder(model))[1]
     found = labelled(EvaluationSource(), names=names)
     rows = random.Random(0).sample(range(len(found.labels)), min(count, len(found.labels)))
     texts = found.texts.to_pylist()

@@ -18,10 +18,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from raybert.model.allocator import keep_freed_memory
+from raybert.cluster.allocator import keep_freed_memory
+from raybert.data.masking import IGNORE_INDEX
 from raybert.model.encoder import Encoder, ModelConfig, flops_per_token
 from raybert.model.heads import MaskedLM
-from raybert.text.masking import IGNORE_INDEX
 
 MASKED = 0.15
 # name -> (shape, vocabulary, rows, tokens a row)

@@ -32,13 +32,13 @@ from typing import Any
 
 from origin import origin
 
+from raybert.cluster.session import ray_session
 from raybert.config import load
-from raybert.display import Display
 from raybert.experiment import Experiment
-from raybert.pipeline import evaluate_model
-from raybert.ray_session import ray_session
-from raybert.storage import Folder
-from raybert.train.meters import read_metrics
+from raybert.pipeline.stages import evaluate_model
+from raybert.storage.folder import Folder
+from raybert.terminal.display import Display
+from raybert.train.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "tune-demo.yaml"

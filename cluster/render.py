@@ -33,7 +33,7 @@ from pods import (
 )
 
 from raybert.config import build
-from raybert.serve.ingress import haproxy_environment
+from raybert.serve.deploy.haproxy import haproxy_environment
 from raybert.serve.settings import ServeConfig
 
 HERE = Path(__file__).resolve().parent
@@ -194,7 +194,7 @@ def serve_config(v: Values, host: str) -> Manifest:
     application = {
         "name": "raybert",
         "route_prefix": "/",
-        "import_path": "raybert.serve.app:build",
+        "import_path": "raybert.serve.deploy.deployment:build",
         "args": v["serve"],
     }
     return {

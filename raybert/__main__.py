@@ -1,5 +1,5 @@
 """`python -m raybert`: the command line where no script is installed, as in a submitted job."""
 
-from raybert.entry import main
+from raybert.cli.entry import main
 
 main()

@@ -9,6 +9,8 @@ RaybertError
 └── Superseded         a younger attempt at the same run owns its storage
 """
 
+INTERRUPTED = 130  # the exit code after Ctrl-C or SIGTERM
+
 
 class RaybertError(Exception):
     """Anything that raybert raises on purpose."""
@@ -36,3 +38,9 @@ class DamagedError(RaybertError):
 
 class Superseded(RaybertError):
     """A younger attempt at the same run has taken over its storage."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error of the system's or Arrow's says, in a line; its type where that is nothing."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return (str(reason).strip().splitlines() or [type(error).__name__])[0]

@@ -7,17 +7,17 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
+from raybert.cluster.session import RayConfig
 from raybert.config import Settings, flatten
+from raybert.data.corpus.build import CorpusConfig
+from raybert.data.sources.documents import EvaluationSource
 from raybert.errors import UserError
 from raybert.model.encoder import ModelConfig
-from raybert.ray_session import RayConfig
-from raybert.registry import REGISTRY
 from raybert.serve.settings import ServeConfig
-from raybert.storage import Folder, check_address
-from raybert.text.corpus import CorpusConfig
-from raybert.text.sources import EvaluationSource
-from raybert.train.finetune import FinetuneConfig
-from raybert.train.pretrain import PretrainConfig
+from raybert.storage.folder import Folder, check_address
+from raybert.storage.registry import REGISTRY
+from raybert.tasks.classification import FinetuneConfig
+from raybert.tasks.masked_lm import PretrainConfig
 from raybert.tune.settings import TuneConfig
 
 #: The keys that `--data` sets.

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from making import MODEL, make_corpus, reviews, write_csv
 
-from raybert import cli
+from raybert.cli import commands
 from raybert.config import build
-from raybert.storage import Folder
-from raybert.text.corpus import CorpusConfig
+from raybert.data.corpus.build import CorpusConfig
+from raybert.storage.folder import Folder
 
 _SCRIPT = Path(sys.executable).with_name("raybert")
 
@@ -37,7 +37,7 @@ def run_here(arguments, stdin, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
     capsys.readouterr()
     try:
-        cli.main()
+        commands.main()
         code = 0
     except SystemExit as end:
         code = end.code or 0

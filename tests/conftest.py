@@ -8,13 +8,16 @@ import sys
 import uuid
 
 import pytest
+import torch
 from commands import run_here
+from making import finetune_job, make_corpus, pretrain_job, reviews
 from proxy import Proxy, s3_uri
 
-from raybert import storage
-from raybert.ray_session import RayConfig
-from raybert.ray_session import ray_session as session
-from raybert.storage import Folder
+from raybert.cluster.session import RayConfig
+from raybert.cluster.session import ray_session as session
+from raybert.storage import folder
+from raybert.storage.folder import Folder
+from raybert.train.run import execute_bare
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "a-key-for-tests",
@@ -50,6 +53,27 @@ def credentials():
         for name, value in CREDENTIALS.items():
             patch.setenv(name, value)
         yield CREDENTIALS
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A classifier that tells good reviews from bad ones; its longest text has 32 tokens."""
+    torch.set_num_threads(1)
+    folder = Folder(tmp_path_factory.mktemp("classifier"))
+    job = finetune_job(folder, rows=reviews(200), steps=None, epochs=5, lr=1e-2)
+    execute_bare(job, folder / "run", on_progress=lambda record: None)
+    return folder / "run" / "model"
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A model that fills masks, badly."""
+    torch.set_num_threads(1)
+    folder = Folder(tmp_path_factory.mktemp("pretrained"))
+    make_corpus(folder / "corpus")
+    job = pretrain_job(folder / "corpus", steps=2)
+    result = execute_bare(job, folder / "run", on_progress=lambda record: None)
+    return Folder(result["model"])
 
 
 @pytest.fixture
@@ -100,7 +124,7 @@ def bucket(s3_server, s3_path):
 @pytest.fixture
 def proxy(s3_server, s3_path, monkeypatch):
     """The same folder through a connection that breaks when it is told to; and that connection."""
-    monkeypatch.setattr(storage, "_TRIES", 1)  # Arrow's own patience would only take time
+    monkeypatch.setattr(folder, "_TRIES", 1)  # Arrow's own patience would only take time
     with Proxy(s3_server) as proxy:
         yield Folder(s3_uri(proxy.address, s3_path)), proxy
 

@@ -8,23 +8,23 @@ import numpy as np
 import torch
 
 from raybert.config import build
+from raybert.data import vocabulary
+from raybert.data.corpus import build as corpus_module
+from raybert.data.corpus.build import CorpusConfig
+from raybert.data.corpus.packing import Packer, unigram_loss
+from raybert.data.corpus.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter, id_dtype
+from raybert.data.tokenizer import TokenizerConfig
 from raybert.model.encoder import ModelConfig
-from raybert.storage import Folder
-from raybert.text import corpus as corpus_module
-from raybert.text import vocabulary
-from raybert.text.corpus import CorpusConfig
-from raybert.text.packing import Packer, unigram_loss
-from raybert.text.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter, id_dtype
-from raybert.text.tokenizer import TokenizerConfig
+from raybert.storage.folder import Folder
+from raybert.tasks.classification import FinetuneConfig, FinetuneSpec
+from raybert.tasks.masked_lm import PretrainConfig, PretrainSpec
+from raybert.tasks.texts import prepare_data
 from raybert.train.checkpoint import CheckpointStore, begin_attempt
-from raybert.train.finetune import FinetuneConfig, FinetuneJob
-from raybert.train.group import Group
+from raybert.train.distributed import Group
 from raybert.train.loop import Loop
-from raybert.train.meters import MetricsLog
-from raybert.train.pretrain import PretrainConfig, PretrainJob
-from raybert.train.run import Feed
-from raybert.train.task import Wishes
-from raybert.train.texts import prepare_data
+from raybert.train.metrics_log import MetricsLog
+from raybert.train.run import LoaderConfig
+from raybert.train.task import ControlSignals
 
 GOOD = "wonderful brilliant moving superb delightful".split()
 BAD = "awful boring dreadful clumsy tedious".split()
@@ -113,7 +113,7 @@ def pretrain_job(corpus, model=(), **settings):
         **settings,
     }
     config = build(PretrainConfig, values, "test")
-    return PretrainJob(
+    return PretrainSpec(
         config=config,
         model=build(ModelConfig, {**MODEL, **dict(model)}, "test"),
         corpus=corpus,
@@ -144,7 +144,7 @@ def finetune_job(folder, *, rows=None, model=(), **settings):
     }
     config = build(FinetuneConfig, values, "test")
     data = folder / "data"
-    return FinetuneJob(
+    return FinetuneSpec(
         config=config,
         model=build(ModelConfig, {**MODEL, **dict(model)}, "test"),
         start=None,
@@ -191,7 +191,7 @@ class Attempt:
     def __init__(self, job, run, *, group=None, stop_at=None, task=None, change=None, **options):
         torch.set_num_threads(1)
         group = group or Group()
-        task = task or job.make_task(group, Feed())
+        task = task or job.make_task(group, LoaderConfig())
         self.task = task if change is None else change(task)
         self.records = []
         number = begin_attempt(run) if group.rank == 0 else 0
@@ -206,7 +206,7 @@ class Attempt:
                 run, number, step, weights=self.loop.loaded, tell=self.loop.tell
             ),
             on_progress=self.records.append,
-            wishes=Wishes(stop=lambda: self.loop.progress.step == stop_at),
+            signals=ControlSignals(stop=lambda: self.loop.progress.step == stop_at),
             **options,
         )
 
@@ -242,7 +242,7 @@ def cut_batch(batch, pieces):
     return [
         replace(
             batch,
-            slot=slot,
+            micro_batch_index=slot,
             row_ids=batch.row_ids[rows],
             input_ids=batch.input_ids[rows],
             labels=batch.labels[rows],

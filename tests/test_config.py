@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raybert.cli.options import load_experiment
 from raybert.config import Settings, build, differences, dump, flatten, load, parse_yaml
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
-from raybert.options import load_experiment
 
 
 def refused(values=None, *overrides, path=None):

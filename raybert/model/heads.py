@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from raybert.config import Settings
 from raybert.model.attention import Dropout
 from raybert.model.encoder import Encoder, ModelConfig
-from raybert.model.mlm_loss import linear_cross_entropy
-from raybert.text.masking import IGNORE_INDEX
+from raybert.model.losses import linear_cross_entropy
 
 KERAS_HEAD_SIZE = 64  # the dense layer of the Keras example's classifier
 
@@ -91,7 +90,7 @@ class MaskedLM(nn.Module):
 
         Args:
             input_ids: int64 [B, T].
-            labels: int64 [B, T]; IGNORE_INDEX where nothing is predicted.
+            labels: int64 [B, T]; negative where nothing is predicted.
             attention_mask: bool [B, T] or None, as in `Encoder.forward`.
             document_ids: int64 [B, T] or None, as in `Encoder.forward`.
 
@@ -100,7 +99,7 @@ class MaskedLM(nn.Module):
         """
         x = self.encoder(input_ids, attention_mask, document_ids)  # [B, T, D]
         labels = labels.flatten()  # [B T]
-        positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # [M]
+        positions = (labels >= 0).nonzero().squeeze(1)  # [M]
         x = self.head(x.flatten(0, 1).index_select(0, positions))  # [M, D]
         weight = self.encoder.embeddings.tokens.weight  # [V, D]
         total = linear_cross_entropy(x, weight, self.bias, labels.index_select(0, positions))

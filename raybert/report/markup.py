@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from raybert.config import flatten
-from raybert.report.stages import number
+from raybert.report.stage_files import number
 
 
 class Html(str):

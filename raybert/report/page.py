@@ -15,7 +15,7 @@ import yaml
 
 from raybert import __version__
 from raybert.errors import UserError
-from raybert.report.classification import confusion, mistakes
+from raybert.report.confusion import confusion, mistakes
 from raybert.report.markup import (
     Html,
     big,
@@ -30,10 +30,10 @@ from raybert.report.markup import (
     tag,
 )
 from raybert.report.plots import plots
-from raybert.report.stages import TRACES, Stage, curve, last, number, read_stages, spread
+from raybert.report.search import search_tiles, searched
+from raybert.report.stage_files import TRACES, Stage, curve, last, number, read_stages, spread
 from raybert.report.style import STYLE
-from raybert.report.tuning import search_tiles, searched
-from raybert.storage import Folder
+from raybert.storage.folder import Folder
 
 FILE = "report.html"
 TITLES = {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raybert.report.markup import Html, tag
-from raybert.report.stages import Points, Stage, curve, last, number, spread
+from raybert.report.stage_files import Points, Stage, curve, last, number, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

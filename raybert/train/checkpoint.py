@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 
 from raybert.errors import DamagedError, StorageError, Superseded, UserError
-from raybert.storage import Folder, numbers_taken, patiently, take_number
+from raybert.storage.folder import Folder, numbers_taken, retry, take_number
 
 FORMAT_VERSION = 1
 _COMMIT = re.compile(r"step-(\d{8})(?:-a(\d+))?\.json")  # the first ones named no attempt
@@ -359,7 +359,7 @@ def begin_attempt(run: Folder, patience: float = 0.0) -> int:
     Raises:
         StorageError: it refused all that time.
     """
-    return patiently(lambda: take_number(run / "attempts"), patience)
+    return retry(lambda: take_number(run / "attempts"), patience)
 
 
 def check_attempt(run: Folder, attempt: int) -> None:

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from raybert.data.keyed import key_of
 from raybert.errors import DamagedError, RaybertError, StorageError
-from raybert.storage import patiently
-from raybert.text.keyed import key_of
+from raybert.storage.folder import retry
 from raybert.train.checkpoint import CheckpointStore, Snapshot, hash_tensors
-from raybert.train.group import Group, has_fast_bf16
-from raybert.train.meters import MetricsLog, Rate, finite
-from raybert.train.optim import (
+from raybert.train.checkpoint_schedule import Saver
+from raybert.train.distributed import Group, has_fast_bf16
+from raybert.train.metrics_log import MetricsLog, ThroughputMeter, finite
+from raybert.train.optimizers import (
     average_weights,
     averaged,
     averages_in,
@@ -36,9 +37,8 @@ from raybert.train.optim import (
     set_lr,
     swap_averages,
 )
-from raybert.train.saving import Saver
 from raybert.train.settings import TrainConfig
-from raybert.train.task import NO_WISHES, Batch, Evicted, Stopped, Task, Wishes
+from raybert.train.task import NO_SIGNALS, Batch, ControlSignals, Preempted, Stopped, Task
 
 MEASURED_SHARE = 0.02  # of a run's minutes, at least: the time that its speed is taken over
 SETTLING_STEPS = 3  # at first libraries choose their kernels, and memory is mapped
@@ -75,7 +75,7 @@ class Loop:
         store: CheckpointStore | None = None,
         open_log: Callable[[int], MetricsLog] | None = None,
         on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
-        wishes: Wishes = NO_WISHES,
+        signals: ControlSignals = NO_SIGNALS,
         on_batch: Callable[[Batch], None] | None = None,
         before_save: Callable[[], None] = lambda: None,
     ) -> None:
@@ -88,13 +88,13 @@ class Loop:
             store: where checkpoints go and come from; None: nowhere (benchmarks, unit tests).
             open_log: opens the metrics log at the step where the attempt starts; called by rank 0.
             on_progress: gets every logged record, on rank 0.
-            wishes: what others may want of the run; to end comes after a checkpoint.
+            signals: what others may want of the run; to end comes after a checkpoint.
             on_batch: gets every micro-batch before it is trained on; for digests.
             before_save: called on every rank before each checkpoint, which ends what is repeated.
         """
         self.task, self.config, self.group = task, config, group
         self._store, self._open_log = store, open_log
-        self._on_progress, self._wishes = on_progress, wishes
+        self._on_progress, self._signals = on_progress, signals
         self._on_batch, self._before_save = on_batch, before_save
         self.progress = Progress()
         self._log: MetricsLog | None = None
@@ -114,7 +114,7 @@ class Loop:
         self._settled: tuple[int, float] | None = None  # the same, once its speed is steady
         self._loss = torch.zeros((), dtype=torch.float64, device=group.device)
         self._counted = 0.0
-        self._rate = Rate()
+        self._rate = ThroughputMeter()
 
     # The run -----------------------------------------------------------------------------------
 
@@ -186,8 +186,8 @@ class Loop:
         yield from self._train_until(lambda: progress.step >= (progress.total_steps or math.inf))
         last = self._evaluate(final=True)
         self._save(wait=True)
-        [broken] = self.group.sum([self._saver.heed()])
-        self._saver.end_if(broken)
+        [broken] = self.group.sum([self._saver.check_last_save()])
+        self._saver.raise_if_failed(broken)
         yield from self._take_found()
         return last
 
@@ -198,13 +198,13 @@ class Loop:
         are of, and None where no evaluation gave a score.
         """
         progress, store, metrics = self.progress, self._store, last
-        best, patience = progress.best_step, self.config.patience_s
+        best, patience = progress.best_step, self.config.retry_timeout_s
         found = None
         if best == progress.step:
             metrics = progress.best_metrics or last
         elif best is not None and store is not None and self.group.rank == 0:
             try:
-                found = patiently(partial(store.load, best), patience, self.tell)
+                found = retry(partial(store.load, best), patience, self.tell)
                 metrics = progress.best_metrics or {}
             except DamagedError as error:
                 message = f"{error}; the model has the weights of step {progress.step} instead"
@@ -230,7 +230,7 @@ class Loop:
         with contextlib.closing(stream):  # type: ignore[type-var]
             batches = next(stream)
             # The clock starts with the first batch: start-up is not training.
-            self._rate, waited = Rate(), 0.0
+            self._rate, waited = ThroughputMeter(), 0.0
             begun = time.perf_counter() - progress.seconds
             self._begun = (progress.step, progress.seconds)
             while True:
@@ -259,28 +259,28 @@ class Loop:
                     "stream of batches has lost its place; run it again to go on from the last "
                     "checkpoint"
                 )
-        wishes = self._wishes
+        signals = self._signals
         count, tokens, seconds, broken, save, stop, leave = self.group.sum(
             [
                 sum(batch.count for batch in batches),
                 sum(batch.tokens for batch in batches),
                 clock if first else 0.0,
-                self._saver.heed(),
-                wishes.save() or self._saver.is_due(progress.step),
-                wishes.stop(),
-                wishes.leave(),
+                self._saver.check_last_save(),
+                signals.save() or self._saver.is_due(progress.step),
+                signals.stop(),
+                signals.leave(),
             ]
         )
         progress.seconds = seconds
-        self._saver.end_if(broken)
+        self._saver.raise_if_failed(broken)
         if stop:
             self._save(wait=True)
-            self._saver.end_if(self._saver.is_broken)
+            self._saver.raise_if_failed(self._saver.has_failed)
             raise Stopped(f"stopped at step {progress.step}; run it again to go on from there")
         if leave:
             self._event("eviction", "a node is about to go: a checkpoint, and on without it")
             self._save(wait=True)
-            raise Evicted(f"a node goes away at step {progress.step}")
+            raise Preempted(f"a node goes away at step {progress.step}")
         if save:
             self._save()
         if self.task.prepare(progress.step):
@@ -307,7 +307,7 @@ class Loop:
             if self._on_batch is not None and batch.count:
                 self._on_batch(batch)
             # Draws such as dropout's belong to the micro-batch, not to the rank that computes it.
-            torch.manual_seed(key_of("draws", config.seed, step, batch.slot) >> 1)
+            torch.manual_seed(key_of("draws", config.seed, step, batch.micro_batch_index) >> 1)
             last = index == len(work) - 1
             no_sync = getattr(self._module, "no_sync", contextlib.nullcontext)
             with contextlib.nullcontext() if last else no_sync():
@@ -431,7 +431,7 @@ class Loop:
             self._save()  # the log goes with it
         elif self._log is not None:
             self._log.flush()
-        self._rate = Rate()
+        self._rate = ThroughputMeter()
         return metrics
 
     def _log_train(self) -> None:

@@ -19,24 +19,24 @@ from typing import Any, Protocol
 import torch
 
 from raybert import __version__
+from raybert.cluster.allocator import keep_freed_memory
 from raybert.config import differences, parse_yaml
 from raybert.errors import ConfigError, DataError, StorageError
-from raybert.model.allocator import keep_freed_memory
-from raybert.storage import Folder, patiently
+from raybert.storage.folder import Folder, retry
 from raybert.train.checkpoint import CheckpointStore, begin_attempt, check_attempt
-from raybert.train.group import Group, use_threads
+from raybert.train.checkpoint_schedule import resume_hint
+from raybert.train.distributed import Group, use_threads
 from raybert.train.loop import Loop
-from raybert.train.meters import LineLog, MetricsLog, finite, merge_metrics
-from raybert.train.saving import whereabouts
+from raybert.train.metrics_log import LineLog, MetricsLog, finite, merge_metrics
 from raybert.train.settings import MAY_CHANGE, TrainConfig
-from raybert.train.task import NO_WISHES, Batch, Stopped, Task, Wishes
+from raybert.train.task import NO_SIGNALS, Batch, ControlSignals, Stopped, Task
 
 CONFIG, RESULT, INPUTS = "config.yaml", "result.json", "inputs.json"
 DIGESTS = "digests"  # of every micro-batch: `<attempt>-<rank>.txt`
 
 
 @dataclass(frozen=True)
-class Feed:
+class LoaderConfig:
     """Where a worker's batches are made: in its own process, or in Ray Data operators."""
 
     on_ray: bool = False
@@ -44,7 +44,7 @@ class Feed:
     memory: int = 256 << 20  # bytes of the object store that its blocks may fill
 
 
-class Job(Protocol):
+class TrainSpec(Protocol):
     """A stage of training, picklable: what is sent to the workers."""
 
     @property
@@ -54,7 +54,7 @@ class Job(Protocol):
     def inputs(self) -> dict[str, str]:
         """Hashes of what the run reads, by a name for messages."""
 
-    def make_task(self, group: Group, feed: Feed) -> Task:
+    def make_task(self, group: Group, feed: LoaderConfig) -> Task:
         """Build the task on a worker."""
 
     def finish(self, task: Task, run: Folder) -> dict[str, Any]:
@@ -138,20 +138,20 @@ def _owner(key: str) -> str:
     return ".".join(key.split(".")[:2])
 
 
-class Execution:
+class TrainingRun:
     """A run on this worker: to its end, or from evaluation to evaluation."""
 
     def __init__(
         self,
-        job: Job,
+        job: TrainSpec,
         run: Folder,
         attempt: int,
         group: Group,
-        feed: Feed,
+        feed: LoaderConfig,
         *,
         workers_here: int = 1,
         on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
-        wishes: Wishes = NO_WISHES,
+        signals: ControlSignals = NO_SIGNALS,
     ) -> None:
         """Build the task and its loop.
 
@@ -163,7 +163,7 @@ class Execution:
             feed: where batches are made.
             workers_here: of the group, on this machine: they share its cores.
             on_progress: gets every logged record, on rank 0.
-            wishes: what others may want of the run.
+            signals: what others may want of the run.
         """
         config = job.config
         self._job, self._run, self._attempt, self._group = job, run, attempt, group
@@ -188,7 +188,7 @@ class Execution:
                 tell=self._tell,
             ),
             on_progress=on_progress,
-            wishes=wishes,
+            signals=signals,
             on_batch=self._note if config.digests else None,
             before_save=self._digests.flush,
         )
@@ -222,17 +222,17 @@ class Execution:
         self.loop.tell(message)
 
     def _note(self, batch: Batch) -> None:
-        self._digests.write(f"{batch.step} {batch.slot} {batch.digest()}")
+        self._digests.write(f"{batch.step} {batch.micro_batch_index} {batch.digest()}")
 
     def _go(self) -> Generator[dict[str, Any], None, None]:
         with closing(self._digests):
             outcome = yield from self.loop.evaluations()
         if self._group.rank == 0:
-            patience = self._job.config.patience_s
+            patience = self._job.config.retry_timeout_s
             try:
-                self.result = patiently(lambda: self._finish(outcome), patience, self._tell)
+                self.result = retry(lambda: self._finish(outcome), patience, self._tell)
             except StorageError as error:
-                raise StorageError(f"{error}; {whereabouts(self._store.last)}") from None
+                raise StorageError(f"{error}; {resume_hint(self._store.last)}") from None
         self._group.gather(None)  # nobody leaves before the result stands
 
     def _finish(self, outcome: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +255,7 @@ class Execution:
 
 
 def execute_bare(
-    job: Job, run: Folder, *, on_progress: Callable[[dict[str, Any]], None]
+    job: TrainSpec, run: Folder, *, on_progress: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Train in this process, without Ray.
 
@@ -264,18 +264,18 @@ def execute_bare(
             last step was already taken, the result.
     """
     device = torch.device("cuda" if _wants_gpu(job.config) else "cpu")
-    attempt = begin_attempt(run, job.config.patience_s)
+    attempt = begin_attempt(run, job.config.retry_timeout_s)
     group = Group(device=device)
     try:
         with _interruptible() as is_interrupted:
-            result = Execution(
+            result = TrainingRun(
                 job,
                 run,
                 attempt,
                 group,
-                Feed(),
+                LoaderConfig(),
                 on_progress=on_progress,
-                wishes=Wishes(stop=is_interrupted),
+                signals=ControlSignals(stop=is_interrupted),
             ).run()
     except Stopped:
         raise KeyboardInterrupt from None

@@ -171,12 +171,12 @@ class TrainConfig(Settings):
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
     @property
-    def slots(self) -> int:
+    def micro_batches_per_step(self) -> int:
         """Micro-batches in a global batch."""
         return self.global_batch_size // self.micro_batch_size
 
     @property
-    def patience_s(self) -> float:
+    def retry_timeout_s(self) -> float:
         """Seconds for which one rank may try a storage that refuses, while the others wait."""
         return 0.8 * self.collective_timeout_s
 

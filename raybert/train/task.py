@@ -19,7 +19,7 @@ class Batch(Protocol):
         """The step that it belongs to."""
 
     @property
-    def slot(self) -> int:
+    def micro_batch_index(self) -> int:
         """Its place in the global batch."""
 
     @property
@@ -82,12 +82,12 @@ class Stopped(RaybertError):
     """The run was asked to stop; its state is in a checkpoint."""
 
 
-class Evicted(RaybertError):
+class Preempted(RaybertError):
     """A worker's node is about to go; the run's state is in a checkpoint, to go on elsewhere."""
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ControlSignals:
     """What may be asked of a run from outside; each is looked at before every step."""
 
     stop: Callable[[], bool] = lambda: False  # end, from any rank
@@ -95,4 +95,4 @@ class Wishes:
     save: Callable[[], bool] = lambda: False  # write a checkpoint now; of rank 0
 
 
-NO_WISHES = Wishes()
+NO_SIGNALS = ControlSignals()

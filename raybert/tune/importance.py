@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raybert.tune.ledger import Entry, ranked
 from raybert.tune.space import Space
+from raybert.tune.trial_store import TrialRecord, ranked
 
 METHOD = (
     "share of the variance of the scores' ranks that a key explains alone: squared Spearman "
@@ -24,7 +24,7 @@ METHOD = (
 _FEWEST = 4  # trials that a share can be taken of
 
 
-def importance(space: Space, entries: Sequence[Entry]) -> dict[str, float | None]:
+def importance(space: Space, entries: Sequence[TrialRecord]) -> dict[str, float | None]:
     """The share of each key, 0 to 1; None where too few trials, or no two values, tell it."""
     known = ranked(entries)
     found: dict[str, float | None] = {}

@@ -20,10 +20,10 @@ from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
 from raybert.errors import RaybertError, Superseded
-from raybert.storage import Folder
-from raybert.train.board import Board
-from raybert.tune.session import Session
-from raybert.tune.trial import FinetuneTrial, Work
+from raybert.storage.folder import Folder
+from raybert.train.ray.driver_channel import DriverChannel
+from raybert.tune.search_session import Session
+from raybert.tune.trial import FinetuneTrial, TrialContext
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60  # for the steps under way and their checkpoints, after Ctrl-C
@@ -101,7 +101,7 @@ def _what_was_lost(trial: Trial) -> str:
 
 
 def run_trials(
-    work: Work,
+    work: TrialContext,
     session: Session,
     scheduler: TrialScheduler,
     *,
@@ -161,7 +161,11 @@ class _Fit:
     """
 
     def __init__(
-        self, fit: Callable[[], Any], session: Session, board: Board, show: Callable[[], None]
+        self,
+        fit: Callable[[], Any],
+        session: Session,
+        board: DriverChannel,
+        show: Callable[[], None],
     ) -> None:
         self._fit, self._session, self._board, self._show = fit, session, board, show
         self._error: Exception | None = None

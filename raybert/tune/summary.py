@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raybert.storage import Folder
-from raybert.train.meters import finite
+from raybert.storage.folder import Folder
+from raybert.train.metrics_log import finite
+from raybert.tune.finalists import Finalist, configured
 from raybert.tune.importance import METHOD, importance
-from raybert.tune.ledger import Entry, count_states
-from raybert.tune.select import Finalist, configured
 from raybert.tune.space import Space
+from raybert.tune.trial_store import TrialRecord, count_states
 
 TRIALS, CLOCK = "trials.json", "search.json"
 
@@ -43,7 +43,7 @@ class Cost:
     gpu_hours: float
 
     @classmethod
-    def of(cls, entries: Sequence[Entry], cores: float, gpus: float) -> Cost:
+    def of(cls, entries: Sequence[TrialRecord], cores: float, gpus: float) -> Cost:
         """Add up the trials' own seconds, times the cores and GPUs that each was given."""
         seconds = sum(entry.seconds for entry in entries)
         hours = seconds / 3600
@@ -53,7 +53,7 @@ class Cost:
 def write_trials(
     stage: Folder,
     space: Space,
-    entries: Sequence[Entry],
+    entries: Sequence[TrialRecord],
     finalists: Sequence[Finalist],
     cost: Cost,
     scheduler: str,
@@ -77,7 +77,7 @@ def write_trials(
 
 
 def result_of(
-    entries: Sequence[Entry], finalists: Sequence[Finalist], cost: Cost, seconds: float
+    entries: Sequence[TrialRecord], finalists: Sequence[Finalist], cost: Cost, seconds: float
 ) -> dict[str, Any]:
     """What `raybert tune --json` ends with, but for what the winner's model adds."""
     first = configured(entries)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from raybert.errors import UserError
-from raybert.storage import Folder
-from raybert.tune.ledger import Entry
+from raybert.storage.folder import Folder
+from raybert.tune.trial_store import TrialRecord
 
 _HOST = "127.0.0.1"
 _PORT = 6006  # TensorBoard's own
@@ -31,7 +31,7 @@ class EventWriter:
         self._folder = Path(folder.path) if folder.is_local else None
         self._writers: dict[str, Any] = {}
 
-    def evaluated(self, entry: Entry) -> None:
+    def evaluated(self, entry: TrialRecord) -> None:
         """Add a trial's last evaluation to its curves."""
         writer = self._writer(entry)
         if writer is not None:
@@ -40,7 +40,7 @@ class EventWriter:
                 writer.add_scalar(f"validation/{key}", getattr(last, key), last.step)
             writer.flush()
 
-    def ended(self, entry: Entry) -> None:
+    def ended(self, entry: TrialRecord) -> None:
         """Add a trial to the hyperparameters' tab."""
         from tensorboardX.summary import hparams
 
@@ -59,7 +59,7 @@ class EventWriter:
         writer.close()
         del self._writers[entry.name]
 
-    def _writer(self, entry: Entry) -> Any:
+    def _writer(self, entry: TrialRecord) -> Any:
         if self._folder is None:
             return None
         if entry.name not in self._writers:

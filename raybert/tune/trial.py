@@ -15,42 +15,42 @@ from typing import Any
 import ray
 from ray.tune import Trainable
 
+from raybert.cluster.session import Resources
 from raybert.config import dump
 from raybert.errors import DamagedError, RaybertError, StorageError, Superseded
-from raybert.ray_session import Resources
-from raybert.storage import Folder
-from raybert.train.board import Board, Link
+from raybert.storage.folder import Folder
+from raybert.tasks.classification import FinetuneSpec, SharedInputs
 from raybert.train.checkpoint import CheckpointStore, Snapshot, begin_attempt, hash_tensors
-from raybert.train.finetune import FinetuneJob, Held
-from raybert.train.meters import read_metrics
+from raybert.train.metrics_log import read_metrics
+from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel
 from raybert.train.run import CONFIG
 from raybert.train.task import Stopped
-from raybert.tune.exchange import evidence, is_open
-from raybert.tune.ledger import TRIAL, write_trial
-from raybert.tune.running import Run, start_run
+from raybert.tune.schedulers.pbt_evidence import evidence, is_open
 from raybert.tune.settings import Searched
 from raybert.tune.space import Values
+from raybert.tune.trial_store import TRIAL, write_trial
+from raybert.tune.trial_training import Run, start_run
 
 EXCHANGE = "exchange"  # in a trial's configuration: tells one take-over from the next
 FAILED_SCORE = -1.0  # below any accuracy: schedulers compare with it, and it must be a number
 
 
 @dataclass(frozen=True)
-class Work:
+class TrialContext:
     """What the trials of a search share; it travels to their workers once, by the object store."""
 
     folder: Folder  # that the trials' folders are in
     base: Searched
-    job: FinetuneJob  # of the base; its texts are whole
+    job: FinetuneSpec  # of the base; its texts are whole
     held: Any  # a reference to what its runs share in memory
     seq_len: int  # of trials that say nothing else
     keep_checkpoints: int
     threads: int | None  # of a worker; None: a fair share of its machine's cores
     gpu: bool
     resources: Resources
-    board: Board
+    board: DriverChannel
 
-    def job_of(self, values: Values, seed: int) -> FinetuneJob:
+    def job_of(self, values: Values, seed: int) -> FinetuneSpec:
         """The fine-tuning run of a trial; what it reads is not held.
 
         Raises:
@@ -78,13 +78,13 @@ class Work:
 class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
     """Ray Tune's view of a trial: `step` trains up to the next evaluation."""
 
-    def setup(self, config: dict[str, Any], work: Work | None = None) -> None:
+    def setup(self, config: dict[str, Any], work: TrialContext | None = None) -> None:
         """Start the worker with its first trial."""
         assert work is not None
         self._work = work
-        self._held: Held = ray.get(work.held)
+        self._held: SharedInputs = ray.get(work.held)
         # A number of its own for each worker: their records lie beside each other on the board.
-        self._link = Link(work.board, uuid.uuid4().int % 1_000_000)
+        self._link = WorkerChannel(work.board, uuid.uuid4().int % 1_000_000)
         self._run: Run | None = None
         self._pointer: dict[str, Any] | None = None
         self._is_unproven = False  # its last exchange, as yet
@@ -172,7 +172,7 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         work, folder = self._work, self._work.folder / self.trial_id
         job = work.job_of(self._values, self._seed)
         folder.write_text(CONFIG, dump(Searched(model=job.model, finetune=job.config)))
-        attempt = begin_attempt(folder, job.config.patience_s)
+        attempt = begin_attempt(folder, job.config.retry_timeout_s)
         taken = self._take_over(folder, attempt, job)
         exchanges = folder.read_json(TRIAL)["exchanges"]
         self._is_unproven = bool(exchanges) and is_open(exchanges[-1])
@@ -193,7 +193,7 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
     def _report(self, record: dict[str, Any]) -> None:
         self._link.report({**record, "trial": self.trial_id})
 
-    def _take_over(self, folder: Folder, attempt: int, job: FinetuneJob) -> bool:
+    def _take_over(self, folder: Folder, attempt: int, job: FinetuneSpec) -> bool:
         """Copy the state that the pointer names into this trial's folder, if it is another's."""
         pointer = self._pointer
         if pointer is None or pointer["trial"] == self.trial_id:

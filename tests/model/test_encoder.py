@@ -3,12 +3,7 @@ import torch
 
 from raybert.config import build
 from raybert.errors import ConfigError
-from raybert.model.encoder import (
-    Encoder,
-    ModelConfig,
-    flops_per_token,
-    num_parameters,
-)
+from raybert.model.encoder import Encoder, ModelConfig, flops_per_token, num_parameters
 
 LAYOUTS = {
     "modern": {"layout": "modern"},

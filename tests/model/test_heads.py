@@ -2,10 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raybert.model.allocator import keep_freed_memory
+from raybert.cluster.allocator import keep_freed_memory
+from raybert.data.masking import IGNORE_INDEX
 from raybert.model.encoder import Encoder, ModelConfig, num_parameters
 from raybert.model.heads import Classifier, HeadConfig, MaskedLM, pool, unsupported_by_transformers
-from raybert.text.masking import IGNORE_INDEX
 
 LAYOUTS = ["modern", "classic"]
 

@@ -17,11 +17,11 @@ from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
-import raybert.serve
-from raybert.predict import fill_mask
-from raybert.serve.classifier import TextClassifier
+import raybert.serve.http
+from raybert.inference.classifier import TextClassifier
+from raybert.pipeline.predict_stage import fill_mask
 
-PAGE = Path(raybert.serve.__file__).parent / "page"
+PAGE = Path(raybert.serve.http.__file__).parent / "page"
 
 
 class Predict(BaseModel):

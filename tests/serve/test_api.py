@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import reviews
 
-from raybert.predict import numbered, predict_texts
-from raybert.serve import edge, gate
-from raybert.serve.api import make_api
-from raybert.serve.auth import Keys, digest
-from raybert.serve.bodies import FULL, PredictRequest, Refused
-from raybert.serve.classifier import TextClassifier
-from raybert.serve.service import Service
+from raybert.inference.classifier import TextClassifier
+from raybert.pipeline.predict_stage import numbered, predict_texts
+from raybert.serve.http import load_shedding, middleware
+from raybert.serve.http.authentication import Keys, digest
+from raybert.serve.http.routes import make_api
+from raybert.serve.http.schemas import FULL, PredictRequest, RequestError
+from raybert.serve.runtime.service import Service
 from raybert.serve.settings import ServeConfig
 
 KEY = "a-key-of-mine-0123456789"
@@ -612,7 +612,7 @@ def test_what_there_is_no_room_for_is_refused_before_it_is_tokenized(api, monkey
         )
 
     answers = asyncio.run(ask())
-    refusals = [one.status for one in answers if isinstance(one, Refused)]
+    refusals = [one.status for one in answers if isinstance(one, RequestError)]
     assert refusals == [429] * (20 - len(read)) and 1 <= len(read) <= 2
 
 
@@ -660,8 +660,8 @@ def edged(closed, monkeypatch):
         await closed.app(scope, receive, send)
 
     made = copy.copy(closed)
-    made.app, made.passed = edge.Edge(inside), passed
-    monkeypatch.setattr(edge, "_door", closed.app.state.door)
+    made.app, made.passed = load_shedding.LoadSheddingMiddleware(inside), passed
+    monkeypatch.setattr(load_shedding, "_door", closed.app.state.door)
     return made
 
 
@@ -687,14 +687,14 @@ def test_refusals_share_a_line_in_the_log(edged, monkeypatch, caplog):
     batcher = edged.service.find(None).batcher
     monkeypatch.setattr(batcher, "_speed", 1000.0)
     monkeypatch.setattr(batcher, "_queued", 5000)
-    monkeypatch.setattr(edge._door, "_told", -math.inf)
-    monkeypatch.setattr(gate, "_TELL_S", 3600)
+    monkeypatch.setattr(load_shedding._door, "_told", -math.inf)
+    monkeypatch.setattr(middleware, "_TELL_S", 3600)
     before = edged.service.metrics.value("requests_total", route="-", status="429")
     answers = [edged.post("/predict", {"inputs": "a"}, headers=headers) for _ in range(9)]
     assert {answer.status_code for answer in answers} == {429}
     assert len({answer.content for answer in answers}) == 1
     assert answers[-1].headers[FULL] == "1"  # for HAProxy
-    monkeypatch.setattr(gate, "_TELL_S", 0)
+    monkeypatch.setattr(middleware, "_TELL_S", 0)
     edged.ask("GET", "/health")
     told = [r.requests for r in caplog.records if r.name == LOG.name and r.http_status == 429]
     assert told == [1, 8]

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from raybert.errors import ConfigError
-from raybert.serve import app
+from raybert.serve.deploy import deployment
 from raybert.serve.settings import ServeConfig
 
 
@@ -13,8 +13,8 @@ from raybert.serve.settings import ServeConfig
 def cluster(monkeypatch):
     """A Ray that is said to run, with what is put into it."""
     resources = {}
-    monkeypatch.setattr(app.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(app.ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(deployment.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(deployment.ray, "cluster_resources", lambda: resources)
     return resources
 
 
@@ -33,19 +33,19 @@ def cluster(monkeypatch):
 )
 def test_a_cluster_without_room_for_an_update_is_told_of(cluster, settings, resources, lacks):
     cluster |= resources
-    found = app.lacking_for_updates(ServeConfig.model_validate(settings))
+    found = deployment.lacking_for_updates(ServeConfig.model_validate(settings))
     assert (found is None) if lacks is None else (lacks in found and "\n" not in found)
 
 
 def test_what_an_update_lacks_is_told_when_it_is_deployed(model, cluster, monkeypatch, caplog):
     cluster |= {"CPU": 1}
-    monkeypatch.setattr(app, "_listening_on", lambda: "127.0.0.1")
-    monkeypatch.setattr(app, "application", lambda config, digests: config)
+    monkeypatch.setattr(deployment, "_listening_on", lambda: "127.0.0.1")
+    monkeypatch.setattr(deployment, "application", lambda config, digests: config)
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
-    app.build({"model": model.uri})
+    deployment.build({"model": model.uri})
     assert "serve.surge_percent=25" in caplog.text
     caplog.clear()
-    app.build({"model": model.uri, "surge_percent": 0})
+    deployment.build({"model": model.uri, "surge_percent": 0})
     assert caplog.text == ""
 
 
@@ -61,5 +61,5 @@ def test_a_name_asks_for_a_registry(model, args):
     """The command line looks into its experiment's storage; args have no experiment."""
     told = {key: model.uri if value == "{model}" else value for key, value in args.items()}
     with pytest.raises(ConfigError, match="args.registry=null: reviews is no folder here") as error:
-        app.build(told)
+        deployment.build(told)
     assert "\n" not in str(error.value)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from raybert.serve import ingress as ingress_module
-from raybert.serve.auth import digest
-from raybert.serve.bodies import FULL
-from raybert.serve.ingress import serve_environment, uses_haproxy
-from raybert.serve.ports import holder
+from raybert.serve.deploy import haproxy as ingress_module
+from raybert.serve.deploy.haproxy import serve_environment, uses_haproxy
+from raybert.serve.deploy.ports import holder
+from raybert.serve.http.authentication import digest
+from raybert.serve.http.schemas import FULL
 from raybert.serve.settings import ServeConfig
 
 pytestmark = pytest.mark.skipif(

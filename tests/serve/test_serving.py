@@ -23,9 +23,9 @@ import pytest
 from certificates import certificate
 from making import reviews
 
-from raybert.serve.classifier import TextClassifier
+from raybert.inference.classifier import TextClassifier
 from raybert.serve.client import Client, ServerError
-from raybert.serve.ingress import uses_haproxy
+from raybert.serve.deploy.haproxy import uses_haproxy
 from raybert.serve.settings import ServeConfig
 
 pytestmark = pytest.mark.ray

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from making import Attempt, Scripted, finetune_job, gradients_of, pretrain_job
 
+from raybert.data.masking import IGNORE_INDEX
 from raybert.errors import RaybertError, UserError
-from raybert.storage import Folder
-from raybert.text.masking import IGNORE_INDEX
-from raybert.train.group import Group
+from raybert.storage.folder import Folder
+from raybert.train.distributed import Group
 from raybert.train.task import Stopped
 
 
@@ -23,7 +23,7 @@ class Uneven(Scripted):
     def batches(self, first_step, total_steps):
         for batches in self._task.batches(first_step, total_steps):
             for batch in batches:
-                if batch.slot >= 2:
+                if batch.micro_batch_index >= 2:
                     batch.labels.flags.writeable = True
                     batch.labels[:, 6:] = IGNORE_INDEX
             yield batches

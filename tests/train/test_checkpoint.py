@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from making import same_tensors
 
 from raybert.errors import StorageError, Superseded, UserError
-from raybert.storage import Folder
+from raybert.storage.folder import Folder
 from raybert.train.checkpoint import (
     _DTYPES,
     FORMAT_VERSION,
@@ -512,6 +512,6 @@ def test_an_attempt_begins_once_the_storage_takes_it(tmp_path, monkeypatch):
         if len(sleeps) == 3:
             (tmp_path / "attempts").unlink()
 
-    monkeypatch.setattr("raybert.storage.time.sleep", meanwhile)
+    monkeypatch.setattr("raybert.storage.folder.time.sleep", meanwhile)
     assert begin_attempt(Folder(tmp_path), patience=60) == 1
     assert sleeps == [0.5, 1.0, 2.0]

@@ -9,9 +9,9 @@ import pytest
 from commands import Experiment, Result, refused, start, wait_for
 from making import make_corpus, pretrain_job, same_tensors
 
-from raybert.storage import Folder
+from raybert.storage.folder import Folder
 from raybert.train.checkpoint import CheckpointStore
-from raybert.train.meters import read_metrics
+from raybert.train.metrics_log import read_metrics
 from raybert.train.run import execute_bare, read_digests
 
 
@@ -55,7 +55,7 @@ def state(run):
 
 
 def test_a_run_on_a_full_disk_says_so_and_goes_on(corpus, disk, tmp_path, monkeypatch):
-    monkeypatch.setattr("raybert.train.meters.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("raybert.train.metrics_log.RETRY_SECONDS", 0.0)
     settings = {"steps": 10, "checkpoint_steps": 2, "digests": True}
     job = pretrain_job(corpus, {"dropout": 0.1}, **settings)
     run, told = Folder(disk) / "run", []

@@ -21,15 +21,15 @@ from making import (
     same_tensors,
 )
 
+from raybert.data.masking import IGNORE_INDEX
 from raybert.errors import RaybertError, StorageError, Superseded, UserError
-from raybert.storage import Folder
-from raybert.text.masking import IGNORE_INDEX
+from raybert.storage.folder import Folder
 from raybert.train.checkpoint import begin_attempt
-from raybert.train.group import Group
+from raybert.train.distributed import Group
 from raybert.train.loop import MAX_SKIPPED_IN_A_ROW
-from raybert.train.meters import MetricsLog, read_metrics
-from raybert.train.run import Feed
-from raybert.train.task import Evicted, Stopped, Wishes
+from raybert.train.metrics_log import MetricsLog, read_metrics
+from raybert.train.run import LoaderConfig
+from raybert.train.task import ControlSignals, Preempted, Stopped
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def run(tmp_path):
 
 
 def first_batches(job, steps=1):
-    stream = job.make_task(Group(), Feed()).batches(0, steps)
+    stream = job.make_task(Group(), LoaderConfig()).batches(0, steps)
     return [next(stream) for _ in range(steps)]
 
 
@@ -346,7 +346,9 @@ def test_minutes_become_steps_once(corpus, run):
     job = pretrain_job(corpus, minutes=0.05, steps=None)
     first = Attempt(job, run)
     with pytest.raises(Stopped):
-        first.loop._wishes = Wishes(stop=lambda: first.loop.progress.total_steps is not None)
+        first.loop._signals = ControlSignals(
+            stop=lambda: first.loop.progress.total_steps is not None
+        )
         first.run()
     total = first.store.load(first.store.steps()[-1]).state["total_steps"]
     assert total > first.loop.progress.step
@@ -468,7 +470,7 @@ def test_the_tokens_of_a_whole_epoch_are_the_corpus(corpus, run):
 def test_a_falling_mask_rate_falls(corpus, tmp_path):
     masking = {"mask_rate": 0.6, "mask_rate_end": 0.1}
     job = pretrain_job(corpus, steps=40, masking=masking)
-    task = job.make_task(Group(), Feed())
+    task = job.make_task(Group(), LoaderConfig())
     stream = task.batches(0, 40)
     shares = []
     for _ in range(40):
@@ -718,7 +720,7 @@ def test_a_failed_checkpoint_is_told_once_and_costs_the_run_nothing(
 
 @pytest.mark.parametrize(("pause", "expected"), [(0.0, [4, 5, 8]), (1e9, [4, 8])])
 def test_a_failed_checkpoint_is_tried_again_soon(corpus, run, monkeypatch, pause, expected):
-    monkeypatch.setattr("raybert.train.saving.RETRY_SECONDS", pause)
+    monkeypatch.setattr("raybert.train.checkpoint_schedule.RETRY_SECONDS", pause)
     attempt = Attempt(pretrain_job(corpus, steps=8, checkpoint_steps=4), run)
     tried = refusing(attempt, monkeypatch, at=[4])
     attempt.run()
@@ -752,7 +754,7 @@ def test_the_last_checkpoint_may_not_fail_either(corpus, run, monkeypatch, at):
     attempt = Attempt(job, run)
     refusing(attempt, monkeypatch, at=[4 if at == "the end" else 2])
     if at == "Ctrl-C":
-        attempt.loop._wishes = Wishes(stop=lambda: attempt.loop.progress.step == 2)
+        attempt.loop._signals = ControlSignals(stop=lambda: attempt.loop.progress.step == 2)
     with pytest.raises(UserError, match="there is no checkpoint yet: mend the storage, and run it"):
         attempt.run()
 
@@ -774,7 +776,7 @@ def test_weights_that_can_not_be_read_for_a_while_are_waited_for(corpus, run, mo
         return load(step)
 
     monkeypatch.setattr(attempt.store, "load", fails_twice)
-    monkeypatch.setattr("raybert.storage.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("raybert.storage.folder.time.sleep", lambda seconds: None)
     result = attempt.run()
     assert (result["best_step"], failures) == (2, [])
     assert same_tensors(attempt.task.model.state_dict(), load(2).model)
@@ -786,7 +788,7 @@ def test_weights_that_can_not_be_read_for_a_while_are_waited_for(corpus, run, mo
 
 def test_a_checkpoint_that_is_asked_for_is_written_at_once(corpus, run):
     attempt = Attempt(pretrain_job(corpus, steps=6, keep_checkpoints=9), run)
-    attempt.loop._wishes = Wishes(save=lambda: attempt.loop.progress.step in (2, 3))
+    attempt.loop._signals = ControlSignals(save=lambda: attempt.loop.progress.step in (2, 3))
     attempt.run()
     assert {2, 3} <= set(attempt.store.steps())
 
@@ -796,8 +798,8 @@ def test_whoever_must_leave_leaves_after_a_checkpoint_and_nothing_is_lost(corpus
     once = Attempt(job, Folder(tmp_path / "whole"))
     once.run()
     first = Attempt(job, Folder(tmp_path / "parted"))
-    first.loop._wishes = Wishes(leave=lambda: first.loop.progress.step == 3)
-    with pytest.raises(Evicted):
+    first.loop._signals = ControlSignals(leave=lambda: first.loop.progress.step == 3)
+    with pytest.raises(Preempted):
         first.run()
     assert "a node is about to go" in first.events()["eviction"]
     again = Attempt(job, Folder(tmp_path / "parted"))

@@ -10,17 +10,17 @@ import pytest
 from making import make_corpus, pretrain_job, same_tensors
 from proxy import s3_uri
 
+from raybert.cluster.session import Resources
+from raybert.data.corpus.parts import Manifest, PartReader
+from raybert.data.loader import BatchPlan, ray_micro_batches
+from raybert.data.masking import MaskingConfig, Vocabulary
+from raybert.data.order import Order, assign_to_ranks
+from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError
-from raybert.ray_session import Resources
-from raybert.storage import Folder
-from raybert.text.batches import BatchPlan, ray_micro_batches
-from raybert.text.masking import MaskingConfig, Vocabulary
-from raybert.text.order import Order, deal
-from raybert.text.parts import Manifest, PartReader
-from raybert.text.tokenizer import Tokenizer
+from raybert.storage.folder import Folder
+from raybert.tasks.masked_lm import MaskedLMTask, PretrainSpec
 from raybert.train.checkpoint import CheckpointStore
-from raybert.train.meters import read_metrics
-from raybert.train.pretrain import PretrainJob, PretrainTask
+from raybert.train.metrics_log import read_metrics
 from raybert.train.run import execute_bare, read_digests
 
 pytestmark = pytest.mark.ray
@@ -60,12 +60,12 @@ def plan_of(corpus, total_steps):
 
 
 def digests(stream):
-    return [[(b.step, b.slot, b.digest()) for b in batches] for batches in stream]
+    return [[(b.step, b.micro_batch_index, b.digest()) for b in batches] for batches in stream]
 
 
 def test_batches_from_ray_are_those_of_this_process(ray_session, corpus, monkeypatch):
     """For one worker and for three, from a step in mid-epoch and into the next epochs."""
-    monkeypatch.setattr("raybert.text.batches._MOST_TASKS", 2)  # fewer than windows: some share one
+    monkeypatch.setattr("raybert.data.loader._MOST_TASKS", 2)  # fewer than windows: some share one
     plan = plan_of(corpus, 300)
     begin = plan.order.steps_per_epoch // 2
     steps = range(begin, begin + 2 * plan.order.steps_per_epoch + 3)
@@ -73,7 +73,7 @@ def test_batches_from_ray_are_those_of_this_process(ray_session, corpus, monkeyp
     assert len({d for step in expected for _, _, d in step}) == sum(map(len, expected))
     for world_size in (1, 3):
         merged = [[] for _ in steps]
-        for slots in deal(4, world_size):
+        for slots in assign_to_ranks(4, world_size):
             made = digests(ray_micro_batches(plan, slots, steps, cpus=0.4, memory=64 << 20))
             assert len(made) == len(steps)
             for step, part in zip(merged, made, strict=True):
@@ -82,17 +82,17 @@ def test_batches_from_ray_are_those_of_this_process(ray_session, corpus, monkeyp
 
 
 @dataclass(frozen=True)
-class FatalJob(PretrainJob):
+class FatalJob(PretrainSpec):
     """Finds on a worker what the user can mend."""
 
     def make_task(self, group, feed):
         if group.rank == group.world_size - 1:
             raise ConfigError("pretrain.lr=7 is too much for the worker")
-        return PretrainTask(self, group, feed)
+        return MaskedLMTask(self, group, feed)
 
 
 @dataclass(frozen=True)
-class DeadlyJob(PretrainJob):
+class DeadlyJob(PretrainSpec):
     """Kills its last worker with SIGKILL, once, when it asks for the batches of a step."""
 
     marker: str = ""
@@ -102,7 +102,7 @@ class DeadlyJob(PretrainJob):
         return DeadlyTask(self, group, feed)
 
 
-class DeadlyTask(PretrainTask):
+class DeadlyTask(MaskedLMTask):
     def batches(self, first_step, total_steps):
         for batches in super().batches(first_step, total_steps):
             marker = Path(self._job.marker)
@@ -114,7 +114,7 @@ class DeadlyTask(PretrainTask):
 
 
 def train(job, run):
-    from raybert.train.worker import train_on_ray
+    from raybert.train.ray.worker import train_on_ray
 
     return train_on_ray(job, run, RESOURCES)
 
@@ -142,7 +142,7 @@ def together(ray_session, s3_server):
         evaluations=2,
         collective_timeout_s=30,
     )
-    from raybert.train.worker import train_on_ray
+    from raybert.train.ray.worker import train_on_ray
 
     train_on_ray(job, bucket / "run", RESOURCES, on_progress=told.append)
     return job, bucket / "run", told
@@ -198,7 +198,7 @@ def test_workers_start_again_where_the_model_can_not_be_written(ray_session, cor
             if "start again" in told[-1]:
                 hindered.delete("model")
 
-    from raybert.train.worker import train_on_ray
+    from raybert.train.ray.worker import train_on_ray
 
     result = train_on_ray(job, hindered, RESOURCES, on_progress=mend)
     assert (result["step"], result["restarts"]) == (4, 1)

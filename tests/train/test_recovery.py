@@ -15,23 +15,23 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError
 
-from raybert.ray_session import Resources
-from raybert.storage import Folder
-from raybert.train.board import Board
-from raybert.train.group import _interface_of
-from raybert.train.recovery import (
-    Patience,
-    Trainer,
-    _Losses,
+from raybert.cluster.session import Resources
+from raybert.storage.folder import Folder
+from raybert.train.distributed import _interface_of
+from raybert.train.ray.driver_channel import DriverChannel
+from raybert.train.ray.recovery import (
+    FailureContext,
+    NoProgressFailurePolicy,
+    RestartingTrainer,
     answers_still,
     causes_of,
     reason_of,
 )
-from raybert.train.task import Evicted
+from raybert.train.task import Preempted
 
 LOST = WorkerGroupError("lost", {1: RuntimeError("Connection closed by peer"), 2: RayActorError()})
 NO_PLACE = ControllerError(WorkerGroupStartupTimeoutError(3))
-EVICTED = WorkerGroupError("left", {0: Evicted("a node goes away at step 7")})
+EVICTED = WorkerGroupError("left", {0: Preempted("a node goes away at step 7")})
 TAKEN = PreemptionError(PreemptionInfo(None, {"a": [1]}))
 
 
@@ -56,7 +56,7 @@ def decide(patience, error):
 def test_only_restarts_that_came_no_further_count(most, steps):
     """A run gives up exactly where more than `max_failures` in a row had no new checkpoint."""
     losses = Losses()
-    patience = Patience(FailureConfig(max_failures=most), losses)
+    patience = NoProgressFailurePolicy(FailureConfig(max_failures=most), losses)
     in_a_row = 0
     for progress in steps:
         losses.step += progress
@@ -68,7 +68,7 @@ def test_only_restarts_that_came_no_further_count(most, steps):
 
 def test_a_run_that_stands_still_says_how_often_it_tried():
     losses = Losses()
-    patience = Patience(FailureConfig(max_failures=3), losses)
+    patience = NoProgressFailurePolicy(FailureConfig(max_failures=3), losses)
     for _ in range(2):
         decide(patience, LOST)
     losses.step = 5
@@ -82,14 +82,14 @@ def test_a_run_that_stands_still_says_how_often_it_tried():
 
 @pytest.mark.parametrize("error", [NO_PLACE, EVICTED, TAKEN])
 def test_nodes_that_go_or_do_not_come_are_waited_for(error):
-    patience = Patience(FailureConfig(max_failures=0), Losses())
+    patience = NoProgressFailurePolicy(FailureConfig(max_failures=0), Losses())
     assert all(decide(patience, error) for _ in range(20))
     assert not decide(patience, LOST)
 
 
 def test_what_fails_while_workers_start_is_tried_again():
     losses = Losses()
-    patience = Patience(FailureConfig(max_failures=1), losses)
+    patience = NoProgressFailurePolicy(FailureConfig(max_failures=1), losses)
     assert decide(patience, ControllerError(RayActorError()))
     assert losses.told == ["a worker was lost: starting again from step 0"]
     assert not decide(patience, ControllerError(RayActorError()))
@@ -127,7 +127,7 @@ def test_causes_come_in_the_order_of_ranks():
 
 def test_the_last_step_is_that_of_the_storage_or_the_last_known_one(tmp_path):
     run = Folder(tmp_path)
-    losses = _Losses(run, Board())
+    losses = FailureContext(run, DriverChannel())
     assert losses.last_step() == 0
     (run / "checkpoints").write_json("step-00000012.json", {})
     assert losses.last_step() == 12
@@ -143,7 +143,9 @@ def test_helpers_without_a_use_are_left_out(tmp_path, started_here):
 
     def ours():
         resources = Resources(4, 0, 1 << 30, started_here)
-        return Trainer(lambda: None, run=Folder(tmp_path), board=Board(), resources=resources)
+        return RestartingTrainer(
+            lambda: None, run=Folder(tmp_path), board=DriverChannel(), resources=resources
+        )
 
     usual, left = names(TorchTrainer(lambda: None)), names(ours())
     cleaner = {"PlacementGroupCleanerCallback"} if started_here else set()

@@ -13,9 +13,9 @@ from making import make_corpus, pretrain_job, same_tensors
 from raybert.config import dump, load
 from raybert.errors import ConfigError, DataError, StorageError, Superseded
 from raybert.experiment import Experiment
-from raybert.storage import Folder
+from raybert.storage.folder import Folder
 from raybert.train.checkpoint import CheckpointStore, begin_attempt
-from raybert.train.meters import MERGED, read_metrics
+from raybert.train.metrics_log import MERGED, read_metrics
 from raybert.train.run import CONFIG, RESULT, execute_bare, open_run, read_digests
 from raybert.train.settings import MAY_CHANGE
 
@@ -157,7 +157,7 @@ def worsening_job(corpus):
 
 
 def test_the_model_has_the_weights_of_the_best_evaluation(corpus, run):
-    from raybert.model import hub
+    from raybert.model import huggingface
 
     job = worsening_job(corpus)
     result = execute_bare(job, run, on_progress=lambda record: None)
@@ -165,7 +165,7 @@ def test_the_model_has_the_weights_of_the_best_evaluation(corpus, run):
     best = max(evaluations, key=lambda record: record["score"])["step"]
     assert result["best_step"] == best
     store = CheckpointStore(run, 99, keep=2)
-    found = hub.load_masked_lm(run / "model").state_dict()
+    found = huggingface.load_masked_lm(run / "model").state_dict()
     expected = store.load(best).model
     for name in found:
         assert torch.equal(found[name], expected[name])
@@ -289,7 +289,7 @@ def undisturbed(corpus, tmp_path_factory):
 def test_lines_that_can_not_be_written_for_a_while_cost_nothing(
     corpus, run, undisturbed, monkeypatch, name
 ):
-    monkeypatch.setattr("raybert.train.meters.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("raybert.train.metrics_log.RETRY_SECONDS", 0.0)
     in_the_way(run, name)
     told = []
 

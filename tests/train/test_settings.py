@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from raybert.config import build
 from raybert.errors import ConfigError
-from raybert.train.finetune import FinetuneConfig
-from raybert.train.pretrain import PretrainConfig
+from raybert.tasks.classification import FinetuneConfig
+from raybert.tasks.masked_lm import PretrainConfig
 from raybert.train.settings import MAY_CHANGE, TrainConfig
 
 
@@ -49,7 +49,7 @@ def test_two_limits_are_refused(config):
 def test_sizes_that_do_not_divide_come_with_sizes_that_do(batch, micro):
     values = {"global_batch_size": batch, "micro_batch_size": micro, "steps": 1}
     if batch % micro == 0:
-        assert build(TrainConfig, values, "x").slots == batch // micro
+        assert build(TrainConfig, values, "x").micro_batches_per_step == batch // micro
         return
     with pytest.raises(ConfigError) as caught:
         build(TrainConfig, values, "x")

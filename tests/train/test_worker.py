@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raybert.cluster.session import Resources
 from raybert.config import build
 from raybert.errors import ConfigError
-from raybert.ray_session import Resources
-from raybert.train.finetune import FinetuneConfig
-from raybert.train.pretrain import PretrainConfig
-from raybert.train.worker import check_resources, operator_cpus
+from raybert.tasks.classification import FinetuneConfig
+from raybert.tasks.masked_lm import PretrainConfig
+from raybert.train.ray.worker import check_resources, operator_cpus
 
 
 def resources(cpus, gpus=0, started_here=True):

@@ -16,25 +16,25 @@ import pytest
 import torch
 from making import searchable
 
-from raybert import pipeline
+from raybert.cluster.session import Resources
 from raybert.config import build, load
-from raybert.display import Display
-from raybert.ensemble import finetune_seeds
 from raybert.errors import ConfigError, RaybertError
 from raybert.experiment import Experiment
-from raybert.finetuning import teachers
-from raybert.model import hub
-from raybert.ray_session import Resources
-from raybert.registry import Registry
-from raybert.storage import Folder
-from raybert.train.finetune import FinetuneConfig
-from raybert.train.meters import read_metrics
-from raybert.train.texts import Texts, prepared_data
-from raybert.tune.ledger import Entry, Evaluation, Ledger
-from raybert.tune.schedule import check_scheduler, make_scheduler
-from raybert.tune.session import Room, Session, room_for
+from raybert.model import huggingface
+from raybert.pipeline import stages
+from raybert.pipeline.ensemble_stage import finetune_seeds
+from raybert.pipeline.finetune_setup import teachers
+from raybert.pipeline.tune_stage import tune
+from raybert.storage.folder import Folder
+from raybert.storage.registry import Registry
+from raybert.tasks.classification import FinetuneConfig
+from raybert.tasks.texts import Texts, prepared_data
+from raybert.terminal.display import Display
+from raybert.train.metrics_log import read_metrics
+from raybert.tune.schedulers.factory import check_scheduler, make_scheduler
+from raybert.tune.search_session import Session, TrialResources, trial_resources
 from raybert.tune.settings import SchedulerConfig, TuneConfig
-from raybert.tuning import tune
+from raybert.tune.trial_store import Evaluation, TrialRecord, TrialStore
 
 QUIET = Display(quiet=True)
 
@@ -57,31 +57,37 @@ def nodes(*each):
 @pytest.mark.parametrize(
     ("settings", "workers", "gpu", "cluster", "expected"),
     [
-        ({}, 1, False, resources(10), Room(10, 1.0, 0.0)),
-        ({}, 1, False, resources(4, started_here=True), Room(2, 1.0, 0.0)),
-        ({"cpus_per_trial": 0.5}, 1, False, resources(4), Room(8, 0.5, 0.0)),
-        ({"concurrency": 3}, 1, False, resources(10), Room(3, 1.0, 0.0)),
-        ({"concurrency": 30}, 1, False, resources(10), Room(10, 1.0, 0.0)),
-        ({}, 1, True, resources(10, 4), Room(4, 1.0, 1.0)),
-        ({"gpus_per_trial": 0.25}, 1, True, resources(10, 2), Room(8, 1.0, 0.25)),
-        ({}, 3, False, resources(10), Room(3, 0.0, 0.0)),
-        ({}, 2, True, resources(30, 8), Room(4, 0.0, 0.0)),
-        ({}, {"min": 2, "max": 8}, False, resources(6), Room(1, 0.0, 0.0)),
+        ({}, 1, False, resources(10), TrialResources(10, 1.0, 0.0)),
+        ({}, 1, False, resources(4, started_here=True), TrialResources(2, 1.0, 0.0)),
+        ({"cpus_per_trial": 0.5}, 1, False, resources(4), TrialResources(8, 0.5, 0.0)),
+        ({"concurrency": 3}, 1, False, resources(10), TrialResources(3, 1.0, 0.0)),
+        ({"concurrency": 30}, 1, False, resources(10), TrialResources(10, 1.0, 0.0)),
+        ({}, 1, True, resources(10, 4), TrialResources(4, 1.0, 1.0)),
+        ({"gpus_per_trial": 0.25}, 1, True, resources(10, 2), TrialResources(8, 1.0, 0.25)),
+        ({}, 3, False, resources(10), TrialResources(3, 0.0, 0.0)),
+        ({}, 2, True, resources(30, 8), TrialResources(4, 0.0, 0.0)),
+        ({}, {"min": 2, "max": 8}, False, resources(6), TrialResources(1, 0.0, 0.0)),
         # A trial of one worker lies on one node.
-        ({"cpus_per_trial": 3}, 1, False, nodes((4, 0), (4, 0), (2, 0)), Room(2, 3.0, 0.0)),
-        ({}, 1, True, nodes((16, 0), (4, 2), (1, 2)), Room(3, 1.0, 1.0)),
-        ({}, 3, False, nodes((2, 0), (2, 0)), Room(1, 0.0, 0.0)),
+        (
+            {"cpus_per_trial": 3},
+            1,
+            False,
+            nodes((4, 0), (4, 0), (2, 0)),
+            TrialResources(2, 3.0, 0.0),
+        ),
+        ({}, 1, True, nodes((16, 0), (4, 2), (1, 2)), TrialResources(3, 1.0, 1.0)),
+        ({}, 3, False, nodes((2, 0), (2, 0)), TrialResources(1, 0.0, 0.0)),
     ],
 )
 def test_the_cluster_is_divided_among_trials(settings, workers, gpu, cluster, expected):
     training = training_of(workers)
-    assert room_for(TuneConfig(**settings), training, gpu, cluster) == expected
+    assert trial_resources(TuneConfig(**settings), training, gpu, cluster) == expected
 
 
 def test_whatever_a_trial_is_given_ray_is_asked_for_something():
-    assert Room(2, 0.5, 0.0).request == {"CPU": 0.5}
-    assert Room(2, 1.0, 0.25).request == {"CPU": 1.0, "GPU": 0.25}
-    assert Room(2, 0.0, 0.0).request == {"memory": 1}
+    assert TrialResources(2, 0.5, 0.0).request == {"CPU": 0.5}
+    assert TrialResources(2, 1.0, 0.25).request == {"CPU": 1.0, "GPU": 0.25}
+    assert TrialResources(2, 0.0, 0.0).request == {"memory": 1}
 
 
 @pytest.mark.parametrize(
@@ -96,20 +102,22 @@ def test_whatever_a_trial_is_given_ray_is_asked_for_something():
 def test_a_cluster_without_room_for_a_trial_is_refused(settings, workers, words):
     training, cluster = training_of(workers), resources(4, started_here=True)
     with pytest.raises(ConfigError, match=words):
-        room_for(TuneConfig(**settings), training, False, cluster)
+        trial_resources(TuneConfig(**settings), training, False, cluster)
 
 
 def test_a_trial_that_no_single_node_can_hold_is_refused():
     """Ray Tune would wait for such a node for ever."""
     with pytest.raises(ConfigError, match=r"has 8 CPUs and 0 GPUs for trials, 4 and 0 on its larg"):
-        room_for(TuneConfig(cpus_per_trial=6), training_of(1), False, nodes((4, 0), (4, 0)))
+        trial_resources(TuneConfig(cpus_per_trial=6), training_of(1), False, nodes((4, 0), (4, 0)))
 
 
 # Schedulers --------------------------------------------------------------------------------------
 
 
 def scheduler_of(entries=(), longest=4.0, **settings):
-    session = Session(SimpleNamespace(entries=list(entries)), ledger=None, room=Room(2, 1.0, 0.0))
+    session = Session(
+        SimpleNamespace(entries=list(entries)), ledger=None, room=TrialResources(2, 1.0, 0.0)
+    )
     scheduler = make_scheduler(SchedulerConfig(**settings), None, longest, session)
     scheduler.set_search_properties("best", "max")
     return scheduler
@@ -117,7 +125,7 @@ def scheduler_of(entries=(), longest=4.0, **settings):
 
 def entry(name, *scores):
     evaluations = [Evaluation(n, float(n), s, s, 0.5, 0.0) for n, s in enumerate(scores, 1)]
-    return Entry(name, {}, 0, "finished", evaluations=evaluations)
+    return TrialRecord(name, {}, 0, "finished", evaluations=evaluations)
 
 
 def decide(scheduler, epoch, best):
@@ -150,7 +158,9 @@ def test_a_scheduler_that_could_stop_nobody_is_refused():
 
 def test_when_the_time_is_up_every_trial_is_stopped():
     for kind in ("none", "asha"):
-        session = Session(SimpleNamespace(entries=[]), None, Room(1, 1.0, 0.0), deadline=0.0)
+        session = Session(
+            SimpleNamespace(entries=[]), None, TrialResources(1, 1.0, 0.0), deadline=0.0
+        )
         scheduler = make_scheduler(SchedulerConfig(kind=kind), None, 4.0, session)
         scheduler.set_search_properties("best", "max")
         assert decide(scheduler, 1.0, 0.9) == "STOP"
@@ -177,14 +187,14 @@ def test_a_search_from_start_to_winner(ray_session, tmp_path, capsys):
     assert result["test"]["n"] == 60
     assert capsys.readouterr().out == ""  # standard output is the result's
 
-    _, labels = hub.load_classifier(Folder(result["model"]))
+    _, labels = huggingface.load_classifier(Folder(result["model"]))
     assert labels == ["neg", "pos"]
-    assert hub.read_preprocessing(Folder(result["model"]))["seq_len"] == 32
+    assert huggingface.read_preprocessing(Folder(result["model"]))["seq_len"] == 32
     winner = load(Experiment, result["config"])
     assert winner.finetune.lr == result["best"]["config"]["finetune.lr"]
     assert winner.finetune.seed == experiment.finetune.seed + int(result["run"][-1])
 
-    entries = Ledger(stage / "trials").entries()
+    entries = TrialStore(stage / "trials").entries()
     assert [e.name for e in entries] == ["0000", "0001", "0002", "0003"]
     assert all(len(e.evaluations) == 3 and e.seconds > 0 for e in entries)
     # Trials are runs like any other, but what only their resumption would need is gone.
@@ -208,10 +218,10 @@ def test_a_trial_is_the_run_that_fine_tuning_would_be(ray_session, tmp_path):
     """The configured values' trial ends with the weights of `raybert finetune`."""
     experiment = searchable(tmp_path, tune={"trials": 1, "keep_models": True, "test": False})
     tune(experiment, QUIET)
-    alone = pipeline.finetune(experiment, QUIET, bare=True)
-    one = hub.load_classifier(Folder(alone["model"]))[0].state_dict()
+    alone = stages.finetune(experiment, QUIET, bare=True)
+    one = huggingface.load_classifier(Folder(alone["model"]))[0].state_dict()
     trial = experiment.folder / "tune" / "trials" / "0000" / "model"
-    other = hub.load_classifier(trial)[0].state_dict()
+    other = huggingface.load_classifier(trial)[0].state_dict()
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name])
@@ -224,7 +234,7 @@ def test_what_a_killed_session_has_measured_is_not_measured_again(
     experiment = searchable(tmp_path, tune={"trials": 1, "keep_models": True})
     result = tune(experiment, QUIET)
     (experiment.folder / "tune").delete("result.json")  # it was killed before it wrote that
-    monkeypatch.setattr("raybert.tuning.evaluate_model", None)
+    monkeypatch.setattr("raybert.pipeline.tune_stage.evaluate_model", None)
     again = tune(experiment, QUIET)
     for key in ("trials", "best", "default", "test", "model", "run"):
         assert again[key] == result[key]
@@ -243,7 +253,7 @@ def test_a_search_of_the_texts_shape_prepares_them_once(ray_session, tmp_path):
     assert result["trials"]["finished"] == 1 + 2 * 3 * 2
     data = files(experiment.folder / "tune" / "data")
     assert data == {"train.parquet", "validation.parquet", "data.json"}
-    kept = hub.read_preprocessing(Folder(result["model"]))
+    kept = huggingface.read_preprocessing(Folder(result["model"]))
     said = result["best"]["config"]
     assert kept["seq_len"] == (said.get("finetune.seq_len") or 32)
     assert kept["head_tokens"] == round(kept["seq_len"] * said["finetune.head_share"])
@@ -364,7 +374,7 @@ def test_a_search_on_an_object_store(ray_session, bucket, tmp_path):
     assert result["test"]["n"] == 60
     registry = Registry(experiment.run.storage)
     registry.promote("reviews", Folder(result["model"]))
-    assert hub.load_classifier(registry.current("reviews"))[1] == ["neg", "pos"]
+    assert huggingface.load_classifier(registry.current("reviews"))[1] == ["neg", "pos"]
     assert (experiment.folder / "tune").names("ray") == []
 
 
@@ -446,7 +456,7 @@ def test_hyperband_pauses_and_goes_on(ray_session, tmp_path):
     # The first bracket has room for 3 trials, which nobody stops; the second for 5, of which the
     # best 2 go on from epoch 3.
     assert result["trials"] == {"all": 6, "finished": 5, "stopped": 1, "failed": 0}
-    entries = Ledger(experiment.folder / "tune" / "trials").entries()
+    entries = TrialStore(experiment.folder / "tune" / "trials").entries()
     assert [e.epoch for e in entries if e.state == "finished"] == [9.0] * 5
     [stopped] = [e for e in entries if e.state == "stopped"]
     assert stopped.epoch == 3.0
@@ -486,10 +496,10 @@ def test_minutes_end_the_search(ray_session, tmp_path, monkeypatch):
     def stop(tuning, entries):
         raise Searched  # the finalists' runs would be whole ones
 
-    monkeypatch.setattr("raybert.tuning._Tuning._run_finalists", stop)
+    monkeypatch.setattr("raybert.pipeline.tune_stage._Tuning._run_finalists", stop)
     with pytest.raises(Searched):
         tune(experiment, QUIET)
-    entries = Ledger(experiment.folder / "tune" / "trials").entries()
+    entries = TrialStore(experiment.folder / "tune" / "trials").entries()
     assert 0 < len(entries) < 50
     assert {e.state for e in entries} <= {"stopped", "finished"}
     assert any(e.why == "the time was up" for e in entries)
@@ -548,7 +558,7 @@ def test_a_search_that_is_interrupted_and_killed_ends_with_the_trials_it_would_h
     assert process.returncode == 0, err
     result = json.loads(out.splitlines()[-1])
     assert result["trials"] == {"all": 5, "finished": 5, "stopped": 0, "failed": 0}
-    trials = {e.name: e for e in Ledger(experiment.folder / "tune" / "trials").entries()}
+    trials = {e.name: e for e in TrialStore(experiment.folder / "tune" / "trials").entries()}
     assert sorted(trials) == ["0000", "0001", "0002", "0003", "0004"]
     attempts = over()
     for known in before:
@@ -575,7 +585,7 @@ def test_an_ensemble_is_measured_and_teaches(ray_session, tmp_path):
     )
     assert finetune_seeds(experiment, QUIET, 3) == result
     weights = [
-        hub.weights_hash(experiment.folder / "ensemble" / "members" / f"s{n}" / "model")
+        huggingface.weights_hash(experiment.folder / "ensemble" / "members" / f"s{n}" / "model")
         for n in range(3)
     ]
     assert len(set(weights)) == 3
@@ -589,7 +599,7 @@ def test_an_ensemble_is_measured_and_teaches(ray_session, tmp_path):
     for name in experiment.folder.names("corpus"):
         data = (experiment.folder / "corpus").read_bytes(name)
         (student.folder / "corpus").write_bytes(name, data)
-    pipeline.finetune(student, QUIET, bare=True)
+    stages.finetune(student, QUIET, bare=True)
     data = student.folder / "finetune" / "data"
     prepared = prepared_data(data)
     teacher = Texts.load(data, prepared.train).teacher
@@ -604,7 +614,7 @@ def test_a_member_that_failed_is_trained_when_the_command_is_run_again(ray_sessi
     result = finetune_seeds(experiment, QUIET, 2)
     stage = experiment.folder / "ensemble"
     stage.delete("result.json")
-    members = Ledger(stage / "members")
+    members = TrialStore(stage / "members")
     kept, lost = (members.run(name) for name in ("s0", "s1"))
     for name in ("result.json", "metrics.jsonl", "model"):
         lost.delete(name)

@@ -8,7 +8,8 @@ import pytest
 from raybert.config import build, load
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
-from raybert.storage import Folder
+from raybert.pipeline.tune_stage import _open
+from raybert.storage.folder import Folder
 from raybert.tune.settings import (
     MAY_CHANGE,
     MUTABLE,
@@ -18,7 +19,6 @@ from raybert.tune.settings import (
     most_epochs,
     read_space,
 )
-from raybert.tuning import _open
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

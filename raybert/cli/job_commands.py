@@ -1,0 +1,165 @@
+"""The command line's part about clusters: doctor, submit, jobs, logs, stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from raybert.cli.options import (
+    ConfigOption,
+    DataOption,
+    JsonOption,
+    NameOption,
+    SetOption,
+    load_experiment,
+    new_display,
+    print_json,
+)
+from raybert.errors import UserError
+
+app = typer.Typer()
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address", "-a", help="Of Ray's dashboard, http://HEAD:8265; RAY_API_SERVER_ADDRESS too."
+    ),
+]
+RunArgument = Annotated[str, typer.Argument(help="A run's name, or a job's id.")]
+
+
+@app.command()
+def doctor(
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a cluster for an experiment: nodes, storage, space, network, token; or this machine.
+
+    Example: `raybert doctor --address http://head:8265 -c mine.yaml`
+    """
+    from raybert.jobs.doctor.run_checks import run_checks
+    from raybert.jobs.ray_jobs import Cluster
+    from raybert.jobs.submit import diagnose
+    from raybert.terminal.display import FOLLOWED
+
+    experiment, display = load_experiment(config, overrides, name), new_display()
+    if address is None:
+        found = run_checks(experiment, display)
+    else:
+        found = diagnose(Cluster(address), experiment, display)
+    _show(found, as_json)
+    if found["problem"] is not None:
+        if FOLLOWED in os.environ:  # whoever follows this job says it last
+            sys.exit(2)
+        raise UserError(found["problem"])
+
+
+@app.command()
+def submit(
+    context: typer.Context,
+    command: Annotated[str, typer.Argument(help="corpus, pretrain, finetune, tune, run, ...")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="More for that command, after `--`.")
+    ] = None,
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    data: DataOption = None,
+    wait: Annotated[bool, typer.Option(help="Follow it and end with its exit code.")] = True,
+    checks: Annotated[
+        bool, typer.Option("--check/--no-check", help="Look at the cluster before it trains.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a command on a cluster, and follow it; submitting again follows or resumes it.
+
+    Example: `raybert submit pretrain --address http://head:8265 -c mine.yaml`
+    """
+    from raybert.jobs.ray_jobs import Cluster
+    from raybert.jobs.submit import check, follow
+    from raybert.jobs.submit import submit as send
+
+    experiment = load_experiment(config, overrides, name, data)
+    check(experiment, command, _options(context, command, arguments or []))
+    cluster, display = Cluster(address), new_display()
+    job = send(cluster, command, experiment, arguments or [], display, checks=checks)
+    if not wait:
+        _show(dataclasses.asdict(job), as_json)
+        return
+    ended = follow(cluster, job, display)
+    _show(ended, as_json)
+    sys.exit(ended["exit_code"])
+
+
+@app.command()
+def jobs(address: AddressOption = None, as_json: JsonOption = False) -> None:
+    """List the jobs that raybert submitted to a cluster.
+
+    Example: `raybert jobs --address http://head:8265`
+    """
+    from raybert.jobs.ray_jobs import Cluster
+
+    found = Cluster(address).jobs()
+    if as_json:
+        print_json({"jobs": [dataclasses.asdict(job) for job in found]})
+    for job in [] if as_json else found:
+        print(f"{job.status:<10} {job.run:<20} {job.command:<10} {job.id}")
+
+
+@app.command()
+def logs(
+    run: RunArgument,
+    address: AddressOption = None,
+    wait: Annotated[bool, typer.Option("--follow/--no-follow", help="Until it ends.")] = True,
+) -> None:
+    """Show what a run's job has printed, and go on until it ends.
+
+    Example: `raybert logs mine --address http://head:8265`
+    """
+    from raybert.jobs.ray_jobs import Cluster
+    from raybert.jobs.submit import follow
+
+    cluster = Cluster(address)
+    job = cluster.latest(run)
+    if not (wait and job.is_alive):
+        print(cluster.logs(job), end="")
+        return
+    sys.exit(follow(cluster, job, new_display())["exit_code"])
+
+
+@app.command()
+def stop(run: RunArgument, address: AddressOption = None, as_json: JsonOption = False) -> None:
+    """End a run's job after a checkpoint; submitting it again goes on from there.
+
+    Example: `raybert stop mine --address http://head:8265`
+    """
+    from raybert.jobs.ray_jobs import Cluster
+
+    cluster = Cluster(address)
+    job = cluster.latest(run)
+    stopped = cluster.stop(job)
+    _show({"job": job.id, "stopped": stopped}, as_json)
+    if not as_json:
+        print(f"{job.id} {'is asked to end' if stopped else 'has ended already'}")
+
+
+def _options(context: typer.Context, command: str, arguments: list[str]) -> dict[str, Any]:
+    """What `arguments` say to a command, by parameter; a mistake in them ends here, as there."""
+    root = context.find_root().command
+    known = root.get_command(context, command) if isinstance(root, typer.core.TyperGroup) else None
+    if known is None:
+        return {}
+    return dict(known.make_context(f"raybert {command}", list(arguments)).params)
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)

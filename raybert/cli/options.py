@@ -1,0 +1,68 @@
+"""What commands share: their options, reading the configuration, printing the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from raybert.experiment import Experiment
+    from raybert.terminal.display import Display
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="The experiment's YAML file.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Override a key: `--set pretrain.lr=3e-4`. Repeatable."),
+]
+NameOption = Annotated[
+    str | None, typer.Option("--name", "-n", help="The experiment's name; the same one resumes.")
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", "-d", help="Texts for every stage: sets all `source.path` keys."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="A `model/` folder, a run or an experiment.")
+]
+
+
+def load_experiment(
+    path: Path | None,
+    overrides: list[str] | None,
+    name: str | None = None,
+    data: str | None = None,
+) -> Experiment:
+    """Read the configuration as options change it: `--data`, then `--set`, then `--name`."""
+    from raybert.config import load
+    from raybert.experiment import DATA_KEYS, Experiment
+
+    given = [f"{key}={json.dumps(data)}" for key in DATA_KEYS] if data is not None else []
+    named = [f"run.name={json.dumps(name)}"] if name is not None else []
+    options = {"--data": given, "--set": overrides, "--name": named}
+    return load(
+        Experiment,
+        path,
+        [*given, *(overrides or []), *named],
+        options=", ".join(option for option, value in options.items() if value),
+    )
+
+
+def new_display() -> Display:
+    """Progress on standard error; imported late, as everything heavy is."""
+    from raybert.terminal.display import Display
+
+    return Display()
+
+
+def print_json(result: Any) -> None:
+    """Print a result as one line of JSON; what JSON does not have is null."""
+    from raybert.train.metrics_log import finite
+
+    text = json.dumps(finite(result), ensure_ascii=False, allow_nan=False, default=str)
+    print(text, flush=True)

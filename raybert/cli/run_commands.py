@@ -1,0 +1,111 @@
+"""The command line's part about what is stored: `runs ls` and `runs rm`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from raybert.cli.options import ConfigOption, JsonOption, load_experiment, new_display, print_json
+from raybert.errors import UserError
+
+if TYPE_CHECKING:
+    from raybert.pipeline.runs import Stage
+    from raybert.storage.folder import Folder
+
+app = typer.Typer(help="The experiments in a storage.", no_args_is_help=True)
+
+StorageOption = Annotated[
+    str | None, typer.Option("--storage", help="A folder or URI; none: the key run.storage.")
+]
+
+
+@app.command("ls")
+def list_runs(
+    storage: StorageOption = None, config: ConfigOption = None, as_json: JsonOption = False
+) -> None:
+    """List the experiments of a storage: how far each stage is, and how large.
+
+    Example: `raybert runs ls --storage s3://bucket/runs`
+    """
+    from raybert.pipeline import runs
+    from raybert.terminal.display import size
+
+    folder = _storage(storage, config)
+    found = runs.listed(folder)
+    if as_json:
+        listed = [dataclasses.asdict(run) for run in found]
+        print_json({"storage": folder.uri, "runs": listed})
+        return
+    for run in found:
+        print(f"{run.name:<20} {size(run.bytes):>8}  {_when(run.changed)}")
+        for stage in run.stages:
+            print(f"  {stage.name:<18} {size(stage.bytes):>8}  {_state(stage)}")
+    if not found:
+        new_display().say(f"{folder} has no experiments")
+
+
+@app.command("rm")
+def remove_run(
+    name: Annotated[str, typer.Argument(help="Of the experiment.")],
+    storage: StorageOption = None,
+    config: ConfigOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    force: Annotated[bool, typer.Option(help="Though something may be writing to it.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete an experiment with its corpus, checkpoints and models, after a question.
+
+    Example: `raybert runs rm mine --storage s3://bucket/runs`
+    """
+    from raybert.pipeline import runs
+    from raybert.terminal.display import size
+
+    folder = _storage(storage, config)
+    run = runs.find(folder, name)
+    if not force:
+        runs.check_idle(folder, run)
+    stages = ", ".join(f"{stage.name} ({stage.state})" for stage in run.stages)
+    what = f"{folder.join(name)}: {stages or 'nothing'}; {size(run.bytes)}"
+    agreed = yes or _agreed(what)
+    if agreed:
+        runs.delete(folder, run)
+    new_display().say(f"deleted {what}" if agreed else "nothing is deleted")
+    if as_json:
+        print_json({"name": name, "deleted": agreed, "bytes": run.bytes})
+
+
+def _agreed(what: str) -> bool:
+    """Ask on standard error; standard output is the result's.
+
+    Raises:
+        UserError: nobody answers.
+    """
+    try:
+        return typer.confirm(f"Delete {what}?", err=True)
+    except typer.Abort:
+        raise UserError(f"{what} is not deleted: nobody answered; pass --yes") from None
+
+
+def _storage(storage: str | None, config: ConfigOption) -> Folder:
+    from raybert.storage.folder import Folder
+
+    return Folder(storage or load_experiment(config, None).run.storage)
+
+
+def _state(stage: Stage) -> str:
+    steps = "" if stage.step is None else f" step {stage.step:,}"
+    steps += f"/{stage.total_steps:,}" if stage.total_steps and stage.state != "finished" else ""
+    figures = "".join(f", {key} {_number(value)}" for key, value in stage.figures.items())
+    attempts = f", {stage.attempts} attempts" if stage.attempts > 1 else ""
+    return f"{stage.state}{steps}{figures}{attempts}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

@@ -1,0 +1,1 @@
+"""Connecting to Ray: sessions, tokens, and what is private in Ray."""

@@ -1,0 +1,1 @@
+"""Building a corpus: tokenized rows in Parquet parts."""

@@ -1,0 +1,1 @@
+"""Reading text: files, archives and URIs in several formats."""

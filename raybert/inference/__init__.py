@@ -1,0 +1,1 @@
+"""Answering without HTTP: classifiers, precisions, bulk prediction, evaluation, explanations."""

@@ -1,0 +1,84 @@
+"""Several classifiers as one: the mean of their probabilities."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raybert.errors import DataError
+from raybert.inference.classifier import TextClassifier, softmax
+from raybert.model import huggingface
+from raybert.storage.folder import Folder
+
+ENSEMBLE = "ensemble.json"  # in a folder of several models: where each lies
+_TEXTS_A_CALL = 1024  # enough to sort by length, few enough to show progress
+_LEAST = 1e-7  # probability, where its logarithm is taken
+
+
+def members(folder: Folder) -> list[Folder]:
+    """The models of an ensemble's folder; empty where it is none."""
+    if not folder.exists(ENSEMBLE):
+        return []
+    return [folder / name for name in folder.read_json(ENSEMBLE)["models"]]
+
+
+def write_ensemble(folder: Folder, models: Sequence[str]) -> None:
+    """Make a folder an ensemble of the models at these places inside it."""
+    folder.write_json(ENSEMBLE, {"format_version": 1, "models": list(models)})
+
+
+def mean_logits(logits: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    """Logits [n, labels] of several models -> those of their mean probability."""
+    mean = np.mean([softmax(each) for each in logits], axis=0)
+    return np.asarray(np.log(np.maximum(mean, _LEAST)), np.float32)
+
+
+class Teacher:
+    """One or several classifiers that answer for texts which a student learns from."""
+
+    def __init__(
+        self, models: Sequence[Folder], on_progress: Callable[[int], None] = lambda done: None
+    ) -> None:
+        """Name the models; they are loaded when they are asked.
+
+        Args:
+            models: `model/` folders.
+            on_progress: is given the number of texts answered so far, over all models.
+        """
+        self._models, self._on_progress = models, on_progress
+
+    @property
+    def identity(self) -> str:
+        """A hash of all weights, in their order."""
+        return hashlib.sha256(
+            " ".join(map(huggingface.weights_hash, self._models)).encode()
+        ).hexdigest()
+
+    def teach(self, texts: pa.ChunkedArray, names: list[str]) -> npt.NDArray[np.float32]:
+        """Answer for texts: logits [n, labels], in the order of these label names.
+
+        Raises:
+            DataError: a model has other labels.
+        """
+        found, done = [], 0
+        for folder in self._models:
+            classifier = TextClassifier(folder)
+            if set(classifier.labels) != set(names):
+                raise DataError(
+                    f"finetune.distill.teacher: {folder} knows the labels "
+                    f"{', '.join(classifier.labels)}, the texts have {', '.join(names)}; take a "
+                    "teacher that was trained on the same labels"
+                )
+            columns = [classifier.labels.index(name) for name in names]
+            parts = []
+            for begin in range(0, len(texts), _TEXTS_A_CALL):
+                some = texts.slice(begin, _TEXTS_A_CALL).to_pylist()
+                parts.append(classifier.logits(some)[:, columns])
+                done += len(some)
+                self._on_progress(done)
+            found.append(np.concatenate(parts))
+        return mean_logits(found)

@@ -1,0 +1,54 @@
+"""The pretrained model as an object: texts with masks in, likely tokens out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raybert.data.preprocess import Preprocessing
+from raybert.data.tokenizer import Tokenizer
+from raybert.model import huggingface
+from raybert.storage.folder import Folder
+from raybert.tasks.masked_lm import mask_positions, predictions
+
+
+class MaskFiller:
+    """A masked language model with its tokenizer."""
+
+    def __init__(self, folder: Folder, *, device: str = "cpu") -> None:
+        """Load a `model/` directory.
+
+        Raises:
+            UserError: there is no masked language model there.
+            DamagedError: a file is cut short or altered.
+        """
+        self._model = huggingface.load_masked_lm(folder).to(device).eval()
+        self._tokenizer = Tokenizer.load(folder)
+        limit = self._model.encoder.config.max_seq_len
+        self._preprocessing = Preprocessing.read(huggingface.read_preprocessing(folder), limit)
+
+    @property
+    def mask_token(self) -> str:
+        """What stands for a token that is to be guessed."""
+        return self._tokenizer.mask_token
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a text that the model reads."""
+        return self._model.encoder.config.max_seq_len
+
+    def fill(self, text: str, top: int) -> list[list[dict[str, Any]]]:
+        """Guess each mask of a text: `top` of {"token", "probability"}, the likeliest first.
+
+        Raises:
+            DataError: the text has no mask, or is longer than the model reads.
+        """
+        return predictions(self._model, self._tokenizer, self._preprocessing.clean(text), top)
+
+    def count(self, text: str) -> int:
+        """The masks of a text.
+
+        Raises:
+            DataError: the text has no mask, or is longer than the model reads.
+        """
+        _, where = mask_positions(self._model, self._tokenizer, self._preprocessing.clean(text))
+        return len(where)

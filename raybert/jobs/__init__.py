@@ -1,0 +1,1 @@
+"""Running on a cluster: estimate, check, submit and follow a job."""

@@ -1,0 +1,397 @@
+"""What a run will take: parameters, storage, steps, time. Told before it is submitted.
+
+Nothing is measured here, and no Ray is asked. What the corpus, the run's own log and the list of
+the cluster's machines say is used; where they say nothing, the estimate says that it can't know. A
+storage that only the cluster reaches is asked once: each question would take Arrow's full patience.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from raybert.data.corpus.parts import Manifest
+from raybert.data.order import Order
+from raybert.errors import RaybertError
+from raybert.experiment import Experiment
+from raybert.model import huggingface
+from raybert.model.encoder import Encoder, ModelConfig, flops_per_token, num_parameters
+from raybert.model.heads import Classifier, MaskedLM
+from raybert.storage.folder import Folder
+from raybert.storage.model_folders import find_model
+from raybert.tasks.classification import FinetuneConfig
+from raybert.tasks.masked_lm import PretrainConfig
+from raybert.tasks.texts import prepared_data
+from raybert.terminal.display import size
+from raybert.train.loop import peak_of
+from raybert.train.metrics_log import read_metrics
+from raybert.train.ray.worker import uses_gpus
+from raybert.train.run import RESULT
+from raybert.train.settings import TrainConfig
+
+#: The commands that train, and the stages of each.
+TRAINS = {
+    "pretrain": ("pretrain",),
+    "finetune": ("finetune",),
+    "run": ("pretrain", "finetune"),
+    "tune": ("tune",),
+}
+#: Of the peak that a GPU's maker states. NVIDIA's BERT-large reaches 43% of an A100's; small
+#: encoders, whose kernels are short, less.
+GPU_SHARE = 0.3
+#: Operations a second and core. On cores with bf16 in hardware 127e9 were measured
+#: (benchmarks/results/peers-small-20261125.json); without, it is a third of that.
+CORE_FLOPS = 50e9
+
+_COPIES = 3  # of the weights in a checkpoint, fp32: themselves and AdamW's two moments
+_TENSOR_BYTES = 450  # of a tensor and its moments beside their numbers: names, shapes, step
+_RECENT = 20  # logged intervals that a speed is the median of
+
+T = TypeVar("T")
+
+
+class Machines(NamedTuple):
+    """What a cluster has in all."""
+
+    cpus: float
+    gpus: float
+    gpu: str = ""  # the GPUs' kind, in Ray's words: H100
+
+    @classmethod
+    def of(cls, resources: Mapping[str, float]) -> Machines | None:
+        """Read them off Ray's resources; None where there are none."""
+        prefix = "accelerator_type:"
+        kinds = [name.removeprefix(prefix) for name in resources if name.startswith(prefix)]
+        if not resources:
+            return None
+        gpus = resources.get("GPU", 0)
+        return cls(resources.get("CPU", 0), gpus, kinds[0] if gpus and kinds else "")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a run stores."""
+
+    parameters: int
+    tensors: int
+    checkpoints: int  # at most at once: those that are kept, the best one, the one being written
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint."""
+        return 4 * _COPIES * self.parameters + _TENSOR_BYTES * self.tensors
+
+    @property
+    def model(self) -> int:
+        """Bytes of the finished model's weights."""
+        return 4 * self.parameters
+
+    @property
+    def total(self) -> int:
+        """Bytes of it all, at most."""
+        return self.checkpoints * self.checkpoint + self.model
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How far a run has come, and how fast it was."""
+
+    step: int
+    seconds: float  # of training, so far
+    step_seconds: float
+    workers: int | None  # None where its log does not say
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is left of a run. What can't be known from here is None."""
+
+    stage: str
+    size: Size | None
+    steps: int | None
+    tokens: float | None  # at most: texts are often shorter than a row may be
+    flops: float | None
+    seconds: float | None
+    gpu: bool | None  # whether each worker has one
+    workers: int
+    basis: str  # what the time stands on, or why it is not known
+
+    def lines(self) -> list[str]:
+        """Two lines: what it stores, and what it computes."""
+        stored = "parameters and checkpoints unknown from here"
+        if self.size is not None:
+            stored = (
+                f"{_count(self.size.parameters)} parameters; at most {self.size.checkpoints} "
+                f"checkpoints of {size(self.size.checkpoint)} and a model of "
+                f"{size(self.size.model)}, {size(self.size.total)} in all"
+            )
+        work = [
+            *([f"{self.steps:,} steps"] if self.steps is not None else []),
+            *([f"up to {_count(self.tokens)} tokens"] if self.tokens is not None else []),
+            *([f"{self.flops:.1e} FLOP"] if self.flops is not None else []),
+        ]
+        time = f"time unknown: {self.basis}"
+        if self.seconds is not None:
+            devices = "worker" if self.gpu is not True else "GPU"
+            time = f"about {_span(self.seconds)} on {self.workers} {devices}"
+            time += "s" if self.workers > 1 else ""
+            if self.gpu:
+                time += f" = {self.workers * self.seconds / 3600:.1f} GPU-hours"
+            time += f" ({self.basis})"
+        return [stored, ", ".join([*work, time])]
+
+
+def workers_of(config: TrainConfig) -> int:
+    """The most workers that train."""
+    return config.max_workers
+
+
+def estimate_lines(experiment: Experiment, command: str, machines: Machines | None) -> list[str]:
+    """The estimate of what a command trains, as lines; none where it trains nothing."""
+    stages = TRAINS.get(command, ())
+    reason = _unreachable(experiment) if stages else None
+    lines = [] if reason is None else [f"without what {experiment.run.storage} holds: {reason}"]
+    for stage in stages:
+        if reason is None and _is_finished(experiment, stage):
+            lines.append(f"{stage}: finished already")
+            continue
+        if stage == "tune":
+            lines.append(f"tune: {_search_line(experiment)}; each of them as configured:")
+        made = estimate(experiment, stage, machines, reads=reason is None)
+        lines += [f"{stage}: {line}" for line in made.lines()]
+    return lines
+
+
+def _search_line(experiment: Experiment) -> str:
+    """How many fine-tuning runs a search is, at most."""
+    config = experiment.tune
+    finals = (config.finalists + 1) * config.seeds
+    minutes = f" in {config.minutes:g} minutes" if config.minutes is not None else ""
+    trials = "a grid of trials" if config.searcher == "grid" else f"{config.trials} trials"
+    return f"{trials}{minutes}, then up to {finals} runs of the finalists"
+
+
+def training_of(experiment: Experiment, stage: str) -> PretrainConfig | FinetuneConfig:
+    """The settings of what a stage trains; a search's trials are fine-tuning runs."""
+    config: PretrainConfig | FinetuneConfig = (
+        experiment.pretrain if stage == "pretrain" else experiment.finetune
+    )
+    return config
+
+
+def estimate(
+    experiment: Experiment, stage: str, machines: Machines | None, *, reads: bool = True
+) -> Estimate:
+    """Estimate what is left of a stage on some machines; None: on which is not known.
+
+    Without `reads` nothing is asked of any storage.
+    """
+    config = training_of(experiment, stage)
+    shape = shape_of(experiment, stage, reads=reads)
+    measured = _known(lambda: measured_of(experiment.folder / stage), reads)
+    done = measured.step if measured else 0
+    epoch = _known(lambda: _epoch(experiment, stage), reads)
+    seq_len = _seq_len(experiment, stage)
+    steps = _steps(config, epoch, seq_len)
+    left = None if steps is None else max(0, steps - done)
+    tokens_a_step = config.global_batch_size * seq_len if epoch is None else epoch[1] / epoch[0]
+    tokens = None if left is None else left * tokens_a_step
+    flops = None
+    if tokens is not None and shape is not None:
+        flops = tokens * _flops_per_token(config, *shape, seq_len)
+    gpu: bool | None = {"yes": True, "no": False, "auto": None}[config.gpu]
+    if machines is not None:
+        gpu = uses_gpus(config, machines.gpus)
+    seconds, basis = _time(config, left, flops, measured, gpu, machines)
+    return Estimate(
+        stage=stage,
+        size=size_of(experiment, stage, shape),
+        steps=left,
+        tokens=tokens,
+        flops=flops,
+        seconds=seconds,
+        gpu=gpu,
+        workers=workers_of(config),
+        basis=basis,
+    )
+
+
+def shape_of(
+    experiment: Experiment, stage: str, *, reads: bool = True
+) -> tuple[ModelConfig, int] | None:
+    """A stage's encoder and the size of its vocabulary, at most; None where it can't be known."""
+    start = training_of(experiment, stage).initialize_from
+    if start in (None, "scratch"):
+        made = _known(lambda: Manifest.read(experiment.folder / "corpus"), reads)
+        tokenizer = experiment.corpus.tokenizer
+        if made is None and tokenizer.kind == "file":
+            return None
+        return experiment.model, tokenizer.vocab_size if made is None else made.vocab_size
+    own = start == "pretrain"
+    found = _known(
+        lambda: find_model(experiment.folder / start if own else Folder(start), "pretrain"),
+        reads,
+    )
+    if found is not None:
+        return _known(lambda: huggingface.read_shape(found))
+    return shape_of(experiment, "pretrain", reads=reads) if own else None
+
+
+def size_of(
+    experiment: Experiment, stage: str, shape: tuple[ModelConfig, int] | None
+) -> Size | None:
+    """What a stage's run stores, given its encoder; None where that is not known."""
+    if shape is None:
+        return None
+    model, vocab_size = shape
+    with torch.device("meta"):  # shapes without numbers
+        encoder = Encoder(model, vocab_size)
+        module: nn.Module = MaskedLM(encoder)
+        if stage != "pretrain":
+            module = Classifier(encoder, num_labels=2, config=experiment.finetune.head)
+    return Size(
+        parameters=num_parameters(module),
+        tensors=len(list(module.parameters())),
+        checkpoints=training_of(experiment, stage).keep_checkpoints + 2,
+    )
+
+
+def measured_of(run: Folder) -> Measured | None:
+    """How fast a run was at last, from what its attempts have logged; None before they have."""
+    records = read_metrics(run)
+    trained = [record for record in records if record["kind"] == "train"]
+    if not trained:
+        return None
+    workers = [record["workers"] for record in records if "workers" in record]  # of each attempt
+    return Measured(
+        step=trained[-1]["step"],
+        seconds=trained[-1]["seconds"],
+        step_seconds=statistics.median(record["step_seconds"] for record in trained[-_RECENT:]),
+        workers=workers[-1] if workers else None,
+    )
+
+
+def _is_finished(experiment: Experiment, stage: str) -> bool:
+    return bool(_known(lambda: (experiment.folder / stage).exists(RESULT)))
+
+
+def _unreachable(experiment: Experiment) -> str | None:
+    """Why this machine can't read the storage; None where it can."""
+    try:
+        experiment.folder.exists()
+    except RaybertError as error:
+        return str(error)
+    return None
+
+
+def _known(read: Callable[[], T], reads: bool = True) -> T | None:
+    """What is read; None where it is not there, or where this machine can't or shan't read it."""
+    try:
+        return read() if reads else None
+    except (RaybertError, FileNotFoundError):
+        return None
+
+
+def _seq_len(experiment: Experiment, stage: str) -> int:
+    """Tokens in a row, at most."""
+    given = None if stage == "pretrain" else experiment.finetune.seq_len
+    return given or experiment.corpus.seq_len
+
+
+def _epoch(experiment: Experiment, stage: str) -> tuple[int, int] | None:
+    """Steps and tokens, at most, of a pass over a stage's data; None before they are prepared."""
+    config = training_of(experiment, stage)
+    if stage != "pretrain":
+        prepared = prepared_data(experiment.folder / stage / "data")
+        if prepared is None:
+            return None
+        rows = prepared.train.rows
+        seq_len = min(prepared.seq_len, _seq_len(experiment, stage))
+        return max(1, math.ceil(rows / config.global_batch_size)), rows * seq_len
+    manifest = Manifest.read(experiment.folder / "corpus")
+    train = manifest.splits["train"]
+    order = Order(
+        rows=train.rows,
+        rows_per_group=train.rows_per_group,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+    )
+    return order.steps_per_epoch, train.rows * manifest.seq_len
+
+
+def _steps(config: TrainConfig, epoch: tuple[int, int] | None, seq_len: int) -> int | None:
+    """Steps of the whole run; None where it is limited by time, or by epochs of unknown length."""
+    if epoch is not None:
+        return config.budget(*epoch).steps
+    if config.tokens is not None:
+        return math.ceil(config.tokens / (config.global_batch_size * seq_len))
+    return config.steps
+
+
+def _flops_per_token(
+    config: PretrainConfig | FinetuneConfig, model: ModelConfig, vocab_size: int, seq_len: int
+) -> float:
+    if isinstance(config, PretrainConfig):
+        return flops_per_token(model, seq_len, vocab_size, config.masking.mask_rate)
+    return flops_per_token(model, seq_len)
+
+
+def _time(
+    config: TrainConfig,
+    left: int | None,
+    flops: float | None,
+    measured: Measured | None,
+    gpu: bool | None,
+    machines: Machines | None,
+) -> tuple[float | None, str]:
+    """Seconds of training and what they stand on; None and the reason where they are unknown."""
+    workers = workers_of(config)
+    if config.minutes is not None:
+        spent = measured.seconds if measured else 0.0
+        return max(0.0, config.minutes * 60 - spent), f"{config.section}.minutes={config.minutes:g}"
+    if left is None:
+        return None, "the data are not prepared yet, so an epoch's steps are not known"
+    if measured is not None:
+        then = measured.workers or workers
+        on = f" on {then} worker{'s' if then > 1 else ''}" if measured.workers else ""
+        return left * measured.step_seconds * then / workers, f"measured by an earlier attempt{on}"
+    if flops is None:
+        return None, "the model can't be read from here"
+    if gpu is None or machines is None:
+        return None, "the cluster does not say what it has"
+    if gpu:
+        peak = peak_of(machines.gpu)
+        if not peak:
+            return None, f"no peak is known of GPUs of the kind {machines.gpu or 'unknown'}"
+        assumed = f"assumed {GPU_SHARE:.0%} of the {peak / 1e12:.0f} TFLOP/s of an {machines.gpu}"
+        return flops / (workers * peak * GPU_SHARE), assumed
+    cores = workers * (config.threads or max(1, int(machines.cpus) // workers))
+    each = "a core" if cores == 1 else f"each of {cores} cores"
+    assumed = f"assumed {CORE_FLOPS / 1e9:.0f} GFLOP/s on {each}"
+    return flops / (cores * CORE_FLOPS), assumed
+
+
+def _count(number: float) -> str:
+    """A large number as 12.4M or 1.2B."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= unit:
+            return f"{number / unit:.1f}{name}"
+    return f"{number:,.0f}"
+
+
+def _span(seconds: float) -> str:
+    """A duration as 40 s, 12 min, 2 h 10 min or 3 d 4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

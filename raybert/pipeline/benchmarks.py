@@ -1,0 +1,138 @@
+"""Measure the training loop on generated words, and a classifier's precisions on labelled texts.
+
+Training runs bare, or under Ray as a run would. Its figure is the loop's own tokens per second over
+the timed steps: after the first batch, and after the first steps, in which libraries choose their
+kernels.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+
+from raybert.cluster.session import ray_session
+from raybert.data import vocabulary
+from raybert.data.corpus.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter, id_dtype
+from raybert.data.sources.documents import labelled
+from raybert.data.tokenizer import TokenizerConfig
+from raybert.errors import ConfigError
+from raybert.experiment import Experiment
+from raybert.storage.folder import Folder
+from raybert.tasks.masked_lm import PretrainSpec
+from raybert.terminal.display import Display
+from raybert.train.ray.worker import train_on_ray
+from raybert.train.run import execute_bare
+
+WARM_STEPS = 10
+_ROWS = 8192
+
+
+def bench_train(experiment: Experiment, *, bare: bool, display: Display) -> dict[str, Any]:
+    """Run the configured pretraining on generated words; time every step after the first ten.
+
+    Raises:
+        ConfigError: no step would be left to time.
+    """
+    config = experiment.pretrain.model_copy(
+        update={
+            "log_every": 1,
+            "evaluations": 1,
+            "evaluation_rows": 2,
+            "checkpoint_minutes": None,
+            "examples": [],
+        }
+    )
+    seconds: list[float] = []
+
+    def note(record: dict[str, Any]) -> None:
+        display.record(record)
+        if record["kind"] == "train" and record["step"] > WARM_STEPS:
+            seconds.append(record["step_seconds"])
+
+    with tempfile.TemporaryDirectory(prefix="raybert-bench-") as scratch, display.stage("bench"):
+        folder, run = Folder(scratch) / "corpus", Folder(scratch) / "run"
+        corpus = experiment.corpus
+        manifest = generate_corpus(folder, _ROWS, corpus.seq_len, corpus.tokenizer.vocab_size)
+        job = PretrainSpec(config, experiment.model, folder, manifest, "generated words")
+        if bare:
+            result = execute_bare(job, run, on_progress=note)
+        else:
+            with ray_session(experiment.ray, config.max_workers) as resources:
+                result = train_on_ray(job, run, resources, on_progress=note)
+    if not seconds:
+        raise ConfigError(
+            f"pretrain.steps={result['step']}: the first {WARM_STEPS} are not timed; set more"
+        )
+    tokens = config.global_batch_size * manifest.seq_len
+    return {
+        "tokens_per_second": round(tokens * len(seconds) / max(1e-9, sum(seconds)), 1),
+        "steps": len(seconds),
+        "bare": bare,
+        "machine": result["machine"],
+    }
+
+
+def bench_serve(
+    experiment: Experiment, model: Folder, most: int, display: Display
+) -> dict[str, Any]:
+    """Measure a classifier in every precision on the experiment's evaluation source.
+
+    Returns:
+        As `choice.compare`: the precision chosen, what was measured, and whether it was stored.
+
+    Raises:
+        DataError: a bad row, or a label that the classifier does not know.
+    """
+    from raybert.inference.precision_choice import compare
+    from raybert.model import huggingface
+
+    names = huggingface.load_classifier(model)[1]
+    # Texts as they stand: the model's own preprocessing sees to HTML.
+    source = experiment.evaluate.source.model_copy(update={"html_breaks": "keep"})
+    found = labelled(source, names=names)
+    rows = np.random.default_rng(0).permutation(len(found.labels))[:most]
+    found = found.take(np.sort(rows))  # from all of it: sources are often sorted by label
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with display.stage("bench"):
+        texts = [str(text) for text in found.texts.to_pylist()]
+        return compare(model, texts, found.labels, device, on_progress=display.line)
+
+
+def generate_corpus(folder: Folder, rows: int, seq_len: int, vocab_size: int) -> Manifest:
+    """Write a corpus of random words whose frequencies fall as those of text do (Zipf's law)."""
+    words = " ".join(f"w{i}" for i in range(vocab_size))
+    tokenizer = vocabulary.make(
+        TokenizerConfig(kind="words", vocab_size=vocab_size, min_frequency=1), [words]
+    )
+    tokenizer.save(folder)
+    rng = np.random.default_rng(0)
+    ordinary = np.flatnonzero(~tokenizer.is_special)
+    splits = {}
+    for split, count in (("train", rows), ("heldout", 64)):
+        writer = PartWriter(
+            folder,
+            split,
+            seq_len=seq_len,
+            vocab_size=vocab_size,
+            rows_per_part=2048,
+            rows_per_group=32,
+        )
+        for begin in range(0, count, 1024):
+            size = (min(1024, count - begin), seq_len)
+            ids = ordinary[np.minimum(rng.zipf(1.2, size), len(ordinary)) - 1]
+            ids[:, 0], ids[:, -1] = tokenizer.cls_id, tokenizer.sep_id
+            writer.append(ids, np.ones(size, np.bool_))
+        splits[split] = writer.close()
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        seq_len=seq_len,
+        dtype=id_dtype(vocab_size).name,
+        vocab_size=vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        splits=splits,
+    )
+    folder.write_json(MANIFEST, manifest.model_dump())
+    return manifest

@@ -1,0 +1,118 @@
+"""All stages in a row: `raybert run`, and `raybert demo` on the embedded reviews."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from raybert.cluster.session import ray_session
+from raybert.errors import UserError
+from raybert.experiment import Experiment
+from raybert.pipeline import stages
+from raybert.terminal.display import Display, clock
+
+
+def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
+    """Corpus, pretraining, fine-tuning, evaluation and report, in one Ray session.
+
+    Stages that are finished are not run again.
+    """
+    from raybert.jobs.doctor.run_checks import run_requested_checks
+    from raybert.report import check_report, write_report
+
+    stages.check_sources(experiment)
+    has_report = True
+    try:
+        check_report()
+    except UserError as error:  # the results are worth no less without it
+        has_report = False
+        display.say(f"report    none: {error}")
+    begun, spent, results = time.monotonic(), {}, {}
+    workers = max(experiment.pretrain.max_workers, experiment.finetune.max_workers)
+    display.say("ray       starting")
+    with ray_session(experiment.ray, workers) as resources:
+        run_requested_checks(experiment, resources, display, ("pretrain", "finetune"))
+        for name, stage in (
+            ("corpus", stages.make_corpus),
+            ("pretrain", stages.pretrain),
+            ("finetune", stages.finetune),
+            ("evaluate", stages.evaluate),
+        ):
+            stage_begun = time.monotonic()
+            results[name] = stage(experiment, display)
+            spent[name] = round(time.monotonic() - stage_begun, 1)
+    if has_report:
+        write_report(experiment.folder)
+    spent["all"] = round(time.monotonic() - begun, 1)
+    pretrain, metrics = results["pretrain"], results["evaluate"]
+    example: dict[str, Any] = next(iter(pretrain.get("fillings", [])), {})
+    return {
+        "seconds": spent,
+        "accuracy": metrics["accuracy"],
+        "texts": metrics["n"],
+        "masked_loss": pretrain["loss"],
+        "unigram_loss": pretrain.get("unigram_loss"),
+        "example": example.get("text"),
+        "fill_mask": example.get("tokens", []),
+        "run": experiment.folder.uri,
+        "model": results["finetune"]["model"],
+        "report": (experiment.folder / "report.html").uri if has_report else None,
+    }
+
+
+def run_demo(experiment: Experiment, display: Display, text: str) -> dict[str, Any]:
+    """Run all stages on the embedded reviews, classify a sentence, and say what to try next."""
+    from raybert.pipeline.predict_stage import numbered, predict_texts
+    from raybert.storage.folder import Folder
+
+    minutes = _estimate(experiment)
+    display.say(
+        f"From 25,000 movie reviews to a BERT of your own and a classifier: about {minutes:.0f} "
+        f"minutes on two cores. Everything goes to {experiment.folder}; Ctrl-C at any time, and "
+        "the same command goes on."
+    )
+    result = run_stages(experiment, display)
+    answer = next(iter(predict_texts(Folder(result["model"]), numbered([text]))))
+    result["answer"] = answer
+    print(_summary(experiment, result), flush=True)
+    return result
+
+
+def _estimate(experiment: Experiment) -> float:
+    """Minutes: the two budgets, and what start-up, corpus and evaluation take beside them."""
+    return (experiment.pretrain.minutes or 5) + (experiment.finetune.minutes or 5) + 2.5
+
+
+def _summary(experiment: Experiment, result: dict[str, Any]) -> str:
+    answer, folder = result["answer"], shlex.quote(experiment.folder.uri)
+    loss, unigram = result["masked_loss"], result["unigram_loss"]
+    told = (
+        ""
+        if unigram is None
+        else (f", {unigram - loss:.2f} under the unigram model's {unigram:.3f}")
+    )
+    guesses = [f"  {guess['probability']:.3f}  {guess['token']}" for guess in result["fill_mask"]]
+    raybert = shlex.quote(str(Path(sys.argv[0])))
+    return "\n".join(
+        [
+            "",
+            f"Held-out masked-token loss  {loss:.3f} nats{told}",
+            f"Accuracy on {result['texts']:,} reviews that nothing was chosen on  "
+            f"{result['accuracy']:.4f}",
+            "",
+            str(result["example"] or ""),
+            *guesses,
+            "",
+            f"{answer['text']!r}  ->  {answer['label']} ({answer['score']:.3f})",
+            "",
+            f"Took {clock(result['seconds']['all'])}."
+            + (f" Report: {result['report']}" if result["report"] else ""),
+            "Next:",
+            f'  {raybert} fill-mask -m {folder} "The acting was [MASK]."',
+            f'  {raybert} predict -m {folder} "Boring from the first minute to the last."',
+            f"  {raybert} config > mine.yaml   # then set corpus.source.path to text of yours",
+        ]
+    )

@@ -1,0 +1,105 @@
+"""What a run left behind: files that may be absent, cut short, or still growing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from raybert.errors import DamagedError
+from raybert.storage.folder import Folder
+from raybert.train.metrics_log import read_metrics
+
+# What makes a folder worth a section.
+TRACES = {
+    "config.yaml", "manifest.json", "metrics", "metrics.jsonl", "metrics.json", "result.json",
+    "trials.json",
+}  # fmt: skip
+ORDER = ("corpus", "pretrain", "finetune", "tune", "evaluate")  # of the work; other folders follow
+
+T = TypeVar("T")
+Points = tuple[list[float], list[float]]
+
+
+@dataclass
+class Stage:
+    """What one folder holds; what is absent or damaged is empty."""
+
+    name: str  # "" for the folder that the report is about
+    config: str = ""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    scores: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """The records of a kind, in the order of steps."""
+        return [record for record in self.records if record.get("kind") == kind]
+
+
+def read_stages(run: Folder) -> list[Stage]:
+    """Read the folder itself and the folders inside, in the order of the work."""
+    names = run.names()
+    stages = [_read_stage(run, "", set(names))] if TRACES & set(names) else []
+    inner = [name for name in names if name not in TRACES and run.size(name) is None]
+    for name in sorted(inner, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)):
+        inside = set((run / name).names())
+        if TRACES & inside:
+            stages.append(_read_stage(run / name, name, inside))
+    return stages
+
+
+def _read_stage(folder: Folder, name: str, names: set[str]) -> Stage:
+    stage = Stage(name)
+    if "config.yaml" in names:
+        stage.config = folder.read_bytes("config.yaml").decode("utf-8", "replace")
+    if names & {"metrics", "metrics.jsonl"}:
+        stage.records = [r for r in read_metrics(folder) if number(r.get("step")) is not None]
+    stage.scores = _read_mapping(folder, "metrics.json", names, stage.problems)
+    stage.result = _read_mapping(folder, "result.json", names, stage.problems)
+    stage.manifest = _read_mapping(folder, "manifest.json", names, stage.problems)
+    stage.search = _read_mapping(folder, "trials.json", names, stage.problems)
+    return stage
+
+
+def _read_mapping(
+    folder: Folder, name: str, names: set[str], problems: list[str]
+) -> dict[str, Any]:
+    if name not in names:
+        return {}
+    try:
+        value = folder.read_json(name)
+    except DamagedError as error:
+        problems.append(str(error))
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def curve(records: Iterable[Mapping[str, Any]], key: str) -> Points:
+    """The steps and values of the records where the value is a finite number."""
+    pairs = [(float(r["step"]), number(r.get(key))) for r in records]
+    found = [(x, y) for x, y in pairs if y is not None]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value
+
+
+def last(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The last finite value of a key."""
+    found = curve(records, key)[1]
+    return found[-1] if found else None
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

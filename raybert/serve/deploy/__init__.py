@@ -1,0 +1,1 @@
+"""Deploying on Ray Serve: the deployment, HAProxy, launch and status."""

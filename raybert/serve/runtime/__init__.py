@@ -1,0 +1,1 @@
+"""What a replica does with a request: batching, threads, loaded models, metrics."""

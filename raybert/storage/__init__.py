@@ -1,0 +1,1 @@
+"""Folders on disks and object stores, and the model registry in them."""

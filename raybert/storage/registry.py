@@ -1,0 +1,192 @@
+"""The registry: finished models by name, numbered, and which of them is the current one.
+
+`<storage>/registry/<name>/v<number>/` is a model directory, and `version.json` in it is written
+last: without it there is no such version. `current.json` names the current version and those that
+were current before, so that a rollback knows where to go. All of it are whole files, written at
+once: it works on object stores, and whoever reads sees the pointer before or after a move.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from typing import Any
+
+from raybert.errors import UserError
+from raybert.storage.folder import Folder, take_number
+
+FORMAT_VERSION = 1
+REGISTRY = "registry"  # the folder, in a storage
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a model
+CHOICES = "serving-"  # how files of a model begin that say what it is served in: `serve.precision`
+_VERSION, _CURRENT = "version.json", "current.json"
+_FOLDER = re.compile(r"v(\d+)")
+_MOST_HISTORY = 100  # rollbacks back
+
+
+class Registry:
+    """The registry of a storage."""
+
+    def __init__(self, storage: str) -> None:
+        """Open the registry of a storage: a path or a URI."""
+        self._folder = Folder(storage) / REGISTRY
+
+    def names(self) -> list[str]:
+        """The names under which there are models."""
+        found = [name for name in self._folder.names() if NAME.fullmatch(name)]
+        return [name for name in found if self._model(name).exists(_CURRENT)]
+
+    def versions(self, name: str) -> list[int]:
+        """The versions of a model, in rising order."""
+        model = self._model(name)
+        matches = (_FOLDER.fullmatch(folder) for folder in model.names())
+        numbers = sorted(int(match[1]) for match in matches if match)
+        return [number for number in numbers if model.exists(f"v{number}/{_VERSION}")]
+
+    def folder(self, name: str, version: int) -> Folder:
+        """The model directory of a version.
+
+        Raises:
+            UserError: there is no such version.
+        """
+        versions = self.versions(name)
+        if version not in versions:
+            shown = ", ".join(map(str, versions)) or "none; promote a model first"
+            raise UserError(f"{self._model(name)} has no version {version}; it has {shown}")
+        return self._model(name) / f"v{version}"
+
+    def current(self, name: str) -> Folder:
+        """The model directory of the current version.
+
+        Raises:
+            UserError: there is no model of that name.
+        """
+        return self.folder(name, self.current_version(name))
+
+    def current_version(self, name: str) -> int:
+        """The number of the current version.
+
+        Raises:
+            UserError: there is no model of that name.
+        """
+        return int(self._pointer(name)["version"])
+
+    def describe(self, name: str, version: int) -> dict[str, Any]:
+        """What is known of a version: where it came from, when, a hash of its weights."""
+        return dict(self.folder(name, version).read_json(_VERSION))
+
+    def promote(self, name: str, model: Folder) -> int:
+        """Copy a model into the registry, and make it the current one.
+
+        One whose weights and configuration are there already is not copied again, but for the
+        precisions that were chosen for it: what serves it already takes them when it restarts.
+
+        Returns:
+            Its version.
+
+        Raises:
+            UserError: what is given is no model directory, or the name is none for a folder.
+        """
+        if not model.exists("config.json"):
+            raise UserError(f"{model}: no model here (config.json is missing); name a model/")
+        digest = _digest(model)
+        for version in reversed(self.versions(name)):
+            if self.describe(name, version)["digest"] == digest:
+                _copy_choices(model, self.folder(name, version))
+                self._move(name, version)
+                return version
+        version = take_number(self._model(name) / "numbers")
+        folder = self._model(name) / f"v{version}"
+        model.copy_to(folder, last="config.json")
+        about = {
+            "format_version": FORMAT_VERSION,
+            "version": version,
+            "from": model.uri,
+            "digest": digest,
+            "promoted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        folder.write_json(_VERSION, about)
+        self._move(name, version)
+        return version
+
+    def rollback(self, name: str, version: int | None = None) -> int:
+        """Make an earlier version the current one: the one before, or a given one.
+
+        Returns:
+            The version that is current now.
+
+        Raises:
+            UserError: there is no earlier one, or none of that number.
+        """
+        pointer = self._pointer(name)
+        history = list(pointer["history"])
+        if version is None:
+            if not history:
+                raise UserError(
+                    f"{self._model(name)}: version {pointer['version']} is the first one; there "
+                    "is nothing to go back to"
+                )
+            version = int(history.pop())
+            self.folder(name, version)
+            self._write_pointer(name, version, history)
+            return version
+        self.folder(name, version)
+        self._move(name, version)
+        return version
+
+    def _move(self, name: str, version: int) -> None:
+        """Make a version the current one, and remember the one before."""
+        history: list[int] = []
+        if self._model(name).exists(_CURRENT):
+            pointer = self._pointer(name)
+            if pointer["version"] == version:
+                return
+            history = [*pointer["history"], pointer["version"]][-_MOST_HISTORY:]
+        self._write_pointer(name, version, history)
+
+    def _write_pointer(self, name: str, version: int, history: list[int]) -> None:
+        pointer = {"format_version": FORMAT_VERSION, "version": version, "history": history}
+        self._model(name).write_json(_CURRENT, pointer)
+
+    def _pointer(self, name: str) -> dict[str, Any]:
+        try:
+            pointer = self._model(name).read_json(_CURRENT)
+        except FileNotFoundError:
+            known = ", ".join(self.names()) or "none as yet"
+            raise UserError(
+                f"{self._folder} has no model {name!r}; it has {known}; make one with `raybert "
+                "promote`"
+            ) from None
+        if int(pointer["format_version"]) > FORMAT_VERSION:
+            raise UserError(
+                f"{self._model(name)} has format {pointer['format_version']}, this raybert reads "
+                f"up to {FORMAT_VERSION}; upgrade raybert"
+            )
+        return dict(pointer)
+
+    def _model(self, name: str) -> Folder:
+        if not NAME.fullmatch(name):
+            raise UserError(f"{name!r} is no name for a model; use letters, digits, . _ -")
+        return self._folder / name
+
+
+def _digest(model: Folder) -> str:
+    """A hash of the files that decide what a model answers."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if model.exists(name):
+            digest.update(hashlib.sha256(model.read_bytes(name)).digest())
+    return digest.hexdigest()
+
+
+def _copy_choices(model: Folder, version: Folder) -> None:
+    """Bring the choices of a precision up to date; one by accuracy outweighs one by speed."""
+    there = set(version.names())
+    for name in model.names():
+        if not name.startswith(CHOICES):
+            continue
+        given = model.read_json(name)
+        if name in there and "texts" not in given and "texts" in version.read_json(name):
+            continue
+        version.write_json(name, given)

@@ -1,0 +1,138 @@
+"""The processes that train together, and the few things that they say to each other.
+
+One process is a group, too: then nothing is sent, and the loop runs without Ray, without
+`torch.distributed` and without a network.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raybert.cluster.session import cores
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process's place among those that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def current(cls, device: torch.device) -> Group:
+        """The group that `torch.distributed` is initialised with; one process where it is not."""
+        if not dist.is_initialized():
+            return cls(device=device)
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Add numbers up over all ranks, in float64."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(v) for v in tensor.tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect one object from every rank, in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, items: range) -> range:
+        """This rank's share of items: every item belongs to exactly one rank."""
+        return items[self.rank :: self.world_size]
+
+    def wrap(self, module: nn.Module, *, deterministic: bool) -> nn.Module:
+        """Make backward passes average gradients over the ranks (DDP)."""
+        if self.world_size == 1:
+            return module
+        ids = [self.device] if self.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        if deterministic:
+            # A lambda, for DDP refuses a hook whose annotations are strings, as they are here.
+            wrapped.register_comm_hook(None, lambda state, bucket: _sum_in_rank_order(bucket))
+        return wrapped
+
+
+def _sum_in_rank_order(bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    """Average a bucket by adding the ranks' gradients in the order of ranks.
+
+    A ring adds each chunk in an order that follows from where it lies in its bucket, and DDP lays
+    its buckets out anew after the first step: a resumed run would sum in another order.
+    """
+    buffer: torch.Tensor = bucket.buffer()
+    world_size = dist.get_world_size()
+    gathered = [torch.empty_like(buffer) for _ in range(world_size)]
+    work = dist.all_gather(gathered, buffer, async_op=True)
+
+    def add(future: torch.futures.Future[Any]) -> torch.Tensor:
+        future.wait()
+        total = gathered[0]
+        for other in gathered[1:]:
+            total += other
+        buffer.copy_(total.div_(world_size))
+        return buffer
+
+    future: torch.futures.Future[torch.Tensor] = work.get_future().then(add)
+    return future
+
+
+def pick_device(gpu: bool, local_rank: int = 0) -> torch.device:
+    """The device that a worker trains on."""
+    return torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware (emulated, it is slower than fp32)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            flags = next((line for line in file if line.startswith("flags")), "")
+    except OSError:  # not Linux
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def use_interface_of(address: str) -> None:
+    """Make gloo talk over the network interface that has an IPv4 address; unless one is set."""
+    name = _interface_of(address)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _interface_of(address: str) -> str | None:
+    """The name of the interface that has an IPv4 address; None where there is none, or no Linux."""
+    get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), get_address, request)
+            except OSError:  # it has no IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
+
+
+def use_threads(threads: int | None, workers_here: int) -> int:
+    """Set the number of threads of this CPU worker: a given one, or a fair share of the cores."""
+    count = threads or max(1, cores() // max(1, workers_here))
+    torch.set_num_threads(count)
+    return count

@@ -1,0 +1,1 @@
+"""Ray Train: the training loop on many workers, restarted where one is lost."""

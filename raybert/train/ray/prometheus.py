@@ -1,0 +1,128 @@
+"""What Prometheus gets to know of a run: the records of rank 0, as metrics of Ray.
+
+Ray exports them from every node, with `ray_` before the name. A process has series of its own,
+which end with it: queries take those of a `run` together, and a run that is over raises no alarm.
+Times are points in time, whose age the query works out. What an alarm counts are gauges that begin
+with 0, for a counter of Ray's is absent until it counts.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from raybert.storage.folder import Folder
+
+PREFIX = "raybert_"
+_SECONDS = 2.0  # between two times that a gauge is said; Ray passes them on every ten
+GAUGES = {
+    "step": "optimizer steps taken",
+    "total_steps": "optimizer steps that the run will take",
+    "loss": "training loss since the last line, nats",
+    "lr": "learning rate",
+    "grad_norm": "norm of the gradient, before it is clipped",
+    "tokens_per_second": "tokens that all workers together train on",
+    "mfu": "share of the devices' peak that the model's operations are",
+    "step_seconds": "seconds of a step",
+    "data_wait_share": "share of a step that waits for data",
+    "heldout": "the last evaluation; `measure` says what was measured",
+    "workers": "processes that train",
+    "restarts": "attempts at the run before this one",
+    "skipped_steps": "steps that this attempt skipped, for their gradient was not finite",
+    "checkpoint_stalled_seconds": "seconds that training stood still for the last checkpoint",
+    "checkpoint_written_seconds": "seconds that writing it in the background took",
+    "checkpoint_bytes": "its size",
+    "checkpoint_failures": "checkpoints that this attempt could not write",
+    "checkpoint_timestamp_seconds": "when the last one was committed, or else this attempt began",
+    "progress_timestamp_seconds": "when steps or an evaluation were done, or else it began",
+}
+#: Ray adds `_total` to the names of counters.
+COUNTERS = {"stalled_seconds": "seconds that training stood still for checkpoints"}
+
+_TRAIN = (  # as the record names them
+    *("step", "total_steps", "loss", "lr"),
+    *("grad_norm", "tokens_per_second", "mfu", "step_seconds"),
+)
+_MEASURES = ("loss", "accuracy")
+_TIMES = {  # by kind of record
+    "train": "progress_timestamp_seconds",
+    "eval": "progress_timestamp_seconds",
+    "checkpoint": "checkpoint_timestamp_seconds",
+}
+_COUNTED = {"skipped step": "skipped_steps", "checkpoint failed": "checkpoint_failures"}  # events
+
+Values = dict[tuple[str, str], float]  # of gauges, by name and by what is measured, often ""
+
+
+def readings(record: dict[str, Any]) -> Values:
+    """What a record says of the gauges; what is absent or not finite is left out."""
+    found: dict[tuple[str, str], Any] = {}
+    if record["kind"] == "train":
+        found = {(name, ""): record.get(name) for name in _TRAIN}
+        share = record["data_wait"] / max(1e-9, record["step_seconds"])
+        found["data_wait_share", ""] = share
+    elif record["kind"] == "eval":
+        found = {("heldout", name): record.get(name) for name in _MEASURES}
+    elif record["kind"] == "checkpoint":
+        found["checkpoint_stalled_seconds", ""] = record["stalled"]
+        found["checkpoint_written_seconds", ""] = record["written"]
+        found["checkpoint_bytes", ""] = record["bytes"]
+    return {
+        key: float(value)
+        for key, value in found.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+class Telemetry:
+    """The metrics of one attempt at a run, on rank 0."""
+
+    def __init__(self, run: Folder, attempt: int, workers: int) -> None:
+        """Export what is known before the first step, and what is reported until it is closed."""
+        from ray.util.metrics import Counter, Gauge
+
+        label = {"run": "/".join(run.path.rstrip("/").split("/")[-2:])}  # experiment/stage
+        self._gauges = {
+            name: Gauge(
+                PREFIX + name, text, ("run", "measure") if name == "heldout" else ("run",)
+            ).set_default_tags(label)
+            for name, text in GAUGES.items()
+        }
+        self._counters = {
+            name: Counter(PREFIX + name, text, ("run",)).set_default_tags(label)
+            for name, text in COUNTERS.items()
+        }
+        self._values: Values = {("workers", ""): workers, ("restarts", ""): attempt - 1}
+        self._values.update({(name, ""): 0 for name in _COUNTED.values()})
+        self._values.update({(name, ""): time.time() for name in _TIMES.values()})
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._export, name="telemetry", daemon=True)
+        self._thread.start()
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Export a record. Whatever goes wrong, a run is worth more than its charts."""
+        with suppress(Exception):
+            kind, event = record["kind"], record.get("event")
+            self._values.update(readings(record))
+            if kind in _TIMES:
+                self._values[_TIMES[kind], ""] = time.time()
+            if event in _COUNTED:
+                self._values[_COUNTED[event], ""] += 1
+            if kind == "checkpoint":
+                self._counters["stalled_seconds"].inc(record["stalled"])
+
+    def close(self) -> None:
+        """End the gauges: what stands still from now on is over."""
+        self._closed.set()
+        self._thread.join()
+
+    def _export(self) -> None:
+        """Say all gauges again and again, for Ray forgets each as soon as it has passed it on."""
+        while not self._closed.is_set():
+            with suppress(Exception):
+                for (name, measure), value in list(self._values.items()):
+                    self._gauges[name].set(value, {"measure": measure} if measure else None)
+            self._closed.wait(_SECONDS)

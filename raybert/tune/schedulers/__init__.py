@@ -1,0 +1,1 @@
+"""Schedulers of the search, one file each."""

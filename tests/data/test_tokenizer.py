@@ -1,0 +1,307 @@
+"""The tokenizer: training is a pure function, the fast path gives the plain ids, roles are read."""
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from raybert.config import build
+from raybert.data import vocabulary
+from raybert.data.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerConfig, load_file
+from raybert.data.word_cache import WordCache, splits_at_spaces
+from raybert.errors import ConfigError, DamagedError, DataError
+from raybert.storage.folder import Folder
+
+WORDS = "the a film movie was is not very good bad awful great plot actor scene watch watched it I"
+
+
+def corpus(rows=400, seed=0):
+    draw = random.Random(seed)
+    words = WORDS.split() + ["un" + w for w in WORDS.split()] + ["café", "Ünter", "don't", "x-ray"]
+    return [" ".join(draw.choices(words, k=20)).capitalize() + "." for _ in range(rows)]
+
+
+WORDPIECE = vocabulary.make(TokenizerConfig(vocab_size=160), corpus())
+CASED = vocabulary.make(TokenizerConfig(vocab_size=200, lowercase=False), corpus())
+WORD_LEVEL = vocabulary.make(TokenizerConfig(kind="words", vocab_size=40), corpus())
+
+
+def byte_level() -> Tokenizer:
+    hf = HfTokenizer(models.BPE(unk_token=None))
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    hf.train_from_iterator(corpus(), trainer)
+    hf.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return Tokenizer(hf.to_str())
+
+
+def plain(tokenizer, texts):
+    return [e.ids for e in tokenizer.hf.encode_batch(texts)]
+
+
+PIECES = st.sampled_from(
+    [*WORDS.split(), "[MASK]", "[MASK].", "[CLS]", "x[SEP]y", "##a", "\u0301", "Å", "ﬁ", "電影",
+     "İ", "ΑΣ", "\u200b", "\x00", "\u00a0", "\t", "\n", "  ", "e\u0301", "don't", "a" * 101]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [WORDPIECE, CASED, WORD_LEVEL], ids=["uncased", "cased", "words"]
+)
+@given(
+    texts=st.lists(
+        st.one_of(st.text(), st.lists(PIECES).map(" ".join), st.lists(PIECES).map("".join)),
+        max_size=4,
+    )
+)
+@example(texts=["the \u0301film", "a  b", " ", "", "film\u00a0film", "[MASK] [MASK]"])
+@settings(max_examples=150, deadline=None)
+def test_the_word_cache_gives_the_plain_ids(tokenizer, texts):
+    assert tokenizer._cache is not None
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == plain(tokenizer, texts)
+    assert [e.ids for e in tokenizer.hf.encode_batch_fast(texts)] == plain(tokenizer, texts)
+
+
+def test_the_word_cache_forgets_and_relearns(monkeypatch):
+    monkeypatch.setattr("raybert.data.word_cache._ENTRIES", 20)
+    cache = WordCache(WORDPIECE.hf, np.uint16)
+    texts = corpus(60)
+    for begin in range(0, 60, 3):
+        expected = WORDPIECE.hf.encode_batch(texts[begin : begin + 3], add_special_tokens=False)
+        got = cache.encode(texts[begin : begin + 3])
+        assert [np.frombuffer(ids, np.uint16).tolist() for ids in got] == [e.ids for e in expected]
+    assert len(cache._ids) + len(cache._older) < 200
+    cache.encode(["z" * 60])
+    assert "z" * 60 not in cache._ids
+
+
+class NeverWalked(dict):
+    def __iter__(self):
+        raise AssertionError("all that the cache knows was walked through")
+
+    keys = items = values = __iter__
+
+
+def test_a_lone_text_does_not_walk_through_the_cache():
+    """Which knows 100,000 words after a while: a server would do it for every request."""
+    cache = WordCache(WORDPIECE.hf, np.uint16)
+    cache.encode(corpus(50))
+    expected = cache.encode(["the film"])
+    cache._ids = NeverWalked(cache._ids)
+    assert cache.encode(["the film"]) == expected
+    assert cache.encode(["the newest film"])
+
+
+def test_the_word_cache_is_safe_for_threads():
+    texts, failures = corpus(200, seed=7), []
+    fresh = Tokenizer(WORDPIECE.to_json())
+    expected = plain(WORDPIECE, texts)
+
+    def work(begin):
+        got = fresh.encode_batch(texts[begin : begin + 50])
+        if [ids.tolist() for ids in got] != expected[begin : begin + 50]:
+            failures.append(begin)
+
+    threads = [threading.Thread(target=work, args=(n % 4 * 50,)) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_components_that_look_across_spaces_take_the_plain_path():
+    spec = WORDPIECE.spec
+    assert splits_at_spaces(spec)
+    for part, value in (
+        ("pre_tokenizer", {"type": "Metaspace", "replacement": "_"}),
+        ("pre_tokenizer", None),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "a b"}, "content": ""}),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": ""}),
+        ("model", {"type": "Unigram", "vocab": []}),
+        ("added_tokens", [{**spec["added_tokens"][4], "lstrip": True}]),
+        ("added_tokens", [{**spec["added_tokens"][4], "content": "two words"}]),
+    ):
+        assert not splits_at_spaces({**spec, part: value}), part
+    assert byte_level()._cache is None
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "words"])
+def test_training_depends_on_the_set_of_texts_alone(kind):
+    config = TokenizerConfig(kind=kind, vocab_size=150, train_chars=20_000)
+    texts = corpus(500)
+    expected = vocabulary.make(config, texts).hash
+    random.Random(1).shuffle(texts)
+    assert vocabulary.make(config, iter(texts)).hash == expected
+    code = (
+        "import sys; sys.path.insert(0, 'tests/data'); import test_tokenizer as t;"
+        f"c = t.TokenizerConfig(kind={kind!r}, vocab_size=150, train_chars=20_000);"
+        "print(t.vocabulary.make(c, t.corpus(500)).hash)"
+    )
+    environment = {**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == expected
+
+
+@given(st.lists(st.text(max_size=30), max_size=30), st.integers(1, 200), st.randoms())
+@settings(max_examples=300)
+def test_the_sample_is_bounded_and_ignores_the_order(texts, chars, random):
+    drawn = vocabulary.sample(texts, chars)
+    assert sum(map(len, drawn)) <= chars or len(drawn) == 1
+    random.shuffle(texts)
+    assert vocabulary.sample(iter(texts), chars) == drawn
+    assert sorted(vocabulary.sample(texts, None)) == sorted(texts)
+
+
+def test_ids_come_from_the_file():
+    for tokenizer in (WORDPIECE, WORD_LEVEL):
+        vocab = tokenizer.hf.get_vocab()
+        roles = ("pad_id", "unk_id", "cls_id", "sep_id", "mask_id")
+        assert [getattr(tokenizer, r) for r in roles] == [vocab[t] for t in SPECIAL_TOKENS]
+        assert np.flatnonzero(tokenizer.is_special).tolist() == sorted(
+            vocab[t] for t in SPECIAL_TOKENS
+        )
+        assert tokenizer.vocab_size == len(vocab) <= 160
+    assert byte_level().mask_id == 4
+    assert byte_level().pad_id == 1
+    assert byte_level().mask_token == "<mask>"
+
+
+def test_a_tokenizer_without_a_mask_token_says_so():
+    bare = Tokenizer(
+        HfTokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).to_str()
+    )
+    assert bare.unk_id == 1
+    with pytest.raises(
+        ConfigError, match=r"the tokenizer has no mask_token \(\[MASK\] or <mask>\)"
+    ):
+        _ = bare.mask_id
+
+
+def test_wordpiece_case_and_vocabulary():
+    ids = WORDPIECE.encode_batch(["Good [MASK] unfilm"])[0]
+    tokens = [WORDPIECE.hf.id_to_token(i) for i in ids]
+    assert tokens[:3] == ["[CLS]", "good", "[MASK]"] and tokens[-1] == "[SEP]"
+    assert "G" in CASED.hf.get_vocab() and "G" not in WORDPIECE.hf.get_vocab()
+    assert "##." not in WORDPIECE.hf.get_vocab()  # punctuation never continues a word
+    assert WORDPIECE.hf.decode(ids.tolist()) == "good unfilm"
+    with pytest.raises(DataError, match=r"vocab_size=16 is too small for the text's \d+"):
+        vocabulary.make(TokenizerConfig(vocab_size=16), corpus())
+    with pytest.raises(DataError, match="no text to train a tokenizer on"):
+        vocabulary.make(TokenizerConfig(), [])
+
+
+def test_words_standardize_as_keras_does():
+    texts = ['Good, good: "FILM"! (a_b) don\'t [brackets] new-line\nnext\ttab', "good film", "rare"]
+    tokenizer = vocabulary.make(
+        TokenizerConfig(kind="words", vocab_size=16, min_frequency=1), texts
+    )
+    kept = sorted(tokenizer.hf.get_vocab(), key=tokenizer.hf.get_vocab().get)
+    assert kept == [
+        *SPECIAL_TOKENS, "good", "film", "ab", "brackets", "dont", "newline", "next", "rare", "tab",
+    ]  # fmt: skip
+    ids = tokenizer.encode_batch(["This [MASK] is GOOD."], special=False)[0].tolist()
+    assert ids == [tokenizer.unk_id, tokenizer.mask_id, tokenizer.unk_id, 5]
+    small = vocabulary.make(TokenizerConfig(kind="words", vocab_size=16), texts)
+    assert set(small.hf.get_vocab()) == {*SPECIAL_TOKENS, "good", "film"}  # min_frequency is 2
+
+
+def test_word_starts_agree_with_the_encodings_word_ids():
+    for tokenizer in (WORDPIECE, WORD_LEVEL, byte_level()):
+        texts = [
+            "Unfilm was unwatched, [MASK]? qqq" if tokenizer.mask_id < 4 else "a unfilm",
+            "",
+            "a",
+        ]
+        ragged = tokenizer.encode(texts)
+        encodings = tokenizer.hf.encode_batch(texts)
+        assert ragged.offsets.tolist() == np.cumsum([0, *map(len, encodings)]).tolist()
+        for index, encoding in enumerate(encodings):
+            part = ragged.word_starts[ragged.offsets[index] : ragged.offsets[index + 1]]
+            words = encoding.word_ids
+            expected = [
+                word is None or at == 0 or words[at - 1] != word for at, word in enumerate(words)
+            ]
+            assert part.tolist() == expected
+
+
+def test_save_load_pickle_and_transformers_give_the_same_ids(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    texts = ["I have watched this [MASK] and it was awesome.", "", "unfilm café 電影"]
+    for number, tokenizer in enumerate((WORDPIECE, CASED, WORD_LEVEL, byte_level())):
+        folder = Folder(tmp_path / str(number))
+        tokenizer.save(folder)
+        expected = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+        again = Tokenizer.load(folder)
+        assert again.hash == tokenizer.hash
+        assert again.to_json() == folder.read_text("tokenizer.json")
+        for other in (again, pickle.loads(pickle.dumps(tokenizer)), load_file(folder.path)):
+            assert [ids.tolist() for ids in other.encode_batch(texts)] == expected
+            assert other.mask_id == tokenizer.mask_id
+        theirs = transformers.AutoTokenizer.from_pretrained(folder.path)
+        assert theirs(texts)["input_ids"] == expected
+        assert (theirs.mask_token_id, theirs.pad_token_id) == (tokenizer.mask_id, tokenizer.pad_id)
+        theirs.save_pretrained(tmp_path / "theirs")
+        back = load_file(str(tmp_path / "theirs"))
+        assert [ids.tolist() for ids in back.encode_batch(texts)] == expected
+
+
+def test_a_files_truncation_and_padding_are_put_aside():
+    hf = HfTokenizer.from_str(WORDPIECE.to_json())
+    hf.enable_truncation(4)
+    hf.enable_padding(length=9)
+    tokenizer = Tokenizer(hf.to_str())
+    assert tokenizer.hash == WORDPIECE.hash
+    assert len(tokenizer.encode_batch(["a b c d e f g"])[0]) == 9
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path):
+    folder = Folder(tmp_path)
+    with pytest.raises(DataError, match=f"{tmp_path}/tokenizer.json: no such file"):
+        Tokenizer.load(folder)
+    with pytest.raises(DataError, match="names on a hub are not looked up"):
+        load_file("bert/base-uncased")
+    folder.write_text("tokenizer.json", WORDPIECE.to_json()[:500])
+    with pytest.raises(DamagedError, match="tokenizer.json is no tokenizer"):
+        Tokenizer.load(folder)
+    for values, message in (
+        ({"kind": "file"}, "kind=file needs path"),
+        ({"path": "x"}, "path=x goes with kind=file"),
+        ({"kind": "words", "lowercase": False}, "lowercase=false goes with kind=wordpiece"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(TokenizerConfig, values, "c.yaml")
+
+
+def test_the_config_file_names_the_roles(tmp_path):
+    folder = Folder(tmp_path)
+    spec = json.loads(WORDPIECE.to_json())
+    for token in spec["added_tokens"]:
+        token["content"] = token["content"].replace("[MASK]", "@")
+    spec["model"]["vocab"]["@"] = spec["model"]["vocab"].pop("[MASK]")
+    folder.write_text("tokenizer.json", json.dumps(spec))
+    with pytest.raises(ConfigError, match="no mask_token"):
+        _ = Tokenizer.load(folder).mask_id
+    folder.write_json("tokenizer_config.json", {"mask_token": {"content": "@", "lstrip": True}})
+    assert Tokenizer.load(folder).mask_id == WORDPIECE.mask_id
+    assert load_file(folder.join("tokenizer.json")).mask_token == "@"

@@ -1,0 +1,54 @@
+"""Windows over long texts: all of a text is read, and nothing else."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raybert.inference.windows import OVERLAP, pool, windows
+
+CLS, SEP = 1, 2
+
+
+def text_of(length):
+    return np.array([CLS, *range(10, 10 + length), SEP])
+
+
+@given(st.integers(0, 400), st.integers(8, 64))
+def test_windows_cover_a_text_in_its_order(length, seq_len):
+    ids = text_of(length)
+    found = windows(ids, seq_len)
+    assert all(len(window) <= seq_len for window in found)
+    assert all((window[0], window[-1]) == (CLS, SEP) for window in found)
+    inner = [window[1:-1].tolist() for window in found]
+    assert sorted({token for part in inner for token in part}) == ids[1:-1].tolist()
+    assert all(part == list(range(part[0], part[-1] + 1)) for part in inner if part)
+    assert inner == sorted(inner)
+
+
+@given(st.integers(0, 400), st.integers(8, 64))
+def test_a_text_that_fits_is_its_only_window_and_others_are_full(length, seq_len):
+    ids = text_of(length)
+    found = windows(ids, seq_len)
+    if len(ids) <= seq_len:
+        assert [window.tolist() for window in found] == [ids.tolist()]
+    else:
+        assert {len(window) for window in found} == {seq_len}
+        stride = seq_len - 2 - (seq_len - 2) // OVERLAP
+        assert len(found) <= 1 + -(-(length - (seq_len - 2)) // stride)
+
+
+@given(st.lists(st.integers(1, 5), max_size=8), st.integers(1, 3))
+def test_the_scores_of_a_text_are_the_mean_of_its_windows(counts, num_labels):
+    logits = np.random.default_rng(0).normal(size=(sum(counts), num_labels)).astype(np.float32)
+    found = pool(logits, counts)
+    assert found.shape == (len(counts), num_labels)
+    begin = 0
+    for row, count in zip(found, counts, strict=True):
+        assert row == pytest.approx(logits[begin : begin + count].mean(axis=0), abs=1e-5)
+        begin += count
+
+
+def test_single_windows_are_left_as_they_are():
+    logits = np.ones((3, 2), np.float32)
+    assert pool(logits, [1, 1, 1]) is logits

@@ -1,0 +1,574 @@
+"""Submitting to a cluster: a real head with a token, real jobs, real refusals."""
+
+import asyncio
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from commands import refused
+from head import RAYBERT, ray_head
+from making import MODEL, make_corpus, reviews, write_csv
+
+from raybert.config import Settings, build
+from raybert.data.corpus.build import CorpusConfig
+from raybert.errors import ConfigError, RaybertError, StorageError, UserError
+from raybert.experiment import Experiment
+from raybert.jobs import ray_jobs
+from raybert.jobs.doctor.run_checks import CHECK
+from raybert.jobs.submit import _ENVIRONMENT, check, check_storage, submit
+from raybert.storage.folder import Folder
+from raybert.tasks.masked_lm import PretrainConfig
+from raybert.terminal.display import FOLLOWED, Display
+from raybert.train.ray.worker import _patience
+
+# Without a cluster -------------------------------------------------------------------------------
+
+
+def test_a_package_is_code_and_configuration(tmp_path):
+    size = ray_jobs.package(tmp_path, Settings())
+    files = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert {"experiment.yaml", "raybert/cli/commands.py", "raybert/demo.yaml"} <= files
+    assert not [name for name in files if "__pycache__" in name]
+    assert 100_000 < size < 2_000_000
+
+
+def test_a_large_file_is_named_and_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_jobs, "MOST_BYTES", 1000)
+    with pytest.raises(UserError, match=r"^the package has .* MB: .*/raybert/.*\.py has"):
+        ray_jobs.package(tmp_path, Settings())
+
+
+@pytest.mark.parametrize(
+    ("command", "values", "words"),
+    [
+        ("corpus", {"run": {"storage": "runs"}}, "run.storage=runs is relative"),
+        (
+            "corpus",
+            {"run": {"storage": "s3://b/runs"}, "corpus": {"source": {"path": "a.csv"}}},
+            "corpus.source: a.csv is relative",
+        ),
+        (
+            "finetune",
+            {"run": {"storage": "/runs"}, "finetune": {"initialize_from": "bert/"}},
+            "finetune.initialize_from: bert/ is relative",
+        ),
+        ("serve", {"run": {"storage": "/runs"}}, "submit serve: choose one of corpus, pretrain"),
+        (
+            "tune",
+            {"run": {"storage": "/runs"}, "tune": {"space": {"finetune.lrr": {"uniform": [0, 1]}}}},
+            "tune.space: unknown key finetune.lrr; did you mean finetune.lr",
+        ),
+    ],
+)
+def test_what_only_this_machine_could_read_is_refused(command, values, words):
+    with pytest.raises(ConfigError, match=f"^{words}"):
+        check(Experiment.model_validate(values), command)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("predict -- -m /m -i /a.csv -o out.jsonl", "predict --output out.jsonl: a job has a"),
+        ("predict -- -m /m --input=a.csv -o s3://b/o.jsonl", "predict --input a.csv: a job has a"),
+        ("predict -- -m runs/mine -i /a.csv -o /out.jsonl", "predict --model runs/mine: a job has"),
+        ("evaluate -- -m ~/mine", "evaluate --model ~/mine: a job has a folder of its own"),
+    ],
+)
+def test_a_relative_path_in_a_jobs_own_words_is_refused(raybert, words, said):
+    """Before anybody is asked: nothing answers at this address."""
+    at = ("--set", "run.storage=/runs", "--address", "http://127.0.0.1:1")
+    command, *rest = words.split()
+    message = refused(raybert("submit", command, *at, *rest))
+    assert message.startswith(said) and message.endswith("an absolute path, or a URI")
+
+
+def test_a_jobs_own_words_are_read_as_its_command_reads_them(raybert):
+    at = ("--set", "run.storage=/runs", "--address", "http://127.0.0.1:1")
+    fine = raybert("submit", "predict", *at, "--", "-m", "/m", "-i", "/a.csv", "-o", "/o.jsonl")
+    assert "nobody answers" in refused(fine)
+    wrong = raybert("submit", "predict", *at, "--", "--modle", "/m")
+    assert wrong.code == 2
+    assert "No such option" in wrong.err and "nobody answers" not in wrong.err
+
+
+def test_a_storage_of_each_nodes_own_is_refused():
+    with pytest.raises(ConfigError, match="^run.storage=runs is relative: each node would have"):
+        check_storage(Experiment.model_validate({"run": {"storage": "runs"}}))
+
+
+def test_what_all_nodes_read_may_be_submitted():
+    values = {
+        "run": {"storage": "s3://bucket/runs"},
+        "corpus": {"source": {"path": ["/data/a.csv", "gs://b/c.parquet"]}},
+        "finetune": {"source": {"path": "sample:imdb"}},
+    }
+    for command in ("corpus", "pretrain", "finetune", "evaluate", "tune", "run"):
+        check(Experiment.model_validate(values), command)
+
+
+def test_an_address_where_nobody_answers():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with pytest.raises(UserError, match=rf"^--address 127.0.0.1:{port}: nobody answers"):
+        ray_jobs.Cluster(f"127.0.0.1:{port}")
+    with pytest.raises(UserError, match=rf"http://127.0.0.1:{port}/ray: nobody answers"):
+        ray_jobs.Cluster(f"http://127.0.0.1:{port}/ray")
+
+
+@pytest.mark.parametrize(
+    "address", ["ray://head:10001", "http://[::1", "http://head:port", "http://:8265", "fe80::1"]
+)
+def test_what_is_no_address(address):
+    with pytest.raises(UserError, match=r"^--address .*: expected http://HEAD:8265, the dashboard"):
+        ray_jobs.Cluster(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "asked", "taken"),
+    [
+        ("head", ("head", 8265), "http://head:8265"),
+        ("head:80/", ("head", 80), "http://head:80"),
+        ("http://[::1]:8265", ("::1", 8265), "http://[::1]:8265"),
+        ("https://proxy/ray/", ("proxy", 443), "https://proxy:443/ray"),
+        ("http://proxy/ray", ("proxy", 80), "http://proxy:80/ray"),
+        ("https://proxy:8443/a/b", ("proxy", 8443), "https://proxy:8443/a/b"),
+    ],
+)
+def test_an_address_keeps_its_brackets_and_its_path(monkeypatch, address, asked, taken):
+    where = []
+
+    class Connection(socket.socket):
+        def __init__(self, place, timeout):
+            super().__init__()
+            where.append(place)
+
+    monkeypatch.setattr(ray_jobs.socket, "create_connection", Connection)
+    assert ray_jobs._checked(address) == taken
+    assert where == [asked]
+
+
+class Client:
+    """Ray's client of a head that has these jobs; what is submitted runs at once."""
+
+    def __init__(self, **alive):
+        self.infos = {}
+        for identity, status in alive.items():
+            self._add(identity.replace("_", "-"), {}, status)
+
+    def _add(self, identity, metadata, status="RUNNING"):
+        self.infos[identity] = SimpleNamespace(
+            submission_id=identity, metadata=metadata, status=status,
+            start_time=1000 * len(self.infos), end_time=None, message=None,
+        )  # fmt: skip
+
+    def list_jobs(self):
+        return list(self.infos.values())
+
+    def get_job_info(self, identity):
+        return self.infos[identity]
+
+    def submit_job(self, *, entrypoint, submission_id, runtime_env, metadata):
+        self._add(submission_id, metadata)
+        self.sent = SimpleNamespace(entrypoint=entrypoint, **runtime_env)
+
+
+def cluster_of(client):
+    cluster = ray_jobs.Cluster.__new__(ray_jobs.Cluster)
+    cluster.address, cluster._client = "http://head:8265", client
+    cluster.resources = lambda: {"CPU": 4.0}
+    return cluster
+
+
+def mine(**sections):
+    return build(Experiment, {"run": {"name": "x", "storage": "/nonexistent"}, **sections}, "test")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [
+        ("run", "pretrain", "pretrain"),
+        ("pretrain", "run", "pretrain"),
+        ("run", "corpus", "corpus"),
+        ("pretrain", "finetune", None),
+        ("run", "predict", None),
+        ("doctor", "run", None),
+    ],
+)
+def test_two_commands_never_write_the_same_stage(first, second, both):
+    cluster = cluster_of(Client(**{f"raybert_x_{first}_1": "RUNNING"}))
+    if both is None:
+        assert cluster.submit(second, "x", mine()).job.id == f"raybert-x-{second}-1"
+        return
+    with pytest.raises(UserError) as refusal:
+        cluster.submit(second, "x", mine())
+    assert str(refusal.value) == (
+        f"raybert-x-{first}-1 is at work on {both} of x; wait for it, or end it with `raybert stop "
+        f"raybert-x-{first}-1 --address http://head:8265`, and submit {second} again"
+    )
+    assert cluster.submit(second, "y", mine()).job.run == "y"  # another run's are its own
+    cluster._client.infos[f"raybert-x-{first}-1"].status = "STOPPED"
+    assert cluster.submit(second, "x", mine()).job.is_alive
+
+
+def test_who_follows_a_job_with_other_settings_is_told(capsys):
+    cluster, display = cluster_of(Client()), Display()
+    first = submit(cluster, "pretrain", mine(pretrain={"lr": 0.01}), [], display)
+    assert "warning" not in capsys.readouterr().err
+    assert submit(cluster, "pretrain", mine(pretrain={"lr": 0.01}), [], display) == first
+    assert "warning" not in capsys.readouterr().err
+    assert submit(cluster, "pretrain", mine(model={"num_layers": 3}), [], display) == first
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "raybert-x-pretrain-1 is at work already: following it"
+    layers = Experiment().model.num_layers
+    assert f"model.num_layers: {layers} -> 3" in said[1] and "pretrain.lr: 0.01 -> " in said[1]
+    assert "yours are not applied: `raybert stop raybert-x-pretrain-1 --address " in said[1]
+
+
+def test_a_job_of_a_version_that_kept_no_settings_is_followed(capsys):
+    cluster = cluster_of(Client(raybert_x_pretrain_7="PENDING"))
+    assert submit(cluster, "pretrain", mine(), [], Display()).id == "raybert-x-pretrain-7"
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_answers_to_other_texts_are_a_job_of_their_own():
+    cluster, texts = cluster_of(Client()), [["-i", "/a.csv"], ["-i", "/b.csv"]]
+    made = [cluster.submit("predict", "x", mine(), words) for words in [*texts, *texts]]
+    assert [one.job.id for one in made] == 2 * ["raybert-x-predict-1", "raybert-x-predict-2"]
+    assert [one.package is None for one in made] == [False, False, True, True]
+
+
+def test_a_visit_is_no_part_of_the_run_that_it_is_for():
+    cluster = cluster_of(Client(raybert_x_pretrain_1="STOPPED", raybert_x_doctor_1="RUNNING"))
+    assert cluster.latest("x").id == "raybert-x-pretrain-1"
+    assert cluster.latest("raybert-x-doctor-1").command == "doctor"
+
+
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_job_is_told_whether_to_look_at_the_cluster_first(checks):
+    cluster = cluster_of(Client())
+    submit(cluster, "pretrain", mine(), [], Display(quiet=True), checks=checks)
+    assert (CHECK in cluster._client.sent.env_vars) == checks
+    assert "-c experiment.yaml --json" in cluster._client.sent.entrypoint
+    submit(cluster, "corpus", mine(), [], Display(quiet=True), checks=checks)
+    assert CHECK not in cluster._client.sent.env_vars
+
+
+def test_a_job_has_what_its_training_would_set_too_late():
+    config = build(PretrainConfig, {}, "test")
+    name = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
+    assert _ENVIRONMENT[name] == _patience(config)[name]
+
+
+# A job that is followed --------------------------------------------------------------------------
+
+
+class Log(Client):
+    """A job that prints `text`; each connection tells it from the beginning and breaks its own way.
+
+    `ways`: (characters that come, then what happens: "hangs", "breaks" or "ends").
+    """
+
+    def __init__(self, text, *ways, ends_at=1):
+        super().__init__(raybert_x_pretrain_1="RUNNING")
+        self.text, self.ways, self.ends_at = text, list(ways), ends_at
+        self.asked = 0
+
+    def get_job_info(self, identity):
+        self.asked += 1
+        if len(self.ways) < self.ends_at:
+            self.infos[identity].status = "SUCCEEDED"
+        return super().get_job_info(identity)
+
+    async def tail_job_logs(self, identity):
+        count, end = self.ways.pop(0)
+        for at in range(0, count, 5):
+            yield self.text[at : min(at + 5, count)]
+        if end == "hangs":
+            await asyncio.Event().wait()
+        if end == "breaks":
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+
+
+@pytest.fixture
+def hurry(monkeypatch):
+    monkeypatch.setattr(ray_jobs, "_HUSH_SECONDS", 0.1)
+    monkeypatch.setattr(ray_jobs, "_RETRY_SECONDS", 0.0)
+
+
+TEXT = "first\nsecond line\nthird\n\nlast, without an end"
+
+
+@pytest.mark.parametrize("how", ["hangs", "breaks", "ends"])
+def test_a_connection_that_is_lost_loses_no_line_and_repeats_none(hurry, how):
+    whole = len(TEXT)
+    log = Log(TEXT, (0, how), (9, how), (whole - 4, how), (9, how), (whole, "ends"))
+    cluster = cluster_of(log)
+    job = cluster.job("raybert-x-pretrain-1")
+    assert list(cluster.follow(job)) == TEXT.split("\n")
+    assert log.ways == []
+
+
+def test_a_job_that_ends_while_nobody_hears_it_is_read_to_its_end(hurry):
+    cluster = cluster_of(Log(TEXT, (9, "hangs"), (len(TEXT), "ends"), ends_at=2))
+    assert list(cluster.follow(cluster.job("raybert-x-pretrain-1"))) == TEXT.split("\n")
+
+
+def test_a_silent_job_is_no_silent_cluster(hurry, monkeypatch):
+    """It prints nothing for longer than a head may be away, and then a connection breaks."""
+    monkeypatch.setattr(ray_jobs, "_SILENCE_SECONDS", 0.15)
+    log = Log("done\n", *4 * [(0, "hangs")], (0, "breaks"), (5, "ends"))
+    cluster = cluster_of(log)
+    assert list(cluster.follow(cluster.job("raybert-x-pretrain-1"))) == ["done"]
+
+
+def test_a_cluster_that_stays_away_is_told(hurry, monkeypatch):
+    monkeypatch.setattr(ray_jobs, "_SILENCE_SECONDS", 0.15)
+    cluster = cluster_of(Log("", *4 * [(0, "hangs")]))
+    job = cluster.job("raybert-x-pretrain-1")
+
+    def gone(identity):
+        raise ConnectionError("")
+
+    monkeypatch.setattr(cluster._client, "get_job_info", gone)
+    with pytest.raises(StorageError, match="does not answer any more: .*answer: ConnectionError$"):
+        list(cluster.follow(job))
+
+
+def test_a_job_that_a_new_head_does_not_know_is_told_at_once(hurry):
+    log = Log(TEXT, (9, "breaks"))
+    cluster = cluster_of(log)
+    job, lines = cluster.job("raybert-x-pretrain-1"), []
+
+    def unknown(identity):
+        raise RuntimeError("Request failed with status code 404: no such job")
+
+    with pytest.raises(
+        RaybertError, match="nothing of raybert-x-pretrain-1 any more.*submit it again"
+    ):
+        for line in cluster.follow(job):
+            lines.append(line)
+            log.infos.clear()
+            log.get_job_info = unknown
+    assert lines == ["first"]
+
+
+def test_progress_of_a_followed_job_is_rewritten_not_repeated(capsys, monkeypatch):
+    monkeypatch.setenv(FOLLOWED, "1")
+    far = Display()
+    with far.stage("corpus"):
+        far.say("said")
+    log = capsys.readouterr().err.splitlines()
+    monkeypatch.delenv(FOLLOWED)
+    near = Display()
+    near._live = True
+    for line in log:
+        near.relay(line)
+    shown = capsys.readouterr().err
+    assert "starting" in shown and "\r\x1b[2K" in shown
+    assert "\x1f" not in shown
+    assert shown.endswith("said\n")
+
+
+# With one ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def started():
+    with ray_head() as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def head(started):
+    """The address of a head, and the environment of those who may use it."""
+    return started.address, started.env
+
+
+def call(head, *arguments, **more):
+    address, env = head
+    return subprocess.run(
+        [str(RAYBERT), *map(str, arguments), "--address", address],
+        env={**env, **more},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A tiny experiment that any node of this machine reads."""
+    path = tmp_path_factory.mktemp("submit")
+    texts = write_csv(Folder(path), "labelled.csv", reviews(160))
+    values = {
+        "run": {"name": "tiny-1", "storage": str(path / "runs")},
+        "corpus": {
+            "source": {"path": texts},
+            "tokenizer": {"kind": "words", "vocab_size": 512, "min_frequency": 1},
+            "seq_len": 16,
+            "heldout_fraction": 0.1,
+            "rows_per_part": 16,
+            "rows_per_group": 4,
+        },
+        "model": MODEL,
+        "pretrain": {
+            "steps": 100_000,
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "evaluations": 1,
+            "threads": 1,
+            "checkpoint_minutes": None,
+            "examples": [],
+        },
+    }
+    made = build(CorpusConfig, values["corpus"], "test")
+    make_corpus(
+        Folder(path) / "runs" / "tiny-1" / "corpus",
+        texts=[text for text, _ in reviews(160)],
+        config=made,
+    )
+    file = path / "tiny.yaml"
+    file.write_text(json.dumps(values))
+    return file
+
+
+@pytest.mark.ray
+def test_without_the_token_or_with_another_it_is_refused(head):
+    address, env = head
+    bare = {k: v for k, v in env.items() if not k.startswith("RAY_")}
+    for more in ({}, {"RAY_AUTH_TOKEN": "wrong" * 8}):
+        done = subprocess.run(
+            [str(RAYBERT), "jobs", "--address", address],
+            env={**bare, "HOME": "/nonexistent", **more},
+            capture_output=True,
+            text=True,
+            timeout=120,  # it does not retry for minutes
+        )
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "ray get-auth-token" in done.stderr.splitlines()[-1]
+        assert ("refuses your token" in done.stderr) == bool(more)
+
+
+_CONNECT = """
+import sys
+from raybert.cluster import token as auth
+from raybert.cluster.session import RayConfig, ray_session
+
+with ray_session(RayConfig(address=sys.argv[1])) as resources:
+    print(auth.is_on(), resources.cpus)
+"""
+
+
+@pytest.mark.ray
+def test_a_driver_sends_the_token_of_its_home_where_it_is_asked_for(started, tmp_path):
+    """Ray itself reads that file only where RAY_AUTH_MODE says so."""
+    (tmp_path / ".ray").mkdir()
+    shutil.copy(started.folder / "token", tmp_path / ".ray" / "auth_token")
+    bare = {k: v for k, v in started.env.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", _CONNECT, started.gcs],
+        env={**bare, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["True", "4.0"], done.stderr
+
+
+@pytest.mark.ray
+def test_a_corpus_is_made_by_a_job(head, config):
+    done = call(head, "submit", "corpus", "-c", config, "-n", "made", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ended = json.loads(done.stdout.splitlines()[-1])
+    assert (ended["status"], ended["exit_code"]) == ("SUCCEEDED", 0)
+    assert (ended["run"], ended["command"]) == ("made", "corpus")
+    assert ended["result"]["rows"]["train"] > 50
+    assert (config.parent / "runs/made/corpus/manifest.json").exists()
+
+
+@pytest.mark.ray
+def test_a_run_has_one_job_which_can_be_followed_and_stopped(head, config):
+    first = call(head, "submit", "pretrain", "-c", config, "--no-wait", "--json")
+    assert first.returncode == 0, first.stderr
+    job = json.loads(first.stdout)["id"]
+    told = [line for line in first.stderr.splitlines() if "starting" not in line]
+    assert "parameters; at most 4 checkpoints of " in told[0]
+    assert "100,000 steps" in told[1] and "assumed 50 GFLOP/s on a core" in told[1]
+    assert f"submitted {job} to " in told[2] and ", package " in told[2]
+    other = ("--set", "pretrain.lr=0.5")
+    second = call(head, "submit", "pretrain", "-c", config, "--no-wait", "--json", *other)
+    assert json.loads(second.stdout)["id"] == job
+    assert "is at work already" in second.stderr
+    assert "(pretrain.lr: 0.001 -> 0.5); yours are not applied" in second.stderr
+    assert "estimate" not in second.stderr
+
+    address, env = head
+    lines = []
+    with subprocess.Popen(
+        [str(RAYBERT), "logs", "tiny-1", "--address", address],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as follower:
+        for line in follower.stderr:  # it ends with the job, which is far from its end
+            lines.append(line)
+            if "step " in line:
+                break
+        follower.send_signal(signal.SIGINT)
+        lines += follower.stderr
+        assert follower.wait(30) == 130, lines
+    assert any("detached" in line for line in lines)
+    assert any("no problem in 9 checks" in line for line in lines)
+
+    stopped = call(head, "stop", "tiny-1", "--json")
+    assert json.loads(stopped.stdout) == {"job": job, "stopped": True}
+    ended = call(head, "logs", "tiny-1")  # follows it to its end, or shows it after that
+    assert "go on" in ended.stdout + ended.stderr
+    listed = json.loads(call(head, "jobs", "--json").stdout)["jobs"]
+    assert [one["status"] for one in listed if one["id"] == job] == ["STOPPED"]
+    checkpoints = config.parent / "runs/tiny-1/pretrain/checkpoints"
+    assert list(checkpoints.glob("step-*.json")), "stopped without a checkpoint"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_the_doctor_minds_ends_with_its_line_and_exit_code(head, config):
+    done = call(head, "doctor", "-c", config, "--set", "run.storage=/dev/null/runs", "--json")
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"^raybert: storage: [\d.]+ can.t use it: ", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+    found = {one["name"]: one for one in json.loads(done.stdout)["findings"]}
+    assert found.pop("storage")["status"] == "problem"
+    found.pop("memory")  # /dev/shm is small in some containers
+    assert {one["status"] for one in found.values()} == {"ok"}, found
+    assert found["token"]["message"].startswith("on")
+    assert "summed up in" in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_that_would_fail_is_stopped_before_it_trains(head, config):
+    """And ends with the job's line and exit code."""
+    shutil.copytree(config.parent / "runs/tiny-1/corpus", config.parent / "runs/tiny-2/corpus")
+    done = call(head, "submit", "pretrain", "-c", config, "-n", "tiny-2", "--set",
+                "pretrain.gpu=yes")  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "pretrain workers: pretrain.workers=1 with pretrain.gpu=yes need 1 GPUs" in done.stderr
+    assert "--no-check" in done.stderr
+
+
+@pytest.mark.ray
+def test_a_run_that_nobody_submitted(head):
+    done = call(head, "logs", "never")
+    assert done.returncode == 2
+    assert "no job of a run named never" in done.stderr

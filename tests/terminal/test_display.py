@@ -1,0 +1,145 @@
+"""Progress: a live line on a terminal, plain lines in a log, nothing on standard output."""
+
+import re
+
+import pytest
+
+from raybert.terminal import display as module
+from raybert.terminal.display import Display, clock
+
+TRAIN = {
+    "kind": "train",
+    "step": 1200,
+    "total_steps": 4800,
+    "loss": 3.25,
+    "lr": 5e-4,
+    "tokens_per_second": 12345.6,
+    "step_seconds": 0.5,
+    "data_wait": 0.0,
+    "mfu": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0:00"), (9.6, "0:10"), (75, "1:15"), (3599.4, "59:59"), (3661, "1:01:01"), (-3, "0:00")],
+)
+def test_a_duration(seconds, shown):
+    assert clock(seconds) == shown
+
+
+def test_a_line_of_training_says_how_far_and_how_long(capsys):
+    display = Display()
+    with display.stage("pretrain"):
+        display._last_plain = 0.0
+        display.record(TRAIN)
+    out, err = capsys.readouterr()
+    assert out == ""
+    line = err.splitlines()[-1]
+    assert "step 1,200/4,800  loss 3.250  lr 5.0e-04  12,346 tokens/s  ETA 30:00" in line
+    assert "mfu" not in line
+    assert "waiting" not in line
+
+
+def test_a_line_says_what_the_gpu_does_and_whether_data_are_waited_for(capsys):
+    display = Display()
+    with display.stage("pretrain"):
+        display._last_plain = 0.0
+        display.record({**TRAIN, "mfu": 0.42, "data_wait": 0.1, "total_steps": None})
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "mfu 42%" in line
+    assert "waiting for data 20%" in line
+    assert "ETA" not in line
+
+
+def test_an_undefined_loss_can_be_shown(capsys):
+    display = Display()
+    with display.stage("pretrain"):
+        display._last_plain = 0.0
+        display.record({**TRAIN, "loss": float("nan")})
+    assert "loss nan" in capsys.readouterr().err
+
+
+def test_a_log_gets_a_line_every_few_seconds(capsys, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    display = Display()
+    with display.stage("corpus"):
+        for _ in range(100):
+            now[0] += 1.0
+            display.line("working")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + 100 // module.PLAIN_SECONDS
+    assert re.fullmatch(r"corpus\s+1:40  working", lines[-1])
+
+
+def test_evaluations_and_events_stay(capsys):
+    display = Display()
+    guesses = [{"token": "movie", "probability": 0.5}, {"token": "film", "probability": 0.25}]
+    with display.stage("pretrain"):
+        display.record(
+            {
+                "kind": "eval",
+                "step": 7,
+                "loss": 2.5,
+                "unigram_loss": 6.0,
+                "fillings": [{"text": "a [MASK]", "tokens": guesses}],
+            }
+        )
+        display.record({"kind": "event", "step": 8, "event": "start", "attempt": 1})
+        display.record({"kind": "event", "step": 9, "event": "skipped step", "message": "oh"})
+    err = capsys.readouterr().err
+    assert "step      7  held-out loss 2.5000  (unigram 6.0000)" in err
+    assert "a [MASK]  ->  movie 0.50, film 0.25" in err
+    assert "step      9  oh" in err
+    assert "step      8" not in err
+
+
+def test_what_a_checkpoint_took_is_for_the_charts(capsys):
+    display = Display()
+    with display.stage("pretrain"):
+        capsys.readouterr()
+        display.record(
+            {"kind": "checkpoint", "step": 8, "stalled": 0.1, "written": 2.0, "bytes": 9}
+        )
+    assert capsys.readouterr() == ("", "")
+
+
+def test_quiet_says_nothing(capsys):
+    display = Display(quiet=True)
+    with display.stage("corpus"):
+        display.line("working")
+        display.say("done")
+        display.record(TRAIN)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_markup_in_what_is_said_is_text(capsys):
+    display = Display()
+    display.say("I saw this [MASK] and [bold]it[/bold] was [/x] good")
+    assert "this [MASK] and [bold]it[/bold] was [/x] good" in capsys.readouterr().err
+
+
+def test_a_panel_is_a_line_where_there_is_no_terminal(capsys):
+    display = Display()
+    with display.stage("tune"):
+        display._last_plain = 0.0
+        display.panel("a table", "3/12 trials")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "tune" in err and "3/12 trials" in err
+    assert "a table" not in err
+
+
+def test_a_panel_is_rewritten_on_a_terminal_and_lines_stay(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    display = Display()
+    assert display._live
+    with display.stage("tune"):
+        display.panel("first table", "1/12 trials")
+        display.say("trial 0000 is over")
+        display.panel("second table", "2/12 trials")
+    out, err = capsys.readouterr()
+    assert out == ""
+    for words in ("first table", "trial 0000 is over", "second table", "2/12 trials"):
+        assert words in err

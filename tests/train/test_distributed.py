@@ -1,0 +1,145 @@
+"""Two processes compute what one computes, and decide everything together."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from group_workers import work
+from making import make_corpus, same_tensors
+
+from raybert.data.corpus.parts import Manifest
+from raybert.data.order import assign_to_ranks
+from raybert.storage.folder import Folder
+from raybert.train.distributed import Group, use_threads
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What came of every scenario: {(world_size, rank): {name: result}}."""
+    folder = tmp_path_factory.mktemp("group")
+    make_corpus(Folder(folder / "corpus"), documents=51)
+    env = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    workers = []
+    for rank in range(2):
+        with (folder / f"stderr-{rank}").open("w") as stderr:
+            command = [sys.executable, HERE / "group_workers.py", str(rank), folder, "2"]
+            workers.append(subprocess.Popen(command, env=env, stderr=stderr))
+    try:
+        work(0, folder, 1)
+        for worker in workers:
+            assert worker.wait(timeout=180) == 0, (folder / "stderr-0").read_text()
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+    results = {}
+    for key in ((1, 0), (2, 0), (2, 1)):
+        path = folder / f"found-{key[0]}-{key[1]}.pt"
+        results[key] = torch.load(path, weights_only=False)  # our own, just written
+    results["corpus"] = folder / "corpus"
+    return results
+
+
+def test_two_ranks_compute_the_gradients_of_one(found):
+    alone = found[1, 0]["uneven"]["gradients"]
+    for rank in range(2):
+        together = found[2, rank]["uneven"]["gradients"]
+        assert len(alone) == len(together) == 2
+        # The second step's weights have passed through AdamW, which magnifies what is near zero.
+        for name, gradient in alone[0].items():
+            torch.testing.assert_close(together[0][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_hold_the_same_weights(found):
+    for name in ("uneven", "deterministic", "not_a_number", "fine_tuning"):
+        assert same_tensors(found[2, 0][name]["weights"], found[2, 1][name]["weights"])
+
+
+def test_sums_in_rank_order_are_plain_averages(found):
+    plain, ordered = (found[2, 0][name]["gradients"] for name in ("uneven", "deterministic"))
+    for name, gradient in plain[0].items():
+        torch.testing.assert_close(ordered[0][name], gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_one_ranks_undefined_loss_makes_all_skip(found):
+    assert [found[key]["not_a_number"]["skipped"] for key in ((1, 0), (2, 0), (2, 1))] == [1, 1, 1]
+    weights = found[2, 0]["not_a_number"]["weights"]
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_one_ranks_wish_to_stop_stops_all(found):
+    assert [found[2, rank]["stop_on_one_rank"]["step"] for rank in range(2)] == [2, 2]
+    assert found[2, 0]["stop_on_one_rank"]["saved"] == [2]
+
+
+def test_one_ranks_undefined_loss_ends_all_where_it_shall(found):
+    for rank in range(2):
+        assert "step 0: the gradient's norm is" in found[2, rank]["stop_for_good"]["error"]
+
+
+def test_a_checkpoint_that_rank_0_can_not_write_ends_all_where_it_shall(found):
+    first, second = (found[2, rank]["broken_checkpoint"] for rank in range(2))
+    assert first["step"] == second["step"] >= 2
+    assert (first["error"], second["error"]) == ("UserError", "Stopped")  # one has the reason
+
+
+def test_an_epoch_whose_last_step_leaves_a_rank_without_rows_ends(found):
+    rows = Manifest.read(Folder(found["corpus"])).splits["train"]
+    assert rows.rows % 2 == 1, "the scenario needs an odd number of rows"
+    expected = found[1, 0]["whole_epoch"]
+    assert expected["tokens"] == 2 * rows.rows * 16
+    for rank in range(2):
+        got = found[2, rank]["whole_epoch"]
+        assert (got["tokens"], got["step"]) == (expected["tokens"], expected["step"])
+        assert got["loss"] == pytest.approx(expected["loss"], abs=0.05)
+
+
+def test_fine_tuning_on_two_ranks_goes_as_on_one(found):
+    expected = found[1, 0]["fine_tuning"]
+    for rank in range(2):
+        got = found[2, rank]["fine_tuning"]
+        assert (got["step"], got["tokens"]) == (expected["step"], expected["tokens"])
+
+
+@pytest.mark.parametrize("key", [(1, 0), (2, 0), (2, 1)])
+def test_a_deterministic_run_is_the_same_after_a_restart(found, key):
+    result = found[key]["resumed"]
+    assert same_tensors(result["whole"], result["parted"])
+
+
+# One process -------------------------------------------------------------------------------------
+
+
+def test_a_group_of_one_says_nothing():
+    group = Group()
+    assert group.sum([1, 2.5, True]) == [1, 2.5, True]
+    assert group.gather("x") == ["x"]
+    assert list(group.share(range(3))) == [0, 1, 2]
+    module = torch.nn.Linear(1, 1)
+    assert group.wrap(module, deterministic=True) is module
+
+
+@pytest.mark.parametrize("world_size", range(1, 6))
+def test_shares_and_slots_are_disjoint_and_complete(world_size):
+    shares = [list(Group(rank, world_size).share(range(17))) for rank in range(world_size)]
+    assert sorted(sum(shares, [])) == list(range(17))
+    slots = assign_to_ranks(7, world_size)
+    assert sum(slots, []) == list(range(7))
+    assert max(map(len, slots)) - min(map(len, slots)) <= 1
+
+
+def test_threads_are_given_or_a_fair_share():
+    before = torch.get_num_threads()
+    try:
+        assert use_threads(3, 1) == torch.get_num_threads() == 3
+        cores = len(os.sched_getaffinity(0))
+        assert use_threads(None, 1) == cores
+        assert use_threads(None, 10 * cores) == 1
+    finally:
+        torch.set_num_threads(before)

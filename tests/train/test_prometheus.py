@@ -1,0 +1,239 @@
+"""What Prometheus gets to know: each record's figures under their names, and nothing undefined."""
+
+import math
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from making import Attempt, Scripted, make_corpus, pretrain_job
+
+from raybert.cluster.session import Resources
+from raybert.errors import StorageError
+from raybert.storage.folder import Folder
+from raybert.tasks.masked_lm import MaskedLMTask, PretrainSpec
+from raybert.train.metrics_log import read_metrics
+from raybert.train.ray import prometheus as module
+from raybert.train.ray.prometheus import COUNTERS, GAUGES, Telemetry, readings
+
+TRAIN = {
+    "kind": "train",
+    "step": 20,
+    "loss": 3.5,
+    "lr": 1e-3,
+    "grad_norm": 0.75,
+    "tokens_per_second": 1000.0,
+    "step_seconds": 0.5,
+    "data_wait": 0.125,
+    "mfu": 0.25,
+    "total_steps": 100,
+}
+EXPORTED = {f"ray_raybert_{name}" for name in GAUGES} | {
+    f"ray_raybert_{name}_total" for name in COUNTERS
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = Folder(tmp_path_factory.mktemp("telemetry")) / "corpus"
+    make_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def telemetry():
+    with closing(Telemetry(Folder("/runs/experiment/stage"), 1, 1)) as made:
+        yield made
+
+
+def values(record):
+    return {name: value for (name, _), value in readings(record).items()}
+
+
+def test_a_line_of_training_is_read_under_its_own_names():
+    found = values(TRAIN)
+    assert found.pop("data_wait_share") == 0.25
+    assert found == {name: TRAIN[name] for name in found}
+    assert found.keys() == TRAIN.keys() - {"kind", "data_wait"}
+
+
+def test_an_evaluation_says_what_it_measured():
+    record = {"kind": "eval", "step": 9, "loss": 0.5, "accuracy": 0.875, "score": 0.875}
+    assert readings(record) == {("heldout", "loss"): 0.5, ("heldout", "accuracy"): 0.875}
+    del record["accuracy"]
+    assert readings(record) == {("heldout", "loss"): 0.5}
+
+
+@given(st.sets(st.sampled_from(sorted(TRAIN.keys() - {"kind", "step_seconds", "data_wait"}))))
+def test_what_is_undefined_is_left_out_and_nothing_else(undefined):
+    for value in (None, math.nan, math.inf, -math.inf):
+        found = values({**TRAIN, **dict.fromkeys(undefined, value)})
+        assert found.keys() == values(TRAIN).keys() - undefined
+
+
+def test_every_reading_is_of_a_gauge():
+    saved = {"kind": "checkpoint", "step": 1, "stalled": 0.1, "written": 2.0, "bytes": 3}
+    evaluation = {"kind": "eval", "step": 1, "loss": 1.0, "accuracy": 1.0}
+    for record in (TRAIN, evaluation, saved):
+        assert values(record)
+        assert values(record).keys() <= GAUGES.keys()
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*TRAIN, "event", "stalled", "written", "bytes"]),
+        st.none() | st.floats() | st.text(max_size=3) | st.sampled_from(["train", "checkpoint"]),
+    )
+)
+def test_no_record_can_end_a_run(telemetry, record):
+    telemetry.report(record)
+
+
+def test_what_a_run_skips_and_can_not_write_is_counted(corpus, tmp_path, monkeypatch):
+    """By the names that the loop really gives to these events."""
+    run = Folder(tmp_path) / "run"
+    job = pretrain_job(corpus, steps=6, checkpoint_steps=2)
+    attempt = Attempt(
+        job,
+        run,
+        change=lambda task: Scripted(task, factor=lambda b: math.inf if b.step in (1, 4) else 1.0),
+    )
+    write = attempt.store._write
+
+    def fails_at_2(snapshot):
+        if snapshot.step == 2:
+            raise StorageError("writing it failed: No space left on device")
+        write(snapshot)
+
+    monkeypatch.setattr(attempt.store, "_write", fails_at_2)
+    attempt.run()
+    with closing(Telemetry(run, 1, 1)) as telemetry:
+        for record in attempt.records:
+            telemetry.report(record)
+    assert telemetry._values["skipped_steps", ""] == 2
+    assert telemetry._values["checkpoint_failures", ""] == 1
+
+
+def test_a_gauge_is_said_again_until_the_run_ends(monkeypatch):
+    """Ray forgets it as soon as it has passed it on."""
+    said = []
+
+    class Noting:
+        def set(self, value, labels):
+            said.append(value)
+
+    monkeypatch.setattr(module, "_SECONDS", 0.01)
+    with closing(Telemetry(Folder("/runs/experiment/stage"), 1, 3)) as telemetry:
+        telemetry._gauges["workers"] = Noting()
+        ends = time.monotonic() + 20
+        while len(said) < 3 and time.monotonic() < ends:
+            time.sleep(0.01)
+    assert len(said) >= 3 and set(said) == {3}
+    assert not telemetry._thread.is_alive()
+
+
+# On Ray ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WatchedJob(PretrainSpec):
+    """Skips a step, on devices of a known peak, and does not end before it was looked at."""
+
+    marker: str = ""
+
+    def make_task(self, group, feed):
+        from raybert.train import loop
+
+        loop.peak_flops = lambda device: 1e10  # in the worker's process
+        return WatchedTask(self, group, feed)
+
+    def finish(self, task, run):
+        ends = time.monotonic() + 120
+        while not Path(self.marker).exists() and time.monotonic() < ends:
+            time.sleep(0.1)
+        return super().finish(task, run)
+
+
+class WatchedTask(MaskedLMTask):
+    def loss(self, module, batch):
+        return super().loss(module, batch) * (math.inf if batch.step == 1 else 1.0)
+
+
+@pytest.fixture
+def importable():
+    """Workers unpickle what is defined here."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def scrape(address, run):
+    """A run's metrics as a node's agent gives them to Prometheus: {name: value}."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    samples = [sample for family in families for sample in family.samples]
+    return {s.name: s.value for s in samples if s.labels.get("run") == run}
+
+
+def logged(run):
+    """What the same metrics should be, by the run's own log."""
+    records = read_metrics(run)
+    last = {record["kind"]: record for record in records}
+    saved = [record for record in records if record["kind"] == "checkpoint"]
+    if not saved or saved[-1]["step"] != 6:
+        return None  # it still trains
+    train = last["train"]
+    return {
+        **{f"ray_raybert_{name}": value for name, value in values(train).items()},
+        "ray_raybert_heldout": last["eval"]["loss"],
+        "ray_raybert_workers": 2,
+        "ray_raybert_restarts": 0,
+        "ray_raybert_skipped_steps": 1,
+        "ray_raybert_checkpoint_failures": 0,
+        "ray_raybert_checkpoint_stalled_seconds": saved[-1]["stalled"],
+        "ray_raybert_checkpoint_written_seconds": saved[-1]["written"],
+        "ray_raybert_checkpoint_bytes": saved[-1]["bytes"],
+        "ray_raybert_stalled_seconds_total": pytest.approx(sum(r["stalled"] for r in saved)),
+    }
+
+
+@pytest.mark.slow  # Ray exports every ten seconds, and each worker's metrics come late
+@pytest.mark.ray
+def test_a_node_gives_prometheus_what_the_run_has_logged(ray_session, importable, corpus, tmp_path):
+    from raybert.train.ray.worker import train_on_ray
+
+    begun = time.time()
+    run, marker = Folder(tmp_path / "imdb" / "pretrain"), tmp_path / "looked"
+    job = pretrain_job(corpus, steps=6, checkpoint_steps=2, evaluations=2, workers=2)
+    job = WatchedJob(**job.__dict__, marker=str(marker))
+    resources = Resources(cpus=4, gpus=0, object_store=512 << 20, started_here=True)
+    [node] = ray_session.nodes()
+    address = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train_on_ray, job, run, resources)
+        try:
+            found, times, expected, ends = {}, [], None, time.monotonic() + 120
+            while time.monotonic() < ends and not training.done():
+                expected = logged(run)
+                found = scrape(address, "imdb/pretrain")
+                times = [found.pop(name, 0) for name in sorted(found) if "timestamp" in name]
+                if expected is not None and found == expected:
+                    break
+                time.sleep(1)
+        finally:
+            marker.touch()
+        assert training.result()["step"] == 6
+    assert found == expected
+    assert len(times) == 2 and all(begun < at < time.time() for at in times)
+    assert len(found) + len(times) == len(EXPORTED)
+    assert found.keys() <= EXPORTED
