@@ -55,15 +55,22 @@ def cores() -> int:
 
 
 @contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for a while; those that are set already stay as they are."""
-    new = {name: value for name, value in values.items() if name not in os.environ}
+def environment(values: Mapping[str, str], *, overwrite: bool = False) -> Iterator[None]:
+    """Set environment variables while the context lasts, then restore what was there.
+
+    Variables that are already set keep their values unless `overwrite` is true.
+    """
+    new = {name: value for name, value in values.items() if overwrite or name not in os.environ}
+    before = {name: os.environ.get(name) for name in new}
     os.environ.update(new)
     try:
         yield
     finally:
-        for name in new:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ killed is a new one of Ray Tune's, over the trials that the ledger has.
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,14 +17,14 @@ from ray.tune.experiment import Experiment, Trial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
+from raybert.cluster.session import environment
 from raybert.errors import RaybertError, Superseded
 from raybert.storage.folder import Folder
 from raybert.train.ray.driver_channel import DriverChannel
+from raybert.train.ray.fit_thread import run_fit
 from raybert.tune.search_session import Session
 from raybert.tune.trial import FinetuneTrial, TrialContext
-
-_POLL_SECONDS = 0.5
-_GRACE_SECONDS = 60  # for the steps under way and their checkpoints, after Ctrl-C
+from raybert.tune.trial_store import TrialRecord
 
 
 class _Search(SearchAlgorithm):  # type: ignore[misc]  # of an untyped package
@@ -143,9 +141,24 @@ def run_trials(
         "raise_on_failed_trial": False,
         "verbose": 0,
     }
+
+    def poll() -> None:
+        _read_progress(work.board, session.source.entries)
+        show()
+
+    def interrupt() -> None:
+        session.is_stopping = True
+
     trainable = ray.tune.with_parameters(FinetuneTrial, work=work)
     with _quiet(session.room.trials, logs):
-        _Fit(lambda: ray.tune.run(trainable, **arguments), session, work.board, show).wait()
+        error = run_fit(
+            lambda: ray.tune.run(trainable, **arguments), work.board, poll, on_interrupt=interrupt
+        )
+    if isinstance(error, RaybertError):
+        raise error
+    if error is not None:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RaybertError(f"the search failed: {lines[-1]}") from error
     if session.superseded is not None:
         raise Superseded(session.superseded)
     session.sweep()
@@ -154,87 +167,32 @@ def run_trials(
         stage.delete("ray")
 
 
-class _Fit:
-    """Runs Ray Tune in a thread, while the main thread shows progress and listens to Ctrl-C.
-
-    In the main thread Ray Tune would answer Ctrl-C itself, and give trials five seconds to end.
-    """
-
-    def __init__(
-        self,
-        fit: Callable[[], Any],
-        session: Session,
-        board: DriverChannel,
-        show: Callable[[], None],
-    ) -> None:
-        self._fit, self._session, self._board, self._show = fit, session, board, show
-        self._error: Exception | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tune", daemon=True)
-
-    def wait(self) -> None:
-        """Wait for the end."""
-        self._thread.start()
-        try:
-            while not self._over.wait(_POLL_SECONDS):
-                self._listen()
-                self._show()
-        except KeyboardInterrupt:
-            self._session.is_stopping = True
-            with suppress(Exception):  # a head that is gone takes the workers with it
-                self._board.stop()
-            self._over.wait(_GRACE_SECONDS)  # a second Ctrl-C ends this, too
-            raise
-        finally:
-            if self._over.is_set():
-                with suppress(Exception):
-                    self._board.clear()
-        if self._error is not None:
-            if isinstance(self._error, RaybertError):
-                raise self._error
-            lines = str(self._error).strip().splitlines() or [type(self._error).__name__]
-            raise RaybertError(f"the search failed: {lines[-1]}") from self._error
-
-    def _listen(self) -> None:
-        """Take what trials tell between evaluations."""
-        with suppress(Exception):  # it is for the display alone
-            known = {entry.name: entry for entry in self._session.source.entries}
-            for record in self._board.take():
-                entry = known.get(record.get("trial", ""))
-                if entry is not None:
-                    entry.step, entry.total_steps = record["step"], record.get("total_steps")
-
-    def _run(self) -> None:
-        try:
-            self._fit()
-        except Exception as error:  # raised by `wait`, in the main thread
-            self._error = error
-        finally:
-            self._over.set()
+def _read_progress(channel: DriverChannel, entries: Sequence[TrialRecord]) -> None:
+    """Update the trials' steps from the records that their workers sent."""
+    with suppress(Exception):  # only the display needs them
+        known = {entry.name: entry for entry in entries}
+        for record in channel.take():
+            entry = known.get(record.get("trial", ""))
+            if entry is not None:
+                entry.step, entry.total_steps = record["step"], record.get("total_steps")
 
 
 @contextmanager
 def _quiet(trials: int, logs: bool) -> Iterator[None]:
-    """Keep Ray Tune from printing, from files that nobody reads, and from starting one by one."""
-    wanted = {
-        "RAY_AIR_NEW_OUTPUT": "0",  # its other way of printing can't be silenced
+    """Set up Ray Tune's environment: no printing, no log files, trials started together."""
+    variables = {
+        "RAY_AIR_NEW_OUTPUT": "0",  # the new output can't be silenced
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_PRINT_ALL_TRIAL_ERRORS": str(int(logs)),
         "TUNE_MAX_PENDING_TRIALS_PG": str(trials),
-        "TUNE_GLOBAL_CHECKPOINT_S": "600",  # the ledger is what a search goes on from
+        "TUNE_GLOBAL_CHECKPOINT_S": "600",  # a search resumes from its TrialStore
     }
-    before = {name: os.environ.get(name) for name in wanted}
     logger = logging.getLogger("ray.tune")
     level = logger.level
-    os.environ.update(wanted)
     if not logs:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with environment(variables, overwrite=True):
+            yield
     finally:
         logger.setLevel(level)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -10,7 +10,7 @@ import pytest
 from raybert.errors import ConfigError, StorageError
 from raybert.train.ray import driver_channel as module
 from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel
-from raybert.train.ray.worker import _Fit, _said_by_worker
+from raybert.train.ray.worker import _fit, _said_by_worker
 
 
 @pytest.fixture
@@ -148,11 +148,10 @@ class Trainer:
 
 def test_an_error_is_shown_after_what_came_before_it_and_stays_for_restarts():
     store, trainer, shown = Store(), Trainer(), []
-    fit = _Fit(trainer, store, shown.append)
     store.put('{"step": 7}', (1, 0))
     store.fail(ConfigError("lower the lr"))
     with pytest.raises(ConfigError, match="lower the lr"):
-        fit.wait()
+        _fit(trainer.fit, store, shown.append)
     assert shown == [{"step": 7}]
     assert store.is_over()  # a worker group that starts now must end in peace
     trainer.may_end.set()
@@ -162,7 +161,7 @@ def test_a_run_that_ends_leaves_nothing_on_the_board():
     store, trainer, shown = Store(), Trainer(), []
     trainer.may_end.set()
     store.put('{"step": 7}', (1, 0))
-    _Fit(trainer, store, shown.append).wait()
+    _fit(trainer.fit, store, shown.append)
     assert shown == [{"step": 7}]
     assert store.kept == {}
 

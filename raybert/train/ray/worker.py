@@ -7,7 +7,6 @@ storage: a restarted worker group finds the youngest whole one there, whatever R
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,13 +29,12 @@ from raybert.storage.folder import Folder, retry
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.distributed import Group
 from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel
+from raybert.train.ray.fit_thread import run_fit
 from raybert.train.ray.prometheus import Telemetry
 from raybert.train.run import RESULT, LoaderConfig, TrainingRun, TrainSpec
 from raybert.train.settings import TrainConfig
 from raybert.train.task import ControlSignals, Preempted, Stopped
 
-_POLL_SECONDS = 0.5
-_GRACE_SECONDS = 60  # for the step under way and its checkpoint, after Ctrl-C
 #: Bytes of masked rows that may wait for a worker. A GPU reads 8 MB/s and more, and half a minute
 #: of them rides out a slow storage. On a CPU the operators share the processors with the training,
 #: and what they make ahead slows the steps at the start, by which a run of minutes is measured.
@@ -129,7 +127,7 @@ def train_on_ray(
         ),
     )
     with environment(_patience(config)):
-        _Fit(trainer, board, on_progress).wait()
+        _fit(trainer.fit, board, on_progress)
     with suppress(StorageError):  # what is left over is no reason to fail
         ray_folder.delete(name)
         if not ray_folder.names(hidden=True):  # another driver's attempt may be at work there
@@ -276,75 +274,54 @@ def _is_leaving() -> bool:
     return get_train_context().preemption_context.preemption_info is not None
 
 
-class _Fit:
-    """Runs `fit` in a thread, while the main thread shows progress and listens to Ctrl-C.
+def _fit(
+    fit: Callable[[], Any], board: DriverChannel, on_progress: Callable[[dict[str, Any]], None]
+) -> None:
+    """Run `fit` and hand the workers' records to `on_progress` until it returns.
 
-    In the main thread `fit` would install a handler of its own for Ctrl-C, which kills the workers
-    without a checkpoint, ends the process with 0, and stays installed.
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; the workers have saved a checkpoint.
+        StorageError: Ray can't write its own files in the run's folder.
+        RaybertError: what the first failing worker raised.
     """
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
-    def __init__(
-        self, trainer: Any, board: DriverChannel, on_progress: Callable[[dict[str, Any]], None]
-    ) -> None:
-        self._trainer, self._board, self._on_progress = trainer, board, on_progress
-        self._error: Exception | None = None
-        # An event, for a `join` that Ctrl-C interrupts takes the thread for ended (CPython 3.11).
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._fit, name="fit", daemon=True)
+    error = run_fit(fit, board, _ProgressReader(board, on_progress).poll)
+    if isinstance(error, TrainingFailedError):
+        raise _said_by_worker(error) from None
+    if isinstance(error, OSError):
+        raise StorageError(f"Ray can't write to the run's storage: {error}") from None
+    if error is not None:
+        raise error
 
-    def wait(self) -> None:
-        """Wait for the end.
+
+class _ProgressReader:
+    """Reads the workers' records and fatal errors from their channel."""
+
+    def __init__(self, board: DriverChannel, on_progress: Callable[[dict[str, Any]], None]) -> None:
+        self._board, self._on_progress = board, on_progress
+        self._last_answer = time.monotonic()
+
+    def poll(self) -> None:
+        """Pass on the records since the last call.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C was pressed; a checkpoint of the last step is written.
-            RaybertError: what the first failing worker said.
+            RaybertError: Ray's head has not answered for two minutes.
+            Exception: the fatal error that a worker reported.
         """
-        from ray.train.v2.api.exceptions import TrainingFailedError
-
-        self._thread.start()
-        try:
-            self._watch()
-        except KeyboardInterrupt:
-            with suppress(Exception):  # a head that is gone takes the workers with it
-                self._board.stop()
-            self._over.wait(_GRACE_SECONDS)  # a second Ctrl-C ends this, too
-            raise
-        finally:
-            if self._over.is_set():  # workers that are left must still find "stop" or the error
-                with suppress(Exception):
-                    self._board.clear()
-        if isinstance(self._error, TrainingFailedError):
-            raise _said_by_worker(self._error) from None
-        if isinstance(self._error, OSError):  # of Ray's own files, in the run's folder
-            raise StorageError(f"Ray can't write to the run's storage: {self._error}") from None
-        if self._error is not None:
-            raise self._error
-
-    def _watch(self) -> None:
         from ray.exceptions import RpcError
 
-        over, heard = False, time.monotonic()
-        while not over:
-            over = self._over.wait(_POLL_SECONDS)
-            try:
-                fatal = self._board.error()  # before the records, which came before it
-                for record in self._board.take():
-                    self._on_progress(record)
-            except RpcError as error:
-                if time.monotonic() - heard > _SILENCE_SECONDS:
-                    raise RaybertError(f"Ray's head does not answer: {error}") from None
-                continue
-            heard = time.monotonic()
-            if fatal is not None:  # no use in waiting until Ray has tried again
-                raise fatal
-
-    def _fit(self) -> None:
         try:
-            self._trainer.fit()
-        except Exception as error:  # raised by `wait`, in the main thread
-            self._error = error
-        finally:
-            self._over.set()
+            fatal = self._board.error()  # read before the records, which were written before it
+            for record in self._board.take():
+                self._on_progress(record)
+        except RpcError as error:
+            if time.monotonic() - self._last_answer > _SILENCE_SECONDS:
+                raise RaybertError(f"Ray's head does not answer: {error}") from None
+            return
+        self._last_answer = time.monotonic()
+        if fatal is not None:  # Ray would only repeat the failure
+            raise fatal
 
 
 def _said_by_worker(error: Any) -> Exception:
