@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raybert.cluster.machine import cpu_flags
 from raybert.inference.packed import can_pack, pack, replace_parts
 from raybert.model.encoder import Encoder, FeedForward
 from raybert.model.heads import Classifier
@@ -192,7 +193,7 @@ class _Int8Linear(nn.Module):
         self.register_buffer("zeros", zeros, persistent=False)
         self.bias = None if dense.bias is None else nn.Parameter(dense.bias.detach().float())
         # Without VNNI, sums of two products overflow 16 bits unless inputs have 7.
-        self._most = 127 if _has_vnni() else 63
+        self._most = 127 if any("vnni" in flag for flag in cpu_flags()) else 63
 
     def forward(self, x: Tensor, most: Tensor | None = None) -> Tensor:
         """Transform `x` [B, T, in]; `most` [B, T, 1] bounds its absolute values, if known."""
@@ -269,12 +270,3 @@ def _in_int8(part: nn.Module, *, half: bool) -> nn.Module | None:
     if isinstance(part, FeedForward):
         return _Int8FeedForward(part, half=half)
     return _Int8Linear(part, half=half) if isinstance(part, nn.Linear) else None
-
-
-@functools.cache
-def _has_vnni() -> bool:
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            return any("vnni" in line for line in file if line.startswith("flags"))
-    except OSError:  # not Linux
-        return False

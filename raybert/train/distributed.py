@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raybert.cluster.machine import cpu_flags
 from raybert.cluster.session import cores
 
 
@@ -101,12 +102,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 in hardware (emulated, it is slower than fp32)."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            flags = next((line for line in file if line.startswith("flags")), "")
-    except OSError:  # not Linux
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))
 
 
 def use_interface_of(address: str) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from raybert import __version__
 from raybert.cluster.allocator import keep_freed_memory
+from raybert.cluster.machine import cpu_name
 from raybert.config import differences, parse_yaml
 from raybert.errors import ConfigError, DataError, StorageError
 from raybert.storage.folder import Folder, retry
@@ -317,19 +318,10 @@ def describe_machine(group: Group, threads: int) -> dict[str, Any]:
         "raybert": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if group.device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if group.device.type == "cuda" else cpu_name(),
         "workers": group.world_size,
         "threads": threads,
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            names = (line.partition(":")[2].strip() for line in file if "model name" in line)
-            return next(names, platform.machine())
-    except OSError:
-        return platform.machine()
 
 
 def read_digests(run: Folder) -> dict[tuple[int, int], set[str]]:
