@@ -31,6 +31,7 @@ from typing import Any
 from origin import origin
 
 from raybert.cluster.allocator import keep_freed_memory
+from raybert.cluster.machine import describe_machine
 from raybert.config import build
 from raybert.model.encoder import ModelConfig
 from raybert.pipeline.benchmarks import generate_corpus
@@ -41,7 +42,7 @@ from raybert.train.checkpoint import CheckpointStore, Snapshot, begin_attempt
 from raybert.train.distributed import Group, use_threads
 from raybert.train.loop import Loop
 from raybert.train.metrics_log import MetricsLog
-from raybert.train.run import LoaderConfig, describe_machine
+from raybert.train.run import LoaderConfig
 from raybert.train.task import ControlSignals, Stopped
 
 SEQ_LEN, VOCAB_SIZE, ROWS = 128, 21_504, 32  # rows a step
@@ -156,7 +157,7 @@ def train(
     for checkpoint in loop.checkpoints:
         began, checkpoint.ended = store.writes[checkpoint.step]
         checkpoint.written = checkpoint.ended - began
-    return loop, ends, describe_machine(group, used)
+    return loop, ends, describe_machine(group.device, workers=1, threads=used)
 
 
 def compare(

@@ -1,9 +1,23 @@
-"""This machine's processor: its name and its instruction sets, as Linux reports them."""
+"""This machine: its cores, its processor's name and instruction sets, and its GPU's name."""
 
 from __future__ import annotations
 
 import functools
+import os
 import platform
+from typing import TYPE_CHECKING, Any
+
+from raybert import __version__
+
+if TYPE_CHECKING:  # the command line imports this module before it needs PyTorch
+    import torch
+
+
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cpu_name() -> str:
@@ -14,6 +28,38 @@ def cpu_name() -> str:
 def cpu_flags() -> frozenset[str]:
     """The x86 instruction sets of the processor, such as `avx512_bf16`; empty on other systems."""
     return frozenset(_cpu_info().get("flags", "").split())
+
+
+def device_name(device: torch.device) -> str:
+    """The model name of a GPU, or of the processor."""
+    if device.type != "cuda":
+        return cpu_name()
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware; emulated bf16 is slower than fp32."""
+    if device.type != "cuda":
+        return not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))
+    import torch
+
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def describe_machine(device: torch.device, *, workers: int, threads: int) -> dict[str, Any]:
+    """The versions and the hardware that a run's figures were measured with."""
+    import torch
+
+    return {
+        "raybert": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device_name(device),
+        "workers": workers,
+        "threads": threads,
+    }
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from raybert.cluster import token
+from raybert.cluster.machine import cores
 from raybert.config import Settings
 from raybert.errors import UserError, one_line
 
@@ -45,13 +46,6 @@ _SPARING = {"num_workers_soft_limit": 1}
 _CONNECT_SECONDS = 10  # for a cluster's head to take a connection
 
 _started_here = False  # whether the connected Ray is one that `ray_session` started
-
-
-def cores() -> int:
-    """The CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raybert.cluster.session import cores
+from raybert.cluster.machine import cores
 from raybert.data.corpus import tokenize_job
 from raybert.data.sources import documents
 from raybert.data.sources.documents import SourceConfig

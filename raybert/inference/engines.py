@@ -25,11 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybert.cluster.machine import cpu_flags
+from raybert.cluster.machine import cpu_flags, has_fast_bf16
 from raybert.inference.packed import can_pack, pack, replace_parts
 from raybert.model.encoder import Encoder, FeedForward
 from raybert.model.heads import Classifier
-from raybert.train.distributed import has_fast_bf16
 
 _ANGLES = ("global_angles", "local_angles")
 _GELU_LEAST = 0.17  # gelu(x) >= -0.16998

@@ -17,14 +17,12 @@ from typing import Any
 
 import torch
 
-from raybert.cluster.session import cores
+from raybert.cluster.machine import cores, device_name, has_fast_bf16
 from raybert.errors import StorageError, UserError
 from raybert.inference.engines import can_compile, has_int8
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
 from raybert.storage.registry import CHOICES
-from raybert.train.distributed import Group, has_fast_bf16
-from raybert.train.run import describe_machine
 
 PRECISIONS = ("fp32", "bf16", "int8", "compiled")
 
@@ -72,8 +70,8 @@ def available(device: torch.device) -> tuple[str, ...]:
 
 def machine(device: torch.device) -> str:
     """The machine type that a choice holds for."""
-    name = describe_machine(Group(device=device), threads=cores())["device"]
-    return str(name) if device.type == "cuda" else f"{name}, {cores()} cores"
+    name = device_name(device)
+    return name if device.type == "cuda" else f"{name}, {cores()} cores"
 
 
 def stored(folder: Folder, device: torch.device) -> dict[str, Any] | None:

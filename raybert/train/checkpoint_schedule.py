@@ -15,7 +15,7 @@ from raybert.train.task import Stopped
 RETRY_SECONDS = 60.0  # until a checkpoint that failed is tried again, where none is due before
 
 
-class Saver:
+class CheckpointSaver:
     """Writes the checkpoints of a run; on ranks without a store it does nothing."""
 
     def __init__(

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raybert.cluster.machine import cpu_flags
-from raybert.cluster.session import cores
+from raybert.cluster.machine import cores
 
 
 @dataclass(frozen=True)
@@ -96,13 +95,6 @@ def _sum_in_rank_order(bucket: Any) -> torch.futures.Future[torch.Tensor]:
 def pick_device(gpu: bool, local_rank: int = 0) -> torch.device:
     """The device that a worker trains on."""
     return torch.device("cuda", local_rank) if gpu else torch.device("cpu")
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware (emulated, it is slower than fp32)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))
 
 
 def use_interface_of(address: str) -> None:

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from raybert.cluster.machine import has_fast_bf16
 from raybert.data.keyed import key_of
 from raybert.errors import DamagedError, RaybertError, StorageError
 from raybert.storage.folder import retry
 from raybert.train.checkpoint import CheckpointStore, Snapshot, hash_tensors
-from raybert.train.checkpoint_schedule import Saver
-from raybert.train.distributed import Group, has_fast_bf16
+from raybert.train.checkpoint_schedule import CheckpointSaver
+from raybert.train.distributed import Group
 from raybert.train.metrics_log import MetricsLog, ThroughputMeter, finite
 from raybert.train.optimizers import (
     average_weights,
@@ -103,7 +104,9 @@ class Loop:
         )
         self.optimizer = make_optimizer(task.model, config, task.lr_scale)
         self._module: nn.Module = task.model
-        self._saver = Saver(store if group.rank == 0 else None, config, self._write, self._event)
+        self._saver = CheckpointSaver(
+            store if group.rank == 0 else None, config, self._write, self._event
+        )
         self._damaged: list[str] = []  # what was found before there was a log
         self._found: list[dict[str, Any]] = []  # evaluations that nobody has been given yet
         self._resumed = False
@@ -260,7 +263,7 @@ class Loop:
                     "checkpoint"
                 )
         signals = self._signals
-        count, tokens, seconds, broken, save, stop, leave = self.group.sum(
+        count, tokens, seconds, broken, save, stop, preempt = self.group.sum(
             [
                 sum(batch.count for batch in batches),
                 sum(batch.tokens for batch in batches),
@@ -268,7 +271,7 @@ class Loop:
                 self._saver.check_last_save(),
                 signals.save() or self._saver.is_due(progress.step),
                 signals.stop(),
-                signals.leave(),
+                signals.preempt(),
             ]
         )
         progress.seconds = seconds
@@ -277,7 +280,7 @@ class Loop:
             self._save(wait=True)
             self._saver.raise_if_failed(self._saver.has_failed)
             raise Stopped(f"stopped at step {progress.step}; run it again to go on from there")
-        if leave:
+        if preempt:
             self._event("eviction", "a node is about to go: a checkpoint, and on without it")
             self._save(wait=True)
             raise Preempted(f"a node goes away at step {progress.step}")

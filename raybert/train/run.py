@@ -6,7 +6,6 @@ be the run that was begun: apart from budget, workers and logging, no setting ma
 
 from __future__ import annotations
 
-import platform
 import signal
 import threading
 import time
@@ -18,9 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from raybert import __version__
 from raybert.cluster.allocator import keep_freed_memory
-from raybert.cluster.machine import cpu_name
+from raybert.cluster.machine import describe_machine
 from raybert.config import differences, parse_yaml
 from raybert.errors import ConfigError, DataError, StorageError
 from raybert.storage.folder import Folder, retry
@@ -245,7 +243,9 @@ class TrainingRun:
             **outcome,
             **job.finish(self.task, run),
             "tokens_per_second": _speed(outcome),
-            "machine": describe_machine(self._group, self._threads),
+            "machine": describe_machine(
+                self._group.device, workers=self._group.world_size, threads=self._threads
+            ),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         result: dict[str, Any] = finite(found)
@@ -310,18 +310,6 @@ def _wants_gpu(config: TrainConfig) -> bool:
 
 def _speed(outcome: Mapping[str, Any]) -> float:
     return round(float(outcome["tokens"]) / max(1e-9, float(outcome["seconds"])), 1)
-
-
-def describe_machine(group: Group, threads: int) -> dict[str, Any]:
-    """What the figures of a run were taken on."""
-    return {
-        "raybert": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if group.device.type == "cuda" else cpu_name(),
-        "workers": group.world_size,
-        "threads": threads,
-    }
 
 
 def read_digests(run: Folder) -> dict[tuple[int, int], set[str]]:

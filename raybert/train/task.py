@@ -88,11 +88,11 @@ class Preempted(RaybertError):
 
 @dataclass(frozen=True)
 class ControlSignals:
-    """What may be asked of a run from outside; each is looked at before every step."""
+    """Requests from outside, polled before every step; each may come from any rank."""
 
-    stop: Callable[[], bool] = lambda: False  # end, from any rank
-    leave: Callable[[], bool] = lambda: False  # end, for the node of this rank goes away
-    save: Callable[[], bool] = lambda: False  # write a checkpoint now; of rank 0
+    stop: Callable[[], bool] = lambda: False  # save and end the run
+    preempt: Callable[[], bool] = lambda: False  # save and end: this rank's node will be taken away
+    save: Callable[[], bool] = lambda: False  # write a checkpoint now
 
 
 NO_SIGNALS = ControlSignals()

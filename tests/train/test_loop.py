@@ -798,7 +798,7 @@ def test_whoever_must_leave_leaves_after_a_checkpoint_and_nothing_is_lost(corpus
     once = Attempt(job, Folder(tmp_path / "whole"))
     once.run()
     first = Attempt(job, Folder(tmp_path / "parted"))
-    first.loop._signals = ControlSignals(leave=lambda: first.loop.progress.step == 3)
+    first.loop._signals = ControlSignals(preempt=lambda: first.loop.progress.step == 3)
     with pytest.raises(Preempted):
         first.run()
     assert "a node is about to go" in first.events()["eviction"]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from raybert.cluster.session import cores
+from raybert.cluster.machine import cores
 from raybert.errors import UserError
 from raybert.serve.http import schemas
 from raybert.serve.http.schemas import FULL, QUEUED

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from raybert.cluster.session import RayConfig, cores, environment, logs_folder, ray_session
+from raybert.cluster.machine import cores
+from raybert.cluster.session import RayConfig, environment, logs_folder, ray_session
 from raybert.errors import RaybertError, UserError
 from raybert.serve.client import Client, ServerError
 from raybert.serve.deploy.haproxy import SCRATCH, serve_environment

@@ -235,7 +235,7 @@ def _worker(config: dict[str, Any]) -> None:
             on_progress=on_progress,
             signals=ControlSignals(link.is_stopping, _is_leaving, link.is_asked_to_save)
             if link
-            else ControlSignals(leave=_is_leaving),
+            else ControlSignals(preempt=_is_leaving),
         ).run()
     except Stopped:
         return  # as asked
