@@ -16,7 +16,7 @@ import pytest
 
 from raybert.serve.deploy import haproxy as ingress_module
 from raybert.serve.deploy.haproxy import serve_environment, uses_haproxy
-from raybert.serve.deploy.ports import holder
+from raybert.serve.deploy.ports import find_listener
 from raybert.serve.http.authentication import digest
 from raybert.serve.http.schemas import FULL
 from raybert.serve.settings import ServeConfig
@@ -202,9 +202,9 @@ def test_it_ends_with_who_started_it(tmp_path):
     command = configure(serve_environment(ServeConfig(), tmp_path), port, [1], 2)
     script = f"import subprocess; subprocess.Popen({command!r}).wait()"
     with subprocess.Popen([sys.executable, "-c", script]) as parent:
-        wait_for(lambda: holder(port) is not None)
+        wait_for(lambda: find_listener(port) is not None)
         parent.kill()
-    wait_for(lambda: holder(port) is None)
+    wait_for(lambda: find_listener(port) is None)
 
 
 def test_the_rules_stand_in_the_file_that_ray_writes(tmp_path):
@@ -232,6 +232,17 @@ def test_the_rules_stand_in_the_file_that_ray_writes(tmp_path):
     assert all(Path(file).parent == tmp_path and Path(file).exists() for _, file in files)
     binds = [line for name in sections for line in sections[name] if line.startswith("bind ")]
     assert len(binds) == 3 and all(line.startswith("bind 127.0.0.1:") for line in binds)
+
+
+def test_haproxy_does_not_start_with_a_changed_template(tmp_path):
+    port = free_port()
+    wrapper, *arguments = configure(serve_environment(ServeConfig(), tmp_path), port, [1], 2)
+    file = Path(arguments[-1])
+    file.write_text(file.read_text().replace("  bind *:", "  bind 0.0.0.0:"))
+    done = subprocess.run([wrapper, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "HAProxy is not started" in done.stderr and "serve.ingress=proxy" in done.stderr
+    assert find_listener(port) is None
 
 
 def test_a_replica_that_has_stopped_costs_its_requests_no_more_than_a_while(started):

@@ -13,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 from certificates import certificate
 
@@ -20,9 +21,9 @@ from raybert.cluster.session import RayConfig, ray_session
 from raybert.errors import ConfigError, DamagedError, RaybertError, UserError
 from raybert.serve.deploy import haproxy as ingress
 from raybert.serve.deploy import launch
-from raybert.serve.deploy.haproxy import SCRATCH, serve_environment, uses_haproxy
+from raybert.serve.deploy.haproxy import SCRATCH_PREFIX, serve_environment, uses_haproxy
 from raybert.serve.deploy.launch import serving
-from raybert.serve.deploy.ports import check_port, holder
+from raybert.serve.deploy.ports import check_port, find_listener
 from raybert.serve.http.authentication import VARIABLE
 from raybert.serve.runtime.service import Service
 from raybert.serve.settings import ServeConfig
@@ -115,29 +116,29 @@ def test_a_port_that_is_taken_is_refused(model):
 
 
 @linux
-def test_who_holds_a_port_is_told():
+def test_the_error_for_a_taken_port_names_the_listening_process():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        name = Path("/proc/self/comm").read_text().strip()
-        assert holder(port) == (os.getpid(), name, False)
+        name = psutil.Process().name()
+        assert find_listener(port) == (os.getpid(), name, False)
         words = rf"in use by process {os.getpid()} \({re.escape(name)}\); choose another"
         with pytest.raises(UserError, match=words):
             check_port("127.0.0.1", port)
-    assert holder(port) is None
+    assert find_listener(port) is None
     check_port("127.0.0.1", port)
 
 
 @linux
-def test_a_haproxy_that_was_left_is_told_from_one_that_serves():
-    """By its files, and by whether a Ray is above it."""
+def test_an_orphaned_haproxy_is_recognized():
+    """By the path of its configuration, and by a parent that is no process of Ray."""
     script = (
         "import socket, sys; s = socket.create_server(('127.0.0.1', 0));"
         "print(s.getsockname()[1], flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", script, "-db", "-f", f"{SCRATCH}x/node/haproxy.cfg"]
+    command = [sys.executable, "-c", script, "-db", "-f", f"{SCRATCH_PREFIX}x/node/haproxy.cfg"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as left:
         port = int(left.stdout.readline())
-        assert holder(port)[::2] == (left.pid, True)
+        assert find_listener(port)[::2] == (left.pid, True)
         with pytest.raises(UserError, match=rf"it was left by .* `kill {left.pid}`, or choose"):
             check_port("127.0.0.1", port)
         left.communicate(b"")
@@ -247,22 +248,30 @@ def test_tls_is_left_to_serves_own_proxy(tmp_path):
 
 
 @haproxy
-def test_haproxys_own_pages_are_bound_to_this_machine(tmp_path):
-    """Ray's template binds them to all interfaces; the program that it runs mends its file."""
+def test_haproxys_internal_ports_are_bound_to_this_machine(tmp_path):
+    """Ray's template binds them to all interfaces; the wrapper that Ray runs adapts its file."""
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
     found = serve_environment(ServeConfig(), tmp_path)
     wrapper, file = found["RAY_SERVE_HAPROXY_BINARY_PATH"], tmp_path / "haproxy.cfg"
     assert stat.S_IMODE(os.stat(wrapper).st_mode) == 0o700
-    binds = [line for line in HAPROXY_CONFIG_TEMPLATE.splitlines() if " bind " in line]
-    file.write_text("\n".join([*binds, "    bind *:8000"]) + "\n")
+    file.write_text(HAPROXY_CONFIG_TEMPLATE)
     subprocess.run([wrapper, "-db", "-f", str(file), "-v"], check=True, capture_output=True)
-    mended = file.read_text()
-    assert "bind 127.0.0.1:{{ config.metrics_port }}" in mended
-    assert "bind 127.0.0.1:{{ config.stats_port }}" in mended
-    # The frontend's host is the user's business.
-    assert "bind {{ config.frontend_host }}:{{ config.frontend_port }}" in mended
-    assert "    bind *:8000" in mended
+    adapted = file.read_text()
+    assert "bind 127.0.0.1:{{ config.metrics_port }}" in adapted
+    assert "bind 127.0.0.1:{{ config.stats_port }}" in adapted
+    # The address for clients is the user's choice.
+    assert "bind {{ config.frontend_host }}:{{ config.frontend_port }}" in adapted
+
+
+@haproxy
+def test_a_changed_haproxy_template_stops_the_start_before_ray_starts(model, monkeypatch):
+    from ray.serve._private import haproxy_templates
+
+    template = haproxy_templates.HAPROXY_CONFIG_TEMPLATE.replace("bind *:", "bind [::]:")
+    monkeypatch.setattr(haproxy_templates, "HAPROXY_CONFIG_TEMPLATE", template)
+    with pytest.raises(UserError, match=r"unknown line `bind \[::\]:.*set serve.ingress=proxy"):
+        start(config_of(model=model.uri))
 
 
 @haproxy

@@ -22,7 +22,8 @@ from raybert.cluster.machine import cores
 from raybert.cluster.session import RayConfig, environment, logs_folder, ray_session
 from raybert.errors import RaybertError, UserError
 from raybert.serve.client import Client, ServerError
-from raybert.serve.deploy.haproxy import SCRATCH, serve_environment
+from raybert.serve.deploy.haproxy import SCRATCH_PREFIX, serve_environment, uses_haproxy
+from raybert.serve.deploy.haproxy_config import TemplateChangedError, check_template
 from raybert.serve.deploy.ports import check_port
 from raybert.serve.deploy.status import State, reason
 from raybert.serve.http.authentication import read_keys
@@ -58,11 +59,13 @@ def serving(
         config = config.model_copy(update={"threads": config.threads or _threads(config)})
     # One replica more than there are, for an update starts the new ones first.
     workers = math.ceil(config.cpus * (config.most_replicas + 1))
-    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir="/"))
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir="/"))
     try:
         with environment({} if on_cluster else serve_environment(config, scratch, digests)):
             from raybert.serve.deploy.deployment import check_is_closed, check_models, completed
 
+            if not on_cluster and uses_haproxy(config):
+                _check_haproxy_template()
             config = completed(config)
             check_is_closed(config.host, digests)
             check_models(config)  # before Ray is started for nothing
@@ -79,6 +82,20 @@ def serving(
                     _end(on_cluster)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_haproxy_template() -> None:
+    """Check that Ray's HAProxy configuration can be adapted, before Ray is started.
+
+    Raises:
+        UserError: it has changed.
+    """
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    try:
+        check_template(HAPROXY_CONFIG_TEMPLATE)
+    except TemplateChangedError as error:
+        raise UserError(str(error)) from None
 
 
 def _deploy(config: ServeConfig, digests: list[str], on_progress: Callable[[str], None]) -> str:

@@ -1,33 +1,29 @@
-"""Whether a port can be listened on, and who holds one that can't, as far as Linux tells."""
+"""Check that a port is free, and name the process that listens on one that is not."""
 
 from __future__ import annotations
 
-import os
 import socket
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from raybert.errors import UserError
-from raybert.serve.deploy.haproxy import SCRATCH
-
-_LISTENS = "0A"  # the state of a socket in /proc/net/tcp
+from raybert.serve.deploy.haproxy import SCRATCH_PREFIX
 
 
-class Holder(NamedTuple):
+class Listener(NamedTuple):
     """A process that listens on a port."""
 
     pid: int
     name: str
-    is_left_over: bool  # the HAProxy of a `raybert serve` that is no more
+    is_orphan: bool  # the HAProxy of a `raybert serve` that was killed
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise where an address can't be listened on.
+    """Check that an address can be bound.
 
     Raises:
-        UserError: it can't; with who holds it, and what to do.
+        UserError: it can't; the message names the listening process and a remedy.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -36,50 +32,36 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
             return
         except OSError as error:
-            reason = error.strerror or str(error)
-    refused, advice = f"{host}:{port} can't be listened on: {reason}", ""
-    held = holder(port)
-    if held is not None:
-        refused += f" by process {held.pid} ({held.name})"
-    if held is not None and held.is_left_over:
-        advice = f"it was left by a `raybert serve` that was killed: `kill {held.pid}`, or "
-    raise UserError(f"{refused}; {advice}choose another serve.port or serve.host")
+            problem = f"{host}:{port} can't be listened on: {error.strerror or error}"
+    advice = ""
+    listener = find_listener(port)
+    if listener is not None:
+        problem += f" by process {listener.pid} ({listener.name})"
+        if listener.is_orphan:
+            advice = f"it was left by a `raybert serve` that was killed: `kill {listener.pid}`, or "
+    raise UserError(f"{problem}; {advice}choose another serve.port or serve.host")
 
 
-def holder(port: int) -> Holder | None:
-    """The process that listens on a TCP port; None where there is none, or none of this user's."""
-    sockets = {f"socket:[{inode}]" for inode in _listening(port)}
-    for folder in Path("/proc").glob("[0-9]*") if sockets else ():
-        with suppress(OSError):  # it has ended, or belongs to another user
-            if not sockets.isdisjoint(_open_files(folder)):
-                return Holder(int(folder.name), _name(folder), _is_left_over(folder))
+def find_listener(port: int) -> Listener | None:
+    """Find the process that listens on a TCP port; None: no process that this user may inspect."""
+    try:
+        pids = [
+            connection.pid
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        ]
+        for pid in pids:
+            if pid is not None:
+                process = psutil.Process(pid)
+                return Listener(pid, process.name(), _is_orphan(process))
+    except psutil.Error:  # it ended meanwhile, or macOS requires root
+        pass
     return None
 
 
-def _open_files(folder: Path) -> Iterator[str]:
-    for number in os.listdir(folder / "fd"):
-        with suppress(FileNotFoundError):  # closed meanwhile
-            yield os.readlink(folder / "fd" / number)
-
-
-def _listening(port: int) -> Iterator[str]:
-    """The inodes of the sockets that listen on a port."""
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with suppress(OSError):
-            for line in Path(table).read_text(encoding="ascii").splitlines()[1:]:
-                fields = line.split()
-                if fields[3] == _LISTENS and int(fields[1].rpartition(":")[2], 16) == port:
-                    yield fields[9]
-
-
-def _name(folder: Path) -> str:
-    return folder.joinpath("comm").read_text(encoding="utf-8", errors="replace").strip()
-
-
-def _is_left_over(folder: Path) -> bool:
-    """Whether a process is HAProxy with our files, and no Ray is above it any more."""
-    arguments = folder.joinpath("cmdline").read_bytes().split(b"\0")
-    if not any(argument.startswith(SCRATCH.encode()) for argument in arguments):
+def _is_orphan(process: psutil.Process) -> bool:
+    """Return whether a process is an HAProxy that we configured and whose Ray has ended."""
+    if not any(argument.startswith(SCRATCH_PREFIX) for argument in process.cmdline()):
         return False
-    parent = folder.joinpath("stat").read_text(errors="replace").rpartition(")")[2].split()[1]
-    return not _name(folder.parent / parent).startswith("ray::")
+    parent = process.parent()
+    return parent is None or not " ".join(parent.cmdline()).startswith("ray::")

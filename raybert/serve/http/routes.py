@@ -182,7 +182,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
         summary="Counters, for Prometheus",
     )
     async def metrics() -> str:
-        return service.metrics.render(service.gauges)
+        return service.metrics.render()
 
     @app.get("/docs", include_in_schema=False)
     async def documentation() -> HTMLResponse:

@@ -69,6 +69,11 @@ class Service:
         share = config.canary.share if config.canary else 0.0
         self._trial = Canary(share, self.metrics, self._log)
         self.catalog = LoadedModels(config, self._workers, self.metrics, self._log, device)
+        self.metrics.add_gauge(
+            "queued_tokens",
+            "Tokens that wait in the queues of all models.",
+            lambda: sum(served.batcher.queued for served in self.catalog.all()),
+        )
 
     def load(self) -> None:
         """Load the models; takes seconds, or longer where a precision is chosen by measuring.
@@ -114,11 +119,6 @@ class Service:
                 return  # which queue it will want only the request says
         if waits:
             raise schemas.overloaded(min(waits))
-
-    @property
-    def gauges(self) -> dict[str, float]:
-        """What is true at this moment, for the metrics."""
-        return {"queued_tokens": sum(served.batcher.queued for served in self.catalog.all())}
 
     def info(self) -> dict[str, Any]:
         """What is served."""
