@@ -222,7 +222,7 @@ def test_info_and_metrics_tell_what_is_served(api):
     assert 'raybert_requests_total{route="/predict",status="200"} ' in "\n".join(lines)
     texts = next(line for line in lines if line.startswith(f'raybert_texts_total{{model="{name}"'))
     assert float(texts.split()[-1]) >= 2
-    assert any(line.startswith('raybert_request_seconds_bucket{route="/predict"') for line in lines)
+    assert 'raybert_request_seconds_bucket{le="0.005",route="/predict"} ' in "\n".join(lines)
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/ready", "/v2/health/ready"])
