@@ -33,7 +33,7 @@ from origin import origin
 from raybert.cluster.allocator import keep_freed_memory
 from raybert.cluster.machine import describe_machine
 from raybert.config import build
-from raybert.model.encoder import ModelConfig
+from raybert.model.settings import ModelConfig
 from raybert.pipeline.benchmarks import generate_corpus
 from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import PretrainConfig, PretrainSpec

@@ -22,7 +22,7 @@ from meter import Meter
 
 from raybert.cluster.session import RayConfig, ray_session
 from raybert.config import build
-from raybert.model.encoder import ModelConfig
+from raybert.model.settings import ModelConfig
 from raybert.pipeline.benchmarks import generate_corpus
 from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import PretrainConfig, PretrainSpec

@@ -250,7 +250,7 @@ def small_classifier(given: Path | None) -> Path:
 
 def reviews(model: Path, count: int) -> tuple[list[str], list[str]]:
     """Draw so many held-out reviews; returns the texts, and the label of each."""
-    names = huggingface.load_classifier(Folder(model))[1]
+    names = huggingface.read_label_names(Folder(model))
     found = labelled(EvaluationSource(), names=names)
     rows = random.Random(0).sample(range(len(found.labels)), min(count, len(found.labels)))
     texts = found.texts.to_pylist()

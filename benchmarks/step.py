@@ -20,8 +20,10 @@ import torch.nn.functional as F
 
 from raybert.cluster.allocator import keep_freed_memory
 from raybert.data.masking import IGNORE_INDEX
-from raybert.model.encoder import Encoder, ModelConfig, flops_per_token
+from raybert.model.cost import flops_per_token
+from raybert.model.encoder import Encoder
 from raybert.model.heads import MaskedLM
+from raybert.model.settings import ModelConfig
 
 MASKED = 0.15
 # name -> (shape, vocabulary, rows, tokens a row)
@@ -90,7 +92,7 @@ def main() -> None:
     labels = input_ids.masked_fill(~masked, IGNORE_INDEX)
 
     steps = {}
-    for name, loss_of in (("raybert", MaskedLM.loss), ("plain", plain_loss)):
+    for name, loss_of in (("raybert", MaskedLM.forward), ("plain", plain_loss)):
         model = MaskedLM(Encoder(config, vocab_size)).to(arguments.device)
         steps[name] = stepper(model, loss_of, arguments.precision)
         for _ in range(2):  # the first steps allocate

@@ -12,7 +12,7 @@ from raybert.config import Settings, flatten
 from raybert.data.corpus.build import CorpusConfig
 from raybert.data.sources.documents import EvaluationSource
 from raybert.errors import UserError
-from raybert.model.encoder import ModelConfig
+from raybert.model.settings import ModelConfig
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder, check_address
 from raybert.storage.registry import REGISTRY

@@ -14,7 +14,7 @@ from raybert.data.corpus.build import CorpusConfig
 from raybert.data.corpus.packing import Packer, unigram_loss
 from raybert.data.corpus.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter, id_dtype
 from raybert.data.tokenizer import TokenizerConfig
-from raybert.model.encoder import ModelConfig
+from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.tasks.classification import FinetuneConfig, FinetuneSpec
 from raybert.tasks.masked_lm import PretrainConfig, PretrainSpec

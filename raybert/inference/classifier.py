@@ -1,7 +1,7 @@
 """The classifier as an object: raw texts in, probabilities out. Batch and HTTP answers use it.
 
 On CPUs the texts of a batch stand end to end in one row, each seeing itself alone
-(`attend_each`): nothing is computed for padding, and but for the rounding of matrix products a
+(`attend_varlen`): nothing is computed for padding, and but for the rounding of matrix products a
 text's scores do not depend on its company.
 """
 

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from raybert.cluster.machine import cpu_flags, has_fast_bf16
 from raybert.inference.packed import can_pack, pack, replace_parts
-from raybert.model.encoder import Encoder, FeedForward
+from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
+from raybert.model.layers import FeedForward
 
 _ANGLES = ("global_angles", "local_angles")
 _GELU_LEAST = 0.17  # gelu(x) >= -0.16998
@@ -153,8 +154,9 @@ class _Served(nn.Module):
     ) -> Tensor:
         positions, far, near = self.encoder.plan(input_ids, attention_mask, lengths=lengths)
         if lengths is not None:
-            bounds = torch.tensor([0, *itertools.accumulate(lengths)])
-            far, near = far._replace(lengths=bounds), near._replace(lengths=bounds)
+            cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
+            far = far._replace(lengths=None, cu_seqlens=cu_seqlens)
+            near = near._replace(lengths=None, cu_seqlens=cu_seqlens)
         return self.encoder.transform(input_ids, positions, far, near).float()  # [B, T, D]
 
 

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybert.model.attention import attend, attend_each
-from raybert.model.encoder import Attention, AttentionPlan, Encoder, EncoderLayer, FeedForward
+from raybert.model.attention import attend, attend_varlen
+from raybert.model.attention_plan import AttentionPlan
+from raybert.model.encoder import Encoder
+from raybert.model.layers import Attention, EncoderLayer, FeedForward
 
 #: Bytes, for each model in each replica. The more layers, the less their first product matters.
 _LARGEST_TABLE = 128 << 20
@@ -137,8 +139,7 @@ class PackedAttention(nn.Module):
         if plan.lengths is None:
             mixed = attend(q, k, v, plan.mask)
         else:
-            assert not isinstance(plan.lengths, Tensor)  # which they are for compiled layers
-            mixed = attend_each(q, k, v, plan.lengths, plan.reach)
+            mixed = attend_varlen(q, k, v, plan.lengths, plan.half_window)
         y: Tensor = self.out(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
         return y
 

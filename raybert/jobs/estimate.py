@@ -21,8 +21,10 @@ from raybert.data.order import Order
 from raybert.errors import RaybertError
 from raybert.experiment import Experiment
 from raybert.model import huggingface
-from raybert.model.encoder import Encoder, ModelConfig, flops_per_token, num_parameters
+from raybert.model.cost import flops_per_token, num_parameters
+from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier, MaskedLM
+from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.storage.model_folders import find_model
 from raybert.tasks.classification import FinetuneConfig
@@ -239,7 +241,7 @@ def shape_of(
         reads,
     )
     if found is not None:
-        return _known(lambda: huggingface.read_shape(found))
+        return _known(lambda: huggingface.read_model_config(found))
     return shape_of(experiment, "pretrain", reads=reads) if own else None
 
 

@@ -1,8 +1,9 @@
-"""What stands on the encoder: the masked language model, and the classifier.
+"""The heads on the encoder: masked language model and classifier.
 
-Both have the form of `transformers`' classes for the layout, so that their weights move both ways:
-`modern` is ModernBertForMaskedLM and ModernBertForSequenceClassification, `classic` is
-BertForMaskedLM and BertForSequenceClassification. `unsupported_by_transformers` names the rest.
+Both have the architecture of the layout's classes in `transformers`, so that weights convert both
+ways: `modern` is ModernBertForMaskedLM and ModernBertForSequenceClassification, `classic` is
+BertForMaskedLM and BertForSequenceClassification. `huggingface.unsupported_by_transformers` names
+the classifiers that have no counterpart there.
 
 Shapes: B batch, T tokens, D hidden, V vocabulary, M masked positions, L labels.
 """
@@ -10,56 +11,37 @@ Shapes: B batch, T tokens, D hidden, V vocabulary, M masked positions, L labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from raybert.config import Settings
-from raybert.model.attention import Dropout
-from raybert.model.encoder import Encoder, ModelConfig
+from raybert.model.dropout import Dropout
+from raybert.model.encoder import Encoder
+from raybert.model.layers import initialize, make_layer_norm, make_linear
 from raybert.model.losses import linear_cross_entropy
+from raybert.model.settings import HeadConfig, ModelConfig
 
 KERAS_HEAD_SIZE = 64  # the dense layer of the Keras example's classifier
 
 
-class HeadConfig(Settings):
-    """The classification head."""
-
-    kind: Literal["standard", "keras"] = Field(
-        "standard",
-        description="standard: the layout's own head, which transformers loads; "
-        "keras: the Keras example's (64 ReLU units)",
-    )
-    pooling: Literal["cls", "mean", "max"] | None = Field(
-        None,
-        description="how a text's hidden states become one; null: mean (modern), cls (classic: "
-        "BERT's, with its pooler), max (keras)",
-    )
-    dropout: float = Field(
-        0.1, ge=0, lt=1, description="before the last layer; fine-tuning sees few texts often"
-    )
-
-
 class PredictionHead(nn.Module):
-    """Dense, GELU, norm: between the encoder and the vocabulary or the labels."""
+    """Dense, GELU, LayerNorm: between the encoder and the vocabulary or the labels."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # ModernBERT starts this layer as small as those that write to the residual stream.
-        self.dense = config.linear(config.hidden_size, config.hidden_size, residual=True)
-        self.norm = config.layer_norm()
+        # ModernBERT initialises this layer like those that write to the residual stream.
+        self.dense = make_linear(config, config.hidden_size, config.hidden_size, residual=True)
+        self.norm = make_layer_norm(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform `x` [..., D]."""
+        """Transform `x` [..., D] -> [..., D]."""
         x = self.norm(F.gelu(self.dense(x)))
         return x
 
 
 class MaskedLM(nn.Module):
-    """The encoder with a head that predicts masked tokens; its last matrix is the embedding's."""
+    """The encoder with a head that predicts masked tokens; the output matrix is the embedding."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -74,19 +56,7 @@ class MaskedLM(nn.Module):
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        """Same as `loss`: what DDP wraps is `forward`."""
-        return self.loss(input_ids, labels, attention_mask, document_ids)
-
-    def loss(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-        document_ids: Tensor | None = None,
-    ) -> tuple[Tensor, int]:
-        """Sum the cross-entropy over the predicted tokens.
-
-        The sum, not the mean: a step divides by the count of its global batch.
+        """Sum the cross-entropy over the predicted tokens; a step divides by its global count.
 
         Args:
             input_ids: int64 [B, T].
@@ -95,7 +65,7 @@ class MaskedLM(nn.Module):
             document_ids: int64 [B, T] or None, as in `Encoder.forward`.
 
         Returns:
-            The sum in nats, a fp32 scalar, and the number of predicted tokens.
+            The sum in nats, an fp32 scalar, and the number of predicted tokens.
         """
         x = self.encoder(input_ids, attention_mask, document_ids)  # [B, T, D]
         labels = labels.flatten()  # [B T]
@@ -106,7 +76,7 @@ class MaskedLM(nn.Module):
         return total, positions.numel()
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
-        """Score the vocabulary at some positions.
+        """Compute the logits of the vocabulary at some positions.
 
         Args:
             input_ids: int64 [B, T].
@@ -123,7 +93,7 @@ class MaskedLM(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The encoder, a pooling over tokens, and a head that scores labels."""
+    """The encoder, pooling over tokens, and a classification head."""
 
     def __init__(self, encoder: Encoder, num_labels: int, config: HeadConfig | None = None) -> None:
         super().__init__()
@@ -131,7 +101,7 @@ class Classifier(nn.Module):
         self.encoder = encoder
         self.num_labels = num_labels
         self.config = config or HeadConfig()
-        self.pooling = pooling_of(self.config, model)
+        self.pooling = self.config.pooling_for(model)
         size = model.hidden_size
         self.transform: nn.Module
         if self.config.kind == "keras":
@@ -143,11 +113,11 @@ class Classifier(nn.Module):
         elif model.layout == "modern":
             self.transform = PredictionHead(model)
         else:
-            self.transform = nn.Sequential(model.linear(size, size), nn.Tanh())
+            self.transform = nn.Sequential(make_linear(model, size, size), nn.Tanh())
         self.dropout = Dropout(self.config.dropout)
         self.classifier = nn.Linear(size, num_labels)
         std = size**-0.5 if model.layout == "modern" else model.initializer_range
-        model.initialize(self.classifier.weight, std)
+        initialize(model, self.classifier.weight, std)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(
@@ -156,13 +126,13 @@ class Classifier(nn.Module):
         attention_mask: Tensor | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Score the labels.
+        """Compute the logits of the labels.
 
         Args:
-            input_ids: int64 [B, T].
+            input_ids: int64 [B, T], or [1, T] with `lengths`.
             attention_mask: bool [B, T], False at padding; None: no padding.
-            lengths: tokens of each text, where they stand end to end in one row [1, T]: B is then
-                the number of texts. None: a row is a text.
+            lengths: tokens of each of B texts that are concatenated in one row; None: a row is a
+                text.
 
         Returns:
             Logits, fp32 [B, L].
@@ -172,13 +142,22 @@ class Classifier(nn.Module):
             x = pool(x, attention_mask, self.pooling)  # [B, D]
         else:
             texts = x[0].split_with_sizes(list(lengths))  # [T of each, D]
-            x = torch.cat([pool(text[None], None, self.pooling) for text in texts])
+            x = torch.cat([pool(text[None], None, self.pooling) for text in texts])  # [B, D]
         x = self.classifier(self.dropout(self.transform(x)))  # [B, L]
         return x.float()
 
 
 def pool(x: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
-    """Reduce hidden states [B, T, D] over the tokens of `attention_mask` [B, T]: [B, D]."""
+    """Pool hidden states over the tokens of each text.
+
+    Args:
+        x: hidden states [B, T, D].
+        attention_mask: bool [B, T], False at padding; None: no padding.
+        pooling: cls, mean or max.
+
+    Returns:
+        [B, D].
+    """
     if pooling == "cls":
         return x[:, 0]
     if attention_mask is None:
@@ -187,29 +166,3 @@ def pool(x: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     if pooling == "mean":
         return (x * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
     return x.masked_fill(~mask, torch.finfo(x.dtype).min).amax(dim=1)
-
-
-def pooling_of(head: HeadConfig, model: ModelConfig) -> Literal["cls", "mean", "max"]:
-    """Return `head.pooling`, or what stands for null."""
-    if head.pooling is not None:
-        return head.pooling
-    if head.kind == "keras":
-        return "max"
-    return "mean" if model.layout == "modern" else "cls"
-
-
-def unsupported_by_transformers(head: HeadConfig, model: ModelConfig) -> str | None:
-    """Say why `transformers` can't load a classifier and which setting to change; None: it can."""
-    if head.kind == "keras":
-        return (
-            "transformers has no head with 64 ReLU units, so only raybert loads this model; "
-            "set head.kind=standard for one that transformers loads"
-        )
-    pooling = pooling_of(head, model)
-    loadable = ("cls", "mean") if model.layout == "modern" else ("cls",)
-    if pooling in loadable:
-        return None
-    return (
-        f"transformers does not pool the {model.layout} layout by {pooling}, so only raybert loads "
-        f"this model; set head.pooling={' or '.join(loadable)} for one that transformers loads"
-    )

@@ -1,8 +1,8 @@
-"""The vocabulary projection and its cross-entropy in one, a chunk of positions at a time.
+"""The vocabulary projection fused with its cross-entropy, a chunk of positions at a time.
 
-Written plainly, M x V logits are stored in fp32 and passed over six times, which at V = 30,000
-takes four times as long as the three matrix products that they are for. Here a chunk's logits
-become the loss and both gradients before the next chunk is computed.
+Unfused, M x V logits are stored in fp32 and read or written six times, which at V = 30,000 takes
+four times as long as the three matrix products around them. Here a chunk's logits become the loss
+and both gradients before the next chunk is computed.
 
 Shapes: D hidden, V vocabulary, M masked positions, C positions of a chunk.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 26  # logits held at once: 128 MiB of bf16, and on GPUs their softmax, too
-#: Columns that the bias takes: processors multiply at full speed in pairs (CPUs), eights (GPUs).
+#: Columns added for the bias: matrix products need multiples of 2 (CPUs) or 8 (GPUs) for speed.
 BIAS_COLUMNS = {"cpu": 2}
 OTHER_BIAS_COLUMNS = 8
 
@@ -25,9 +25,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
     """Sum the cross-entropy of `softmax(x weight^T + bias)` against `targets`.
 
     Logits and their softmax have autocast's dtype where it is on, else that of `x`; sums over
-    chunks, of the loss and of the gradients of `weight` and `bias`, are fp32. In bf16 the sum is
-    then off by some 1e-4 of its value, and gradients by 1% of their norm, as with any bf16 matrix
-    product. Gradients are computed in the forward pass, and only if gradients are on.
+    chunks, of the loss and of the gradients of `weight` and `bias`, are fp32. In bf16 the relative
+    error of the sum is about 1e-4, and that of the gradients 1% of their norm, as with any bf16
+    matrix product. Gradients are computed in the forward pass, and only if gradients are enabled.
 
     Args:
         x: hidden states [M, D].
@@ -61,8 +61,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.dtypes = (x.dtype, weight.dtype, bias.dtype)
         exact = torch.promote_types(x.dtype, torch.float32)
         on_cpu = x.device.type == "cpu"
-        # The bias is one column more of the weight, against a one: adding it to the logits, and
-        # summing their slopes for its gradient, would each pass over all of them once more.
+        # The bias becomes one more column of the weight, multiplied by a constant one in x: adding
+        # it to the logits, and summing their gradients for its own, would each read them once more.
         width = x.shape[1]
         padding = (0, BIAS_COLUMNS.get(x.device.type, OTHER_BIAS_COLUMNS))
         x, weight = F.pad(x.to(dtype), padding), F.pad(weight.to(dtype), padding)
@@ -72,24 +72,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight: Tensor | None = None
         chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS))
         size = max(1, -(-x.shape[0] // chunks))
-        # One buffer for all chunks, in place: fresh pages cost as much as the softmax in them.
+        # One buffer for all chunks: first touching fresh pages costs as much as the softmax.
         buffer = torch.empty(size, weight.shape[0], dtype=dtype, device=x.device)
         for start in range(0, x.shape[0], size):
             rows = slice(start, start + size)
-            part, at = x[rows], targets[rows]  # [C, D], [C]
+            part, target = x[rows], targets[rows]  # [C, D], [C]
             logits = torch.mm(part, weight.T, out=buffer[: len(part)])  # [C, V]
             softmax = torch.softmax(logits, dim=1, out=logits if on_cpu else None)  # [C, V]
-            here = torch.arange(len(part), device=x.device)
-            likelihood = softmax[here, at].to(exact)  # [C]
+            index = torch.arange(len(part), device=x.device)
+            likelihood = softmax[index, target].to(exact)  # [C]
             total -= likelihood.clamp(min=torch.finfo(exact).tiny).log().sum()
-            if train:  # the slope of the loss over the logits is softmax - 1[target]
+            if train:  # the gradient of the logits is softmax - 1[target]
                 # Not `scatter_`, which copies the chunk.
-                softmax[here, at] = (likelihood - 1).to(dtype)
+                softmax[index, target] = (likelihood - 1).to(dtype)
                 torch.mm(softmax, weight, out=grad_x[rows])
                 grad = (softmax.T @ part).to(exact)
                 grad_weight = grad if grad_weight is None else grad_weight.add_(grad)
         if train:
-            if grad_weight is None:  # nothing was masked
+            if grad_weight is None:  # M is 0
                 grad_weight = torch.zeros_like(weight, dtype=exact)
             ctx.save_for_backward(
                 grad_x[:, :width], grad_weight[:, :width], grad_weight[:, width].clone()

@@ -89,7 +89,7 @@ def bench_serve(
     from raybert.inference.precision_choice import compare
     from raybert.model import huggingface
 
-    names = huggingface.load_classifier(model)[1]
+    names = huggingface.read_label_names(model)
     # Texts as they stand: the model's own preprocessing sees to HTML.
     source = experiment.evaluate.source.model_copy(update={"html_breaks": "keep"})
     found = labelled(source, names=names)

@@ -98,7 +98,7 @@ def predict_file(
     from raybert.inference.bulk import predict_source
     from raybert.model import huggingface
 
-    names = huggingface.load_classifier(model)[1]
+    names = huggingface.read_label_names(model)
     columns = experiment.evaluate.source.model_dump(
         include={"text_column", "on_bad_row", "document", "format"}
     )

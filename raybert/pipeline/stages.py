@@ -87,7 +87,9 @@ def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) ->
     model, start, where = experiment.model, None, experiment.pretrain.initialize_from
     if where is not None:
         start = resolve_model(where, "pretrain", key="pretrain.initialize_from")
-        model = huggingface.read_shape(start)[0].model_copy(update={"dropout": model.dropout})
+        model = huggingface.read_model_config(start)[0].model_copy(
+            update={"dropout": model.dropout}
+        )
     job = PretrainSpec(
         config=experiment.pretrain,
         model=model,
@@ -200,7 +202,7 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
 
     source = experiment.evaluate.source
     made_from = _measured_from(experiment, model)
-    names = huggingface.load_classifier(model)[1]
+    names = huggingface.read_label_names(model)
     with display.stage("evaluate"), ray_session(experiment.ray) as resources:
         metrics = measure(
             source,

@@ -18,8 +18,10 @@ from raybert.data.preprocess import LengthOrder, pad
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError
 from raybert.model import huggingface
-from raybert.model.encoder import Encoder, ModelConfig, flops_per_token
-from raybert.model.heads import Classifier, HeadConfig
+from raybert.model.cost import flops_per_token
+from raybert.model.encoder import Encoder
+from raybert.model.heads import Classifier
+from raybert.model.settings import HeadConfig, ModelConfig
 from raybert.storage.folder import Folder
 from raybert.tasks.classification_metrics import classification_scores
 from raybert.tasks.objective import Objective

@@ -20,8 +20,10 @@ from raybert.data.order import Order, assign_to_ranks
 from raybert.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from raybert.errors import ConfigError, DataError
 from raybert.model import huggingface
-from raybert.model.encoder import Encoder, ModelConfig, flops_per_token
+from raybert.model.cost import flops_per_token
+from raybert.model.encoder import Encoder
 from raybert.model.heads import MaskedLM
+from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.train.distributed import Group
 from raybert.train.run import LoaderConfig
@@ -117,7 +119,7 @@ class PretrainSpec:
 
     def _check_vocabulary(self, start: Folder, tokenizer: Tokenizer) -> None:
         """Raise where the ids of the corpus do not mean to the model what they mean here."""
-        known = huggingface.read_shape(start)[1]
+        known = huggingface.read_model_config(start)[1]
         if self.manifest.vocab_size > known:
             raise ConfigError(
                 f"pretrain.initialize_from={start} knows {known:,} tokens, the corpus has "

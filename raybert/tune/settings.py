@@ -10,7 +10,7 @@ from pydantic import Field
 
 from raybert.config import Settings, build, flatten
 from raybert.errors import ConfigError
-from raybert.model.encoder import ModelConfig
+from raybert.model.settings import ModelConfig
 from raybert.tasks.classification import FinetuneConfig
 from raybert.train.settings import ALIKE_MAY_CHANGE, LIMITS
 from raybert.tune.space import Dimension, Space, Values

@@ -17,8 +17,10 @@ from raybert.errors import UserError
 from raybert.inference import engines, packed, precision_choice
 from raybert.inference import precision as precisions
 from raybert.inference.classifier import TextClassifier
-from raybert.model.encoder import Embeddings, Encoder, ModelConfig
+from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
+from raybert.model.layers import Embeddings
+from raybert.model.settings import ModelConfig
 from raybert.serve.runtime.threads import ModelThreads
 from raybert.storage.folder import Folder
 

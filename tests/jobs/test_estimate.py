@@ -12,8 +12,10 @@ from raybert.data.corpus.parts import Manifest
 from raybert.errors import StorageError
 from raybert.experiment import Experiment
 from raybert.jobs.estimate import Machines, estimate, estimate_lines, measured_of, shape_of, size_of
-from raybert.model.encoder import Encoder, ModelConfig, flops_per_token, num_parameters
+from raybert.model.cost import flops_per_token, num_parameters
+from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier, MaskedLM
+from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.terminal.display import size
 from raybert.train.distributed import Group

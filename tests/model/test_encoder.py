@@ -3,7 +3,8 @@ import torch
 
 from raybert.config import build
 from raybert.errors import ConfigError
-from raybert.model.encoder import Encoder, ModelConfig, flops_per_token, num_parameters
+from raybert.model.encoder import Encoder
+from raybert.model.settings import ModelConfig
 
 LAYOUTS = {
     "modern": {"layout": "modern"},
@@ -23,14 +24,14 @@ def ids_of(*shape):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_shape(layout):
+def test_hidden_states_have_a_vector_for_each_token(layout):
     assert encoder_of(layout)(ids_of(3, 17)).shape == (3, 17, 64)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_padding_changes_nothing(layout, precision):
-    encoder = encoder_of(layout)  # with gradients on: bf16 has a path of its own in training
+def test_padding_does_not_change_hidden_states(layout, precision):
+    encoder = encoder_of(layout)  # with gradients: bf16 training has its own kernel
     ids = ids_of(2, 20)
     mask = torch.arange(20) < torch.tensor([[20], [13]])
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -45,7 +46,7 @@ def test_padding_changes_nothing(layout, precision):
 @pytest.mark.parametrize("lengths", [[20], [1, 1, 5, 5, 5, 20, 24], [24, 3, 3, 24, 1]])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_texts_end_to_end_equal_each_alone(layout, precision, lengths):
+def test_concatenated_texts_equal_separate_ones(layout, precision, lengths):
     encoder = encoder_of(layout).eval()
     row = ids_of(1, sum(lengths))
     texts = row.split(lengths, dim=1)
@@ -61,7 +62,7 @@ def test_texts_end_to_end_equal_each_alone(layout, precision, lengths):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_stands_beside_a_text_changes_nothing_of_it(layout):
+def test_a_text_does_not_depend_on_its_neighbours_in_the_row(layout):
     encoder = encoder_of(layout).eval()
     row, lengths = ids_of(1, 30), [10, 12, 8]
     other = row.clone()
@@ -71,7 +72,7 @@ def test_what_stands_beside_a_text_changes_nothing_of_it(layout):
     assert torch.equal(one, two)
 
 
-def test_a_text_of_a_row_may_not_be_longer_than_the_model_reads():
+def test_max_seq_len_limits_each_text_of_a_concatenated_row():
     encoder = encoder_of("modern")
     assert encoder(ids_of(1, 48), lengths=[24, 24]).shape == (1, 48, 64)
     with pytest.raises(ConfigError, match="a row of 25 tokens is longer than max_seq_len=24"):
@@ -80,7 +81,7 @@ def test_a_text_of_a_row_may_not_be_longer_than_the_model_reads():
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_packed_row_equals_its_documents(layout, precision):
+def test_packed_documents_equal_separate_rows(layout, precision):
     encoder = encoder_of(layout)
     ids = ids_of(2, 20)
     documents = torch.tensor([[0] * 8 + [1] * 12, [4] * 3 + [0] * 10 + [0] * 7])
@@ -100,7 +101,7 @@ PIECES = [(0, 0, 8), (0, 8, 20), (1, 0, 3), (1, 3, 13)]
 
 @pytest.mark.parametrize("num_heads", [1, 2, 4])  # heads of 64, 32 and 16 dimensions
 @pytest.mark.parametrize("layout", ["modern", "classic"])
-def test_bf16_training_attends_as_fp32_does(layout, num_heads):
+def test_bf16_gradients_are_close_to_fp32(layout, num_heads):
     encoder = encoder_of(layout, num_heads=num_heads)
     ids = ids_of(4, 24)
     mask = torch.arange(24) < torch.tensor([[24], [20], [9], [1]])
@@ -126,54 +127,22 @@ def test_dropout_draws_from_the_default_generator():
     assert not torch.equal(first, second)
 
 
-def test_modern_starts_as_the_paper_does():
+def test_modern_is_initialised_as_in_the_paper():
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=256, num_layers=8, num_heads=4)
     encoder = Encoder(config, 5000)
     layer = encoder.layers[3]
-    std = 0.8796 * 0.02  # a normal distribution cut at two deviations has 0.8796 of its deviation
+    std = 0.8796 * 0.02  # truncation at two deviations leaves 0.8796 of the deviation
     for weight, expected in (
         (encoder.embeddings.tokens.weight, std),
         (layer.attention.qkv.weight, std),
-        (layer.attention.out.weight, std / 4),  # 2 x 8 layers write to the stream
+        (layer.attention.out.weight, std / 4),  # 2 x 8 layers write to the residual stream
         (layer.feed_forward.up.weight, std),
         (layer.feed_forward.down.weight, std / 4),
     ):
         assert weight.std().item() == pytest.approx(expected, rel=0.02)
     assert encoder.embeddings.tokens.weight.abs().max() <= 0.04
     assert not encoder.embeddings.tokens.weight[0].any()  # padding
-
-
-def test_the_layouts_have_as_many_parameters():
-    modern, classic = (
-        num_parameters(Encoder(ModelConfig(layout=layout, hidden_size=384, num_heads=6), 10).layers)
-        for layout in ("modern", "classic")
-    )
-    assert modern == pytest.approx(classic, rel=0.01)
-
-
-def test_the_keras_examples_shape():
-    config = ModelConfig(
-        layout="classic",
-        hidden_size=128,
-        num_layers=1,
-        num_heads=8,
-        intermediate_size=128,
-        max_seq_len=256,
-    )
-    layer = 4 * (128 * 128 + 128) + 2 * (128 * 128 + 128) + 2 * 2 * 128
-    embeddings = (30_000 + 256 + 1) * 128 + 2 * 128
-    assert num_parameters(Encoder(config, 30_000)) == embeddings + layer
-
-
-def test_flops_are_six_a_weight_and_token_and_attention():
-    config = ModelConfig(layout="classic", hidden_size=64, num_layers=2, num_heads=2)
-    weights = 2 * (4 * 64 * 64 + 2 * 64 * 256)
-    assert flops_per_token(config, 128) == 6 * weights + 2 * 12 * 128 * 64
-    head = 0.15 * 6 * (64 * 64 + 64 * 1000)
-    assert flops_per_token(config, 128, 1000, 0.15) == pytest.approx(
-        flops_per_token(config, 128) + head
-    )
 
 
 @pytest.mark.parametrize(
@@ -199,16 +168,16 @@ def test_flops_are_six_a_weight_and_token_and_attention():
         ({"hiden_size": 100}, "unknown key hiden_size; did you mean hidden_size"),
     ],
 )
-def test_a_shape_that_does_not_work_out(values, message):
+def test_invalid_architectures_are_rejected(values, message):
     with pytest.raises(ConfigError, match=message):
         build(ModelConfig, values, "run.yaml")
 
 
-def test_a_row_past_the_models_length():
+def test_a_row_longer_than_max_seq_len_is_rejected():
     with pytest.raises(ConfigError, match="a row of 25 tokens is longer than max_seq_len=24; "):
         encoder_of("modern")(ids_of(1, 25))
 
 
-def test_a_pad_id_outside_the_vocabulary():
+def test_a_pad_id_outside_the_vocabulary_is_rejected():
     with pytest.raises(ConfigError, match="pad_id=50 is outside the vocabulary of 50 tokens"):
         Encoder(ModelConfig(), 50, pad_id=50)

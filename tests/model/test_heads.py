@@ -2,10 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raybert.cluster.allocator import keep_freed_memory
 from raybert.data.masking import IGNORE_INDEX
-from raybert.model.encoder import Encoder, ModelConfig, num_parameters
-from raybert.model.heads import Classifier, HeadConfig, MaskedLM, pool, unsupported_by_transformers
+from raybert.model.cost import num_parameters
+from raybert.model.encoder import Encoder
+from raybert.model.heads import Classifier, MaskedLM, pool
+from raybert.model.huggingface import unsupported_by_transformers
+from raybert.model.settings import HeadConfig, ModelConfig
 
 LAYOUTS = ["modern", "classic"]
 
@@ -27,7 +29,7 @@ def batch():
 def test_the_loss_is_the_sum_over_predicted_tokens(layout):
     model = MaskedLM(encoder_of(layout))
     ids, labels = batch()
-    total, count = model.loss(ids, labels)
+    total, count = model(ids, labels)
     predicted = labels != IGNORE_INDEX
     logits = model.logits(ids, None, predicted)
     assert count == predicted.sum()
@@ -39,27 +41,27 @@ def test_the_loss_is_the_sum_over_predicted_tokens(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_last_matrix_is_the_embedding(layout):
+def test_the_output_matrix_is_tied_to_the_embedding(layout):
     model = MaskedLM(encoder_of(layout))
     weights = model.encoder.embeddings.tokens.weight
     assert sum(p.shape == weights.shape for p in model.parameters()) == 1
     ids, labels = batch()
-    unseen = 49  # neither an input nor a target: only the softmax reaches its vector
-    total, _ = model.loss(ids.clamp(max=48), labels.clamp(max=48))
+    unseen = 49  # neither an input nor a target: its vector gets its gradient from the softmax
+    total, _ = model(ids.clamp(max=48), labels.clamp(max=48))
     total.backward()
     assert weights.grad[unseen].abs().sum() > 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_weight_learns_even_without_a_predicted_token(layout):
+def test_every_weight_has_a_gradient_even_without_a_predicted_token(layout):
     model = MaskedLM(encoder_of(layout))
     ids, labels = batch()
     for labels_now, learns in ((labels, True), (torch.full_like(labels, IGNORE_INDEX), False)):
         model.zero_grad()
-        total, count = model.loss(ids, labels_now)
+        total, count = model(ids, labels_now)
         total.backward()
         assert (count > 0) == learns
-        # DDP waits for a gradient of each.
+        # DDP waits for the gradient of every parameter.
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
             assert (parameter.grad.abs().sum() > 0) == learns, name
@@ -74,7 +76,7 @@ def test_one_batch_overfits(layout, precision):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(80):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            total, count = model.loss(ids, labels)
+            total, count = model(ids, labels)
         optimizer.zero_grad()
         (total / count).backward()
         optimizer.step()
@@ -85,7 +87,7 @@ def test_one_batch_overfits(layout, precision):
     "head", [HeadConfig(), HeadConfig(kind="keras"), HeadConfig(pooling="mean")], ids=str
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_classifier_overfits_and_does_not_see_padding(layout, head):
+def test_a_classifier_overfits_and_ignores_padding(layout, head):
     model = Classifier(encoder_of(layout), 3, head)
     ids, _ = batch()
     mask = torch.arange(20) < torch.tensor([[20], [13], [4], [1]])
@@ -105,7 +107,7 @@ def test_a_classifier_overfits_and_does_not_see_padding(layout, head):
         torch.testing.assert_close(model(ids[1:2, :13]), logits[1:2])
 
 
-def test_pooling_by_hand():
+def test_each_pooling_reduces_the_tokens_of_the_mask():
     x = torch.tensor([[[1.0, -5.0], [3.0, -1.0], [9.0, 9.0]]])
     mask = torch.tensor([[True, True, False]])
     assert pool(x, mask, "cls").tolist() == [[1, -5]]
@@ -114,7 +116,7 @@ def test_pooling_by_hand():
     assert pool(x, None, "max").tolist() == [[9, 9]]
 
 
-def test_null_pooling_is_what_the_head_is_known_for():
+def test_the_default_pooling_depends_on_layout_and_head():
     modern, classic = encoder_of("modern"), encoder_of("classic")
     assert Classifier(modern, 2).pooling == "mean"
     assert Classifier(classic, 2).pooling == "cls"
@@ -125,14 +127,9 @@ def test_null_pooling_is_what_the_head_is_known_for():
     assert unsupported_by_transformers(HeadConfig(), classic.config) is None
 
 
-def test_freed_memory_is_kept_on_glibc_only(monkeypatch):
-    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
-    assert keep_freed_memory() is False
-
-
 @pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_texts_end_to_end_are_pooled_each_by_itself(layout, pooling):
+def test_concatenated_texts_are_pooled_separately(layout, pooling):
     torch.manual_seed(0)
     model = Classifier(encoder_of(layout), 3, HeadConfig(pooling=pooling)).eval()
     lengths = [5, 5, 1, 24, 13]

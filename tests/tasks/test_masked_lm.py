@@ -139,7 +139,7 @@ def test_a_model_to_start_from_must_fit_the_corpus(corpus, tmp_path):
     start = Folder(execute_bare(
         pretrain_job(corpus, steps=1), Folder(tmp_path / "a"), on_progress=lambda record: None
     )["model"])  # fmt: skip
-    assert huggingface.read_shape(start)[0].hidden_size == 16
+    assert huggingface.read_model_config(start)[0].hidden_size == 16
     pretrain_job(corpus, initialize_from=start.uri).check()
     other = Folder(tmp_path / "other")
     make_corpus(other, texts=["quite other words stand here"] * 40)

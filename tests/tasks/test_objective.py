@@ -8,8 +8,9 @@ from making import MODEL
 from torch import nn
 
 from raybert.config import build
-from raybert.model.encoder import Encoder, ModelConfig
+from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
+from raybert.model.settings import ModelConfig
 from raybert.tasks.objective import Objective, adversarial_shift, divergence, shifted
 from raybert.tasks.texts import NO_LABEL
 

@@ -1,0 +1,37 @@
+"""The size of a model and the arithmetic of training it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from raybert.model.settings import ModelConfig
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Count a model's parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_token(
+    config: ModelConfig, seq_len: int, vocab_size: int = 0, masked_fraction: float = 0.0
+) -> float:
+    """Floating-point operations of training on one token, forward and backward, for MFU.
+
+    A matrix product costs 2 operations a weight and token, and its backward pass twice as much: 6
+    in all. Attention adds two products of T x H a head and token: 4 T D a layer forward, 12 with
+    backward (PaLM, arXiv 2204.02311, appendix B, without its causal half). The prediction head,
+    D^2 + D V weights, runs on the masked positions only. Embedding look-ups, norms and activations
+    are not counted.
+
+    Args:
+        config: the encoder.
+        seq_len: tokens in a row.
+        vocab_size: V of the masked-language-model head; 0: there is no such head.
+        masked_fraction: share of the tokens that are predicted.
+    """
+    hidden, feed_forward = config.hidden_size, config.feed_forward_size
+    matrices = 3 if config.layout == "modern" else 2
+    layer = 4 * hidden**2 + matrices * hidden * feed_forward
+    attention = 2 * min(seq_len, config.max_seq_len) * hidden
+    head = masked_fraction * (hidden**2 + hidden * vocab_size) if vocab_size else 0.0
+    return 6.0 * (config.num_layers * (layer + attention) + head)

@@ -1,0 +1,35 @@
+"""Models as Hugging Face directories, the only format of finished models.
+
+A directory holds `config.json`, `model.safetensors`, `tokenizer.json`, `tokenizer_config.json` and
+the model card, `README.md`. `transformers` loads it as ModernBERT or BERT, without custom code. The
+`raybert` section of `config.json` holds the preprocessing of raw texts, the temperature, and the
+head where `transformers` has no equal one. Weights are read from safetensors only: unpickling a
+`pytorch_model.bin` can run any code.
+"""
+
+from raybert.model.huggingface.architectures import unsupported_by_transformers
+from raybert.model.huggingface.config_json import (
+    read_label_names,
+    read_model_config,
+    read_preprocessing,
+    read_temperature,
+)
+from raybert.model.huggingface.load import load_classifier, load_encoder_into, load_masked_lm
+from raybert.model.huggingface.save import save_classifier, save_masked_lm
+from raybert.model.huggingface.weights import Weights, read_weights, weights_hash
+
+__all__ = [
+    "Weights",
+    "load_classifier",
+    "load_encoder_into",
+    "load_masked_lm",
+    "read_label_names",
+    "read_model_config",
+    "read_preprocessing",
+    "read_temperature",
+    "read_weights",
+    "save_classifier",
+    "save_masked_lm",
+    "unsupported_by_transformers",
+    "weights_hash",
+]

@@ -1,0 +1,285 @@
+"""`config.json`: written from a model's configuration, read back, and read from other models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from raybert.config import build
+from raybert.errors import DamagedError, UserError
+from raybert.model.encoder import Encoder
+from raybert.model.huggingface.architectures import (
+    IMPLIED_VALUES,
+    MODEL_TYPES,
+    RAYBERT_CLASSIFIER,
+    RAYBERT_ONLY,
+)
+from raybert.model.settings import HeadConfig, ModelConfig
+from raybert.storage.folder import Folder
+
+CONFIG_JSON = "config.json"
+FORMAT_VERSION = 1  # of the `raybert` section
+PROBLEM_TYPE = "single_label_classification"
+
+
+def to_config_json(encoder: Encoder, preprocessing: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Everything in `config.json` that does not depend on the head."""
+    config = encoder.config
+    values: dict[str, Any] = {
+        "model_type": MODEL_TYPES[config.layout],
+        "vocab_size": encoder.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.feed_forward_size,
+        "max_position_embeddings": config.max_seq_len,
+        "initializer_range": config.initializer_range,
+        "pad_token_id": encoder.pad_id,
+        "dtype": "float32",
+        **IMPLIED_VALUES[config.layout],
+        **(_modern_values(config) if config.layout == "modern" else _classic_values(config)),
+    }
+    values["raybert"] = {
+        "format_version": FORMAT_VERSION,
+        "preprocessing": dict(preprocessing or {}),
+    }
+    return values
+
+
+def _classic_values(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "layer_norm_eps": config.eps,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "type_vocab_size": 1,
+    }
+
+
+def _modern_values(config: ModelConfig) -> dict[str, Any]:
+    thetas = {
+        "full_attention": config.global_rope_theta,
+        "sliding_attention": config.local_rope_theta,
+    }
+    return {
+        "norm_eps": config.eps,
+        "embedding_dropout": config.dropout,
+        "mlp_dropout": config.dropout,
+        "attention_dropout": 0.0,
+        "initializer_cutoff_factor": 2.0,
+        "local_attention": config.local_attention,
+        "layer_types": [
+            "sliding_attention" if config.is_local(layer) else "full_attention"
+            for layer in range(config.num_layers)
+        ],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()
+        },
+        # The same for transformers 4.
+        "global_attn_every_n_layers": config.global_attention_every,
+        "global_rope_theta": config.global_rope_theta,
+        "local_rope_theta": config.local_rope_theta,
+        # Without these, transformers assumes the ids of ModernBERT's own tokenizer.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
+    }
+
+
+def read_config_json(folder: Folder) -> dict[str, Any]:
+    """Read `config.json`.
+
+    Raises:
+        UserError: no model there, or one in a newer format.
+        DamagedError: the file holds no JSON object.
+    """
+    try:
+        config = folder.read_json(CONFIG_JSON)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is no model directory: config.json is missing; give the directory that "
+            "holds config.json and model.safetensors"
+        ) from None
+    if not isinstance(config, dict):
+        raise DamagedError(f"{folder.join(CONFIG_JSON)} is damaged: it holds no JSON object")
+    version = config.get("raybert", {}).get("format_version", FORMAT_VERSION)
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{folder} was written by a newer raybert: its model format is {version}, and this "
+            f"raybert reads up to {FORMAT_VERSION}; update raybert"
+        )
+    return config
+
+
+def read_model_config(folder: Folder) -> tuple[ModelConfig, int]:
+    """Read an encoder's configuration and the size of its vocabulary; the weights are not read.
+
+    Raises:
+        UserError: no model there, or one of another architecture.
+        DamagedError: `config.json` lacks a value.
+    """
+    model, vocab_size, _ = from_config_json(folder, read_config_json(folder))
+    return model, vocab_size
+
+
+def read_preprocessing(folder: Folder) -> dict[str, Any]:
+    """Read what was saved as `preprocessing`; empty for models that raybert did not write.
+
+    Raises:
+        UserError: no model there.
+    """
+    return dict(read_config_json(folder).get("raybert", {}).get("preprocessing", {}))
+
+
+def read_temperature(folder: Folder) -> float:
+    """Read the number that a classifier's logits are divided by; 1.0 where none was saved.
+
+    Raises:
+        UserError: no model there.
+        DamagedError: it is no positive number.
+    """
+    value = read_config_json(folder).get("raybert", {}).get("temperature", 1.0)
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise DamagedError(
+            f"{folder.join(CONFIG_JSON)} is damaged: temperature={value!r} is no positive number"
+        )
+    return float(value)
+
+
+def read_label_names(folder: Folder) -> list[str]:
+    """Read the names of a classifier's labels, in the order of its logits; weights are not read.
+
+    Raises:
+        UserError: no model there, no classifier, or one of another problem type.
+        DamagedError: the labels are not numbered from 0.
+    """
+    config = read_config_json(folder)
+    classifiers = ("ForSequenceClassification", RAYBERT_CLASSIFIER)
+    named = [str(name).endswith(classifiers) for name in config.get("architectures") or []]
+    if not (any(named) if named else "id2label" in config):
+        raise no_classification_head(folder, config)
+    return label_names(folder, config, len(config.get("id2label") or ("0", "1")))
+
+
+def no_classification_head(folder: Folder, config: Mapping[str, Any]) -> UserError:
+    """The error for a model that is no classifier."""
+    return UserError(
+        f"{folder} has no classification head (it holds {architecture_of(config)}); "
+        "fine-tune it first: raybert finetune"
+    )
+
+
+def label_names(folder: Folder, config: Mapping[str, Any], num_labels: int) -> list[str]:
+    """The label of each logit; transformers' default names where `config.json` has none.
+
+    Raises:
+        UserError: the classifier was trained for another problem type.
+        DamagedError: the labels are not numbered 0 .. num_labels - 1.
+    """
+    if config.get("problem_type") not in (None, PROBLEM_TYPE):
+        raise UserError(
+            f"{folder} was trained for problem_type={config['problem_type']}; "
+            f"raybert reads {PROBLEM_TYPE}"
+        )
+    names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(num_labels)}
+    if sorted(names) != sorted(str(i) for i in range(num_labels)):
+        raise DamagedError(
+            f"{folder.join(CONFIG_JSON)} is damaged: id2label names {len(names)} labels, "
+            f"and model.safetensors scores {num_labels}"
+        )
+    return [str(names[str(i)]) for i in range(num_labels)]
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The architecture that `config.json` names, for messages."""
+    return ", ".join(config.get("architectures") or [str(config.get("model_type"))])
+
+
+def from_config_json(folder: Folder, config: Mapping[str, Any]) -> tuple[ModelConfig, int, int]:
+    """Translate `config.json`.
+
+    Returns:
+        The encoder's configuration, the size of its vocabulary, and the id of the padding token.
+
+    Raises:
+        UserError: another architecture, or a value that raybert does not compute.
+        DamagedError: a value is missing.
+    """
+    try:
+        model = _model_config(folder, config)
+        return model, int(config["vocab_size"]), config.get("pad_token_id") or 0
+    except KeyError as error:
+        raise DamagedError(
+            f"{folder.join(CONFIG_JSON)} is damaged: {error.args[0]} is missing"
+        ) from None
+
+
+def _model_config(folder: Folder, config: Mapping[str, Any]) -> ModelConfig:
+    model_type = str(config.get("model_type")).removeprefix(RAYBERT_ONLY)
+    layouts = {name: layout for layout, name in MODEL_TYPES.items()}
+    if model_type not in layouts:
+        raise UserError(
+            f"{folder} holds a model of type {model_type}; raybert reads {' and '.join(layouts)}"
+        )
+    layout = layouts[model_type]
+    for key, value in IMPLIED_VALUES[layout].items():
+        if config.get(key, value) != value:
+            raise UserError(
+                f"{folder.join(CONFIG_JSON)}: {key}={config[key]!r} is not supported; "
+                f"raybert reads {model_type} with {key}={value!r}"
+            )
+    values = {
+        "layout": layout,
+        "hidden_size": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "intermediate_size": config["intermediate_size"],
+        "max_seq_len": config["max_position_embeddings"],
+        "initializer_range": config.get("initializer_range", 0.02),
+    }
+    if layout == "classic":
+        values["dropout"] = config.get("hidden_dropout_prob", 0.1)
+        values["norm_eps"] = config.get("layer_norm_eps", 1e-12)
+    else:
+        values["dropout"] = config.get("mlp_dropout", 0.0)
+        values["norm_eps"] = config.get("norm_eps", 1e-5)
+        values["local_attention"] = config.get("local_attention", 128)
+        values["global_attention_every"] = _global_attention_every(folder, config)
+        values |= _rope_thetas(folder, config)
+    return build(ModelConfig, values, folder.join(CONFIG_JSON))
+
+
+def _rope_thetas(folder: Folder, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary bases; where `config.json` has none, transformers' defaults."""
+    rope = config.get("rope_parameters") or {}
+    full, local = (rope.get(kind, {}) for kind in ("full_attention", "sliding_attention"))
+    if any(kind.get("rope_type", "default") != "default" for kind in (full, local)):
+        raise UserError(
+            f"{folder.join(CONFIG_JSON)}: rope_parameters={rope} is not supported; "
+            "raybert reads rope_type='default'"
+        )
+    global_theta = full.get("rope_theta", config.get("global_rope_theta", 160_000.0))
+    local_theta = local.get("rope_theta", config.get("local_rope_theta", 10_000.0))
+    return {"global_rope_theta": global_theta, "local_rope_theta": local_theta or global_theta}
+
+
+def _global_attention_every(folder: Folder, config: Mapping[str, Any]) -> int:
+    """The n for which exactly the layers 0, n, 2n, ... attend globally."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return int(config.get("global_attn_every_n_layers", 3))
+    for every in range(1, len(kinds) + 1):
+        if all((kind != "full_attention") == (i % every != 0) for i, kind in enumerate(kinds)):
+            return every
+    raise UserError(
+        f"{folder.join(CONFIG_JSON)}: layer_types={kinds} is not supported; raybert reads models "
+        "in which every n-th layer, from the first on, is full_attention"
+    )
+
+
+def head_config(folder: Folder, config: Mapping[str, Any], model: ModelConfig) -> HeadConfig:
+    """Read the configuration of a classification head; `model` is its encoder's."""
+    values = dict(config.get("raybert", {}).get("head", {}))
+    dropout = config.get("classifier_dropout")
+    values["dropout"] = model.dropout if dropout is None else dropout
+    if model.layout == "modern":
+        values.setdefault("pooling", config.get("classifier_pooling", "cls"))
+    return build(HeadConfig, values, folder.join(CONFIG_JSON))

@@ -1,0 +1,159 @@
+"""The encoder's layers, in two layouts that `transformers` knows.
+
+`modern` is ModernBERT (arXiv 2412.13663, section 2.1): normalised before each sublayer, rotary
+positions, GeGLU, no biases. `classic` is BERT (arXiv 1810.04805): normalised after each sublayer,
+learned positions, GELU, biases. `model.huggingface` maps the parameter names to the two layouts.
+
+Shapes: B batch, T tokens, D hidden, N heads, H head dim, I intermediate, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raybert.model.attention import attend, attend_varlen, attend_varlen_op
+from raybert.model.attention_plan import AttentionPlan
+from raybert.model.dropout import Dropout
+from raybert.model.rotary import apply_rotary
+from raybert.model.settings import ModelConfig
+
+
+def make_layer_norm(config: ModelConfig) -> nn.LayerNorm:
+    """Make a LayerNorm over D; `modern` has no biases."""
+    return nn.LayerNorm(config.hidden_size, eps=config.eps, bias=config.layout == "classic")
+
+
+def make_linear(
+    config: ModelConfig, size_in: int, size_out: int, *, residual: bool = False
+) -> nn.Linear:
+    """Make a dense layer; `modern` has no biases.
+
+    `residual` marks layers that write to the residual stream. In `modern` the outputs of
+    2 x num_layers of them add up, so their standard deviation is divided by the root of that.
+    """
+    dense = nn.Linear(size_in, size_out, bias=config.layout == "classic")
+    scale = (2 * config.num_layers) ** -0.5 if residual and config.layout == "modern" else 1.0
+    initialize(config, dense.weight, scale * config.initializer_range)
+    if config.layout == "classic":
+        nn.init.zeros_(dense.bias)
+    return dense
+
+
+def initialize(config: ModelConfig, weight: Tensor, std: float) -> None:
+    """Draw fresh weights: normal, in `modern` truncated at two standard deviations."""
+    if config.layout == "modern":
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+    else:
+        nn.init.normal_(weight, std=std)
+
+
+class Embeddings(nn.Module):
+    """Token embeddings with a LayerNorm; `classic` adds learned positions."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, pad_id: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, config.hidden_size, padding_idx=pad_id)
+        initialize(config, self.tokens.weight, config.initializer_range)
+        with torch.no_grad():
+            self.tokens.weight[pad_id].zero_()
+        self.positions: nn.Parameter | None = None
+        if config.layout == "classic":
+            self.positions = nn.Parameter(torch.empty(config.max_seq_len, config.hidden_size))
+            initialize(config, self.positions, config.initializer_range)
+            # BERT's segment vector. Inputs are single texts, so there is one.
+            self.token_type = nn.Parameter(torch.empty(1, config.hidden_size))
+            initialize(config, self.token_type, config.initializer_range)
+        self.norm = make_layer_norm(config)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None) -> Tensor:
+        """Embed token ids.
+
+        Args:
+            input_ids: int64 [B, T].
+            positions: int64 [B or 1, T]; None: 0 .. T-1 in each row.
+
+        Returns:
+            [B, T, D].
+        """
+        x: Tensor = self.tokens(input_ids)  # [B, T, D]
+        if self.positions is not None:
+            table = self.positions + self.token_type  # [max_seq_len, D]
+            # A slice's gradient is a sum over B; a gather's is a scatter of B x T rows.
+            x = x + (table[: input_ids.shape[1]] if positions is None else table[positions])
+        x = self.dropout(self.norm(x))
+        return x
+
+
+class Attention(nn.Module):
+    """Bidirectional multi-head self-attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = make_linear(config, config.hidden_size, 3 * config.hidden_size)
+        self.out = make_linear(config, config.hidden_size, config.hidden_size, residual=True)
+
+    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+        """Attend as planned: `x` [B, T, D] -> [B, T, D]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, N, H]
+        if plan.cos is not None and plan.sin is not None:
+            qkv = apply_rotary(qkv, plan.cos, plan.sin)
+        q, k, v = (tensor.transpose(1, 2) for tensor in qkv.unbind(2))  # [B, N, T, H] each
+        if plan.cu_seqlens is not None:
+            mixed = attend_varlen_op(q, k, v, plan.cu_seqlens, plan.half_window)
+        elif plan.lengths is not None:
+            mixed = attend_varlen(q, k, v, plan.lengths, plan.half_window)
+        else:
+            mixed = attend(q, k, v, plan.mask)  # [B, N, T, H]
+        x = self.out(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
+        return x
+
+
+class FeedForward(nn.Module):
+    """The position-wise network: GELU (`classic`) or GeGLU (`modern`, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gated = config.layout == "modern"
+        size = config.feed_forward_size
+        self.up = make_linear(config, config.hidden_size, 2 * size if self.gated else size)
+        self.down = make_linear(config, size, config.hidden_size, residual=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each token by itself: `x` [B, T, D] -> [B, T, D]."""
+        x = self.up(x)  # [B, T, I], or [B, T, 2 I]: values, then gates
+        if self.gated:
+            x, gate = x.chunk(2, dim=-1)
+            x = F.gelu(x) * gate  # [B, T, I]
+        else:
+            x = F.gelu(x)
+        x = self.down(x)  # [B, T, D]
+        return x
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward, each with its residual connection and its LayerNorm."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.pre_norm = config.layout == "modern"
+        # ModernBERT's first layer reads the embeddings, which are already normalised.
+        skip_norm = self.pre_norm and index == 0
+        self.attention_norm: nn.Module = nn.Identity() if skip_norm else make_layer_norm(config)
+        self.attention = Attention(config)
+        self.feed_forward_norm = make_layer_norm(config)
+        self.feed_forward = FeedForward(config)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+        """Transform hidden states: `x` [B, T, D] -> [B, T, D]."""
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.attention_norm(x), plan))
+            x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        else:
+            x = self.attention_norm(x + self.dropout(self.attention(x, plan)))
+            x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return x
