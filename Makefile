@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+# Much of the tests' time is waiting for Ray's processes, so more of them than two cores pay.
+TEST_PROCESSES ?= 4
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
 .PHONY: demo test test-slow lint bench clean
 
@@ -10,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/raybert demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not peers"
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not peers"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow"

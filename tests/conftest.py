@@ -38,6 +38,21 @@ server.stop()
 """
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items):
+    """Group the tests that start Ray, for pytest-xdist, and run them first: they take longest.
+
+    Tests of one group run in one process and share what it starts: one Ray for the search, one for
+    all other tests in this process, and one head or server a module.
+    """
+    for item in items:
+        if item.get_closest_marker("ray"):
+            shared = "tune" if "tune" in item.path.parts else "session"
+            group = shared if "ray_session" in item.fixturenames else item.module.__name__
+            item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c():
     """A shell makes what it starts in the background deaf to Ctrl-C, which tests press."""
