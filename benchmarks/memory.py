@@ -26,7 +26,7 @@ from raybert.model.settings import ModelConfig
 from raybert.pipeline.benchmarks import generate_corpus
 from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import PretrainConfig, PretrainSpec
-from raybert.train.ray.worker import train_on_ray
+from raybert.train.ray.driver import train_on_ray
 
 SEQ_LEN, VOCAB_SIZE = 128, 8192
 

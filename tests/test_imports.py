@@ -34,27 +34,48 @@ ALLOWED: set[tuple[str, str]] = set()
 # Ray's libraries, and the modules that are their homes.
 HOMES = {
     "ray.data": {
-        "raybert.cluster.throttle",
+        "raybert.cluster.internals.throttle",
         "raybert.data.loader",
         "raybert.data.corpus.build",
         "raybert.data.tokenize_on_ray",
         "raybert.inference.bulk",
     },
-    "ray.train": {"raybert.train.ray.worker", "raybert.train.ray.recovery"},
+    "ray.train": {
+        "raybert.cluster.internals.train",
+        "raybert.cluster.internals.train_controller",
+        *(
+            f"raybert.train.ray.{name}"
+            for name in (
+                "driver",
+                "worker",
+                "failures",
+                "failure_policy",
+                "scaling_policy",
+                "torch_backend",
+            )
+        ),
+    },
     "ray.tune": {
+        "raybert.cluster.internals.tune",
         "raybert.tune.schedulers.hyperband",
         "raybert.tune.schedulers.factory",
         "raybert.tune.search",
         "raybert.tune.search_session",
         "raybert.tune.trial",
     },
-    "ray.serve": {"raybert.serve.deploy.deployment", "raybert.serve.deploy.launch"},
+    "ray.serve": {
+        "raybert.cluster.internals.serve",
+        "raybert.serve.deploy.deployment",
+        "raybert.serve.deploy.launch",
+    },
     "ray.job_submission": {"raybert.jobs.ray_jobs"},
 }
 # Ray's core: connecting, and the modules that hand objects to its libraries.
 CORE = {
     *(module for homes in HOMES.values() for module in homes),
     "raybert.cluster.session",
+    "raybert.cluster.internals.core",
+    "raybert.cluster.internals.hooks",
     "raybert.jobs.doctor.remote",
     "raybert.jobs.doctor.nodes",
     "raybert.jobs.doctor.all_reduce",

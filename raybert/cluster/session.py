@@ -1,4 +1,4 @@
-"""Connecting to Ray: a cluster that is there, or one on this machine for the time of a command."""
+"""Connecting to Ray: a running cluster, or one on this machine for as long as a command runs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from raybert.cluster import token
+from raybert.cluster.internals import core
+from raybert.cluster.internals import train as ray_train
 from raybert.cluster.machine import cores
 from raybert.config import Settings
 from raybert.errors import UserError, one_line
 
 
 class RayConfig(Settings):
-    """Which Ray to use, and how much of this machine where it is started here."""
+    """Which Ray to use, and how much of this machine it gets where it is started here."""
 
     address: str | None = Field(
         None, description="of a running cluster; null: RAY_ADDRESS, or one on this machine"
@@ -37,15 +40,10 @@ class RayConfig(Settings):
     logs: bool = Field(False, description="show what Ray and the workers print")
 
 
-_PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-#: Fills the dashboard's page of training runs, from one more process that stays on the head.
-_TRAIN_PAGE = "RAY_TRAIN_ENABLE_STATE_TRACKING"
-#: For a Ray started here. Each of its processes wakes a hundred times a second, which takes 0.8% of
-#: a core, and a trainer's threads wait for the slowest one of them: of idle workers one is enough.
-_SPARING = {"num_workers_soft_limit": 1}
-_CONNECT_SECONDS = 10  # for a cluster's head to take a connection
+_CONNECT_SECONDS = 10  # for a cluster's head to accept a connection
 
-_started_here = False  # whether the connected Ray is one that `ray_session` started
+_started_here = False  # whether `ray_session` started the connected Ray
+_context: Any = None  # what `ray.init` returned
 
 
 @contextmanager
@@ -69,13 +67,13 @@ def environment(values: Mapping[str, str], *, overwrite: bool = False) -> Iterat
 
 @dataclass(frozen=True)
 class Resources:
-    """What the connected cluster has in all."""
+    """What the connected cluster has in total."""
 
     cpus: float
     gpus: float
     object_store: int  # bytes
-    started_here: bool  # for this process, and ends with it
-    nodes: tuple[tuple[float, float], ...] = ()  # CPUs and GPUs of each node, where that matters
+    started_here: bool  # by this process, and ends with it
+    nodes: tuple[tuple[float, float], ...] = ()  # CPUs and GPUs of each node, where they matter
 
 
 @contextmanager
@@ -86,13 +84,12 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     whole run, and Ray Data's operators would starve on the rest of a small machine.
 
     Raises:
-        UserError: nobody listens at the cluster's address, or who does doesn't answer, or wants
+        UserError: nothing listens at the cluster's address, or it doesn't answer, or it requires
             another token.
     """
-    global _started_here
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own notice, answered
-    # Ray gives its first process 20 s; on a machine with other work to do it takes longer.
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
+    global _started_here, _context
+    for name, value in core.ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
     from ray.exceptions import AuthenticationError
 
@@ -102,67 +99,68 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
         yield _resources()
         return
     check_address(config)
-    before = {name: os.environ.get(name) for name in (_PREEMPTION, _TRAIN_PAGE)}
+    variables = (ray_train.PREEMPTION_WATCHER, ray_train.STATE_TRACKING)
+    before = {name: os.environ.get(name) for name in variables}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address or config.dashboard:
-        os.environ.setdefault(_TRAIN_PAGE, "1")
+        os.environ.setdefault(ray_train.STATE_TRACKING, "1")
     try:
         if address:
-            if token.is_asked_for(address):
+            if token.is_required(address):
                 token.use_token()
-                ray._raylet.Config.initialize("")  # it read the environment when it was imported
-            ray.init(address, log_to_driver=config.logs, logging_level=level)
+                core.reload_environment()
+            _context = ray.init(address, log_to_driver=config.logs, logging_level=level)
         else:
-            # A machine that is its own cluster has no notice of its end that Ray could watch for.
-            os.environ[_PREEMPTION] = "0"
+            # Nothing announces that this machine will be taken away: there is nothing to watch.
+            os.environ[ray_train.PREEMPTION_WATCHER] = "0"
             token.make_token()
-            ray.init(
-                "local",  # also where `ray start` has left word of a cluster on this machine
+            _context = ray.init(
+                "local",  # even if `ray start` has started a cluster on this machine
                 num_cpus=max(cores(), workers) + 2,
                 object_store_memory=int(config.object_store_gb * 1e9),
                 include_dashboard=config.dashboard,
-                _system_config=_SPARING,
                 log_to_driver=config.logs,
                 logging_level=level,
+                **core.FEW_IDLE_WORKERS,
             )
     except AuthenticationError:
-        raise UserError(token.refusal(f"the Ray cluster at {address}")) from None
+        raise UserError(token.format_refusal(f"the Ray cluster at {address}")) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         raise UserError(f"{where} does not start or answer: {one_line(error)}") from None
     token.close_token()
-    if threading.current_thread() is threading.main_thread():  # Ray's own would just exit
+    if threading.current_thread() is threading.main_thread():  # Ray's handler would just exit
         signal.signal(signal.SIGTERM, on_sigterm)
     _set_log_level(level)
     try:
         _started_here = not address
-        if not config.logs:  # what nodes have to say of lost workers, a run says in its own words
-            ray._private.worker.print_to_stdstream = lambda *message, **more: None
-        if _started_here and not config.logs:  # what the monitor reads would be shown to nobody
-            ray._private.worker._global_node.kill_log_monitor(check_alive=False)
+        if not config.logs:  # a run reports lost workers itself
+            core.silence_node_events()
+        if _started_here and not config.logs:
+            core.stop_log_monitor()
         yield _resources()
     finally:
-        _started_here = False
+        _started_here, _context = False, None
         ray.shutdown()
-        for name, value in before.items():
-            if value is None:
+        for name, earlier in before.items():
+            if earlier is None:
                 os.environ.pop(name, None)
             else:
-                os.environ[name] = value
+                os.environ[name] = earlier
 
 
 def check_address(config: RayConfig) -> None:
-    """Refuse a cluster's address where nobody listens: Ray tries for a minute, and tells all of it.
+    """Refuse a cluster's address where nothing listens: Ray would retry for a minute and log it.
 
     Raises:
-        UserError: nobody does.
+        UserError: nothing listens there.
     """
     address = config.address or os.environ.get("RAY_ADDRESS") or ""
     named = f"ray.address={address}" if config.address else f"RAY_ADDRESS={address}"
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port
-    except ValueError:  # which Ray has words for
+    except ValueError:  # Ray reports it
         return
     if not host or port is None:  # auto, local, a namespace of Ray's client
         return
@@ -172,29 +170,23 @@ def check_address(config: RayConfig) -> None:
     except OSError as error:
         other = "set it to null" if config.address else "unset it"
         raise UserError(
-            f"{named}: nobody answers ({one_line(error)}); name the head of a cluster that runs, "
+            f"{named}: nobody answers ({one_line(error)}); name the head of a running cluster, "
             f"or {other}, and a Ray is started on this machine"
         ) from None
 
 
 def dashboard_url() -> str | None:
-    """Where the connected Ray's web pages are; None where it has none."""
-    import ray
-
-    address = ray._private.worker.get_dashboard_url()
-    return f"http://{address}/" if address else None
+    """The address of the connected Ray's dashboard; None where it has none."""
+    return f"http://{_context.dashboard_url}/" if _context and _context.dashboard_url else None
 
 
 def logs_folder() -> Path | None:
-    """Where the Ray that was started here writes its logs; None for one of somebody else's."""
-    import ray
-
-    node = ray._private.worker._global_node
-    return Path(node.get_logs_dir_path()) if _started_here and node is not None else None
+    """Where the Ray that was started here writes its logs; None for any other Ray."""
+    return Path(_context.address_info["session_dir"]) / "logs" if _started_here else None
 
 
 def _set_log_level(level: int) -> None:
-    """Quiet Ray's libraries; Ray Data sets its loggers up when it is first imported."""
+    """Set the level of Ray's loggers; Ray Data configures its own when it is first imported."""
     importlib.import_module("ray.data")
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)

@@ -1,9 +1,9 @@
-"""Ray's token: whoever has it runs code on the cluster, so nobody else on this machine reads it.
+"""Ray's authentication token. Whoever has it can run code on the cluster, so its file is private.
 
-Ray takes the first it finds of RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, and
-`~/.ray/auth_token`. A Ray that is started in this process is in token mode unless RAY_AUTH_MODE
-says otherwise; where there is no token it writes one, which by default everybody may read. One that
-`ray start` starts is in token mode only where it finds a token.
+Ray takes the first that it finds of RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, and
+`~/.ray/auth_token`. A Ray that is started by `ray.init` requires a token unless RAY_AUTH_MODE says
+otherwise; if there is none it writes one, which by default every user of the machine can read. One
+that is started by `ray start` requires a token only if it finds one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from raybert.cluster.internals.core import CHECK_ALIVE
+
 TOKEN_FILE = "~/.ray/auth_token"
 HOW_TO_MAKE = (
     "run `ray get-auth-token --generate` on the head, copy its ~/.ray/auth_token to every node and "
@@ -22,54 +24,52 @@ HOW_TO_MAKE = (
 )
 
 _MODE, _TOKEN, _PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-_OTHERS = 0o077  # the rights of everybody but the owner
-
-_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # of a head, with no arguments
-_ASK_SECONDS = 5
+_OTHERS = 0o077  # the permissions of everybody but the owner
+_CALL_SECONDS = 5
 
 Privacy = Literal["none", "private", "closed", "open"]
 
 
 def is_on() -> bool:
-    """Whether Ray is in token mode in this process, and in what it starts."""
+    """Whether Ray sends and requires a token in this process and those that it starts."""
     return os.environ.get(_MODE, "").lower() == "token"
 
 
 def has_token() -> bool:
-    """Whether Ray would find a token here."""
+    """Whether Ray would find a token on this machine."""
     return bool(os.environ.get(_TOKEN)) or token_file().exists()
 
 
 def token_file() -> Path:
-    """The file that a token would be read from."""
+    """The file that Ray reads a token from."""
     return Path(os.environ.get(_PATH) or TOKEN_FILE).expanduser()
 
 
 def use_token() -> None:
-    """Use a token where there is one: Ray's clients ask to be told."""
+    """Send the token if there is one: Ray's clients do so only with RAY_AUTH_MODE=token."""
     if has_token():
         os.environ.setdefault(_MODE, "token")
 
 
-def is_asked_for(address: str) -> bool:
-    """Whether a Ray head, at `host:port`, asks for a token; False where it can't be found out.
+def is_required(address: str) -> bool:
+    """Whether a Ray head, at `host:port`, requires a token; False if it can't be found out.
 
-    Ray refuses a driver without one after 20 s of trying; a driver that has one where nobody asks
-    for it refuses the cluster's own calls, and loses its actors.
+    A driver without a required token is refused after 20 s of retries. A driver that sends one to a
+    cluster without tokens refuses the cluster's own calls, and loses its actors.
     """
     if "://" in address or ":" not in address:
         return False
     grpc = importlib.import_module("grpc")
     with grpc.insecure_channel(address) as channel:
         try:
-            channel.unary_unary(_ALIVE)(b"", timeout=_ASK_SECONDS)
+            channel.unary_unary(CHECK_ALIVE)(b"", timeout=_CALL_SECONDS)
         except grpc.RpcError as error:
             return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
     return False
 
 
-def refusal(where: str) -> str:
-    """What to tell whom Ray at `where` did not let in."""
+def format_refusal(where: str) -> str:
+    """The message for a user whom Ray at `where` refused, with the remedy."""
     state = "asks for a token, and you have none"
     if _PATH in os.environ and not has_token():
         state = f"asks for a token, and {token_file()}, which {_PATH} names, is not there"
@@ -82,27 +82,27 @@ def refusal(where: str) -> str:
 
 
 def make_token() -> None:
-    """Make the user's token where Ray is about to make one, but for nobody else to read."""
+    """Write a token where Ray is about to write one, with permissions for its owner only."""
     if os.environ.get(_MODE, "token").lower() != "token" or has_token():
         return
     path = token_file()
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with suppress(OSError):  # Ray makes one itself, or says why it can't
+    with suppress(OSError):  # Ray then writes one itself, or reports why it can't
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.touch(mode=0o600, exist_ok=False)
             beside.write_text(secrets.token_hex(32))
-            os.link(beside, path)  # whole or not at all, and never over another process's
+            os.link(beside, path)  # atomic, and never over another process's
         finally:
             beside.unlink(missing_ok=True)
 
 
 def close_token() -> Privacy:
-    """Take everybody else's rights to the token's file, where it is the user's own.
+    """Remove the permissions of others on the token's file, if it is the user's own.
 
     Returns:
-        none: there is no such file; private: nobody else could read it; closed: others could, until
-        now; open: others can, and only its owner may change that.
+        none: there is no such file; private: others had none; closed: they were removed; open:
+        others can read it, and only its owner may change that.
     """
     path = token_file()
     try:
@@ -112,6 +112,6 @@ def close_token() -> Privacy:
         return "none"
     try:
         path.chmod(0o600)
-    except OSError:  # another user's, or mounted to be read only
+    except OSError:  # another user's, or on a read-only mount
         return "open"
     return "closed"

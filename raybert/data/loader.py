@@ -133,13 +133,13 @@ def ray_micro_batches(
     import ray
     from ray.data import DataContext, ExecutionResources
 
-    from raybert.cluster.throttle import ThrottleCallback
+    from raybert.cluster.internals.data import throttle
 
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
-    context.custom_execution_callback_classes = [ThrottleCallback]
+    throttle(context)
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(
         cpu=cpus, object_store_memory=memory

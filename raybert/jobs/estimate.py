@@ -33,7 +33,7 @@ from raybert.tasks.texts import prepared_data
 from raybert.terminal.display import size
 from raybert.train.loop import peak_of
 from raybert.train.metrics_log import read_metrics
-from raybert.train.ray.worker import uses_gpus
+from raybert.train.ray.placement import uses_gpus
 from raybert.train.run import RESULT
 from raybert.train.settings import TrainConfig
 

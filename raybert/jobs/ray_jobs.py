@@ -30,6 +30,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from raybert.cluster import token
+from raybert.cluster.internals.core import JOB_CLIENT_LOGGERS
 from raybert.config import Settings, differences, dump, flatten
 from raybert.errors import RaybertError, StorageError, UserError, one_line
 
@@ -45,12 +46,6 @@ _WRITES = {
 MOST_BYTES = 20 << 20  # of a package: code and a configuration are far below
 _CONNECT_SECONDS = 4
 _RETRY_SECONDS = 1.0
-#: Loggers of Ray's client that tell of packages and sockets, each at a level of its own.
-_TALKATIVE = (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
 _AGENT_SECONDS = 60.0
 _SILENCE_SECONDS = 300  # of a head that may come back
 #: Without a line. The connection has no sign of life of its own: after a laptop has slept it may be
@@ -105,7 +100,7 @@ class Cluster:
 
         given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or f"http://127.0.0.1:{PORT}"
         self.address = _checked(given)
-        for name in _TALKATIVE:
+        for name in JOB_CLIENT_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         token.use_token()
         token.close_token()
@@ -346,7 +341,7 @@ class Cluster:
         try:
             yield
         except AuthenticationError:
-            raise UserError(token.refusal(self.address)) from None
+            raise UserError(token.format_refusal(self.address)) from None
         except (ConnectionError, OSError) as error:
             raise StorageError(f"{self.address} does not answer: {one_line(error)}") from None
         except RuntimeError as error:

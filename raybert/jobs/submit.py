@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from raybert.cluster.internals.core import JOB_STOP_SECONDS
+from raybert.cluster.internals.train import PROCESS_GROUP_SHUTDOWN
 from raybert.data.sources.documents import SourceConfig
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
@@ -32,11 +34,8 @@ READS["tune"] = (*READS["finetune"], *READS["evaluate"])
 #: Of a job.
 _ENVIRONMENT = {
     FOLLOWED: "1",
-    # Ray gives a job that is to stop three seconds; a checkpoint may take longer.
-    "RAY_JOB_STOP_WAIT_TIME_S": "90",
-    # How long Ray Train waits for the other workers where one is lost. Its controller reads it, an
-    # actor that gets the job's variables and, of the driver's own, only those of a list.
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",
+    JOB_STOP_SECONDS: "90",
+    **PROCESS_GROUP_SHUTDOWN,  # here too, for it is not on the list
 }
 #: Options of commands that name a place, by the names of their parameters.
 _PLACES = {"model": "--model", "source": "--input", "output": "--output"}

@@ -23,7 +23,7 @@ from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import PretrainSpec
 from raybert.terminal.display import Display
-from raybert.train.ray.worker import train_on_ray
+from raybert.train.ray.driver import train_on_ray
 from raybert.train.run import execute_bare
 
 WARM_STEPS = 10

@@ -155,7 +155,7 @@ def _train(
             result = execute_bare(job, run, on_progress=display.record)
         else:
             from raybert.jobs.doctor.run_checks import run_requested_checks
-            from raybert.train.ray.worker import train_on_ray
+            from raybert.train.ray.driver import train_on_ray
 
             with ray_session(experiment.ray, job.config.max_workers) as resources:
                 run_requested_checks(experiment, resources, display, (stage,))

@@ -16,7 +16,7 @@ from raybert.storage.folder import Folder
 from raybert.tasks.classification import FinetuneSpec, SharedInputs
 from raybert.terminal.display import Display
 from raybert.train.ray.driver_channel import DriverChannel
-from raybert.train.ray.worker import uses_gpus
+from raybert.train.ray.placement import uses_gpus
 from raybert.tune import trial_table
 from raybert.tune.schedulers.factory import make_scheduler
 from raybert.tune.search import run_trials

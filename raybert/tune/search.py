@@ -17,6 +17,7 @@ from ray.tune.experiment import Experiment, Trial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
+from raybert.cluster.internals.tune import NEW_OUTPUT
 from raybert.cluster.session import environment
 from raybert.errors import RaybertError, Superseded
 from raybert.storage.folder import Folder
@@ -171,7 +172,7 @@ def _read_progress(channel: DriverChannel, entries: Sequence[TrialRecord]) -> No
     """Update the trials' steps from the records that their workers sent."""
     with suppress(Exception):  # only the display needs them
         known = {entry.name: entry for entry in entries}
-        for record in channel.take():
+        for record in channel.receive():
             entry = known.get(record.get("trial", ""))
             if entry is not None:
                 entry.step, entry.total_steps = record["step"], record.get("total_steps")
@@ -181,7 +182,7 @@ def _read_progress(channel: DriverChannel, entries: Sequence[TrialRecord]) -> No
 def _quiet(trials: int, logs: bool) -> Iterator[None]:
     """Set up Ray Tune's environment: no printing, no log files, trials started together."""
     variables = {
-        "RAY_AIR_NEW_OUTPUT": "0",  # the new output can't be silenced
+        NEW_OUTPUT: "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_PRINT_ALL_TRIAL_ERRORS": str(int(logs)),
         "TUNE_MAX_PENDING_TRIALS_PG": str(trials),

@@ -20,8 +20,8 @@ from raybert.storage.folder import Folder
 from raybert.tasks.classification import FinetuneSpec, SharedInputs
 from raybert.train.checkpoint import CheckpointStore, hash_tensors
 from raybert.train.distributed import Group
+from raybert.train.ray.driver import train_on_ray
 from raybert.train.ray.driver_channel import DriverChannel
-from raybert.train.ray.worker import train_on_ray
 from raybert.train.run import LoaderConfig, TrainingRun
 from raybert.train.task import ControlSignals
 
@@ -166,7 +166,7 @@ class _OnRay:
                 found.put(record)
 
         try:
-            train_on_ray(self._job, self._folder, self._resources, on_progress=note, board=board)
+            train_on_ray(self._job, self._folder, self._resources, on_progress=note, channel=board)
             found.put(None)
         except Exception as error:  # raised by `advance`, in the trial's own thread
             found.put(error)

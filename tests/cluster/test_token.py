@@ -117,11 +117,11 @@ def test_another_users_token_is_left_open_and_told(home, monkeypatch):
 def test_a_token_is_sent_where_there_is_one(home, monkeypatch):
     token.use_token()
     assert not token.is_on()
-    assert "you have none" in token.refusal("http://head:8265")
+    assert "you have none" in token.format_refusal("http://head:8265")
     token.make_token()
     token.use_token()
     assert token.is_on()
-    assert "refuses your token" in token.refusal("http://head:8265")
+    assert "refuses your token" in token.format_refusal("http://head:8265")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     token.use_token()
     assert not token.is_on()
@@ -147,15 +147,15 @@ def test_a_head_is_asked_whether_it_wants_a_token(is_open):
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        assert token.is_asked_for(f"127.0.0.1:{port}") == (not is_open)
+        assert token.is_required(f"127.0.0.1:{port}") == (not is_open)
     finally:
         server.stop(None).wait()
 
 
 def test_who_can_not_be_asked_asks_for_nothing(monkeypatch):
-    monkeypatch.setattr(token, "_ASK_SECONDS", 0.5)
+    monkeypatch.setattr(token, "_CALL_SECONDS", 0.5)
     for address in ("auto", "ray://head:10001", "127.0.0.1:1"):
-        assert not token.is_asked_for(address)
+        assert not token.is_required(address)
 
 
 _STARTED = """

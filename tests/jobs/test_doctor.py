@@ -19,7 +19,7 @@ from raybert.jobs.doctor.nodes import MISSING, Node
 from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import PretrainConfig
 from raybert.terminal.display import Display
-from raybert.train.ray.worker import check_resources, uses_gpus
+from raybert.train.ray.placement import check_resources, uses_gpus
 
 VERSIONS = {"raybert": "0.1.0", "ray": "2.60.0", "torch": "2.13.0+cpu", "tokenizers": "0.21",
             "pyarrow": "17.0", "python": "3.11.9"}  # fmt: skip

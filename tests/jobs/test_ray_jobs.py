@@ -15,6 +15,7 @@ from commands import refused
 from head import RAYBERT, ray_head
 from making import MODEL, make_corpus, reviews, write_csv
 
+from raybert.cluster.internals.train import controller_environment
 from raybert.config import Settings, build
 from raybert.data.corpus.build import CorpusConfig
 from raybert.errors import ConfigError, RaybertError, StorageError, UserError
@@ -23,9 +24,7 @@ from raybert.jobs import ray_jobs
 from raybert.jobs.doctor.run_checks import CHECK
 from raybert.jobs.submit import _ENVIRONMENT, check, check_storage, submit
 from raybert.storage.folder import Folder
-from raybert.tasks.masked_lm import PretrainConfig
 from raybert.terminal.display import FOLLOWED, Display
-from raybert.train.ray.worker import _patience
 
 # Without a cluster -------------------------------------------------------------------------------
 
@@ -261,9 +260,8 @@ def test_a_job_is_told_whether_to_look_at_the_cluster_first(checks):
 
 
 def test_a_job_has_what_its_training_would_set_too_late():
-    config = build(PretrainConfig, {}, "test")
     name = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
-    assert _ENVIRONMENT[name] == _patience(config)[name]
+    assert _ENVIRONMENT[name] == controller_environment(60, is_elastic=False)[name]
 
 
 # A job that is followed --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What driver and workers tell each other, through a real Ray's key-value store."""
+"""Messages between the driver and the workers, through a real Ray's key-value store."""
 
 import json
 import pickle
@@ -7,90 +7,89 @@ import time
 
 import pytest
 
-from raybert.errors import ConfigError, StorageError
+from raybert.cluster.internals import core
+from raybert.errors import ConfigError
 from raybert.train.ray import driver_channel as module
+from raybert.train.ray.driver import _fit
 from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel
-from raybert.train.ray.worker import _fit, _said_by_worker
 
 
 @pytest.fixture
-def board(ray_session):
-    board = DriverChannel()
-    yield board
-    board.clear()
+def channel(ray_session):
+    channel = DriverChannel()
+    yield channel
+    channel.clear()
 
 
 @pytest.mark.ray
-def test_records_come_once_in_order_of_attempts_and_steps(board):
-    for place in [(2, 0), (1, 10), (1, 2), (10, 0)]:
-        board.put(json.dumps({"place": list(place)}), place)
-    assert [tuple(r["place"]) for r in board.take()] == [(1, 2), (1, 10), (2, 0), (10, 0)]
-    assert list(board.take()) == []
+def test_records_are_received_once_in_the_order_of_attempts_and_numbers(channel):
+    for position in [(2, 0), (1, 10), (1, 2), (10, 0)]:
+        channel.send(json.dumps({"position": position}), position)
+    assert [tuple(r["position"]) for r in channel.receive()] == [(1, 2), (1, 10), (2, 0), (10, 0)]
+    assert list(channel.receive()) == []
 
 
 @pytest.mark.ray
-def test_the_first_error_stays_and_ends_the_run(board):
-    assert board.error() is None and not board.is_over()
-    board.fail(ConfigError("the first"))
-    board.fail(ConfigError("the second"))
-    error = board.error()
+def test_the_first_fatal_error_is_kept(channel):
+    assert channel.error() is None and not channel.is_over()
+    channel.fail(ConfigError("the first"))
+    channel.fail(ConfigError("the second"))
+    error = channel.error()
     assert isinstance(error, ConfigError) and str(error) == "the first"
-    assert board.is_over() and not board.is_stopping()
+    assert channel.is_over() and not channel.is_stopping()
 
 
 @pytest.mark.ray
-def test_boards_know_nothing_of_each_other_and_leave_nothing_behind(board):
-    from ray.experimental import internal_kv as kv
-
+def test_channels_are_separate_and_leave_no_keys_behind(channel):
     other = DriverChannel()
     other.stop()
-    other.put("{}", (1, 0))
-    assert other.is_over() and not board.is_over() and not list(board.take())
+    other.send("{}", (1, 0))
+    assert other.is_over() and not channel.is_over() and not list(channel.receive())
     other.clear()
     assert not other.is_over()
-    assert kv._internal_kv_list(other._prefix, namespace=b"raybert") == []
+    assert core.kv_list(other._prefix) == []
 
 
 @pytest.mark.ray
-def test_a_link_sends_all_that_was_reported_before_it_closes(board):
-    link = WorkerChannel(board, attempt=3)
+def test_all_records_are_sent_before_a_worker_channel_closes(channel):
+    worker = WorkerChannel(channel, attempt=3)
     for step in range(50):
-        link.report({"step": step})
-    link.close()
-    assert [record["step"] for record in board.take()] == list(range(50))
+        worker.report({"step": step})
+    worker.close()
+    assert [record["step"] for record in channel.receive()] == list(range(50))
 
 
 @pytest.mark.ray
-def test_a_link_hears_of_the_wish_to_stop(board):
-    link = WorkerChannel(board, attempt=1)
+def test_a_worker_sees_the_request_to_stop(channel):
+    worker = WorkerChannel(channel, attempt=1)
     try:
-        assert not link.is_stopping()
-        board.stop()
+        assert not worker.is_stopping()
+        channel.stop()
         deadline = time.monotonic() + 20
-        while not link.is_stopping() and time.monotonic() < deadline:
+        while not worker.is_stopping() and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert link.is_stopping()
+        assert worker.is_stopping()
     finally:
-        link.close()
+        worker.close()
 
 
 @pytest.mark.ray
-def test_a_board_travels_to_a_task(ray_session, board):
+def test_a_channel_can_be_sent_to_a_task(ray_session, channel):
     ray_session.get(
-        ray_session.remote(DriverChannel.put).remote(board, '{"from": "a task"}', (1, 0))
+        ray_session.remote(DriverChannel.send).remote(channel, '{"from": "a task"}', (1, 0))
     )
-    assert list(board.take()) == [{"from": "a task"}]
+    assert list(channel.receive()) == [{"from": "a task"}]
 
 
 @pytest.mark.ray
-def test_an_attempt_knows_whether_a_younger_one_is_at_work(board):
-    assert board.attempt() == 0
-    board.begin(3)
-    assert pickle.loads(pickle.dumps(board)).attempt() == 3
+def test_the_running_attempt_is_known_wherever_the_channel_is_sent(channel):
+    assert channel.attempt() == 0
+    channel.begin(3)
+    assert pickle.loads(pickle.dumps(channel)).attempt() == 3
 
 
 class Store(DriverChannel):
-    """A board in this process, whose head is away for a while."""
+    """A channel in this process, whose head fails or hangs for a while."""
 
     def __init__(self, failures=0, hangs=False):
         super().__init__()
@@ -109,7 +108,7 @@ class Store(DriverChannel):
     def _get(self, name):
         return self.kept.get(name)
 
-    def take(self):
+    def receive(self):
         for name in sorted(n for n in self.kept if n.startswith("record/")):
             yield json.loads(self.kept.pop(name))
 
@@ -117,27 +116,27 @@ class Store(DriverChannel):
         self.kept.clear()
 
 
-def test_nothing_is_lost_while_the_head_is_away(monkeypatch):
-    monkeypatch.setattr(module, "_SECONDS", 0.01)
+def test_no_record_is_lost_while_the_head_does_not_answer(monkeypatch):
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
     store = Store(failures=4)
-    link = WorkerChannel(store, attempt=1)
+    worker = WorkerChannel(store, attempt=1)
     for step in range(3):
-        link.report({"step": step})
-    link.close()
-    assert [record["step"] for record in store.take()] == [0, 1, 2]
+        worker.report({"step": step})
+    worker.close()
+    assert [record["step"] for record in store.receive()] == [0, 1, 2]
 
 
-def test_a_head_that_hangs_holds_nobody_up(monkeypatch):
+def test_a_head_that_hangs_does_not_block_close(monkeypatch):
     monkeypatch.setattr(module, "_CLOSE_SECONDS", 0.1)
     store = Store(hangs=True)
-    link = WorkerChannel(store, attempt=1)
-    link.report({"step": 1})
-    link.close()  # would wait for ever
+    worker = WorkerChannel(store, attempt=1)
+    worker.report({"step": 1})
+    worker.close()  # returns
     store.answered.set()
 
 
 class Trainer:
-    """Trains until it is told that it may end."""
+    """Trains until a test ends it."""
 
     def __init__(self):
         self.may_end = threading.Event()
@@ -146,66 +145,55 @@ class Trainer:
         self.may_end.wait()
 
 
-def test_an_error_is_shown_after_what_came_before_it_and_stays_for_restarts():
+def test_a_fatal_error_is_raised_after_the_records_before_it_and_kept_for_restarts():
     store, trainer, shown = Store(), Trainer(), []
-    store.put('{"step": 7}', (1, 0))
+    store.send('{"step": 7}', (1, 0))
     store.fail(ConfigError("lower the lr"))
     with pytest.raises(ConfigError, match="lower the lr"):
         _fit(trainer.fit, store, shown.append)
     assert shown == [{"step": 7}]
-    assert store.is_over()  # a worker group that starts now must end in peace
+    assert store.is_over()  # workers that start now must return at once
     trainer.may_end.set()
 
 
-def test_a_run_that_ends_leaves_nothing_on_the_board():
+def test_a_finished_run_clears_its_channel():
     store, trainer, shown = Store(), Trainer(), []
     trainer.may_end.set()
-    store.put('{"step": 7}', (1, 0))
+    store.send('{"step": 7}', (1, 0))
     _fit(trainer.fit, store, shown.append)
     assert shown == [{"step": 7}]
     assert store.kept == {}
 
 
-def test_what_a_user_can_mend_is_said_by_its_own_class():
-    class Failed(Exception):
-        def __init__(self, cause):
-            self.worker_failures = {0: cause}
-
-    full = StorageError("writing x failed: No space left on device")
-    assert _said_by_worker(Failed(full)) is full
-    other = _said_by_worker(Failed(ValueError("odd")))
-    assert str(other) == "training failed: odd"
-
-
-def test_a_wish_to_save_is_heard_once_and_again_when_it_is_repeated(monkeypatch):
-    monkeypatch.setattr(module, "_SECONDS", 0.01)
+def test_a_save_request_is_seen_once_and_again_when_repeated(monkeypatch):
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
     store = Store()
-    link = WorkerChannel(store, attempt=1)
+    worker = WorkerChannel(store, attempt=1)
 
-    def heard():
+    def is_requested():
         ends = time.monotonic() + 20
-        while not (asked := link.is_asked_to_save()) and time.monotonic() < ends:
+        while not (requested := worker.is_save_requested()) and time.monotonic() < ends:
             time.sleep(0.01)
-        return asked
+        return requested
 
     try:
-        assert not link.is_asked_to_save()
+        assert not worker.is_save_requested()
         for _ in range(2):
-            store.ask_to_save()
-            assert heard()
+            store.request_save()
+            assert is_requested()
             time.sleep(0.1)
-            assert not link.is_asked_to_save()
+            assert not worker.is_save_requested()
     finally:
-        link.close()
+        worker.close()
 
 
-def test_an_event_comes_after_the_records_of_its_attempt_and_before_the_next_ones():
+def test_an_event_is_ordered_after_its_attempts_records():
     store = Store()
     store.begin(2)
-    store.put('{"step": 9}', (2, 40))
-    store.put('{"step": 8}', (3, 0))
-    store.tell("restart", "a worker was lost", 8)
-    kept = list(store.take())
+    store.send('{"step": 9}', (2, 40))
+    store.send('{"step": 8}', (3, 0))
+    store.send_event("restart", "a worker was lost", 8)
+    kept = list(store.receive())
     assert [record["step"] for record in kept] == [9, 8, 8]
     assert kept[1] == {
         "kind": "event",

@@ -114,7 +114,7 @@ class DeadlyTask(MaskedLMTask):
 
 
 def train(job, run):
-    from raybert.train.ray.worker import train_on_ray
+    from raybert.train.ray.driver import train_on_ray
 
     return train_on_ray(job, run, RESOURCES)
 
@@ -142,7 +142,7 @@ def together(ray_session, s3_server):
         evaluations=2,
         collective_timeout_s=30,
     )
-    from raybert.train.ray.worker import train_on_ray
+    from raybert.train.ray.driver import train_on_ray
 
     train_on_ray(job, bucket / "run", RESOURCES, on_progress=told.append)
     return job, bucket / "run", told
@@ -198,7 +198,7 @@ def test_workers_start_again_where_the_model_can_not_be_written(ray_session, cor
             if "start again" in told[-1]:
                 hindered.delete("model")
 
-    from raybert.train.ray.worker import train_on_ray
+    from raybert.train.ray.driver import train_on_ray
 
     result = train_on_ray(job, hindered, RESOURCES, on_progress=mend)
     assert (result["step"], result["restarts"]) == (4, 1)

@@ -210,7 +210,7 @@ def logged(run):
 @pytest.mark.slow  # Ray exports every ten seconds, and each worker's metrics come late
 @pytest.mark.ray
 def test_a_node_gives_prometheus_what_the_run_has_logged(ray_session, importable, corpus, tmp_path):
-    from raybert.train.ray.worker import train_on_ray
+    from raybert.train.ray.driver import train_on_ray
 
     begun = time.time()
     run, marker = Folder(tmp_path / "imdb" / "pretrain"), tmp_path / "looked"

@@ -12,7 +12,7 @@ from raybert.errors import ConfigError
 from raybert.jobs.doctor.all_reduce import Reduction
 from raybert.jobs.doctor.nodes import MISSING, Node
 from raybert.terminal.display import size
-from raybert.train.ray.worker import check_resources, operator_cpus, uses_gpus
+from raybert.train.ray.placement import check_resources, operator_cpus, uses_gpus
 from raybert.train.settings import TrainConfig
 
 _ALIKE = ("raybert", "ray", "torch", "python")  # what all nodes must have in one version

@@ -19,7 +19,7 @@ from raybert.jobs.doctor.checks import CheckResult
 from raybert.jobs.estimate import shape_of, size_of, training_of, workers_of
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
-from raybert.train.ray.worker import uses_gpus
+from raybert.train.ray.placement import uses_gpus
 from raybert.train.run import RESULT
 from raybert.train.settings import TrainConfig
 

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from raybert.cluster.allocator import KEEP_FREED_MEMORY, keep_freed_memory
+from raybert.cluster.internals.serve import http_options
 from raybert.config import build as build_settings
 from raybert.errors import ConfigError, DamagedError, UserError
 from raybert.inference.classifier import TextClassifier
@@ -275,12 +276,10 @@ def application(config: ServeConfig, digests: list[str]) -> serve.Application:
 
 def _listening_on() -> str | None:
     """The address that Serve's sockets are bound to; None where Serve does not run yet."""
-    from ray.serve.context import _get_global_client
-
     if not ray.is_initialized():
         return None
     try:
-        client = _get_global_client(raise_if_no_controller_running=False)
+        options = http_options(must_run=False)
     except Exception as error:  # of Ray's many: nobody answers
         raise UserError(f"Ray Serve does not answer: {type(error).__name__}") from None
-    return None if client is None else client.http_config.host
+    return None if options is None else str(options.host)

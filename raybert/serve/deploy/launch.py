@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from raybert.cluster.internals.serve import haproxy_template, http_options
 from raybert.cluster.machine import cores
 from raybert.cluster.session import RayConfig, environment, logs_folder, ray_session
 from raybert.errors import RaybertError, UserError
@@ -90,10 +91,8 @@ def _check_haproxy_template() -> None:
     Raises:
         UserError: it has changed.
     """
-    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
-
     try:
-        check_template(HAPROXY_CONFIG_TEMPLATE)
+        check_template(haproxy_template())
     except TemplateChangedError as error:
         raise UserError(str(error)) from None
 
@@ -101,7 +100,6 @@ def _check_haproxy_template() -> None:
 def _deploy(config: ServeConfig, digests: list[str], on_progress: Callable[[str], None]) -> str:
     """Start Serve where it does not run, and the application on it; returns its address."""
     from ray import serve
-    from ray.serve.context import _get_global_client
 
     from raybert.serve.deploy.deployment import APP, application, check_is_closed
 
@@ -111,7 +109,7 @@ def _deploy(config: ServeConfig, digests: list[str], on_progress: Callable[[str]
     try:
         on_progress("starting Ray Serve")
         serve.start(http_options=options, proxy_location="EveryNode")
-        there = _get_global_client().http_config
+        there = http_options()
         check_is_closed(there.host, digests)  # of a Serve that others have started
         on_progress("loading the model")
         serve.run(application(config, digests), name=APP, route_prefix="/")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -12,10 +11,13 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
+    HyperBandScheduler,
     PopulationBasedTraining,
     TrialScheduler,
 )
 
+from raybert.cluster.internals.hooks import check
+from raybert.cluster.internals.tune import add_asha_result
 from raybert.errors import ConfigError
 from raybert.tune.schedulers.hyperband import ResumableHyperBand
 from raybert.tune.search_session import Session
@@ -39,11 +41,13 @@ def make_scheduler(
                 stop_last_trials=False,
                 **common,
             )
-            for entry in session.source.entries:
+            for entry in session.source.entries if check("asha") else ():
                 _replay(scheduler, entry)
         case "hyperband":
-            scheduler = _bounded(ResumableHyperBand, session)(
-                session.source.entries,
+            resumed = check("hyperband")
+            kind = ResumableHyperBand if resumed else HyperBandScheduler
+            scheduler = _bounded(kind, session)(
+                *([session.source.entries] if resumed else []),
                 max_t=max(1, math.ceil(most_epochs)),
                 reduction_factor=config.reduction,
                 stop_last_trials=False,
@@ -108,11 +112,10 @@ def _bounded(kind: type[TrialScheduler], session: Session) -> type[TrialSchedule
 
 def _replay(scheduler: AsyncHyperBandScheduler, entry: TrialRecord) -> None:
     """Tell a scheduler of an earlier session's evaluations, as if the trial were of this one."""
-    [bracket] = scheduler._brackets
     best = -math.inf
     for evaluation in entry.evaluations:
         best = max(best, evaluation.score)
-        bracket.on_result(SimpleNamespace(trial_id=entry.name), evaluation.epoch, best)
+        add_asha_result(scheduler, entry.name, evaluation.epoch, best)
 
 
 def _mutations(space: Space) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import HyperBandScheduler, TrialScheduler
+from ray.tune.schedulers import TrialScheduler
 
+from raybert.cluster.internals.tune import BracketHyperBand
 from raybert.tune.trial_store import ENDED, Evaluation, TrialRecord
 
 
@@ -31,7 +32,7 @@ class _Past:
         self.waits = False  # at a milestone, for the others of its bracket
 
 
-class ResumableHyperBand(HyperBandScheduler):  # type: ignore[misc]  # of an untyped package
+class ResumableHyperBand(BracketHyperBand):
     """HyperBand that knows the trials of earlier sessions."""
 
     def __init__(self, entries: Sequence[TrialRecord], **settings: Any) -> None:
@@ -54,25 +55,19 @@ class ResumableHyperBand(HyperBandScheduler):  # type: ignore[misc]  # of an unt
         past = self._past.pop(trial.trial_id, None)
         if past is None:
             super().on_trial_add(tune_controller, trial)
-            bracket = self._trial_info[trial][0]
         else:
-            bracket, band = self._trial_info.pop(past)
-            self._trial_info[trial] = bracket, band
-            if past not in bracket._live_trials:
+            is_live = self.is_live(past)
+            self.replace(past, trial, past.result)
+            if not is_live:
                 self._lost.append(trial)
                 trial.set_status(Trial.PAUSED)
                 return
-            bracket._live_trials = {
-                (trial if other is past else other): past.result if other is past else result
-                for other, result in bracket._live_trials.items()
-            }
-            bracket._all_trials = [trial if t is past else t for t in bracket._all_trials]
             if past.waits:
-                self._late.append(bracket)
+                self._late.append(self.bracket_of(trial))
                 trial.set_status(Trial.PAUSED)
                 return
         if trial.status == Trial.PAUSED:
-            bracket.trials_to_unpause.add(trial)  # it waits for its turn
+            self.allow_to_continue(trial)  # it waits for its turn
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Do what was left undone, then as ever."""
@@ -82,8 +77,7 @@ class ResumableHyperBand(HyperBandScheduler):  # type: ignore[misc]  # of an unt
         late, self._late = self._late, []
         for bracket in late:
             # While a trial's place was kept, the others may have come to the milestone, too.
-            if bracket.cur_iter_done():
-                self._process_bracket(tune_controller, bracket)
+            self.finish_round(tune_controller, bracket)
         return super().choose_trial_to_run(tune_controller)
 
     def _tell(self, entries: Sequence[TrialRecord]) -> None:
@@ -99,38 +93,31 @@ class ResumableHyperBand(HyperBandScheduler):  # type: ignore[misc]  # of an unt
                 last = entry.evaluations[-1].time if entry.evaluations else entry.begun
                 events.append((max(last, entry.ended or 0.0), past, None))
         for _, past, evaluation in sorted(events, key=lambda event: event[0]):
-            if past not in self._trial_info:
+            if self.bracket_of(past) is None:
                 super().on_trial_add(None, past)
-            elif past in self._trial_info[past][0]._live_trials:
-                self._happen(past, self._trial_info[past][0], evaluation)
+            elif self.is_live(past):
+                self._happen(past, evaluation)
         for past in self._past.values():
-            self._keep_place(past, self._trial_info[past][0])
-        filling = self._state["bracket"]
-        if filling is not None and (
-            filling._n != filling._n0 or len(filling._all_trials) == filling._n0
-        ):
-            self._state["bracket"] = None  # trials that come now would be past its milestones
+            self._keep_place(past)
+        self.stop_filling()  # trials that come now would be past its milestones
 
-    def _happen(self, past: _Past, bracket: Any, evaluation: Evaluation | None) -> None:
+    def _happen(self, past: _Past, evaluation: Evaluation | None) -> None:
         """A trial was evaluated, or is over."""
-        controller = SimpleNamespace(
-            stop_trial=lambda trial: self._trial_info[trial][0].cleanup_trial(trial)
-        )
+        controller = SimpleNamespace(stop_trial=self.remove)
         if evaluation is None:
             self.on_trial_remove(controller, past)
             return
-        if past.status == Trial.PAUSED and past not in bracket.trials_to_unpause:
+        if self.is_paused(past):
             return  # workers that are on their way past a milestone log what nobody hears
         past.status = Trial.RUNNING
         past.best = max(past.best, evaluation.score)
-        result = {self._time_attr: evaluation.epoch, self._metric: past.best}
-        action = HyperBandScheduler.on_trial_result(self, controller, past, result)
+        result = self.make_result(evaluation.epoch, past.best)
+        action = BracketHyperBand.on_trial_result(self, controller, past, result)
         past.status = Trial.PAUSED if action == TrialScheduler.PAUSE else Trial.RUNNING
 
-    def _keep_place(self, past: _Past, bracket: Any) -> None:
+    def _keep_place(self, past: _Past) -> None:
         """Let a bracket wait for a trial that comes back, however far it had come."""
-        if past in bracket._live_trials:
-            past.result, bracket._live_trials[past] = bracket._live_trials[past], None
-            past.waits = past.status == Trial.PAUSED and past not in bracket.trials_to_unpause
+        if self.is_live(past):
+            past.waits = self.is_paused(past)
+            past.result = self.take_result(past)
             past.status = Trial.RUNNING  # nobody is to choose it
-            bracket.trials_to_unpause.discard(past)

@@ -1,4 +1,4 @@
-"""What is decided before Ray Train starts: who gets which CPU, and what is refused."""
+"""Placement: the CPUs of the data pipelines, and clusters that are too small."""
 
 import os
 
@@ -11,7 +11,7 @@ from raybert.config import build
 from raybert.errors import ConfigError
 from raybert.tasks.classification import FinetuneConfig
 from raybert.tasks.masked_lm import PretrainConfig
-from raybert.train.ray.worker import check_resources, operator_cpus
+from raybert.train.ray.placement import check_resources, operator_cpus
 
 
 def resources(cpus, gpus=0, started_here=True):
@@ -24,7 +24,7 @@ def resources(cpus, gpus=0, started_here=True):
     gpu=st.booleans(),
 )
 def test_all_workers_operators_fit_beside_each_other(free, workers, gpu):
-    """On whichever nodes the free CPUs are; else those that wait stop those that don't."""
+    """On whichever nodes the free CPUs are: a worker that waits for one stops all others."""
     cpus = operator_cpus(sum(free), workers, gpu)
     task = min(1, cpus)
     fitting = sum(int(node / task + 1e-9) for node in free)
@@ -65,12 +65,12 @@ def test_a_cluster_that_is_too_small_is_refused(config, gpu, have, words):
     check_resources(config, gpu, resources(65, gpus=4))
 
 
-def test_a_range_waits_for_the_nodes_of_an_autoscaler():
+def test_a_range_of_workers_waits_for_nodes_of_an_autoscaler():
     config = build(PretrainConfig, {"workers": {"min": 4, "max": 8}, "gpu": "yes"}, "x")
     check_resources(config, True, resources(1, started_here=False))
 
 
 @pytest.mark.ray
-def test_nothing_runs_for_a_page_that_nobody_can_see(ray_session):
-    """The processes of a Ray that was started for a command take time from the training."""
+def test_without_a_dashboard_no_process_tracks_the_state_of_training(ray_session):
+    """Every process of a Ray that was started for a command takes time from the training."""
     assert "RAY_TRAIN_ENABLE_STATE_TRACKING" not in os.environ

@@ -1,0 +1,7 @@
+"""Everything of Ray's that is private: names with an underscore, `_internal` modules, variables.
+
+No other part of raybert may use a private name of Ray's; a test holds it. Ray promises nothing
+about them between versions. A renamed import fails loudly, but a renamed method that we override
+fails silently: Ray just no longer calls ours. `hooks` lists them all, with the reason for each, and
+checks at start that this Ray has them.
+"""

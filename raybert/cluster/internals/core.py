@@ -1,0 +1,96 @@
+"""Private parts of Ray Core: its environment, its processes and the head's key-value store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raybert.cluster.internals.hooks import check
+
+#: Set before Ray is imported. Ray waits 30 s for its first process; on a busy machine it needs
+#: more. The other one is Ray's advice in a warning that it prints without it.
+ENVIRONMENT = {
+    "RAY_gcs_server_port_wait_time_s": "120",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+#: Ray's niceness of 15 is for tasks beside a machine's other work.
+NICENESS = "RAY_worker_niceness"
+#: Ray gives a job three seconds between SIGTERM and SIGKILL; a checkpoint may take longer.
+JOB_STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S"
+
+#: Arguments of `ray.init` for a Ray that is started here. Each of its processes wakes a hundred
+#: times a second, which takes 0.8% of a core, and a trainer's threads wait for the slowest one of
+#: them: of idle workers one is enough.
+FEW_IDLE_WORKERS = {"_system_config": {"num_workers_soft_limit": 1}}
+
+#: The RPC of a head that takes no arguments: it fails where a token is required.
+CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+
+#: Loggers of Ray's job client that report packages and connections.
+JOB_CLIENT_LOGGERS = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+
+_NAMESPACE = b"raybert"  # of the key-value store
+
+
+def reload_environment() -> None:
+    """Make Ray read its environment again: it has read it when it was imported."""
+    import ray
+
+    if check("session"):
+        ray._raylet.Config.initialize("")
+
+
+def silence_node_events() -> None:
+    """Keep Ray from printing node events, such as lost workers, on this driver."""
+    import ray
+
+    if check("session"):
+        ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
+
+
+def stop_log_monitor() -> None:
+    """End the log monitor of the Ray that this process started: nobody reads what it forwards."""
+    import ray
+
+    if check("session"):
+        ray._private.worker._global_node.kill_log_monitor(check_alive=False)
+
+
+def draining_nodes() -> set[str]:
+    """The ids of the nodes that Ray was told will go away."""
+    import ray
+
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def kv_put(key: str, value: bytes, overwrite: bool = True) -> None:
+    """Write a value into the key-value store of Ray's head."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_put(key, value, overwrite, namespace=_NAMESPACE)
+
+
+def kv_get(key: str) -> bytes | None:
+    """Read a value from the store; None where there is none."""
+    from ray.experimental import internal_kv
+
+    value: bytes | None = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+    return value
+
+
+def kv_list(prefix: str) -> list[str]:
+    """The sorted keys with a prefix."""
+    from ray.experimental import internal_kv
+
+    keys: list[Any] = internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)
+    return sorted(key.decode() for key in keys)
+
+
+def kv_delete(key: str, *, is_prefix: bool = False) -> None:
+    """Delete a key, or all keys with a prefix."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_del(key, del_by_prefix=is_prefix, namespace=_NAMESPACE)
