@@ -32,7 +32,7 @@ from origin import origin
 from raybert.data.corpus.parts import MANIFEST, Manifest, PartFile, PartReader
 from raybert.data.loader import BatchPlan
 from raybert.data.masking import MaskingConfig, Vocabulary
-from raybert.data.order import Order, assign_to_ranks
+from raybert.data.order import CorpusOrder, assign_to_ranks
 from raybert.data.tokenizer import Tokenizer
 from raybert.storage.folder import Folder
 
@@ -67,7 +67,7 @@ def make(folder: Folder, parts: int, rows_per_part: int, seq_len: int) -> None:
 def plan_of(folder: Folder, manifest: Manifest, arguments: argparse.Namespace) -> BatchPlan:
     """The plan that a worker builds."""
     reader = PartReader(folder, manifest, "train")
-    order = Order(
+    order = CorpusOrder(
         rows=reader.rows,
         rows_per_group=reader.rows_per_group,
         global_batch_size=arguments.global_batch_size,
@@ -88,10 +88,10 @@ def measure(folder: Folder, rank: int, step: int, arguments: argparse.Namespace)
     manifest_seconds = time.perf_counter() - began
     plan = plan_of(folder, manifest, arguments)
     plan_seconds = time.perf_counter() - began - manifest_seconds
-    slots = assign_to_ranks(plan.order.micro_batches_per_step, arguments.workers)[rank]
+    indices = assign_to_ranks(plan.order.micro_batches_per_step, arguments.workers)[rank]
     ends = _window_ends(plan.order, step, arguments.windows)
     before = _bytes_read()
-    batches = plan.micro_batches(slots, range(step, ends[-1]))
+    batches = plan.micro_batches(indices, range(step, ends[-1]))
     begun = next(batches)
     seconds = time.perf_counter() - began
     first = _bytes_read() - before
@@ -114,7 +114,7 @@ def measure(folder: Folder, rank: int, step: int, arguments: argparse.Namespace)
     }
 
 
-def _window_ends(order: Order, step: int, windows: int) -> list[int]:
+def _window_ends(order: CorpusOrder, step: int, windows: int) -> list[int]:
     """The steps at which so many windows end: the one of a step, and those after it."""
     ends = []
     for _ in range(windows):

@@ -237,17 +237,17 @@ def gradients_of(loop, max_norm=None):
 
 
 def cut_batch(batch, pieces):
-    """Cut a micro-batch of pretraining into micro-batches of the same rows, one a slot."""
+    """Cut a micro-batch of pretraining into micro-batches of the same rows."""
     at = np.array_split(np.arange(len(batch.row_ids)), pieces)
     return [
         replace(
             batch,
-            micro_batch_index=slot,
+            micro_batch_index=index,
             row_ids=batch.row_ids[rows],
             input_ids=batch.input_ids[rows],
             labels=batch.labels[rows],
         )
-        for slot, rows in enumerate(at)
+        for index, rows in enumerate(at)
     ]
 
 

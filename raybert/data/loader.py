@@ -1,8 +1,9 @@
 """Masked micro-batches for a rank, step by step: in this process, or from Ray Data operators.
 
-One Ray Data execution serves a whole run. Its items are windows of steps; an operator on any CPU of
-the cluster reads the windows of the rank's slots and masks them; the blocks come back in order.
-Where a run resumes, and with how many workers, only decides which items there are.
+One Ray Data execution serves a whole run. Its items are ranges of steps that each read one window
+of the order. An operator on any CPU of the cluster reads the rows of the rank's micro-batches in
+such a range and masks them; the blocks come back in order. The first step of a resumed run and the
+number of workers only decide which items there are.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ import pyarrow as pa
 
 from raybert.data.corpus.parts import PartReader, Rows
 from raybert.data.masking import IGNORE_INDEX, MaskingConfig, Vocabulary, mask_rows
-from raybert.data.order import Order
+from raybert.data.order import CorpusOrder
 from raybert.errors import RaybertError
 
-# Ray Data holds finished blocks in the object store. 8 MiB are a few hundred steps of a small
-# model and a few of a large one: they hide a read, and no run needs much of the store.
+# Ray Data keeps finished blocks in the object store. 8 MiB are a few hundred steps of a small model
+# and a few of a large one: they hide the latency of a read, and take little of the store.
 BLOCK_BYTES = 8 << 20
-_MOST_TASKS = 1024  # they keep the bookkeeping flat: a longer run has more windows in each
+_MAX_TASKS = 1024  # bounds Ray's bookkeeping: in a longer run, a task masks several windows
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The rows of one slot in one step."""
+    """The rows of one micro-batch of a step, masked."""
 
     step: int
     micro_batch_index: int
@@ -49,13 +50,13 @@ class MicroBatch:
         return int(self.input_ids.size)
 
     def digest(self) -> str:
-        """A hash over step, slot, row ids, inputs and labels: equal for equal batches only."""
+        """A hash of step, micro-batch index, row ids, inputs and labels."""
         return digest(self.step, self.micro_batch_index, self.row_ids, self.input_ids, self.labels)
 
 
-def digest(step: int, slot: int, *arrays: npt.NDArray[Any]) -> str:
-    """A hash of a micro-batch's place and content, 32 hexadecimal digits."""
-    state = hashlib.sha256(np.array([step, slot], np.int64).tobytes())
+def digest(step: int, index: int, *arrays: npt.NDArray[Any]) -> str:
+    """A hash of a micro-batch's step, index and content: 32 hexadecimal digits."""
+    state = hashlib.sha256(np.array([step, index], np.int64).tobytes())
     for array in arrays:
         state.update(np.ascontiguousarray(array).tobytes())
     return state.hexdigest()[:32]
@@ -63,46 +64,37 @@ def digest(step: int, slot: int, *arrays: npt.NDArray[Any]) -> str:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Everything that decides a run's batches. Picklable: it is what travels to the operators."""
+    """Everything that the batches of a run depend on. Picklable: Ray Data's operators get it."""
 
     reader: PartReader
-    order: Order
+    order: CorpusOrder
     masking: MaskingConfig
     vocabulary: Vocabulary
-    total_steps: int  # a falling mask rate ends here
+    total_steps: int  # a changing mask rate reaches its end value here
 
-    def micro_batches(self, slots: Sequence[int], steps: range) -> Iterator[list[MicroBatch]]:
-        """Yield each step's micro-batches of these slots; empty ones are left out."""
-        step = steps.start
-        while step < steps.stop:
-            epoch, window = self.order.window_of(step)
-            span = self.order.steps_of(epoch, window)
-            last = min(span.stop, steps.stop)
-            yield from self._window(slots, epoch, window, range(step, last))
-            step = last
+    def micro_batches(self, indices: Sequence[int], steps: range) -> Iterator[list[MicroBatch]]:
+        """Yield each step's micro-batches of these indices; empty ones are left out."""
+        for part in self.order.split_at_windows(steps):
+            yield from self._in_window(indices, part)
 
-    def _window(
-        self, slots: Sequence[int], epoch: int, window: int, steps: range
-    ) -> Iterator[list[MicroBatch]]:
-        """Yield the steps of one window; its rows are read once."""
+    def _in_window(self, indices: Sequence[int], steps: range) -> Iterator[list[MicroBatch]]:
+        """Yield the micro-batches of steps that share a window, whose rows are read once."""
+        epoch, _ = self.order.window_of(steps.start)
+        row_ids = [self.order.micro_batches(steps, index) for index in indices]
+        rows = [self.reader.read_rows(np.concatenate(ids)) for ids in row_ids]
         size = self.order.micro_batch_size
-        first = self.order.steps_of(epoch, window).start
-        cut = slice((steps.start - first) * size, (steps.stop - first) * size)
-        row_ids = [self.order.window(epoch, window, slot)[cut] for slot in slots]
-        rows = [self.reader.read_rows(ids) for ids in row_ids]
-        for step in steps:
-            at = slice((step - steps.start) * size, (step - steps.start + 1) * size)
-            counts = [len(ids[at]) for ids in row_ids]
+        for number, step in enumerate(steps):
+            at = slice(number * size, (number + 1) * size)
+            counts = [len(of_index[number]) for of_index in row_ids]
             if not any(counts):
                 yield []
                 continue
-            together = Rows(
-                np.concatenate([r.input_ids[at] for r in rows]),
-                np.concatenate([r.word_starts[at] for r in rows]),
-            )
-            ids = np.concatenate([ids[at] for ids in row_ids])
+            ids = np.concatenate([of_index[number] for of_index in row_ids])
             inputs, labels = mask_rows(
-                together,
+                Rows(
+                    np.concatenate([r.input_ids[at] for r in rows]),
+                    np.concatenate([r.word_starts[at] for r in rows]),
+                ),
                 ids,
                 np.full(len(ids), epoch),
                 np.full(len(ids), self.masking.rate(step / max(1, self.total_steps))),
@@ -112,23 +104,26 @@ class BatchPlan:
             )
             ends = np.cumsum(counts)
             yield [
-                MicroBatch(step, slot, ids[a:b], inputs[a:b], labels[a:b])
-                for slot, a, b in zip(slots, ends - counts, ends, strict=True)
+                MicroBatch(step, index, ids[a:b], inputs[a:b], labels[a:b])
+                for index, a, b in zip(indices, ends - counts, ends, strict=True)
                 if b > a
             ]
 
 
 def ray_micro_batches(
-    plan: BatchPlan, slots: Sequence[int], steps: range, *, cpus: float, memory: int
+    plan: BatchPlan, indices: Sequence[int], steps: range, *, cpus: float, memory: int
 ) -> Iterator[list[MicroBatch]]:
-    """Yield what `plan.micro_batches` yields, made by Ray Data on the cluster's CPUs.
+    """Yield what `plan.micro_batches` yields, computed by Ray Data on the cluster's CPUs.
 
     Args:
         plan: the run's plan.
-        slots: this rank's slots.
-        steps: the steps to make, from anywhere.
-        cpus: logical CPUs that this execution may use, a part of one where they are few.
+        indices: this rank's micro-batch indices.
+        steps: the steps, from any first step.
+        cpus: logical CPUs that this execution may use; less than one is allowed.
         memory: bytes of the object store that its blocks may fill.
+
+    Raises:
+        RaybertError: micro-batches are missing, come twice or out of order.
     """
     import ray
     from ray.data import DataContext, ExecutionResources
@@ -144,52 +139,29 @@ def ray_micro_batches(
     context.execution_options.resource_limits = ExecutionResources(
         cpu=cpus, object_store_memory=memory
     )
-    windows = _count_windows(plan.order, steps)
+    items = [{"begin": s.start, "end": s.stop} for s in plan.order.split_at_windows(steps)]
     with DataContext.current(context):
-        # Not `ray.data.range`: it reads in tasks of its own, hundreds beside the first steps.
-        dataset = ray.data.from_items(range(windows), override_num_blocks=min(windows, _MOST_TASKS))
+        # Not `ray.data.range`: it reads in tasks of its own, hundreds before the first steps.
+        dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_TASKS))
         dataset = dataset.map_batches(
-            _mask_windows,
-            fn_args=(plan, list(slots), steps),
+            _mask_steps,
+            fn_args=(plan, list(indices)),
             batch_size=1,
             batch_format="numpy",
-            num_cpus=min(1.0, math.floor(cpus * 1e4) / 1e4),  # as fine as Ray counts
+            num_cpus=min(1.0, math.floor(cpus * 1e4) / 1e4),  # Ray counts CPUs in units of 1e-4
         )
         blocks = dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow")
-        yield from _by_step(blocks, plan.order, slots, steps)
+        yield from _check_complete(_split_by_step(blocks), plan.order, indices, steps)
 
 
-def _count_windows(order: Order, steps: range) -> int:
-    """How many windows a range of steps reads from."""
-    return _number(order, steps.stop - 1) - _number(order, steps.start) + 1 if steps else 0
-
-
-def _window_at(order: Order, steps: range, index: int) -> range:
-    """The steps of a range that read from its window `index`."""
-    number = _number(order, steps.start) + index
-    window = order.steps_of(*divmod(number, _windows_per_epoch(order)))
-    return range(max(window.start, steps.start), min(window.stop, steps.stop))
-
-
-def _number(order: Order, step: int) -> int:
-    """The number of a step's window, counted from the run's first."""
-    epoch, window = order.window_of(step)
-    return epoch * _windows_per_epoch(order) + window
-
-
-def _windows_per_epoch(order: Order) -> int:
-    return -(-order.steps_per_epoch // order.window_steps)
-
-
-def _mask_windows(
-    items: dict[str, npt.NDArray[np.int64]], plan: BatchPlan, slots: list[int], steps: range
+def _mask_steps(
+    items: dict[str, npt.NDArray[np.int64]], plan: BatchPlan, indices: list[int]
 ) -> Iterator[pa.Table]:
-    """The operator: window numbers in, tables of masked rows out, several whole steps a table."""
-    for item in items["item"]:
-        window = _window_at(plan.order, steps, int(item))
+    """The operator: ranges of steps in, tables of masked rows out, several whole steps a table."""
+    for begin, end in zip(items["begin"], items["end"], strict=True):
         pending: list[MicroBatch] = []
         size = 0
-        for step in plan.micro_batches(slots, window):
+        for step in plan.micro_batches(indices, range(int(begin), int(end))):
             pending += step
             size += sum(batch.input_ids.nbytes + batch.labels.nbytes for batch in step)
             if size >= BLOCK_BYTES // 2:
@@ -210,7 +182,7 @@ def _to_table(batches: list[MicroBatch]) -> pa.Table:
     return pa.table(
         {
             "step": np.repeat([batch.step for batch in batches], counts),
-            "slot": np.repeat([batch.micro_batch_index for batch in batches], counts),
+            "index": np.repeat([batch.micro_batch_index for batch in batches], counts),
             "row_id": np.concatenate([batch.row_ids for batch in batches]),
             "input_ids": rows([batch.input_ids for batch in batches]),
             "labels": rows([batch.labels for batch in batches]),
@@ -218,58 +190,50 @@ def _to_table(batches: list[MicroBatch]) -> pa.Table:
     )
 
 
-def _by_step(
-    tables: Iterable[pa.Table], order: Order, slots: Sequence[int], steps: range
+def _check_complete(
+    made: Iterator[list[MicroBatch]], order: CorpusOrder, indices: Sequence[int], steps: range
 ) -> Iterator[list[MicroBatch]]:
-    """Cut tables back into the steps' micro-batches; a step may straddle two tables.
+    """Yield one list of micro-batches for every step, empty where the rank has no row in it.
 
     Raises:
         RaybertError: micro-batches are missing, come twice or out of order.
     """
-    made = _cut_whole(tables)
     for step in steps:
-        due = _slots_with_rows(order, slots, step)
-        batches = next(made, []) if due else []  # an epoch's last step may have no row of this rank
+        expected = order.indices_with_rows(step, indices)
+        batches = next(made, []) if expected else []
         found = [(batch.step, batch.micro_batch_index) for batch in batches]
-        if found != [(step, slot) for slot in due]:
+        if found != [(step, index) for index in expected]:
             raise RaybertError(
-                f"Ray Data gave the micro-batches (step, slot) {found} where those of step {step}, "
-                f"slots {due}, were due; run it again to go on from the last checkpoint"
+                f"Ray Data returned the micro-batches (step, index) {found}; expected those of "
+                f"step {step}, indices {expected}; run the command again to continue from the last "
+                "checkpoint"
             )
         yield batches
 
 
-def _slots_with_rows(order: Order, slots: Sequence[int], step: int) -> list[int]:
-    """Those of the slots that have a row in a step: all of them, but in an epoch's last step."""
-    used = step % order.steps_per_epoch * order.micro_batch_size
-    ends = [order.rows * (slot + 1) // order.micro_batches_per_step for slot in slots]
-    begins = [order.rows * slot // order.micro_batches_per_step for slot in slots]
-    return [s for s, begin, end in zip(slots, begins, ends, strict=True) if end - begin > used]
-
-
-def _cut_whole(tables: Iterable[pa.Table]) -> Iterator[list[MicroBatch]]:
-    """Cut tables into steps, holding back each table's last step: the next may continue it."""
+def _split_by_step(tables: Iterable[pa.Table]) -> Iterator[list[MicroBatch]]:
+    """Split tables into steps. The last step of a table waits: the next table may continue it."""
     held: pa.Table | None = None
     for table in tables:
         joined = table if held is None else pa.concat_tables([held, table])
         step = joined["step"].to_numpy()
         whole = int(np.searchsorted(step, step[-1]))
-        yield from _cut(joined.slice(0, whole))
+        yield from _to_micro_batches(joined.slice(0, whole))
         held = joined.slice(whole)
     if held is not None:
-        yield from _cut(held)
+        yield from _to_micro_batches(held)
 
 
-def _cut(table: pa.Table) -> Iterator[list[MicroBatch]]:
-    """Cut a table of whole steps at every change of step, and each step at every change of slot."""
+def _to_micro_batches(table: pa.Table) -> Iterator[list[MicroBatch]]:
+    """Yield the micro-batches of each step of a table that holds whole steps."""
     if not len(table):
         return
-    step, slot, row_id = (table[name].to_numpy() for name in ("step", "slot", "row_id"))
+    step, index, row_id = (table[name].to_numpy() for name in ("step", "index", "row_id"))
     inputs, labels = (
         column.combine_chunks().flatten().to_numpy().reshape(len(table), -1)
         for column in (table["input_ids"], table["labels"])
     )
-    ends = [*np.flatnonzero(np.diff(step) | np.diff(slot)) + 1, len(table)]
+    ends = [*np.flatnonzero(np.diff(step) | np.diff(index)) + 1, len(table)]
     batches: list[MicroBatch] = []
     begin = 0
     for end in ends:
@@ -278,7 +242,7 @@ def _cut(table: pa.Table) -> Iterator[list[MicroBatch]]:
             batches = []
         at = slice(begin, end)
         batches.append(
-            MicroBatch(int(step[begin]), int(slot[begin]), row_id[at], inputs[at], labels[at])
+            MicroBatch(int(step[begin]), int(index[begin]), row_id[at], inputs[at], labels[at])
         )
         begin = end
     yield batches

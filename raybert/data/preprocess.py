@@ -13,12 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raybert.data.keyed import I64, Permutation, key_of
+from raybert.data.keyed import I64
 from raybert.data.sources.files import LINE_BREAK
 from raybert.data.tokenizer import Ragged, Tokenizer
-
-# Long enough that batches hold texts of equal length, short enough that an epoch stays shuffled.
-_BATCHES_SORTED_TOGETHER = 50
 
 
 @dataclass(frozen=True)
@@ -77,46 +74,3 @@ def pad(rows: Sequence[npt.NDArray[Any]], pad_id: int) -> tuple[I64, npt.NDArray
     mask = np.arange(width) < lengths[:, None]
     ids[mask] = np.concatenate(rows)
     return ids, None if mask.all() else mask
-
-
-@dataclass(frozen=True)
-class LengthOrder:
-    """The order of labelled texts: shuffled by a key, texts of like length in one batch."""
-
-    lengths: npt.NDArray[np.int64]  # [rows]
-    global_batch_size: int
-    micro_batch_size: int
-    seed: int
-
-    @property
-    def micro_batches_per_step(self) -> int:
-        """How many micro-batches make up a global batch."""
-        return self.global_batch_size // self.micro_batch_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps that it takes to see every row once; the last one may be smaller."""
-        return max(1, -(-len(self.lengths) // self.global_batch_size))
-
-    def epoch(self, epoch: int) -> I64:
-        """The rows of an epoch in the order of their use, int64 [rows]."""
-        rows = Permutation(len(self.lengths), key_of("texts", self.seed, epoch))(
-            np.arange(len(self.lengths))
-        )
-        size = self.global_batch_size
-        together = size * _BATCHES_SORTED_TOGETHER
-        for begin in range(0, len(rows), together):
-            part = rows[begin : begin + together]
-            rows[begin : begin + together] = part[np.argsort(self.lengths[part], kind="stable")]
-        whole = len(rows) // size
-        order = Permutation(max(1, whole), key_of("batches", self.seed, epoch))(np.arange(whole))
-        batches = rows[: whole * size].reshape(whole, size)[order].ravel()
-        return np.concatenate([batches, rows[whole * size :]])
-
-    def micro_batch(self, rows: I64, step: int, slot: int) -> I64:
-        """A slot's rows of a step, of an epoch's `rows`."""
-        begin = step % self.steps_per_epoch * self.global_batch_size
-        batch = rows[begin : begin + self.global_batch_size]
-        # An epoch's last batch may be short: its rows are spread over the slots all the same.
-        a, b = (len(batch) * s // self.micro_batches_per_step for s in (slot, slot + 1))
-        return batch[a:b]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from raybert.data.corpus.parts import Manifest
-from raybert.data.order import Order
+from raybert.data.order import CorpusOrder
 from raybert.errors import RaybertError
 from raybert.experiment import Experiment
 from raybert.model import huggingface
@@ -318,7 +318,7 @@ def _epoch(experiment: Experiment, stage: str) -> tuple[int, int] | None:
         return max(1, math.ceil(rows / config.global_batch_size)), rows * seq_len
     manifest = Manifest.read(experiment.folder / "corpus")
     train = manifest.splits["train"]
-    order = Order(
+    order = CorpusOrder(
         rows=train.rows,
         rows_per_group=train.rows_per_group,
         global_batch_size=config.global_batch_size,

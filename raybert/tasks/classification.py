@@ -13,8 +13,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raybert.data.order import assign_to_ranks
-from raybert.data.preprocess import LengthOrder, pad
+from raybert.data.order import LengthGroupedOrder, assign_to_ranks
+from raybert.data.preprocess import pad
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError
 from raybert.model import huggingface
@@ -171,7 +171,7 @@ class ClassificationTask:
         train, validation = _texts(job)
         limits = job.prepared.seq_len, job.prepared.head_tokens
         self._texts, self._validation = train.shortened(*limits), validation.shortened(*limits)
-        self._order = LengthOrder(
+        self._order = LengthGroupedOrder(
             self._texts.lengths, config.global_batch_size, config.micro_batch_size, config.seed
         )
         torch.manual_seed(config.seed)
@@ -230,18 +230,13 @@ class ClassificationTask:
 
     def batches(self, first_step: int, total_steps: int | None) -> Iterator[Sequence[Batch]]:
         """Yield this rank's micro-batches, padded to their longest text."""
-        slots = assign_to_ranks(self._order.micro_batches_per_step, self._group.world_size)[
-            self._group.rank
-        ]
-        epoch, rows = -1, np.empty(0, np.int64)
+        order, group = self._order, self._group
+        indices = assign_to_ranks(order.micro_batches_per_step, group.world_size)[group.rank]
         for step in itertools.count(first_step):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                rows = self._order.epoch(epoch)
-            batches = [self._batch(step, s, self._order.micro_batch(rows, step, s)) for s in slots]
+            batches = [self._batch(step, i, order.micro_batch(step, i)) for i in indices]
             yield [batch for batch in batches if len(batch.row_ids)]
 
-    def _batch(self, step: int, slot: int, row_ids: npt.NDArray[np.int64]) -> TextBatch:
+    def _batch(self, step: int, index: int, row_ids: npt.NDArray[np.int64]) -> TextBatch:
         if not len(row_ids):
             return self.empty_batch()
         texts = [self._texts.input_ids[i] for i in row_ids]
@@ -249,7 +244,7 @@ class ClassificationTask:
         teacher = self._texts.teacher
         return TextBatch(
             step,
-            slot,
+            index,
             row_ids,
             ids,
             mask,

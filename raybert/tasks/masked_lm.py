@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raybert.data.corpus.parts import Manifest, PartReader
 from raybert.data.loader import BatchPlan, MicroBatch, ray_micro_batches
 from raybert.data.masking import EVALUATION, IGNORE_INDEX, MaskingConfig, Vocabulary, mask_rows
-from raybert.data.order import Order, assign_to_ranks
+from raybert.data.order import CorpusOrder, assign_to_ranks
 from raybert.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from raybert.errors import ConfigError, DataError
 from raybert.model import huggingface
@@ -171,7 +171,7 @@ class MaskedLMTask:
         config = job.config
         self._tokenizer = Tokenizer.load(job.corpus)
         self._reader = PartReader(job.corpus, job.manifest, "train")
-        self._order = Order(
+        self._order = CorpusOrder(
             rows=self._reader.rows,
             rows_per_group=self._reader.rows_per_group,
             global_batch_size=config.global_batch_size,
@@ -220,12 +220,11 @@ class MaskedLMTask:
 
     def batches(self, first_step: int, total_steps: int | None) -> Iterator[Sequence[Batch]]:
         """Yield this rank's masked micro-batches."""
-        slots = assign_to_ranks(self._order.micro_batches_per_step, self._group.world_size)[
-            self._group.rank
-        ]
+        order, group = self._order, self._group
+        indices = assign_to_ranks(order.micro_batches_per_step, group.world_size)[group.rank]
         plan = BatchPlan(
             self._reader,
-            self._order,
+            order,
             self._job.config.masking,
             self._vocabulary,
             total_steps or 1 << 62,  # unknown as yet: a falling mask rate has not begun to fall
@@ -236,10 +235,10 @@ class MaskedLMTask:
             steps = range(first_step, last)
             if self._feed.on_ray:
                 made = ray_micro_batches(
-                    plan, slots, steps, cpus=self._feed.cpus, memory=self._feed.memory
+                    plan, indices, steps, cpus=self._feed.cpus, memory=self._feed.memory
                 )
             else:
-                made = plan.micro_batches(slots, steps)
+                made = plan.micro_batches(indices, steps)
             yield from made
             first_step = last
 

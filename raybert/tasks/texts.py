@@ -171,7 +171,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """The texts of one slot in one step."""
+    """The texts of one micro-batch of a step."""
 
     step: int
     micro_batch_index: int
@@ -193,7 +193,7 @@ class TextBatch:
         return int(self.input_ids.size if mask is None else mask.sum())
 
     def digest(self) -> str:
-        """A hash over step, slot, row ids, inputs and labels."""
+        """A hash of step, micro-batch index, row ids, inputs and labels."""
         return digest(self.step, self.micro_batch_index, self.row_ids, self.input_ids, self.labels)
 
 

@@ -313,13 +313,13 @@ def _speed(outcome: Mapping[str, Any]) -> float:
 
 
 def read_digests(run: Folder) -> dict[tuple[int, int], set[str]]:
-    """The digests of every (step, slot) over all attempts and ranks: one each, if all agree."""
+    """The digests of every (step, micro-batch index); one each where attempts and ranks agree."""
     folder = run / DIGESTS
     found: dict[tuple[int, int], set[str]] = {}
     for name in folder.names():
         for line in folder.read_text(name).splitlines(keepends=True):
             if not line.endswith("\n"):  # of a worker that was killed while it wrote
                 continue
-            step, slot, digest = line.split()
-            found.setdefault((int(step), int(slot)), set()).add(digest)
+            step, index, digest = line.split()
+            found.setdefault((int(step), int(index)), set()).add(digest)
     return found

@@ -12,7 +12,7 @@ from raybert.errors import RaybertError
 
 
 class Batch(Protocol):
-    """One slot's part of a step."""
+    """One micro-batch of a step."""
 
     @property
     def step(self) -> int:

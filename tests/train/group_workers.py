@@ -18,7 +18,7 @@ from raybert.train.task import Stopped
 
 
 class Uneven(Scripted):
-    """Leaves the second half of the slots but a few predicted tokens."""
+    """Leaves few predicted tokens in the second half of the micro-batches."""
 
     def batches(self, first_step, total_steps):
         for batches in self._task.batches(first_step, total_steps):

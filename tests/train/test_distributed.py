@@ -126,12 +126,12 @@ def test_a_group_of_one_says_nothing():
 
 
 @pytest.mark.parametrize("world_size", range(1, 6))
-def test_shares_and_slots_are_disjoint_and_complete(world_size):
+def test_shares_and_micro_batches_are_disjoint_and_complete(world_size):
     shares = [list(Group(rank, world_size).share(range(17))) for rank in range(world_size)]
     assert sorted(sum(shares, [])) == list(range(17))
-    slots = assign_to_ranks(7, world_size)
-    assert sum(slots, []) == list(range(7))
-    assert max(map(len, slots)) - min(map(len, slots)) <= 1
+    indices = assign_to_ranks(7, world_size)
+    assert sum(indices, []) == list(range(7))
+    assert max(map(len, indices)) - min(map(len, indices)) <= 1
 
 
 def test_threads_are_given_or_a_fair_share():

@@ -14,7 +14,7 @@ from raybert.cluster.session import Resources
 from raybert.data.corpus.parts import Manifest, PartReader
 from raybert.data.loader import BatchPlan, ray_micro_batches
 from raybert.data.masking import MaskingConfig, Vocabulary
-from raybert.data.order import Order, assign_to_ranks
+from raybert.data.order import CorpusOrder, assign_to_ranks
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError
 from raybert.storage.folder import Folder
@@ -52,7 +52,7 @@ def plan_of(corpus, total_steps):
     reader = PartReader(corpus, Manifest.read(corpus), "train")
     return BatchPlan(
         reader=reader,
-        order=Order(reader.rows, reader.rows_per_group, 12, 3, seed=5),
+        order=CorpusOrder(reader.rows, reader.rows_per_group, 12, 3, seed=5),
         masking=MaskingConfig(mask_rate=0.3, mask_rate_end=0.1),
         vocabulary=Vocabulary(tokenizer.mask_id, tokenizer.is_special),
         total_steps=total_steps,
@@ -65,7 +65,7 @@ def digests(stream):
 
 def test_batches_from_ray_are_those_of_this_process(ray_session, corpus, monkeypatch):
     """For one worker and for three, from a step in mid-epoch and into the next epochs."""
-    monkeypatch.setattr("raybert.data.loader._MOST_TASKS", 2)  # fewer than windows: some share one
+    monkeypatch.setattr("raybert.data.loader._MAX_TASKS", 2)  # fewer than windows: some share one
     plan = plan_of(corpus, 300)
     begin = plan.order.steps_per_epoch // 2
     steps = range(begin, begin + 2 * plan.order.steps_per_epoch + 3)
@@ -73,8 +73,8 @@ def test_batches_from_ray_are_those_of_this_process(ray_session, corpus, monkeyp
     assert len({d for step in expected for _, _, d in step}) == sum(map(len, expected))
     for world_size in (1, 3):
         merged = [[] for _ in steps]
-        for slots in assign_to_ranks(4, world_size):
-            made = digests(ray_micro_batches(plan, slots, steps, cpus=0.4, memory=64 << 20))
+        for indices in assign_to_ranks(4, world_size):
+            made = digests(ray_micro_batches(plan, indices, steps, cpus=0.4, memory=64 << 20))
             assert len(made) == len(steps)
             for step, part in zip(merged, made, strict=True):
                 step += part
