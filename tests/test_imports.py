@@ -57,8 +57,12 @@ HOMES = {
     },
     "ray.tune": {
         "raybert.cluster.internals.tune",
+        "raybert.tune.schedulers.asha",
         "raybert.tune.schedulers.hyperband",
-        "raybert.tune.schedulers.factory",
+        "raybert.tune.schedulers.none",
+        "raybert.tune.schedulers.pbt",
+        "raybert.tune.schedulers.resumable_hyperband",
+        "raybert.tune.schedulers.scheduler",
         "raybert.tune.search",
         "raybert.tune.search_session",
         "raybert.tune.trial",
@@ -82,7 +86,7 @@ CORE = {
     "raybert.data.corpus.tokenize_job",
     "raybert.train.ray.driver_channel",
     "raybert.train.ray.prometheus",
-    "raybert.pipeline.trial_runner",  # puts what they share into the object store
+    "raybert.pipeline.trial_runner",  # puts the trials' shared inputs into the object store
 }
 
 HEAVY = ["torch", "ray", "pyarrow", "numpy", "tokenizers", "safetensors", "pydantic", "pandas"]

@@ -16,7 +16,8 @@ from raybert.jobs.doctor.run_checks import request
 from raybert.jobs.estimate import TRAINS, Machines, estimate_lines
 from raybert.jobs.ray_jobs import CHECK_COMMAND, Cluster, ClusterJob, result_of
 from raybert.terminal.display import FOLLOWED, Display, clock, size
-from raybert.tune.settings import Searched, read_space
+from raybert.tune.settings import TrialConfig
+from raybert.tune.space_checks import read_space
 
 #: The commands that may be submitted, and the keys of what each reads from outside its storage.
 READS = {
@@ -76,7 +77,8 @@ def check(
                     "nodes read it: an absolute path, or a URI"
                 )
     if command == "tune":
-        read_space(experiment.tune, Searched(model=experiment.model, finetune=experiment.finetune))
+        base = TrialConfig(model=experiment.model, finetune=experiment.finetune)
+        read_space(experiment.tune, base)
 
 
 def check_storage(experiment: Experiment) -> None:

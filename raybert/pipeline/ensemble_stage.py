@@ -1,7 +1,7 @@
-"""`raybert finetune --seeds N`: one fine-tuning with several seeds, and what they are together.
+"""`raybert finetune --seeds N`: fine-tune with several seeds and measure the ensemble.
 
-`<storage>/<name>/ensemble/` holds `data/`, `members/` (runs like any other) and `ensemble.json`, by
-which `--distill-from` finds them.
+`<storage>/<name>/ensemble/` holds `data/`, `members/` (the runs) and `ensemble.json`, with which
+`--distill-from` finds the members.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raybert.errors import RaybertError
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
 from raybert.pipeline.finetune_setup import prepare_finetune
-from raybert.pipeline.trial_runner import Runner
+from raybert.pipeline.trial_runner import TrialRunner
 from raybert.storage.folder import Folder
 from raybert.tasks.classification import FinetuneSpec
 from raybert.tasks.classification_metrics import classification_scores
@@ -27,118 +27,118 @@ from raybert.tasks.texts import Texts
 from raybert.terminal.display import Display, clock
 from raybert.train.run import CONFIG, RESULT, dotted, open_run
 from raybert.train.settings import ALIKE_MAY_CHANGE
-from raybert.tune.samplers import FixedTrials
 from raybert.tune.space import Values
+from raybert.tune.trial_sources import FixedTrials
 from raybert.tune.trial_store import TrialRecord, TrialStore
 
-_KEYS = ("accuracy", "loss", "f1_macro", "expected_calibration_error")
+_SCORES = ("accuracy", "loss", "f1_macro", "expected_calibration_error")
 
 
 def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict[str, Any]:
-    """Fine-tune with several seeds at once, and measure them alone and together.
+    """Fine-tune with several seeds, and measure each member and their ensemble.
 
     Returns:
-        `members` (each one's scores), `mean` and `std` of their accuracies, `ensemble` (the scores
-        of their mean probability on the validation texts), `gain` in accuracy over the mean, and
-        `model`: the ensemble's folder.
+        `members` (the scores of each), `mean` and `std` of their accuracies, `ensemble` (the scores
+        of their mean probabilities on the validation texts), `gain` in accuracy over the mean, and
+        `model` (the ensemble's folder).
 
     Raises:
         RaybertError: a member failed.
     """
     stage = experiment.folder / "ensemble"
     if stage.exists(RESULT):
-        result = _open(experiment, stage)
+        result = _open_ensemble(experiment, stage)
         if result is not None and len(result["members"]) == seeds:
-            display.say(f"ensemble  {stage} is finished already: {_line(result)}")
+            display.say(f"ensemble  {stage} is finished already: {_format_result(result)}")
             return result
-        stage.delete(RESULT)  # more members are wanted, or fewer
+        stage.delete(RESULT)  # the number of members has changed
     has_begun = stage.exists(CONFIG)
     with ray_session(experiment.ray, experiment.finetune.max_workers) as resources:
         run_requested_checks(experiment, resources, display, ("finetune",))
-        job = prepare_finetune(experiment, display, stage / "data", has_begun=has_begun)
-        job.check()
-        _open(experiment, stage, job)
+        spec = prepare_finetune(experiment, display, stage / "data", has_begun=has_begun)
+        spec.check()
+        _open_ensemble(experiment, stage, spec)
         begun = time.monotonic()
         with display.stage("ensemble"):
-            runner = Runner(experiment, display, job, resources)
-            ledger = TrialStore(stage / "members")
+            runner = TrialRunner(experiment, display, spec, resources)
+            store = TrialStore(stage / "members")
             first = experiment.finetune.seed
             names = [f"s{first + number}" for number in range(seeds)]
             wanted: list[tuple[str, Values, int]] = [
                 (name, {}, first + n) for n, name in enumerate(names)
             ]
-            source = FixedTrials(ledger, wanted, retry=True)
-            runner.run(stage, ledger, source, keys=[], limit=seeds, retries=True)
-        check_members(source.entries)
+            source = FixedTrials(store, wanted, retry=True)
+            runner.run(stage, store, source, keys=[], limit=seeds, retries=True)
+        check_members(source.trials)
         models = [stage / "members" / name / "model" for name in names]
-        validation = Texts.load(job.data, job.prepared.validation)
-        result = measure(models, validation, job.prepared.labels)
+        validation = Texts.load(spec.data, spec.prepared.validation)
+        result = measure(models, validation, spec.prepared.labels)
     from raybert.inference.ensemble import write_ensemble
 
     write_ensemble(stage, [f"members/{name}/model" for name in names])
     result |= {"model": stage.uri, "seconds": round(time.monotonic() - begun, 1)}
     stage.write_json(RESULT, result)
-    display.say(f"ensemble  {_line(result)}, in {clock(result['seconds'])}; {stage}")
+    display.say(f"ensemble  {_format_result(result)}, in {clock(result['seconds'])}; {stage}")
     return result
 
 
-def check_members(entries: Sequence[TrialRecord]) -> None:
-    """Refuse to measure an ensemble that lacks a member.
+def check_members(members: Sequence[TrialRecord]) -> None:
+    """Check that every member was trained.
 
     Raises:
-        RaybertError: a member failed; says that the same command tries it again.
+        RaybertError: a member failed; the same command trains it again.
     """
-    failed = [entry for entry in entries if entry.state != "finished"]
+    failed = [member for member in members if member.state != "finished"]
     if failed:
-        names = ", ".join(entry.name for entry in failed)
+        names = ", ".join(member.name for member in failed)
         raise RaybertError(
-            f"member {failed[0].name} failed: {failed[0].why}; run the same command again to go on "
-            f"with {names} (the others are kept), or choose another run.name for other settings"
+            f"member {failed[0].name} failed: {failed[0].reason}; run the same command again to "
+            f"resume {names} (the others are kept), or choose another run.name for other settings"
         )
 
 
-def _open(
-    experiment: Experiment, stage: Folder, job: FinetuneSpec | None = None
+def _open_ensemble(
+    experiment: Experiment, stage: Folder, spec: FinetuneSpec | None = None
 ) -> dict[str, Any] | None:
     return open_run(
         stage,
         dump(experiment),
         "finetune",
         ("model",),
-        inputs=None if job is None else job.inputs(),
+        inputs=None if spec is None else spec.inputs(),
         may_change=dotted("finetune", ALIKE_MAY_CHANGE),
     )
 
 
 def measure(models: list[Folder], texts: Texts, labels: list[str]) -> dict[str, Any]:
-    """Score models alone and together on tokenized texts."""
+    """Score each model and their ensemble on tokenized texts."""
     from raybert.inference.classifier import TextClassifier
     from raybert.inference.ensemble import mean_logits
 
-    found = [TextClassifier(model).score(texts.input_ids) for model in models]
-    alone = [classification_scores(logits, texts.labels, labels) for logits in found]
-    together = classification_scores(mean_logits(found), texts.labels, labels)
-    accuracies = [scores["accuracy"] for scores in alone]
+    logits = [TextClassifier(model).score(texts.input_ids) for model in models]
+    members = [classification_scores(each, texts.labels, labels) for each in logits]
+    ensemble = classification_scores(mean_logits(logits), texts.labels, labels)
+    accuracies = [scores["accuracy"] for scores in members]
     return {
-        "members": [{key: scores[key] for key in _KEYS} for scores in alone],
+        "members": [{key: scores[key] for key in _SCORES} for scores in members],
         "mean": statistics.fmean(accuracies),
         "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "ensemble": {key: together[key] for key in _KEYS},
-        "gain": together["accuracy"] - statistics.fmean(accuracies),
-        "agreement": float(np.mean([len({int(p) for p in row}) == 1 for row in _votes(found)])),
-        "n": together["n"],
+        "ensemble": {key: ensemble[key] for key in _SCORES},
+        "gain": ensemble["accuracy"] - statistics.fmean(accuracies),
+        "agreement": float(np.mean([len({int(p) for p in row}) == 1 for row in _votes(logits)])),
+        "n": ensemble["n"],
     }
 
 
 def _votes(logits: list[Any]) -> Any:
-    """Each text's predictions, [n, models]."""
+    """The predicted labels of each text, [n, models]."""
     return np.stack([each.argmax(axis=1) for each in logits], axis=1)
 
 
-def _line(result: dict[str, Any]) -> str:
+def _format_result(result: dict[str, Any]) -> str:
     spread = "" if result["std"] is None else f" ± {result['std']:.4f}"
-    together = result["ensemble"]["accuracy"]
+    ensemble = result["ensemble"]["accuracy"]
     return (
-        f"{len(result['members'])} members {result['mean']:.4f}{spread}, together {together:.4f} "
+        f"{len(result['members'])} members {result['mean']:.4f}{spread}, together {ensemble:.4f} "
         f"({result['gain']:+.4f}) on {result['n']:,} validation texts"
     )

@@ -1,4 +1,4 @@
-"""Running trials: what a search and an ensemble have in common.
+"""Run the trials of a search, or the members of an ensemble, on the connected cluster.
 
 Texts and pretrained weights are put into the object store once, for all trials of a command.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from raybert.cluster.session import Resources
 from raybert.experiment import Experiment
@@ -17,109 +16,116 @@ from raybert.tasks.classification import FinetuneSpec, SharedInputs
 from raybert.terminal.display import Display
 from raybert.train.ray.driver_channel import DriverChannel
 from raybert.train.ray.placement import uses_gpus
-from raybert.tune import trial_table
-from raybert.tune.schedulers.factory import make_scheduler
+from raybert.tune.schedulers import SCHEDULERS
 from raybert.tune.search import run_trials
-from raybert.tune.search_session import Session, TrialListener, TrialSource, trial_resources
-from raybert.tune.settings import SchedulerConfig, Searched
+from raybert.tune.search_session import SearchSession, TrialListener, TrialSource
+from raybert.tune.settings import SchedulerConfig, TrialConfig
 from raybert.tune.space import Space
 from raybert.tune.trial import TrialContext
+from raybert.tune.trial_resources import trial_resources
 from raybert.tune.trial_store import TrialRecord, TrialStore
+from raybert.tune.trial_table import format_end, format_progress, trial_table
 
-_KEPT = 4  # checkpoints of each trial that others may take over: the takers may be late
+_DONOR_CHECKPOINTS = 4  # kept by each trial if others exploit it, which they do some steps later
 
 
-class Runner:
-    """Runs trials of an experiment's fine-tuning, whoever chooses their values."""
+class TrialRunner:
+    """Runs fine-tuning trials of an experiment."""
 
     def __init__(
-        self, experiment: Experiment, display: Display, job: FinetuneSpec, resources: Resources
+        self, experiment: Experiment, display: Display, spec: FinetuneSpec, resources: Resources
     ) -> None:
-        """Put what trials share into the object store, and see how much room there is."""
+        """Put the shared inputs into the object store and divide the cluster among trials.
+
+        Raises:
+            ConfigError: not even one trial fits on the cluster.
+        """
         import ray
 
         config = experiment.finetune
-        self.base = Searched(model=experiment.model, finetune=config)
-        self.gpu = uses_gpus(config, resources.gpus)
-        self.room = trial_resources(experiment.tune, config, self.gpu, resources)
-        # Of one that trains in its own process; Ray Train's workers share their machine's cores.
-        alone = config.max_workers == 1
-        self.threads = config.threads or (max(1, int(self.room.cpus)) if alone else None)
-        #: What a trial takes of the machines, for its cost.
-        self.cores = config.max_workers * float(self.threads or 1)
-        self.gpus = self.room.gpus if alone else config.max_workers * float(self.gpu)
-        self._experiment, self._display, self._job = experiment, display, job
+        self.base = TrialConfig(model=experiment.model, finetune=config)
+        self._gpu = uses_gpus(config, resources.gpus)
+        self._trial_resources = trial_resources(experiment.tune, config, self._gpu, resources)
+        in_process = config.max_workers == 1
+        cpus = max(1, int(self._trial_resources.cpus)) if in_process else None
+        self._threads = config.threads or cpus
+        #: Cores and GPUs of a trial, for its cost.
+        self.cores = config.max_workers * float(self._threads or 1)
+        self.gpus = (
+            self._trial_resources.gpus if in_process else config.max_workers * float(self._gpu)
+        )
+        self._experiment, self._display, self._spec = experiment, display, spec
         self._resources = resources
-        self._held = ray.put(SharedInputs.read(job))
-        self._seq_len = input_length(experiment, job.start, config.seq_len)
+        self._shared_inputs = ray.put(SharedInputs.read(spec))
+        self._seq_len = input_length(experiment, spec.start, config.seq_len)
 
     def run(
         self,
         stage: Folder,
-        ledger: TrialStore,
+        store: TrialStore,
         source: TrialSource,
         *,
         keys: Sequence[str],
-        limit: int | None,
+        limit: int,
         scheduler: SchedulerConfig | None = None,
         space: Space | None = None,
         longest: float = 1.0,
         deadline: float | None = None,
-        watchers: Sequence[TrialListener] = (),
+        listeners: Sequence[TrialListener] = (),
         retries: bool = False,
     ) -> None:
-        """Run a source's trials to their ends, and show how they go.
+        """Run a source's trials to their ends and show their progress.
 
         Args:
-            stage: a folder, inside of which Ray Tune has one to write in.
-            ledger: of the trials.
-            source: gives them.
-            keys: of their values, as far as there is room to show them.
-            limit: how many there will be in all; None: unknown.
-            scheduler: who goes on; None: all of them.
-            space: that trials may be moved in while they run.
+            stage: the folder in which Ray Tune gets a temporary one.
+            store: of the trials.
+            source: gives the trials.
+            keys: of the values that the table shows.
+            limit: the number of trials in all.
+            scheduler: stops trials early; None: none does.
+            space: in which the scheduler may change values.
             longest: epochs of the longest trial.
-            deadline: of time.monotonic, after which no trial begins or goes on.
-            watchers: hear how each trial goes.
-            retries: whether trials that fail keep their checkpoints, for a later session.
+            deadline: of time.monotonic, at which trials stop.
+            listeners: get the progress of each trial.
+            retries: whether failed trials keep their checkpoints for a later session.
         """
         scheduler = scheduler or SchedulerConfig(kind="none")
-        exchanges = scheduler.kind == "pbt"
-        told: deque[str] = deque()
-        session = Session(
+        search_scheduler = SCHEDULERS[scheduler.kind](scheduler)
+        ended = EndedTrials()
+        session = SearchSession(
             source,
-            ledger,
-            self.room,
+            store,
+            self._trial_resources,
             deadline,
-            [*watchers, _Teller(told)],
-            all_at_once=scheduler.kind in ("pbt", "hyperband"),
-            keeps_checkpoints=exchanges,
+            [*listeners, ended],
+            starts_all=search_scheduler.starts_all,
+            keeps_checkpoints=search_scheduler.exploits,
             retries=retries,
         )
-        work = TrialContext(
-            folder=ledger.folder,
+        context = TrialContext(
+            folder=store.folder,
             base=self.base,
-            job=self._job,
-            held=self._held,
+            spec=self._spec,
+            shared_inputs=self._shared_inputs,
             seq_len=self._seq_len,
-            keep_checkpoints=_KEPT if exchanges else 1,
-            threads=self.threads,
-            gpu=self.gpu,
+            keep_checkpoints=_DONOR_CHECKPOINTS if search_scheduler.exploits else 1,
+            threads=self._threads,
+            gpu=self._gpu,
             resources=self._resources,
-            board=DriverChannel(),
+            channel=DriverChannel(),
         )
 
         def show() -> None:
-            while told:
-                self._display.say(told.popleft())
-            entries = list(source.entries)
-            line = trial_table.line_of(entries, limit)
-            self._display.panel(trial_table.table_of(entries, keys), line)
+            for line in ended.take():
+                self._display.say(line)
+            trials = list(source.trials)
+            self._display.panel(trial_table(trials, keys), format_progress(trials, limit))
 
         run_trials(
-            work,
+            context,
             session,
-            make_scheduler(scheduler, space, longest, session),
+            search_scheduler.build(space, longest, session),
+            metric=search_scheduler.metric,
             max_failures=self._experiment.tune.max_failures,
             stage=stage,
             logs=self._experiment.ray.logs,
@@ -128,14 +134,20 @@ class Runner:
         show()
 
 
-@dataclass(frozen=True)
-class _Teller:
-    """Collects how each trial ended; shown by the main thread."""
+class EndedTrials:
+    """Collects a line for each ended trial in Ray Tune's thread, for the main thread to show."""
 
-    told: deque[str]
+    def __init__(self) -> None:
+        """Start without lines."""
+        self._lines: deque[str] = deque()
 
-    def evaluated(self, entry: TrialRecord) -> None:
-        pass
+    def take(self) -> list[str]:
+        """The lines since the last call."""
+        return [self._lines.popleft() for _ in range(len(self._lines))]
 
-    def ended(self, entry: TrialRecord) -> None:
-        self.told.append(trial_table.ended_line(entry))
+    def on_evaluation(self, trial: TrialRecord) -> None:
+        """Evaluations are shown in the table."""
+
+    def on_trial_end(self, trial: TrialRecord) -> None:
+        """Add a line."""
+        self._lines.append(format_end(trial))

@@ -92,7 +92,7 @@ class FinetuneConfig(TextsConfig, TrainConfig):
 
 @dataclass(frozen=True)
 class SharedInputs:
-    """What many runs share in memory, in place of reading it from the storage."""
+    """Texts and weights in memory that many runs share instead of reading them from the storage."""
 
     train: Texts
     validation: Texts
@@ -115,7 +115,7 @@ class FinetuneSpec:
     tokenizer: Folder  # the folder with the tokenizer's files
     data: Folder
     prepared: Prepared
-    held: SharedInputs | None = None
+    shared: SharedInputs | None = None
 
     def check(self) -> None:
         """Find what would fail later, before any worker starts.
@@ -187,7 +187,7 @@ class ClassificationTask:
                 config.head,
                 config.dropout,
                 self._tokenizer.vocab_size,
-                weights=None if job.held is None else job.held.weights,
+                weights=None if job.shared is None else job.shared.weights,
             )
         self._model = model.to(group.device)
         self._frozen = False
@@ -324,8 +324,8 @@ class ClassificationTask:
 
 def _texts(job: FinetuneSpec) -> tuple[Texts, Texts]:
     """The texts to train on and to choose by, as they are prepared."""
-    if job.held is not None:
-        return job.held.train, job.held.validation
+    if job.shared is not None:
+        return job.shared.train, job.shared.validation
     prepared = job.prepared
     return Texts.load(job.data, prepared.train), Texts.load(job.data, prepared.validation)
 

@@ -1,11 +1,11 @@
-"""Who wins: the best few trials and the configured values, each run again with several seeds.
+"""Choose the winner: run the best trials and the configured values again with several seeds.
 
-A search's best score is the best of many, and flatters its trial: the more trials, the more. So the
-finalists are trained anew, with seeds that the search did not use, and what counts is the mean. The
-best of a few means still flatters, so the configured values stay unless the best one is above them
-by more than a standard error, of the seeds and of so many validation texts (Breiman et al.,
-Classification and Regression Trees, 1984, 3.4.3: the simplest within one standard error).
-Everything here is of validation texts; the test texts are not looked at before the winner is known.
+The best score of a search is a maximum over many trials, and biased upwards with their number. So
+the finalists are trained again with seeds that the search did not use, and are compared by their
+means. The best mean is still biased, so the configured values win unless another finalist is better
+by more than one standard error of the seeds and the validation texts (Breiman et al.,
+Classification and Regression Trees, 1984, 3.4.3: the simplest model within one standard error).
+All scores are of validation texts; the test texts are not used before the winner is chosen.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 from raybert.errors import RaybertError
 from raybert.tune.space import Values
-from raybert.tune.trial_store import TrialRecord, ranked
+from raybert.tune.trial_store import TrialRecord, rank_trials
 
 DEFAULT = "0000"  # the trial of the configured values
-CONFIGURED = "configured"  # these values, where that trial has taken over another's meanwhile
+CONFIGURED = "configured"  # the finalist with these values, if that trial has exploited another
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Finalist:
     def is_configured(self) -> bool:
         """Whether its values are the configured ones."""
         return self.trial.name == CONFIGURED or (
-            self.trial.name == DEFAULT and not self.trial.exchanges
+            self.trial.name == DEFAULT and not self.trial.exploits
         )
 
     @property
@@ -45,15 +45,15 @@ class Finalist:
 
     @property
     def mean(self) -> float:
-        """The mean score; minus infinity where no run has one."""
+        """The mean score; minus infinity if no run has one."""
         return statistics.fmean(self.scores) if self.scores else -math.inf
 
     def best_run(self) -> TrialRecord:
         """The run whose model is kept."""
-        return ranked(self.runs)[0]
+        return rank_trials(self.runs)[0]
 
     def as_json(self) -> dict[str, Any]:
-        """The configuration, what the search saw of it, and its runs: means and spreads."""
+        """The values, their result in the search, and means and deviations over the runs."""
         trial = self.trial
         return {
             "trial": trial.name,
@@ -66,47 +66,48 @@ class Finalist:
                 "score": _spread(self.scores),
                 "accuracy": _spread([run.best.accuracy for run in self.runs if run.best]),
                 "loss": _spread([run.best.loss for run in self.runs if run.best]),
-                "failed": [run.why for run in self.runs if run.state == "failed"],
+                "failed": [run.reason for run in self.runs if run.state == "failed"],
             },
         }
 
 
-def finalists_of(entries: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
-    """The best trials of different values, and the configured values whatever they scored.
+def choose_finalists(trials: Sequence[TrialRecord], count: int) -> list[TrialRecord]:
+    """The best `count` trials of different values, and the configured values in any case.
 
     Raises:
         RaybertError: no trial has a score.
     """
     chosen: list[TrialRecord] = []
-    order = ranked(entries)
-    if not order:
-        why = next((e.why for e in entries if e.state == "failed"), "none was evaluated")
-        raise RaybertError(f"no trial came to a score: {why}")
-    for entry in order:
-        if len(chosen) < most and all(entry.values != other.values for other in chosen):
-            chosen.append(entry)
-    default = configured(entries)
+    ranking = rank_trials(trials)
+    if not ranking:
+        reason = next((t.reason for t in trials if t.state == "failed"), "none was evaluated")
+        raise RaybertError(f"no trial has a score: {reason}")
+    for trial in ranking:
+        if len(chosen) < count and all(trial.values != other.values for other in chosen):
+            chosen.append(trial)
+    default = configured_trial(trials)
     if default is not None and all(default.values != other.values for other in chosen):
         chosen.append(default)
     return chosen
 
 
-def configured(entries: Sequence[TrialRecord]) -> TrialRecord | None:
+def configured_trial(trials: Sequence[TrialRecord]) -> TrialRecord | None:
     """The trial of the configured values.
 
-    One that took over another trial's weights has that one's values, changed, from then on: the
-    configured ones are then nobody's, and run for the first time among the finalists.
+    After a PBT exploit that trial has other values. Then the configured values get a record of
+    their own, without results, and are trained to the end only as a finalist.
     """
-    first = next((entry for entry in entries if entry.name == DEFAULT), None)
-    if first is None or not first.exchanges:
+    first = next((trial for trial in trials if trial.name == DEFAULT), None)
+    if first is None or not first.exploits:
         return first
-    return TrialRecord(CONFIGURED, first.exchanges[0]["before"], first.seed, begun=first.begun)
+    values = first.exploits[0]["before"]
+    return TrialRecord(CONFIGURED, values, first.seed, started=first.started)
 
 
-def runs_of(
+def finalist_runs(
     finalists: Sequence[TrialRecord], seed: int, seeds: int
 ) -> list[tuple[str, Values, int]]:
-    """The runs of all finalists: name, values, seed; first seeds of all, then second ones."""
+    """The runs of all finalists, seed by seed: the name, the values and the seed of each."""
     return [
         (f"{finalist.name}-s{number}", finalist.values, seed + number)
         for number in range(1, seeds + 1)
@@ -114,15 +115,15 @@ def runs_of(
     ]
 
 
-def gathered(
+def rank_finalists(
     finalists: Sequence[TrialRecord], runs: Sequence[TrialRecord], texts: int
 ) -> list[Finalist]:
-    """The finalists with their runs, the winner first, then by their means; of equals the older.
+    """The finalists with their runs: the winner, then the others by their means.
 
     Args:
         finalists: the trials.
-        runs: of all of them, with other seeds.
-        texts: how many validation texts the scores are of.
+        runs: of all finalists.
+        texts: the number of validation texts.
 
     Raises:
         RaybertError: no run has a score.
@@ -132,37 +133,37 @@ def gathered(
         for trial in finalists
     ]
     if all(not finalist.scores for finalist in found):
-        why = next((run.why for run in runs if run.why), "none was evaluated")
-        raise RaybertError(f"no finalist came to a score: {why}")
-    order = sorted(found, key=lambda finalist: (-finalist.mean, finalist.trial.name))
-    default = next((finalist for finalist in order if finalist.is_configured), None)
-    if default is not None and not is_above(order[0], default, texts):
-        order.remove(default)
-        order.insert(0, default)
-    return order
+        reason = next((run.reason for run in runs if run.reason), "none was evaluated")
+        raise RaybertError(f"no finalist has a score: {reason}")
+    ranking = sorted(found, key=lambda finalist: (-finalist.mean, finalist.trial.name))
+    default = next((finalist for finalist in ranking if finalist.is_configured), None)
+    if default is not None and not is_better(ranking[0], default, texts):
+        ranking.remove(default)
+        ranking.insert(0, default)
+    return ranking
 
 
-def is_above(finalist: Finalist, default: Finalist, texts: int) -> bool:
-    """Whether a finalist is better than the configured values by more than chance gives it.
+def is_better(finalist: Finalist, default: Finalist, texts: int) -> bool:
+    """Whether a finalist is better than the configured values by more than a standard error.
 
-    Chance has two parts: the seeds, compared in pairs, for the runs of one seed share the order of
-    the texts; and the validation texts, on which an accuracy p has the variance p (1 - p) / texts,
-    however many seeds agree.
+    The error has two parts. Seeds: the variance of the paired differences, because runs of one
+    seed share the order of the texts. Validation texts: an accuracy p has the variance
+    p (1 - p) / texts, which more seeds do not reduce.
     """
     if not default.scores or not finalist.scores:
         return bool(finalist.scores)
-    theirs = {run.seed: run.score for run in default.runs if run.score != -math.inf}
+    default_scores = {run.seed: run.score for run in default.runs if run.score != -math.inf}
     gains = [
-        run.score - theirs[run.seed]
+        run.score - default_scores[run.seed]
         for run in finalist.runs
-        if run.score != -math.inf and run.seed in theirs
+        if run.score != -math.inf and run.seed in default_scores
     ]
     if not gains:
         return finalist.mean > default.mean
     accuracy = min(1.0, max(0.0, default.mean))
-    of_texts = accuracy * (1 - accuracy) / max(1, texts)
-    of_seeds = statistics.variance(gains) / len(gains) if len(gains) > 1 else 0.0
-    return statistics.fmean(gains) > math.sqrt(of_seeds + of_texts)
+    text_variance = accuracy * (1 - accuracy) / max(1, texts)
+    seed_variance = statistics.variance(gains) / len(gains) if len(gains) > 1 else 0.0
+    return statistics.fmean(gains) > math.sqrt(seed_variance + text_variance)
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""What a hyperparameter is worth: the share of the scores' variance that it explains alone.
+"""Hyperparameter importance: the share of the scores' variance that a key explains alone.
 
-Of numbers, the square of Spearman's rank correlation; of choices, the correlation ratio of the
-ranks (between-group over total variance). It is one number a key from a few dozen trials: it sees
-no interactions and no optimum in the middle of a range, and trials that were stopped count with the
-best that they reached.
+For ranges it is the square of Spearman's rank correlation, for choices the correlation ratio of the
+ranks (between-group over total variance). One number per key from a few dozen trials shows neither
+interactions nor an optimum inside a range. Stopped trials count with their best score.
 """
 
 from __future__ import annotations
@@ -15,26 +14,26 @@ import numpy as np
 import numpy.typing as npt
 
 from raybert.tune.space import Space
-from raybert.tune.trial_store import TrialRecord, ranked
+from raybert.tune.trial_store import TrialRecord, rank_trials
 
 METHOD = (
     "share of the variance of the scores' ranks that a key explains alone: squared Spearman "
     "correlation for ranges, correlation ratio for choices; fewer than 20 trials say little"
 )
-_FEWEST = 4  # trials that a share can be taken of
+_MIN_TRIALS = 4
 
 
-def importance(space: Space, entries: Sequence[TrialRecord]) -> dict[str, float | None]:
-    """The share of each key, 0 to 1; None where too few trials, or no two values, tell it."""
-    known = ranked(entries)
+def importance(space: Space, trials: Sequence[TrialRecord]) -> dict[str, float | None]:
+    """The share of each key, 0 to 1; None for too few trials or a single value."""
+    ranking = rank_trials(trials)
     found: dict[str, float | None] = {}
     for dimension in space.dimensions:
-        there = [e for e in known if dimension.key in e.values]
-        values = [e.values[dimension.key] for e in there]
-        if len(there) < _FEWEST or len({repr(v) for v in values}) < 2:
+        with_key = [trial for trial in ranking if dimension.key in trial.values]
+        values = [trial.values[dimension.key] for trial in with_key]
+        if len(with_key) < _MIN_TRIALS or len({repr(v) for v in values}) < 2:
             found[dimension.key] = None
             continue
-        scores = _ranks(np.array([e.score for e in there]))
+        scores = _ranks(np.array([trial.score for trial in with_key]))
         if dimension.kind == "choice" or None in values:
             found[dimension.key] = _correlation_ratio([repr(v) for v in values], scores)
         else:
@@ -60,7 +59,7 @@ def _correlation_ratio(groups: Sequence[str], y: npt.NDArray[Any]) -> float | No
 
 
 def _ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Ranks from 0; equals share the mean of theirs."""
+    """Ranks from 0; equal values get the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts) - 1
     return np.asarray((last - (counts - 1) / 2)[inverse], np.float64)

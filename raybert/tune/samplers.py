@@ -1,94 +1,89 @@
-"""Which values come next: at random, along a grid, or as Optuna's TPE learns from trials before.
+"""Samplers: random search, grid search, and Optuna's TPE, which learns from earlier trials.
 
-A proposal depends on the search's seed, its own number and the trials that have ended, and on
-nothing that a process would have to remember: a search that was killed goes on as it would have.
+A proposal depends only on the search's seed, the trial's number and the trials that have ended, not
+on the state of a process: a search that was killed resumes with the trials it would have run.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from raybert.data.keyed import key_of
 from raybert.errors import ConfigError
+from raybert.tune.settings import TuneConfig
 from raybert.tune.space import Dimension, Space, Values
-from raybert.tune.trial_store import TrialRecord, TrialStore
+from raybert.tune.trial_store import TrialRecord
 
 if TYPE_CHECKING:
     import optuna
 
-_REDRAWS = 100  # where the configuration refuses what was drawn
+_REDRAWS = 100  # draws until one is valid
 
-Accepts = Callable[[Values], bool]
+Accepts = Callable[[Values], bool]  # whether values are valid together
 
 
-class Sampler(Protocol):
-    """A way to choose values."""
+class Sampler:
+    """Proposes the values of trials. It may learn from their results; by default it does not."""
+
+    def count(self, trials: int) -> int:
+        """The number of trials, start values included, if `trials` are configured."""
+        return trials
 
     def propose(self, number: int) -> Values | None:
         """The values of a trial by its number; None: there are no more."""
+        raise NotImplementedError
 
-    def begin(self, entry: TrialRecord) -> None:
-        """Hear of a trial that runs, or will again."""
+    def on_trial_start(self, trial: TrialRecord) -> None:
+        """Called when a trial starts, and for unfinished trials when a search is resumed."""
 
-    def learn(self, entry: TrialRecord) -> None:
-        """Hear of a trial that has ended."""
+    def on_trial_end(self, trial: TrialRecord) -> None:
+        """Called when a trial has ended, and for ended trials when a search is resumed."""
 
 
-class RandomSampler:
-    """Draws each trial by itself: the same for any order, number of workers or scheduler."""
+class RandomSampler(Sampler):
+    """Draws each trial independently of all others."""
 
     def __init__(self, space: Space, seed: int, accepts: Accepts) -> None:
-        """Draw from a space what the configuration accepts."""
+        """Draw valid values from a space."""
         self._space, self._seed, self._accepts = space, seed, accepts
 
     def propose(self, number: int) -> Values | None:
-        """The values of a trial by its number."""
+        """Draw the values of a trial."""
         draws = random.Random(key_of("trial", self._seed, number))
         for _ in range(_REDRAWS):
             values = self._space.draw(draws)
             if self._accepts(values):
                 return values
-        raise _refused()
-
-    def begin(self, entry: TrialRecord) -> None:
-        """Learns nothing."""
-
-    def learn(self, entry: TrialRecord) -> None:
-        """Learns nothing."""
+        raise _no_valid_values()
 
 
-class GridSampler:
-    """Goes through the combinations of the dimensions' points."""
+class GridSampler(Sampler):
+    """Proposes every combination of the dimensions' points once."""
 
-    def __init__(self, space: Space, first: int, accepts: Accepts, but: list[Values]) -> None:
-        """Number the accepted points from `first` on, but for those of trials before."""
+    def __init__(self, space: Space, start: list[Values], accepts: Accepts) -> None:
+        """List the valid points of the grid, without the start values."""
         points = [values for values in space.grid() if accepts(values)]
         if not points:
-            raise _refused()
-        self._points = [values for values in points if values not in but]
-        self._first = first
+            raise _no_valid_values()
+        self._points = [values for values in points if values not in start]
+        self._first = len(start)
 
-    def __len__(self) -> int:
-        return len(self._points)
+    def count(self, trials: int) -> int:
+        """The start values and all points."""
+        return self._first + len(self._points)
 
     def propose(self, number: int) -> Values | None:
-        """The values of a trial by its number."""
-        at = number - self._first
-        return self._points[at] if at < len(self._points) else None
-
-    def begin(self, entry: TrialRecord) -> None:
-        """Learns nothing."""
-
-    def learn(self, entry: TrialRecord) -> None:
-        """Learns nothing."""
+        """The point of a trial."""
+        index = number - self._first
+        return self._points[index] if index < len(self._points) else None
 
 
-class TpeSampler:
+class TpeSampler(Sampler):
     """Optuna's tree-structured Parzen estimator (arXiv 2304.11127).
 
-    Trials that were stopped count as Optuna's pruned ones do: by the best that they reached.
+    A stopped trial counts as Optuna's pruned trials do: with the best score that it reached.
     """
 
     def __init__(self, space: Space, seed: int, startup: int, accepts: Accepts) -> None:
@@ -99,10 +94,10 @@ class TpeSampler:
         self._space, self._seed, self._accepts = space, seed, accepts
         self._startup = startup
         self._study = optuna.create_study(direction="maximize")
-        self._asked: dict[str, optuna.trial.Trial] = {}
+        self._running: dict[str, optuna.trial.Trial] = {}
 
     def propose(self, number: int) -> Values | None:
-        """The values of a trial by its number, given what has ended."""
+        """Sample the values of a trial, given the results so far."""
         import optuna
 
         for attempt in range(_REDRAWS):
@@ -112,49 +107,59 @@ class TpeSampler:
             )
             trial = self._study.ask()
             values = self._space.walk(lambda d, trial=trial: _suggest(trial, d))  # type: ignore[misc]
-            # The trial begins once it is written down: `begin` adds it under its name.
+            # `on_trial_start` adds the trial to the study once it is in the TrialStore.
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
             if self._accepts(values):
                 return values
-        raise _refused()
+        raise _no_valid_values()
 
-    def begin(self, entry: TrialRecord) -> None:
-        """Keep away from what is being tried."""
-        if self._space.contains(entry.values):
-            self._study.enqueue_trial(self._coded(entry.values))
-            trial = self._study.ask()
-            self._space.walk(lambda d: _suggest(trial, d))
-            self._asked[entry.name] = trial
+    def on_trial_start(self, trial: TrialRecord) -> None:
+        """Add a running trial, so that the next proposals keep away from its values."""
+        if self._space.contains(trial.values):
+            self._study.enqueue_trial(self._optuna_values(trial.values))
+            optuna_trial = self._study.ask()
+            self._space.walk(lambda d: _suggest(optuna_trial, d))
+            self._running[trial.name] = optuna_trial
 
-    def learn(self, entry: TrialRecord) -> None:
-        """Take a trial's score into account."""
+    def on_trial_end(self, trial: TrialRecord) -> None:
+        """Add a trial's score."""
         import optuna
 
-        if entry.name not in self._asked:
-            self.begin(entry)
-        trial = self._asked.pop(entry.name, None)
-        if trial is None:  # the configured values, and they lie outside the space
+        if trial.name not in self._running:
+            self.on_trial_start(trial)
+        optuna_trial = self._running.pop(trial.name, None)
+        if optuna_trial is None:  # the configured values, if they are outside the space
             return
-        best = entry.best
-        if best is None or entry.state == "failed":
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        elif entry.state == "finished":
-            self._study.tell(trial, best.score)
+        best = trial.best
+        if best is None or trial.state == "failed":
+            self._study.tell(optuna_trial, state=optuna.trial.TrialState.FAIL)
+        elif trial.state == "finished":
+            self._study.tell(optuna_trial, best.score)
         else:
-            trial.report(best.score, entry.evaluations[-1].step)
-            self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            optuna_trial.report(best.score, trial.evaluations[-1].step)
+            self._study.tell(optuna_trial, state=optuna.trial.TrialState.PRUNED)
 
-    def _coded(self, values: Values) -> dict[str, Any]:
-        """Values as Optuna has them: a choice is its number, for not all are its kinds."""
+    def _optuna_values(self, values: Values) -> dict[str, Any]:
+        """Optuna's values: a choice is its index, because Optuna does not support every type."""
         return self._space.walk(
             lambda d: d.choices.index(values[d.key]) if d.kind == "choice" else values[d.key]
         )
 
 
+#: Samplers by their names in `tune.searcher`; a new one needs its name in `TuneConfig.searcher`.
+SAMPLERS: dict[str, Callable[[TuneConfig, Space, list[Values], Accepts], Sampler]] = {
+    "random": lambda config, space, start, accepts: RandomSampler(space, config.seed, accepts),
+    "grid": lambda config, space, start, accepts: GridSampler(space, start, accepts),
+    "tpe": lambda config, space, start, accepts: TpeSampler(
+        space, config.seed, max(4, min(10, config.trials // 3)), accepts
+    ),
+}
+
+
 def _suggest(trial: optuna.trial.Trial, dimension: Dimension) -> Any:
     if dimension.kind == "choice":
-        numbers = list(range(len(dimension.choices)))
-        return dimension.choices[int(trial.suggest_categorical(dimension.key, numbers))]
+        indices = list(range(len(dimension.choices)))
+        return dimension.choices[int(trial.suggest_categorical(dimension.key, indices))]
     if dimension.is_integer:
         low, high = int(dimension.low), int(dimension.high)
         return trial.suggest_int(dimension.key, low, high, log=dimension.is_log)
@@ -163,83 +168,8 @@ def _suggest(trial: optuna.trial.Trial, dimension: Dimension) -> Any:
     )
 
 
-def _refused() -> ConfigError:
+def _no_valid_values() -> ConfigError:
     return ConfigError(
-        "tune.space: the configuration refuses what is drawn from it, time and again; try one "
-        "with `raybert config --set KEY=VALUE`, and narrow the ranges"
+        "tune.space: the configuration refuses all values that are drawn from it; try one with "
+        "`raybert config --set KEY=VALUE`, and narrow the ranges"
     )
-
-
-class SampledTrials:
-    """The trials of a search: those that were begun, the start values, then what is proposed."""
-
-    def __init__(
-        self, ledger: TrialStore, proposer: Sampler, start: list[Values], limit: int, seed: int
-    ) -> None:
-        """Read what the storage knows.
-
-        Args:
-            ledger: the search's trials.
-            proposer: chooses values once the start values are through.
-            start: the values of the first trials.
-            limit: how many trials there are to be in all.
-            seed: of every trial: they differ in their values alone.
-        """
-        self._ledger, self._proposer = ledger, proposer
-        self._start, self._limit, self._seed = start, limit, seed
-        self.entries = ledger.entries()
-        self._unfinished = [e for e in self.entries if e.state == "waiting"]
-        for entry in self.entries:
-            (proposer.begin if entry.state == "waiting" else proposer.learn)(entry)
-
-    def next(self) -> TrialRecord | None:
-        """The next trial to run; None: there are no more."""
-        if self._unfinished:
-            return self._unfinished.pop(0)
-        number = len(self.entries)
-        if number >= self._limit:
-            return None
-        values = self._start[number] if number < len(self._start) else None
-        if values is None:
-            values = self._proposer.propose(number)
-        if values is None:
-            return None
-        entry = self._ledger.open(f"{number:04d}", values, self._seed)
-        self.entries.append(entry)
-        self._proposer.begin(entry)
-        return entry
-
-    def end(self, entry: TrialRecord) -> None:
-        """Learn from a trial that has ended."""
-        self._proposer.learn(entry)
-
-
-class FixedTrials:
-    """Trials that are known beforehand: name, values and seed of each."""
-
-    def __init__(
-        self, ledger: TrialStore, wanted: list[tuple[str, Values, int]], *, retry: bool = False
-    ) -> None:
-        """Read which of them the storage knows already; `retry` those of them that failed."""
-        known = {entry.name: entry for entry in ledger.entries()}
-        self._ledger = ledger
-        self._new = [w for w in wanted if w[0] not in known]
-        names = {name for name, _, _ in wanted}
-        self.entries = [entry for entry in known.values() if entry.name in names]
-        for entry in self.entries:
-            if retry and entry.state == "failed":
-                ledger.reopen(entry)
-        self._unfinished = [e for e in self.entries if e.state == "waiting"]
-
-    def next(self) -> TrialRecord | None:
-        """The next trial to run; None: there are no more."""
-        if self._unfinished:
-            return self._unfinished.pop(0)
-        if not self._new:
-            return None
-        entry = self._ledger.open(*self._new.pop(0))
-        self.entries.append(entry)
-        return entry
-
-    def end(self, entry: TrialRecord) -> None:
-        """Nothing to learn."""

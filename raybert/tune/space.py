@@ -1,12 +1,12 @@
-"""The search space: a range or choices for each dotted key, and when a key matters at all.
+"""The search space: a range or choices for each dotted key, and conditions between keys.
 
     finetune.lr: {log_uniform: [1e-4, 3e-3]}
     finetune.epochs: {integer: [1, 4]}
     finetune.adversarial: {choice: [0, 1]}
     finetune.adversarial_size: {log_uniform: [0.01, 0.1], when: {finetune.adversarial: 1}}
 
-A key whose condition does not hold is left at its configured value. `walk` goes through the keys so
-that conditions come first; random draws, grids and Optuna all are walks.
+A key whose condition does not hold is inactive: it keeps its configured value. `walk` visits the
+active keys, each after the keys of its conditions; random draws, grids and Optuna all use it.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from raybert.errors import ConfigError
 
 KINDS = ("uniform", "log_uniform", "integer", "log_integer", "choice")
 _SECTION = "tune.space"
-_GRID_POINTS = 3  # of a range, unless `points` says otherwise
+_GRID_POINTS = 3  # the default of `points`
 
 Values = dict[str, Any]  # by dotted keys
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """What one key may be."""
+    """The values that a key may have."""
 
     key: str
     kind: str
     low: float = 0.0
     high: float = 0.0
     choices: tuple[Any, ...] = ()
-    when: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # other keys, and what they must be
-    points: int = _GRID_POINTS  # of a grid
+    when: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # key, allowed values
+    points: int = _GRID_POINTS  # of a range, in a grid
 
     @property
     def is_log(self) -> bool:
-        """Whether what counts is the number's magnitude."""
+        """Whether the scale is logarithmic."""
         return self.kind.startswith("log")
 
     @property
@@ -52,33 +52,33 @@ class Dimension:
 
     @property
     def ends(self) -> list[Any]:
-        """What to try of it first: both ends of the range, or every choice."""
+        """Both ends of the range, or every choice."""
         if self.kind == "choice":
             return list(self.choices)
         return [self.at(0.0), self.at(1.0)]
 
-    def at(self, share: float) -> Any:
-        """The value at a share of the range, 0 to 1."""
+    def at(self, fraction: float) -> Any:
+        """The value at a fraction of the range, 0 to 1."""
         if self.kind == "choice":
-            return self.choices[min(int(share * len(self.choices)), len(self.choices) - 1)]
-        if self.is_integer:  # each number has an equal part of the range
+            return self.choices[min(int(fraction * len(self.choices)), len(self.choices) - 1)]
+        if self.is_integer:  # each integer gets an equal part of the range
             low, high = self.low - 0.5, self.high + 0.5
-            value = _between(low, high, share, self.is_log)
+            value = _interpolate(low, high, fraction, self.is_log)
             return int(min(max(round(value), self.low), self.high))
-        value = _between(self.low, self.high, share, self.is_log)
+        value = _interpolate(self.low, self.high, fraction, self.is_log)
         return min(max(value, self.low), self.high)
 
     def grid(self) -> list[Any]:
-        """The points of a grid along it, both ends among them."""
+        """The points of a grid, both ends included."""
         if self.kind == "choice":
             return list(self.choices)
         if self.points == 1:
             return [self.at(0.5)]
-        shares = [i / (self.points - 1) for i in range(self.points)]
-        return list(dict.fromkeys(self.at(share) for share in shares))
+        fractions = [i / (self.points - 1) for i in range(self.points)]
+        return list(dict.fromkeys(self.at(fraction) for fraction in fractions))
 
     def contains(self, value: Any) -> bool:
-        """Whether a value is one of those."""
+        """Whether a value is in the range or among the choices."""
         if self.kind == "choice":
             return value in self.choices
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -87,25 +87,25 @@ class Dimension:
         return bool(self.low <= value <= self.high)
 
     def clip(self, value: Any) -> Any:
-        """The nearest value inside."""
+        """The nearest valid value; the first choice for an invalid one."""
         if self.kind == "choice":
             return value if value in self.choices else self.choices[0]
         inside = min(max(value, self.low), self.high)
         return round(inside) if self.is_integer else inside
 
-    def matters(self, values: Mapping[str, Any]) -> bool:
-        """Whether its condition holds."""
+    def is_active(self, values: Mapping[str, Any]) -> bool:
+        """Whether its conditions hold."""
         return all(values.get(key) in options for key, options in self.when)
 
 
 class Space:
-    """All dimensions, in an order in which conditions come before what they decide."""
+    """All dimensions, each after the keys of its conditions."""
 
     def __init__(self, dimensions: Sequence[Dimension]) -> None:
-        """Order the dimensions.
+        """Sort the dimensions.
 
         Raises:
-            ConfigError: a condition names a key outside the space, or keys that wait for another.
+            ConfigError: a condition names a key outside the space, or conditions are circular.
         """
         left = list(dimensions)
         known = {dimension.key for dimension in left}
@@ -114,16 +114,16 @@ class Space:
             placed = {d.key for d in self.dimensions}
             ready = [d for d in left if {key for key, _ in d.when} <= placed]
             if not ready:
-                _refuse_conditions(left, known)
+                _raise_for_conditions(left, known)
             self.dimensions += ready
             left = [d for d in left if d not in ready]
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Space:
-        """Read what the configuration says.
+        """Parse the space of a configuration.
 
         Raises:
-            ConfigError: one line about what can't be searched.
+            ConfigError: an invalid range, an empty list of choices, an unknown kind.
         """
         return cls([_dimension(key, value) for key, value in _leaves(raw)])
 
@@ -131,10 +131,10 @@ class Space:
         return len(self.dimensions)
 
     def walk(self, pick: Callable[[Dimension], Any]) -> Values:
-        """Give every key that matters the value that `pick` chooses."""
+        """Choose the value of every active key with `pick`."""
         values: Values = {}
         for dimension in self.dimensions:
-            if dimension.matters(values):
+            if dimension.is_active(values):
                 values[dimension.key] = pick(dimension)
         return values
 
@@ -143,7 +143,7 @@ class Space:
         return self.walk(lambda dimension: dimension.at(draws.random()))
 
     def grid(self) -> list[Values]:
-        """Every combination of the dimensions' points; conditions leave fewer."""
+        """Every combination of the dimensions' points, without the inactive keys."""
         found: dict[str, Values] = {}
         for chosen in itertools.product(*(d.grid() for d in self.dimensions)):
             by_key = dict(zip((d.key for d in self.dimensions), chosen, strict=True))
@@ -152,34 +152,34 @@ class Space:
         return list(found.values())
 
     def clip(self, values: Mapping[str, Any]) -> Values:
-        """Bring values back inside; keys of no dimension stay as they are."""
+        """Clip values to the space; other keys are kept."""
         inside = {d.key: d.clip(values[d.key]) for d in self.dimensions if d.key in values}
         return {**values, **inside}
 
     def of(self, settings: Mapping[str, Any]) -> Values:
-        """What settings, by dotted keys, say of the keys that matter."""
+        """The values of the active keys in settings by dotted keys."""
         return self.walk(lambda dimension: settings.get(dimension.key))
 
     def contains(self, values: Mapping[str, Any]) -> bool:
         """Whether these values could have been drawn."""
         by_key = {d.key: d for d in self.dimensions}
-        matter = self.of(values)
-        return matter.keys() == values.keys() and all(
+        active = self.of(values)
+        return active.keys() == values.keys() and all(
             by_key[key].contains(value) for key, value in values.items()
         )
 
 
-def _between(low: float, high: float, share: float, is_log: bool) -> float:
+def _interpolate(low: float, high: float, fraction: float, is_log: bool) -> float:
     if is_log:
-        return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
-    return low + share * (high - low)
+        return math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
+    return low + fraction * (high - low)
 
 
 def _leaves(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each key with what is said of it; `--set tune.space.finetune.lr=...` nests by its dots."""
+    """Each dotted key with its range; `--set tune.space.finetune.lr=...` nests the keys."""
     for name, value in raw.items():
         key = f"{prefix}{name}"
-        if value is None:  # taken out with --set
+        if value is None:  # removed with --set
             continue
         nested = isinstance(value, Mapping) and value and not {*KINDS, "when"} & set(value)
         if nested and all(isinstance(inner, Mapping | None) for inner in value.values()):
@@ -233,7 +233,7 @@ def _range(where: str, kind: str, value: Any) -> tuple[float, float]:
             f"{where}: {kind}={value} is empty; the first number must be less than the second"
         )
     if kind.startswith("log") and low <= 0:
-        raise ConfigError(f"{where}: {kind}={value}: magnitudes need numbers above 0")
+        raise ConfigError(f"{where}: {kind}={value}: a logarithmic range needs numbers above 0")
     if kind.endswith("integer") and (low != int(low) or high != int(high)):
         raise ConfigError(f"{where}: {kind}={value}: give whole numbers, or use uniform")
     return low, high
@@ -241,14 +241,14 @@ def _range(where: str, kind: str, value: Any) -> tuple[float, float]:
 
 def _conditions(where: str, given: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{where}: when={given!r}: give other keys and what they must be")
+        raise ConfigError(f"{where}: when={given!r}: give other keys and their values")
     return tuple(
         (str(key), tuple(options) if isinstance(options, list) else (options,))
         for key, options in given.items()
     )
 
 
-def _refuse_conditions(left: Sequence[Dimension], known: set[str]) -> None:
+def _raise_for_conditions(left: Sequence[Dimension], known: set[str]) -> None:
     for dimension in left:
         for key, _ in dimension.when:
             if key not in known:
@@ -257,4 +257,4 @@ def _refuse_conditions(left: Sequence[Dimension], known: set[str]) -> None:
                     "searched; add that key to the space, or leave the condition out"
                 )
     keys = ", ".join(dimension.key for dimension in left)
-    raise ConfigError(f"{_SECTION}: the conditions of {keys} wait for each other; leave one out")
+    raise ConfigError(f"{_SECTION}: the conditions of {keys} are circular; leave one out")

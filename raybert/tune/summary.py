@@ -1,14 +1,15 @@
-"""What a search came to: for `--json`, for the report, and as the configuration of the winner."""
+"""The result of a search: for `--json` and, with all trials, for the report."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from raybert.storage.folder import Folder
 from raybert.train.metrics_log import finite
-from raybert.tune.finalists import Finalist, configured
+from raybert.tune.finalists import Finalist, configured_trial
 from raybert.tune.importance import METHOD, importance
 from raybert.tune.space import Space
 from raybert.tune.trial_store import TrialRecord, count_states
@@ -16,36 +17,44 @@ from raybert.tune.trial_store import TrialRecord, count_states
 TRIALS, CLOCK = "trials.json", "search.json"
 
 
-@dataclass
-class Clock:
-    """The seconds that a search took over all its sessions, kept in its folder."""
+class SearchClock:
+    """The seconds of a search over all its sessions; stored whenever a trial ends."""
 
-    stage: Folder
-    before: float = 0.0  # of earlier sessions
-
-    @classmethod
-    def read(cls, stage: Folder) -> Clock:
-        """Read what earlier sessions took."""
+    def __init__(self, stage: Folder) -> None:
+        """Read the seconds of earlier sessions and start to count."""
         found = stage.read_json(CLOCK)["seconds"] if stage.exists(CLOCK) else 0.0
-        return cls(stage, float(found))
+        self.earlier = float(found)  # seconds of earlier sessions
+        self._stage, self._started = stage, time.monotonic()
 
-    def write(self, seconds: float) -> None:
-        """Write down what this session has taken so far, with those before."""
-        self.stage.write_json(CLOCK, {"seconds": round(self.before + seconds, 1)})
+    @property
+    def seconds(self) -> float:
+        """The seconds of all sessions so far."""
+        return self.earlier + time.monotonic() - self._started
+
+    def write(self) -> None:
+        """Store the seconds."""
+        self._stage.write_json(CLOCK, {"seconds": round(self.seconds, 1)})
+
+    def on_evaluation(self, trial: TrialRecord) -> None:
+        """Nothing to store."""
+
+    def on_trial_end(self, trial: TrialRecord) -> None:
+        """Store the seconds."""
+        self.write()
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What trials took of the machines."""
+    """The compute that trials used."""
 
     trial_seconds: float
     core_hours: float
     gpu_hours: float
 
     @classmethod
-    def of(cls, entries: Sequence[TrialRecord], cores: float, gpus: float) -> Cost:
-        """Add up the trials' own seconds, times the cores and GPUs that each was given."""
-        seconds = sum(entry.seconds for entry in entries)
+    def of(cls, trials: Sequence[TrialRecord], cores: float, gpus: float) -> Cost:
+        """Sum the trials' training seconds, times the cores and GPUs of each trial."""
+        seconds = sum(trial.seconds for trial in trials)
         hours = seconds / 3600
         return cls(round(seconds, 1), round(hours * cores, 4), round(hours * gpus, 4))
 
@@ -53,13 +62,13 @@ class Cost:
 def write_trials(
     stage: Folder,
     space: Space,
-    entries: Sequence[TrialRecord],
+    trials: Sequence[TrialRecord],
     finalists: Sequence[Finalist],
     cost: Cost,
     scheduler: str,
     searcher: str,
 ) -> None:
-    """Write what the report shows of a search."""
+    """Write `trials.json`, from which the report is made."""
     stage.write_json(
         TRIALS,
         finite(
@@ -67,25 +76,25 @@ def write_trials(
                 "searcher": searcher,
                 "scheduler": scheduler,
                 "dimensions": [asdict(dimension) for dimension in space.dimensions],
-                "trials": [entry.as_json() for entry in entries],
+                "trials": [trial.as_json() for trial in trials],
                 "finalists": [finalist.as_json() for finalist in finalists],
-                "importance": {"method": METHOD, "shares": importance(space, entries)},
+                "importance": {"method": METHOD, "shares": importance(space, trials)},
                 "cost": asdict(cost),
             }
         ),
     )
 
 
-def result_of(
-    entries: Sequence[TrialRecord], finalists: Sequence[Finalist], cost: Cost, seconds: float
+def search_result(
+    trials: Sequence[TrialRecord], finalists: Sequence[Finalist], cost: Cost, seconds: float
 ) -> dict[str, Any]:
-    """What `raybert tune --json` ends with, but for what the winner's model adds."""
-    first = configured(entries)
+    """The result of `raybert tune --json`, without the keys of the winner's model."""
+    first = configured_trial(trials)
     default = next(
         (f for f in finalists if first is not None and f.trial.values == first.values), None
     )
     found = {
-        "trials": {"all": len(entries), **count_states(entries)},
+        "trials": {"all": len(trials), **count_states(trials)},
         "best": finalists[0].as_json(),
         "default": None if default is None else default.as_json(),
         "seconds": round(seconds, 1),

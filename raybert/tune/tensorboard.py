@@ -1,7 +1,7 @@
-"""TensorBoard: each trial's curves, and the tab that sets hyperparameters against scores.
+"""TensorBoard: the curves of each trial, and the tab of hyperparameters and scores.
 
-The events lie in the search's folder where that is on a disk; TensorBoard's files are appended to,
-which object stores can't.
+Events are written only if the search's folder is on a disk: TensorBoard appends to its files, which
+object stores do not support.
 """
 
 from __future__ import annotations
@@ -20,60 +20,60 @@ from raybert.storage.folder import Folder
 from raybert.tune.trial_store import TrialRecord
 
 _HOST = "127.0.0.1"
-_PORT = 6006  # TensorBoard's own
+_PORT = 6006  # TensorBoard's default
 
 
 class EventWriter:
-    """Writes what trials come to as TensorBoard's events, a folder a trial."""
+    """Writes TensorBoard events of trials, one folder per trial."""
 
     def __init__(self, folder: Folder) -> None:
-        """Write into a local folder; nothing is written elsewhere."""
+        """Write into a local folder; for another folder nothing is written."""
         self._folder = Path(folder.path) if folder.is_local else None
         self._writers: dict[str, Any] = {}
 
-    def evaluated(self, entry: TrialRecord) -> None:
+    def on_evaluation(self, trial: TrialRecord) -> None:
         """Add a trial's last evaluation to its curves."""
-        writer = self._writer(entry)
+        writer = self._writer(trial)
         if writer is not None:
-            last = entry.evaluations[-1]
+            last = trial.evaluations[-1]
             for key in ("accuracy", "loss", "score", "epoch"):
                 writer.add_scalar(f"validation/{key}", getattr(last, key), last.step)
             writer.flush()
 
-    def ended(self, entry: TrialRecord) -> None:
-        """Add a trial to the hyperparameters' tab."""
+    def on_trial_end(self, trial: TrialRecord) -> None:
+        """Add a trial to the tab of hyperparameters."""
         from tensorboardX.summary import hparams
 
-        writer = self._writer(entry)
-        if writer is None or entry.best is None:
+        writer = self._writer(trial)
+        if writer is None or trial.best is None:
             return
         values = {
             key: v if isinstance(v, int | float | str | bool) else str(v)
-            for key, v in entry.values.items()
+            for key, v in trial.values.items()
         }
-        metrics = {"best/accuracy": entry.best.accuracy, "best/loss": entry.best.loss}
+        metrics = {"best/accuracy": trial.best.accuracy, "best/loss": trial.best.loss}
         for summary in hparams(hparam_dict=values, metric_dict=metrics):
             writer.file_writer.add_summary(summary)
         for key, value in metrics.items():
-            writer.add_scalar(key, value, entry.best.step)
+            writer.add_scalar(key, value, trial.best.step)
         writer.close()
-        del self._writers[entry.name]
+        del self._writers[trial.name]
 
-    def _writer(self, entry: TrialRecord) -> Any:
+    def _writer(self, trial: TrialRecord) -> Any:
         if self._folder is None:
             return None
-        if entry.name not in self._writers:
+        if trial.name not in self._writers:
             from tensorboardX import SummaryWriter
 
-            self._writers[entry.name] = SummaryWriter(logdir=str(self._folder / entry.name))
-        return self._writers[entry.name]
+            self._writers[trial.name] = SummaryWriter(logdir=str(self._folder / trial.name))
+        return self._writers[trial.name]
 
 
 def check_tensorboard(folder: Folder) -> None:
-    """Make sure that TensorBoard can be started on a folder.
+    """Check that TensorBoard can be started on a folder.
 
     Raises:
-        UserError: it is an extra, and not installed; or the folder is not on a disk.
+        UserError: TensorBoard is not installed, or the folder is not on a disk.
     """
     if not folder.is_local:
         raise UserError(
@@ -87,7 +87,7 @@ def check_tensorboard(folder: Folder) -> None:
 
 @contextmanager
 def tensorboard(folder: Folder) -> Iterator[str]:
-    """Serve a local folder's events on this machine while the context lasts; yields where."""
+    """Serve a local folder's events while the context lasts; yields the URL."""
     port = _free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder.path]
     process = subprocess.Popen(
@@ -108,7 +108,7 @@ def tensorboard(folder: Folder) -> Iterator[str]:
 
 
 def _free_port() -> int:
-    """TensorBoard's own port, or any that is free."""
+    """TensorBoard's default port, or another free one."""
     for port in (_PORT, 0):
         with socket.socket() as probe:
             try:

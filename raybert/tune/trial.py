@@ -1,8 +1,8 @@
-"""A trial in its worker: the same run as fine-tuning's, which stands still at every evaluation.
+"""A trial in its worker: a fine-tuning run that pauses at every evaluation.
 
-A worker outlives its trials: the next one finds Python, PyTorch, the texts and the pretrained
-weights where the last one left them. A trial's state is in its own folder; what Ray Tune is given
-as a checkpoint is where that is: a pointer.
+A worker outlives its trials: the next trial finds Python, PyTorch, the texts and the pretrained
+weights in memory. A trial's checkpoints lie in its own folder; Ray Tune's checkpoint is only a
+pointer to them.
 """
 
 from __future__ import annotations
@@ -17,47 +17,49 @@ from ray.tune import Trainable
 
 from raybert.cluster.session import Resources
 from raybert.config import dump
-from raybert.errors import DamagedError, RaybertError, StorageError, Superseded
+from raybert.errors import RaybertError, StorageError, Superseded
 from raybert.storage.folder import Folder
 from raybert.tasks.classification import FinetuneSpec, SharedInputs
-from raybert.train.checkpoint import CheckpointStore, Snapshot, begin_attempt, hash_tensors
+from raybert.train.checkpoint import begin_attempt
 from raybert.train.metrics_log import read_metrics
 from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel
 from raybert.train.run import CONFIG
 from raybert.train.task import Stopped
-from raybert.tune.schedulers.pbt_evidence import evidence, is_open
-from raybert.tune.settings import Searched
+from raybert.tune.schedulers.pbt import EXPLOIT_ID
+from raybert.tune.schedulers.pbt_evidence import lacks_evidence
+from raybert.tune.schedulers.pbt_exploit import copy_donor, record_evidence
+from raybert.tune.settings import TrialConfig
 from raybert.tune.space import Values
-from raybert.tune.trial_store import TRIAL, write_trial
-from raybert.tune.trial_training import Run, start_run
+from raybert.tune.trial_store import TRIAL
+from raybert.tune.trial_training import TrialRun, start_run
 
-EXCHANGE = "exchange"  # in a trial's configuration: tells one take-over from the next
-FAILED_SCORE = -1.0  # below any accuracy: schedulers compare with it, and it must be a number
+FAILED_SCORE = -1.0  # below any score: schedulers compare it, so it must be a finite number
+_LONGEST_REASON = 300  # characters
 
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What the trials of a search share; it travels to their workers once, by the object store."""
+    """What the trials of a search have in common; it is sent to each worker once."""
 
-    folder: Folder  # that the trials' folders are in
-    base: Searched
-    job: FinetuneSpec  # of the base; its texts are whole
-    held: Any  # a reference to what its runs share in memory
-    seq_len: int  # of trials that say nothing else
+    folder: Folder  # of the trials' folders
+    base: TrialConfig  # the configured values
+    spec: FinetuneSpec  # of the base; its texts have their full length
+    shared_inputs: Any  # an object reference to the SharedInputs
+    seq_len: int  # of trials that do not set it
     keep_checkpoints: int
-    threads: int | None  # of a worker; None: a fair share of its machine's cores
+    threads: int | None  # of a worker; None: the machine's cores divided by its workers
     gpu: bool
     resources: Resources
-    board: DriverChannel
+    channel: DriverChannel
 
-    def job_of(self, values: Values, seed: int) -> FinetuneSpec:
-        """The fine-tuning run of a trial; what it reads is not held.
+    def trial_spec(self, values: Values, seed: int) -> FinetuneSpec:
+        """The fine-tuning run of a trial, without its shared inputs.
 
         Raises:
-            ConfigError: the configuration refuses these values.
+            ConfigError: the values are invalid.
         """
-        searched = self.base.with_values(values)
-        config = searched.finetune
+        trial = self.base.with_values(values)
+        config = trial.finetune
         config = config.model_copy(
             update={
                 "seed": seed,
@@ -68,179 +70,152 @@ class TrialContext:
         seq_len = config.seq_len or self.seq_len
         limits = {"seq_len": seq_len, "head_tokens": max(1, round(seq_len * config.head_share))}
         return replace(
-            self.job,
+            self.spec,
             config=config,
-            model=searched.model,
-            prepared=self.job.prepared.model_copy(update=limits),
+            model=trial.model,
+            prepared=self.spec.prepared.model_copy(update=limits),
         )
 
 
 class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
-    """Ray Tune's view of a trial: `step` trains up to the next evaluation."""
+    """Ray Tune's interface to a trial: `step` trains up to the next evaluation."""
 
-    def setup(self, config: dict[str, Any], work: TrialContext | None = None) -> None:
+    def setup(self, config: dict[str, Any], context: TrialContext | None = None) -> None:
         """Start the worker with its first trial."""
-        assert work is not None
-        self._work = work
-        self._held: SharedInputs = ray.get(work.held)
-        # A number of its own for each worker: their records lie beside each other on the board.
-        self._link = WorkerChannel(work.board, uuid.uuid4().int % 1_000_000)
-        self._run: Run | None = None
+        assert context is not None
+        self._context = context
+        self._shared_inputs: SharedInputs = ray.get(context.shared_inputs)
+        # The channel orders records by attempt: a number for each worker keeps theirs apart.
+        self._channel = WorkerChannel(context.channel, uuid.uuid4().int % 1_000_000)
+        self._run: TrialRun | None = None
         self._pointer: dict[str, Any] | None = None
-        self._is_unproven = False  # its last exchange, as yet
-        self._last: dict[str, Any] = {}
-        self._take(config)
+        self._latest_result: dict[str, Any] = {}
+        self._lacks_evidence = False  # of the last exploit
+        self._configure(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial, or the same one with other values."""
-        self._leave()
-        self._take(new_config)
+        """Switch to the next trial, or to other values of the same trial."""
+        self._close_run()
+        self._configure(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train up to the next evaluation and report it.
+        """Train up to the next evaluation and return its result.
 
-        What goes wrong in the trial itself is reported as its end; only what may pass is raised,
-        for Ray Tune to try again.
+        An error of the trial itself is returned as its end. An error that may be temporary is
+        raised, and Ray Tune restarts the trial.
         """
         try:
-            self._last = self._advance()
-            if self._is_unproven:
-                self._note_evidence()
+            self._latest_result = self._advance()
+            if self._lacks_evidence:
+                self._lacks_evidence = record_evidence(self._folder, self._spec().config)
         except Stopped:
-            self._leave()
-            return {**self._last, "interrupted": True, "done": True}
+            self._close_run()
+            return {**self._latest_result, "interrupted": True, "done": True}
         except Superseded as error:  # by another driver of the same search
-            self._leave()
-            told = {"interrupted": True, "superseded": str(error)}
-            return {**self._last, **told, "done": True}
+            self._close_run()
+            ending = {"interrupted": True, "superseded": str(error), "done": True}
+            return {**self._latest_result, **ending}
         except StorageError:
-            self._leave()
+            self._close_run()
             raise
         except Exception as error:
-            self._leave()
-            return {**self._last, "score": FAILED_SCORE, "failed": _reason(error), "done": True}
-        return self._last
+            self._close_run()
+            ending = {"score": FAILED_SCORE, "failed": _format_error(error), "done": True}
+            return {**self._latest_result, **ending}
+        return self._latest_result
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Save the run where it stands, in its own folder; returns where that is."""
-        run = self._run or self._begin()
-        return {"trial": self.trial_id, "step": run.save(), "weights": run.weights()}
+        """Save a checkpoint in the trial's folder; returns a pointer to it."""
+        run = self._run or self._start_run()
+        return {"trial": self.trial_id, "step": run.save(), "weights": run.hash_weights()}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Go on from where a pointer says: the trial's own place, or another trial's."""
-        self._leave()
+        """Continue from a pointer: this trial's own checkpoint, or another trial's."""
+        self._close_run()
         self._pointer = checkpoint
 
     def cleanup(self) -> None:
         """End the worker."""
-        self._leave()
-        self._link.close()
+        self._close_run()
+        self._channel.close()
 
-    def _take(self, config: dict[str, Any]) -> None:
-        # Ray Tune copies a donor's whole configuration: a trial's name is not in it.
+    @property
+    def _folder(self) -> Folder:
+        return self._context.folder / str(self.trial_id)
+
+    def _spec(self) -> FinetuneSpec:
+        return self._context.trial_spec(self._values, self._seed)
+
+    def _configure(self, config: dict[str, Any]) -> None:
+        # On an exploit Ray Tune copies the donor's configuration, so it can't hold a trial's name.
         self._seed = int(config["seed"])
         self._values: Values = {key: v for key, v in config.items() if "." in key}
-        self._exchange = config.get(EXCHANGE)
+        self._exploit_id: str | None = config.get(EXPLOIT_ID)
         self._pointer = None
-        nothing = dict.fromkeys(("score", "best"), FAILED_SCORE)
-        self._last = {**nothing, "epoch": 0.0, "step": 0}
+        no_scores = dict.fromkeys(("score", "best"), FAILED_SCORE)
+        self._latest_result = {**no_scores, "epoch": 0.0, "step": 0}
 
-    def _leave(self) -> None:
+    def _close_run(self) -> None:
         if self._run is not None:
             self._run.close()
             self._run = None
-            gc.collect()  # the next model should find the memory of this one
+            gc.collect()  # frees the model's memory for the next one
 
     def _advance(self) -> dict[str, Any]:
-        run = self._run or self._begin()
-        found = run.advance()
-        if found is None:  # it had been evaluated to the end before
-            return {**self._last, "ended": True, "done": True}
-        is_over = found["step"] >= (found["total_steps"] or 0)
-        if is_over:
+        run = self._run or self._start_run()
+        evaluation = run.advance()
+        if evaluation is None:  # the last evaluation was before a restart
+            return {**self._latest_result, "ended": True, "done": True}
+        is_last = evaluation["step"] >= (evaluation["total_steps"] or 0)
+        if is_last:
             run.advance()  # writes the model and the result
         return {
-            **{key: found[key] for key in ("score", "accuracy", "loss", "epoch", "step")},
-            "best": max(self._last["best"], found["score"]),
-            "ended": is_over,
-            "done": is_over,
+            **{key: evaluation[key] for key in ("score", "accuracy", "loss", "epoch", "step")},
+            "best": max(self._latest_result["best"], evaluation["score"]),
+            "ended": is_last,
+            "done": is_last,
         }
 
-    def _begin(self) -> Run:
-        """Start the run, or go on with it, on another trial's weights where it shall."""
-        work, folder = self._work, self._work.folder / self.trial_id
-        job = work.job_of(self._values, self._seed)
-        folder.write_text(CONFIG, dump(Searched(model=job.model, finetune=job.config)))
-        attempt = begin_attempt(folder, job.config.retry_timeout_s)
-        taken = self._take_over(folder, attempt, job)
-        exchanges = folder.read_json(TRIAL)["exchanges"]
-        self._is_unproven = bool(exchanges) and is_open(exchanges[-1])
-        scores = [r["score"] for r in read_metrics(folder) if r["kind"] == "eval" and not taken]
-        self._last["best"] = max([FAILED_SCORE, *(s for s in scores if s is not None)])
+    def _start_run(self) -> TrialRun:
+        """Start or resume the trial's run, from another trial's weights after an exploit."""
+        context, folder, spec = self._context, self._folder, self._spec()
+        folder.write_text(CONFIG, dump(TrialConfig(model=spec.model, finetune=spec.config)))
+        attempt = begin_attempt(folder, spec.config.retry_timeout_s)
+        is_new = self._exploit(folder, attempt, spec)
+        exploits = folder.read_json(TRIAL)["exchanges"]
+        self._lacks_evidence = bool(exploits) and lacks_evidence(exploits[-1])
+        scores = [r["score"] for r in read_metrics(folder) if r["kind"] == "eval" and not is_new]
+        self._latest_result["best"] = max([FAILED_SCORE, *(s for s in scores if s is not None)])
         self._run = start_run(
-            job,
+            spec,
             folder,
             attempt,
-            self._held,
-            gpu=work.gpu,
-            resources=work.resources,
-            report=self._report,
-            is_stopping=self._link.is_stopping,
+            self._shared_inputs,
+            gpu=context.gpu,
+            resources=context.resources,
+            on_progress=self._report,
+            is_stopping=self._channel.is_stopping,
         )
         return self._run
 
-    def _report(self, record: dict[str, Any]) -> None:
-        self._link.report({**record, "trial": self.trial_id})
-
-    def _take_over(self, folder: Folder, attempt: int, job: FinetuneSpec) -> bool:
-        """Copy the state that the pointer names into this trial's folder, if it is another's."""
+    def _exploit(self, folder: Folder, attempt: int, spec: FinetuneSpec) -> bool:
+        """Copy the checkpoint that the pointer names, if it is another trial's."""
         pointer = self._pointer
         if pointer is None or pointer["trial"] == self.trial_id:
             return False
-        trial = folder.read_json(TRIAL)
-        if any(exchange.get("id") == self._exchange for exchange in trial["exchanges"]):
-            return False  # before a restart: it has come further since
-        taken = {"id": self._exchange, "from": pointer["trial"], "step": pointer["step"]}
-        taken |= {"attempt": attempt}
-        donor = CheckpointStore(self._work.folder / pointer["trial"], 0, 1)
-        snapshot = _load(donor, pointer["step"])
-        # Whatever is best of the donor lies in the donor's folder; this one's best is yet to come.
-        fresh = {"best_score": None, "best_step": None, "best_metrics": None}
-        snapshot.state = {**snapshot.state, **fresh}
-        store = CheckpointStore(folder, attempt, job.config.keep_checkpoints)
-        store.save(snapshot, best_step=None, wait=True)
-        taken |= {"weights": pointer["weights"], "before": trial["values"], "after": self._values}
-        if snapshot.step != pointer["step"]:
-            taken |= {"step": snapshot.step, "weights": hash_tensors(snapshot.model)}
-        exchanges = [*trial["exchanges"], taken]
-        write_trial(folder, self._values, self._seed, trial["begun"], exchanges)
-        return True
+        donor = self._context.folder / pointer["trial"]
+        return copy_donor(
+            pointer, self._exploit_id, donor, folder, attempt, self._values, spec.config
+        )
 
-    def _note_evidence(self) -> None:
-        """Write down what proves the last exchange, once the run has logged it."""
-        folder = self._work.folder / self.trial_id
-        trial = folder.read_json(TRIAL)
-        exchange = trial["exchanges"][-1]
-        config = self._work.job_of(self._values, self._seed).config
-        exchange |= evidence(exchange, read_metrics(folder), config)
-        folder.write_json(TRIAL, trial)
-        self._is_unproven = is_open(exchange)
+    def _report(self, record: dict[str, Any]) -> None:
+        self._channel.report({**record, "trial": self.trial_id})
 
 
-def _load(store: CheckpointStore, step: int) -> Snapshot:
-    """Load a donor's checkpoint; its youngest one, where that one has given way since."""
-    try:
-        return store.load(step)
-    except DamagedError:
-        youngest = store.load_latest(lambda text: None)
-        if youngest is None:
-            raise
-        return youngest
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in a line."""
+def _format_error(error: Exception) -> str:
+    """The first line of an error, with the type of an unexpected one."""
     lines = str(error).strip().splitlines() or [""]
-    told = lines[0] if isinstance(error, RaybertError) else f"{type(error).__name__}: {lines[0]}"
-    return told[:300]
+    is_ours = isinstance(error, RaybertError)
+    line = lines[0] if is_ours else f"{type(error).__name__}: {lines[0]}"
+    return line[:_LONGEST_REASON]

@@ -1,8 +1,8 @@
-"""The trials of a search, as the storage knows them: what was asked, how far each came, its end.
+"""The trials of a search in the storage: their values, their progress and how they ended.
 
-A trial is a run like any other, in a folder named by its number. Beside the run's own files lie
-`trial.json`, written before it starts, and `outcome.json`, written when it is over. A search that
-was killed reads all this again, and counts no trial twice, whatever Ray Tune remembered.
+A trial is a training run in a folder of its own. Beside the run's files it has `trial.json`,
+written before it starts, and `outcome.json`, written when it has ended. A search resumes from these
+files, not from Ray Tune's state, which lags behind.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from raybert.tune.space import Values
 
 TRIAL, OUTCOME = "trial.json", "outcome.json"
 
-#: waiting: it was begun, or will be; stopped: by the scheduler, or for the time was up.
+#: waiting: not started, or to be resumed; stopped: by the scheduler or at the time limit.
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 ENDED = ("finished", "stopped", "failed")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a trial was worth at some point."""
+    """One evaluation of a trial on the validation texts."""
 
     step: int
     epoch: float
@@ -36,8 +36,8 @@ class Evaluation:
     time: float  # seconds since 1970
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> Evaluation:
-        """Read a run's record."""
+    def from_record(cls, record: dict[str, Any]) -> Evaluation:
+        """Read a record of the run's metrics log."""
         numbers = (record.get(key) for key in ("epoch", "score", "accuracy", "loss"))
         epoch, score, accuracy, loss = (float("nan") if n is None else float(n) for n in numbers)
         when = float(record.get("time") or time.time())
@@ -46,19 +46,19 @@ class Evaluation:
 
 @dataclass
 class TrialRecord:
-    """One trial."""
+    """A trial and its results."""
 
     name: str
     values: Values
     seed: int
     state: State = "waiting"
-    why: str = ""  # it was stopped, or failed
-    begun: float = 0.0  # seconds since 1970
+    reason: str = ""  # why it was stopped or failed
+    started: float = 0.0  # seconds since 1970
     ended: float | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
-    exchanges: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0  # that its workers were at it, over all attempts
-    step: int = 0  # as last heard of
+    exploits: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0  # of training, over all attempts
+    step: int = 0  # the latest reported one
     total_steps: int | None = None
 
     @property
@@ -69,42 +69,42 @@ class TrialRecord:
 
     @property
     def score(self) -> float:
-        """The best score, by which trials are ranked; minus infinity where there is none."""
+        """The best score, by which trials are ranked; minus infinity if there is none."""
         return float("-inf") if self.best is None or self.state == "failed" else self.best.score
 
     @property
     def epoch(self) -> float:
-        """The epochs that it was trained for, as of its last evaluation."""
+        """The epoch of its last evaluation."""
         return self.evaluations[-1].epoch if self.evaluations else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """All that is known of it, for the report and for `--json`."""
+        """The record for the report and for `--json`."""
         return {
             "trial": self.name,
             "state": self.state,
-            "why": self.why,
+            "why": self.reason,
             "values": self.values,
             "seed": self.seed,
             "score": None if self.best is None else self.best.score,
             "accuracy": None if self.best is None else self.best.accuracy,
             "loss": None if self.best is None else self.best.loss,
             "epoch": self.epoch,
-            "begun": self.begun,
+            "begun": self.started,
             "ended": self.ended,
             "seconds": round(self.seconds, 1),
             "evaluations": [[e.epoch, e.score, e.accuracy, e.time] for e in self.evaluations],
-            "exchanges": self.exchanges,
+            "exchanges": self.exploits,
         }
 
 
 class TrialStore:
-    """The trials in a folder."""
+    """The trials in a folder, each in a folder of its own."""
 
     def __init__(self, folder: Folder) -> None:
         """Open the folder that the trials' folders are in."""
         self.folder = folder
 
-    def entries(self) -> list[TrialRecord]:
+    def read_all(self) -> list[TrialRecord]:
         """Read all trials, in the order of their names."""
         return [
             self._read(name)
@@ -112,67 +112,69 @@ class TrialStore:
             if (self.folder / name).exists(TRIAL)
         ]  # fmt: skip
 
-    def open(self, name: str, values: Values, seed: int) -> TrialRecord:
-        """Write down a trial that is about to begin."""
-        entry = TrialRecord(name, values, seed, begun=round(time.time(), 3))
-        write_trial(self.run(name), values, seed, entry.begun, [])
-        return entry
+    def create(self, name: str, values: Values, seed: int) -> TrialRecord:
+        """Write a trial that is about to start."""
+        trial = TrialRecord(name, values, seed, started=round(time.time(), 3))
+        write_trial(self.folder_of(name), values, seed, trial.started, [])
+        return trial
 
-    def close(self, entry: TrialRecord, state: State, why: str = "") -> None:
-        """Write down how a trial ended."""
-        entry.state, entry.why = state, why
-        entry.ended = round(time.time(), 3)
-        self.run(entry.name).write_json(OUTCOME, {"state": state, "why": why, "ended": entry.ended})
+    def close(self, trial: TrialRecord, state: State, reason: str = "") -> None:
+        """Write how a trial ended."""
+        trial.state, trial.reason = state, reason
+        trial.ended = round(time.time(), 3)
+        outcome = {"state": state, "why": reason, "ended": trial.ended}
+        self.folder_of(trial.name).write_json(OUTCOME, outcome)
 
-    def reopen(self, entry: TrialRecord) -> None:
-        """Forget how a trial ended: it goes on from its checkpoints, if it has some."""
-        self.run(entry.name).delete(OUTCOME)
-        entry.state, entry.why, entry.ended = "waiting", "", None
+    def reopen(self, trial: TrialRecord) -> None:
+        """Delete how a trial ended: it resumes from its checkpoints, if it has some."""
+        self.folder_of(trial.name).delete(OUTCOME)
+        trial.state, trial.reason, trial.ended = "waiting", "", None
 
-    def refresh(self, entry: TrialRecord) -> None:
-        """Read again what a trial's workers have written of it."""
-        found = self._read(entry.name)
-        entry.values, entry.exchanges = found.values, found.exchanges
-        entry.evaluations, entry.seconds = found.evaluations, found.seconds
+    def refresh(self, trial: TrialRecord) -> None:
+        """Update a trial from the files that its workers have written."""
+        found = self._read(trial.name)
+        trial.values, trial.exploits = found.values, found.exploits
+        trial.evaluations, trial.seconds = found.evaluations, found.seconds
 
-    def run(self, name: str) -> Folder:
+    def folder_of(self, name: str) -> Folder:
         """A trial's folder."""
         return self.folder / name
 
     def _read(self, name: str) -> TrialRecord:
-        run = self.run(name)
-        trial = run.read_json(TRIAL)
-        entry = TrialRecord(
+        run = self.folder_of(name)
+        values = run.read_json(TRIAL)
+        trial = TrialRecord(
             name,
-            trial["values"],
-            int(trial["seed"]),
-            begun=float(trial["begun"]),
-            exchanges=trial["exchanges"],
+            values["values"],
+            int(values["seed"]),
+            started=float(values["begun"]),
+            exploits=values["exchanges"],
         )
-        # What a trial was worth before it took over another's weights is gone with its own.
-        since = entry.exchanges[-1]["step"] if entry.exchanges else -1
+        # Evaluations before an exploit are of weights that the trial has given up.
+        since = trial.exploits[-1]["step"] if trial.exploits else -1
         records = [r for r in read_metrics(run) if r["kind"] == "eval" and r["step"] > since]
-        entry.evaluations = [Evaluation.of(record) for record in records]
-        entry.seconds = spent(run)
+        trial.evaluations = [Evaluation.from_record(record) for record in records]
+        trial.seconds = training_seconds(run)
         if run.exists(OUTCOME):
             outcome = run.read_json(OUTCOME)
-            entry.state, entry.why = outcome["state"], outcome["why"]
-            entry.ended = outcome["ended"]
-        elif run.exists(RESULT):  # the driver was killed before it heard of this
-            entry.state = "finished"
-            entry.ended = entry.evaluations[-1].time if entry.evaluations else None
-        return entry
+            trial.state, trial.reason = outcome["state"], outcome["why"]
+            trial.ended = outcome["ended"]
+        elif run.exists(RESULT):  # the driver was killed before it recorded the end
+            trial.state = "finished"
+            trial.ended = trial.evaluations[-1].time if trial.evaluations else None
+        return trial
 
 
 def write_trial(
-    run: Folder, values: Values, seed: int, begun: float, exchanges: list[dict[str, Any]]
+    run: Folder, values: Values, seed: int, started: float, exploits: list[dict[str, Any]]
 ) -> None:
-    """Write what a trial is: its values as they are now, and whose it took over."""
-    run.write_json(TRIAL, {"values": values, "seed": seed, "begun": begun, "exchanges": exchanges})
+    """Write `trial.json`: a trial's current values and its exploits."""
+    trial = {"values": values, "seed": seed, "begun": started, "exchanges": exploits}
+    run.write_json(TRIAL, trial)
 
 
-def spent(run: Folder) -> float:
-    """The seconds that a run's attempts took, from each one's first line to its last."""
+def training_seconds(run: Folder) -> float:
+    """The seconds of a run's attempts, each from its first logged line to its last."""
     total = 0.0
     for name in (run / SEGMENTS).names():
         times = [r["time"] for r in parse_lines((run / SEGMENTS).read_text(name)) if "time" in r]
@@ -180,15 +182,15 @@ def spent(run: Folder) -> float:
     return total
 
 
-def ranked(entries: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """The trials that have a score, the best one first; of equals the older one."""
-    known = [entry for entry in entries if entry.score != float("-inf")]
-    return sorted(known, key=lambda entry: (-entry.score, entry.name))
+def rank_trials(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """The trials that have a score, the best first; of equal ones the older first."""
+    known = [trial for trial in trials if trial.score != float("-inf")]
+    return sorted(known, key=lambda trial: (-trial.score, trial.name))
 
 
-def count_states(entries: Iterable[TrialRecord]) -> dict[str, int]:
-    """How many trials ended how."""
+def count_states(trials: Iterable[TrialRecord]) -> dict[str, int]:
+    """How many trials are in each state."""
     counts = dict.fromkeys(ENDED, 0)
-    for entry in entries:
-        counts[entry.state] = counts.get(entry.state, 0) + 1
+    for trial in trials:
+        counts[trial.state] = counts.get(trial.state, 0) + 1
     return counts

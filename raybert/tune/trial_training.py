@@ -1,7 +1,7 @@
-"""Where a trial trains: in the process that Ray Tune gives it, or in workers of Ray Train.
+"""The training run of a trial: in Ray Tune's own process, or in Ray Train's workers.
 
-A trial of one worker trains in Ray Tune's process, which stays warm for the next one. One of
-several workers is a Ray Train run that this process starts and follows.
+A trial of one worker trains in the process that Ray Tune started, which is reused for the next
+trial. A trial of several workers is a Ray Train run that this process starts and follows.
 """
 
 from __future__ import annotations
@@ -26,147 +26,160 @@ from raybert.train.run import LoaderConfig, TrainingRun
 from raybert.train.task import ControlSignals
 
 _POLL_SECONDS = 0.5
-Report = Callable[[dict[str, Any]], None]
+OnProgress = Callable[[dict[str, Any]], None]
 
 
-class Run(Protocol):
-    """A trial's run, wherever it trains."""
+class TrialRun(Protocol):
+    """A trial's training run that can be advanced from evaluation to evaluation."""
 
     def advance(self) -> dict[str, Any] | None:
-        """Train up to the next evaluation and return its record; None: the run is over."""
+        """Train up to the next evaluation and return its record; None: the run has ended."""
 
     def save(self) -> int:
-        """Save it where it stands; returns the step."""
+        """Save a checkpoint; returns its step."""
 
-    def weights(self) -> str:
+    def hash_weights(self) -> str:
         """A hash of the weights as they were saved."""
 
     def close(self) -> None:
-        """Leave it as it stands."""
+        """End the run where it is."""
 
 
 def start_run(
-    job: FinetuneSpec,
+    spec: FinetuneSpec,
     folder: Folder,
     attempt: int,
-    held: SharedInputs,
+    shared_inputs: SharedInputs,
     *,
     gpu: bool,
     resources: Resources,
-    report: Report,
+    on_progress: OnProgress,
     is_stopping: Callable[[], bool],
-) -> Run:
-    """Start a trial's run, or go on with it.
+) -> TrialRun:
+    """Start or resume a trial's run.
 
     Args:
-        job: what is trained.
+        spec: what is trained.
         folder: of the run.
         attempt: its number.
-        held: what runs of one process share; those of Ray Train's workers read for themselves.
-        gpu: whether this process has one.
-        resources: what the cluster has.
-        report: gets every logged record.
-        is_stopping: whether all trials are to stop.
+        shared_inputs: texts and weights in this process's memory; Ray Train's workers read them
+            from the storage.
+        gpu: whether this process has a GPU.
+        resources: of the cluster.
+        on_progress: gets every logged record.
+        is_stopping: whether all trials must stop.
     """
-    if job.config.max_workers > 1:
-        return _OnRay(job, folder, resources, report, is_stopping)
-    return _Here(
-        replace(job, held=held), folder, attempt, gpu, report, ControlSignals(stop=is_stopping)
-    )
+    if spec.config.max_workers > 1:
+        return RayTrainTrialRun(spec, folder, resources, on_progress, is_stopping)
+    signals = ControlSignals(stop=is_stopping)
+    spec = replace(spec, shared=shared_inputs)
+    return InProcessTrialRun(spec, folder, attempt, gpu, on_progress, signals)
 
 
-class _Here:
+class InProcessTrialRun:
     """A run in this process."""
 
     def __init__(
         self,
-        job: FinetuneSpec,
+        spec: FinetuneSpec,
         folder: Folder,
         attempt: int,
         gpu: bool,
-        report: Report,
+        on_progress: OnProgress,
         signals: ControlSignals,
     ) -> None:
+        """Load the latest checkpoint of the run, if there is one."""
         group = Group(device=torch.device("cuda" if gpu else "cpu"))
-        self._execution = TrainingRun(
-            job, folder, attempt, group, LoaderConfig(), on_progress=report, signals=signals
+        self._run = TrainingRun(
+            spec, folder, attempt, group, LoaderConfig(), on_progress=on_progress, signals=signals
         )
-        self._execution.loop.resume()
+        self._run.loop.resume()
 
     def advance(self) -> dict[str, Any] | None:
-        return self._execution.advance()
+        """Train up to the next evaluation."""
+        return self._run.advance()
 
     def save(self) -> int:
-        self._execution.loop.save()
-        return self._execution.loop.progress.step
+        """Save a checkpoint of the current step."""
+        self._run.loop.save()
+        return self._run.loop.progress.step
 
-    def weights(self) -> str:
-        return hash_tensors(self._execution.loop.task.model.state_dict())
+    def hash_weights(self) -> str:
+        """Hash the weights in memory."""
+        return hash_tensors(self._run.loop.task.model.state_dict())
 
     def close(self) -> None:
-        self._execution.close()
+        """Free the run's memory."""
+        self._run.close()
 
 
-class _OnRay:
-    """A run of several workers: Ray Train's, until it is over or has to stand still.
+class RayTrainTrialRun:
+    """A Ray Train run of several workers.
 
-    Workers don't wait at an evaluation, for what is decided about it takes milliseconds, and their
-    start takes many seconds. They are stopped where a scheduler wants the run's state.
+    The workers do not wait at an evaluation: the scheduler decides in milliseconds, and a restart
+    of the workers takes many seconds. They are stopped only when the scheduler wants a checkpoint.
     """
 
     def __init__(
         self,
-        job: FinetuneSpec,
+        spec: FinetuneSpec,
         folder: Folder,
         resources: Resources,
-        report: Report,
+        on_progress: OnProgress,
         is_stopping: Callable[[], bool],
     ) -> None:
-        self._job, self._folder, self._resources = job, folder, resources
-        self._report, self._is_stopping = report, is_stopping
-        self._store = CheckpointStore(folder, 0, 1)
-        self._found: queue.Queue[dict[str, Any] | Exception | None] = queue.Queue()
-        self._board = DriverChannel()
+        """Describe the run; its workers start with the first `advance`."""
+        self._spec, self._folder, self._resources = spec, folder, resources
+        self._on_progress, self._is_stopping = on_progress, is_stopping
+        self._checkpoints = CheckpointStore(folder, 0, 1)
+        self._evaluations: queue.Queue[dict[str, Any] | Exception | None] = queue.Queue()
+        self._channel = DriverChannel()
         self._thread: threading.Thread | None = None
 
     def advance(self) -> dict[str, Any] | None:
+        """Wait for the workers' next evaluation."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
             self._thread.start()
         while True:
             with suppress(queue.Empty):
-                found = self._found.get(timeout=_POLL_SECONDS)
-                if isinstance(found, Exception):
-                    raise found
-                return found
+                evaluation = self._evaluations.get(timeout=_POLL_SECONDS)
+                if isinstance(evaluation, Exception):
+                    raise evaluation
+                return evaluation
             if self._is_stopping():
-                self._board.stop()
+                self._channel.stop()
 
     def save(self) -> int:
+        """Stop the workers, who save a checkpoint."""
         self.close()
-        return max(self._store.steps(), default=0)
+        return max(self._checkpoints.steps(), default=0)
 
-    def weights(self) -> str:
-        snapshot = self._store.load_latest(lambda text: None)
+    def hash_weights(self) -> str:
+        """Hash the weights of the latest checkpoint."""
+        snapshot = self._checkpoints.load_latest(lambda text: None)
         return "" if snapshot is None else hash_tensors(snapshot.model)
 
     def close(self) -> None:
+        """Stop the workers and wait for their end."""
         if self._thread is not None:
-            self._board.stop()
+            self._channel.stop()
             self._thread.join()
-            self._thread, self._board = None, DriverChannel()
-            self._found = queue.Queue()
+            self._thread, self._channel = None, DriverChannel()
+            self._evaluations = queue.Queue()
 
     def _train(self) -> None:
-        found, board = self._found, self._board
+        evaluations, channel = self._evaluations, self._channel
 
-        def note(record: dict[str, Any]) -> None:
-            self._report(record)
+        def on_record(record: dict[str, Any]) -> None:
+            self._on_progress(record)
             if record["kind"] == "eval":
-                found.put(record)
+                evaluations.put(record)
 
         try:
-            train_on_ray(self._job, self._folder, self._resources, on_progress=note, channel=board)
-            found.put(None)
+            train_on_ray(
+                self._spec, self._folder, self._resources, on_progress=on_record, channel=channel
+            )
+            evaluations.put(None)
         except Exception as error:  # raised by `advance`, in the trial's own thread
-            found.put(error)
+            evaluations.put(error)

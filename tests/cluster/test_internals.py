@@ -210,14 +210,14 @@ def test_without_its_hooks_training_uses_rays_own_policies(without, tmp_path):
 
 def test_without_its_hooks_hyperband_is_rays_own(without):
     from raybert.cluster.internals.tune import BracketHyperBand
-    from raybert.tune.schedulers.factory import make_scheduler
+    from raybert.tune.schedulers.hyperband import HyperBand
     from raybert.tune.settings import SchedulerConfig
 
-    session = SimpleNamespace(source=SimpleNamespace(entries=[]))
-    config = SchedulerConfig(kind="hyperband")
-    assert isinstance(make_scheduler(config, None, 9, session), BracketHyperBand)
+    session = SimpleNamespace(source=SimpleNamespace(trials=[]))
+    scheduler = HyperBand(SchedulerConfig(kind="hyperband"))
+    assert isinstance(scheduler.build(None, 9, session), BracketHyperBand)
     without("hyperband")
-    assert not isinstance(make_scheduler(config, None, 9, session), BracketHyperBand)
+    assert not isinstance(scheduler.build(None, 9, session), BracketHyperBand)
 
 
 def test_without_its_hooks_ray_data_is_not_throttled(without):

@@ -26,7 +26,8 @@ from raybert.cli.commands import app
 from raybert.config import load
 from raybert.experiment import Experiment
 from raybert.jobs.submit import READS
-from raybert.tune.settings import Searched, read_space
+from raybert.tune.settings import TrialConfig
+from raybert.tune.space_checks import read_space
 
 EXPERIMENT = CLUSTER / "experiment.yaml"
 IMAGES = VALUES["images"]
@@ -179,7 +180,7 @@ def test_the_search_can_be_made_of_what_its_job_configures():
     words = next(words for _, words in raybert_commands() if words[0] == "tune")
     given = COMMANDS["tune"].make_context("tune", words[1:]).params
     experiment = load(Experiment, EXPERIMENT, list(given["overrides"]))
-    base = Searched(model=experiment.model, finetune=experiment.finetune)
+    base = TrialConfig(model=experiment.model, finetune=experiment.finetune)
     assert len(read_space(experiment.tune, base)) > 10
     assert experiment.finetune.max_workers == 1
 

@@ -1,4 +1,4 @@
-"""The end of a search: what is written in which order, so that a kill loses nothing."""
+"""The end of a search: files are written in an order in which a kill loses nothing."""
 
 from types import SimpleNamespace
 
@@ -6,12 +6,14 @@ import pytest
 from making import searchable
 
 from raybert.config import dump
-from raybert.pipeline.tune_stage import _Tuning, tune
+from raybert.pipeline.tune_result import finish_search
+from raybert.pipeline.tune_stage import tune
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
 from raybert.train.run import CONFIG, RESULT
 from raybert.tune.finalists import Finalist
 from raybert.tune.space import Space
+from raybert.tune.summary import Cost
 from raybert.tune.trial_store import Evaluation, TrialRecord
 
 
@@ -19,46 +21,48 @@ class Killed(BaseException):
     pass
 
 
-def entry(name, score):
-    return TrialRecord(name, {"finetune.lr": score}, 0, "finished", begun=1.0, ended=2.0,
+def trial(name, score):
+    return TrialRecord(name, {"finetune.lr": score}, 0, "finished", started=1.0, ended=2.0,
                  evaluations=[Evaluation(1, 1.0, score, score, 0.5, 2.0)])  # fmt: skip
 
 
 @pytest.fixture
 def search(tmp_path):
-    """A search whose trials and finalists' runs are all over."""
+    """A search whose trials and finalists' runs have ended."""
     experiment = searchable(tmp_path, tune={"test": False})
     stage = experiment.folder / "tune"
     stage.write_text(CONFIG, dump(experiment))
-    entries = [entry("0000", 0.5), entry("0001", 0.75)]
-    finalists = [Finalist(e, [entry(f"{e.name}-s1", e.score)]) for e in reversed(entries)]
-    models = [f"trials/{e.name}/model" for e in entries]
+    trials = [trial("0000", 0.5), trial("0001", 0.75)]
+    finalists = [Finalist(t, [trial(f"{t.name}-s1", t.score)]) for t in reversed(trials)]
+    models = [f"trials/{t.name}/model" for t in trials]
     models += [f"seeds/{f.trial.name}-s1/model" for f in finalists]
     for model in models:
         stage.write_text(f"{model}/config.json", model)
-    session = SimpleNamespace(
-        _stage=stage,
-        _config=experiment.tune,
-        _display=Display(quiet=True),
-        _runner=SimpleNamespace(cores=1.0, gpus=0.0),
-        _space=Space.parse(experiment.tune.space),
-        _winning=lambda run: experiment,
-    )
 
     def finish():
-        return _Tuning._finish(session, entries, finalists, 1.0)
+        return finish_search(
+            experiment,
+            Display(quiet=True),
+            stage,
+            Space.parse(experiment.tune.space),
+            trials,
+            finalists,
+            cost=Cost(0.0, 0.0, 0.0),
+            seconds=1.0,
+            seen_in_training=False,
+        )
 
     return SimpleNamespace(experiment=experiment, stage=stage, models=models, finish=finish)
 
 
-def there(search):
+def remaining_models(search):
     return [model for model in search.models if search.stage.exists(f"{model}/config.json")]
 
 
 @pytest.mark.parametrize(
-    "where", ["raybert.report.write_report", "raybert.pipeline.tune_stage.write_trials"]
+    "where", ["raybert.report.write_report", "raybert.pipeline.tune_result.write_trials"]
 )
-def test_a_search_that_is_killed_at_its_end_comes_to_its_end_when_run_again(
+def test_a_search_that_is_killed_at_its_end_finishes_when_it_is_run_again(
     search, monkeypatch, where
 ):
     def kill(*args):
@@ -67,16 +71,16 @@ def test_a_search_that_is_killed_at_its_end_comes_to_its_end_when_run_again(
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(where, kill)
         search.finish()
-    assert not search.stage.exists(RESULT)  # or it would count as finished
-    assert there(search) == search.models  # of which the winner's is copied again
+    assert not search.stage.exists(RESULT)  # else it would count as finished
+    assert remaining_models(search) == search.models  # the winner's is copied again
     result = search.finish()
     assert search.stage.exists("report.html") and result["report"].endswith("report.html")
     assert search.stage.read_json(RESULT) == result
     assert search.stage.read_text("model/config.json") == "seeds/0001-s1/model"
-    assert there(search) == []
+    assert remaining_models(search) == []
 
 
-def test_the_losers_models_go_only_when_the_result_stands(search, monkeypatch):
+def test_the_other_models_are_deleted_only_after_the_result_is_written(search, monkeypatch):
     delete = Folder.delete
 
     def kill(folder, name):
@@ -90,15 +94,15 @@ def test_the_losers_models_go_only_when_the_result_stands(search, monkeypatch):
     assert search.stage.read_json(RESULT)["report"].endswith("report.html")
 
 
-def test_the_report_tells_the_result_that_is_written_after_it(search):
+def test_the_report_shows_the_result_that_is_written_after_it(search):
     search.finish()
     report = search.stage.read_text("report.html")
     assert "no result" not in report and "0.7500" in report
 
 
 @pytest.mark.parametrize("left", [{}, {"report": None}])
-def test_a_finished_search_without_a_report_makes_it_when_run_again(search, left):
-    """As one is that was killed between the two by an earlier version."""
+def test_a_finished_search_without_a_report_writes_it_when_it_is_run_again(search, left):
+    """An earlier version wrote the result first, and could be killed before the report."""
     result = search.finish()
     del result["report"]
     search.stage.delete("report.html")

@@ -94,7 +94,7 @@ def test_whole_texts_are_shortened_to_what_short_ones_were_prepared_as(folder):
     assert [ids.tolist() for ids in whole.input_ids] == [ids.tolist() for ids in short.input_ids]
 
 
-def test_a_job_that_holds_its_texts_and_weights_trains_as_one_that_reads_them(folder):
+def test_shared_inputs_give_the_weights_of_inputs_that_are_read(folder):
     from dataclasses import replace
 
     from raybert.tasks.classification import SharedInputs
@@ -106,8 +106,8 @@ def test_a_job_that_holds_its_texts_and_weights_trains_as_one_that_reads_them(fo
     )
     model = Folder(start["model"])
     job = replace(finetune_job(folder, steps=3), start=model, tokenizer=model)
-    held = replace(job, held=SharedInputs.read(job))
-    attempts = [Attempt(j, folder / name) for j, name in ((job, "read"), (held, "held"))]
+    shared = replace(job, shared=SharedInputs.read(job))
+    attempts = [Attempt(j, folder / name) for j, name in ((job, "read"), (shared, "shared"))]
     for attempt in attempts:
         attempt.run()
     one, two = (attempt.store.load(3).model for attempt in attempts)

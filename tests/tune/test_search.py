@@ -1,4 +1,4 @@
-"""Searches on Ray Tune: who runs, who is stopped, who takes over whose weights."""
+"""Searches on Ray Tune: resources of trials, schedulers, whole searches, ensembles."""
 
 import json
 import os
@@ -31,9 +31,10 @@ from raybert.tasks.classification import FinetuneConfig
 from raybert.tasks.texts import Texts, prepared_data
 from raybert.terminal.display import Display
 from raybert.train.metrics_log import read_metrics
-from raybert.tune.schedulers.factory import check_scheduler, make_scheduler
-from raybert.tune.search_session import Session, TrialResources, trial_resources
+from raybert.tune.schedulers import SCHEDULERS
+from raybert.tune.search_session import SearchSession
 from raybert.tune.settings import SchedulerConfig, TuneConfig
+from raybert.tune.trial_resources import TrialResources, trial_resources
 from raybert.tune.trial_store import Evaluation, TrialRecord, TrialStore
 
 QUIET = Display(quiet=True)
@@ -51,7 +52,7 @@ def nodes(*each):
     return resources(sum(cpus for cpus, _ in each), sum(gpus for _, gpus in each), nodes=each)
 
 
-# Room --------------------------------------------------------------------------------------------
+# Resources ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def nodes(*each):
         ({}, 3, False, resources(10), TrialResources(3, 0.0, 0.0)),
         ({}, 2, True, resources(30, 8), TrialResources(4, 0.0, 0.0)),
         ({}, {"min": 2, "max": 8}, False, resources(6), TrialResources(1, 0.0, 0.0)),
-        # A trial of one worker lies on one node.
+        # A trial of one worker runs on one node.
         (
             {"cpus_per_trial": 3},
             1,
@@ -84,7 +85,7 @@ def test_the_cluster_is_divided_among_trials(settings, workers, gpu, cluster, ex
     assert trial_resources(TuneConfig(**settings), training, gpu, cluster) == expected
 
 
-def test_whatever_a_trial_is_given_ray_is_asked_for_something():
+def test_a_trial_never_requests_nothing():
     assert TrialResources(2, 0.5, 0.0).request == {"CPU": 0.5}
     assert TrialResources(2, 1.0, 0.25).request == {"CPU": 1.0, "GPU": 0.25}
     assert TrialResources(2, 0.0, 0.0).request == {"memory": 1}
@@ -99,14 +100,14 @@ def test_whatever_a_trial_is_given_ray_is_asked_for_something():
         ({}, {"min": 4, "max": 9}, "finetune.workers=4: the cluster has 2 CPUs"),
     ],
 )
-def test_a_cluster_without_room_for_a_trial_is_refused(settings, workers, words):
+def test_a_cluster_that_is_too_small_for_a_trial_is_rejected(settings, workers, words):
     training, cluster = training_of(workers), resources(4, started_here=True)
     with pytest.raises(ConfigError, match=words):
         trial_resources(TuneConfig(**settings), training, False, cluster)
 
 
-def test_a_trial_that_no_single_node_can_hold_is_refused():
-    """Ray Tune would wait for such a node for ever."""
+def test_a_trial_that_fits_on_no_single_node_is_rejected():
+    """Ray Tune would wait forever for such a node."""
     with pytest.raises(ConfigError, match=r"has 8 CPUs and 0 GPUs for trials, 4 and 0 on its larg"):
         trial_resources(TuneConfig(cpus_per_trial=6), training_of(1), False, nodes((4, 0), (4, 0)))
 
@@ -114,16 +115,25 @@ def test_a_trial_that_no_single_node_can_hold_is_refused():
 # Schedulers --------------------------------------------------------------------------------------
 
 
-def scheduler_of(entries=(), longest=4.0, **settings):
-    session = Session(
-        SimpleNamespace(entries=list(entries)), ledger=None, room=TrialResources(2, 1.0, 0.0)
-    )
-    scheduler = make_scheduler(SchedulerConfig(**settings), None, longest, session)
+def make_scheduler(session, **settings):
+    config = SchedulerConfig(**settings)
+    scheduler = SCHEDULERS[config.kind](config).build(None, 4.0, session)
     scheduler.set_search_properties("best", "max")
     return scheduler
 
 
-def entry(name, *scores):
+def scheduler_after(trials, **settings):
+    """A scheduler that has seen these trials in an earlier session."""
+    source = SimpleNamespace(trials=list(trials))
+    return make_scheduler(SearchSession(source, None, TrialResources(2, 1.0, 0.0)), **settings)
+
+
+def check_epochs(longest, **settings):
+    config = SchedulerConfig(**settings)
+    SCHEDULERS[config.kind](config).check_epochs(longest)
+
+
+def ended_trial(name, *scores):
     evaluations = [Evaluation(n, float(n), s, s, 0.5, 0.0) for n, s in enumerate(scores, 1)]
     return TrialRecord(name, {}, 0, "finished", evaluations=evaluations)
 
@@ -134,36 +144,35 @@ def decide(scheduler, epoch, best):
     return scheduler.on_trial_result(None, trial, {"epoch": epoch, "best": best})
 
 
-def test_asha_knows_what_earlier_sessions_saw():
-    before = [entry("0000", 0.5, 0.9), entry("0001", 0.8), entry("0002", 0.7)]
-    assert decide(scheduler_of(before, kind="asha", reduction=3), 1.0, 0.6) == "STOP"
-    assert decide(scheduler_of(before, kind="asha", reduction=3), 1.0, 0.85) == "CONTINUE"
-    assert decide(scheduler_of([], kind="asha", reduction=3), 1.0, 0.6) == "CONTINUE"
+def test_asha_knows_the_scores_of_earlier_sessions():
+    before = [ended_trial("0000", 0.5, 0.9), ended_trial("0001", 0.8), ended_trial("0002", 0.7)]
+    assert decide(scheduler_after(before, kind="asha", reduction=3), 1.0, 0.6) == "STOP"
+    assert decide(scheduler_after(before, kind="asha", reduction=3), 1.0, 0.85) == "CONTINUE"
+    assert decide(scheduler_after([], kind="asha", reduction=3), 1.0, 0.6) == "CONTINUE"
 
 
-def test_nobody_is_stopped_before_the_first_rung():
-    before = [entry("0000", 0.9), entry("0001", 0.9), entry("0002", 0.9)]
-    scheduler = scheduler_of(before, kind="asha", grace_epochs=1.0)
+def test_no_trial_is_stopped_before_the_first_rung():
+    before = [ended_trial("0000", 0.9), ended_trial("0001", 0.9), ended_trial("0002", 0.9)]
+    scheduler = scheduler_after(before, kind="asha", grace_epochs=1.0)
     assert decide(scheduler, 0.9, 0.1) == "CONTINUE"
 
 
-def test_a_scheduler_that_could_stop_nobody_is_refused():
+def test_a_scheduler_that_could_stop_no_trial_is_rejected():
     with pytest.raises(ConfigError, match=r"tune.scheduler.grace_epochs=5 is past the longest .*4"):
-        check_scheduler(SchedulerConfig(kind="asha", grace_epochs=5.0), 4.0)
-    with pytest.raises(ConfigError, match=r"hyperband halves nothing in 2 epochs .*reduction=3"):
-        check_scheduler(SchedulerConfig(kind="hyperband", reduction=3), 2.0)
-    check_scheduler(SchedulerConfig(kind="asha", grace_epochs=4.0), 4.0)
-    check_scheduler(SchedulerConfig(kind="hyperband", reduction=3), 2.5)
+        check_epochs(4.0, kind="asha", grace_epochs=5.0)
+    with pytest.raises(
+        ConfigError, match=r"hyperband stops no trial within 2 epochs .*reduction=3"
+    ):
+        check_epochs(2.0, kind="hyperband", reduction=3)
+    check_epochs(4.0, kind="asha", grace_epochs=4.0)
+    check_epochs(2.5, kind="hyperband", reduction=3)
 
 
-def test_when_the_time_is_up_every_trial_is_stopped():
+def test_all_trials_are_stopped_at_the_deadline():
     for kind in ("none", "asha"):
-        session = Session(
-            SimpleNamespace(entries=[]), None, TrialResources(1, 1.0, 0.0), deadline=0.0
-        )
-        scheduler = make_scheduler(SchedulerConfig(kind=kind), None, 4.0, session)
-        scheduler.set_search_properties("best", "max")
-        assert decide(scheduler, 1.0, 0.9) == "STOP"
+        source = SimpleNamespace(trials=[])
+        session = SearchSession(source, None, TrialResources(1, 1.0, 0.0), deadline=0.0)
+        assert decide(make_scheduler(session, kind=kind), 1.0, 0.9) == "STOP"
 
 
 # Searches ----------------------------------------------------------------------------------------
@@ -185,7 +194,7 @@ def test_a_search_from_start_to_winner(ray_session, tmp_path, capsys):
         assert result["best"]["seeds"]["accuracy"][key] is not None
     assert result["best"]["seeds"]["score"]["mean"] >= result["default"]["seeds"]["score"]["mean"]
     assert result["test"]["n"] == 60
-    assert capsys.readouterr().out == ""  # standard output is the result's
+    assert capsys.readouterr().out == ""  # standard output is kept for the result
 
     _, labels = huggingface.load_classifier(Folder(result["model"]))
     assert labels == ["neg", "pos"]
@@ -194,15 +203,15 @@ def test_a_search_from_start_to_winner(ray_session, tmp_path, capsys):
     assert winner.finetune.lr == result["best"]["config"]["finetune.lr"]
     assert winner.finetune.seed == experiment.finetune.seed + int(result["run"][-1])
 
-    entries = TrialStore(stage / "trials").entries()
-    assert [e.name for e in entries] == ["0000", "0001", "0002", "0003"]
-    assert all(len(e.evaluations) == 3 and e.seconds > 0 for e in entries)
-    # Trials are runs like any other, but what only their resumption would need is gone.
+    trials = TrialStore(stage / "trials").read_all()
+    assert [e.name for e in trials] == ["0000", "0001", "0002", "0003"]
+    assert all(len(e.evaluations) == 3 and e.seconds > 0 for e in trials)
+    # Trials are runs like any other; what only a resumed trial would need was deleted.
     assert {"config.yaml", "metrics.jsonl", "result.json"} <= files(stage / "trials" / "0000")
     assert not {"checkpoints", "model"} & files(stage / "trials" / "0000")
     assert "ray" not in files(stage)
     shown = stage.read_json("trials.json")
-    assert [t["trial"] for t in shown["trials"]] == [e.name for e in entries]
+    assert [t["trial"] for t in shown["trials"]] == [e.name for e in trials]
     assert list((tmp_path / "runs/tiny/tune/tensorboard/0000").glob("events*"))
 
     before = {p: p.stat().st_mtime_ns for p in Path(stage.path).rglob("*")}
@@ -214,8 +223,8 @@ def test_a_search_from_start_to_winner(ray_session, tmp_path, capsys):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_trial_is_the_run_that_fine_tuning_would_be(ray_session, tmp_path):
-    """The configured values' trial ends with the weights of `raybert finetune`."""
+def test_a_trial_equals_a_fine_tuning_run(ray_session, tmp_path):
+    """The trial of the configured values gives the weights of `raybert finetune`."""
     experiment = searchable(tmp_path, tune={"trials": 1, "keep_models": True, "test": False})
     tune(experiment, QUIET)
     alone = stages.finetune(experiment, QUIET, bare=True)
@@ -228,13 +237,11 @@ def test_a_trial_is_the_run_that_fine_tuning_would_be(ray_session, tmp_path):
 
 
 @pytest.mark.ray
-def test_what_a_killed_session_has_measured_is_not_measured_again(
-    ray_session, tmp_path, monkeypatch
-):
+def test_a_resumed_search_keeps_the_test_scores(ray_session, tmp_path, monkeypatch):
     experiment = searchable(tmp_path, tune={"trials": 1, "keep_models": True})
     result = tune(experiment, QUIET)
-    (experiment.folder / "tune").delete("result.json")  # it was killed before it wrote that
-    monkeypatch.setattr("raybert.pipeline.tune_stage.evaluate_model", None)
+    (experiment.folder / "tune").delete("result.json")  # as if it was killed before it wrote it
+    monkeypatch.setattr("raybert.pipeline.tune_result.evaluate_model", None)
     again = tune(experiment, QUIET)
     for key in ("trials", "best", "default", "test", "model", "run"):
         assert again[key] == result[key]
@@ -242,7 +249,7 @@ def test_what_a_killed_session_has_measured_is_not_measured_again(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_of_the_texts_shape_prepares_them_once(ray_session, tmp_path):
+def test_a_search_over_input_lengths_prepares_the_texts_once(ray_session, tmp_path):
     space = {
         "finetune.seq_len": {"choice": [8, 16]},
         "finetune.head_share": {"uniform": [0.2, 0.9]},
@@ -254,9 +261,9 @@ def test_a_search_of_the_texts_shape_prepares_them_once(ray_session, tmp_path):
     data = files(experiment.folder / "tune" / "data")
     assert data == {"train.parquet", "validation.parquet", "data.json"}
     kept = huggingface.read_preprocessing(Folder(result["model"]))
-    said = result["best"]["config"]
-    assert kept["seq_len"] == (said.get("finetune.seq_len") or 32)
-    assert kept["head_tokens"] == round(kept["seq_len"] * said["finetune.head_share"])
+    values = result["best"]["config"]
+    assert kept["seq_len"] == (values.get("finetune.seq_len") or 32)
+    assert kept["head_tokens"] == round(kept["seq_len"] * values["finetune.head_share"])
 
 
 @pytest.mark.ray
@@ -282,7 +289,7 @@ def test_asha_stops_the_worse_trials_early(ray_session, tmp_path):
 
 
 @pytest.mark.ray
-def test_a_trial_that_diverges_is_marked_and_the_search_goes_on(ray_session, tmp_path):
+def test_a_search_continues_after_a_trial_that_diverges(ray_session, tmp_path):
     space = {"finetune.lr": {"choice": [1e38, 2e-2]}}
     experiment = searchable(tmp_path, tune={"space": space, "searcher": "grid", "test": False})
     result = tune(experiment, QUIET)
@@ -295,19 +302,19 @@ def test_a_trial_that_diverges_is_marked_and_the_search_goes_on(ray_session, tmp
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_in_which_all_fails_says_why(ray_session, tmp_path):
+def test_a_search_in_which_all_trials_fail_gives_the_reason(ray_session, tmp_path):
     experiment = searchable(
         tmp_path,
         finetune={"lr": 1e38},
         tune={"space": {"finetune.lr": {"choice": [9e37]}}, "searcher": "grid", "test": False},
     )
-    with pytest.raises(RaybertError, match="no trial came to a score: "):
+    with pytest.raises(RaybertError, match="no trial has a score: "):
         tune(experiment, QUIET)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_trial_that_wants_too_much_memory_is_marked_and_the_search_goes_on(ray_session, tmp_path):
+def test_a_search_continues_after_a_trial_that_runs_out_of_memory(ray_session, tmp_path):
     space = {"model.intermediate_size": {"choice": [2**46, 16]}}
     experiment = searchable(tmp_path, tune={"space": space, "searcher": "grid", "test": False})
     result = tune(experiment, QUIET)
@@ -319,8 +326,8 @@ def test_a_trial_that_wants_too_much_memory_is_marked_and_the_search_goes_on(ray
 
 
 @contextmanager
-def a_worker_killed(run):
-    """Kill the worker of a trial, once, after the first evaluation of the trial in this folder."""
+def kill_a_worker(run):
+    """Kill one trial's worker after the first evaluation of the trial in this folder."""
     killed = []
 
     def kill():
@@ -328,7 +335,7 @@ def a_worker_killed(run):
         while not killed and time.monotonic() < ends:
             time.sleep(0.05)
             if any(r["kind"] == "eval" for r in read_metrics(run)):
-                # Ray names a worker by its class, which Ray Tune's `with_parameters` wraps.
+                # Ray names a worker after its class, which Ray Tune's `with_parameters` wraps.
                 names = ("ray::_Inner", "ray::FinetuneTrial")
                 mine = psutil.Process().children(recursive=True)
                 trials = [p for p in mine if " ".join(p.cmdline()).startswith(names)]
@@ -345,14 +352,14 @@ def a_worker_killed(run):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_trial_whose_worker_is_lost_for_good_is_marked(ray_session, tmp_path):
+def test_a_trial_that_may_not_restart_fails_with_its_worker(ray_session, tmp_path):
     experiment = searchable(
         tmp_path,
         count=400,
         finetune={"steps": 1500, "evaluations": 10},
         tune={"trials": 2, "test": False, "max_failures": 0},
     )
-    with a_worker_killed(experiment.folder / "tune" / "trials" / "0001"):
+    with kill_a_worker(experiment.folder / "tune" / "trials" / "0001"):
         result = tune(experiment, QUIET)
     assert result["trials"] == {"all": 2, "finished": 1, "stopped": 0, "failed": 1}
     trials = (experiment.folder / "tune").read_json("trials.json")["trials"]
@@ -380,14 +387,14 @@ def test_a_search_on_an_object_store(ray_session, bucket, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_lost_worker_costs_what_it_did_since_its_checkpoint(ray_session, tmp_path):
+def test_a_trial_resumes_from_its_checkpoint_after_its_worker_is_lost(ray_session, tmp_path):
     experiment = searchable(
         tmp_path,
         count=400,
         finetune={"steps": 1500, "evaluations": 10, "checkpoint_steps": 50},
         tune={"trials": 2, "test": False},
     )
-    with a_worker_killed(experiment.folder / "tune" / "trials" / "0001"):
+    with kill_a_worker(experiment.folder / "tune" / "trials" / "0001"):
         result = tune(experiment, QUIET)
     assert result["trials"] == {"all": 2, "finished": 2, "stopped": 0, "failed": 0}
     attempts = {
@@ -402,7 +409,7 @@ def test_a_lost_worker_costs_what_it_did_since_its_checkpoint(ray_session, tmp_p
 
 
 @pytest.mark.ray
-def test_population_based_training_exchanges_weights_and_changes_the_rate(ray_session, tmp_path):
+def test_pbt_copies_weights_and_mutates_the_learning_rate(ray_session, tmp_path):
     experiment = searchable(
         tmp_path,
         finetune={"steps": 45, "evaluations": 10},
@@ -417,18 +424,18 @@ def test_population_based_training_exchanges_weights_and_changes_the_rate(ray_se
     result = tune(experiment, QUIET)
     assert result["trials"]["failed"] == 0
     trials = stage.read_json("trials.json")["trials"]
-    exchanges = [(trial, exchange) for trial in trials for exchange in trial["exchanges"]]
-    assert exchanges
-    for trial, exchange in exchanges:
-        assert exchange["from"] != trial["trial"]
-        assert exchange["weights_after"] == exchange["weights"]  # the donor's
-        trained = exchange["trained"]
-        assert trained["step"] == exchange["step"] + 1  # every step is logged
+    exploits = [(trial, exploit) for trial in trials for exploit in trial["exchanges"]]
+    assert exploits
+    for trial, exploit in exploits:
+        assert exploit["from"] != trial["trial"]
+        assert exploit["weights_after"] == exploit["weights"]  # the donor's
+        trained = exploit["trained"]
+        assert trained["step"] == exploit["step"] + 1  # every step is logged
         assert trained["lr"] == trained["due"]
-        share = (45 - exchange["step"]) / (45 - round(45 * 0.06))  # past the warm-up, linear
-        assert trained["lr"] == pytest.approx(exchange["after"]["finetune.lr"] * share)
+        share = (45 - exploit["step"]) / (45 - round(45 * 0.06))  # past the warm-up, linear
+        assert trained["lr"] == pytest.approx(exploit["after"]["finetune.lr"] * share)
         low, high = 1e-7, 3e-2
-        assert low <= exchange["after"]["finetune.lr"] <= high
+        assert low <= exploit["after"]["finetune.lr"] <= high
     last = next(t for t in trials if t["exchanges"])
     assert last["values"] == last["exchanges"][-1]["after"]
     log = read_metrics(stage / "trials" / last["trial"])
@@ -441,7 +448,7 @@ def test_population_based_training_exchanges_weights_and_changes_the_rate(ray_se
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_hyperband_pauses_and_goes_on(ray_session, tmp_path):
+def test_hyperband_pauses_and_resumes_trials(ray_session, tmp_path):
     experiment = searchable(
         tmp_path,
         finetune={"steps": 81, "evaluations": 9},
@@ -453,19 +460,19 @@ def test_hyperband_pauses_and_goes_on(ray_session, tmp_path):
         },
     )
     result = tune(experiment, QUIET)
-    # The first bracket has room for 3 trials, which nobody stops; the second for 5, of which the
-    # best 2 go on from epoch 3.
+    # The first bracket has 3 trials and stops none; the second has 5, and its best 2 continue
+    # after epoch 3.
     assert result["trials"] == {"all": 6, "finished": 5, "stopped": 1, "failed": 0}
-    entries = TrialStore(experiment.folder / "tune" / "trials").entries()
-    assert [e.epoch for e in entries if e.state == "finished"] == [9.0] * 5
-    [stopped] = [e for e in entries if e.state == "stopped"]
+    trials = TrialStore(experiment.folder / "tune" / "trials").read_all()
+    assert [e.epoch for e in trials if e.state == "finished"] == [9.0] * 5
+    [stopped] = [e for e in trials if e.state == "stopped"]
     assert stopped.epoch == 3.0
-    for other in entries[3:]:
+    for other in trials[3:]:
         assert stopped.score <= max(e.score for e in other.evaluations if e.epoch <= 3.0)
     for name in (experiment.folder / "tune" / "trials").names():
         steps = [r["step"] for r in read_metrics(experiment.folder / "tune" / "trials" / name)
                  if r["kind"] == "train"]  # fmt: skip
-        assert steps == list(range(1, len(steps) + 1))  # nothing twice, nothing left out
+        assert steps == list(range(1, len(steps) + 1))  # no step twice, none left out
 
 
 @pytest.mark.ray
@@ -483,32 +490,32 @@ def test_trials_of_several_workers(ray_session, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_minutes_end_the_search(ray_session, tmp_path, monkeypatch):
+def test_the_time_limit_ends_the_search(ray_session, tmp_path, monkeypatch):
     experiment = searchable(
         tmp_path,
         finetune={"steps": 3000, "evaluations": 300},
         tune={"trials": 50, "minutes": 0.4, "test": False},
     )
 
-    class Searched(Exception):
+    class SearchEnded(Exception):
         pass
 
-    def stop(tuning, entries):
-        raise Searched  # the finalists' runs would be whole ones
+    def stop(search, trials):
+        raise SearchEnded  # finalists have no time limit
 
-    monkeypatch.setattr("raybert.pipeline.tune_stage._Tuning._run_finalists", stop)
-    with pytest.raises(Searched):
+    monkeypatch.setattr("raybert.pipeline.tune_stage.Search._run_finalists", stop)
+    with pytest.raises(SearchEnded):
         tune(experiment, QUIET)
-    entries = TrialStore(experiment.folder / "tune" / "trials").entries()
-    assert 0 < len(entries) < 50
-    assert {e.state for e in entries} <= {"stopped", "finished"}
-    assert any(e.why == "the time was up" for e in entries)
+    trials = TrialStore(experiment.folder / "tune" / "trials").read_all()
+    assert 0 < len(trials) < 50
+    assert {e.state for e in trials} <= {"stopped", "finished"}
+    assert any(e.reason == "the time was up" for e in trials)
     assert (experiment.folder / "tune").read_json("search.json")["seconds"] > 0
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_that_is_interrupted_and_killed_ends_with_the_trials_it_would_have(tmp_path):
+def test_an_interrupted_and_killed_search_resumes_without_repeating_trials(tmp_path):
     experiment = searchable(
         tmp_path,
         count=400,
@@ -525,15 +532,15 @@ def test_a_search_that_is_interrupted_and_killed_ends_with_the_trials_it_would_h
             command, stdout=-1, stderr=-1, text=True, start_new_session=True, cwd=tmp_path
         )
 
-    def over():
-        """The trials that are over, with how often each was begun."""
+    def ended():
+        """The number of attempts of each trial that has ended."""
         return {
             path.parent.name: len(list((path.parent / "attempts").iterdir()))
             for path in stage.glob("trials/*/result.json")
         }
 
     def wait_for(trial):
-        """Wait until a trial has a checkpoint to go on from, and is not over."""
+        """Wait until a trial has its first checkpoint."""
         ends = time.monotonic() + 180
         while not list((stage / "trials" / trial / "checkpoints").glob("step-*.json")):
             assert time.monotonic() < ends
@@ -545,11 +552,11 @@ def test_a_search_that_is_interrupted_and_killed_ends_with_the_trials_it_would_h
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "interrupted; run the same command again" in err
-    before = [over()]
+    before = [ended()]
 
     process = start()
     wait_for("0003")
-    before.append(over())
+    before.append(ended())
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -558,11 +565,11 @@ def test_a_search_that_is_interrupted_and_killed_ends_with_the_trials_it_would_h
     assert process.returncode == 0, err
     result = json.loads(out.splitlines()[-1])
     assert result["trials"] == {"all": 5, "finished": 5, "stopped": 0, "failed": 0}
-    trials = {e.name: e for e in TrialStore(experiment.folder / "tune" / "trials").entries()}
+    trials = {e.name: e for e in TrialStore(experiment.folder / "tune" / "trials").read_all()}
     assert sorted(trials) == ["0000", "0001", "0002", "0003", "0004"]
-    attempts = over()
+    attempts = ended()
     for known in before:
-        assert known and known.items() <= attempts.items()  # none of them was begun again
+        assert known and known.items() <= attempts.items()  # none of them was restarted
     assert attempts["0001"] > 1 and attempts["0003"] > 1
     for name in trials:
         steps = [r["step"] for r in read_metrics(experiment.folder / "tune" / "trials" / name)
@@ -575,7 +582,7 @@ def test_a_search_that_is_interrupted_and_killed_ends_with_the_trials_it_would_h
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_an_ensemble_is_measured_and_teaches(ray_session, tmp_path):
+def test_an_ensemble_is_measured_and_can_be_a_teacher(ray_session, tmp_path):
     experiment = searchable(tmp_path)
     result = finetune_seeds(experiment, QUIET, 3)
     assert len(result["members"]) == 3
@@ -609,13 +616,13 @@ def test_an_ensemble_is_measured_and_teaches(ray_session, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_member_that_failed_is_trained_when_the_command_is_run_again(ray_session, tmp_path):
+def test_a_failed_member_is_trained_when_the_command_is_run_again(ray_session, tmp_path):
     experiment = searchable(tmp_path)
     result = finetune_seeds(experiment, QUIET, 2)
     stage = experiment.folder / "ensemble"
     stage.delete("result.json")
     members = TrialStore(stage / "members")
-    kept, lost = (members.run(name) for name in ("s0", "s1"))
+    kept, lost = (members.folder_of(name) for name in ("s0", "s1"))
     for name in ("result.json", "metrics.jsonl", "model"):
         lost.delete(name)
     lost.write_json("outcome.json", {"state": "failed", "why": "its worker was lost", "ended": 1.0})
@@ -623,5 +630,5 @@ def test_a_member_that_failed_is_trained_when_the_command_is_run_again(ray_sessi
     again = finetune_seeds(experiment, QUIET, 2)
     for key in ("members", "mean", "ensemble"):
         assert again[key] == result[key]
-    assert [e.state for e in members.entries()] == ["finished", "finished"]
-    assert len(kept.names("attempts")) == attempts  # it was not begun again
+    assert [e.state for e in members.read_all()] == ["finished", "finished"]
+    assert len(kept.names("attempts")) == attempts  # it was not trained again

@@ -1,34 +1,31 @@
-"""What a search may search over: every mistake is one line before any trial starts."""
+"""The configuration of a search: a mistake is reported in one line before any trial starts."""
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 
 from raybert.config import build, load
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
-from raybert.pipeline.tune_stage import _open
+from raybert.pipeline.tune_stage import open_search
 from raybert.storage.folder import Folder
-from raybert.tune.settings import (
-    MAY_CHANGE,
-    MUTABLE,
-    Searched,
-    TuneConfig,
-    compares_unequal,
-    most_epochs,
-    read_space,
-)
+from raybert.tune.samplers import SAMPLERS
+from raybert.tune.schedulers import SCHEDULERS
+from raybert.tune.schedulers.pbt import MUTABLE
+from raybert.tune.settings import MAY_CHANGE, SchedulerConfig, TrialConfig, TuneConfig
+from raybert.tune.space_checks import has_unequal_rungs, longest_epochs, read_space
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def base(**finetune):
-    return build(Searched, {"finetune": finetune}, "test")
+    return build(TrialConfig, {"finetune": finetune}, "test")
 
 
-def space(said, finetune=(), **tune):
-    config = build(TuneConfig, {"space": said, **tune}, "test")
+def space(ranges, finetune=(), **tune):
+    config = build(TuneConfig, {"space": ranges, **tune}, "test")
     return read_space(config, base(**dict(finetune)))
 
 
@@ -39,7 +36,7 @@ def test_the_default_space_can_be_searched():
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("ranges", "words"),
     [
         (
             {"finetune.lrr": {"uniform": [1e-4, 1e-3]}},
@@ -64,7 +61,10 @@ def test_the_default_space_can_be_searched():
             "finetune.evaluations can't be searched: t",
         ),
         ({"finetune.minutes": {"uniform": [1, 2]}}, "finetune.minutes can't be searched: trials"),
-        ({"finetune.source.limit": {"integer": [1, 9]}}, "it decides what trials are compared on"),
+        (
+            {"finetune.source.limit": {"integer": [1, 9]}},
+            "trials are compared on it, so it must be the same",
+        ),
         ({"finetune.workers": {"choice": [1, 2]}}, "does not change what is learned"),
         ({"pretrain.lr": {"uniform": [1e-4, 1e-3]}}, "which read the sections finetune and model"),
         ({"model.num_layers": {"choice": [1, 2]}}, "with finetune.initialize_from=scratch"),
@@ -72,9 +72,9 @@ def test_the_default_space_can_be_searched():
         ({}, "tune.space is empty"),
     ],
 )
-def test_a_space_that_does_not_fit_is_refused(said, words):
+def test_an_invalid_space_is_rejected(ranges, words):
     with pytest.raises(ConfigError) as caught:
-        space(said)
+        space(ranges)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -84,7 +84,7 @@ def test_a_shape_can_be_searched_from_scratch():
     assert found.dimensions[0].choices == (1, 2)
 
 
-def test_values_that_fit_beside_others_alone_are_accepted():
+def test_values_that_are_valid_only_beside_others_are_accepted():
     found = space(
         {
             "finetune.global_batch_size": {"choice": [8, 32]},
@@ -94,44 +94,44 @@ def test_values_that_fit_beside_others_alone_are_accepted():
     assert len(found) == 2
 
 
-def compared(name, **finetune):
+def has_unequal(name, **finetune):
     overrides = [f"finetune.{key}={value}" for key, value in finetune.items()]
     experiment = load(Experiment, CONFIGS / f"{name}.yaml", overrides)
-    base = Searched(model=experiment.model, finetune=experiment.finetune)
+    base = TrialConfig(model=experiment.model, finetune=experiment.finetune)
     found = read_space(experiment.tune, base)
-    return compares_unequal(experiment.tune, found, base)
+    return has_unequal_rungs(experiment.tune, found, base)
 
 
 @pytest.mark.parametrize("name", ["tune", "tune-demo"])
 def test_shipped_searches_compare_trials_after_equal_epochs(name):
-    assert not compared(name)
+    assert not has_unequal(name)
 
 
-def test_evaluations_spread_over_unequal_lengths_are_noticed():
-    assert compared("tune", evaluations=6)
-    assert not compared("tune-demo", evaluations=6)  # trials of one length
+def test_evaluations_that_are_spread_over_unequal_lengths_are_detected():
+    assert has_unequal("tune", evaluations=6)
+    assert not has_unequal("tune-demo", evaluations=6)  # trials of one length
 
 
-def test_a_number_of_evaluations_is_no_start_value():
+def test_the_number_of_evaluations_can_not_be_a_start_value():
     with pytest.raises(ConfigError, match=r"tune.start: finetune.evaluations can't be searched"):
         space({"finetune.lr": {"uniform": [1e-4, 1e-3]}}, start=[{"finetune.evaluations": 3}])
 
 
-def test_start_values_are_looked_at():
-    said = {"finetune.lr": {"log_uniform": [1e-4, 1e-3]}}
+def test_start_values_are_checked():
+    ranges = {"finetune.lr": {"log_uniform": [1e-4, 1e-3]}}
     with pytest.raises(ConfigError, match=r"tune.start: finetune.lr=-1"):
-        space(said, start=[{"finetune.lr": -1}])
-    space(said, start=[{"finetune.lr": 2e-4}])
+        space(ranges, start=[{"finetune.lr": -1}])
+    space(ranges, start=[{"finetune.lr": 2e-4}])
     with pytest.raises(ConfigError, match=r"tune.start: finetune: write keys with their section"):
-        space(said, start=[{"finetune": {"lr": 2e-4}}])
+        space(ranges, start=[{"finetune": {"lr": 2e-4}}])
 
 
-def test_minutes_are_no_budget_for_trials_that_share_a_machine():
+def test_trials_can_not_be_limited_by_minutes():
     with pytest.raises(ConfigError, match=r"finetune.minutes=3: .* set finetune.minutes=null"):
         space({"finetune.lr": {"uniform": [1e-4, 1e-3]}}, {"minutes": 3})
 
 
-def test_population_based_training_changes_what_can_change():
+def test_pbt_rejects_conditions_and_keys_that_can_not_change_during_a_trial():
     pbt = {"scheduler": {"kind": "pbt"}}
     with pytest.raises(ConfigError, match="finetune.epochs can't change while a trial runs"):
         space({"finetune.epochs": {"integer": [1, 3]}}, **pbt)
@@ -139,14 +139,14 @@ def test_population_based_training_changes_what_can_change():
         "finetune.r_drop": {"choice": [0.0, 1.0]},
         "finetune.dropout": {"uniform": [0.0, 0.4], "when": {"finetune.r_drop": 1.0}},
     }
-    with pytest.raises(ConfigError, match="finetune.dropout: pbt knows no conditions"):
+    with pytest.raises(ConfigError, match="finetune.dropout: pbt does not support conditions"):
         space(conditional, **pbt)
-    keys = base().settings().keys()
+    keys = base().flat().keys()
     assert MUTABLE <= keys
 
 
 @pytest.mark.parametrize(
-    ("said", "finetune", "expected"),
+    ("ranges", "finetune", "expected"),
     [
         ({"finetune.epochs": {"integer": [1, 4]}}, {}, 4.0),
         ({"finetune.epochs": {"choice": [2, 1]}}, {}, 2.0),
@@ -155,11 +155,19 @@ def test_population_based_training_changes_what_can_change():
         ({"finetune.steps": {"integer": [5, 25]}}, {"steps": 30}, 2.5),
     ],
 )
-def test_the_longest_trial(said, finetune, expected):
-    assert most_epochs(space(said, finetune), base(**finetune), 10, 1) == expected
+def test_the_epochs_of_the_longest_trial(ranges, finetune, expected):
+    assert longest_epochs(space(ranges, finetune), base(**finetune), 10, 1) == expected
 
 
-# Going on -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("config", "key", "registry"),
+    [(SchedulerConfig, "kind", SCHEDULERS), (TuneConfig, "searcher", SAMPLERS)],
+)
+def test_every_scheduler_and_sampler_can_be_configured(config, key, registry):
+    assert set(get_args(config.model_fields[key].annotation)) == set(registry)
+
+
+# Resuming -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,13 +179,15 @@ def test_the_longest_trial(said, finetune, expected):
         "tune.max_failures=5",
     ],
 )
-def test_a_search_goes_on_with_what_changes_no_trial(tmp_path, override):
-    stage, told = Folder(tmp_path) / "tune", []
+def test_a_search_resumes_with_settings_that_do_not_affect_its_trials(tmp_path, override):
+    stage, messages = Folder(tmp_path) / "tune", []
     for overrides in ([], [override]):
         experiment = load(Experiment, None, overrides)
-        assert _open(experiment, stage, SimpleNamespace(say=told.append)) is None
+        assert open_search(experiment, stage, SimpleNamespace(say=messages.append)) is None
     words = [] if override.startswith("ray.") else [f"{override.partition('=')[0]}: "]
-    assert len(told) == len(words) and all(w in line for w, line in zip(words, told, strict=True))
+    assert len(messages) == len(words) and all(
+        w in line for w, line in zip(words, messages, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,14 +198,14 @@ def test_a_search_goes_on_with_what_changes_no_trial(tmp_path, override):
         *("model.num_layers=9", "tune.seed=3", "tune.scheduler.reduction=2", "tune.searcher=grid"),
     ],
 )
-def test_a_search_does_not_go_on_with_what_changes_its_trials(tmp_path, override):
+def test_a_search_does_not_resume_with_settings_that_affect_its_trials(tmp_path, override):
     stage, quiet = Folder(tmp_path) / "tune", SimpleNamespace(say=lambda text: None)
-    _open(load(Experiment, None, []), stage, quiet)
+    open_search(load(Experiment, None, []), stage, quiet)
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
-        _open(load(Experiment, None, [override]), stage, quiet)
+        open_search(load(Experiment, None, [override]), stage, quiet)
 
 
-def test_what_may_change_of_a_search_exists():
+def test_settings_that_may_change_exist():
     settings = load(Experiment, None, []).model_dump()
     for key in MAY_CHANGE:
         section, _, name = key.partition(".")

@@ -1,7 +1,7 @@
-"""What proves an exchange of population-based training: the log of the run that went on.
+"""Evidence of a PBT exploit, taken from the log of the run that continued.
 
-A child that goes on from a donor's weights logs the hash of those that it loaded, and at its first
-logged step the learning rate that its optimizer had. Both are compared with what they should be.
+A trial that continues from a donor's weights logs the hash of the weights that it loaded, and at
+its first logged step the learning rate of its optimizer. Both are compared with the expected ones.
 """
 
 from __future__ import annotations
@@ -12,40 +12,41 @@ from typing import Any
 from raybert.train.optimizers import schedule_at
 from raybert.train.settings import TrainConfig
 
-LOADED, TRAINED = "weights_after", "trained"  # what is found of an exchange
-FRESH = "fresh"  # in a hash's place: nothing was loaded
+LOADED, TRAINED = "weights_after", "trained"  # keys of the evidence
+FRESH = "fresh"  # in place of a hash: no weights were loaded
 
 
-def is_open(exchange: Mapping[str, Any]) -> bool:
-    """Whether the log may yet tell more of what proves an exchange, or refutes it."""
-    is_told = LOADED in exchange and TRAINED in exchange
-    return not is_told and "attempt" in exchange  # which an earlier version did not write down
+def lacks_evidence(exploit: Mapping[str, Any]) -> bool:
+    """Whether later records of the log may complete the evidence of an exploit."""
+    is_complete = LOADED in exploit and TRAINED in exploit
+    return not is_complete and "attempt" in exploit  # earlier versions did not write the attempt
 
 
-def evidence(
-    exchange: Mapping[str, Any], records: Sequence[Mapping[str, Any]], config: TrainConfig
+def find_evidence(
+    exploit: Mapping[str, Any], records: Sequence[Mapping[str, Any]], config: TrainConfig
 ) -> dict[str, Any]:
-    """Find in a child's log what proves its last exchange, as far as it is there.
+    """Find the evidence of a trial's last exploit, as far as its log has it.
 
     Args:
-        exchange: with the step whose state was taken over, and the attempt that took it over.
-        records: of the child's run, in the order of steps.
-        config: that the child was to go on with.
+        exploit: with the step of the copied checkpoint and the attempt that copied it.
+        records: the log of the trial's run, in the order of steps.
+        config: with which the trial continues.
 
     Returns:
         `weights_after`: the hash of the weights that were loaded; `trained`: the first logged step
-        since, its learning rate, and the one that the schedule gives with the mutated peak.
+        since then, its learning rate (`lr`), and the rate that the schedule gives for the new peak
+        (`due`).
     """
     started = [
         record
         for record in records
-        if record.get("event") == "start" and record["attempt"] >= exchange["attempt"]
+        if record.get("event") == "start" and record["attempt"] >= exploit["attempt"]
     ]
-    if not started:  # until then the later records are those of the life before
+    if not started:  # the records are still those of before the exploit
         return {}
     found = {LOADED: started[0].get("weights", FRESH)}
     trained = next(
-        (r for r in records if r["kind"] == "train" and r["step"] > exchange["step"]), None
+        (r for r in records if r["kind"] == "train" and r["step"] > exploit["step"]), None
     )
     if trained is None:
         return found

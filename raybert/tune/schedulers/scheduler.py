@@ -1,0 +1,85 @@
+"""What a search needs to know of a scheduler, and the limits that every scheduler keeps.
+
+Ray Tune is imported when a scheduler is built: a configuration is checked without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from raybert.tune.settings import SchedulerConfig
+from raybert.tune.space import Space
+
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
+    from ray.tune.schedulers import TrialScheduler
+
+    from raybert.tune.search_session import SearchSession
+
+
+class SearchScheduler:
+    """Checks a scheduler's configuration and builds Ray Tune's scheduler from it."""
+
+    metric: ClassVar[str] = "best"  # the key of a trial's result that trials are compared by
+    has_rungs: ClassVar[bool] = False  # compares trials at fixed epochs
+    starts_all: ClassVar[bool] = False  # more trials than run at a time; they take turns
+    exploits: ClassVar[bool] = False  # trials continue from other trials' checkpoints
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Keep the configuration."""
+        self.config = config
+
+    def check_space(self, space: Space) -> None:
+        """Reject a search space that the scheduler can't work on.
+
+        Raises:
+            ConfigError: names the key.
+        """
+
+    def check_epochs(self, longest: float) -> None:
+        """Reject a configuration in which the scheduler could not stop any trial.
+
+        Args:
+            longest: epochs of the longest trial.
+
+        Raises:
+            ConfigError: the scheduler's first decision comes after the end of all trials.
+        """
+
+    def build(self, space: Space | None, longest: float, session: SearchSession) -> TrialScheduler:
+        """Build Ray Tune's scheduler; it learns the results of the session's earlier trials.
+
+        Args:
+            space: in which the scheduler may change values; only pbt does.
+            longest: epochs of the longest trial.
+            session: the search.
+        """
+        raise NotImplementedError
+
+
+def limited(kind: type[TrialScheduler], session: SearchSession) -> type[TrialScheduler]:
+    """Subclass a scheduler of Ray Tune: it keeps to the session's resources and its deadline.
+
+    It resumes no more trials than can run at a time, and stops all trials at the deadline.
+    """
+    from ray.tune.experiment import Trial
+    from ray.tune.schedulers import TrialScheduler
+
+    class Limited(kind):  # type: ignore[misc]
+        def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+            if session.is_ending:
+                for trial in list(tune_controller.get_trials()):
+                    if trial.status == Trial.PAUSED:
+                        tune_controller.stop_trial(trial)
+            chosen = super().choose_trial_to_run(tune_controller)
+            resumes = chosen is not None and chosen.status == Trial.PAUSED
+            return None if resumes and session.is_full else chosen
+
+        def on_trial_result(
+            self, tune_controller: Any, trial: Trial, result: dict[str, Any]
+        ) -> str:
+            if session.is_out_of_time:
+                return str(TrialScheduler.STOP)
+            return str(super().on_trial_result(tune_controller, trial, result))
+
+    return Limited
