@@ -14,7 +14,8 @@ from raybert.data.sources.documents import EvaluationSource
 from raybert.errors import UserError
 from raybert.model.settings import ModelConfig
 from raybert.serve.settings import ServeConfig
-from raybert.storage.folder import Folder, check_address
+from raybert.storage.address import check_address
+from raybert.storage.folder import Folder
 from raybert.storage.registry import REGISTRY
 from raybert.tasks.classification import FinetuneConfig
 from raybert.tasks.masked_lm import PretrainConfig

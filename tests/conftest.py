@@ -15,7 +15,7 @@ from proxy import Proxy, s3_uri
 
 from raybert.cluster.session import RayConfig
 from raybert.cluster.session import ray_session as session
-from raybert.storage import folder
+from raybert.storage import address
 from raybert.storage.folder import Folder
 from raybert.train.run import execute_bare
 
@@ -139,7 +139,7 @@ def bucket(s3_server, s3_path):
 @pytest.fixture
 def proxy(s3_server, s3_path, monkeypatch):
     """The same folder through a connection that breaks when it is told to; and that connection."""
-    monkeypatch.setattr(folder, "_TRIES", 1)  # Arrow's own patience would only take time
+    monkeypatch.setattr(address, "_TRIES", 1)  # Arrow's own patience would only take time
     with Proxy(s3_server) as proxy:
         yield Folder(s3_uri(proxy.address, s3_path)), proxy
 

@@ -169,11 +169,11 @@ class PredictionWriter:
         ]
         if self._name.endswith(".jsonl"):
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records)
-            with self._folder.translated("writing", self._folder.join(self._name)):
+            with self._folder.storage_errors("writing", self._folder.join(self._name)):
                 self._stream.write(lines.encode())
             return
         table = pa.Table.from_pylist(records)
-        with self._folder.translated("writing", self._folder.join(self._name)):
+        with self._folder.storage_errors("writing", self._folder.join(self._name)):
             if self._parquet is None:
                 self._parquet = pq.ParquetWriter(self._stream, table.schema)
             self._parquet.write_table(table)
@@ -193,7 +193,7 @@ class PredictionWriter:
             if self._folder.is_local:
                 self._folder.delete(f".{self._name}.unfinished")
             return
-        with self._folder.translated("writing", self._folder.join(self._name)):
+        with self._folder.storage_errors("writing", self._folder.join(self._name)):
             if self._parquet is not None:
                 self._parquet.close()
             self._stream.close()

@@ -28,7 +28,9 @@ import safetensors.torch
 import torch
 
 from raybert.errors import DamagedError, StorageError, Superseded, UserError
-from raybert.storage.folder import Folder, numbers_taken, retry, take_number
+from raybert.storage.folder import Folder
+from raybert.storage.numbering import numbers_taken, take_number
+from raybert.storage.retry import retry
 
 FORMAT_VERSION = 1
 _COMMIT = re.compile(r"step-(\d{8})(?:-a(\d+))?\.json")  # the first ones named no attempt

@@ -22,7 +22,7 @@ from torch import nn
 from raybert.cluster.machine import has_fast_bf16
 from raybert.data.keyed import key_of
 from raybert.errors import DamagedError, RaybertError, StorageError
-from raybert.storage.folder import retry
+from raybert.storage.retry import retry
 from raybert.train.checkpoint import CheckpointStore, Snapshot, hash_tensors
 from raybert.train.checkpoint_schedule import CheckpointSaver
 from raybert.train.distributed import Group

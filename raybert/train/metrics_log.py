@@ -109,7 +109,7 @@ class LineLog:
             self._bytes, self._chunk = 0, self._chunk + 1
 
     def _append(self) -> None:
-        with self._folder.translated("writing", self._path):
+        with self._folder.storage_errors("writing", self._path):
             try:
                 while self._lines:
                     self._append_whole(self._lines[0])

@@ -21,7 +21,8 @@ from raybert.cluster.allocator import keep_freed_memory
 from raybert.cluster.machine import describe_machine
 from raybert.config import differences, parse_yaml
 from raybert.errors import ConfigError, DataError, StorageError
-from raybert.storage.folder import Folder, retry
+from raybert.storage.folder import Folder
+from raybert.storage.retry import retry
 from raybert.train.checkpoint import CheckpointStore, begin_attempt, check_attempt
 from raybert.train.checkpoint_schedule import resume_hint
 from raybert.train.distributed import Group, use_threads

@@ -512,6 +512,6 @@ def test_an_attempt_begins_once_the_storage_takes_it(tmp_path, monkeypatch):
         if len(sleeps) == 3:
             (tmp_path / "attempts").unlink()
 
-    monkeypatch.setattr("raybert.storage.folder.time.sleep", meanwhile)
+    monkeypatch.setattr("raybert.storage.retry.time.sleep", meanwhile)
     assert begin_attempt(Folder(tmp_path), patience=60) == 1
     assert sleeps == [0.5, 1.0, 2.0]

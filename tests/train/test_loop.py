@@ -776,7 +776,7 @@ def test_weights_that_can_not_be_read_for_a_while_are_waited_for(corpus, run, mo
         return load(step)
 
     monkeypatch.setattr(attempt.store, "load", fails_twice)
-    monkeypatch.setattr("raybert.storage.folder.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("raybert.storage.retry.time.sleep", lambda seconds: None)
     result = attempt.run()
     assert (result["best_step"], failures) == (2, [])
     assert same_tensors(attempt.task.model.state_dict(), load(2).model)

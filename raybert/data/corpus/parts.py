@@ -337,7 +337,7 @@ class PartReader:
         stride = split.layout.stride if split.layout else 0
         name = self._folder.join(self._names[part])
         file = self._open(part)
-        with self._folder.translated("reading", name):
+        with self._folder.storage_errors("reading", name):
             data = file.read_at(layout.stride, layout.first + within * stride)
         if len(data) < layout.stride:
             raise DamagedError(f"{name} is cut short: row group {within} is not all there")

@@ -17,7 +17,8 @@ from raybert.cluster.internals.hooks import check
 from raybert.cluster.internals.train import controller_environment
 from raybert.cluster.session import Resources, environment
 from raybert.errors import RaybertError, StorageError
-from raybert.storage.folder import Folder, retry
+from raybert.storage.folder import Folder
+from raybert.storage.retry import retry
 from raybert.train.ray.driver_channel import DriverChannel
 from raybert.train.ray.fit_thread import run_fit
 from raybert.train.ray.placement import check_resources, uses_gpus

@@ -1,0 +1,50 @@
+"""Retry what fails because a storage fails for a while.
+
+Not tenacity: none of its stop conditions knows how long the last try took. Other ranks wait while
+this one retries, and take it for lost after a time of theirs, so the limit must hold even if the
+next try takes as long as the last one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from raybert.errors import StorageError
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds between tries
+
+T = TypeVar("T")
+
+
+def retry(
+    action: Callable[[], T], seconds: float, on_event: Callable[[str], None] = lambda message: None
+) -> T:
+    """Call `action` until it raises no StorageError, with pauses that double.
+
+    Args:
+        action: repeated from its beginning.
+        seconds: not exceeded if the next try takes as long as the last one; 0: one try.
+        on_event: is given a line about the first failure.
+
+    Returns:
+        What `action` returned.
+
+    Raises:
+        StorageError: the last try failed, too.
+    """
+    until, pause = time.monotonic() + seconds, _FIRST_PAUSE
+    while True:
+        begun = time.monotonic()
+        try:
+            return action()
+        except StorageError as error:
+            now = time.monotonic()
+            left = until - now - (now - begun)
+            if left <= 0:
+                raise
+            if pause == _FIRST_PAUSE:
+                on_event(f"{error}; it is tried again for {left:.0f} s")
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, _LONGEST_PAUSE)
