@@ -1,39 +1,36 @@
-"""Answers in bulk: texts of any source through the classifier, on Ray Data.
+"""Bulk prediction: a source's texts through the classifier, on Ray Data.
 
-Reading streams, models sit in actors, results come back in the order of the source: files of
-millions of texts pass through bounded memory.
+Files are streamed, actors hold the model, and results keep the order of the source, so that memory
+does not grow with the number of texts.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raybert.cluster.machine import cores
 from raybert.data.corpus import tokenize_job
 from raybert.data.sources import documents
 from raybert.data.sources.documents import SourceConfig
-from raybert.errors import DataError, StorageError, UserError
+from raybert.errors import DataError
 from raybert.inference.classifier import TextClassifier, softmax
+from raybert.inference.prediction_file import PredictionWriter
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
 
-_BLOCK_BYTES = 1 << 20  # of text: what an actor takes at a time
-_ROWS_A_CALL = 512  # enough texts to sort by length, few enough to show progress
+_BLOCK_BYTES = 1 << 20  # of Ray Data's blocks
+_ROWS_PER_CALL = 512  # enough texts to sort by length, few enough to show progress
 
 
 class _Scorer:
-    """The classifier in an actor."""
+    """An actor's classifier: adds the column `logits` to tables of texts."""
 
     def __init__(self, model: str, threads: int, precision: str) -> None:
         import torch
@@ -42,7 +39,7 @@ class _Scorer:
         self._classifier = TextClassifier(Folder(model), precision=precision)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        # A bad row is scored as an empty text: who reads in order drops it or stops at it.
+        # A bad row is scored as an empty text; `score` drops it, or raises, in the source's order.
         logits = self._classifier.logits([text or "" for text in table["text"].to_pylist()])
         flat = pa.array(logits.ravel())
         scores = pa.FixedSizeListArray.from_arrays(flat, logits.shape[1])
@@ -60,14 +57,14 @@ def score(
 ) -> Iterator[pa.Table]:
     """Yield tables of text, label, row and logits [labels] in the order of the source.
 
-    `row` is the number from 0 among all rows of the source, those left out included.
+    `row` counts all rows of the source from 0, skipped ones included.
 
     Args:
-        source: what to score.
+        source: the texts.
         model: a classifier's `model/` directory.
         labels: whether every row must have a label.
-        workers: how many actors score.
-        skipped: is given the number of rows left out, by reason.
+        workers: the number of actors.
+        skipped: the number of skipped rows by reason; updated.
         precision: as in `TextClassifier`.
 
     Raises:
@@ -90,7 +87,7 @@ def score(
             tokenize_job.read_rows,
             fn_kwargs={"config": source, "labels": labels},
             batch_format="pyarrow",
-            num_cpus=0,  # waits for its file most of the time
+            num_cpus=0,  # mostly waits for its file
             compute=TaskPoolStrategy(size=min(workers, len(shards))),
         )
         with warnings.catch_warnings():
@@ -99,11 +96,11 @@ def score(
             scored = texts.map_batches(
                 _Scorer,
                 fn_constructor_args=(model.uri, max(1, cores() // workers), precision),
-                batch_size=_ROWS_A_CALL,
+                batch_size=_ROWS_PER_CALL,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
                 num_cpus=1,
-                max_restarts=0,  # a lost actor ends the command, which is short
+                max_restarts=0,  # a lost actor ends the command; it is short
             )
         for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
             table = table.append_column("row", pa.array(range(rows, rows + len(table))))
@@ -122,85 +119,6 @@ def logits_of(table: pa.Table) -> npt.NDArray[np.float32]:
     return np.asarray(column.flatten().to_numpy().reshape(len(table), -1), np.float32)
 
 
-class PredictionWriter:
-    """Writes predictions to one file, JSONL or Parquet by its name; it appears when complete."""
-
-    def __init__(self, path: str, names: list[str]) -> None:
-        """Open `path` for the predictions of a classifier with these labels.
-
-        Raises:
-            UserError: the name ends in neither, or the folder can't be written.
-        """
-        self._folder, self._name = Folder.of_file(path)
-        if not self._name.endswith((".jsonl", ".parquet")):
-            raise UserError(f"--output {path}: name a .jsonl or a .parquet file")
-        self._names = names
-        self._unfinished = self._folder.join(f".{self._name}.unfinished")
-        try:
-            if self._folder.is_local:
-                os.makedirs(self._folder.path, exist_ok=True)
-            # An object store shows a file only once it is closed: no need for another name.
-            target = self._unfinished if self._folder.is_local else self._folder.join(self._name)
-            self._stream = self._folder.filesystem.open_output_stream(target)
-        except OSError as error:
-            raise UserError(
-                f"--output {path}: can't be written: {error.strerror or error}"
-            ) from None
-        self._parquet: pq.ParquetWriter | None = None
-
-    def write(
-        self, rows: list[int], texts: list[str], probabilities: npt.NDArray[np.float32]
-    ) -> None:
-        """Write texts with the row numbers, their label, its probability and every label's.
-
-        Raises:
-            StorageError: the disk is full.
-        """
-        best = probabilities.argmax(axis=1)
-        records = [
-            {
-                "row": row,
-                "text": text,
-                "label": self._names[top],
-                "score": float(scores[top]),
-                "scores": {n: float(s) for n, s in zip(self._names, scores, strict=True)},
-            }
-            for row, text, top, scores in zip(rows, texts, best, probabilities, strict=True)
-        ]
-        if self._name.endswith(".jsonl"):
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records)
-            with self._folder.storage_errors("writing", self._folder.join(self._name)):
-                self._stream.write(lines.encode())
-            return
-        table = pa.Table.from_pylist(records)
-        with self._folder.storage_errors("writing", self._folder.join(self._name)):
-            if self._parquet is None:
-                self._parquet = pq.ParquetWriter(self._stream, table.schema)
-            self._parquet.write_table(table)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Finish the file, or leave none after an error."""
-        if kind is not None:
-            with suppress(OSError, StorageError):
-                if self._parquet is not None:
-                    self._parquet.close()
-                self._stream.close()
-                if not self._folder.is_local:  # closing it has made it appear
-                    self._folder.delete(self._name)
-            if self._folder.is_local:
-                self._folder.delete(f".{self._name}.unfinished")
-            return
-        with self._folder.storage_errors("writing", self._folder.join(self._name)):
-            if self._parquet is not None:
-                self._parquet.close()
-            self._stream.close()
-            if self._folder.is_local:
-                os.replace(self._unfinished, self._folder.join(self._name))
-
-
 def predict_source(
     source: SourceConfig,
     model: Folder,
@@ -211,7 +129,24 @@ def predict_source(
     on_progress: Callable[[int], None],
     precision: str = "auto",
 ) -> dict[str, Any]:
-    """Score a source into a file; returns the number of texts, and of rows left out by reason."""
+    """Write a source's predictions to a file.
+
+    Args:
+        source: the texts.
+        model: a classifier's `model/` directory.
+        output: the file, as in `PredictionWriter`.
+        names: the classifier's labels.
+        workers: the number of actors.
+        on_progress: called with the number of texts so far.
+        precision: as in `TextClassifier`.
+
+    Returns:
+        texts: how many were written; skipped: rows by reason; output.
+
+    Raises:
+        DataError: a bad row, an unreadable file, or no text at all.
+        UserError, StorageError: as `PredictionWriter`.
+    """
     skipped: Counter[str] = Counter()
     done, temperature = 0, np.float32(huggingface.read_temperature(model))
     scored = score(

@@ -1,4 +1,4 @@
-"""Several classifiers as one: the mean of their probabilities."""
+"""Ensembles of classifiers: the mean of their probabilities, and as teachers in distillation."""
 
 from __future__ import annotations
 
@@ -14,52 +14,59 @@ from raybert.inference.classifier import TextClassifier, softmax
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
 
-ENSEMBLE = "ensemble.json"  # in a folder of several models: where each lies
-_TEXTS_A_CALL = 1024  # enough to sort by length, few enough to show progress
-_LEAST = 1e-7  # probability, where its logarithm is taken
+ENSEMBLE = "ensemble.json"  # in an ensemble's folder: the folders of its models
+_TEXTS_PER_CALL = 1024  # enough to sort by length, few enough to show progress
+_MIN_PROBABILITY = 1e-7  # for its logarithm
 
 
 def members(folder: Folder) -> list[Folder]:
-    """The models of an ensemble's folder; empty where it is none."""
+    """The models of an ensemble; empty if the folder is not one."""
     if not folder.exists(ENSEMBLE):
         return []
     return [folder / name for name in folder.read_json(ENSEMBLE)["models"]]
 
 
 def write_ensemble(folder: Folder, models: Sequence[str]) -> None:
-    """Make a folder an ensemble of the models at these places inside it."""
+    """Make a folder an ensemble of models at these paths inside it."""
     folder.write_json(ENSEMBLE, {"format_version": 1, "models": list(models)})
 
 
 def mean_logits(logits: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-    """Logits [n, labels] of several models -> those of their mean probability."""
+    """The logits [n, labels] of the models' mean probability, from the logits of each model."""
     mean = np.mean([softmax(each) for each in logits], axis=0)
-    return np.asarray(np.log(np.maximum(mean, _LEAST)), np.float32)
+    return np.asarray(np.log(np.maximum(mean, _MIN_PROBABILITY)), np.float32)
 
 
 class Teacher:
-    """One or several classifiers that answer for texts which a student learns from."""
+    """One or several classifiers whose logits a student is trained on."""
 
     def __init__(
         self, models: Sequence[Folder], on_progress: Callable[[int], None] = lambda done: None
     ) -> None:
-        """Name the models; they are loaded when they are asked.
+        """Take the models' folders; `logits` loads one at a time.
 
         Args:
             models: `model/` folders.
-            on_progress: is given the number of texts answered so far, over all models.
+            on_progress: called with the number of texts scored so far, over all models.
         """
         self._models, self._on_progress = models, on_progress
 
     @property
     def identity(self) -> str:
-        """A hash of all weights, in their order."""
+        """A hash of all models' weights, in their order."""
         return hashlib.sha256(
             " ".join(map(huggingface.weights_hash, self._models)).encode()
         ).hexdigest()
 
-    def teach(self, texts: pa.ChunkedArray, names: list[str]) -> npt.NDArray[np.float32]:
-        """Answer for texts: logits [n, labels], in the order of these label names.
+    def logits(self, texts: pa.ChunkedArray, names: list[str]) -> npt.NDArray[np.float32]:
+        """Score texts.
+
+        Args:
+            texts: n strings.
+            names: the student's labels.
+
+        Returns:
+            Logits [n, labels], in the order of `names`.
 
         Raises:
             DataError: a model has other labels.
@@ -75,8 +82,8 @@ class Teacher:
                 )
             columns = [classifier.labels.index(name) for name in names]
             parts = []
-            for begin in range(0, len(texts), _TEXTS_A_CALL):
-                some = texts.slice(begin, _TEXTS_A_CALL).to_pylist()
+            for begin in range(0, len(texts), _TEXTS_PER_CALL):
+                some = texts.slice(begin, _TEXTS_PER_CALL).to_pylist()
                 parts.append(classifier.logits(some)[:, columns])
                 done += len(some)
                 self._on_progress(done)

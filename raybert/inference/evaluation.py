@@ -1,4 +1,4 @@
-"""Measure a classifier on labelled texts that nothing was chosen on."""
+"""Evaluate a classifier on held-out labelled texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raybert.model import huggingface
 from raybert.storage.folder import Folder
 from raybert.tasks.classification_metrics import classification_scores
 
-_EXAMPLES = 12  # texts shown in the report: the surest mistakes and the surest right answers
+_WRONG_EXAMPLES, _RIGHT_EXAMPLES = 8, 4  # for the report, the most confident ones
 
 
 def evaluate(
@@ -31,13 +31,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score labelled texts with a classifier.
 
+    Args:
+        source: the texts and labels.
+        model: a classifier's `model/` directory.
+        names: the classifier's labels.
+        workers: the number of actors.
+        on_progress: called with the number of texts so far.
+
     Returns:
         `classification_scores`, with `texts_per_second`, `skipped` and `examples`.
 
     Raises:
         DataError: a label that the classifier does not know, or any bad row.
     """
-    # As in training and in every answer: the model says what becomes of line breaks.
+    # The model's own preprocessing, as in training and in serving.
     breaks = huggingface.read_preprocessing(model).get("html_breaks", "space")
     source = source.model_copy(update={"labels": names, "html_breaks": breaks})
     skipped: Counter[str] = Counter()
@@ -49,11 +56,9 @@ def evaluate(
     if not tables:
         raise DataError(f"{source.path}: no labelled texts")
     table = pa.concat_tables(tables)
-    # As answers are: calibrated.
-    scaled = np.concatenate([logits_of(part) for part in tables]) / huggingface.read_temperature(
-        model
-    )
-    logits = np.asarray(scaled, np.float32)
+    logits = np.concatenate([logits_of(part) for part in tables])
+    # Calibrated, as in serving.
+    logits = np.asarray(logits / huggingface.read_temperature(model), np.float32)
     ids = {name: index for index, name in enumerate(names)}
     labels = np.array([ids[name] for name in table["label"].to_pylist()])
     return {
@@ -65,19 +70,20 @@ def evaluate(
 
 
 def _examples(table: pa.Table, probabilities: Any, labels: Any, names: list[str]) -> list[Any]:
-    predicted, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    """The most confident wrong and right predictions, as the report shows them."""
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = np.flatnonzero(predicted != labels)
     right = np.flatnonzero(predicted == labels)
     chosen = [
-        *wrong[np.argsort(-sure[wrong])][: _EXAMPLES - 4],
-        *right[np.argsort(-sure[right])][:4],
+        *wrong[np.argsort(-confidence[wrong])][:_WRONG_EXAMPLES],
+        *right[np.argsort(-confidence[right])][:_RIGHT_EXAMPLES],
     ]
     return [
         {
             "text": table["text"][int(row)].as_py()[:1000],
             "label": names[labels[row]],
             "predicted": names[predicted[row]],
-            "probability": round(float(sure[row]), 4),
+            "probability": round(float(confidence[row]), 4),
         }
         for row in chosen
     ]

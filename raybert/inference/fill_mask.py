@@ -1,4 +1,4 @@
-"""The pretrained model as an object: texts with masks in, likely tokens out."""
+"""A pretrained masked language model for inference: texts with masks in, likely tokens out."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class MaskFiller:
 
     @property
     def mask_token(self) -> str:
-        """What stands for a token that is to be guessed."""
+        """The token to predict, as written in a text: `[MASK]` or similar."""
         return self._tokenizer.mask_token
 
     @property
     def longest(self) -> int:
-        """Tokens of a text that the model reads."""
+        """The most tokens of a text that the model reads."""
         return self._model.encoder.config.max_seq_len
 
     def fill(self, text: str, top: int) -> list[list[dict[str, Any]]]:
-        """Guess each mask of a text: `top` of {"token", "probability"}, the likeliest first.
+        """Predict each mask of a text: `top` of {"token", "probability"}, the likeliest first.
 
         Raises:
             DataError: the text has no mask, or is longer than the model reads.
@@ -45,7 +45,7 @@ class MaskFiller:
         return predictions(self._model, self._tokenizer, self._preprocessing.clean(text), top)
 
     def count(self, text: str) -> int:
-        """The masks of a text.
+        """The number of masks in a text.
 
         Raises:
             DataError: the text has no mask, or is longer than the model reads.

@@ -1,156 +1,144 @@
-"""What a classifier computes in: fp32, bf16, int8 or compiled; and the choice, kept with the model.
+"""The registry of precisions that a classifier runs in: fp32, bf16, int8, compiled.
 
-The choice lies beside the weights, in a file of its own for each machine type: replicas that read
-it never differ from each other. `choice` makes it by measuring.
+An entry builds the module that computes in a precision, and says where that is available. A new
+precision is one more entry (and one more value of the setting `serve.precision`). The encoder
+changes; the classification head stays in fp32.
+
+Shapes: B batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import time
-import uuid
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
-from raybert.cluster.machine import cores, device_name, has_fast_bf16
-from raybert.errors import StorageError, UserError
-from raybert.inference.engines import can_compile, has_int8
-from raybert.model import huggingface
-from raybert.storage.folder import Folder
-from raybert.storage.registry import CHOICES
+from raybert.cluster.machine import has_fast_bf16
+from raybert.inference.compiled import can_compile, compile_modules
+from raybert.inference.int8 import has_int8, to_int8
+from raybert.inference.onednn import has_onednn, pack, replace_modules
+from raybert.model.encoder import Encoder
+from raybert.model.heads import Classifier
 
-PRECISIONS = ("fp32", "bf16", "int8", "compiled")
-
-_AGREE_SECONDS = 3.0  # more than a store takes to look a file up and to write another one
+_FP32_BUFFERS = ("global_angles", "local_angles")  # bf16 represents integers up to 256 only
 
 
-def resolve(precision: str, folder: Folder, device: torch.device) -> str:
-    """The precision that is meant by a setting.
+def build_model(model: Classifier, precision: str) -> nn.Module:
+    """Make a module that computes a classifier's logits in a precision, called as the classifier.
 
     Args:
-        precision: one of PRECISIONS; auto: the stored choice, or bf16 where it is fast, or fp32.
-        folder: the model.
-        device: where it will run.
-
-    Raises:
-        UserError: no such precision, or none that this machine has.
+        model: the fp32 classifier, which is not changed; its device is where the result runs.
+        precision: a key of PRECISIONS.
     """
-    if precision == "auto":
-        chosen = stored(folder, device)
-        return str(chosen["precision"]) if chosen else fallback(device)
-    if precision not in PRECISIONS:
-        raise UserError(f"serve.precision={precision}: use auto, {', '.join(PRECISIONS)}")
-    if precision not in available(device):
-        needs = "an x86 CPU" if precision == "int8" else "a C++ compiler (g++, or CXX)"
-        raise UserError(f"serve.precision={precision} needs {needs}; use bf16, fp32 or auto")
-    return precision
+    return PRECISIONS[precision].build(model, next(model.parameters()).device)
 
 
-def fallback(device: torch.device) -> str:
-    """What is taken where nothing was measured."""
+def available_precisions(device: torch.device) -> tuple[str, ...]:
+    """The precisions that this machine can compute in, fp32 first."""
+    return tuple(name for name, entry in PRECISIONS.items() if entry.is_available(device))
+
+
+def default_precision(device: torch.device) -> str:
+    """The precision of a model for which none was measured: bf16 where it is fast, or fp32."""
     return "bf16" if has_fast_bf16(device) else "fp32"
 
 
-def available(device: torch.device) -> tuple[str, ...]:
-    """The precisions that this machine can compute in, fp32 first."""
-    has = {
-        "int8": device.type == "cpu" and has_int8(),
-        "compiled": can_compile(),
-    }
-    return tuple(name for name in PRECISIONS if has.get(name, True))
+def _build_fp32(model: Classifier, device: torch.device) -> nn.Module:
+    if device.type != "cpu" or not has_onednn():
+        return model
+    packed = copy.deepcopy(model)
+    pack(packed.encoder)
+    return packed
 
 
-# The choice --------------------------------------------------------------------------------------
+def _build_bf16(model: Classifier, device: torch.device) -> nn.Module:
+    return _with_fp32_output(_copy(model, bf16=True))
 
 
-def machine(device: torch.device) -> str:
-    """The machine type that a choice holds for."""
-    name = device_name(device)
-    return name if device.type == "cuda" else f"{name}, {cores()} cores"
+def _build_int8(model: Classifier, device: torch.device) -> nn.Module:
+    bf16 = has_fast_bf16(device)
+    quantized = _copy(model, bf16=bf16)
+    convert = functools.partial(to_int8, bf16_products=bf16)
+    replace_modules(quantized.encoder, model.encoder, convert)
+    if can_compile():
+        _compile_layers(quantized.encoder, device)
+    return _with_fp32_output(quantized)
 
 
-def stored(folder: Folder, device: torch.device) -> dict[str, Any] | None:
-    """The choice that was stored for these weights and this machine type; None: none was."""
-    ending = f"-{_short(machine(device))}.json"
-    names = [n for n in folder.names() if n.startswith(CHOICES) and n.endswith(ending)]
-    if not names:  # weights are not read for nothing
-        return None
-    name = _name(folder, device)
-    if name not in names:
-        return None
-    found = folder.read_json(name)
-    return found if isinstance(found, dict) and found.get("precision") in PRECISIONS else None
+def _build_compiled(model: Classifier, device: torch.device) -> nn.Module:
+    compiled = _copy(model, bf16=has_fast_bf16(device))
+    _compile_layers(compiled.encoder, device)
+    return _with_fp32_output(compiled)
 
 
-def store(
-    folder: Folder, device: torch.device, choice: dict[str, Any], *, replace: bool = False
-) -> dict[str, Any] | None:
-    """Keep a choice with the model, unless somebody else was faster.
+@dataclass(frozen=True)
+class Precision:
+    """How a precision is built, and what it needs."""
 
-    Args:
-        folder: the model.
-        device: what it was made on.
-        choice: has `precision`; plain JSON.
-        replace: overwrite what is there.
+    build: Callable[[Classifier, torch.device], nn.Module]
+    is_available: Callable[[torch.device], bool] = lambda device: True
+    requirement: str = ""  # for the message where it is not available
 
-    Returns:
-        The choice that stands now; None where the folder can't be written.
+
+#: From the most exact one on: a later one is selected only if it is faster than those before it.
+PRECISIONS = {
+    "fp32": Precision(_build_fp32),
+    "bf16": Precision(_build_bf16),
+    "int8": Precision(
+        _build_int8, lambda device: device.type == "cpu" and has_int8(), "an x86 CPU"
+    ),
+    "compiled": Precision(
+        _build_compiled, lambda device: can_compile(), "a C++ compiler (g++, or CXX)"
+    ),
+}
+
+
+def _copy(model: Classifier, *, bf16: bool) -> Classifier:
+    """Copy a classifier, its encoder in bf16 if asked for."""
+    copied = copy.deepcopy(model)
+    if bf16:
+        encoder = copied.encoder
+        buffers = dict(encoder.named_buffers(recurse=False))
+        encoder.to(torch.bfloat16)
+        for name in buffers.keys() & _FP32_BUFFERS:
+            encoder.register_buffer(name, buffers[name], persistent=False)
+    return copied
+
+
+def _compile_layers(encoder: Encoder, device: torch.device) -> None:
+    on_cpu = device.type == "cpu"
+    compile_modules([x if on_cpu else x.get_submodule("feed_forward") for x in encoder.layers])
+
+
+def _with_fp32_output(model: Classifier) -> Classifier:
+    model.register_module("encoder", _FP32Output(model.encoder))
+    return model
+
+
+class _FP32Output(nn.Module):
+    """An encoder with fp32 outputs whose layers take `cu_seqlens`, a tensor, in place of lengths.
+
+    For every list of lengths, compiled layers would be compiled again.
     """
-    name = _name(folder, device)
-    whole = {"machine": machine(device), **choice}
-    try:
-        if replace:
-            folder.write_json(name, whole)
-        elif folder.is_local:
-            _create(Path(folder.join(name)), json.dumps(whole, indent=2) + "\n")
-        else:
-            _agree(folder, name, whole)
-    except (OSError, StorageError):
-        return None
-    return stored(folder, device)
 
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
 
-def _agree(folder: Folder, name: str, value: dict[str, Any]) -> None:
-    """Write a file on an object store, which has no locks, but one that others write at once, too.
-
-    Each lays a proposal beside it and waits: whoever came before its proposal could be seen lays
-    one, too, in that time. Then all of them see the same ones, and write the same one down.
-    """
-    if folder.exists(name):
-        return
-    proposals = f".{name}."
-    mine = proposals + uuid.uuid4().hex[:8]
-    folder.write_json(mine, value)
-    time.sleep(_AGREE_SECONDS)
-    names = folder.names(hidden=True)
-    # A proposal is taken away only by who has written the file: who does not see it sees the file.
-    if name not in names:
-        first = min(other for other in names if other.startswith(proposals))
-        with suppress(FileNotFoundError):  # it has just been taken away
-            folder.write_json(name, folder.read_json(first))
-    folder.delete(mine)
-
-
-def _create(path: Path, text: str) -> None:
-    """Write a file that appears whole, and only where there is none."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.link(beside, path)
-    except FileExistsError:
-        pass
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _name(folder: Folder, device: torch.device) -> str:
-    return f"{CHOICES}{huggingface.weights_hash(folder)[:8]}-{_short(machine(device))}.json"
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        positions, far, near = self.encoder.plan(input_ids, attention_mask, lengths=lengths)
+        if lengths is not None:
+            cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
+            far = far._replace(lengths=None, cu_seqlens=cu_seqlens)
+            near = near._replace(lengths=None, cu_seqlens=cu_seqlens)
+        return self.encoder.transform(input_ids, positions, far, near).float()  # [B, T, D]

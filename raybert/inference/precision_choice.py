@@ -1,4 +1,4 @@
-"""Choosing a precision: by speed at start-up, or with `raybert bench serve` by accuracy, too."""
+"""Select a precision: by speed when a replica starts, by accuracy and speed in `bench serve`."""
 
 from __future__ import annotations
 
@@ -14,48 +14,49 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raybert.inference import precision as precisions
 from raybert.inference.classifier import TextClassifier, softmax
+from raybert.inference.precision import available_precisions, default_precision
+from raybert.inference.precision_store import machine_type, read_choice, store_choice
 from raybert.storage.folder import Folder
 from raybert.tasks.classification_metrics import classification_scores
 
-MOST_POINTS = 0.5  # of accuracy that a faster precision may cost
-MOST_DIFFERENCE = 0.05  # between probabilities, where there are no labels to measure accuracy by
-GAIN = 1.05  # by which a precision must be faster than the plainer ones before it
-_LENGTHS = (16, 48, 96, 160, 240, 320, 400, 512)
-_ROWS = 24
+MAX_POINTS_LOST = 0.5  # of accuracy, for a faster precision
+MAX_DIFFERENCE = 0.05  # from fp32's probabilities, where no labels give an accuracy
+MIN_SPEEDUP = 1.05  # over each more exact precision
+_LENGTHS = (16, 48, 96, 160, 240, 320, 400, 512)  # tokens of the benchmark's texts, in turn
+_TEXTS = 24
 _SECONDS = 1.0  # of measuring each precision, after its first pass
 
 
 def select_precision(folder: Folder, device: str, preferred: str | None = None) -> str:
-    """The precision that all replicas on machines of this type take.
+    """Return the precision that all replicas on machines of this type use.
 
-    Measures unless a choice is stored, and stores what it finds. Where the model can't be written
-    to, what replicas measure could differ, so that the rule of thumb is taken.
+    Benchmarks the precisions unless a choice is stored, and stores the result. Where the model's
+    folder can't be written, replicas could measure different results: the default is used.
 
     Args:
         folder: the model.
         device: cpu or cuda.
-        preferred: is stored without measuring: for a version that replaces another one.
+        preferred: stored without a benchmark: the precision of the version that this one replaces.
     """
     where = torch.device(device)
-    chosen = precisions.stored(folder, where)
-    if chosen is None and preferred:
-        chosen = precisions.store(folder, where, {"precision": preferred})
-    elif chosen is None:
-        with _alone():
-            chosen = precisions.stored(folder, where)  # by who was here before
-            chosen = chosen or precisions.store(folder, where, benchmark(folder, device))
-    return str(chosen["precision"]) if chosen else preferred or precisions.fallback(where)
+    choice = read_choice(folder, where)
+    if choice is None and preferred:
+        choice = store_choice(folder, where, {"precision": preferred})
+    elif choice is None:
+        with _machine_lock():
+            choice = read_choice(folder, where)  # of a process that held the lock before
+            choice = choice or store_choice(folder, where, benchmark(folder, device))
+    return str(choice["precision"]) if choice else preferred or default_precision(where)
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Measure one after the other on a machine: replicas that start at once share its cores."""
+def _machine_lock() -> Iterator[None]:
+    """Let one process of this machine measure at a time: starting replicas share its cores."""
     path = os.path.join(tempfile.gettempdir(), f"raybert-measuring-{os.getuid()}.lock")
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError:  # somebody else's, or there is no room: what is measured is only less exact
+    except OSError:  # another user's file, or a full disk: measuring in parallel is less exact
         yield
         return
     try:
@@ -66,28 +67,28 @@ def _alone() -> Iterator[None]:
 
 
 def benchmark(folder: Folder, device: str) -> dict[str, Any]:
-    """Measure every precision on texts of random words: speed, and how far scores move.
+    """Measure the speed of each precision, and the difference of its scores, on random words.
 
     Returns:
-        precision: the fastest one whose probabilities stay within MOST_DIFFERENCE of fp32's.
-        measured: by precision, tokens_per_second, max_difference from fp32's probabilities, and
-            company: how far probabilities differ between a text alone and in a batch.
+        precision: the fastest one whose probabilities are within MAX_DIFFERENCE of fp32's.
+        measured: by precision, tokens_per_second; max_difference from fp32's probabilities;
+            company: the largest difference of a text's probabilities alone and in a batch.
     """
     reference: npt.NDArray[np.float32] | None = None
     measured: dict[str, dict[str, float]] = {}
-    for name in precisions.available(torch.device(device)):
+    for name in available_precisions(torch.device(device)):
         classifier = TextClassifier(folder, device=device, precision=name)
         rows = _random_rows(classifier)
-        scores = softmax(classifier.score(rows))  # the first pass: kernels are chosen
+        scores = softmax(classifier.score(rows))  # the first pass: kernels are selected
         reference = scores if reference is None else reference
         alone = softmax(np.concatenate([classifier.score([row]) for row in rows]))
         measured[name] = {
-            "tokens_per_second": _speed(classifier, rows),
+            "tokens_per_second": _tokens_per_second(classifier, rows),
             "max_difference": float(np.abs(scores - reference).max()),
             "company": float(np.abs(scores - alone).max()),
         }
-    good = [n for n, found in measured.items() if found["max_difference"] <= MOST_DIFFERENCE]
-    speeds = {name: measured[name]["tokens_per_second"] for name in good}
+    close = [n for n, found in measured.items() if found["max_difference"] <= MAX_DIFFERENCE]
+    speeds = {name: measured[name]["tokens_per_second"] for name in close}
     return {"precision": fastest(speeds), "measured": measured}
 
 
@@ -99,22 +100,25 @@ def compare(
     *,
     on_progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure every precision on labelled texts, and store the best for this machine type.
+    """Measure each precision on labelled texts, and store the best one for this machine type.
 
     Args:
         folder: the model.
         texts: raw texts.
         labels: [texts] int, indices into the model's labels.
         device: cpu or cuda.
-        on_progress: is told what is being measured.
+        on_progress: called with a line about each precision before it is measured.
 
     Returns:
-        precision: the fastest one that costs at most MOST_POINTS of accuracy.
-        measured: by precision, texts_per_second, accuracy, loss, and points of accuracy lost.
-        stored: whether it could be kept with the model.
+        precision: the fastest one that loses at most MAX_POINTS_LOST of accuracy.
+        measured: by precision, texts_per_second, accuracy, loss, and points_lost of accuracy.
+        texts: how many.
+        machine: the machine type.
+        stored: whether the choice could be written to the model's folder.
     """
+    where = torch.device(device)
     measured: dict[str, dict[str, float]] = {}
-    for name in precisions.available(torch.device(device)):
+    for name in available_precisions(where):
         on_progress(f"{name}: {len(texts):,} texts")
         classifier = TextClassifier(folder, device=device, precision=name)
         classifier.logits(texts[:8])
@@ -132,32 +136,36 @@ def compare(
     speeds = {
         name: found["texts_per_second"]
         for name, found in measured.items()
-        if found["points_lost"] <= MOST_POINTS
+        if found["points_lost"] <= MAX_POINTS_LOST
     }
     result = {"precision": fastest(speeds), "measured": measured, "texts": len(texts)}
-    kept = precisions.store(folder, torch.device(device), result, replace=True)
-    return {**result, "machine": precisions.machine(torch.device(device)), "stored": bool(kept)}
+    stored = store_choice(folder, where, result, replace=True)
+    return {**result, "machine": machine_type(where), "stored": bool(stored)}
 
 
 def fastest(speeds: dict[str, float]) -> str:
-    """The fastest precision, in order from the plainest; a later one must be worth its cost."""
+    """The fastest precision, where each must beat the more exact ones by MIN_SPEEDUP.
+
+    Args:
+        speeds: by precision, the most exact one first.
+    """
     best, *others = speeds
     for name in others:
-        if speeds[name] > GAIN * speeds[best]:
+        if speeds[name] > MIN_SPEEDUP * speeds[best]:
             best = name
     return best
 
 
 def _random_rows(classifier: TextClassifier) -> list[npt.NDArray[np.int64]]:
-    """Texts of random words, of lengths as they come."""
+    """Token ids of texts of random words."""
     rng = np.random.default_rng(0)
     words, longest = np.flatnonzero(~classifier.tokenizer.is_special), classifier.longest
-    lengths = (min(_LENGTHS[index % len(_LENGTHS)], longest) for index in range(_ROWS))
+    lengths = (min(_LENGTHS[index % len(_LENGTHS)], longest) for index in range(_TEXTS))
     return [rng.choice(words, length) for length in lengths]
 
 
-def _speed(classifier: TextClassifier, rows: Sequence[npt.NDArray[np.int64]]) -> float:
-    """Tokens per second of the best of some passes, so that a busy moment does not choose."""
+def _tokens_per_second(classifier: TextClassifier, rows: Sequence[npt.NDArray[np.int64]]) -> float:
+    """The best of several passes, so that another process's load changes it little."""
     tokens, best, begun = sum(map(len, rows)), float("inf"), time.perf_counter()
     while time.perf_counter() - begun < _SECONDS:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Texts past the model's length, read in windows that overlap, with their scores pooled."""
+"""Overlapping windows over texts that are longer than the model, and the mean of their logits."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Row = npt.NDArray[Any]  # a text's ids, or those of a window of it, [tokens]
+Row = npt.NDArray[Any]  # token ids of a text or of a window, [tokens]
 
-OVERLAP = 4  # a quarter of a window is also in the next one, so that no phrase is cut for both
+#: A quarter of a window is also in the next one: a phrase that one of them cuts is whole in the
+#: other.
+OVERLAP = 4
 
 
 def windows(ids: Row, seq_len: int) -> list[Row]:
-    """Cut a text's ids into windows of at most `seq_len` tokens that cover all of it.
+    """Split a text's ids into windows of at most `seq_len` tokens that cover it.
 
-    Each window has the text's first and last id around it, which are the special ones. A text that
-    fits is its own single window; all windows of a longer one are full.
+    Each window begins and ends with the text's first and last id, the special tokens. A text that
+    fits is one window; all windows of a longer text have `seq_len` tokens.
 
     Args:
-        ids: [n], special tokens included.
+        ids: [tokens], special ones included.
         seq_len: at least 8.
     """
     if len(ids) <= seq_len:
@@ -36,13 +38,13 @@ def pool(logits: npt.NDArray[np.float32], counts: Sequence[int]) -> npt.NDArray[
     """Average the logits of each text's windows.
 
     Args:
-        logits: [windows, labels], the texts' windows one after the other.
-        counts: windows of each text, at least 1.
+        logits: [windows, labels], in the order of the texts.
+        counts: the number of windows of each text, at least 1.
 
     Returns:
         [texts, labels].
     """
-    if len(counts) == len(logits):  # one window each
+    if len(counts) == len(logits):  # one window a text
         return logits
     starts = np.cumsum([0, *counts[:-1]])
     sums = np.add.reduceat(logits, starts, axis=0)

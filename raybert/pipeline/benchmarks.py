@@ -81,7 +81,7 @@ def bench_serve(
     """Measure a classifier in every precision on the experiment's evaluation source.
 
     Returns:
-        As `choice.compare`: the precision chosen, what was measured, and whether it was stored.
+        As `precision_choice.compare`: the selected precision, the measurements, and `stored`.
 
     Raises:
         DataError: a bad row, or a label that the classifier does not know.

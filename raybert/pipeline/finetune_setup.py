@@ -74,7 +74,7 @@ def prepare_finetune(
                 WHOLE if whole else seq_len,
                 config.seed,
                 data,
-                teach=None if teacher is None else teacher.teach,
+                teach=None if teacher is None else teacher.logits,
                 teacher="" if teacher is None else teacher.identity,
             )
         display.say(

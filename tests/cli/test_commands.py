@@ -271,10 +271,10 @@ def test_serving_refuses_what_it_can_not_serve_before_ray_is_started(raybert, tm
 
 
 def test_what_a_precision_costs_is_measured_and_kept(raybert, tmp_path, trained, monkeypatch):
-    from raybert.inference import precision
+    from raybert.inference import precision_choice
 
     shutil.copytree(trained.run / "finetune" / "model", tmp_path / "model")
-    monkeypatch.setattr(precision, "available", lambda device: ("fp32", "bf16"))
+    monkeypatch.setattr(precision_choice, "available_precisions", lambda device: ("fp32", "bf16"))
     at = ("bench", "serve", "-c", trained.config, "-m", tmp_path / "model", "--texts", "60")
     found = raybert(*at, "--json").json
     assert set(found["measured"]) == {"fp32", "bf16"}

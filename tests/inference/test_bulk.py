@@ -1,4 +1,4 @@
-"""Answers in bulk: in order, complete, and one file or none."""
+"""Bulk prediction: results in order and complete, and a whole file or none."""
 
 import json
 import os
@@ -10,25 +10,26 @@ from making import reviews, write_csv
 
 from raybert.data.sources.documents import SourceConfig
 from raybert.errors import DataError, StorageError, UserError
-from raybert.inference.bulk import PredictionWriter, predict_source
+from raybert.inference.bulk import predict_source
 from raybert.inference.classifier import TextClassifier, softmax
 from raybert.inference.evaluation import evaluate
+from raybert.inference.prediction_file import PredictionWriter
 from raybert.storage.folder import Folder
 
-SHARES = np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
+PROBABILITIES = np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
 
 
-def test_softmax_is_stable():
-    shares = softmax(np.array([[1000.0, 1000.0], [0.0, -1000.0]], np.float32))
-    assert shares.tolist() == [[0.5, 0.5], [1.0, 0.0]]
+def test_softmax_of_large_logits_does_not_overflow():
+    probabilities = softmax(np.array([[1000.0, 1000.0], [0.0, -1000.0]], np.float32))
+    assert probabilities.tolist() == [[0.5, 0.5], [1.0, 0.0]]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_predictions_are_written_whole(tmp_path, name):
+def test_the_file_appears_when_it_is_complete(tmp_path, name):
     path = tmp_path / "deep" / name
     with PredictionWriter(str(path), ["neg", "pos"]) as writer:
-        writer.write([0, 2], ["good", "ü"], SHARES)
-        writer.write([3], ["more"], SHARES[:1])
+        writer.write([0, 2], ["good", "ü"], PROBABILITIES)
+        writer.write([3], ["more"], PROBABILITIES[:1])
         assert not path.exists()
     assert os.listdir(path.parent) == [name]
     if name.endswith("jsonl"):
@@ -42,49 +43,49 @@ def test_predictions_are_written_whole(tmp_path, name):
     assert rows[0]["score"] == 0.75
 
 
-def test_lines_are_written_to_an_object_store(bucket):
+def test_jsonl_on_an_object_store_appears_when_it_is_complete(bucket):
     with PredictionWriter((bucket / "out" / "a.jsonl").uri, ["neg", "pos"]) as writer:
-        writer.write([0, 2], ["good", "ü"], SHARES)
+        writer.write([0, 2], ["good", "ü"], PROBABILITIES)
         assert (bucket / "out").names() == []
     lines = (bucket / "out").read_text("a.jsonl").splitlines()
     assert [json.loads(line)["text"] for line in lines] == ["good", "ü"]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_an_error_leaves_the_old_file_and_no_other(tmp_path, name):
+def test_after_an_error_the_old_file_is_unchanged_and_no_other_remains(tmp_path, name):
     (tmp_path / name).write_text("old")
     with pytest.raises(ZeroDivisionError), PredictionWriter(f"{tmp_path}/{name}", ["a"]) as writer:
-        writer.write([0], ["good"], SHARES[:1, :1])
+        writer.write([0], ["good"], PROBABILITIES[:1, :1])
         1 / 0  # noqa: B018
     assert os.listdir(tmp_path) == [name]
     assert (tmp_path / name).read_text() == "old"
 
 
-def test_a_full_disk_is_told_in_our_words(tmp_path):
+def test_a_full_disk_raises_a_storage_error_that_names_the_file(tmp_path):
     with (
         pytest.raises(StorageError, match=r"^writing .*a.jsonl failed: No space left on device"),
         PredictionWriter(f"{tmp_path}/a.jsonl", ["a"]) as writer,
     ):
         writer._stream.close()
         writer._stream = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - the writer closes it
-        writer.write([0], ["good"], SHARES[:1, :1])
+        writer.write([0], ["good"], PROBABILITIES[:1, :1])
     assert os.listdir(tmp_path) == []
 
 
-def test_a_name_of_another_kind_is_refused(tmp_path):
+def test_a_file_name_with_another_ending_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"--output .*a.txt: name a .jsonl or a .parquet file"):
         PredictionWriter(str(tmp_path / "a.txt"), ["neg", "pos"])
 
 
-def test_a_folder_that_can_not_be_made_is_refused(tmp_path):
+def test_a_folder_that_can_not_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="can't be written"):
         PredictionWriter(str(tmp_path / "file" / "a.jsonl"), ["neg", "pos"])
 
 
 @pytest.mark.ray
-def test_texts_are_scored_in_order_and_as_in_one_process(ray_session, model, tmp_path):
-    rows = reviews(1300, seed=4)  # three calls of an actor
+def test_scores_are_in_order_and_equal_those_of_one_process(ray_session, model, tmp_path):
+    rows = reviews(1300, seed=4)  # three batches of an actor
     source = SourceConfig(path=write_csv(Folder(tmp_path), "t.csv", rows))
     expected = TextClassifier(model).logits([text for text, _ in rows])
     done = []
@@ -93,9 +94,9 @@ def test_texts_are_scored_in_order_and_as_in_one_process(ray_session, model, tmp
         source, model, str(output), ["neg", "pos"], workers=2, on_progress=done.append
     )
     assert result["texts"] == 1300 == done[-1]
-    answers = pq.read_table(output)
-    assert answers["text"].to_pylist() == [text for text, _ in rows]
-    scores = np.array([[one["neg"], one["pos"]] for one in answers["scores"].to_pylist()])
+    written = pq.read_table(output)
+    assert written["text"].to_pylist() == [text for text, _ in rows]
+    scores = np.array([[one["neg"], one["pos"]] for one in written["scores"].to_pylist()])
     calibrated = TextClassifier(model).probabilities([text for text, _ in rows])
     np.testing.assert_allclose(scores, calibrated, atol=1e-2)  # two roundings of bf16
 
@@ -106,7 +107,7 @@ def test_texts_are_scored_in_order_and_as_in_one_process(ray_session, model, tmp
 
 
 @pytest.mark.ray
-def test_a_bad_row_leaves_no_file(ray_session, model, tmp_path):
+def test_a_bad_row_raises_and_leaves_no_file(ray_session, model, tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes(b"text,label\n" + b"a superb film,pos\n" * 20 + b"f\xfflm,pos\n")
     output = tmp_path / "out" / "labels.jsonl"

@@ -1,4 +1,4 @@
-"""Answers do not depend on company: a text alone, in a batch or in any order scores the same."""
+"""A text's scores are the same alone, in any batch and in any order."""
 
 import io
 import os
@@ -16,7 +16,7 @@ from raybert.storage.folder import Folder
 TEXTS = [text for text, _ in reviews(40, seed=3)] + ["superb " * 100, "awful", "zzz unknown zzz"]
 
 
-def test_scores_do_not_depend_on_company_or_order(model):
+def test_scores_do_not_depend_on_the_batch_or_its_order(model):
     classifier = TextClassifier(model, precision="fp32")
     together = classifier.logits(TEXTS)
     alone = np.concatenate([classifier.logits([text]) for text in TEXTS])
@@ -32,29 +32,29 @@ def test_scores_do_not_depend_on_the_batch_size(model, tokens):
     np.testing.assert_allclose(classifier.logits(TEXTS), expected, atol=1e-5)
 
 
-def test_padded_batches_score_as_packed_ones(model, monkeypatch):
-    """On GPUs texts are padded."""
+def test_padded_and_concatenated_batches_have_equal_scores(model, monkeypatch):
     classifier = TextClassifier(model, precision="fp32")
-    packed = classifier.logits(TEXTS)
-    monkeypatch.setattr(TextClassifier, "_is_packed", False)
-    np.testing.assert_allclose(classifier.logits(TEXTS), packed, atol=1e-5)
+    concatenated = classifier.logits(TEXTS)
+    # As on GPUs.
+    monkeypatch.setattr(TextClassifier, "_concatenates", False)
+    np.testing.assert_allclose(classifier.logits(TEXTS), concatenated, atol=1e-5)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_batches_keep_to_the_token_budget(model, monkeypatch, packed):
+@pytest.mark.parametrize("concatenates", [True, False])
+def test_batches_do_not_exceed_the_token_budget(model, monkeypatch, concatenates):
     classifier = TextClassifier(model, precision="fp32")
     batches = []
     forward = classifier._forward
 
-    def note(rows):
+    def record(rows):
         batches.append([len(row) for row in rows])
         return forward(rows)
 
-    monkeypatch.setattr(classifier, "_forward", note)
-    monkeypatch.setattr(TextClassifier, "_is_packed", packed)
+    monkeypatch.setattr(classifier, "_forward", record)
+    monkeypatch.setattr(TextClassifier, "_concatenates", concatenates)
     classifier.tokens_per_batch = 64
     classifier.logits(TEXTS)
-    costs = [sum(b) if packed else len(b) * max(b) for b in batches]
+    costs = [sum(b) if concatenates else len(b) * max(b) for b in batches]
     assert sum(map(len, batches)) == len(TEXTS)
     assert all(cost <= 64 or len(b) == 1 for cost, b in zip(costs, batches, strict=True))
     assert len(batches) < len(TEXTS)
@@ -62,13 +62,13 @@ def test_batches_keep_to_the_token_budget(model, monkeypatch, packed):
     assert lengths == sorted(lengths)
 
 
-def test_a_text_of_which_nothing_is_left_has_a_score(model):
+def test_an_empty_row_has_finite_scores(model):
     classifier = TextClassifier(model)
     rows = [np.empty(0, np.uint16), *classifier.encode(["superb"])]
     assert np.isfinite(classifier.score(rows)).all()
 
 
-def test_windows_cover_what_cutting_leaves_out(model):
+def test_windows_read_the_middle_that_truncation_leaves_out(model):
     classifier = TextClassifier(model, precision="fp32")
     words = ["film"] * 200
     words[100] = "superb"
@@ -82,7 +82,7 @@ def test_windows_cover_what_cutting_leaves_out(model):
     ]
 
 
-def test_probabilities_are_calibrated(model):
+def test_probabilities_are_scaled_by_the_temperature(model):
     classifier = TextClassifier(model, precision="fp32")
     assert classifier.temperature == huggingface.read_temperature(model) != 1.0
     logits = classifier.logits(TEXTS)
@@ -91,40 +91,38 @@ def test_probabilities_are_calibrated(model):
     assert (classifier.probabilities(TEXTS).argmax(1) == logits.argmax(1)).all()
 
 
-def test_probabilities_sum_to_one_and_name_the_right_label(model):
+def test_probabilities_sum_to_one_and_are_highest_for_the_right_label(model):
     classifier = TextClassifier(model)
     assert classifier.labels == ["neg", "pos"]
-    shares = classifier.probabilities(["a superb moving film", "a dreadful clumsy film"])
-    assert shares.sum(1) == pytest.approx([1, 1])
-    assert shares.argmax(1).tolist() == [1, 0]
+    probabilities = classifier.probabilities(["a superb moving film", "a dreadful clumsy film"])
+    assert probabilities.sum(1) == pytest.approx([1, 1])
+    assert probabilities.argmax(1).tolist() == [1, 0]
 
 
-def test_html_breaks_are_spaces_as_in_training(model):
+def test_html_line_breaks_are_read_as_spaces(model):
     classifier = TextClassifier(model, precision="fp32")
     np.testing.assert_allclose(
         classifier.logits(["superb<br /><BR>film"]), classifier.logits(["superb  film"]), atol=1e-6
     )
 
 
-def test_what_is_past_the_length_keeps_head_and_tail(model):
+def test_a_text_past_the_length_keeps_its_head_and_tail(model):
     classifier = TextClassifier(model, precision="fp32")
-    how = classifier.preprocessing
     words = ["film"] * 200
     middle = [*words[:100], "superb", *words[101:]]
     tail = [*words[:-1], "superb"]
     plain, hidden, seen = classifier.logits([" ".join(t) for t in (words, middle, tail)])
-    assert how.seq_len == 32
+    assert classifier.preprocessing.seq_len == 32
     np.testing.assert_allclose(hidden, plain, atol=1e-6)
     assert abs(seen - plain).max() > 1e-3
 
 
-def test_no_texts_give_no_scores(model):
+def test_without_texts_there_are_no_scores(model):
     assert TextClassifier(model).logits([]).shape == (0, 2)
     assert list(predict_texts(model, [])) == []
 
 
-def test_predictions_stream(model):
-    """Answers come before the last text is read."""
+def test_predictions_are_yielded_before_the_last_text_is_read(model):
     taken = []
 
     def texts():
@@ -132,20 +130,20 @@ def test_predictions_stream(model):
             taken.append(index)
             yield "superb film"
 
-    answers = predict_texts(model, numbered(texts()))
-    first = next(answers)
+    predictions = predict_texts(model, numbered(texts()))
+    first = next(predictions)
     assert first["label"] == "pos"
     assert len(taken) < 1000
-    answers.close()
+    predictions.close()
 
 
-def test_lines_leave_out_what_is_empty():
+def test_empty_lines_are_skipped():
     found = list(lines(io.BytesIO(b"a\n  \n\n" + "ü\r\nlast".encode())))
     assert found == [[(0, "a"), (3, "ü")], [(4, "last")]]
     assert list(lines(io.BytesIO(b""))) == list(lines(io.BytesIO(b"\n\n"))) == []
 
 
-def test_lines_of_any_length_come_whole_and_in_order():
+def test_lines_of_any_length_are_read_whole_and_in_order():
     texts = [str(n) * (n % 700) for n in range(2000)] + ["x" * 300_000, "end"]
     found = list(lines(io.BytesIO("\n".join(texts).encode())))
     assert [item for batch in found for item in batch] == [
@@ -153,32 +151,32 @@ def test_lines_of_any_length_come_whole_and_in_order():
     ]
 
 
-def test_a_line_is_answered_before_the_next_one_comes(model):
+def test_a_line_is_predicted_before_the_next_one_arrives(model):
     reading, writing = os.pipe()
     with open(reading, "rb") as stream, open(writing, "wb", buffering=0) as sender:
-        answers = predict_texts(model, lines(stream))
+        predictions = predict_texts(model, lines(stream))
         for row, label in ((0, "pos"), (2, "neg")):
             sender.write(b"superb film\n" if label == "pos" else b"\nawful film\n")
-            answer = next(answers)  # would wait for ever if more had to come first
-            assert (answer["row"], answer["label"]) == (row, label)
+            found = next(predictions)  # would block if it read ahead
+            assert (found["row"], found["label"]) == (row, label)
         sender.close()
-        assert list(answers) == []
+        assert list(predictions) == []
 
 
-def test_lines_before_a_bad_one_are_answered():
+def test_lines_before_a_bad_one_are_yielded():
     found = lines(io.BytesIO(b"good\nb\xffd\n"))
     assert next(found) == [(0, "good")]
     with pytest.raises(DataError, match="line 2 is not UTF-8"):
         next(found)
 
 
-def test_a_folder_without_a_model(tmp_path):
+def test_a_folder_without_a_model_is_an_error(tmp_path):
     with pytest.raises(RaybertError):
         TextClassifier(Folder(tmp_path))
 
 
-def test_it_is_warmed_up_with_a_full_batch(model, monkeypatch):
-    """Compiled for a few tokens, loops would run on one core."""
+def test_warming_up_scores_a_full_batch_of_two_lengths(model, monkeypatch):
+    """Loops compiled for a few tokens would run on one core."""
     classifier, rows = TextClassifier(model, precision="fp32"), []
     monkeypatch.setattr(classifier, "score", rows.extend)
     classifier.warm()
@@ -187,7 +185,7 @@ def test_it_is_warmed_up_with_a_full_batch(model, monkeypatch):
     assert len(set(map(len, rows))) == 2
 
 
-def test_rows_have_few_lengths_none_much_longer_than_its_texts():
+def test_batch_lengths_are_few_and_little_longer_than_the_texts():
     lengths = np.array([round_up(tokens) for tokens in range(1, 2049)])
     tokens = np.arange(1, 2049)
     assert (lengths >= tokens).all() and (np.diff(lengths) >= 0).all()
@@ -196,18 +194,18 @@ def test_rows_have_few_lengths_none_much_longer_than_its_texts():
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 30])
-def test_what_fills_a_row_up_is_no_answer(model, monkeypatch, count):
+def test_filler_rows_have_no_scores_and_change_none(model, monkeypatch, count):
     classifier = TextClassifier(model, precision="fp32")
     expected = classifier.logits(TEXTS)[:count]
     seen = []
-    compute = classifier._engine
+    compute = classifier._compute
 
-    def note(ids, mask, lengths):
+    def record(ids, mask, lengths):
         seen.append((ids.shape[1], lengths))
         return compute(ids, mask, lengths)
 
-    monkeypatch.setattr(classifier, "_engine", note)
-    monkeypatch.setattr(TextClassifier, "longest", 7)  # shorter than what is missing
+    monkeypatch.setattr(classifier, "_compute", record)
+    monkeypatch.setattr(TextClassifier, "longest", 7)  # shorter than the filler
     rows = classifier.encode(TEXTS[:count])
     np.testing.assert_allclose(classifier._forward(rows), expected, atol=1e-5)
     [(length, lengths)] = seen

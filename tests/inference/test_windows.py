@@ -1,4 +1,4 @@
-"""Windows over long texts: all of a text is read, and nothing else."""
+"""Windows over long texts: they cover the text exactly, and their logits are averaged."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def text_of(length):
 
 
 @given(st.integers(0, 400), st.integers(8, 64))
-def test_windows_cover_a_text_in_its_order(length, seq_len):
+def test_windows_cover_a_text_in_order(length, seq_len):
     ids = text_of(length)
     found = windows(ids, seq_len)
     assert all(len(window) <= seq_len for window in found)
@@ -27,7 +27,7 @@ def test_windows_cover_a_text_in_its_order(length, seq_len):
 
 
 @given(st.integers(0, 400), st.integers(8, 64))
-def test_a_text_that_fits_is_its_only_window_and_others_are_full(length, seq_len):
+def test_a_text_that_fits_is_one_window_and_windows_of_longer_texts_are_full(length, seq_len):
     ids = text_of(length)
     found = windows(ids, seq_len)
     if len(ids) <= seq_len:
@@ -39,7 +39,7 @@ def test_a_text_that_fits_is_its_only_window_and_others_are_full(length, seq_len
 
 
 @given(st.lists(st.integers(1, 5), max_size=8), st.integers(1, 3))
-def test_the_scores_of_a_text_are_the_mean_of_its_windows(counts, num_labels):
+def test_the_logits_of_a_text_are_the_mean_of_its_windows(counts, num_labels):
     logits = np.random.default_rng(0).normal(size=(sum(counts), num_labels)).astype(np.float32)
     found = pool(logits, counts)
     assert found.shape == (len(counts), num_labels)
@@ -49,6 +49,6 @@ def test_the_scores_of_a_text_are_the_mean_of_its_windows(counts, num_labels):
         begin += count
 
 
-def test_single_windows_are_left_as_they_are():
+def test_logits_of_single_windows_are_returned_unchanged():
     logits = np.ones((3, 2), np.float32)
     assert pool(logits, [1, 1, 1]) is logits
