@@ -11,10 +11,18 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from raybert.errors import ConfigError
 
@@ -25,7 +33,27 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+class Range(Settings):
+    """The whole numbers from `min` to `max`."""
+
+    min: int
+    max: int
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is more than max={self.max}; lower min or raise max")
+        return self
+
+
 S = TypeVar("S", bound=Settings)
+R = TypeVar("R", bound=Range)
+
+#: A positive number or a range. Tagged, so that an error is about the one that was given.
+NumberOrRange = Annotated[
+    Annotated[int, Field(ge=1), Tag("number")] | Annotated[R, Tag("range")],
+    Discriminator(lambda value: "range" if isinstance(value, dict | Range) else "number"),
+]
 
 _MOST_HINTS = 6  # more keys of one name say little
 _MOST_LEVELS = 8  # of sections; YAML's anchors can make a mapping that has no end

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from raybert.config import Settings, build
+from raybert.config import NumberOrRange, Range, Settings, build
 
 
-class Autoscaling(Settings):
+class Autoscaling(Range):
     """A number of replicas that follows the load."""
 
     min: int = Field(1, ge=1, description="kept ready at all times")
     max: int = Field(ge=1, description="no more, however many requests come")
     target: float = Field(32, gt=0, description="requests under way in each, which it aims at")
 
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min={self.min} is more than max={self.max}; lower min or raise max")
-        return self
 
-
-#: One number, or a range. Tagged, so that an error speaks of the one that was meant.
-Replicas = Annotated[
-    Annotated[int, Field(ge=1), Tag("number")] | Annotated[Autoscaling, Tag("range")],
-    Discriminator(lambda value: "range" if isinstance(value, dict | Autoscaling) else "number"),
-]
+Replicas = NumberOrRange[Autoscaling]
 
 
 class Canary(Settings):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from raybert.config import Settings
+from raybert.config import NumberOrRange, Range, Settings
 
 
 class Budget(NamedTuple):
@@ -17,24 +17,14 @@ class Budget(NamedTuple):
     minutes: float | None
 
 
-class Elastic(Settings):
+class Elastic(Range):
     """A number of workers that follows the cluster, while its nodes come and go."""
 
     min: int = Field(1, ge=1, description="with fewer, training waits for nodes")
     max: int = Field(ge=1, description="no more, however large the cluster")
 
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min={self.min} is more than max={self.max}; lower min or raise max")
-        return self
 
-
-#: One number, or a range. Tagged, so that an error speaks of the one that was meant.
-Workers = Annotated[
-    Annotated[int, Field(ge=1), Tag("number")] | Annotated[Elastic, Tag("range")],
-    Discriminator(lambda value: "range" if isinstance(value, dict | Elastic) else "number"),
-]
+Workers = NumberOrRange[Elastic]
 
 LIMITS = ("steps", "tokens", "epochs", "minutes")  # a run has exactly one of them
 

@@ -103,8 +103,8 @@ def test_a_killed_search_resumes_with_the_same_trials(store, tmp_path):
     expected = [undisturbed.next().values for _ in range(6)]
     first = search()
     run_trial(store, first, 0.5)
-    begun = [first.next() for _ in range(2)]  # then the driver is killed
-    store.folder_of(begun[1].name).write_json(
+    started = [first.next() for _ in range(2)]  # then the driver is killed
+    store.folder_of(started[1].name).write_json(
         "result.json", {}
     )  # ended, but the driver did not record it
     second = search()

@@ -1,4 +1,4 @@
-"""Searches on Ray Tune: resources of trials, schedulers, whole searches, ensembles."""
+"""Whole searches on Ray Tune: results, failures, schedulers, interruptions."""
 
 import json
 import os
@@ -9,173 +9,25 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from making import searchable
 
-from raybert.cluster.session import Resources
-from raybert.config import build, load
-from raybert.errors import ConfigError, RaybertError
+from raybert.config import load
+from raybert.errors import RaybertError
 from raybert.experiment import Experiment
 from raybert.model import huggingface
 from raybert.pipeline import stages
-from raybert.pipeline.ensemble_stage import finetune_seeds
-from raybert.pipeline.finetune_setup import teachers
 from raybert.pipeline.tune_stage import tune
 from raybert.storage.folder import Folder
 from raybert.storage.registry import Registry
-from raybert.tasks.classification import FinetuneConfig
-from raybert.tasks.texts import Texts, prepared_data
 from raybert.terminal.display import Display
 from raybert.train.metrics_log import read_metrics
-from raybert.tune.schedulers import SCHEDULERS
-from raybert.tune.search_session import SearchSession
-from raybert.tune.settings import SchedulerConfig, TuneConfig
-from raybert.tune.trial_resources import TrialResources, trial_resources
-from raybert.tune.trial_store import Evaluation, TrialRecord, TrialStore
+from raybert.tune.trial_store import TrialStore
 
 QUIET = Display(quiet=True)
-
-
-def resources(cpus=10.0, gpus=0.0, started_here=False, nodes=()):
-    return Resources(cpus, gpus, 1 << 30, started_here, nodes)
-
-
-def training_of(workers):
-    return FinetuneConfig.model_validate({"workers": workers, "micro_batch_size": 1})
-
-
-def nodes(*each):
-    return resources(sum(cpus for cpus, _ in each), sum(gpus for _, gpus in each), nodes=each)
-
-
-# Resources ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "workers", "gpu", "cluster", "expected"),
-    [
-        ({}, 1, False, resources(10), TrialResources(10, 1.0, 0.0)),
-        ({}, 1, False, resources(4, started_here=True), TrialResources(2, 1.0, 0.0)),
-        ({"cpus_per_trial": 0.5}, 1, False, resources(4), TrialResources(8, 0.5, 0.0)),
-        ({"concurrency": 3}, 1, False, resources(10), TrialResources(3, 1.0, 0.0)),
-        ({"concurrency": 30}, 1, False, resources(10), TrialResources(10, 1.0, 0.0)),
-        ({}, 1, True, resources(10, 4), TrialResources(4, 1.0, 1.0)),
-        ({"gpus_per_trial": 0.25}, 1, True, resources(10, 2), TrialResources(8, 1.0, 0.25)),
-        ({}, 3, False, resources(10), TrialResources(3, 0.0, 0.0)),
-        ({}, 2, True, resources(30, 8), TrialResources(4, 0.0, 0.0)),
-        ({}, {"min": 2, "max": 8}, False, resources(6), TrialResources(1, 0.0, 0.0)),
-        # A trial of one worker runs on one node.
-        (
-            {"cpus_per_trial": 3},
-            1,
-            False,
-            nodes((4, 0), (4, 0), (2, 0)),
-            TrialResources(2, 3.0, 0.0),
-        ),
-        ({}, 1, True, nodes((16, 0), (4, 2), (1, 2)), TrialResources(3, 1.0, 1.0)),
-        ({}, 3, False, nodes((2, 0), (2, 0)), TrialResources(1, 0.0, 0.0)),
-    ],
-)
-def test_the_cluster_is_divided_among_trials(settings, workers, gpu, cluster, expected):
-    training = training_of(workers)
-    assert trial_resources(TuneConfig(**settings), training, gpu, cluster) == expected
-
-
-def test_a_trial_never_requests_nothing():
-    assert TrialResources(2, 0.5, 0.0).request == {"CPU": 0.5}
-    assert TrialResources(2, 1.0, 0.25).request == {"CPU": 1.0, "GPU": 0.25}
-    assert TrialResources(2, 0.0, 0.0).request == {"memory": 1}
-
-
-@pytest.mark.parametrize(
-    ("settings", "workers", "words"),
-    [
-        ({"cpus_per_trial": 3}, 1, "tune.cpus_per_trial=3: the cluster has 2 CPUs"),
-        ({"gpus_per_trial": 1}, 1, "tune.cpus_per_trial=1 and tune.gpus_per_trial=1: the cluster"),
-        ({}, 4, "finetune.workers=4: the cluster has 2 CPUs"),
-        ({}, {"min": 4, "max": 9}, "finetune.workers=4: the cluster has 2 CPUs"),
-    ],
-)
-def test_a_cluster_that_is_too_small_for_a_trial_is_rejected(settings, workers, words):
-    training, cluster = training_of(workers), resources(4, started_here=True)
-    with pytest.raises(ConfigError, match=words):
-        trial_resources(TuneConfig(**settings), training, False, cluster)
-
-
-def test_a_trial_that_fits_on_no_single_node_is_rejected():
-    """Ray Tune would wait forever for such a node."""
-    with pytest.raises(ConfigError, match=r"has 8 CPUs and 0 GPUs for trials, 4 and 0 on its larg"):
-        trial_resources(TuneConfig(cpus_per_trial=6), training_of(1), False, nodes((4, 0), (4, 0)))
-
-
-# Schedulers --------------------------------------------------------------------------------------
-
-
-def make_scheduler(session, **settings):
-    config = SchedulerConfig(**settings)
-    scheduler = SCHEDULERS[config.kind](config).build(None, 4.0, session)
-    scheduler.set_search_properties("best", "max")
-    return scheduler
-
-
-def scheduler_after(trials, **settings):
-    """A scheduler that has seen these trials in an earlier session."""
-    source = SimpleNamespace(trials=list(trials))
-    return make_scheduler(SearchSession(source, None, TrialResources(2, 1.0, 0.0)), **settings)
-
-
-def check_epochs(longest, **settings):
-    config = SchedulerConfig(**settings)
-    SCHEDULERS[config.kind](config).check_epochs(longest)
-
-
-def ended_trial(name, *scores):
-    evaluations = [Evaluation(n, float(n), s, s, 0.5, 0.0) for n, s in enumerate(scores, 1)]
-    return TrialRecord(name, {}, 0, "finished", evaluations=evaluations)
-
-
-def decide(scheduler, epoch, best):
-    trial = SimpleNamespace(trial_id="new")
-    scheduler.on_trial_add(None, trial)
-    return scheduler.on_trial_result(None, trial, {"epoch": epoch, "best": best})
-
-
-def test_asha_knows_the_scores_of_earlier_sessions():
-    before = [ended_trial("0000", 0.5, 0.9), ended_trial("0001", 0.8), ended_trial("0002", 0.7)]
-    assert decide(scheduler_after(before, kind="asha", reduction=3), 1.0, 0.6) == "STOP"
-    assert decide(scheduler_after(before, kind="asha", reduction=3), 1.0, 0.85) == "CONTINUE"
-    assert decide(scheduler_after([], kind="asha", reduction=3), 1.0, 0.6) == "CONTINUE"
-
-
-def test_no_trial_is_stopped_before_the_first_rung():
-    before = [ended_trial("0000", 0.9), ended_trial("0001", 0.9), ended_trial("0002", 0.9)]
-    scheduler = scheduler_after(before, kind="asha", grace_epochs=1.0)
-    assert decide(scheduler, 0.9, 0.1) == "CONTINUE"
-
-
-def test_a_scheduler_that_could_stop_no_trial_is_rejected():
-    with pytest.raises(ConfigError, match=r"tune.scheduler.grace_epochs=5 is past the longest .*4"):
-        check_epochs(4.0, kind="asha", grace_epochs=5.0)
-    with pytest.raises(
-        ConfigError, match=r"hyperband stops no trial within 2 epochs .*reduction=3"
-    ):
-        check_epochs(2.0, kind="hyperband", reduction=3)
-    check_epochs(4.0, kind="asha", grace_epochs=4.0)
-    check_epochs(2.5, kind="hyperband", reduction=3)
-
-
-def test_all_trials_are_stopped_at_the_deadline():
-    for kind in ("none", "asha"):
-        source = SimpleNamespace(trials=[])
-        session = SearchSession(source, None, TrialResources(1, 1.0, 0.0), deadline=0.0)
-        assert decide(make_scheduler(session, kind=kind), 1.0, 0.9) == "STOP"
-
-
-# Searches ----------------------------------------------------------------------------------------
 
 
 def files(folder):
@@ -575,60 +427,3 @@ def test_an_interrupted_and_killed_search_resumes_without_repeating_trials(tmp_p
         steps = [r["step"] for r in read_metrics(experiment.folder / "tune" / "trials" / name)
                  if r["kind"] == "train"]  # fmt: skip
         assert steps == list(range(1, 601))
-
-
-# Ensembles ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_an_ensemble_is_measured_and_can_be_a_teacher(ray_session, tmp_path):
-    experiment = searchable(tmp_path)
-    result = finetune_seeds(experiment, QUIET, 3)
-    assert len(result["members"]) == 3
-    accuracies = [member["accuracy"] for member in result["members"]]
-    assert result["gain"] == pytest.approx(
-        result["ensemble"]["accuracy"] - sum(accuracies) / 3, abs=1e-9
-    )
-    assert finetune_seeds(experiment, QUIET, 3) == result
-    weights = [
-        huggingface.weights_hash(experiment.folder / "ensemble" / "members" / f"s{n}" / "model")
-        for n in range(3)
-    ]
-    assert len(set(weights)) == 3
-
-    values = json.loads(experiment.model_dump_json())
-    values["run"]["name"] = "student"
-    values["finetune"]["distill"]["teacher"] = str(experiment.folder)
-    values["model"]["hidden_size"] = 8
-    student = build(Experiment, values, "test")
-    assert len(teachers(student)) == 3
-    for name in experiment.folder.names("corpus"):
-        data = (experiment.folder / "corpus").read_bytes(name)
-        (student.folder / "corpus").write_bytes(name, data)
-    stages.finetune(student, QUIET, bare=True)
-    data = student.folder / "finetune" / "data"
-    prepared = prepared_data(data)
-    teacher = Texts.load(data, prepared.train).teacher
-    assert teacher.shape == (prepared.train.rows, 2)
-    assert teacher.std() > 0
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_failed_member_is_trained_when_the_command_is_run_again(ray_session, tmp_path):
-    experiment = searchable(tmp_path)
-    result = finetune_seeds(experiment, QUIET, 2)
-    stage = experiment.folder / "ensemble"
-    stage.delete("result.json")
-    members = TrialStore(stage / "members")
-    kept, lost = (members.folder_of(name) for name in ("s0", "s1"))
-    for name in ("result.json", "metrics.jsonl", "model"):
-        lost.delete(name)
-    lost.write_json("outcome.json", {"state": "failed", "why": "its worker was lost", "ended": 1.0})
-    attempts = len(kept.names("attempts"))
-    again = finetune_seeds(experiment, QUIET, 2)
-    for key in ("members", "mean", "ensemble"):
-        assert again[key] == result[key]
-    assert [e.state for e in members.read_all()] == ["finished", "finished"]
-    assert len(kept.names("attempts")) == attempts  # it was not trained again

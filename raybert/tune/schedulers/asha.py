@@ -1,7 +1,7 @@
 """ASHA, asynchronous successive halving (arXiv 1810.05934).
 
 At each rung, a number of epochs, a trial continues only if it is among the best of the trials that
-have come to that rung.
+have reached that rung.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class HyperBand(SearchScheduler):
-    """Pauses the trials of a bracket at a milestone until all have come to it."""
+    """Pauses the trials of a bracket at a milestone until all have reached it."""
 
     has_rungs = True
     starts_all = True

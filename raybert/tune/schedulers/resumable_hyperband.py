@@ -1,6 +1,6 @@
 """Ray Tune's HyperBand, made resumable: its brackets are rebuilt from the TrialStore.
 
-A bracket waits until all its trials have come to a milestone, stops the worse ones and resumes the
+A bracket waits until all its trials have reached a milestone, stops the worse ones and resumes the
 others. The brackets follow from when trials started and how they were evaluated, so these events
 are replayed in their order. A placeholder stands for each trial of an earlier session; a trial that
 is resumed takes its placeholder's position.
@@ -76,7 +76,7 @@ class ResumableHyperBand(BracketHyperBand):
             tune_controller.stop_trial(trial)
         to_process, self._to_process = self._to_process, []
         for bracket in to_process:
-            # The other trials may have come to the milestone before this one was resumed.
+            # The other trials may have reached the milestone before this one was resumed.
             self.finish_round(tune_controller, bracket)
         return super().choose_trial_to_run(tune_controller)
 

@@ -1,0 +1,72 @@
+"""`raybert finetune --seeds`: ensembles are measured, can teach, and train failed members again."""
+
+import json
+
+import pytest
+from making import searchable
+
+from raybert.config import build
+from raybert.experiment import Experiment
+from raybert.model import huggingface
+from raybert.pipeline import stages
+from raybert.pipeline.ensemble_stage import finetune_seeds
+from raybert.pipeline.finetune_setup import teachers
+from raybert.tasks.texts import Texts, prepared_data
+from raybert.terminal.display import Display
+from raybert.tune.trial_store import TrialStore
+
+QUIET = Display(quiet=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_ensemble_is_measured_and_can_be_a_teacher(ray_session, tmp_path):
+    experiment = searchable(tmp_path)
+    result = finetune_seeds(experiment, QUIET, 3)
+    assert len(result["members"]) == 3
+    accuracies = [member["accuracy"] for member in result["members"]]
+    assert result["gain"] == pytest.approx(
+        result["ensemble"]["accuracy"] - sum(accuracies) / 3, abs=1e-9
+    )
+    assert finetune_seeds(experiment, QUIET, 3) == result
+    weights = [
+        huggingface.weights_hash(experiment.folder / "ensemble" / "members" / f"s{n}" / "model")
+        for n in range(3)
+    ]
+    assert len(set(weights)) == 3
+
+    values = json.loads(experiment.model_dump_json())
+    values["run"]["name"] = "student"
+    values["finetune"]["distill"]["teacher"] = str(experiment.folder)
+    values["model"]["hidden_size"] = 8
+    student = build(Experiment, values, "test")
+    assert len(teachers(student)) == 3
+    for name in experiment.folder.names("corpus"):
+        data = (experiment.folder / "corpus").read_bytes(name)
+        (student.folder / "corpus").write_bytes(name, data)
+    stages.finetune(student, QUIET, bare=True)
+    data = student.folder / "finetune" / "data"
+    prepared = prepared_data(data)
+    teacher = Texts.load(data, prepared.train).teacher
+    assert teacher.shape == (prepared.train.rows, 2)
+    assert teacher.std() > 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_failed_member_is_trained_when_the_command_is_run_again(ray_session, tmp_path):
+    experiment = searchable(tmp_path)
+    result = finetune_seeds(experiment, QUIET, 2)
+    stage = experiment.folder / "ensemble"
+    stage.delete("result.json")
+    members = TrialStore(stage / "members")
+    kept, lost = (members.folder_of(name) for name in ("s0", "s1"))
+    for name in ("result.json", "metrics.jsonl", "model"):
+        lost.delete(name)
+    lost.write_json("outcome.json", {"state": "failed", "why": "its worker was lost", "ended": 1.0})
+    attempts = len(kept.names("attempts"))
+    again = finetune_seeds(experiment, QUIET, 2)
+    for key in ("members", "mean", "ensemble"):
+        assert again[key] == result[key]
+    assert [e.state for e in members.read_all()] == ["finished", "finished"]
+    assert len(kept.names("attempts")) == attempts  # it was not trained again
