@@ -38,7 +38,7 @@ from meter import Meter
 from raybert.data import vocabulary
 from raybert.data.corpus.build import CorpusConfig, Progress, build
 from raybert.data.sources import documents
-from raybert.data.sources.documents import SourceConfig
+from raybert.data.sources.source_config import SourceConfig
 from raybert.data.tokenizer import Tokenizer, TokenizerConfig
 from raybert.storage.folder import Folder
 

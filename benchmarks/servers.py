@@ -25,7 +25,8 @@ from typing import IO, Any, Self
 import psutil
 from meter import plasma_in_use, private_pss
 
-from raybert.data.sources.documents import EvaluationSource, labelled
+from raybert.data.sources.labelled import labelled
+from raybert.data.sources.source_config import EvaluationSource
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
 

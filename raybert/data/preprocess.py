@@ -1,7 +1,7 @@
-"""From raw strings to the ids that a model reads: the same way in training and in every answer.
+"""From raw strings to a model's input ids, the same in fine-tuning and in inference.
 
-What a text past the model's length keeps is its head and its tail: a review's verdict stands at its
-end, its subject at its beginning (Sun et al., arXiv 1905.05583, section 5.3.1).
+A text that is longer than the model's input keeps its head and its tail: reviews name their subject
+at the beginning and their verdict at the end (Sun et al., arXiv 1905.05583, section 5.3.1).
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from raybert.data.keyed import I64
-from raybert.data.sources.files import LINE_BREAK
+from raybert.data.text import replace_line_breaks
 from raybert.data.tokenizer import Ragged, Tokenizer
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What turns a raw text into a model's input; kept in the model's directory."""
+    """How a raw text becomes a model's input; stored in the model's directory."""
 
-    seq_len: int  # tokens at most, special ones included
-    head_tokens: int  # of a longer text, so many of its first tokens; the rest are its last ones
+    seq_len: int  # tokens at most, special tokens included
+    head_tokens: int  # of a longer text: tokens kept from its beginning; the rest are its last ones
     html_breaks: str = "space"
 
     @classmethod
     def read(cls, values: dict[str, Any], max_seq_len: int) -> Preprocessing:
-        """Read what a model directory says; models of others cut texts at their length."""
+        """Read the settings of a model directory; by default, texts are cut at `max_seq_len`."""
         seq_len = min(int(values.get("seq_len", max_seq_len)), max_seq_len)
         return cls(
             seq_len=seq_len,
@@ -42,13 +42,11 @@ class Preprocessing:
         return [self.shorten(ids) for ids in split(tokenizer.encode(cleaned))]
 
     def clean(self, text: str) -> str:
-        """A text as the tokenizer is to read it."""
-        if self.html_breaks == "space" and "<" in text:
-            return LINE_BREAK.sub(" ", text)
-        return text
+        """Return a text as the tokenizer reads it."""
+        return replace_line_breaks(text, self.html_breaks)
 
     def shorten(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Cut the middle out of ids [n] that are too long; the closing special token stays."""
+        """Remove the middle of ids [n] that are too long; the closing special token stays."""
         if len(ids) <= self.seq_len:
             return ids
         head = min(max(1, self.head_tokens), self.seq_len - 1)
@@ -56,7 +54,7 @@ class Preprocessing:
 
 
 def split(ragged: Ragged) -> list[npt.NDArray[Any]]:
-    """The texts' ids, one array a text."""
+    """Split the ids of texts into one array a text."""
     bounds = ragged.offsets
     return [ragged.values[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 

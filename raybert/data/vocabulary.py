@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
-from raybert.data.sources.files import text_hash
+from raybert.data.text import text_hash
 from raybert.data.tokenizer import (
     SPECIAL_TOKENS,
     STRIP_PATTERN,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raybert.data.sources.files import LINE_BREAK
+from raybert.data.text import LINE_BREAK
 from raybert.errors import ConfigError
 from raybert.inference.classifier import TextClassifier
 

@@ -16,7 +16,7 @@ import torch
 from raybert.cluster.session import ray_session
 from raybert.data import vocabulary
 from raybert.data.corpus.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter, id_dtype
-from raybert.data.sources.documents import labelled
+from raybert.data.sources.labelled import labelled
 from raybert.data.tokenizer import TokenizerConfig
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment

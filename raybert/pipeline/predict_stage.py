@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from raybert.cluster.session import ray_session
-from raybert.data.sources.documents import SourceConfig, fingerprint
+from raybert.data.sources.documents import fingerprint
+from raybert.data.sources.source_config import SourceConfig
 from raybert.errors import DataError
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder

@@ -14,7 +14,7 @@ from raybert.config import build, dump, parse_yaml
 from raybert.data.corpus import build as corpus
 from raybert.data.corpus.parts import Manifest
 from raybert.data.sources import documents
-from raybert.data.sources.documents import SourceConfig
+from raybert.data.sources.source_config import SourceConfig
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.pipeline.finetune_setup import format_skipped, prepare_finetune, teachers

@@ -20,7 +20,8 @@ from raybert.config import Settings
 from raybert.data.loader import digest
 from raybert.data.preprocess import Preprocessing
 from raybert.data.sources import documents
-from raybert.data.sources.documents import Labelled, SourceConfig, labelled, split_rows
+from raybert.data.sources.labelled import Labelled, labelled, split_rows
+from raybert.data.sources.source_config import SourceConfig
 from raybert.data.tokenize_on_ray import tokenize
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import DamagedError, DataError

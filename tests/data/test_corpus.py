@@ -16,7 +16,7 @@ from raybert.data.corpus.build import HELDOUT, TRAIN, CorpusConfig, Progress, bu
 from raybert.data.corpus.digest_set import DigestSet
 from raybert.data.corpus.packing import Packer, unigram_loss
 from raybert.data.corpus.parts import Manifest, PartReader
-from raybert.data.sources.documents import SourceConfig
+from raybert.data.sources.source_config import SourceConfig
 from raybert.data.tokenizer import Tokenizer, TokenizerConfig
 from raybert.errors import DataError, UserError
 from raybert.storage.folder import Folder
@@ -254,7 +254,7 @@ def test_a_failed_build_leaves_no_corpus(ray_session, tmp_path):
     build(settings_for(path, source={"on_bad_row": "skip"}), folder)
     tokenizer = {"kind": "file", "path": folder.path}
     other = Folder(tmp_path / "other")
-    with pytest.raises(DataError, match=r"a.jsonl: line 61: not JSON; mend the row, or set on_bad"):
+    with pytest.raises(DataError, match=r"a.jsonl: line 61: not JSON; fix the row, or set on_bad"):
         build(settings_for(path, tokenizer=tokenizer), other)
     assert existing(settings_for(path), other) is None
     manifest = build(settings_for(path, tokenizer=tokenizer, source={"on_bad_row": "skip"}), other)
@@ -326,7 +326,7 @@ def test_what_can_not_become_a_corpus_is_told(ray_session, tmp_path):
 
 @pytest.mark.ray
 def test_a_byte_level_tokenizer_brings_its_own_word_starts(ray_session, tmp_path):
-    from tests.text.test_tokenizer import byte_level
+    from test_tokenizer import byte_level
 
     tokenizer = byte_level()
     tokenizer.save(Folder(tmp_path / "tokenizer"))

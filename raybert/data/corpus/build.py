@@ -32,8 +32,9 @@ from raybert.data.corpus.digest_set import DigestSet
 from raybert.data.corpus.packing import Packer, unigram_loss
 from raybert.data.corpus.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter
 from raybert.data.sources import documents as sources
-from raybert.data.sources.documents import EvaluationSource, SourceConfig
-from raybert.data.sources.files import text_digest
+from raybert.data.sources.row_table import first_good
+from raybert.data.sources.source_config import EvaluationSource, SourceConfig
+from raybert.data.text import text_digest
 from raybert.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, TokenizerConfig
 from raybert.errors import DataError, UserError
 from raybert.storage.folder import Folder
@@ -388,7 +389,7 @@ class _Sink:
         """
         source = self._config.source
         if source.limit is not None:
-            block = sources.first_good(block, source.limit - self.read)
+            block = first_good(block, source.limit - self.read)
         block = tokenize_job.accept_rows(block, source.on_bad_row, self._skipped)
         self.read += block.num_rows
         if block.num_rows:

@@ -18,8 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from raybert.data.sources.documents import Shard, SourceConfig, accept, read
-from raybert.data.sources.files import text_digest
+from raybert.data.sources.documents import read
+from raybert.data.sources.row_table import accept
+from raybert.data.sources.shard import Shard
+from raybert.data.sources.source_config import SourceConfig
+from raybert.data.text import text_digest
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import DataError, RaybertError
 

@@ -1,8 +1,11 @@
-"""Walk a tar stream, compressed or not, without unpacking it.
+"""Read the members of a tar stream, compressed or not, without unpacking it.
 
-`tarfile` builds an object with thirty attributes for every member: on the 100,000 reviews of
-`aclImdb_v1.tar.gz` that costs three times what decompressing them does. Only names and contents are
-needed here, so this reads the 512-byte headers (POSIX.1-1988 ustar, GNU long names, pax) directly.
+`tarfile` is not used, for two measured reasons. In stream mode it takes 14 s of CPU for the 100,000
+reviews of `aclImdb_v1.tar.gz` (decompression included), this module 1.3 s: it builds an object with
+thirty attributes for every member. And of an archive that is cut short it reports the end, without
+an error, where the cut is at or in a member's header (256 of 832 places in the test's archive).
+Only names and contents are needed, so this module reads the 512-byte headers (POSIX.1-1988 ustar,
+GNU long names, pax) directly.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ def members(stream: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
 
     Args:
         stream: the decompressed tar; only `read` is used.
-        name: what to call the archive in errors.
+        name: the archive's name, for messages.
 
     Raises:
-        DataError: the archive is cut short, or is no tar.
+        DataError: the archive is cut short, or is no tar archive.
     """
     window = _Window(stream, name)
     long_name: str | None = None
@@ -33,7 +36,7 @@ def members(stream: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
     first = True
     while True:
         header = window.take(_BLOCK)
-        if header.count(0) == _BLOCK:  # the mark of the end; its absence means a cut archive
+        if header.count(0) == _BLOCK:  # the end-of-archive mark; a cut archive has none
             return
         if first or header[257:262] != b"ustar":
             _verify(header, name, first)
@@ -59,14 +62,14 @@ def members(stream: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
 
 
 class _Window:
-    """Takes exact numbers of bytes off a stream that is read in large chunks."""
+    """Returns exact numbers of bytes of a stream that is read in large chunks."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self._stream, self._name = stream, name
         self._data, self._at = b"", 0
 
     def take(self, size: int, *, padded: bool = False) -> bytes:
-        """Return the next `size` bytes; `padded` also passes the fill up to the block's end."""
+        """Return the next `size` bytes; `padded` also skips the padding of the last block."""
         span = -(-size // _BLOCK) * _BLOCK if padded else size
         if self._at + span > len(self._data):
             self._fill(span)
@@ -87,6 +90,18 @@ class _Window:
             pieces.append(piece)
             have += len(piece)
         self._data, self._at = b"".join(pieces), 0
+
+
+def read_all(stream: BinaryIO, name: str) -> bytes:
+    """Read a stream to its end.
+
+    Raises:
+        DataError: it is cut short or damaged.
+    """
+    try:
+        return stream.read()
+    except (OSError, EOFError) as error:
+        raise truncated(name, str(error)) from None
 
 
 def truncated(name: str, reason: str) -> DataError:

@@ -1,0 +1,162 @@
+"""Check rows and collect them in Arrow tables: text cleaned, labels normalized, problems named.
+
+A bad row stays in the table, with its problem and its place. The consumer, which reads the tables
+in order, raises for it or counts it: so the same row fails for any number of readers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raybert.data.sources.shard import Row
+from raybert.data.sources.source_config import SourceConfig
+from raybert.data.text import replace_line_breaks
+from raybert.errors import DataError
+
+_BATCH_ROWS = 2048
+_BATCH_CHARS = 1 << 21
+SCHEMA = pa.schema(
+    [
+        ("text", pa.string()),  # null where there is a problem
+        ("label", pa.string()),
+        ("problem", pa.string()),  # why the row can't be used; null for a good one
+        ("place", pa.string()),  # where a bad row is; null for a good one
+    ]
+)
+
+
+class RowTable:
+    """Collects rows up to the size of a batch."""
+
+    def __init__(self, config: SourceConfig, labels: bool) -> None:
+        self._config, self._wants_label = config, labels
+        self._known = set(config.labels or ())
+        self._clear()
+
+    def _clear(self) -> None:
+        self._columns: tuple[list[str | None], ...] = ([], [], [], [])
+        self._chars = 0
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the rows make up a batch."""
+        return self._chars >= _BATCH_CHARS or len(self) >= _BATCH_ROWS
+
+    def flush(self) -> pa.Table:
+        """Return the rows as a table of `SCHEMA` and start again."""
+        table = pa.table([pa.array(c, pa.string()) for c in self._columns], schema=SCHEMA)
+        self._clear()
+        return table
+
+    def add(self, row: Row, file_name: str) -> bool:
+        """Add a row; return whether it is a good one."""
+        text, problem = (None, row.problem) if row.problem else self._check_text(row.text)
+        label = None
+        if self._wants_label and problem is None:
+            label, problem = self._check_label(row.label)
+        texts, labels, problems, places = self._columns
+        labels.append(label)
+        problems.append(problem)
+        if problem is None:
+            assert text is not None
+            self._chars += len(text)
+            texts.append(text)
+            places.append(None)
+            return True
+        texts.append(None)
+        place = f"{file_name}: {row.place}" if row.place else file_name
+        places.append(place.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+        return False
+
+    def _check_text(self, value: Any) -> tuple[str | None, str | None]:
+        """Return (text, None), or (None, problem)."""
+        if isinstance(value, bytes):
+            try:
+                text = value.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return None, f"not UTF-8 (byte {error.start + 1} is 0x{value[error.start]:02x})"
+        elif isinstance(value, str):
+            text = value
+            if not text.isascii():
+                try:
+                    text.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    shown = f"character {error.start + 1}"
+                    escaped = ord(text[error.start]) - 0xDC00
+                    if 0x80 <= escaped <= 0xFF:  # a byte as surrogateescape encodes it
+                        shown += f" is byte 0x{escaped:02x}"
+                    return None, f"not UTF-8 ({shown})"
+        elif value is None:
+            return None, "empty"
+        else:
+            return None, f"not text ({type(value).__name__})"
+        text = replace_line_breaks(text, self._config.html_breaks).strip()
+        return (text, None) if text else (None, "empty")
+
+    def _check_label(self, value: Any) -> tuple[str | None, str | None]:
+        """Return (label, None), or (None, problem)."""
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        elif isinstance(value, bool):
+            value = str(value).lower()
+        elif isinstance(value, float) and value.is_integer():  # pandas: integers beside a null
+            value = int(value)
+        elif isinstance(value, list | dict):
+            return None, f"label is no name or number ({type(value).__name__})"
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return None, "no label"
+        label = str(value).strip()
+        if not label:
+            return None, "no label"
+        if not label.isascii() and any(0xD800 <= ord(c) <= 0xDFFF for c in label):
+            return None, "label is not UTF-8"
+        names = self._config.labels
+        if names is None or label in self._known:
+            return label, None
+        # Where names are numbers themselves, a number is a name: stars from 1 to 5 have no 0.
+        numbered = not any(name.isdecimal() for name in names)
+        if numbered and label.isdecimal() and int(label) < len(names):
+            return names[int(label)], None
+        return None, f"label {label!r} is not one of labels={names}"
+
+
+def accept(table: pa.Table, on_bad_row: str, skipped: Counter[str]) -> pa.Table:
+    """Drop and count a table's bad rows, or raise for the first one.
+
+    Raises:
+        DataError: `on_bad_row` is fail and there is a bad row.
+    """
+    problems = table.column("problem")
+    if problems.null_count == len(problems):
+        return table
+    for row in table.select(["problem", "place"]).to_pylist():
+        if row["problem"] is None:
+            continue
+        if on_bad_row == "fail":
+            raise DataError(
+                f"{row['place']}: {row['problem']}; fix the row, or set on_bad_row: skip "
+                "beside its source's path"
+            )
+        skipped[_kind_of_problem(row["problem"])] += 1
+    return table.filter(problems.is_null())
+
+
+def first_good(table: pa.Table, count: int | None) -> pa.Table:
+    """Keep the rows up to the `count`th good one, so that no later row raises; None keeps all."""
+    if count is None or count >= table.num_rows:
+        return table
+    good = table.column("problem").is_null().to_numpy()
+    return table.slice(0, int(np.searchsorted(np.cumsum(good), count)) + 1 if count else 0)
+
+
+def _kind_of_problem(problem: str) -> str:
+    """A problem without its details, under which it is counted."""
+    return "unknown label" if problem.startswith("label '") else problem.split(" (")[0]
