@@ -1,8 +1,8 @@
-"""Keep freed memory for the next step, where the C library would hand it back to the kernel.
+"""Keep freed memory in the process for the next training step.
 
-A training step frees what the next one allocates. glibc unmaps blocks of many megabytes at once,
-and mapping them anew is a page fault every 4 KiB: 55,000 a step at the Keras example's shape, 15 to
-20% of its time on CPUs.
+A step frees what the next one allocates. glibc returns blocks of many megabytes to the kernel at
+once, and mapping them again is a page fault every 4 KiB: 55,000 a step at the Keras example's
+shape, 15 to 20% of its time on CPUs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import platform
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _KEEP_BYTES = 2**31 - 1  # mallopt takes an int
 
-#: The same, for the environment of a process that is started to train. One arena, because a thread
-#: that is not the main one has heaps of 64 MB, which are unmapped whenever they are empty.
+#: The same as environment variables of a process that will train. One arena, because threads other
+#: than the main one have heaps of 64 MB, which are unmapped whenever they are empty.
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(_KEEP_BYTES),
@@ -23,10 +23,10 @@ KEEP_FREED_MEMORY = {
 
 
 def keep_freed_memory() -> bool:
-    """Make this process keep up to 2 GiB that it freed; call it once, before the first step.
+    """Make this process keep up to 2 GiB of freed memory; call it once, before the first step.
 
     Returns:
-        Whether the C library could be told so: only glibc can.
+        Whether the C library supports it: only glibc does.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -91,62 +91,63 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     for name, value in core.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
-    from ray.exceptions import AuthenticationError
 
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    level = logging.INFO if config.logs else logging.ERROR
-    if ray.is_initialized():  # a pipeline's stages share one session
+    if ray.is_initialized():  # the stages of a pipeline share one session
         yield _resources()
         return
     check_address(config)
-    variables = (ray_train.PREEMPTION_WATCHER, ray_train.STATE_TRACKING)
-    before = {name: os.environ.get(name) for name in variables}
+    address = config.address or os.environ.get("RAY_ADDRESS")
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    if address or config.dashboard:
-        os.environ.setdefault(ray_train.STATE_TRACKING, "1")
+    tracking = {ray_train.STATE_TRACKING: "1"} if address or config.dashboard else {}
+    # Nothing announces that this machine will be taken away: there is nothing to watch.
+    watching = {} if address else {ray_train.PREEMPTION_WATCHER: "0"}
+    with environment(tracking), environment(watching, overwrite=True):
+        _context, _started_here = _connect(config, address, workers), not address
+        try:
+            token.close_token()
+            if threading.current_thread() is threading.main_thread():  # Ray's would just exit
+                signal.signal(signal.SIGTERM, on_sigterm)
+            _set_log_level(_level(config))
+            if not config.logs:
+                core.silence_node_events()  # a run reports lost workers itself
+            if _started_here and not config.logs:
+                core.stop_log_monitor()
+            yield _resources()
+        finally:
+            _started_here, _context = False, None
+            ray.shutdown()
+
+
+def _connect(config: RayConfig, address: str | None, workers: int) -> Any:
+    """Call `ray.init`; returns its context."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    options: dict[str, Any] = {"log_to_driver": config.logs, "logging_level": _level(config)}
     try:
         if address:
             if token.is_required(address):
                 token.use_token()
                 core.reload_environment()
-            _context = ray.init(address, log_to_driver=config.logs, logging_level=level)
-        else:
-            # Nothing announces that this machine will be taken away: there is nothing to watch.
-            os.environ[ray_train.PREEMPTION_WATCHER] = "0"
-            token.make_token()
-            _context = ray.init(
-                "local",  # even if `ray start` has started a cluster on this machine
-                num_cpus=max(cores(), workers) + 2,
-                object_store_memory=int(config.object_store_gb * 1e9),
-                include_dashboard=config.dashboard,
-                log_to_driver=config.logs,
-                logging_level=level,
-                **core.FEW_IDLE_WORKERS,
-            )
+            return ray.init(address, **options)
+        token.make_token()
+        return ray.init(
+            "local",  # even if `ray start` has started a cluster on this machine
+            num_cpus=max(cores(), workers) + 2,
+            object_store_memory=int(config.object_store_gb * 1e9),
+            include_dashboard=config.dashboard,
+            **core.FEW_IDLE_WORKERS,
+            **options,
+        )
     except AuthenticationError:
         raise UserError(token.format_refusal(f"the Ray cluster at {address}")) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         raise UserError(f"{where} does not start or answer: {one_line(error)}") from None
-    token.close_token()
-    if threading.current_thread() is threading.main_thread():  # Ray's handler would just exit
-        signal.signal(signal.SIGTERM, on_sigterm)
-    _set_log_level(level)
-    try:
-        _started_here = not address
-        if not config.logs:  # a run reports lost workers itself
-            core.silence_node_events()
-        if _started_here and not config.logs:
-            core.stop_log_monitor()
-        yield _resources()
-    finally:
-        _started_here, _context = False, None
-        ray.shutdown()
-        for name, earlier in before.items():
-            if earlier is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = earlier
+
+
+def _level(config: RayConfig) -> int:
+    return logging.INFO if config.logs else logging.ERROR
 
 
 def check_address(config: RayConfig) -> None:

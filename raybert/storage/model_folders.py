@@ -1,4 +1,4 @@
-"""Which model directory is meant by a path: it, a run's, or an experiment's."""
+"""Find the model directory that a path refers to: itself, a run's `model/`, an experiment's."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ _STAGES = ("pretrain", "finetune", "tune")  # whose runs have a model
 
 
 def find_model(folder: Folder, stage: str) -> Folder | None:
-    """The model directory that a folder means: itself, a run's `model/`, or an experiment's.
+    """The model directory of a folder: itself, a run's `model/`, an experiment's; None if none is.
 
     Args:
         folder: where to look.
-        stage: the run that is meant inside an experiment.
+        stage: the run to take in an experiment.
     """
     candidates = (folder, folder / "model", folder / f"{stage}/model")
     return next((candidate for candidate in candidates if candidate.exists("config.json")), None)
 
 
 def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
-    """The same for a path that must lead to one.
+    """The model directory of a path that must have one.
 
     Args:
         path: a folder.
-        stage: the run that is meant inside an experiment.
-        key: the configuration's key that names it, for messages.
+        stage: the run to take in an experiment.
+        key: the configuration key that the path came from, for messages.
 
     Raises:
-        UserError: there is none.
+        UserError: it has none.
     """
     found = find_model(Folder(path), stage)
     if found is None:
         named = f"{key}={path}" if key else path
-        for other in _STAGES:  # an experiment that has not come as far, or begins later
+        for other in _STAGES:  # an experiment may lack the stage
             if (Folder(path) / other).exists("model/config.json"):
                 raise UserError(
                     f"{named}: no model of {stage} here, but one of {other}; name {path}/{other}"

@@ -1,9 +1,9 @@
-"""The registry: finished models by name, numbered, and which of them is the current one.
+"""The registry: finished models by name, with numbered versions and a pointer to the current one.
 
-`<storage>/registry/<name>/v<number>/` is a model directory, and `version.json` in it is written
-last: without it there is no such version. `current.json` names the current version and those that
-were current before, so that a rollback knows where to go. All of it are whole files, written at
-once: it works on object stores, and whoever reads sees the pointer before or after a move.
+`<storage>/registry/<name>/v<number>/` is a model directory. `version.json` in it is written last:
+without it there is no such version. `current.json` names the current version and its predecessors,
+which a rollback returns to. Every write is one whole file, so that it works on object stores, and a
+reader sees the pointer either before or after a change.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from raybert.storage.numbering import take_number
 FORMAT_VERSION = 1
 REGISTRY = "registry"  # the folder, in a storage
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a model
-CHOICES = "serving-"  # how files of a model begin that say what it is served in: `serve.precision`
+CHOICES = "serving-"  # prefix of a model's files with the precision that was chosen to serve it
 _VERSION, _CURRENT = "version.json", "current.json"
 _FOLDER = re.compile(r"v(\d+)")
-_MOST_HISTORY = 100  # rollbacks back
+_MOST_HISTORY = 100  # rollbacks
 
 
 class Registry:
@@ -34,12 +34,12 @@ class Registry:
         self._folder = Folder(storage) / REGISTRY
 
     def names(self) -> list[str]:
-        """The names under which there are models."""
+        """The names of the registered models."""
         found = [name for name in self._folder.names() if NAME.fullmatch(name)]
         return [name for name in found if self._model(name).exists(_CURRENT)]
 
     def versions(self, name: str) -> list[int]:
-        """The versions of a model, in rising order."""
+        """The versions of a model, in ascending order."""
         model = self._model(name)
         matches = (_FOLDER.fullmatch(folder) for folder in model.names())
         numbers = sorted(int(match[1]) for match in matches if match)
@@ -71,23 +71,23 @@ class Registry:
         Raises:
             UserError: there is no model of that name.
         """
-        return int(self._pointer(name)["version"])
+        return int(self._read_pointer(name)["version"])
 
     def describe(self, name: str, version: int) -> dict[str, Any]:
-        """What is known of a version: where it came from, when, a hash of its weights."""
+        """The source, time and weights' hash of a version."""
         return dict(self.folder(name, version).read_json(_VERSION))
 
     def promote(self, name: str, model: Folder) -> int:
-        """Copy a model into the registry, and make it the current one.
+        """Copy a model into the registry and make it the current one.
 
-        One whose weights and configuration are there already is not copied again, but for the
-        precisions that were chosen for it: what serves it already takes them when it restarts.
+        Of a model whose weights and configuration are registered already, only the chosen
+        precisions are copied; servers use them after a restart.
 
         Returns:
             Its version.
 
         Raises:
-            UserError: what is given is no model directory, or the name is none for a folder.
+            UserError: `model` is no model directory, or `name` can't be a folder's.
         """
         if not model.exists("config.json"):
             raise UserError(f"{model}: no model here (config.json is missing); name a model/")
@@ -95,7 +95,7 @@ class Registry:
         for version in reversed(self.versions(name)):
             if self.describe(name, version)["digest"] == digest:
                 _copy_choices(model, self.folder(name, version))
-                self._move(name, version)
+                self._set_current(name, version)
                 return version
         version = take_number(self._model(name) / "numbers")
         folder = self._model(name) / f"v{version}"
@@ -108,7 +108,7 @@ class Registry:
             "promoted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         folder.write_json(_VERSION, about)
-        self._move(name, version)
+        self._set_current(name, version)
         return version
 
     def rollback(self, name: str, version: int | None = None) -> int:
@@ -120,7 +120,7 @@ class Registry:
         Raises:
             UserError: there is no earlier one, or none of that number.
         """
-        pointer = self._pointer(name)
+        pointer = self._read_pointer(name)
         history = list(pointer["history"])
         if version is None:
             if not history:
@@ -133,14 +133,14 @@ class Registry:
             self._write_pointer(name, version, history)
             return version
         self.folder(name, version)
-        self._move(name, version)
+        self._set_current(name, version)
         return version
 
-    def _move(self, name: str, version: int) -> None:
-        """Make a version the current one, and remember the one before."""
+    def _set_current(self, name: str, version: int) -> None:
+        """Make a version the current one and add the previous one to the history."""
         history: list[int] = []
         if self._model(name).exists(_CURRENT):
-            pointer = self._pointer(name)
+            pointer = self._read_pointer(name)
             if pointer["version"] == version:
                 return
             history = [*pointer["history"], pointer["version"]][-_MOST_HISTORY:]
@@ -150,7 +150,7 @@ class Registry:
         pointer = {"format_version": FORMAT_VERSION, "version": version, "history": history}
         self._model(name).write_json(_CURRENT, pointer)
 
-    def _pointer(self, name: str) -> dict[str, Any]:
+    def _read_pointer(self, name: str) -> dict[str, Any]:
         try:
             pointer = self._model(name).read_json(_CURRENT)
         except FileNotFoundError:
@@ -173,7 +173,7 @@ class Registry:
 
 
 def _digest(model: Folder) -> str:
-    """A hash of the files that decide what a model answers."""
+    """A hash of the files that determine a model's predictions."""
     digest = hashlib.sha256()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if model.exists(name):
@@ -182,12 +182,15 @@ def _digest(model: Folder) -> str:
 
 
 def _copy_choices(model: Folder, version: Folder) -> None:
-    """Bring the choices of a precision up to date; one by accuracy outweighs one by speed."""
-    there = set(version.names())
+    """Copy the chosen precisions; one chosen by accuracy is not replaced by one by speed.
+
+    A choice by accuracy has the number of `texts` that it was measured on.
+    """
+    existing = set(version.names())
     for name in model.names():
         if not name.startswith(CHOICES):
             continue
-        given = model.read_json(name)
-        if name in there and "texts" not in given and "texts" in version.read_json(name):
+        choice = model.read_json(name)
+        if name in existing and "texts" not in choice and "texts" in version.read_json(name):
             continue
-        version.write_json(name, given)
+        version.write_json(name, choice)

@@ -1,4 +1,4 @@
-"""Ray's token: Ray finds what we make, and nobody else reads it."""
+"""Ray's token: Ray finds the one that we write, and no other user can read it."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ print(AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True))
 """
 
 
-def test_ray_finds_the_token_that_we_make(home):
+def test_ray_finds_the_token_that_we_write(home):
     token.make_token()
     path = home / ".ray" / "auth_token"
     made = path.read_text()
@@ -54,13 +54,13 @@ def test_ray_finds_the_token_that_we_make(home):
         ("RAY_AUTH_TOKEN_PATH", "/elsewhere"),
     ],
 )
-def test_no_token_is_made_where_ray_would_make_none(home, monkeypatch, name, value):
+def test_no_token_is_written_where_ray_would_write_none(home, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     token.make_token()
     assert os.listdir(home) == []
 
 
-def test_of_many_who_make_one_at_once_one_does(home):
+def test_of_many_processes_one_writes_the_token(home):
     together = threading.Barrier(8)
     seen = []
 
@@ -79,7 +79,7 @@ def test_of_many_who_make_one_at_once_one_does(home):
     assert os.listdir(home / ".ray") == ["auth_token"]
 
 
-def test_a_home_that_can_not_be_written_is_rays_to_tell(home, monkeypatch):
+def test_a_home_that_can_not_be_written_is_left_to_ray(home, monkeypatch):
     (home / "file").touch()
     monkeypatch.setenv("HOME", str(home / "file"))
     token.make_token()
@@ -87,7 +87,7 @@ def test_a_home_that_can_not_be_written_is_rays_to_tell(home, monkeypatch):
 
 
 @pytest.mark.parametrize("by_variable", [False, True])
-def test_a_token_that_others_read_is_closed(home, monkeypatch, by_variable):
+def test_a_token_that_others_can_read_is_closed(home, monkeypatch, by_variable):
     assert token.close_token() == "none"
     path = home / "mine" if by_variable else home / ".ray" / "auth_token"
     if by_variable:
@@ -101,7 +101,7 @@ def test_a_token_that_others_read_is_closed(home, monkeypatch, by_variable):
     assert path.read_text() == "secret"
 
 
-def test_another_users_token_is_left_open_and_told(home, monkeypatch):
+def test_another_users_token_is_reported_as_open(home, monkeypatch):
     path = home / ".ray" / "auth_token"
     path.parent.mkdir()
     path.write_text("secret")
@@ -114,7 +114,7 @@ def test_another_users_token_is_left_open_and_told(home, monkeypatch):
     assert token.close_token() == "open"
 
 
-def test_a_token_is_sent_where_there_is_one(home, monkeypatch):
+def test_a_token_is_sent_if_there_is_one(home, monkeypatch):
     token.use_token()
     assert not token.is_on()
     assert "you have none" in token.format_refusal("http://head:8265")
@@ -127,8 +127,8 @@ def test_a_token_is_sent_where_there_is_one(home, monkeypatch):
     assert not token.is_on()
 
 
-class Door(grpc.GenericRpcHandler):
-    """Lets everybody in, or nobody, as a Ray head answers to a call without a token."""
+class Head(grpc.GenericRpcHandler):
+    """Answers a call without a token as a Ray head does: with or without authentication."""
 
     def __init__(self, is_open):
         self._answer = (lambda *call: b"") if is_open else self._refuse
@@ -141,9 +141,9 @@ class Door(grpc.GenericRpcHandler):
 
 
 @pytest.mark.parametrize("is_open", [True, False])
-def test_a_head_is_asked_whether_it_wants_a_token(is_open):
-    """A driver that sends one unasked refuses the calls of a cluster that has none."""
-    server = grpc.server(ThreadPoolExecutor(1), handlers=[Door(is_open)])
+def test_a_head_tells_whether_it_requires_a_token(is_open):
+    """A driver that sends one refuses the calls of a cluster that has none."""
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Head(is_open)])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
@@ -152,7 +152,7 @@ def test_a_head_is_asked_whether_it_wants_a_token(is_open):
         server.stop(None).wait()
 
 
-def test_who_can_not_be_asked_asks_for_nothing(monkeypatch):
+def test_an_address_that_does_not_answer_requires_no_token(monkeypatch):
     monkeypatch.setattr(token, "_CALL_SECONDS", 0.5)
     for address in ("auto", "ray://head:10001", "127.0.0.1:1"):
         assert not token.is_required(address)
@@ -168,7 +168,7 @@ with ray_session(RayConfig(object_store_gb=0.2)):
 
 
 @pytest.mark.ray
-def test_a_ray_that_is_started_here_asks_for_a_token_of_the_users_own(home):
+def test_a_ray_that_is_started_here_requires_a_private_token(home):
     done = subprocess.run(
         [sys.executable, "-c", _STARTED], capture_output=True, text=True, timeout=120
     )

@@ -1,4 +1,4 @@
-"""The registry: versions, the pointer, the way back."""
+"""The registry: versions, the pointer to the current one, rollbacks."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_a_promoted_model_is_the_current_one(registry, tmp_path):
     assert registry.describe("reviews", 1)["from"] == source.uri
 
 
-def test_versions_are_numbered_and_the_way_back_is_the_way_that_was_gone(registry, tmp_path):
+def test_rollbacks_return_through_the_history(registry, tmp_path):
     for number, weights in enumerate(("one", "two", "three"), 1):
         assert registry.promote("reviews", model(tmp_path, weights)) == number
     assert registry.versions("reviews") == [1, 2, 3]
@@ -45,17 +45,17 @@ def test_versions_are_numbered_and_the_way_back_is_the_way_that_was_gone(registr
     assert registry.versions("reviews") == [1, 2, 3, 4]
 
 
-def test_a_version_can_be_named(registry, tmp_path):
+def test_a_rollback_can_name_a_version(registry, tmp_path):
     for weights in ("one", "two", "three"):
         registry.promote("reviews", model(tmp_path, weights))
     assert registry.rollback("reviews", 1) == 1
-    assert registry.rollback("reviews") == 3  # where it was before
+    assert registry.rollback("reviews") == 3  # the one that was current before
     with pytest.raises(UserError, match="has no version 9; it has 1, 2, 3"):
         registry.rollback("reviews", 9)
     assert registry.current_version("reviews") == 3
 
 
-def test_what_is_there_is_not_copied_again(registry, tmp_path):
+def test_a_registered_model_is_not_copied_again(registry, tmp_path):
     registry.promote("reviews", model(tmp_path, "one"))
     registry.promote("reviews", model(tmp_path, "two"))
     assert registry.promote("reviews", model(tmp_path, "one")) == 1
@@ -63,8 +63,8 @@ def test_what_is_there_is_not_copied_again(registry, tmp_path):
     assert registry.rollback("reviews") == 2
 
 
-def test_a_choice_of_precision_reaches_a_version_that_is_there(registry, tmp_path):
-    """As `bench serve` makes it, by accuracy, after the version was served and measured itself."""
+def test_a_chosen_precision_is_copied_to_a_registered_version(registry, tmp_path):
+    """`bench serve` chooses by accuracy, after serving has chosen by speed."""
     source = model(tmp_path, "one")
     registry.promote("reviews", source)
     version = registry.current("reviews")
@@ -74,19 +74,19 @@ def test_a_choice_of_precision_reaches_a_version_that_is_there(registry, tmp_pat
     assert registry.promote("reviews", source) == 1
     assert version.read_json("serving-a-b.json")["precision"] == "bf16"
     assert version.read_json("serving-a-c.json")["precision"] == "fp32"
-    source.write_json("serving-a-b.json", {"precision": "compiled"})  # by speed alone
+    source.write_json("serving-a-b.json", {"precision": "compiled"})  # by speed
     registry.promote("reviews", source)
     assert version.read_json("serving-a-b.json")["precision"] == "bf16"
 
 
-def test_names_are_kept_apart(registry, tmp_path):
+def test_models_of_different_names_are_separate(registry, tmp_path):
     registry.promote("a", model(tmp_path, "one"))
     registry.promote("b", model(tmp_path, "two"))
     assert (registry.versions("a"), registry.versions("b")) == ([1], [1])
     assert registry.current("b").read_text("model.safetensors") == "two"
 
 
-def test_a_version_that_was_cut_short_is_none(registry, tmp_path, monkeypatch):
+def test_an_incomplete_version_does_not_count(registry, tmp_path, monkeypatch):
     registry.promote("reviews", model(tmp_path, "one"))
     write = Folder.write_json
 
@@ -101,10 +101,10 @@ def test_a_version_that_was_cut_short_is_none(registry, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert registry.versions("reviews") == [1]
     assert registry.current_version("reviews") == 1
-    assert registry.promote("reviews", model(tmp_path, "two")) == 3  # 2 is taken for ever
+    assert registry.promote("reviews", model(tmp_path, "two")) == 3  # 2 stays taken
 
 
-def test_what_is_not_there_is_told(registry, tmp_path):
+def test_a_missing_model_is_an_error_that_lists_the_known_ones(registry, tmp_path):
     with pytest.raises(UserError, match="has no model 'reviews'; it has none as yet; make one"):
         registry.current("reviews")
     registry.promote("films", model(tmp_path, "one"))
@@ -120,7 +120,7 @@ def test_what_is_not_there_is_told(registry, tmp_path):
     assert registry.versions("reviews") == []
 
 
-def test_a_newer_registry_is_refused_by_name(registry, anywhere, tmp_path):
+def test_a_registry_of_a_newer_format_is_refused(registry, anywhere, tmp_path):
     registry.promote("reviews", model(tmp_path, "one"))
     folder = anywhere / "registry" / "reviews"
     folder.write_json("current.json", {"format_version": 2, "version": 1, "history": []})

@@ -1,4 +1,4 @@
-"""Object stores: every stage on S3, and runs that outlive a connection that breaks."""
+"""Object stores: every stage on S3, and runs that survive a broken connection."""
 
 import json
 import os
@@ -43,12 +43,12 @@ def contents(folder):
 @pytest.mark.ray
 def test_every_stage_on_an_object_store(raybert, ray_session, bucket, tmp_path, credentials):
     experiment = Experiment(tmp_path, corpus=False, folder=bucket)
-    at, said = ("-c", experiment.config), []
+    at, outputs = ("-c", experiment.config), []
 
     def done(*arguments):
         result = raybert(*arguments)
         assert result.code == 0, result.err
-        said.append(result.out + result.err)
+        outputs.append(result.out + result.err)
         return result
 
     made = done("corpus", *at, "--json")
@@ -77,20 +77,20 @@ def test_every_stage_on_an_object_store(raybert, ray_session, bucket, tmp_path, 
     assert done("predict", "-m", run.uri, "-i", source, "-o", output).json["texts"] == 80
     with (bucket / "out").open_input("labels.parquet") as file:
         assert pq.read_table(file)["text"].to_pylist() == texts
-    ran = done("run", *at, "--json").json  # every stage is finished: what comes of them all
+    ran = done("run", *at, "--json").json  # every stage is finished: it collects their results
     assert ran["accuracy"] == measured["accuracy"]
     assert set(ran["seconds"]) == {"corpus", "pretrain", "finetune", "evaluate", "all"}
     assert (len(ran["fill_mask"]), ran["run"]) == (5, run.uri)
     assert done("report", run.uri, "--json").json == {"report": (run / "report.html").uri}
     assert "<html" in run.read_text("report.html")
 
-    assert os.listdir(tmp_path) == ["tiny.yaml"]  # nothing was put beside the configuration
+    assert os.listdir(tmp_path) == ["tiny.yaml"]  # nothing was written beside the configuration
     secret = credentials["AWS_SECRET_ACCESS_KEY"]
     assert not any(secret.encode() in data for data in contents(bucket).values())
-    assert not any(secret in text for text in said)
+    assert not any(secret in text for text in outputs)
 
 
-def test_a_killed_run_goes_on_from_an_object_store(raybert, bucket, tmp_path):
+def test_a_killed_run_resumes_from_an_object_store(raybert, bucket, tmp_path):
     killed = Experiment(tmp_path, folder=bucket / "killed")
     more = ("--bare", "--set", "pretrain.schedule=constant", "--set", "pretrain.warmup_fraction=0")
     command = ("pretrain", "-c", killed.config, *more)
@@ -167,16 +167,16 @@ def undisturbed(corpus, tmp_path_factory):
     return run
 
 
-class Weather:
-    """Breaks the connection of a run once step 2 is saved, until step 7; keeps what was told."""
+class Outage:
+    """Breaks the connection of a run from the checkpoint of step 2 to step 7; keeps its events."""
 
     def __init__(self, run, connection, how):
         self._store, self._connection, self._how = CheckpointStore(run, 99, 2), connection, how
-        self.told = []
+        self.events = []
 
     def __call__(self, record):
         if record["kind"] == "event":
-            self.told.append((record["event"], record["message"]))
+            self.events.append((record["event"], record["message"]))
         elif record["kind"] == "train" and record["step"] == 3:
             end = time.monotonic() + 60
             while self._store.steps() != [2]:
@@ -191,38 +191,40 @@ class Weather:
 
 
 @pytest.mark.parametrize("how", ["cut", "busy"])
-def test_a_run_outlives_a_store_that_is_away(corpus, bucket, proxy, undisturbed, monkeypatch, how):
+def test_a_run_survives_a_store_that_fails_for_a_while(
+    corpus, bucket, proxy, undisturbed, monkeypatch, how
+):
     monkeypatch.setattr("raybert.train.metrics_log.RETRY_SECONDS", 0.0)
     through, connection = proxy
-    weather = Weather(bucket, connection, how)
-    result = execute_bare(ten_steps(corpus), through, on_progress=weather)
+    outage = Outage(bucket, connection, how)
+    result = execute_bare(ten_steps(corpus), through, on_progress=outage)
     assert (result["step"], result["restarts"]) == (10, 0)
-    events = [event for event, _ in weather.told]
+    events = [event for event, _ in outage.events]
     assert events.count("checkpoint failed") == events.count("checkpoint written") == 1
-    assert "that of step 2 is kept" in dict(weather.told)["checkpoint failed"]
+    assert "that of step 2 is kept" in dict(outage.events)["checkpoint failed"]
     assert same_state(last_weights(bucket), last_weights(undisturbed))
     assert read_digests(bucket) == read_digests(undisturbed)
     steps = [r["step"] for r in read_metrics(bucket) if r["kind"] == "train"]
     assert steps == list(range(1, 11))
 
 
-class Dies(Exception):
-    """As a process does."""
+class Died(Exception):
+    """Ends an attempt as the death of its process would."""
 
 
 @pytest.mark.parametrize("how", ["cut", "busy"])
-def test_an_attempt_that_dies_while_the_store_is_away_loses_nothing_older(
+def test_an_attempt_that_dies_while_the_store_fails_loses_no_older_checkpoint(
     corpus, bucket, proxy, undisturbed, how
 ):
     through, connection = proxy
-    weather = Weather(bucket, connection, how)
+    outage = Outage(bucket, connection, how)
 
     def until_6(record):
-        weather(record)
+        outage(record)
         if record["kind"] == "train" and record["step"] == 6:
-            raise Dies
+            raise Died
 
-    with pytest.raises(Dies):
+    with pytest.raises(Died):
         execute_bare(ten_steps(corpus), through, on_progress=until_6)
     assert CheckpointStore(bucket, 99, 2).load_latest(pytest.fail).step == 2
     result = execute_bare(ten_steps(corpus), bucket, on_progress=lambda record: None)
@@ -230,11 +232,13 @@ def test_an_attempt_that_dies_while_the_store_is_away_loses_nothing_older(
     assert same_state(last_weights(bucket), last_weights(undisturbed))
 
 
-def test_a_run_that_shall_stop_stops_and_goes_on(corpus, bucket, proxy, undisturbed):
+def test_a_run_set_to_stop_at_a_failed_checkpoint_stops_and_resumes(
+    corpus, bucket, proxy, undisturbed
+):
     through, connection = proxy
     job = ten_steps(corpus, on_checkpoint_failure="stop")
     with pytest.raises(UserError, match="the checkpoint of step 2 is whole: mend the storage"):
-        execute_bare(job, through, on_progress=Weather(bucket, connection, "busy"))
+        execute_bare(job, through, on_progress=Outage(bucket, connection, "busy"))
     connection.mend()
     result = execute_bare(job, through, on_progress=lambda record: None)
     assert (result["step"], result["restarts"]) == (10, 1)

@@ -1,4 +1,4 @@
-"""Training on Ray: equal batches for any number of workers, and a lost worker changes nothing."""
+"""Training on Ray: equal batches for any number of workers, and a lost worker changes no result."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def importable():
-    """Workers unpickle what is defined here."""
+    """Workers unpickle classes of this module."""
     import sys
 
     from ray import cloudpickle
@@ -63,8 +63,8 @@ def digests(stream):
     return [[(b.step, b.micro_batch_index, b.digest()) for b in batches] for batches in stream]
 
 
-def test_batches_from_ray_are_those_of_this_process(ray_session, corpus, monkeypatch):
-    """For one worker and for three, from a step in mid-epoch and into the next epochs."""
+def test_batches_from_ray_data_equal_those_of_one_process(ray_session, corpus, monkeypatch):
+    """For one worker and for three, from the middle of an epoch into the next ones."""
     monkeypatch.setattr("raybert.data.loader._MAX_TASKS", 2)  # fewer than windows: some share one
     plan = plan_of(corpus, 300)
     begin = plan.order.steps_per_epoch // 2
@@ -83,7 +83,7 @@ def test_batches_from_ray_are_those_of_this_process(ray_session, corpus, monkeyp
 
 @dataclass(frozen=True)
 class FatalJob(PretrainSpec):
-    """Finds on a worker what the user can mend."""
+    """Raises a user's error on one worker."""
 
     def make_task(self, group, feed):
         if group.rank == group.world_size - 1:
@@ -93,7 +93,7 @@ class FatalJob(PretrainSpec):
 
 @dataclass(frozen=True)
 class DeadlyJob(PretrainSpec):
-    """Kills its last worker with SIGKILL, once, when it asks for the batches of a step."""
+    """Kills its last worker with SIGKILL, once, before a given step."""
 
     marker: str = ""
     at: int = 0
@@ -119,7 +119,7 @@ def train(job, run):
     return train_on_ray(job, run, RESOURCES)
 
 
-def test_a_workers_word_to_the_user_is_what_the_user_gets(ray_session, corpus, tmp_path):
+def test_a_workers_error_reaches_the_user_unchanged(ray_session, corpus, tmp_path):
     job = pretrain_job(corpus, workers=2)
     job = FatalJob(**job.__dict__)
     with pytest.raises(ConfigError, match="^pretrain.lr=7 is too much for the worker$"):
@@ -128,8 +128,8 @@ def test_a_workers_word_to_the_user_is_what_the_user_gets(ray_session, corpus, t
 
 @pytest.fixture(scope="module")
 def together(ray_session, s3_server):
-    """Two workers' run whose corpus and results lie on S3: (its job, its folder, what it told)."""
-    bucket, told = Folder(s3_uri(s3_server, uuid.uuid4().hex[:8])), []
+    """A run of two workers on S3: (its job, its folder, its records)."""
+    bucket, records = Folder(s3_uri(s3_server, uuid.uuid4().hex[:8])), []
     make_corpus(bucket / "corpus", documents=400)
     job = pretrain_job(
         bucket / "corpus",
@@ -144,8 +144,8 @@ def together(ray_session, s3_server):
     )
     from raybert.train.ray.driver import train_on_ray
 
-    train_on_ray(job, bucket / "run", RESOURCES, on_progress=told.append)
-    return job, bucket / "run", told
+    train_on_ray(job, bucket / "run", RESOURCES, on_progress=records.append)
+    return job, bucket / "run", records
 
 
 def trained_steps(records):
@@ -153,8 +153,8 @@ def trained_steps(records):
 
 
 def test_two_workers_on_an_object_store_train_as_one_process(together, tmp_path):
-    """Theirs lies there, and nothing of what Ray Train keeps for itself."""
-    job, run, told = together
+    """The run's results are there, and no files of Ray Train's own."""
+    job, run, records = together
     result, alone = run.read_json("result.json"), Folder(tmp_path)
     bare = execute_bare(job, alone, on_progress=lambda record: None)
     assert len(read_digests(alone)) == 12 * 2
@@ -162,12 +162,12 @@ def test_two_workers_on_an_object_store_train_as_one_process(together, tmp_path)
     assert CheckpointStore(run, 99, 2).load(12).step == result["step"] == bare["step"] == 12
     assert result["loss"] == pytest.approx(bare["loss"], abs=1e-3)
     assert result["tokens"] == bare["tokens"]
-    assert trained_steps(told) == trained_steps(read_metrics(run)) == list(range(1, 13))
+    assert trained_steps(records) == trained_steps(read_metrics(run)) == list(range(1, 13))
     assert (run / "model").exists("model.safetensors")
     assert not run.exists("ray")
 
 
-def test_a_killed_worker_changes_nothing_in_the_result(together, tmp_path):
+def test_a_killed_worker_does_not_change_the_result(together, tmp_path):
     (job, whole, _), killed, marker = together, Folder(tmp_path / "run"), tmp_path / "killed-once"
     result = train(DeadlyJob(**job.__dict__, marker=str(marker), at=9), killed)
     assert marker.exists()
@@ -183,26 +183,26 @@ def test_a_killed_worker_changes_nothing_in_the_result(together, tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_start_again_where_the_model_can_not_be_written(ray_session, corpus, tmp_path):
-    """The driver hears why; once the storage is mended the run ends as it would have."""
+def test_workers_restart_when_the_model_can_not_be_written(ray_session, corpus, tmp_path):
+    """The driver reports why; once the storage works again the run ends as it would have."""
     settings = {"workers": 2, "deterministic": True, "collective_timeout_s": 40}
     job = pretrain_job(corpus, {"dropout": 0.1}, **settings)
     whole, hindered = Folder(tmp_path / "whole"), Folder(tmp_path / "hindered")
     train(job, whole)
     hindered.write_text("model", "a file where a folder should be")
-    told = []
+    messages = []
 
     def mend(record):
         if record.get("event") == "storage":
-            told.append(record["message"])
-            if "start again" in told[-1]:
+            messages.append(record["message"])
+            if "start again" in messages[-1]:
                 hindered.delete("model")
 
     from raybert.train.ray.driver import train_on_ray
 
     result = train_on_ray(job, hindered, RESOURCES, on_progress=mend)
     assert (result["step"], result["restarts"]) == (4, 1)
-    assert ["start again" in text for text in told] == [False, True]
-    assert "the checkpoint of step 4 is whole" in told[1]
+    assert ["start again" in text for text in messages] == [False, True]
+    assert "the checkpoint of step 4 is whole" in messages[1]
     left, right = ((run / "model").read_bytes("model.safetensors") for run in (whole, hindered))
     assert left == right

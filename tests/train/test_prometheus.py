@@ -1,4 +1,4 @@
-"""What Prometheus gets to know: each record's figures under their names, and nothing undefined."""
+"""Prometheus metrics: every record's values under their names, and none that is undefined."""
 
 import math
 import sys
@@ -56,14 +56,14 @@ def values(record):
     return {name: value for (name, _), value in readings(record).items()}
 
 
-def test_a_line_of_training_is_read_under_its_own_names():
+def test_a_train_record_sets_the_gauges_of_its_keys():
     found = values(TRAIN)
     assert found.pop("data_wait_share") == 0.25
     assert found == {name: TRAIN[name] for name in found}
     assert found.keys() == TRAIN.keys() - {"kind", "data_wait"}
 
 
-def test_an_evaluation_says_what_it_measured():
+def test_an_evaluation_is_labelled_with_its_measure():
     record = {"kind": "eval", "step": 9, "loss": 0.5, "accuracy": 0.875, "score": 0.875}
     assert readings(record) == {("heldout", "loss"): 0.5, ("heldout", "accuracy"): 0.875}
     del record["accuracy"]
@@ -71,13 +71,13 @@ def test_an_evaluation_says_what_it_measured():
 
 
 @given(st.sets(st.sampled_from(sorted(TRAIN.keys() - {"kind", "step_seconds", "data_wait"}))))
-def test_what_is_undefined_is_left_out_and_nothing_else(undefined):
+def test_only_undefined_values_are_left_out(undefined):
     for value in (None, math.nan, math.inf, -math.inf):
         found = values({**TRAIN, **dict.fromkeys(undefined, value)})
         assert found.keys() == values(TRAIN).keys() - undefined
 
 
-def test_every_reading_is_of_a_gauge():
+def test_every_value_has_a_gauge():
     saved = {"kind": "checkpoint", "step": 1, "stalled": 0.1, "written": 2.0, "bytes": 3}
     evaluation = {"kind": "eval", "step": 1, "loss": 1.0, "accuracy": 1.0}
     for record in (TRAIN, evaluation, saved):
@@ -91,12 +91,12 @@ def test_every_reading_is_of_a_gauge():
         st.none() | st.floats() | st.text(max_size=3) | st.sampled_from(["train", "checkpoint"]),
     )
 )
-def test_no_record_can_end_a_run(telemetry, record):
+def test_no_record_raises(telemetry, record):
     telemetry.report(record)
 
 
-def test_what_a_run_skips_and_can_not_write_is_counted(corpus, tmp_path, monkeypatch):
-    """By the names that the loop really gives to these events."""
+def test_skipped_steps_and_failed_checkpoints_are_counted(corpus, tmp_path, monkeypatch):
+    """With the names that the loop gives to these events."""
     run = Folder(tmp_path) / "run"
     job = pretrain_job(corpus, steps=6, checkpoint_steps=2)
     attempt = Attempt(
@@ -120,21 +120,21 @@ def test_what_a_run_skips_and_can_not_write_is_counted(corpus, tmp_path, monkeyp
     assert telemetry._values["checkpoint_failures", ""] == 1
 
 
-def test_a_gauge_is_said_again_until_the_run_ends(monkeypatch):
-    """Ray forgets it as soon as it has passed it on."""
-    said = []
+def test_gauges_are_exported_repeatedly_until_the_run_ends(monkeypatch):
+    """Ray drops a gauge once it has been collected."""
+    exported = []
 
-    class Noting:
+    class Recorder:
         def set(self, value, labels):
-            said.append(value)
+            exported.append(value)
 
     monkeypatch.setattr(module, "_SECONDS", 0.01)
     with closing(Telemetry(Folder("/runs/experiment/stage"), 1, 3)) as telemetry:
-        telemetry._gauges["workers"] = Noting()
+        telemetry._gauges["workers"] = Recorder()
         ends = time.monotonic() + 20
-        while len(said) < 3 and time.monotonic() < ends:
+        while len(exported) < 3 and time.monotonic() < ends:
             time.sleep(0.01)
-    assert len(said) >= 3 and set(said) == {3}
+    assert len(exported) >= 3 and set(exported) == {3}
     assert not telemetry._thread.is_alive()
 
 
@@ -142,8 +142,8 @@ def test_a_gauge_is_said_again_until_the_run_ends(monkeypatch):
 
 
 @dataclass(frozen=True)
-class WatchedJob(PretrainSpec):
-    """Skips a step, on devices of a known peak, and does not end before it was looked at."""
+class ObservedJob(PretrainSpec):
+    """Skips a step, on devices of a known peak, and ends only after a test has read its metrics."""
 
     marker: str = ""
 
@@ -151,7 +151,7 @@ class WatchedJob(PretrainSpec):
         from raybert.train import loop
 
         loop.peak_flops = lambda device: 1e10  # in the worker's process
-        return WatchedTask(self, group, feed)
+        return ObservedTask(self, group, feed)
 
     def finish(self, task, run):
         ends = time.monotonic() + 120
@@ -160,7 +160,7 @@ class WatchedJob(PretrainSpec):
         return super().finish(task, run)
 
 
-class WatchedTask(MaskedLMTask):
+class ObservedTask(MaskedLMTask):
     def loss(self, module, batch):
         return super().loss(module, batch) * (math.inf if batch.step == 1 else 1.0)
 
@@ -176,7 +176,7 @@ def importable():
 
 
 def scrape(address, run):
-    """A run's metrics as a node's agent gives them to Prometheus: {name: value}."""
+    """A run's metrics as a node's agent exports them: {name: value}."""
     from prometheus_client.parser import text_string_to_metric_families
 
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
@@ -186,12 +186,12 @@ def scrape(address, run):
 
 
 def logged(run):
-    """What the same metrics should be, by the run's own log."""
+    """The metrics that the run's own log implies."""
     records = read_metrics(run)
     last = {record["kind"]: record for record in records}
     saved = [record for record in records if record["kind"] == "checkpoint"]
     if not saved or saved[-1]["step"] != 6:
-        return None  # it still trains
+        return None  # not finished yet
     train = last["train"]
     return {
         **{f"ray_raybert_{name}": value for name, value in values(train).items()},
@@ -209,13 +209,13 @@ def logged(run):
 
 @pytest.mark.slow  # Ray exports every ten seconds, and each worker's metrics come late
 @pytest.mark.ray
-def test_a_node_gives_prometheus_what_the_run_has_logged(ray_session, importable, corpus, tmp_path):
+def test_a_node_exports_what_the_run_has_logged(ray_session, importable, corpus, tmp_path):
     from raybert.train.ray.driver import train_on_ray
 
     begun = time.time()
     run, marker = Folder(tmp_path / "imdb" / "pretrain"), tmp_path / "looked"
     job = pretrain_job(corpus, steps=6, checkpoint_steps=2, evaluations=2, workers=2)
-    job = WatchedJob(**job.__dict__, marker=str(marker))
+    job = ObservedJob(**job.__dict__, marker=str(marker))
     resources = Resources(cpus=4, gpus=0, object_store=512 << 20, started_here=True)
     [node] = ray_session.nodes()
     address = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"

@@ -1,9 +1,9 @@
-"""What Prometheus gets to know of a run: the records of rank 0, as metrics of Ray.
+"""Prometheus metrics of a run: rank 0's records, exported through Ray.
 
-Ray exports them from every node, with `ray_` before the name. A process has series of its own,
-which end with it: queries take those of a `run` together, and a run that is over raises no alarm.
-Times are points in time, whose age the query works out. What an alarm counts are gauges that begin
-with 0, for a counter of Ray's is absent until it counts.
+Ray exports them from every node with the prefix `ray_`. Every process has its own series, which end
+with it: queries aggregate by the label `run`, and a finished run raises no alert. Times are
+exported as timestamps; queries compute their age. What alerts count are gauges that start at 0:
+Ray exports no counter before its first increment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from raybert.storage.folder import Folder
 
 PREFIX = "raybert_"
-_SECONDS = 2.0  # between two times that a gauge is said; Ray passes them on every ten
+_SECONDS = 2.0  # between two exports of a gauge; Ray collects them every ten
 GAUGES = {
     "step": "optimizer steps taken",
     "total_steps": "optimizer steps that the run will take",
@@ -31,18 +31,18 @@ GAUGES = {
     "heldout": "the last evaluation; `measure` says what was measured",
     "workers": "processes that train",
     "restarts": "attempts at the run before this one",
-    "skipped_steps": "steps that this attempt skipped, for their gradient was not finite",
+    "skipped_steps": "steps that this attempt skipped because their gradient was not finite",
     "checkpoint_stalled_seconds": "seconds that training stood still for the last checkpoint",
-    "checkpoint_written_seconds": "seconds that writing it in the background took",
-    "checkpoint_bytes": "its size",
+    "checkpoint_written_seconds": "seconds that the last checkpoint took in the background",
+    "checkpoint_bytes": "size of the last checkpoint",
     "checkpoint_failures": "checkpoints that this attempt could not write",
-    "checkpoint_timestamp_seconds": "when the last one was committed, or else this attempt began",
-    "progress_timestamp_seconds": "when steps or an evaluation were done, or else it began",
+    "checkpoint_timestamp_seconds": "time of the last checkpoint, or of this attempt's start",
+    "progress_timestamp_seconds": "time of the last steps or evaluation, or of the start",
 }
 #: Ray adds `_total` to the names of counters.
 COUNTERS = {"stalled_seconds": "seconds that training stood still for checkpoints"}
 
-_TRAIN = (  # as the record names them
+_TRAIN = (  # gauges with the names of the record's keys
     *("step", "total_steps", "loss", "lr"),
     *("grad_norm", "tokens_per_second", "mfu", "step_seconds"),
 )
@@ -54,11 +54,11 @@ _TIMES = {  # by kind of record
 }
 _COUNTED = {"skipped step": "skipped_steps", "checkpoint failed": "checkpoint_failures"}  # events
 
-Values = dict[tuple[str, str], float]  # of gauges, by name and by what is measured, often ""
+Values = dict[tuple[str, str], float]  # of gauges, by name and the label `measure`, often ""
 
 
 def readings(record: dict[str, Any]) -> Values:
-    """What a record says of the gauges; what is absent or not finite is left out."""
+    """The gauges' values in a record, without those that are absent or not finite."""
     found: dict[tuple[str, str], Any] = {}
     if record["kind"] == "train":
         found = {(name, ""): record.get(name) for name in _TRAIN}
@@ -78,10 +78,10 @@ def readings(record: dict[str, Any]) -> Values:
 
 
 class Telemetry:
-    """The metrics of one attempt at a run, on rank 0."""
+    """The exported metrics of one attempt at a run, on rank 0."""
 
     def __init__(self, run: Folder, attempt: int, workers: int) -> None:
-        """Export what is known before the first step, and what is reported until it is closed."""
+        """Start the export, first of what is known before the first step."""
         from ray.util.metrics import Counter, Gauge
 
         label = {"run": "/".join(run.path.rstrip("/").split("/")[-2:])}  # experiment/stage
@@ -103,7 +103,7 @@ class Telemetry:
         self._thread.start()
 
     def report(self, record: dict[str, Any]) -> None:
-        """Export a record. Whatever goes wrong, a run is worth more than its charts."""
+        """Update the metrics from a record; no error in here may end a run."""
         with suppress(Exception):
             kind, event = record["kind"], record.get("event")
             self._values.update(readings(record))
@@ -115,12 +115,12 @@ class Telemetry:
                 self._counters["stalled_seconds"].inc(record["stalled"])
 
     def close(self) -> None:
-        """End the gauges: what stands still from now on is over."""
+        """End the export."""
         self._closed.set()
         self._thread.join()
 
     def _export(self) -> None:
-        """Say all gauges again and again, for Ray forgets each as soon as it has passed it on."""
+        """Set all gauges repeatedly: Ray drops each one once it has been collected."""
         while not self._closed.is_set():
             with suppress(Exception):
                 for (name, measure), value in list(self._values.items()):
