@@ -36,7 +36,8 @@ from raybert.config import build
 from raybert.model.settings import ModelConfig
 from raybert.pipeline.benchmarks import generate_corpus
 from raybert.storage.folder import Folder
-from raybert.tasks.masked_lm import PretrainConfig, PretrainSpec
+from raybert.tasks.masked_lm import PretrainSpec
+from raybert.tasks.settings import PretrainConfig
 from raybert.terminal.display import Display
 from raybert.train.checkpoint import CheckpointStore, Snapshot, begin_attempt
 from raybert.train.distributed import Group, use_threads

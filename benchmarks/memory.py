@@ -25,7 +25,8 @@ from raybert.config import build
 from raybert.model.settings import ModelConfig
 from raybert.pipeline.benchmarks import generate_corpus
 from raybert.storage.folder import Folder
-from raybert.tasks.masked_lm import PretrainConfig, PretrainSpec
+from raybert.tasks.masked_lm import PretrainSpec
+from raybert.tasks.settings import PretrainConfig
 from raybert.train.ray.driver import train_on_ray
 
 SEQ_LEN, VOCAB_SIZE = 128, 8192

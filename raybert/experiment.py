@@ -17,8 +17,7 @@ from raybert.serve.settings import ServeConfig
 from raybert.storage.address import check_address
 from raybert.storage.folder import Folder
 from raybert.storage.registry import REGISTRY
-from raybert.tasks.classification import FinetuneConfig
-from raybert.tasks.masked_lm import PretrainConfig
+from raybert.tasks.settings import FinetuneConfig, PretrainConfig
 from raybert.tune.settings import TuneConfig
 
 #: The keys that `--data` sets.

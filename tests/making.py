@@ -16,9 +16,10 @@ from raybert.data.corpus.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWr
 from raybert.data.tokenizer import TokenizerConfig
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
-from raybert.tasks.classification import FinetuneConfig, FinetuneSpec
-from raybert.tasks.masked_lm import PretrainConfig, PretrainSpec
-from raybert.tasks.texts import prepare_data
+from raybert.tasks.finetune import FinetuneSpec
+from raybert.tasks.masked_lm import PretrainSpec
+from raybert.tasks.prepared_texts import prepare_texts
+from raybert.tasks.settings import FinetuneConfig, PretrainConfig
 from raybert.train.checkpoint import CheckpointStore, begin_attempt
 from raybert.train.distributed import Group
 from raybert.train.loop import Loop
@@ -150,7 +151,7 @@ def finetune_job(folder, *, rows=None, model=(), **settings):
         start=None,
         tokenizer=folder / "tokenizer",
         data=data,
-        prepared=prepare_data(config, tokenizer, 32, config.seed, data),
+        prepared=prepare_texts(config, tokenizer, 32, config.seed, data),
     )
 
 

@@ -8,7 +8,7 @@ from raybert.data.preprocess import Preprocessing
 from raybert.data.tokenizer import Tokenizer
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
-from raybert.tasks.masked_lm import mask_positions, predictions
+from raybert.tasks.mask_predictions import encode_masked, predict_masks
 
 
 class MaskFiller:
@@ -42,7 +42,7 @@ class MaskFiller:
         Raises:
             DataError: the text has no mask, or is longer than the model reads.
         """
-        return predictions(self._model, self._tokenizer, self._preprocessing.clean(text), top)
+        return predict_masks(self._model, self._tokenizer, self._preprocessing.clean(text), top)
 
     def count(self, text: str) -> int:
         """The number of masks in a text.
@@ -50,5 +50,5 @@ class MaskFiller:
         Raises:
             DataError: the text has no mask, or is longer than the model reads.
         """
-        _, where = mask_positions(self._model, self._tokenizer, self._preprocessing.clean(text))
+        _, where = encode_masked(self._model, self._tokenizer, self._preprocessing.clean(text))
         return len(where)

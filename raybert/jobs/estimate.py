@@ -27,9 +27,8 @@ from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.storage.model_folders import find_model
-from raybert.tasks.classification import FinetuneConfig
-from raybert.tasks.masked_lm import PretrainConfig
-from raybert.tasks.texts import prepared_data
+from raybert.tasks.prepared_texts import read_prepared_texts
+from raybert.tasks.settings import FinetuneConfig, PretrainConfig
 from raybert.terminal.display import size
 from raybert.train.loop import peak_of
 from raybert.train.metrics_log import read_metrics
@@ -310,7 +309,7 @@ def _epoch(experiment: Experiment, stage: str) -> tuple[int, int] | None:
     """Steps and tokens, at most, of a pass over a stage's data; None before they are prepared."""
     config = training_of(experiment, stage)
     if stage != "pretrain":
-        prepared = prepared_data(experiment.folder / stage / "data")
+        prepared = read_prepared_texts(experiment.folder / stage / "data")
         if prepared is None:
             return None
         rows = prepared.train.rows

@@ -21,9 +21,9 @@ from raybert.jobs.doctor.run_checks import run_requested_checks
 from raybert.pipeline.finetune_setup import prepare_finetune
 from raybert.pipeline.trial_runner import TrialRunner
 from raybert.storage.folder import Folder
-from raybert.tasks.classification import FinetuneSpec
 from raybert.tasks.classification_metrics import classification_scores
-from raybert.tasks.texts import Texts
+from raybert.tasks.finetune import FinetuneSpec
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.terminal.display import Display, clock
 from raybert.train.run import CONFIG, RESULT, dotted, open_run
 from raybert.train.settings import ALIKE_MAY_CHANGE
@@ -71,7 +71,7 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
             runner.run(stage, store, source, keys=[], limit=seeds, retries=True)
         check_members(source.trials)
         models = [stage / "members" / name / "model" for name in names]
-        validation = Texts.load(spec.data, spec.prepared.validation)
+        validation = TokenizedTexts.load(spec.data, spec.prepared.validation)
         result = measure(models, validation, spec.prepared.labels)
     from raybert.inference.ensemble import write_ensemble
 
@@ -110,7 +110,7 @@ def _open_ensemble(
     )
 
 
-def measure(models: list[Folder], texts: Texts, labels: list[str]) -> dict[str, Any]:
+def measure(models: list[Folder], texts: TokenizedTexts, labels: list[str]) -> dict[str, Any]:
     """Score each model and their ensemble on tokenized texts."""
     from raybert.inference.classifier import TextClassifier
     from raybert.inference.ensemble import mean_logits

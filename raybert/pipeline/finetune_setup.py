@@ -18,7 +18,7 @@ from raybert.storage.model_folders import resolve_model
 from raybert.terminal.display import Display
 
 if TYPE_CHECKING:
-    from raybert.tasks.classification import FinetuneSpec
+    from raybert.tasks.finetune import FinetuneSpec
 
 #: Tokens of a text, where runs that share texts shorten them each in its own way.
 WHOLE = 1 << 20
@@ -49,12 +49,12 @@ def prepare_finetune(
     """
     from raybert.inference.ensemble import Teacher
     from raybert.jobs.doctor.run_checks import run_requested_checks
-    from raybert.tasks.classification import FinetuneSpec
-    from raybert.tasks.texts import prepare_data, prepared_data
+    from raybert.tasks.finetune import FinetuneSpec
+    from raybert.tasks.prepared_texts import prepare_texts, read_prepared_texts
 
     config = experiment.finetune
     start, tokenizer = starting_point(experiment)
-    prepared = prepared_data(data) if has_begun else None
+    prepared = read_prepared_texts(data) if has_begun else None
     if prepared is None:
         seq_len = input_length(experiment, start, config.seq_len)
         teacher = None
@@ -68,7 +68,7 @@ def prepare_finetune(
             if resources is not None:
                 run_requested_checks(experiment, resources, display, ("finetune",))
             display.line("reading and tokenizing labelled texts")
-            prepared = prepare_data(
+            prepared = prepare_texts(
                 config,
                 Tokenizer.load(tokenizer),
                 WHOLE if whole else seq_len,

@@ -302,5 +302,6 @@ def _check_lengths(experiment: Experiment) -> None:
     for text in experiment.pretrain.examples:
         if experiment.corpus.tokenizer.kind != "file" and MASK not in text:
             raise ConfigError(
-                f"pretrain.examples: {text!r} has no {MASK}; put one where a word is to be guessed"
+                f"pretrain.examples: {text!r} has no {MASK}; put one where a word is to be "
+                "predicted"
             )

@@ -12,7 +12,7 @@ from raybert.cluster.session import Resources
 from raybert.experiment import Experiment
 from raybert.pipeline.finetune_setup import input_length
 from raybert.storage.folder import Folder
-from raybert.tasks.classification import FinetuneSpec, SharedInputs
+from raybert.tasks.finetune import FinetuneSpec, SharedInputs
 from raybert.terminal.display import Display
 from raybert.train.ray.driver_channel import DriverChannel
 from raybert.train.ray.placement import uses_gpus

@@ -20,8 +20,8 @@ from raybert.pipeline.stages import shared_file
 from raybert.pipeline.trial_runner import TrialRunner
 from raybert.pipeline.tune_result import finish_search, format_best, write_report_and_result
 from raybert.storage.folder import Folder
-from raybert.tasks.classification import FinetuneSpec
-from raybert.tasks.texts import Texts
+from raybert.tasks.finetune import FinetuneSpec
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.terminal.display import Display
 from raybert.train.run import CONFIG, RESULT, open_run
 from raybert.tune.finalists import Finalist, choose_finalists, finalist_runs, rank_finalists
@@ -264,5 +264,5 @@ class Search:
         steps_per_epoch = max(1, -(-train.rows // finetune.global_batch_size))
         tokens_per_epoch = 1
         if finetune.tokens is not None:
-            tokens_per_epoch = int(Texts.load(self._spec.data, train).lengths.sum())
+            tokens_per_epoch = int(TokenizedTexts.load(self._spec.data, train).lengths.sum())
         return longest_epochs(self._space, self._runner.base, steps_per_epoch, tokens_per_epoch)

@@ -1,1 +1,1 @@
-"""What is learned, one file a task: masked language modelling, classification."""
+"""Tasks: masked language modelling, and fine-tuning on labelled texts."""

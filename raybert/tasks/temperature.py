@@ -1,7 +1,8 @@
-"""How much too sure a classifier is: one number that its logits are divided by.
+"""Temperature scaling: calibrate a classifier by one divisor of its logits.
 
-Fitted on the texts that the model was chosen by (Guo et al., arXiv 1706.04599, section 4.2). It
-moves no prediction, only how sure each one is.
+Fitted on the validation texts (Guo et al., arXiv 1706.04599, section 4.2). It changes the
+probabilities and no prediction. scikit-learn's temperature scaling has no smoothed targets, with
+which a model without mistakes on few texts stays calibrated.
 """
 
 from __future__ import annotations
@@ -9,22 +10,23 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-RANGE = (0.25, 10.0)  # what a temperature may be; beyond, the labels or the logits are broken
-_HALVINGS = 50
+RANGE = (0.25, 10.0)  # of temperatures; one beyond it means broken labels or logits
+_BISECTIONS = 50
 
 
 def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """Find the temperature under which labelled rows are likeliest.
+    """Find the temperature that maximises the likelihood of labelled rows.
 
-    Labels count as Platt (1999) has it for few rows: the right one as (n + 1) / (n + L) and each
-    other as 1 / (n + L), so that a model without a mistake is not taken for one that never errs.
+    Targets are smoothed as by Platt (1999): the label's is (n + 1) / (n + L), each other one
+    1 / (n + L). Without that, a model that makes no mistake on n rows would get the lowest
+    temperature.
 
     Args:
         logits: [n, L] float, finite.
         labels: [n] int.
 
     Returns:
-        The temperature, within RANGE; 1.0 where there is no row.
+        The temperature, within RANGE; 1.0 where n is 0.
     """
     scores = np.asarray(logits, np.float64)
     truth = np.asarray(labels)
@@ -33,13 +35,13 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
         return 1.0
     targets = np.full(scores.shape, 1 / (n + num_labels))
     targets[np.arange(n), truth] = (n + 1) / (n + num_labels)
-    wanted = (targets * scores).sum()
-    # The likelihood is concave in the inverse of the temperature: its slope has one zero.
+    target_sum = (targets * scores).sum()
+    # The log-likelihood is concave in the inverse temperature, so its derivative has one zero.
     low, high = 1 / RANGE[1], 1 / RANGE[0]
-    for _ in range(_HALVINGS):
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         scaled = middle * scores
         weights = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         expected = (weights / weights.sum(axis=1, keepdims=True) * scores).sum()
-        low, high = (middle, high) if wanted > expected else (low, middle)
+        low, high = (middle, high) if target_sum > expected else (low, middle)
     return float(2 / (low + high))

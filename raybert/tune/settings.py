@@ -10,7 +10,7 @@ from pydantic import Field
 from raybert.config import Settings, build, flatten
 from raybert.errors import ConfigError
 from raybert.model.settings import ModelConfig
-from raybert.tasks.classification import FinetuneConfig
+from raybert.tasks.settings import FinetuneConfig
 from raybert.train.settings import ALIKE_MAY_CHANGE
 
 #: The first keys matter most; the last ones make every step slower.

@@ -19,7 +19,7 @@ from raybert.cluster.session import Resources
 from raybert.config import dump
 from raybert.errors import RaybertError, StorageError, Superseded
 from raybert.storage.folder import Folder
-from raybert.tasks.classification import FinetuneSpec, SharedInputs
+from raybert.tasks.finetune import FinetuneSpec, SharedInputs
 from raybert.train.checkpoint import begin_attempt
 from raybert.train.metrics_log import read_metrics
 from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel

@@ -17,7 +17,7 @@ import torch
 
 from raybert.cluster.session import Resources
 from raybert.storage.folder import Folder
-from raybert.tasks.classification import FinetuneSpec, SharedInputs
+from raybert.tasks.finetune import FinetuneSpec, SharedInputs
 from raybert.train.checkpoint import CheckpointStore, hash_tensors
 from raybert.train.distributed import Group
 from raybert.train.ray.driver import train_on_ray

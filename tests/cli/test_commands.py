@@ -476,7 +476,7 @@ def test_a_text_without_a_mask_and_one_too_long(raybert, trained):
         return refused(raybert("fill-mask", "-m", trained.run, text))
 
     assert fill("no mask at all") == (
-        "'no mask at all' has no [MASK]: put one where a word is to be guessed"
+        "'no mask at all' has no [MASK]: put one where a word is to be predicted"
     )
     assert fill("film " * 50_000 + "[MASK]").startswith(
         "the text has 50,003 tokens, the model reads 64; shorten it around the [MASK]"

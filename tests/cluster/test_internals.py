@@ -256,7 +256,7 @@ def test_ray_reads_every_variable(name):
 def make_trainer(folder, started_here=True, workers=2):
     from raybert.config import build
     from raybert.storage.folder import Folder
-    from raybert.tasks.masked_lm import PretrainConfig
+    from raybert.tasks.settings import PretrainConfig
     from raybert.train.ray.driver import _make_trainer
     from raybert.train.ray.driver_channel import DriverChannel
     from raybert.train.ray.worker import WorkerInputs

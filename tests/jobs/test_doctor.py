@@ -17,7 +17,7 @@ from raybert.jobs.doctor import all_reduce, checks, nodes, run_checks
 from raybert.jobs.doctor.all_reduce import Reduction, places
 from raybert.jobs.doctor.nodes import MISSING, Node
 from raybert.storage.folder import Folder
-from raybert.tasks.masked_lm import PretrainConfig
+from raybert.tasks.settings import PretrainConfig
 from raybert.terminal.display import Display
 from raybert.train.ray.placement import check_resources, uses_gpus
 

@@ -11,7 +11,8 @@ from raybert.model import huggingface
 from raybert.pipeline import stages
 from raybert.pipeline.ensemble_stage import finetune_seeds
 from raybert.pipeline.finetune_setup import teachers
-from raybert.tasks.texts import Texts, prepared_data
+from raybert.tasks.prepared_texts import read_prepared_texts
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.terminal.display import Display
 from raybert.tune.trial_store import TrialStore
 
@@ -46,8 +47,8 @@ def test_an_ensemble_is_measured_and_can_be_a_teacher(ray_session, tmp_path):
         (student.folder / "corpus").write_bytes(name, data)
     stages.finetune(student, QUIET, bare=True)
     data = student.folder / "finetune" / "data"
-    prepared = prepared_data(data)
-    teacher = Texts.load(data, prepared.train).teacher
+    prepared = read_prepared_texts(data)
+    teacher = TokenizedTexts.load(data, prepared.train).teacher
     assert teacher.shape == (prepared.train.rows, 2)
     assert teacher.std() > 0
 

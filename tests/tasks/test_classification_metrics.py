@@ -15,7 +15,7 @@ def logits_of(probabilities):
     return np.log(np.asarray(probabilities))
 
 
-def test_a_small_case_by_hand():
+def test_metrics_of_a_small_case_computed_by_hand():
     scores = classification_scores(
         logits_of([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.2, 0.8]]), [0, 1, 1, 1], ["neg", "pos"]
     )
@@ -33,7 +33,7 @@ def test_a_small_case_by_hand():
     assert scores["expected_calibration_error"] == pytest.approx(1.2 / 4)
 
 
-def test_calibration_groups_rows_before_it_compares():
+def test_calibration_averages_within_bins_before_comparing():
     # Four rows of confidence 0.7, of which three are right: off by 0.05, not by the mean of
     # |correct - confidence|.
     error, bins = calibration(np.full(4, 0.7), np.array([True, True, True, False]))
@@ -51,7 +51,7 @@ def test_bins_are_open_below_and_closed_above(confidence, index):
     assert [b["count"] for b in bins].index(1) == index
 
 
-def test_a_class_that_never_occurs_counts_only_when_it_is_predicted():
+def test_a_label_that_never_occurs_counts_in_f1_macro_only_when_predicted():
     names = ["a", "b", "never"]
     ignored = classification_scores([[2.0, 0, 0], [0, 2.0, 0]], [0, 1], names)
     assert ignored["f1_macro"] == 1.0
@@ -60,7 +60,7 @@ def test_a_class_that_never_occurs_counts_only_when_it_is_predicted():
     assert predicted["f1_macro"] == pytest.approx(1 / 3)
 
 
-def test_many_classes():
+def test_five_hundred_labels_are_scored():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 500, 2000)
     scores = classification_scores(
@@ -88,7 +88,7 @@ def test_large_logits_do_not_overflow():
         ([[0.0, 1.0], [0.0, np.nan]], [0, 1], ["a", "b"], RaybertError, "row 1 .* lower lr"),
     ],
 )
-def test_refusals(logits, labels, names, kind, message):
+def test_invalid_inputs_are_rejected(logits, labels, names, kind, message):
     with pytest.raises(kind, match=message):
         classification_scores(logits, labels, names)
 
@@ -103,7 +103,7 @@ def predictions(draw):
 
 @given(predictions())
 @settings(deadline=None, max_examples=60)
-def test_laws(case):
+def test_metrics_are_consistent_for_any_predictions(case):
     logits, labels, names = case
     scores = classification_scores(logits, labels, names)
     n = len(labels)
@@ -119,7 +119,7 @@ def test_laws(case):
     for b in scores["bins"]:
         if b["count"]:
             assert b["lower"] - 1e-9 <= b["confidence"] <= b["upper"] + 1e-9
-    # What all rows add up to has no order.
+    # The order of the rows does not matter.
     shuffled = np.random.default_rng(0).permutation(n)
     again = classification_scores(logits[shuffled], labels[shuffled], names)
     assert again["confusion"] == scores["confusion"]

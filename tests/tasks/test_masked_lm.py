@@ -1,4 +1,4 @@
-"""Pretraining as a task: what it reads, checks, evaluates and writes."""
+"""Masked language modelling: batches, loss, evaluation, checks and the written model."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,7 @@ from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
-from raybert.tasks.masked_lm import predictions
+from raybert.tasks.mask_predictions import predict_masks
 from raybert.train.distributed import Group
 from raybert.train.run import LoaderConfig, execute_bare
 
@@ -44,7 +44,7 @@ def test_any_number_of_ranks_reads_the_same_steps(corpus, world_size):
         assert [b.digest() for b in parts] == [b.digest() for b in whole]
 
 
-def test_an_epoch_reads_every_row_once_and_the_next_one_otherwise(corpus):
+def test_an_epoch_reads_every_row_once_in_an_order_of_its_own(corpus):
     job = pretrain_job(corpus)
     task = task_of(job)
     rows = job.manifest.splits["train"].rows
@@ -57,7 +57,7 @@ def test_an_epoch_reads_every_row_once_and_the_next_one_otherwise(corpus):
     assert epochs[0] != epochs[1]
 
 
-def test_an_empty_batch_counts_nothing_and_moves_nothing(corpus):
+def test_an_empty_batch_has_zero_loss_and_zero_gradients(corpus):
     task = task_of(pretrain_job(corpus))
     batch = task.empty_batch()
     assert batch.count == 0
@@ -79,8 +79,7 @@ def test_the_loss_is_the_sum_over_masked_positions(corpus):
         assert float(task.loss(task.model, batch)) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_evaluation_sums_over_all_rows_whatever_the_batches(corpus):
-    """Neither the micro-batch size nor the training mask rate shows in the held-out loss."""
+def test_the_held_out_loss_depends_neither_on_batch_size_nor_on_mask_rate(corpus):
     losses = []
     for micro, rate in ((1, 0.15), (4, 0.5), (8, 0.3)):
         job = pretrain_job(
@@ -103,7 +102,7 @@ def test_training_starts_from_a_given_model(corpus, tmp_path):
     assert not same_tensors(task_of(first).model.state_dict(), expected)
 
 
-def test_separate_documents_do_not_see_each_other(corpus):
+def test_separating_packed_documents_changes_the_loss(corpus):
     joined = task_of(pretrain_job(corpus, packed_documents="joined"))
     separate = task_of(pretrain_job(corpus, packed_documents="separate"))
     separate.model.load_state_dict(joined.model.state_dict())
@@ -115,14 +114,11 @@ def test_separate_documents_do_not_see_each_other(corpus):
     assert losses[0] != losses[1]
 
 
-# Checks before any worker starts -----------------------------------------------------------------
-
-
-def test_what_fits_passes(corpus):
+def test_a_valid_run_passes_the_checks(corpus):
     pretrain_job(corpus, examples=["a [MASK]"]).check()
 
 
-def test_what_does_not_fit_is_told_before_training(corpus, tmp_path):
+def test_checks_reject_rows_examples_and_parts_that_do_not_fit(corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"corpus.seq_len=16 is past model.max_seq_len=8; set"):
         pretrain_job(corpus, {"max_seq_len": 8}).check()
     with pytest.raises(ConfigError, match=r"pretrain.examples: 'none' has no \[MASK\]"):
@@ -135,7 +131,7 @@ def test_what_does_not_fit_is_told_before_training(corpus, tmp_path):
         pretrain_job(broken).check()
 
 
-def test_a_model_to_start_from_must_fit_the_corpus(corpus, tmp_path):
+def test_checks_reject_a_start_model_that_does_not_fit_the_corpus(corpus, tmp_path):
     start = Folder(execute_bare(
         pretrain_job(corpus, steps=1), Folder(tmp_path / "a"), on_progress=lambda record: None
     )["model"])  # fmt: skip
@@ -154,14 +150,14 @@ def test_a_model_to_start_from_must_fit_the_corpus(corpus, tmp_path):
         pretrain_job(corpus, {"max_seq_len": 8}, initialize_from=start.uri).check()
 
 
-def test_an_example_longer_than_the_model_reads_is_told_before_training(corpus):
+def test_checks_reject_an_example_longer_than_max_seq_len(corpus):
     text = "film " * 63 + "[MASK]"
     with pytest.raises(ConfigError, match="has 66 tokens, the model reads 64; shorten it"):
         pretrain_job(corpus, examples=[text]).check()
 
 
-def test_what_the_manifest_says_of_the_text_is_kept(corpus, tmp_path):
-    """A unigram loss that is infinite is null there; how line breaks were read goes to answers."""
+def test_the_model_keeps_line_breaks_and_omits_an_infinite_unigram_loss(corpus, tmp_path):
+    """Both come from the manifest, in which an infinite unigram loss is null."""
     job = pretrain_job(corpus, steps=1)
     info = {"unigram_loss": None, "config": {"source": {"html_breaks": "keep"}}}
     job = replace(job, manifest=job.manifest.model_copy(update={"info": info}))
@@ -172,15 +168,15 @@ def test_what_the_manifest_says_of_the_text_is_kept(corpus, tmp_path):
     assert "nats a masked token\n" in card and "nan" not in card
 
 
-def test_fillings_are_of_the_masks_in_their_order(corpus):
+def test_masks_are_predicted_in_the_order_of_the_text(corpus):
     task, tokenizer = task_of(pretrain_job(corpus)), Tokenizer.load(corpus)
     model = task.model.eval()
-    both = predictions(model, tokenizer, "the [MASK] was [MASK]", top=4)
-    assert [len(guesses) for guesses in both] == [4, 4]
+    both = predict_masks(model, tokenizer, "the [MASK] was [MASK]", top=4)
+    assert [len(tokens) for tokens in both] == [4, 4]
     ids = torch.from_numpy(tokenizer.encode_batch(["the [MASK] was [MASK]"])[0].astype(np.int64))
     with torch.inference_mode():
         logits = model.logits(ids[None], None, torch.tensor([4]))
     best = logits.softmax(-1)[0].argmax()
     assert both[1][0]["token"] == tokenizer.hf.id_to_token(int(best))
     with pytest.raises(DataError, match=r"'plain' has no \[MASK\]"):
-        predictions(model, tokenizer, "plain")
+        predict_masks(model, tokenizer, "plain")

@@ -23,7 +23,11 @@ def found(tmp_path_factory):
     """What came of every scenario: {(world_size, rank): {name: result}}."""
     folder = tmp_path_factory.mktemp("group")
     make_corpus(Folder(folder / "corpus"), documents=51)
-    env = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{HERE}:{HERE.parent}:{HERE.parents[1]}",
+        "OMP_NUM_THREADS": "1",
+    }
     workers = []
     for rank in range(2):
         with (folder / f"stderr-{rank}").open("w") as stderr:

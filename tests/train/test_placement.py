@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from raybert.cluster.session import Resources
 from raybert.config import build
 from raybert.errors import ConfigError
-from raybert.tasks.classification import FinetuneConfig
-from raybert.tasks.masked_lm import PretrainConfig
+from raybert.tasks.settings import FinetuneConfig, PretrainConfig
 from raybert.train.ray.placement import check_resources, operator_cpus
 
 

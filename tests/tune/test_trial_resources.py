@@ -4,7 +4,7 @@ import pytest
 
 from raybert.cluster.session import Resources
 from raybert.errors import ConfigError
-from raybert.tasks.classification import FinetuneConfig
+from raybert.tasks.settings import FinetuneConfig
 from raybert.tune.settings import TuneConfig
 from raybert.tune.trial_resources import TrialResources, trial_resources
 

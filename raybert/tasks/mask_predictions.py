@@ -1,0 +1,66 @@
+"""Predict the masked tokens of a text.
+
+Shapes: T tokens, M masks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raybert.data.tokenizer import Tokenizer
+from raybert.errors import DataError
+from raybert.model.heads import MaskedLM
+
+
+def predict_masks(
+    model: MaskedLM, tokenizer: Tokenizer, text: str, top: int = 5
+) -> list[list[dict[str, Any]]]:
+    """Predict the tokens of each mask of a text.
+
+    Returns:
+        For each mask, in the order of the text, the `top` most probable tokens as
+        {"token", "probability"}, the most probable first.
+
+    Raises:
+        DataError: the text has no mask, or is longer than the model reads.
+    """
+    ids, positions = encode_masked(model, tokenizer, text)
+    device = next(model.parameters()).device
+    batch = torch.from_numpy(ids)[None].to(device)  # [1, T]
+    with torch.inference_mode():
+        logits = model.logits(batch, None, torch.from_numpy(positions).to(device))  # [M, V]
+    probabilities, tokens = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+    return [
+        [
+            {"token": tokenizer.hf.id_to_token(int(token)), "probability": round(float(p), 5)}
+            for p, token in zip(*row, strict=True)
+        ]
+        for row in zip(probabilities.tolist(), tokens.tolist(), strict=True)
+    ]
+
+
+def encode_masked(
+    model: MaskedLM, tokenizer: Tokenizer, text: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Tokenize a text with masks: its ids, int64 [T], and the positions of its masks, int64 [M].
+
+    Raises:
+        DataError: the text has no mask, or is longer than the model reads.
+    """
+    ids = tokenizer.encode_batch([text])[0].astype(np.int64)
+    positions = np.flatnonzero(ids == tokenizer.mask_id).astype(np.int64)
+    if not len(positions):
+        raise DataError(
+            f"{text[:60]!r} has no {tokenizer.mask_token}: put one where a word is to be predicted"
+        )
+    limit = model.encoder.config.max_seq_len
+    if len(ids) > limit:
+        raise DataError(
+            f"the text has {len(ids):,} tokens, the model reads {limit}; shorten it around the "
+            f"{tokenizer.mask_token}"
+        )
+    return ids, positions

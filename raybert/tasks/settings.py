@@ -1,0 +1,148 @@
+"""The settings of `pretrain`, and of `finetune` with its texts and its teacher."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from raybert.config import Settings
+from raybert.data.masking import MaskingConfig
+from raybert.data.sources.source_config import SourceConfig
+from raybert.model.settings import HeadConfig
+from raybert.train.settings import TrainConfig
+
+
+class PretrainConfig(TrainConfig):
+    """How an encoder is pretrained."""
+
+    section: ClassVar = "pretrain"
+    default_epochs: ClassVar = 10
+
+    epochs: float | None = Field(None, gt=0, description="limit in passes over the corpus")
+    masking: MaskingConfig = MaskingConfig()
+    packed_documents: Literal["separate", "joined"] = Field(
+        "separate",
+        description="whether documents packed into one row attend to each other; in equal time, "
+        "separate ones end 0.07 nats lower (benchmarks/results/packed-20261125.json)",
+    )
+    initialize_from: str | None = Field(
+        None, description="a model/ folder whose weights training starts from; null: fresh ones"
+    )
+    evaluation_rows: int = Field(2048, ge=1, description="held-out rows that are evaluated on")
+    examples: list[str] = Field(
+        ["I have watched this [MASK] and it was awesome."],
+        description="sentences whose five likeliest fillings are logged at every evaluation",
+    )
+
+
+class DistillConfig(Settings):
+    """What a teacher adds to the labels (arXiv 1503.02531)."""
+
+    teacher: str | list[str] | None = Field(
+        None,
+        description="a model that teaches, an ensemble, or several models whose probabilities are "
+        "averaged; null: labels alone",
+    )
+    share: float = Field(
+        0.5, gt=0, le=1, description="share of the teacher in the loss of a labelled text"
+    )
+    temperature: float = Field(2.0, gt=0, description="divisor of both models' logits")
+    unlabelled: SourceConfig | None = Field(
+        None, description="further texts without labels, which are learned from the teacher alone"
+    )
+
+    @model_validator(mode="after")
+    def _unlabelled_texts_need_a_teacher(self) -> Self:
+        if self.unlabelled is not None and self.teacher is None:
+            raise ValueError(
+                "unlabelled texts need an answer to learn; name a model with finetune.distill."
+                "teacher"
+            )
+        return self
+
+    @property
+    def teachers(self) -> list[str]:
+        """The configured models as a list."""
+        given = self.teacher or []
+        return [given] if isinstance(given, str) else given
+
+
+class TextsConfig(Settings):
+    """Which labelled texts a model is trained and selected on, and how much of each it reads."""
+
+    source: SourceConfig = Field(SourceConfig(), description="labelled texts to train on")
+    validation: SourceConfig | None = Field(
+        None, description="labelled texts to validate on; null: a share of the source is set apart"
+    )
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of the source that is set apart for validation"
+    )
+    seq_len: int | None = Field(
+        None, ge=8, description="tokens of a text; null: those of the corpus's rows"
+    )
+    head_share: float = Field(
+        0.25, gt=0, le=1, description="share of the tokens that a longer text keeps from its start"
+    )
+    distill: DistillConfig = DistillConfig()
+
+
+class FinetuneConfig(TextsConfig, TrainConfig):
+    """How a classifier is fine-tuned: the settings of training, with other defaults, and more."""
+
+    section: ClassVar = "finetune"
+    default_epochs: ClassVar = 3
+
+    initialize_from: str = Field(
+        "pretrain",
+        description="pretrain: the model of this experiment's pretraining; scratch: fresh weights; "
+        "or a folder with a model/ of raybert's or of Hugging Face's",
+    )
+    head: HeadConfig = HeadConfig()
+    dropout: float = Field(0.1, ge=0, lt=1, description="in the encoder: texts are seen often")
+    frozen_epochs: float = Field(0, ge=0, description="epochs in which only the head learns")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of each layer's learning rate relative to the layer above it",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of the target that is spread over all labels"
+    )
+    class_weights: Literal["balanced"] | list[float] | None = Field(
+        None, description="weight of each label's loss; balanced: by inverse frequency"
+    )
+    r_drop: float = Field(
+        0.0,
+        ge=0,
+        description="R-Drop (arXiv 2106.14448): weight of the divergence between two passes with "
+        "different dropout, 1 for instance; a step takes twice as long",
+    )
+    adversarial: float = Field(
+        0.0,
+        ge=0,
+        description="virtual adversarial training (arXiv 1605.07725): weight of the divergence "
+        "that the worst small shift of the embeddings causes, 1 for instance; a step takes three "
+        "times as long",
+    )
+    adversarial_size: float = Field(
+        0.03, gt=0, description="norm of that shift, as a share of the norm of the embeddings"
+    )
+
+    global_batch_size: int = Field(32, ge=1, description="texts in an optimizer step")
+    micro_batch_size: int = Field(16, ge=1, description="texts in one forward pass")
+    epochs: float | None = Field(None, gt=0, description="limit in passes over the texts")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    evaluations: int | None = Field(
+        None, ge=1, description="evaluations spread evenly over the run; null: after every epoch"
+    )
+
+    @model_validator(mode="after")
+    def _adversarial_needs_an_uncompiled_model(self) -> Self:
+        if self.compile and self.adversarial > 0:
+            raise ValueError(
+                f"adversarial={self.adversarial:g} shifts embeddings, which a compiled model does "
+                "not notice; set compile=false, or adversarial=0"
+            )
+        return self

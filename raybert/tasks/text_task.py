@@ -1,0 +1,161 @@
+"""What the training loop needs of a task on labelled texts, whatever is learned from them.
+
+The task batches texts of similar length, freezes the encoder for the first epochs, decays learning
+rates by layer, and gathers the validation logits of all ranks. Loss and metrics are an `Objective`.
+
+Shapes: B texts, T tokens, L outputs of the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from raybert.data.order import LengthGroupedOrder, assign_to_ranks
+from raybert.data.preprocess import pad
+from raybert.data.tokenizer import Tokenizer
+from raybert.model.cost import flops_per_token
+from raybert.model.heads import Classifier
+from raybert.tasks.regularization import RegularizedLoss
+from raybert.tasks.settings import FinetuneConfig
+from raybert.tasks.tokenized_texts import NO_LABEL, TextBatch, TokenizedTexts
+from raybert.train.distributed import Group
+from raybert.train.task import Batch
+
+_LAYERS = "encoder.layers."
+
+
+class Objective(Protocol):
+    """The loss and the metrics of a model's outputs."""
+
+    def loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
+        """Sum the loss: fp32 [B, L], int64 [B], fp32 [B, L] or None -> fp32 scalar."""
+
+    def evaluate(
+        self, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
+    ) -> dict[str, Any]:
+        """Compute the metrics of fp32 [rows, L] and int64 [rows]; `score`: higher is better."""
+
+
+class TextTask:
+    """A task on labelled texts, for the training loop."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        group: Group,
+        tokenizer: Tokenizer,
+        model: Classifier,
+        train: TokenizedTexts,
+        validation: TokenizedTexts,
+        objective: Objective,
+    ) -> None:
+        self._config, self._group, self._tokenizer = config, group, tokenizer
+        self._train, self._validation = train, validation
+        lengths = train.lengths
+        self._order = LengthGroupedOrder(
+            lengths, config.global_batch_size, config.micro_batch_size, config.seed
+        )
+        self.model = model.to(group.device)
+        self.objective = objective
+        self._loss = RegularizedLoss(
+            objective.loss, config.r_drop, config.adversarial, config.adversarial_size
+        )
+        self._is_frozen = False
+        self.last: dict[str, Any] = {}  # the last evaluation
+        self.steps_per_epoch = self._order.steps_per_epoch
+        self.tokens_per_epoch = int(lengths.sum())
+        self.flops_per_token = flops_per_token(model.encoder.config, round(float(lengths.mean())))
+        self.needs_total = False  # batches do not depend on the run's length
+
+    def batches(self, first_step: int, total_steps: int | None) -> Iterator[Sequence[Batch]]:
+        """Yield this rank's micro-batches, padded to their longest text."""
+        order, group = self._order, self._group
+        indices = assign_to_ranks(order.micro_batches_per_step, group.world_size)[group.rank]
+        for step in itertools.count(first_step):
+            row_ids = {index: order.micro_batch(step, index) for index in indices}
+            yield [self._batch(step, index, ids) for index, ids in row_ids.items() if len(ids)]
+
+    def _batch(
+        self, step: int, micro_batch_index: int, row_ids: npt.NDArray[np.int64]
+    ) -> TextBatch:
+        texts = [self._train.input_ids[i] for i in row_ids]
+        input_ids, attention_mask = pad(texts, self._tokenizer.pad_id)
+        teacher = self._train.teacher
+        return TextBatch(
+            step,
+            micro_batch_index,
+            row_ids,
+            input_ids,
+            attention_mask,
+            self._train.labels[row_ids],
+            None if teacher is None else teacher[row_ids],
+        )
+
+    def empty_batch(self) -> TextBatch:
+        """A text without a label, whose loss and gradients are zero."""
+        no_rows = np.empty(0, np.int64)
+        input_ids = np.full((1, 2), self._tokenizer.cls_id, np.int64)
+        return TextBatch(-1, 0, no_rows, input_ids, None, np.full(1, NO_LABEL, np.int64))
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        """Sum the loss over a micro-batch's texts."""
+        assert isinstance(batch, TextBatch)
+        device, teacher = self._group.device, batch.teacher
+        return self._loss(
+            module,
+            self.model,
+            *self._to_device(batch.input_ids, batch.attention_mask),
+            torch.from_numpy(batch.labels).to(device),
+            None if teacher is None else torch.from_numpy(teacher).to(device),
+        )
+
+    def _to_device(
+        self, input_ids: npt.NDArray[np.int64], attention_mask: npt.NDArray[np.bool_] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        device = self._group.device
+        mask = None if attention_mask is None else torch.from_numpy(attention_mask).to(device)
+        return torch.from_numpy(input_ids).to(device), mask
+
+    def lr_scale(self, name: str) -> float:
+        """Layer-wise decay: the head learns at the full rate, each layer below it slower."""
+        layers = self.model.encoder.config.num_layers
+        if name.startswith("encoder.embeddings"):
+            depth = 0
+        elif name.startswith(_LAYERS):
+            depth = 1 + int(name.removeprefix(_LAYERS).partition(".")[0])
+        else:
+            depth = layers + 1
+        return float(self._config.layer_decay ** (layers + 1 - depth))
+
+    def prepare(self, step: int) -> bool:
+        """Freeze the encoder for the configured epochs; return whether that changed."""
+        is_frozen = step < self._config.frozen_epochs * self.steps_per_epoch
+        changed, self._is_frozen = is_frozen != self._is_frozen, is_frozen
+        if changed:
+            self.model.encoder.requires_grad_(not is_frozen)
+        return changed
+
+    def evaluate(self) -> dict[str, Any]:
+        """Score the validation texts, each one once, with all ranks together."""
+        by_length = np.argsort(self._validation.lengths, kind="stable")
+        mine = by_length[self._group.rank :: self._group.world_size]
+        size = 2 * self._config.micro_batch_size
+        parts = []
+        for begin in range(0, len(mine), size):
+            texts = [self._validation.input_ids[i] for i in mine[begin : begin + size]]
+            logits = self.model(*self._to_device(*pad(texts, self._tokenizer.pad_id)))  # [B, L]
+            parts.append(logits.float().cpu().numpy())
+        num_outputs = self.model.num_labels
+        local = np.concatenate(parts) if parts else np.empty((0, num_outputs), np.float32)
+        all_logits = np.empty((len(by_length), num_outputs), np.float32)  # [rows, L]
+        for rows, values in self._group.gather((mine, local)):
+            all_logits[rows] = values
+        self.last = self.objective.evaluate(all_logits, self._validation.labels)
+        return self.last
