@@ -1,4 +1,4 @@
-"""The console script: imports the command line where Ctrl-C can already be told in one line."""
+"""The console script: handles Ctrl-C and SIGTERM before the imports of the command line."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from types import FrameType
 from raybert.errors import INTERRUPTED
 
 
-def _as_ctrl_c(signum: int, frame: FrameType | None) -> None:
-    """A cluster that stops a job asks for what Ctrl-C does: a checkpoint, and the end."""
+def _handle_sigterm(signum: int, frame: FrameType | None) -> None:
+    """Treat SIGTERM, which Ray sends to a stopped job, as Ctrl-C: write a checkpoint and exit."""
     handler = signal.getsignal(signal.SIGINT)
     if callable(handler):
         handler(signum, frame)
-    else:  # ignored, as in a shell's background
+    else:  # ignored, as in a shell's background job
         raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run `raybert`."""
-    signal.signal(signal.SIGTERM, _as_ctrl_c)
+    signal.signal(signal.SIGTERM, _handle_sigterm)
     try:
         from raybert.cli import commands
     except KeyboardInterrupt:
-        print("raybert: interrupted; nothing was begun", file=sys.stderr)
+        print("raybert: interrupted; nothing was started", file=sys.stderr)
         sys.exit(INTERRUPTED)
     commands.main()

@@ -1,4 +1,4 @@
-"""The command line's part about clusters: doctor, submit, jobs, logs, stop."""
+"""Commands for clusters: doctor, submit, jobs, logs, stop."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from raybert.cli.options import (
     load_experiment,
     new_display,
     print_json,
+    print_result,
 )
 from raybert.errors import UserError
 
@@ -26,7 +27,9 @@ app = typer.Typer()
 AddressOption = Annotated[
     str | None,
     typer.Option(
-        "--address", "-a", help="Of Ray's dashboard, http://HEAD:8265; RAY_API_SERVER_ADDRESS too."
+        "--address",
+        "-a",
+        help="Ray's dashboard, http://HEAD:8265; or RAY_API_SERVER_ADDRESS.",
     ),
 ]
 RunArgument = Annotated[str, typer.Argument(help="A run's name, or a job's id.")]
@@ -54,9 +57,9 @@ def doctor(
         found = run_checks(experiment, display)
     else:
         found = diagnose(Cluster(address), experiment, display)
-    _show(found, as_json)
+    print_result(found, as_json)
     if found["problem"] is not None:
-        if FOLLOWED in os.environ:  # whoever follows this job says it last
+        if FOLLOWED in os.environ:  # the process that follows this job prints it
             sys.exit(2)
         raise UserError(found["problem"])
 
@@ -66,20 +69,20 @@ def submit(
     context: typer.Context,
     command: Annotated[str, typer.Argument(help="corpus, pretrain, finetune, tune, run, ...")],
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="More for that command, after `--`.")
+        list[str] | None, typer.Argument(help="Further arguments of that command, after `--`.")
     ] = None,
     address: AddressOption = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
-    wait: Annotated[bool, typer.Option(help="Follow it and end with its exit code.")] = True,
+    wait: Annotated[bool, typer.Option(help="Follow the job and exit with its code.")] = True,
     checks: Annotated[
-        bool, typer.Option("--check/--no-check", help="Look at the cluster before it trains.")
+        bool, typer.Option("--check/--no-check", help="Check the cluster first.")
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a command on a cluster, and follow it; submitting again follows or resumes it.
+    """Run a command on a cluster and follow it; submitting again follows or resumes the run.
 
     Example: `raybert submit pretrain --address http://head:8265 -c mine.yaml`
     """
@@ -88,14 +91,14 @@ def submit(
     from raybert.jobs.submit import submit as send
 
     experiment = load_experiment(config, overrides, name, data)
-    check(experiment, command, _options(context, command, arguments or []))
+    check(experiment, command, _parse_arguments(context, command, arguments or []))
     cluster, display = Cluster(address), new_display()
     job = send(cluster, command, experiment, arguments or [], display, checks=checks)
     if not wait:
-        _show(dataclasses.asdict(job), as_json)
+        print_result(dataclasses.asdict(job), as_json)
         return
     ended = follow(cluster, job, display)
-    _show(ended, as_json)
+    print_result(ended, as_json)
     sys.exit(ended["exit_code"])
 
 
@@ -118,9 +121,11 @@ def jobs(address: AddressOption = None, as_json: JsonOption = False) -> None:
 def logs(
     run: RunArgument,
     address: AddressOption = None,
-    wait: Annotated[bool, typer.Option("--follow/--no-follow", help="Until it ends.")] = True,
+    wait: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Follow the job until it ends.")
+    ] = True,
 ) -> None:
-    """Show what a run's job has printed, and go on until it ends.
+    """Print the output of a run's job, and follow it until it ends.
 
     Example: `raybert logs mine --address http://head:8265`
     """
@@ -137,7 +142,7 @@ def logs(
 
 @app.command()
 def stop(run: RunArgument, address: AddressOption = None, as_json: JsonOption = False) -> None:
-    """End a run's job after a checkpoint; submitting it again goes on from there.
+    """Stop a run's job after a checkpoint; submitting it again resumes from there.
 
     Example: `raybert stop mine --address http://head:8265`
     """
@@ -146,20 +151,15 @@ def stop(run: RunArgument, address: AddressOption = None, as_json: JsonOption = 
     cluster = Cluster(address)
     job = cluster.latest(run)
     stopped = cluster.stop(job)
-    _show({"job": job.id, "stopped": stopped}, as_json)
+    print_result({"job": job.id, "stopped": stopped}, as_json)
     if not as_json:
-        print(f"{job.id} {'is asked to end' if stopped else 'has ended already'}")
+        print(f"{job.id} {'is stopping' if stopped else 'has already ended'}")
 
 
-def _options(context: typer.Context, command: str, arguments: list[str]) -> dict[str, Any]:
-    """What `arguments` say to a command, by parameter; a mistake in them ends here, as there."""
+def _parse_arguments(context: typer.Context, command: str, arguments: list[str]) -> dict[str, Any]:
+    """Parse the arguments of the submitted command, so that a mistake in them fails here."""
     root = context.find_root().command
     known = root.get_command(context, command) if isinstance(root, typer.core.TyperGroup) else None
     if known is None:
         return {}
     return dict(known.make_context(f"raybert {command}", list(arguments)).params)
-
-
-def _show(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(result)

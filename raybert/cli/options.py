@@ -1,4 +1,4 @@
-"""What commands share: their options, reading the configuration, printing the result."""
+"""Options that commands share; reading the configuration and printing the result."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from raybert.experiment import Experiment
+    from raybert.storage.folder import Folder
     from raybert.terminal.display import Display
 
 ConfigOption = Annotated[
@@ -38,7 +39,7 @@ def load_experiment(
     name: str | None = None,
     data: str | None = None,
 ) -> Experiment:
-    """Read the configuration as options change it: `--data`, then `--set`, then `--name`."""
+    """Read the configuration and apply `--data`, then `--set`, then `--name`."""
     from raybert.config import load
     from raybert.experiment import DATA_KEYS, Experiment
 
@@ -54,15 +55,30 @@ def load_experiment(
 
 
 def new_display() -> Display:
-    """Progress on standard error; imported late, as everything heavy is."""
+    """Create the progress display, on standard error; its heavy imports happen here."""
     from raybert.terminal.display import Display
 
     return Display()
 
 
 def print_json(result: Any) -> None:
-    """Print a result as one line of JSON; what JSON does not have is null."""
+    """Print a result as one line of JSON; NaN and infinities become null."""
     from raybert.train.metrics_log import finite
 
     text = json.dumps(finite(result), ensure_ascii=False, allow_nan=False, default=str)
     print(text, flush=True)
+
+
+def print_result(result: Any, as_json: bool) -> None:
+    """Print a result as JSON where `--json` asks for it; otherwise the display has shown it."""
+    if as_json:
+        print_json(result)
+
+
+def load_model_folder(path: str | None, experiment: Experiment, stage: str = "finetune") -> Folder:
+    """Find the `model/` directory of `--model`, or that of the experiment's stage."""
+    from raybert.storage.model_folders import resolve_model
+
+    if path is None:
+        return resolve_model((experiment.folder / stage).uri)
+    return resolve_model(path, stage)

@@ -1,4 +1,4 @@
-"""The command line's part about what is stored: `runs ls` and `runs rm`."""
+"""Commands for stored experiments: runs ls, runs rm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="The experiments in a storage.", no_args_is_help=True)
 
 StorageOption = Annotated[
-    str | None, typer.Option("--storage", help="A folder or URI; none: the key run.storage.")
+    str | None, typer.Option("--storage", help="A folder or URI; default: run.storage.")
 ]
 
 
@@ -26,7 +26,7 @@ StorageOption = Annotated[
 def list_runs(
     storage: StorageOption = None, config: ConfigOption = None, as_json: JsonOption = False
 ) -> None:
-    """List the experiments of a storage: how far each stage is, and how large.
+    """List the experiments of a storage with the state and size of each stage.
 
     Example: `raybert runs ls --storage s3://bucket/runs`
     """
@@ -40,23 +40,23 @@ def list_runs(
         print_json({"storage": folder.uri, "runs": listed})
         return
     for run in found:
-        print(f"{run.name:<20} {size(run.bytes):>8}  {_when(run.changed)}")
+        print(f"{run.name:<20} {size(run.bytes):>8}  {_format_time(run.changed)}")
         for stage in run.stages:
-            print(f"  {stage.name:<18} {size(stage.bytes):>8}  {_state(stage)}")
+            print(f"  {stage.name:<18} {size(stage.bytes):>8}  {_format_stage(stage)}")
     if not found:
         new_display().say(f"{folder} has no experiments")
 
 
 @app.command("rm")
 def remove_run(
-    name: Annotated[str, typer.Argument(help="Of the experiment.")],
+    name: Annotated[str, typer.Argument(help="The experiment's name.")],
     storage: StorageOption = None,
     config: ConfigOption = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    force: Annotated[bool, typer.Option(help="Though something may be writing to it.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    force: Annotated[bool, typer.Option(help="Delete it even while in use.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete an experiment with its corpus, checkpoints and models, after a question.
+    """Delete an experiment with its corpus, checkpoints and models, after confirmation.
 
     Example: `raybert runs rm mine --storage s3://bucket/runs`
     """
@@ -69,24 +69,24 @@ def remove_run(
         runs.check_idle(folder, run)
     stages = ", ".join(f"{stage.name} ({stage.state})" for stage in run.stages)
     what = f"{folder.join(name)}: {stages or 'nothing'}; {size(run.bytes)}"
-    agreed = yes or _agreed(what)
-    if agreed:
+    confirmed = yes or _confirm(what)
+    if confirmed:
         runs.delete(folder, run)
-    new_display().say(f"deleted {what}" if agreed else "nothing is deleted")
+    new_display().say(f"deleted {what}" if confirmed else "nothing deleted")
     if as_json:
-        print_json({"name": name, "deleted": agreed, "bytes": run.bytes})
+        print_json({"name": name, "deleted": confirmed, "bytes": run.bytes})
 
 
-def _agreed(what: str) -> bool:
-    """Ask on standard error; standard output is the result's.
+def _confirm(what: str) -> bool:
+    """Ask for confirmation, on standard error: standard output is for the result.
 
     Raises:
-        UserError: nobody answers.
+        UserError: standard input gives no answer.
     """
     try:
         return typer.confirm(f"Delete {what}?", err=True)
     except typer.Abort:
-        raise UserError(f"{what} is not deleted: nobody answered; pass --yes") from None
+        raise UserError(f"{what} is not deleted: no answer on standard input; pass --yes") from None
 
 
 def _storage(storage: str | None, config: ConfigOption) -> Folder:
@@ -95,17 +95,17 @@ def _storage(storage: str | None, config: ConfigOption) -> Folder:
     return Folder(storage or load_experiment(config, None).run.storage)
 
 
-def _state(stage: Stage) -> str:
+def _format_stage(stage: Stage) -> str:
     steps = "" if stage.step is None else f" step {stage.step:,}"
     steps += f"/{stage.total_steps:,}" if stage.total_steps and stage.state != "finished" else ""
-    figures = "".join(f", {key} {_number(value)}" for key, value in stage.figures.items())
+    figures = "".join(f", {key} {_format_number(value)}" for key, value in stage.figures.items())
     attempts = f", {stage.attempts} attempts" if stage.attempts > 1 else ""
     return f"{stage.state}{steps}{figures}{attempts}"
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def _when(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

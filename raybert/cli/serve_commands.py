@@ -1,4 +1,4 @@
-"""The command line's part about serving: serve."""
+"""The command of the HTTP server: serve."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def serve(
         typer.Argument(help="A `model/`, a run, an experiment, or a name in the registry."),
     ] = None,
     host: Annotated[
-        str | None, typer.Option(help="Sets serve.host; 0.0.0.0 asks for serve.keys.")
+        str | None, typer.Option(help="Sets serve.host; 0.0.0.0 requires serve.keys.")
     ] = None,
     port: Annotated[int | None, typer.Option(help="Sets serve.port.")] = None,
-    keys: Annotated[str | None, typer.Option(help="Sets serve.keys: a key a line.")] = None,
+    keys: Annotated[str | None, typer.Option(help="Sets serve.keys, a file of keys.")] = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
     name: NameOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer over HTTP until Ctrl-C: labels, words that decided, masked words, and a page.
+    """Serve a model over HTTP until Ctrl-C: labels, word attributions, masked words, a page.
 
-    It ends with an error where no replica answers for five minutes.
+    It exits with an error when no replica answers for five minutes.
 
     Example: `raybert serve runs/demo`, then open http://127.0.0.1:8000
     """
@@ -56,13 +56,13 @@ def serve(
         display.stage("serve"),
         serving(serve_config, experiment.ray, on_progress=display.line) as url,
     ):
-        display.say(f"serve     {url} answers; {url}/docs says how; Ctrl-C ends it")
+        display.say(f"serve     listening on {url}; API: {url}/docs; Ctrl-C stops it")
         log = log_folder()
         if log is not None:
-            display.say(f"serve     its log: {log}")
+            display.say(f"serve     log: {log}")
         if as_json:
             print_json({"url": url, "model": serve_config.model})
         try:
             watch(state, lambda line: display.say(f"serve     {line}"))
         except KeyboardInterrupt:
-            display.say("serve     ending; Ctrl-C again to end at once")
+            display.say("serve     stopping; Ctrl-C again to stop at once")

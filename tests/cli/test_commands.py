@@ -107,7 +107,7 @@ def test_a_model_is_promoted_and_rolled_back(raybert, trained, tmp_path):
     back = raybert("rollback", "reviews", *at).json
     assert (back["version"], back["versions"]) == (1, [1, 2])
     again = raybert("rollback", "reviews", "--to", 2, *at[:-1])
-    assert again.out.startswith("reviews: version 2 of 2 is the current one: ")
+    assert again.out.startswith("reviews: version 2 of 2 is current: ")
     assert "has no version 9; it has 1, 2" in refused(
         raybert("rollback", "reviews", "--to", 9, *at)
     )
@@ -133,7 +133,7 @@ def test_the_fine_tuned_model_is_what_is_promoted_without_a_search(raybert, trai
 
 def test_seeds_run_on_ray(raybert, trained):
     done = raybert("finetune", "-c", trained.config, "--seeds", 2, "--bare")
-    assert "--seeds runs on Ray" in refused(done)
+    assert "--seeds trains several seeds at a time on Ray" in refused(done)
 
 
 def test_a_student_learns_from_a_teacher(raybert, trained, tmp_path):
@@ -281,7 +281,7 @@ def test_what_a_precision_costs_is_measured_and_kept(raybert, tmp_path, trained,
     assert found["texts"] == 60 and found["stored"]
     assert found["measured"]["fp32"]["accuracy"] > 0.5
     shown = raybert(*at).out
-    assert "texts/s" in shown and "kept with the model" in shown
+    assert "texts/s" in shown and "stored with the model" in shown
     assert "(+0.00 points)" in shown and "-0.00" not in shown  # of fp32 against itself
 
 
@@ -620,7 +620,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(raybert, experiment, 
             process.kill()
             process.communicate()
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "raybert: interrupted; run the same command again to go on"
+    assert err.splitlines()[-1] == "raybert: interrupted; run the same command again to resume"
     assert "Traceback" not in err
     commits = sorted((experiment.run / "pretrain" / "checkpoints").glob("*.json"))
     commit = json.loads(commits[-1].read_text())

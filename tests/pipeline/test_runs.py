@@ -141,7 +141,9 @@ def test_it_asks_first(raybert, storage, answer, deleted):
 def test_without_an_answer_nothing_is_deleted(raybert, storage):
     done = raybert("runs", "rm", "done", "--storage", storage.path)
     assert done.code == 2
-    assert done.err.splitlines()[-1].endswith("is not deleted: nobody answered; pass --yes")
+    assert done.err.splitlines()[-1].endswith(
+        "is not deleted: no answer on standard input; pass --yes"
+    )
     assert os.path.exists(f"{storage.path}/done")
 
 

@@ -1,0 +1,77 @@
+"""Commands that measure raybert on this machine: bench train, bench serve."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from raybert.cli.options import (
+    ConfigOption,
+    JsonOption,
+    ModelOption,
+    NameOption,
+    SetOption,
+    load_experiment,
+    load_model_folder,
+    new_display,
+    print_result,
+)
+from raybert.cli.stage_commands import BareOption
+
+app = typer.Typer(help="Measure raybert on this machine.", no_args_is_help=True)
+
+
+@app.command("train")
+def bench_train(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    bare: BareOption = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Training workers.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads a worker.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the training loop on generated words, under Ray or bare.
+
+    Example: `raybert bench train -c configs/bench-keras.yaml --workers 2 --threads 1`
+    """
+    from raybert.pipeline import benchmarks
+
+    given = {"pretrain.workers": workers, "pretrain.threads": threads}
+    more = [f"{key}={value}" for key, value in given.items() if value is not None]
+    experiment = load_experiment(config, [*(overrides or []), *more], None)
+    result = benchmarks.bench_train(experiment, bare=bare, display=new_display())
+    if as_json:
+        print_result(result, as_json)
+    else:
+        print(f"{result['tokens_per_second']:,.0f} tokens/s over {result['steps']} steps")
+
+
+@app.command("serve")
+def bench_serve(
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    texts: Annotated[int, typer.Option(min=1, help="Evaluation texts, at most.")] = 2000,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure speed and accuracy of each precision; store the best one with the model.
+
+    Example: `raybert bench serve -m runs/mine --set evaluate.source.path=test.csv`
+    """
+    from raybert.pipeline import benchmarks
+
+    experiment = load_experiment(config, overrides, name)
+    folder = load_model_folder(model, experiment)
+    result = benchmarks.bench_serve(experiment, folder, texts, new_display())
+    if as_json:
+        print_result(result, as_json)
+        return
+    for precision, found in result["measured"].items():
+        print(
+            f"{precision:<10}{found['texts_per_second']:>10,.1f} texts/s  "
+            f"accuracy {found['accuracy']:.4f} ({0.0 - found['points_lost']:+.2f} points)"
+        )
+    stored = "stored with the model" if result["stored"] else "not stored: the model is read-only"
+    print(f"{result['precision']} for {result['machine']}: {stored}")

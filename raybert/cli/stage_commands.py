@@ -1,0 +1,222 @@
+"""Commands of the stages: demo, run, corpus, pretrain, finetune, evaluate, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raybert.cli.options import (
+    ConfigOption,
+    DataOption,
+    JsonOption,
+    ModelOption,
+    NameOption,
+    SetOption,
+    load_experiment,
+    load_model_folder,
+    new_display,
+    print_result,
+)
+from raybert.errors import UserError
+
+app = typer.Typer()
+
+BareOption = Annotated[
+    bool, typer.Option("--bare", help="Train in this process, without Ray: to debug, to measure.")
+]
+_MATRIX_LABELS = 12  # the largest confusion matrix that is printed
+
+
+@app.command()
+def demo(
+    name: NameOption = None,
+    overrides: SetOption = None,
+    text: Annotated[str, typer.Option(help="A sentence to classify at the end.")] = (
+        "The plot was thin, but the actors made it a joy to watch."
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Run the whole pipeline on real movie reviews: about a quarter of an hour on two cores.
+
+    Example: `raybert demo --text "What a waste of two hours."`
+    """
+    from raybert.pipeline.demo import run_demo
+
+    if not text.strip():
+        raise UserError("--text is empty; pass a sentence")
+    path = Path(__file__).parents[1] / "demo.yaml"
+    print_result(run_demo(load_experiment(path, overrides, name), new_display(), text), as_json)
+
+
+@app.command()
+def run(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run all stages of a configuration: corpus, pretraining, fine-tuning, evaluation, report.
+
+    Example: `raybert run -c configs/keras-mini.yaml`
+    """
+    from raybert.pipeline.demo import run_stages
+
+    print_result(run_stages(load_experiment(config, overrides, name, data), new_display()), as_json)
+
+
+@app.command()
+def corpus(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    data: DataOption = None,
+    force: Annotated[bool, typer.Option(help="Rebuild a corpus that exists.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tokenize text into rows, as a Ray Data job.
+
+    Example: `raybert corpus -n mine --set corpus.source.path=reviews.parquet`
+    """
+    from raybert.pipeline import stages
+
+    experiment = load_experiment(config, overrides, name, data)
+    print_result(stages.make_corpus(experiment, new_display(), force=force), as_json)
+
+
+@app.command()
+def pretrain(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    data: DataOption = None,
+    bare: BareOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Pretrain an encoder on a corpus. Running the same name again resumes it.
+
+    Example: `raybert pretrain -n mine --set pretrain.minutes=30 --set pretrain.workers=2`
+    """
+    from raybert.pipeline import stages
+
+    experiment = load_experiment(config, overrides, name, data)
+    print_result(stages.pretrain(experiment, new_display(), bare=bare), as_json)
+
+
+@app.command()
+def finetune(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    data: DataOption = None,
+    bare: BareOption = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, help="Train an ensemble of so many seeds.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--distill-from",
+            help="A teacher model or ensemble; sets finetune.distill.teacher.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune a classifier on labelled texts. Running the same name again resumes it.
+
+    Examples: `raybert finetune -n mine --set finetune.source.path=labelled.csv`,
+    `raybert finetune -n large --seeds 5`, `raybert finetune -n small --distill-from runs/large`
+    """
+    from raybert.pipeline import stages
+
+    distill = [f"finetune.distill.teacher={json.dumps(teacher)}"] if teacher is not None else []
+    experiment = load_experiment(config, [*(overrides or []), *distill], name, data)
+    if seeds is None:
+        print_result(stages.finetune(experiment, new_display(), bare=bare), as_json)
+        return
+    if bare:
+        raise UserError("--seeds trains several seeds at a time on Ray; leave --bare out")
+    from raybert.pipeline.ensemble_stage import finetune_seeds
+
+    print_result(finetune_seeds(experiment, new_display(), seeds), as_json)
+
+
+@app.command()
+def evaluate(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    data: DataOption = None,
+    model: ModelOption = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="train or test; sets evaluate.source.split."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate a classifier on labelled texts that no choice was made on.
+
+    Example: `raybert evaluate -m runs/mine --set evaluate.source.path=test.csv`
+    """
+    from raybert.pipeline import stages
+
+    splits = [f"evaluate.source.split={split}"] if split is not None else []
+    experiment = load_experiment(config, [*(overrides or []), *splits], name, data)
+    if model is None:
+        metrics = stages.evaluate(experiment, new_display())
+    else:
+        folder = load_model_folder(model, experiment)
+        metrics = stages.evaluate_model(experiment, folder, new_display())
+    if as_json:
+        print_result(metrics, as_json)
+    else:
+        _print_scores(metrics)
+
+
+@app.command()
+def report(
+    path: Annotated[str, typer.Argument(help="A run's or an experiment's folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write `report.html`, one self-contained file of curves, scores and examples.
+
+    Example: `raybert report runs/demo`
+    """
+    from raybert.report import write_report
+    from raybert.storage.folder import Folder
+
+    folder = Folder(path)
+    if not folder.exists():
+        raise UserError(f"{path}: no such folder; name a run or an experiment")
+    write_report(folder)
+    written = (folder / "report.html").uri
+    if as_json:
+        print_result({"report": written}, as_json)
+    else:
+        print(written)
+
+
+def _print_scores(metrics: dict[str, Any]) -> None:
+    for key in ("accuracy", "loss", "f1_macro", "expected_calibration_error"):
+        print(f"{key:<28}{metrics[key]:.4f}")
+    for label, scores in metrics["per_class"].items():
+        shown = "  ".join(f"{k} {v:.4f}" if k != "support" else f"n {v}" for k, v in scores.items())
+        print(f"{label:<28}{shown}")
+    if len(metrics["confusion"]) <= _MATRIX_LABELS:
+        print(_format_matrix(list(metrics["per_class"]), metrics["confusion"]))
+
+
+def _format_matrix(names: list[str], counts: list[list[int]]) -> str:
+    """Format a confusion matrix: a row for each true label, a column for each prediction."""
+    head = "label \\ predicted"
+    rows = [[head, *names]]
+    rows += [[name, *(f"{n:,}" for n in row)] for name, row in zip(names, counts, strict=True)]
+    first, *rest = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        aligned = (cell.rjust(width) for cell, width in zip(cells, rest, strict=True))
+        lines.append("  ".join([name.ljust(first), *aligned]))
+    return "\n".join(lines)
