@@ -1,12 +1,14 @@
-"""The report of a run: one HTML file with everything in it, to read, send around and print.
+"""The report of a run: one self-contained HTML file to read, share and print.
 
-stages.py          what a run's folder holds, as far as it is there
-plots.py           curves and diagrams: matplotlib's SVG, in the page's colours
-markup.py          elements that escape their text, and values as people write them
-classification.py  what a classifier confuses
-tuning.py          what a search found, and what it cost
-page.py            the page itself
-style.py           its look
+stage_files.py     reads a run's files, as far as they exist
+values.py          numbers, times and nested values as text
+elements.py        what the template renders: tables, tiles, figures
+training.py        plots and tiles of a training run
+classification.py  confusion matrix, scores per class, confident mistakes
+search.py          tiles and tables of a hyperparameter search
+search_plots.py    its plots
+page.py            collects a section for each stage and renders them
+templates/         the page's HTML and CSS
 """
 
 from raybert.report.page import check_report, write_report

@@ -1,28 +1,29 @@
-"""The plots, as inline SVG that follows the reader's light or dark theme.
+"""Plots of training and calibration, as inline SVG that follows the reader's light or dark theme.
 
-matplotlib draws them in stand-in colours, which become CSS variables afterwards. No text of users'
-is drawn: matplotlib's font knows few scripts, the browser knows all.
+matplotlib draws with placeholder colours, which are replaced by CSS variables. Users' texts are not
+drawn: matplotlib's font covers few scripts, the browser's cover all.
 """
 
 from __future__ import annotations
 
-import html
 import io
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from raybert.report.markup import Html, tag
+from markupsafe import Markup, escape
+
+from raybert.report.elements import Figure
 from raybert.report.stage_files import Points, Stage, curve, last, number, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_POINTS = 400  # of a curve: more can't be told apart at a plot's width
-MAX_EVENTS = 50  # marked in a plot; the table has them all
+MAX_POINTS = 400  # of a curve: more are not visible at a plot's width
+MAX_EVENTS = 50  # marked in a plot; the table has all
 
-# matplotlib can't write CSS variables: these stand for them until the SVG is done.
+# Placeholders of CSS variables, which matplotlib can't write.
 INK, MUTED, GRID, MAIN, PALE, SECOND, WARN = (f"#0{i}0{i}0{i}" for i in range(1, 8))
 _VARIABLES = {
     INK: "ink", MUTED: "muted", GRID: "line", MAIN: "main", PALE: "pale", SECOND: "second",
@@ -60,10 +61,10 @@ class Line(NamedTuple):
     width: float = 1.6
 
 
-def plots(stage: Stage) -> Html:
-    """All plots of a stage; those that have no data are left out."""
+def training_plots(stage: Stage) -> list[Figure]:
+    """A stage's plots over steps, and its reliability diagram; those without data are left out."""
     train, evals = stage.of_kind("train"), stage.of_kind("eval")
-    # A run's first start, and the length that it settles on, are no incidents.
+    # A run's first start and its number of steps are not marked.
     events = [
         r["step"]
         for r in stage.of_kind("event")
@@ -85,8 +86,7 @@ def plots(stage: Stage) -> Html:
         for title, lines in over_steps.items()
         if any(line.points[0] for line in lines)
     ]
-    figures += reliability(stage.scores)
-    return tag("div", *figures, class_="plots") if figures else Html()
+    return [*figures, *_reliability(stage.scores)]
 
 
 def _loss_lines(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> list[Line]:
@@ -106,7 +106,7 @@ def _loss_lines(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> lis
 
 def _over_steps(
     salt: str, title: str, lines: Sequence[Line], events: Sequence[int], *, from_zero: bool
-) -> Html:
+) -> Figure:
     def draw(axes: Axes) -> None:
         for line in lines:
             if line.points[0]:
@@ -125,11 +125,11 @@ def _over_steps(
             axes.set_ylim(bottom=0)
         _step_axis(axes)
 
-    return figure(title, draw, salt)
+    return draw_figure(title, draw, salt)
 
 
-def reliability(scores: Mapping[str, Any]) -> list[Html]:
-    """Accuracy against confidence, bin by bin, and how many rows each bin holds."""
+def _reliability(scores: Mapping[str, Any]) -> list[Figure]:
+    """Accuracy against confidence by bin, and each bin's share of the rows."""
     bins = [b for b in scores.get("bins") or [] if b.get("count")]
     if not bins:
         return []
@@ -146,40 +146,47 @@ def reliability(scores: Mapping[str, Any]) -> list[Html]:
 
     error = number(scores.get("expected_calibration_error"))
     title = "Reliability" + (f", calibration error {error:.4f}" if error is not None else "")
-    return [figure(title, draw, salt=title)]
+    return [draw_figure(title, draw, salt=title)]
 
 
-def figure(title: str, draw: Callable[[Axes], None], salt: str) -> Html:
-    """Draw on axes and return the plot as inline SVG with its caption."""
+def draw_figure(title: str, draw: Callable[[Axes], None], salt: str, note: str = "") -> Figure:
+    """Draw a plot as inline SVG.
+
+    Args:
+        title: the caption.
+        draw: called with the axes.
+        salt: differs between the plots of a page, so that the ids in their SVG do.
+        note: shown below the plot.
+    """
     import matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
-    # The salt makes the ids of the plots on a page differ, and the file the same every time.
+    # A fixed salt: the same data gives the same file.
     with matplotlib.rc_context({**_PLOT_STYLE, "svg.hashsalt": salt}):
-        canvas = Figure(figsize=(4.8, 2.7), layout="constrained")
+        canvas = Canvas(figsize=(4.8, 2.7), layout="constrained")
         axes = canvas.subplots()
         draw(axes)
         handles, labels = axes.get_legend_handles_labels()
         if handles:
             canvas.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
         buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        canvas.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        canvas.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"|<metadata>.*?</metadata>', "", svg)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # ids that repeat from plot to plot
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same ids in every plot
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
-    return tag("figure", tag("figcaption", title), Html(svg))
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    return Figure(title, Markup(svg), note)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean over a window around each value, 3% of the curve wide.
+    """The mean over a centred window around each value, 3% of the curve wide.
 
-    The window shrinks towards both ends so that it stays centred: a curve that falls is not shown
-    late, as an exponential mean would show it.
+    The window shrinks towards both ends, so that it stays centred and the curve is not delayed, as
+    an exponential moving average would be.
     """
     sums = [0.0, *itertools.accumulate(values)]
     n, widest = len(values), max(1, round(0.015 * len(values)))

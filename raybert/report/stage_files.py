@@ -1,4 +1,4 @@
-"""What a run left behind: files that may be absent, cut short, or still growing."""
+"""Read the files of a run, any of which may be absent, truncated or still growing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from raybert.errors import DamagedError
 from raybert.storage.folder import Folder
 from raybert.train.metrics_log import read_metrics
 
-# What makes a folder worth a section.
+#: The report has a section for each folder that holds one of these.
 TRACES = {
     "config.yaml", "manifest.json", "metrics", "metrics.jsonl", "metrics.json", "result.json",
     "trials.json",
 }  # fmt: skip
-ORDER = ("corpus", "pretrain", "finetune", "tune", "evaluate")  # of the work; other folders follow
+ORDER = ("corpus", "pretrain", "finetune", "tune", "evaluate")  # of sections; others follow
 
 T = TypeVar("T")
 Points = tuple[list[float], list[float]]
@@ -24,9 +24,9 @@ Points = tuple[list[float], list[float]]
 
 @dataclass
 class Stage:
-    """What one folder holds; what is absent or damaged is empty."""
+    """The content of one folder; absent or damaged files are empty."""
 
-    name: str  # "" for the folder that the report is about
+    name: str  # "" for the report's own folder
     config: str = ""
     records: list[dict[str, Any]] = field(default_factory=list)
     scores: dict[str, Any] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Stage:
 
 
 def read_stages(run: Folder) -> list[Stage]:
-    """Read the folder itself and the folders inside, in the order of the work."""
+    """Read the folder itself, and the folders inside in the order of their sections."""
     names = run.names()
     stages = [_read_stage(run, "", set(names))] if TRACES & set(names) else []
     inner = [name for name in names if name not in TRACES and run.size(name) is None]
@@ -83,6 +83,11 @@ def curve(records: Iterable[Mapping[str, Any]], key: str) -> Points:
     pairs = [(float(r["step"]), number(r.get(key))) for r in records]
     found = [(x, y) for x, y in pairs if y is not None]
     return [x for x, _ in found], [y for _, y in found]
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """A mapping, or an empty one in place of anything else."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def number(value: Any) -> float | None:

@@ -1,3 +1,5 @@
+"""The report: complete, escaped, and made of whatever files a run has."""
+
 import json
 import subprocess
 import sys
@@ -5,12 +7,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from raybert.errors import UserError
 from raybert.report import write_report
-from raybert.report.markup import Html, big, duration, join, show, tag
+from raybert.report.elements import Figure
 from raybert.report.plots import smoothed
 from raybert.report.stage_files import spread
+from raybert.report.values import format_count, format_duration, format_value
 from raybert.storage.folder import Folder
 from raybert.tasks.classification_metrics import classification_scores
 
@@ -18,7 +22,7 @@ NASTY = '<br /><script>alert("1")</script> & <b>loved</b> it'
 
 
 class Page(HTMLParser):
-    """The page's structure: tags that close, ids, addresses, and the text that a reader sees."""
+    """The page's structure: tags, which must be closed, ids, addresses, and the visible text."""
 
     VOID = {"meta"}
 
@@ -137,7 +141,7 @@ def full(tmp_path_factory):
     return report(root)
 
 
-def test_everything_is_there(full):
+def test_the_page_has_a_section_and_the_numbers_of_each_stage(full):
     page = Page(full)
     for expected in (
         "my run", "Summary", "Corpus", "Pretraining", "Fine-tuning",
@@ -153,26 +157,26 @@ def test_everything_is_there(full):
     assert page.tags.count("svg") == 4 + 6
 
 
-def test_the_header_tells_what_came_of_it(full):
+def test_the_header_has_the_headline_numbers(full):
     header = Page(full[full.index("<header") : full.index("</header>") + len("</header>")]).text
     for expected in ("75.00%", "Masked-token loss4.250", "First guess<movie>"):
         assert expected in header
 
 
-def test_text_is_escaped(full):
+def test_examples_and_events_are_escaped(full):
     page = Page(full)
     assert NASTY in page.text
     assert not {"script", "br", "i", "img", "iframe", "link"} & set(page.tags)
 
 
-def test_nothing_is_requested_from_outside(full):
+def test_the_page_requests_nothing(full):
     page = Page(full)
     assert all(address.startswith("#") for address in page.addresses)
     assert "http://" not in full and "https://" not in full and "@import" not in full
     assert "default-src 'none'" in full
 
 
-def test_ids_are_unique_and_links_lead_somewhere(full):
+def test_ids_are_unique_and_links_have_targets(full):
     page = Page(full)
     assert len(page.ids) == len(set(page.ids))
     assert {address[1:] for address in page.addresses} <= set(page.ids)
@@ -185,17 +189,17 @@ def test_colours_follow_the_theme(full):
     assert "#000000" not in svgs
 
 
-def test_mistakes_come_by_confidence_and_shortened(full):
+def test_mistakes_are_shortened_and_sorted_by_confidence(full):
     text = Page(full).text
     assert text.index("with 90.0%") < text.index("with 60.0%")
     assert "right" not in text[text.index("Most confident mistakes") :]
     assert text.count(" word") < 200
 
 
-def test_only_the_younger_attempt_counts(tmp_path):
+def test_steps_of_a_killed_attempt_are_replaced_by_the_next_one(tmp_path):
     make_pretraining(tmp_path / "a")
     make_pretraining(tmp_path / "b")
-    # What the killed attempt saw of the steps after 20 must not show.
+    # Without the steps after 20, which the killed attempt logged.
     write_lines(
         tmp_path / "b",
         "metrics/0001.jsonl",
@@ -216,8 +220,10 @@ FILES = (
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Spare tests of the text the seconds that drawing takes."""
-    monkeypatch.setattr("raybert.report.plots.figure", lambda title, draw, salt: tag("figure"))
+    """Skip the drawing, which takes seconds, in tests of the text."""
+    empty = Figure("", Markup())
+    for module in ("plots", "search_plots"):
+        monkeypatch.setattr(f"raybert.report.{module}.draw_figure", lambda *args, **kwargs: empty)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -228,7 +234,7 @@ def test_without_a_file_the_rest_is_shown(tmp_path, undrawn, name):
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.endswith((".json", ".jsonl"))])
-def test_a_file_that_is_cut_short(tmp_path, undrawn, name):
+def test_a_truncated_json_file_is_reported_and_the_rest_is_shown(tmp_path, undrawn, name):
     make_pipeline(tmp_path)
     content = (tmp_path / name).read_text()
     (tmp_path / name).write_text(content[: len(content) // 2])
@@ -243,14 +249,14 @@ def test_any_single_file_is_enough(tmp_path, name):
     assert Page(report(tmp_path / "one")).text
 
 
-def test_undefined_values_leave_gaps(tmp_path):
+def test_undefined_values_are_left_out(tmp_path):
     records = [train(1, 5.0), train(2, None, grad_norm=None), train(3, 4.0), {"kind": "train"}]
     records.append({"kind": "eval", "step": 3, "time": None, "loss": None, "fillings": None})
     write_lines(tmp_path, "metrics/0001.jsonl", [r | {"step": r.get("step", 0)} for r in records])
     assert "unfinished: step" in Page(report(tmp_path)).text
 
 
-def test_many_labels_are_told_by_their_worst_pairs(tmp_path):
+def test_many_labels_are_shown_by_their_most_frequent_confusions(tmp_path):
     names = [f"label {i}" for i in range(60)]
     logits = np.eye(60)[[0] * 5 + list(range(60))]
     scores = classification_scores(logits, [7] * 5 + list(range(60)), names)
@@ -261,12 +267,12 @@ def test_many_labels_are_told_by_their_worst_pairs(tmp_path):
     assert "No result" not in page.text
 
 
-def test_an_empty_folder_is_refused(tmp_path):
+def test_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match="nothing to report on"):
         write_report(Folder(tmp_path))
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'raybert\[report\]'"):
         write_report(Folder(tmp_path))
@@ -277,13 +283,30 @@ def test_importing_it_does_not_import_matplotlib():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_tag_escapes_all_but_markup():
-    assert tag("p", "<b>", tag("i", "&"), title='"<') == (
-        '<p title="&quot;&lt;">&lt;b&gt;<i>&amp;</i></p>'
-    )
-    assert isinstance(join([tag("p"), tag("p")]), Html)
-    # Markup that went through an f-string is text again: it is escaped rather than trusted.
-    assert "&lt;i&gt;" in tag("p", f"{tag('i')}")
+def test_text_from_every_file_is_escaped(tmp_path, undrawn):
+    """Every string that a run's files hold, as a value and as a key."""
+
+    def replaced(value, key=""):
+        if isinstance(value, dict):
+            return {k: replaced(v, k) for k, v in value.items()}
+        if isinstance(value, list):
+            return [replaced(v, key) for v in value]
+        keep = key in ("kind", "key", "choices", "state")  # of which the report has a fixed set
+        return NASTY if isinstance(value, str) and not keep else value
+
+    root = tmp_path / NASTY.replace("/", "")
+    make_pipeline(root)
+    make_search(root / "tune")
+    for path in root.rglob("*.json*"):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("\n".join(json.dumps(replaced(record)) for record in records))
+    (root / "pretrain" / "config.yaml").write_text(NASTY)
+    (root / "finetune" / "result.json").write_text(json.dumps({NASTY: NASTY}))
+    text = report(root)
+    page = Page(text)
+    assert page.text.count(NASTY) > 30
+    assert not {"script", "br", "i", "img", "iframe", "link"} & set(page.tags)
+    assert "<script" not in text and 'onload="' not in text
 
 
 def test_smoothing_keeps_levels_and_slopes():
@@ -305,14 +328,14 @@ def test_spread_keeps_the_ends():
     [(0.4, "0 s"), (59.6, "1 min 00 s"), (754, "12 min 34 s"), (11_100, "3 h 05 min")],
 )
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_values_as_text():
-    assert show([0.5, True, None, "a"]) == "0.5, yes, none, a"
-    assert [show(x) for x in (360_450.0, 1234, 0.123456)] == ["360,450", "1,234", "0.12346"]
-    assert show(90.0, "seconds") == show(90.0, "seconds.pretrain") == "1 min 30 s"
-    assert [big(n) for n in (950, 9_999, 10_000, 999_999, 14_310_000)] == [
+    assert format_value([0.5, True, None, "a"]) == "0.5, yes, none, a"
+    assert [format_value(x) for x in (360_450.0, 1234, 0.123456)] == ["360,450", "1,234", "0.12346"]
+    assert format_value(90.0, "seconds") == format_value(90.0, "seconds.pretrain") == "1 min 30 s"
+    assert [format_count(n) for n in (950, 9_999, 10_000, 999_999, 14_310_000)] == [
         "950", "9,999", "10.0k", "1,000k", "14.3M",
     ]  # fmt: skip
 
@@ -370,7 +393,7 @@ def make_search(root):
     write(root, "result.json", {"seconds": 300.0, "trials": {"finished": 2}})
 
 
-def test_a_search_is_told(tmp_path):
+def test_a_search_has_its_numbers_plots_and_tables(tmp_path):
     make_search(tmp_path / "tune")
     page = Page(report(tmp_path))
     for expected in (
@@ -416,7 +439,7 @@ def test_a_search_without_a_part_shows_the_rest(tmp_path, left):
         ({"trained": None}, "not logged"),
     ],
 )
-def test_an_exchange_that_did_not_happen_as_it_should_is_told(tmp_path, found, words):
+def test_an_exchange_that_does_not_match_its_record_is_marked(tmp_path, found, words):
     make_search(tmp_path / "tune")
     path = tmp_path / "tune" / "trials.json"
     search = json.loads(path.read_text())

@@ -1,0 +1,93 @@
+"""The headline numbers of a corpus, a training run or an evaluation."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from raybert.report.elements import Tile
+from raybert.report.search import search_tiles
+from raybert.report.stage_files import Stage, as_mapping, curve, last, number
+from raybert.report.values import format_count, format_duration, format_value
+
+HARDWARE_KEYS = ("environment", "machine", "versions", "hardware")  # of a result
+
+
+def stage_tiles(stage: Stage) -> list[Tile]:
+    """The headline numbers of a stage."""
+    return [
+        *_score_tiles(stage),
+        *search_tiles(stage.search),
+        *_training_tiles(stage),
+        *_corpus_tiles(stage),
+    ]
+
+
+def corpus_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says about the corpus, without its parts."""
+    splits, info = as_mapping(manifest.get("splits")), as_mapping(manifest.get("info"))
+    found = {key: v for key, v in manifest.items() if key not in ("splits", "info")}
+    if splits:
+        found["rows"] = {name: as_mapping(split).get("rows") for name, split in splits.items()}
+    # `inputs` has sizes and times of files; the configuration has their names.
+    hidden = ("config", "inputs", *HARDWARE_KEYS)
+    return found | {key: value for key, value in info.items() if key not in hidden}
+
+
+def _score_tiles(stage: Stage) -> Iterator[Tile]:
+    scores, result = stage.scores, stage.result
+    # The accuracy in a training run's result is that of its validation, which has its own tile.
+    source = scores if scores or stage.records else result
+    accuracy = number(source.get("accuracy"))
+    if accuracy is not None:
+        note = f"on {format_value(scores['n'])} held-out rows" if scores.get("n") else ""
+        yield Tile("Accuracy", f"{accuracy:.2%}", note)
+    if (f1 := number(scores.get("f1_macro"))) is not None:
+        yield Tile("Macro F1", f"{f1:.4f}")
+    if (error := number(scores.get("expected_calibration_error"))) is not None:
+        yield Tile("Calibration error", f"{error:.4f}")
+
+
+def _training_tiles(stage: Stage) -> Iterator[Tile]:
+    train, evals = stage.of_kind("train"), stage.of_kind("eval")
+    if (loss := last(evals, "loss")) is not None:
+        unigram = last(evals, "unigram_loss")
+        if unigram is None:
+            yield Tile("Validation loss", f"{loss:.3f}", "nats")
+        else:
+            side = "under" if loss <= unigram else "over"
+            note = f"nats, {abs(unigram - loss):.2f} {side} the unigram model's"
+            yield Tile("Masked-token loss", f"{loss:.3f}", note)
+    if example := next((e for r in reversed(evals) for e in r.get("fillings") or []), None):
+        if example.get("tokens"):
+            token = str(example["tokens"][0].get("token", ""))
+            yield Tile("First guess", token, str(example.get("text", "")))
+    if accuracies := curve(evals, "accuracy")[1]:
+        yield Tile("Validation accuracy", f"{max(accuracies):.2%}", "best evaluation")
+    if speeds := curve(train, "tokens_per_second")[1]:
+        mfu = last(train, "mfu")
+        stepping = sum(curve(train, "step_seconds")[1])
+        waited = sum(curve(train, "data_wait")[1]) / stepping if stepping else None
+        notes = [
+            "median",
+            f"{mfu:.1%} of peak" if mfu else "",
+            f"{waited:.1%} waiting for data" if waited is not None else "",
+        ]
+        median = f"{statistics.median(speeds):,.0f}"
+        yield Tile("Tokens a second", median, ", ".join(filter(None, notes)))
+    if (seconds := last(train, "seconds")) is not None:
+        tokens = last(train, "tokens")
+        note = f"{format_count(tokens)} tokens" if tokens else ""
+        yield Tile("Training time", format_duration(seconds), note)
+
+
+def _corpus_tiles(stage: Stage) -> Iterator[Tile]:
+    found = corpus_facts(stage.manifest)
+    for key in ("tokens", "rows", "documents", "vocab_size"):
+        value = found.get(key)
+        if isinstance(value, Mapping):  # by split
+            value = sum(number(v) or 0 for v in value.values())
+        if (total := number(value)) is not None:
+            label = key.replace("vocab_size", "vocabulary").capitalize()
+            yield Tile(label, format_count(total))
