@@ -7,12 +7,6 @@ precision. `precision_choice` measures and selects.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import time
-import uuid
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +15,9 @@ from raybert.cluster.machine import cores, device_name
 from raybert.errors import StorageError, UserError
 from raybert.inference.precision import PRECISIONS, available_precisions, default_precision
 from raybert.model import huggingface
+from raybert.storage.exclusive import create_json
 from raybert.storage.folder import Folder
 from raybert.storage.registry import CHOICES
-
-#: Longer than an object store takes to look up one file and to write another.
-_PROPOSAL_WAIT_SECONDS = 3.0
 
 
 def resolve_precision(precision: str, folder: Folder, device: torch.device) -> str:
@@ -88,48 +80,11 @@ def store_choice(
     try:
         if replace:
             folder.write_json(name, content)
-        elif folder.is_local:
-            _create_local(Path(folder.join(name)), json.dumps(content, indent=2) + "\n")
         else:
-            _create_remote(folder, name, content)
+            create_json(folder, name, content)
     except (OSError, StorageError):
         return None
     return read_choice(folder, device)
-
-
-def _create_local(path: Path, text: str) -> None:
-    """Write a complete file unless there is one of that name."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _create_remote(folder: Folder, name: str, value: dict[str, Any]) -> None:
-    """Write a file on an object store, without locks, such that concurrent writers agree.
-
-    Each writer first writes a proposal under a name of its own and waits, so that every writer that
-    found no file has written a proposal by then. All of them list the same proposals and write the
-    first one's content.
-    """
-    if folder.exists(name):
-        return
-    proposals = f".{name}."
-    own = proposals + uuid.uuid4().hex[:8]
-    folder.write_json(own, value)
-    time.sleep(_PROPOSAL_WAIT_SECONDS)
-    names = folder.names(hidden=True)
-    # A proposal is deleted after its writer has written the file: a writer that misses a proposal
-    # finds the file.
-    if name not in names:
-        first = min(other for other in names if other.startswith(proposals))
-        with suppress(FileNotFoundError):  # deleted since: the file has been written
-            folder.write_json(name, folder.read_json(first))
-    folder.delete(own)
 
 
 def _file_name(folder: Folder, device: torch.device) -> str:

@@ -14,8 +14,8 @@ import time
 from typing import Any
 
 from raybert.errors import UserError
+from raybert.storage.exclusive import take_number
 from raybert.storage.folder import Folder
-from raybert.storage.numbering import take_number
 
 FORMAT_VERSION = 1
 REGISTRY = "registry"  # the folder, in a storage

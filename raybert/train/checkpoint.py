@@ -28,8 +28,8 @@ import safetensors.torch
 import torch
 
 from raybert.errors import DamagedError, StorageError, Superseded, UserError
+from raybert.storage.exclusive import numbers_taken, take_number
 from raybert.storage.folder import Folder
-from raybert.storage.numbering import numbers_taken, take_number
 from raybert.storage.retry import retry
 
 FORMAT_VERSION = 1

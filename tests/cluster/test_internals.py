@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import functools
 import importlib
 import inspect
 import logging
@@ -237,17 +238,29 @@ def variables():
     return sorted(names)
 
 
-@pytest.mark.parametrize("name", variables())
-def test_ray_reads_every_variable(name):
+@functools.cache
+def source_of_ray():
+    """Ray's modules that read variables, as one text."""
     import ray
 
     root = Path(ray.__file__).parent
     folders = ("_private", "serve/_private", "train", "tune", "dashboard/modules/job")
     files = [file for folder in folders for file in (root / folder).rglob("*.py")]
-    quoted = (f'"{name}"', f'"{name}', f'f"{name}')
-    assert any(q in file.read_text(encoding="utf-8") for file in files for q in quoted) or (
-        name.removeprefix("RAY_").encode() in (root / "_raylet.so").read_bytes()
-    )
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+@pytest.mark.parametrize("name", variables())
+def test_ray_reads_every_variable(name):
+    assert f'"{name}' in source_of_ray()
+
+
+@pytest.mark.parametrize("ingress", ["auto", "proxy"])
+def test_ray_serve_reads_every_variable(tmp_path, ingress):
+    from raybert.serve.deploy.haproxy import serve_environment
+    from raybert.serve.settings import ServeConfig
+
+    names = serve_environment(ServeConfig(ingress=ingress), tmp_path)
+    assert [name for name in names if f'"{name}"' not in source_of_ray()] == []
 
 
 # Ray calls ours ----------------------------------------------------------------------------------

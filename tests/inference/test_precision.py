@@ -25,6 +25,7 @@ from raybert.model.layers import Embeddings
 from raybert.model.settings import ModelConfig
 from raybert.serve.runtime.threads import ModelThreads
 from raybert.serve.settings import ServeConfig
+from raybert.storage import exclusive
 from raybert.storage.folder import Folder
 
 CPU = torch.device("cpu")
@@ -236,7 +237,7 @@ def test_replicas_that_store_at_once_all_use_one_choice(own):
 
 def test_on_an_object_store_too_all_replicas_use_one_choice(model, bucket, monkeypatch):
     """It has no locks: a replica that writes later must not overwrite what others use."""
-    monkeypatch.setattr(precision_store, "_PROPOSAL_WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(exclusive, "_PROPOSAL_WAIT_SECONDS", 1.0)
     for name in model.names():
         if model.size(name) is not None:
             bucket.write_bytes(name, model.read_bytes(name))

@@ -12,8 +12,8 @@ import pytest
 
 from raybert.errors import DamagedError, StorageError, UserError
 from raybert.storage import address
+from raybert.storage.exclusive import numbers_taken, take_number
 from raybert.storage.folder import Folder
-from raybert.storage.numbering import numbers_taken, take_number
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def silence_node_events() -> None:
 
 
 def stop_log_monitor() -> None:
-    """End the log monitor of the Ray that this process started: nobody reads what it forwards."""
+    """End the log monitor of the Ray that this process started: its output is not read."""
     import ray
 
     if check("session"):

@@ -197,7 +197,7 @@ HOOKS: dict[Group, tuple[Hook, ...]] = {
     "serve": (
         Hook(
             "ray.serve.context:_get_global_client",
-            "the address that a running Serve listens on; serve.status() does not tell it",
+            "the address that a running Serve listens on; serve.status() lacks it",
             ("raise_if_no_controller_running",),
         ),
     ),
