@@ -238,11 +238,11 @@ def test_serving_texts_in_this_process_needs_no_ray():
 
 
 def test_the_service_and_its_http_need_no_ray():
-    assert "ray" not in loaded_by("import raybert.serve.http.routes, raybert.serve.deploy.launch")
+    assert "ray" not in loaded_by("import raybert.serve.http.api, raybert.serve.deploy.launch")
 
 
 def test_what_serves_proxies_import_is_light():
-    assert loaded_by("import raybert.serve.http.load_shedding") == []
+    assert loaded_by("import raybert.serve.http.admission") == []
 
 
 def test_the_client_needs_nothing():

@@ -39,7 +39,7 @@ def promote(
 
     Example: `raybert promote reviews -m runs/mine/tune`
     """
-    from raybert.serve.runtime.loaded_model import check
+    from raybert.serve.runtime.model_sources import check_model
     from raybert.storage.model_folders import resolve_model
     from raybert.storage.registry import Registry
 
@@ -50,7 +50,7 @@ def promote(
         model = (experiment.folder / stage).uri
     registry = Registry(experiment.run.storage)
     folder = resolve_model(model)
-    check(folder)  # a running server would keep the previous version and only log the failure
+    check_model(folder)  # servers would log the failure and keep the previous version
     version = registry.promote(registered, folder)
     _print_current(registry, registered, version, as_json)
 

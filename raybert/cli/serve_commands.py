@@ -41,7 +41,7 @@ def serve(
 
     Example: `raybert serve runs/demo`, then open http://127.0.0.1:8000
     """
-    from raybert.serve.deploy.launch import log_folder, serving, state
+    from raybert.serve.deploy.launch import log_folder, read_state, serving
     from raybert.serve.deploy.status import watch
 
     given = {"model": model, "host": host, "port": port, "keys": keys}
@@ -63,6 +63,6 @@ def serve(
         if as_json:
             print_json({"url": url, "model": serve_config.model})
         try:
-            watch(state, lambda line: display.say(f"serve     {line}"))
+            watch(read_state, lambda line: display.say(f"serve     {line}"))
         except KeyboardInterrupt:
             display.say("serve     stopping; Ctrl-C again to stop at once")

@@ -1,11 +1,17 @@
-"""Answering: the classifier over raw texts, in bulk through Ray Data and over HTTP on Ray Serve.
+"""Online inference: HTTP on Ray Serve, batches by a budget of tokens, models from a registry.
 
-classifier.py   texts -> scores; with windows, precision, engines, choice, explain and filler
-batch.py        files of millions, through Ray Data; evaluate.py measures with it
-service.py      what a replica does: catalog and models hold what it knows, batcher how it waits
-api.py          the routes; bodies, infer, gate, auth and metrics are their parts, document
-                and docs describe them
-app.py          the deployment on Ray Serve; launch starts it, ingress and edge stand before it,
-                logs writes its log
-client.py       asks it
+POST /predict from the socket to the logits, file by file:
+
+1. http/admission.py     LoadSheddingMiddleware in front of Serve, then AccessMiddleware: the key,
+                         and 429 while the queue is full
+2. http/json_route.py    BodyLimitMiddleware, JSONRoute: a bounded body, parsed as strict JSON
+3. http/schemas.py       PredictRequest: validation, and one line about a mistake
+4. http/text_routes.py   predict(): limits, time-out, ranking and response
+5. runtime/service.py    Service.score(): model, tokenization in its thread, canary
+6. runtime/loaded_models.py  LoadedModel: one version with its queue; averages windows
+7. runtime/batching.py   Batcher: batches by tokens, computed in the threads of threads.py
+8. raybert/inference/classifier.py  TextClassifier.score(): rows to logits
+
+http/api.py assembles the application, deploy/deployment.py makes it a deployment of Ray Serve,
+deploy/launch.py starts Serve for `raybert serve`, with HAProxy in front (deploy/haproxy.py).
 """

@@ -1,8 +1,8 @@
-"""The proxies' middleware at its former address; use `raybert.serve.http.load_shedding`.
+"""The former address of the proxies' middleware; use `raybert.serve.http.admission:middlewares`.
 
-Manifests of earlier releases name it in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH; it goes in 0.3.
+Manifests of earlier releases name it in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH. Removed in 0.3.
 """
 
-from raybert.serve.http.load_shedding import middlewares
+from raybert.serve.http.admission import middlewares
 
 __all__ = ["middlewares"]

@@ -150,11 +150,11 @@ class _Section(Settings):
     serve: ServeConfig
 
 
-def is_own(host: str) -> bool:
-    """Whether an address is this machine's alone."""
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach an address."""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
+    except ValueError:  # a host name
         return False

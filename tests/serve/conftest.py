@@ -33,8 +33,8 @@ def api_url(playwright, model, pretrained):
     """The application itself, without Ray."""
     from stand_in import Running
 
+    from raybert.serve.http.api import make_api
     from raybert.serve.http.authentication import Keys
-    from raybert.serve.http.routes import make_api
     from raybert.serve.runtime.service import Service
     from raybert.serve.settings import ServeConfig
 

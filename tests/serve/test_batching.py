@@ -1,4 +1,4 @@
-"""The batcher's laws: every row once, within the budget, in order, and never more than may wait."""
+"""The batcher: every row once, within the token budget, in order, with a bounded queue."""
 
 import asyncio
 import threading
@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raybert.serve.runtime.batching import Batcher, Failed, Overloaded
+from raybert.serve.runtime.batching import Batcher, ModelFailed, Overloaded
 
 SHARES = ThreadPoolExecutor(4)
 LENGTHS = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=6), min_size=1, max_size=12)
 
 
 def scores_of(rows):
-    """What a model would say that knows each row by its sum and length."""
+    """Scores that identify a row: its sum and its length."""
     return np.array([[row.sum(), len(row)] for row in rows], np.float32)
 
 
 def requests_of(lengths):
-    """Rows of these lengths, each with a number of its own in it."""
+    """Rows of these lengths, each filled with its number."""
     number, requests = 0, []
     for request in lengths:
         rows = []
@@ -34,14 +34,14 @@ def requests_of(lengths):
 
 
 class Recorder:
-    """Computes, and notes every batch; waits for `gate` where there is one."""
+    """Computes and records every batch; waits for the event `gate` if it is given."""
 
     def __init__(self, gate=None):
-        self.batches, self.gate, self.running, self.most = [], gate, 0, 0
+        self.batches, self.gate, self.running, self.max_running = [], gate, 0, 0
 
     def __call__(self, rows):
         self.running += 1
-        self.most = max(self.most, self.running)
+        self.max_running = max(self.max_running, self.running)
         if self.gate is not None:
             assert self.gate.wait(30)
         self.batches.append([(int(row[0]) if len(row) else 0, len(row)) for row in rows])
@@ -80,12 +80,12 @@ def test_every_row_is_answered_once_and_with_its_own_score(
 ):
     requests, recorder = requests_of(lengths), Recorder()
 
-    async def ask():
+    async def score_all():
         made = batcher(recorder, executor, count, tokens_per_batch=budget, wait_s=wait_s)
         made._speed = 1e9  # everything may wait
         return await asyncio.gather(*(made.score(rows) for rows in requests)), made
 
-    answers, made = run(ask())
+    answers, made = run(score_all())
     for rows, scores in zip(requests, answers, strict=True):
         np.testing.assert_array_equal(scores, scores_of(rows))
     computed = sorted(row for batch in recorder.batches for row in batch if row[1])
@@ -101,34 +101,34 @@ def test_every_row_is_answered_once_and_with_its_own_score(
 def test_batches_keep_to_the_budget_and_are_sorted_by_length(executor, lengths, budget, count):
     recorder = Recorder()
 
-    async def ask():
+    async def score_all():
         made = batcher(recorder, executor, count, tokens_per_batch=budget)
         made._speed = 1e9
         await asyncio.gather(*(made.score(rows) for rows in requests_of(lengths)))
 
-    run(ask())
+    run(score_all())
     for batch in recorder.batches:
         cost = sum(max(1, length) for _, length in batch)
         assert cost <= budget or len(batch) == 1
         assert [length for _, length in batch] == sorted(length for _, length in batch)
-    assert recorder.most <= count
+    assert recorder.max_running <= count
 
 
-def test_what_is_more_than_a_batch_is_shared_out_evenly_and_computed_at_once(executor):
-    """But a lone batch has all cores, and nothing runs beside it."""
+def test_rows_of_more_than_a_batch_are_split_evenly_and_computed_at_once(executor):
+    """A single batch has all cores, and no other batch runs at the same time."""
     gate, whole, shares = threading.Event(), [], []
 
     def compute(rows):
-        place = whole if threading.current_thread() in executor._threads else shares
-        place.append(sum(map(len, rows)))
+        batches = whole if threading.current_thread() in executor._threads else shares
+        batches.append(sum(map(len, rows)))
         assert gate.wait(30)
         return scores_of(rows)
 
-    async def ask():
+    async def score_all():
         made = batcher(compute, executor, 2, tokens_per_batch=8)
         tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[3]] + [[2]] * 6)]
         await asyncio.sleep(0.05)
-        assert (whole, shares) == ([3], []) and made.queued == 12  # the first one came alone
+        assert (whole, shares) == ([3], []) and made.queued == 12  # the first one was alone
         gate.set()
         await asyncio.gather(*tasks)
         gate.clear()
@@ -139,15 +139,15 @@ def test_what_is_more_than_a_batch_is_shared_out_evenly_and_computed_at_once(exe
         await lone
         assert made.running_s == 0
 
-    run(ask())
+    run(score_all())
     assert whole == [3, 8] and shares == [6, 6]
 
 
-def test_rows_are_computed_in_the_order_in_which_they_came(executor):
+def test_rows_are_computed_in_the_order_of_their_arrival(executor):
     gate = threading.Event()
     recorder = Recorder(gate)
 
-    async def ask():
+    async def score_all():
         made = batcher(recorder, executor, tokens_per_batch=6)
         made._speed = 1e9
         tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[3]] * 9)]
@@ -155,93 +155,99 @@ def test_rows_are_computed_in_the_order_in_which_they_came(executor):
         gate.set()
         await asyncio.gather(*tasks)
 
-    run(ask())
+    run(score_all())
     firsts = [min(number for number, _ in batch) for batch in recorder.batches]
     assert firsts == sorted(firsts)
-    assert recorder.batches[0] == [(1, 3)]  # a lone request waits for nobody
-    assert [len(batch) for batch in recorder.batches[1:]] == [2, 2, 2, 2]  # the others gathered
+    assert recorder.batches[0] == [(1, 3)]  # on an idle server a request does not wait
+    assert [len(batch) for batch in recorder.batches[1:]] == [
+        2,
+        2,
+        2,
+        2,
+    ]  # the others share batches
 
 
-def test_waiting_for_company_makes_one_batch_of_two_requests(executor):
+def test_with_wait_s_two_requests_share_a_batch(executor):
     recorder = Recorder()
 
-    async def ask():
+    async def score_all():
         made = batcher(recorder, executor, tokens_per_batch=100, wait_s=0.2)
         one, two = requests_of([[3], [4]])
         first = asyncio.create_task(made.score(one))
         await asyncio.sleep(0.01)
         await asyncio.gather(first, made.score(two))
 
-    run(ask())
+    run(score_all())
     assert recorder.batches == [[(1, 3), (2, 4)]]
 
 
-def test_what_would_wait_too_long_is_refused_and_what_waits_is_answered(executor):
+def test_a_request_that_would_wait_too_long_is_rejected_and_queued_ones_are_answered(executor):
     gate = threading.Event()
 
-    async def ask():
+    async def score_all():
         made = batcher(Recorder(gate), executor, tokens_per_batch=10, queue_s=2.0)
         made._speed = 15.0  # tokens per second: 30 may wait
         assert made.capacity == 30
         tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[10]] * 4)]
         await asyncio.sleep(0.01)  # one runs, three wait
         assert made.queued == 30
-        with pytest.raises(Overloaded) as refused:
-            made.check()
-        assert refused.value.wait_s == pytest.approx(2.0)
+        assert made.full_for_s() == pytest.approx(2.0)
+        with pytest.raises(Overloaded) as rejected:
+            made.check(1)
+        assert rejected.value.wait_s == pytest.approx(2.0)
         with pytest.raises(Overloaded):
             await made.score([np.ones(1)])
         gate.set()
         answers = await asyncio.gather(*tasks)
         assert [scores[0, 1] for scores in answers] == [10] * 4
-        made.check()
+        assert made.full_for_s() is None
+        made.check(1)
 
-    run(ask())
+    run(score_all())
 
 
-def test_requests_that_are_read_take_their_room_before_they_join_the_queue(executor):
+def test_requests_reserve_room_while_they_are_tokenized(executor):
     made = batcher(Recorder(), executor, tokens_per_batch=10, queue_s=2.0)
     made._speed = 15.0  # 30 tokens may wait
-    made.check(1000)  # nothing is before it
+    made.check(1000)  # nothing waits
     with made.expecting(25):
         made.check(5)
-        with pytest.raises(Overloaded) as refused:
+        with pytest.raises(Overloaded) as rejected:
             made.check(6)
-        assert refused.value.wait_s == pytest.approx(25 / 15)
+        assert rejected.value.wait_s == pytest.approx(25 / 15)
     made.check(1000)
 
 
-def test_who_says_nothing_of_its_size_is_taken_for_one_like_the_others(executor):
-    async def ask():
+def test_a_request_of_unknown_size_counts_like_the_others(executor):
+    async def score_all():
         made = batcher(Recorder(), executor, tokens_per_batch=10, queue_s=2.0)
         for _ in range(30):
             await made.score([np.ones(10)])
         made._speed = 15.0
         with made.expecting(19):
-            made.check()
+            assert made.full_for_s() is None
         with made.expecting(21):
-            with pytest.raises(Overloaded):
-                made.check()
+            assert made.full_for_s() == pytest.approx(21 / 15)
             made.check(9)
 
-    run(ask())
+    run(score_all())
 
 
-def test_a_request_larger_than_the_queue_is_let_in_alone(executor):
-    async def ask():
+def test_a_request_larger_than_the_queue_is_accepted_when_nothing_waits(executor):
+    async def score_all():
         made = batcher(Recorder(), executor, tokens_per_batch=2, queue_s=0.001)
         made._speed = 1.0
         rows = [np.ones(5)] * 20
         assert (await made.score(rows)).shape == (20, 2)
 
-    run(ask())
+    run(score_all())
 
 
-def test_who_goes_away_leaves_nothing_in_the_queue(executor):
+def test_a_cancelled_request_leaves_nothing_in_the_queue(executor):
     gate = threading.Event()
     recorder = Recorder(gate)
 
-    async def ask():
+    async def score_all():
         made = batcher(recorder, executor, tokens_per_batch=4)
         tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[4], [4], [4]])]
         await asyncio.sleep(0.01)
@@ -253,14 +259,14 @@ def test_who_goes_away_leaves_nothing_in_the_queue(executor):
         await asyncio.gather(tasks[0], tasks[2])
         assert made.queued == 0
 
-    run(ask())
+    run(score_all())
     assert recorder.batches == [[(1, 4)], [(3, 4)]]
 
 
-def test_a_time_out_in_the_middle_of_a_batch_costs_nobody_else_an_answer(executor):
+def test_a_time_out_in_the_middle_of_a_batch_affects_no_other_request(executor):
     gate = threading.Event()
 
-    async def ask():
+    async def score_all():
         made = batcher(Recorder(gate), executor, tokens_per_batch=8)
         first = asyncio.create_task(made.score([np.ones(8)]))
         await asyncio.sleep(0.01)
@@ -271,35 +277,35 @@ def test_a_time_out_in_the_middle_of_a_batch_costs_nobody_else_an_answer(executo
         await asyncio.gather(first, kept)
         assert made.queued == 0 and made.running_s == 0
 
-    run(ask())
+    run(score_all())
 
 
-def test_a_failure_is_told_to_each_request_of_its_batch_and_to_no_other(executor):
+def test_a_failure_is_raised_for_each_request_of_its_batch_and_no_other(executor):
     def compute(rows):
         if any(row[0] == 2 for row in rows):
             raise ValueError("no")
         return scores_of(rows)
 
-    async def ask():
+    async def score_all():
         made = batcher(compute, executor, tokens_per_batch=4)
         found = await asyncio.gather(
             *(made.score(rows) for rows in requests_of([[4], [4, 4], [4]])), return_exceptions=True
         )
-        assert isinstance(found[1], Failed) and isinstance(found[1].__cause__, ValueError)
+        assert isinstance(found[1], ModelFailed) and isinstance(found[1].__cause__, ValueError)
         assert not isinstance(found[0], Exception) and not isinstance(found[2], Exception)
         assert made.queued == 0
 
-    run(ask())
+    run(score_all())
 
 
 def test_the_speed_follows_full_batches_more_than_small_ones(executor):
-    async def ask():
+    async def score_all():
         made = batcher(scores_of, executor, tokens_per_batch=100)
         made._speed = 1000.0
-        made._note_speed(1, 1.0)
+        made._update_speed(1, 1.0)
         assert made._speed == pytest.approx(1000, rel=0.01)
         for _ in range(30):
-            made._note_speed(100, 1.0)
+            made._update_speed(100, 1.0)
         assert made._speed == pytest.approx(100, rel=0.05)
 
-    run(ask())
+    run(score_all())

@@ -1,4 +1,4 @@
-"""What `serve deploy` is told before it has deployed anything; Ray is not started."""
+"""What `serve deploy` checks before it deploys anything; Ray is not started."""
 
 import logging
 
@@ -11,7 +11,7 @@ from raybert.serve.settings import ServeConfig
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """A Ray that is said to run, with what is put into it."""
+    """A fake Ray with these resources."""
     resources = {}
     monkeypatch.setattr(deployment.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(deployment.ray, "cluster_resources", lambda: resources)
@@ -19,27 +19,37 @@ def cluster(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("settings", "resources", "lacks"),
+    ("settings", "resources", "shortage"),
     [
         ({"replicas": 2, "cpus": 2}, {"CPU": 6}, None),
-        ({"replicas": 2, "cpus": 2}, {"CPU": 5}, "CPU 6, it has 5"),
-        ({"replicas": 8, "cpus": 1}, {"CPU": 9}, "CPU 10, it has 9"),  # a quarter of them
-        ({"replicas": 1}, {"CPU": 8, "GPU": 1}, "GPU 2, it has 1"),
+        ({"replicas": 2, "cpus": 2}, {"CPU": 5}, "CPU 6, but this cluster has 5"),
+        (
+            {"replicas": 8, "cpus": 1},
+            {"CPU": 9},
+            "CPU 10, but this cluster has 9",
+        ),  # a quarter of them
+        ({"replicas": 1}, {"CPU": 8, "GPU": 1}, "GPU 2, but this cluster has 1"),
         ({"replicas": 1, "gpus": 0.5}, {"CPU": 8, "GPU": 1}, None),
         ({"replicas": {"min": 1, "max": 8}, "cpus": 2}, {"CPU": 4}, None),
-        ({"replicas": {"min": 3, "max": 8}, "cpus": 2}, {"CPU": 4}, "CPU 8, it has 4"),
+        (
+            {"replicas": {"min": 3, "max": 8}, "cpus": 2},
+            {"CPU": 4},
+            "CPU 8, but this cluster has 4",
+        ),
         ({"replicas": 2, "cpus": 2, "surge_percent": 0}, {"CPU": 4}, None),
     ],
 )
-def test_a_cluster_without_room_for_an_update_is_told_of(cluster, settings, resources, lacks):
+def test_a_cluster_without_room_for_an_update_is_reported(cluster, settings, resources, shortage):
     cluster |= resources
-    found = deployment.lacking_for_updates(ServeConfig.model_validate(settings))
-    assert (found is None) if lacks is None else (lacks in found and "\n" not in found)
+    found = deployment.find_update_shortage(ServeConfig.model_validate(settings))
+    assert (found is None) if shortage is None else (shortage in found and "\n" not in found)
 
 
-def test_what_an_update_lacks_is_told_when_it_is_deployed(model, cluster, monkeypatch, caplog):
+def test_resources_that_an_update_lacks_are_logged_at_deployment(
+    model, cluster, monkeypatch, caplog
+):
     cluster |= {"CPU": 1}
-    monkeypatch.setattr(deployment, "_listening_on", lambda: "127.0.0.1")
+    monkeypatch.setattr(deployment, "_serve_host", lambda: "127.0.0.1")
     monkeypatch.setattr(deployment, "application", lambda config, digests: config)
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
     deployment.build({"model": model.uri})
@@ -57,9 +67,9 @@ def test_what_an_update_lacks_is_told_when_it_is_deployed(model, cluster, monkey
         {"model": "{model}", "canary": {"model": "reviews"}},
     ],
 )
-def test_a_name_asks_for_a_registry(model, args):
-    """The command line looks into its experiment's storage; args have no experiment."""
-    told = {key: model.uri if value == "{model}" else value for key, value in args.items()}
+def test_a_name_requires_a_registry(model, args):
+    """The command line uses its experiment's storage; args have no experiment."""
+    given = {key: model.uri if value == "{model}" else value for key, value in args.items()}
     with pytest.raises(ConfigError, match="args.registry=null: reviews is no folder here") as error:
-        deployment.build(told)
+        deployment.build(given)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""What HAProxy does by itself: real HAProxy, with Ray's own configuration, before stand-ins."""
+"""What HAProxy does by itself: a real one, with Ray's configuration, in front of fake replicas."""
 
 import contextlib
 import http.client
@@ -18,7 +18,7 @@ from raybert.serve.deploy import haproxy as ingress_module
 from raybert.serve.deploy.haproxy import serve_environment, uses_haproxy
 from raybert.serve.deploy.ports import find_listener
 from raybert.serve.http.authentication import digest
-from raybert.serve.http.schemas import FULL
+from raybert.serve.request_errors import QUEUE_FULL_HEADER
 from raybert.serve.settings import ServeConfig
 
 pytestmark = pytest.mark.skipif(
@@ -37,10 +37,10 @@ def free_port():
 
 
 def configure(environment, port, replicas, fallback):
-    """Write HAProxy's file as Ray does: its template, for one application at `/`.
+    """Write HAProxy's configuration as Ray does, for one application at `/`.
 
-    Ray's modules read their environment when they are imported: what `serve_environment` sets is
-    handed over by name. Returns the command with which Ray starts HAProxy.
+    Ray's modules read the environment when they are imported: the values of `serve_environment` are
+    passed by name. Return the command with which Ray starts HAProxy.
     """
     from ray.serve._private import haproxy
     from ray.serve.config import HTTPOptions
@@ -88,16 +88,16 @@ def wait_for(holds):
         if holds():
             return
         time.sleep(0.01)
-    raise AssertionError("it does not come")
+    raise AssertionError("it does not become true")
 
 
 class Replica(ThreadingHTTPServer):
-    """Answers 200, or says that it is full; `asked` counts the requests that reached it."""
+    """Answers 200, or 429 while `full`; `asked` counts the requests that reached it."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.full, self.asked, self.port = False, 0, self.server_address[1]
-        self.stuck = None  # an event, until which it answers nothing
+        self.stuck = None  # an event: it answers nothing until it is set
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
         self._thread.start()
 
@@ -112,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.rfile.read(int(self.headers.get("content-length", 0)))
-        if self.path == "/-/healthz":  # HAProxy itself
+        if self.path == "/-/healthz":  # HAProxy's health check
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -124,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_response(429 if self.server.full else 200)
         if self.server.full:
-            self.send_header(FULL, "1")
+            self.send_header(QUEUE_FULL_HEADER, "1")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -135,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Ingress:
-    """HAProxy before two replicas, as Ray would start it."""
+    """HAProxy in front of two replicas, started as Ray starts it."""
 
     def __init__(self, scratch, keys=(), times=(), **changes):
         self.replicas = [Replica(), Replica()]
@@ -163,7 +163,7 @@ class Ingress:
         return sum(replica.asked for replica in self.replicas)
 
     def ask(self, method="POST", path="/predict", body=BODY, **headers):
-        """A request; returns its status, its headers, its content and what reached replicas."""
+        """Send a request; return its status, headers, body, and how often it reached a replica."""
         before = self.asked
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with contextlib.closing(connection):
@@ -172,14 +172,14 @@ class Ingress:
             return response.status, response.headers, response.read(), self.asked - before
 
     def fill(self, **headers):
-        """Make all replicas say that they are full."""
+        """Let all replicas report that they are full, until HAProxy rejects by itself."""
         for replica in self.replicas:
             replica.full = True
         for _ in range(20):
             *_, reached = self.ask(**headers)
             if not reached:
                 return
-        raise AssertionError("HAProxy has not understood")
+        raise AssertionError("HAProxy still forwards requests")
 
 
 @pytest.fixture
@@ -196,8 +196,8 @@ def started(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv, of util-linux")
-def test_it_ends_with_who_started_it(tmp_path):
-    """Even with one that is killed, as Ray's processes are when `raybert serve` is."""
+def test_haproxy_ends_with_the_process_that_started_it(tmp_path):
+    """Also when that one is killed, as Ray's processes are with `raybert serve`."""
     port = free_port()
     command = configure(serve_environment(ServeConfig(), tmp_path), port, [1], 2)
     script = f"import subprocess; subprocess.Popen({command!r}).wait()"
@@ -207,8 +207,7 @@ def test_it_ends_with_who_started_it(tmp_path):
     wait_for(lambda: find_listener(port) is None)
 
 
-def test_the_rules_stand_in_the_file_that_ray_writes(tmp_path):
-    """The program that Ray starts puts them there, by how the lines of Ray's template begin."""
+def test_the_wrapper_adds_the_rules_to_the_configuration_that_ray_renders(tmp_path):
     environment = serve_environment(ServeConfig(), tmp_path)
     wrapper, *arguments = configure(environment, free_port(), [1], 2)
     checked = subprocess.run([wrapper, *arguments, "-c"], capture_output=True, text=True)
@@ -225,7 +224,7 @@ def test_the_rules_stand_in_the_file_that_ray_writes(tmp_path):
     defaults = sections["defaults"]
     assert f"timeout http-request {ingress_module._HEAD_S}s" in defaults
     assert "timeout server 70s" in defaults and "timeout client 60s" in defaults
-    # Or it would be that of heads, and an idle connection would not live for long.
+    # Otherwise the time-out for headers would apply to idle connections.
     assert "timeout http-keep-alive 90s" in defaults
     files = [line.split()[1:] for line in defaults if line.startswith("errorfile ")]
     assert [int(status) for status, _ in files] == list(ingress_module._ERRORS)
@@ -245,8 +244,7 @@ def test_haproxy_does_not_start_with_a_changed_template(tmp_path):
     assert find_listener(port) is None
 
 
-def test_a_replica_that_has_stopped_costs_its_requests_no_more_than_a_while(started):
-    """They end with 504, in the form of all refusals, where they would have waited without end."""
+def test_requests_to_a_replica_that_hangs_end_with_504(started):
     ingress = started(times={"RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "1"})
     over = threading.Event()
     for replica in ingress.replicas:
@@ -261,7 +259,7 @@ def test_a_replica_that_has_stopped_costs_its_requests_no_more_than_a_while(star
     assert json.loads(content)["error_type"] == "Timeout"
 
 
-def test_where_nobody_answers_it_says_so_in_the_form_of_all_refusals(started):
+def test_without_a_replica_requests_end_with_503_in_the_common_form(started):
     ingress = started()
     for replica in ingress.replicas:
         replica.stop()
@@ -273,7 +271,7 @@ def test_where_nobody_answers_it_says_so_in_the_form_of_all_refusals(started):
     }
 
 
-def test_a_client_that_never_finishes_its_request_is_not_waited_for(started, monkeypatch):
+def test_a_client_that_does_not_finish_its_headers_gets_408(started, monkeypatch):
     monkeypatch.setattr(ingress_module, "_HEAD_S", 1)
     ingress = started()
     with socket.create_connection(("127.0.0.1", ingress.port), timeout=20) as slow:
@@ -282,7 +280,7 @@ def test_a_client_that_never_finishes_its_request_is_not_waited_for(started, mon
         while part := slow.recv(4096):
             answer += part
     assert answer.startswith(b"HTTP/1.1 408 ")
-    # One that was opened for later, as browsers do, is closed without a word.
+    # An unused connection, as browsers open it in advance, is closed without a response.
     with socket.create_connection(("127.0.0.1", ingress.port), timeout=20) as early:
         assert early.recv(4096) == b""
 
@@ -290,23 +288,23 @@ def test_a_client_that_never_finishes_its_request_is_not_waited_for(started, mon
 @pytest.mark.parametrize(
     ("drain_s", "timeout_s", "seconds"), [(30, 10, 35), (10, 60, 65), (0, 0.5, 6)]
 )
-def test_a_haproxy_that_was_replaced_outlives_its_requests(drain_s, timeout_s, seconds):
+def test_the_time_outs_let_a_replaced_haproxy_complete_its_requests(drain_s, timeout_s, seconds):
     config = ServeConfig(drain_s=drain_s, timeout_s=timeout_s)
     found = ingress_module.haproxy_environment(config)
     assert found["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] == str(seconds)
     assert int(found["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"]) >= timeout_s + 60
 
 
-def test_while_all_replicas_are_full_nobody_is_sent_to_them(started):
+def test_while_all_replicas_are_full_haproxy_rejects_by_itself(started):
     ingress = started()
     assert [ingress.ask()[0] for _ in range(4)] == [200] * 4
     ingress.fill()
     status, headers, content, reached = ingress.ask()
     assert (status, reached) == (429, 0)
     assert headers["Retry-After"] == "3" and headers["Content-Type"] == "application/json"
-    told = {"error": "the server is busy; try again in 3 s", "error_type": "Overloaded"}
-    assert json.loads(content) == told
-    # What does not want the queue goes through, and so does all once the pause is over.
+    rejection = {"error": "the server is busy; try again in 3 s", "error_type": "Overloaded"}
+    assert json.loads(content) == rejection
+    # Other paths are forwarded, and so is everything some time after the last report.
     assert ingress.ask("GET", "/info", None)[3] == 1
     assert ingress.ask(path="/fill-mask")[3] == 1
     for replica in ingress.replicas:
@@ -315,13 +313,13 @@ def test_while_all_replicas_are_full_nobody_is_sent_to_them(started):
     assert [ingress.ask()[0] for _ in range(4)] == [200] * 4
 
 
-def test_it_opens_again_after_many_were_refused_at_once(started):
+def test_haproxy_forwards_again_after_many_rejections(started):
     ingress = started()
     for replica in ingress.replicas:
         replica.full = True
     ends = time.monotonic() + 1.5
 
-    def storm():  # of bodies that go through
+    def storm():  # of bodies that are too long to be rejected
         connection = http.client.HTTPConnection("127.0.0.1", ingress.port, timeout=30)
         with contextlib.closing(connection):
             while time.monotonic() < ends:
@@ -341,15 +339,15 @@ def test_it_opens_again_after_many_were_refused_at_once(started):
     assert ingress.asked == before + 4
 
 
-def test_one_full_replica_does_not_close_the_other(started):
+def test_one_full_replica_does_not_affect_the_other(started):
     ingress = started()
     ingress.replicas[0].full = True
     statuses = [ingress.ask()[0] for _ in range(20)]
     assert set(statuses) == {200, 429} and ingress.asked == 20
 
 
-def test_a_stranger_is_left_to_the_replicas(started):
-    """Which answer 401: how busy the server is only they learn who have a key."""
+def test_requests_without_a_key_are_forwarded(started):
+    """The replicas answer 401; only clients with a key learn how busy the server is."""
     ingress = started(keys=["another-key-0123456789", KEY])
     known = {"Authorization": f"Bearer {KEY}"}
     ingress.fill(**known)
@@ -359,21 +357,21 @@ def test_a_stranger_is_left_to_the_replicas(started):
     assert ingress.ask(path=f"/predict?key={KEY}")[3] == 1
 
 
-def test_pages_of_other_origins_are_left_to_the_replicas(started):
+def test_requests_of_other_origins_are_forwarded(started):
     ingress = started(cors=["https://a.example"])
     ingress.fill()
     assert ingress.ask()[3] == 0
     assert ingress.ask(Origin="https://a.example")[3] == 1
 
 
-def test_what_replicas_say_to_haproxy_goes_no_further(started):
+def test_the_queue_full_header_is_removed(started):
     ingress = started()
     ingress.replicas[0].full = ingress.replicas[1].full = True
     status, headers, *_ = ingress.ask()
-    assert status == 429 and FULL not in headers
+    assert status == 429 and QUEUE_FULL_HEADER not in headers
 
 
-def test_a_connection_outlives_a_refusal(started):
+def test_a_connection_stays_open_after_a_rejection(started):
     ingress = started()
     ingress.fill()
     connection = http.client.HTTPConnection("127.0.0.1", ingress.port, timeout=30)
@@ -386,8 +384,8 @@ def test_a_connection_outlives_a_refusal(started):
             assert connection.sock is sock
 
 
-def test_a_long_body_is_left_to_the_replicas(started):
-    """Which read it to its end: cut off, a client might see a broken connection instead."""
+def test_requests_with_a_long_body_are_forwarded(started):
+    """The replicas read it completely; otherwise the client might see a broken connection."""
     ingress = started()
     ingress.fill()
     status, *_, reached = ingress.ask(body=b"x" * 1_000_000)

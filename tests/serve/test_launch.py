@@ -1,4 +1,4 @@
-"""What is set before Ray starts, and what is refused before it is started for nothing."""
+"""What `raybert serve` sets and checks before it starts Ray."""
 
 import http.server
 import json
@@ -68,9 +68,9 @@ def test_a_broken_model_is_refused_before_ray_is_started(model, tmp_path, broken
     assert "\n" not in str(refused.value)
 
 
-def test_paths_hold_wherever_replicas_run(model, pretrained, tmp_path, monkeypatch):
-    """Replicas and proxies of a Ray that others have started work in another directory."""
-    from raybert.serve.deploy.deployment import completed
+def test_paths_become_absolute(model, pretrained, tmp_path, monkeypatch):
+    """Replicas and proxies may run in another working directory."""
+    from raybert.serve.deploy.resolve_models import resolve
 
     shutil.copytree(model.path, tmp_path / "run" / "model")
     shutil.copytree(pretrained.path, tmp_path / "mlm")
@@ -87,26 +87,26 @@ def test_paths_hold_wherever_replicas_run(model, pretrained, tmp_path, monkeypat
             "tls_key": "key.pem",
         }
     )
-    found = completed(given)
-    only_masks = completed(ServeConfig(model="mlm"))
+    found = resolve(given)
+    only_masks = resolve(ServeConfig(model="mlm"))
     Registry("storage").promote("masks", pretrained)
-    registered = completed(ServeConfig(model="masks", registry="storage"))
+    registered = resolve(ServeConfig(model="masks", registry="storage"))
     assert registered.model is None and Folder(registered.fill_mask).exists("config.json")
     monkeypatch.chdir("/")
-    assert found.models["third"] == "reviews"  # which is followed
+    assert found.models["third"] == "reviews"  # replicas follow it
     paths = [found.model, found.models["second"], found.canary.model, found.fill_mask]
     paths += [found.registry, found.tls_cert, found.tls_key, only_masks.fill_mask]
     assert [os.path.relpath(path, tmp_path) for path in paths] == [
         *("run", "run/model", "run/model", "mlm", "storage", "cert.pem", "key.pem", "mlm")
     ]
-    assert completed(found) == found
+    assert resolve(found) == found
     service = Service(found.model_copy(update={"precision": "fp32"}))
     service.load()
-    assert list(service.catalog.served) == ["run", "second", "third"]
+    assert list(service.models.classifiers) == ["run", "second", "third"]
     service.close()
 
 
-def test_a_port_that_is_taken_is_refused(model):
+def test_a_taken_port_is_an_error(model):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -144,7 +144,7 @@ def test_an_orphaned_haproxy_is_recognized():
         left.communicate(b"")
 
 
-def test_others_are_not_let_in_without_a_key(model, monkeypatch, tmp_path):
+def test_a_host_that_others_reach_requires_a_key(model, monkeypatch, tmp_path):
     monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(ConfigError, match=r"serve.host=0.0.0.0: others can connect there, so it"):
         start(config_of(model=model.uri, host="0.0.0.0"))
@@ -173,7 +173,7 @@ def test_a_certificate_that_can_not_be_used_is_refused(model, tmp_path):
 
 @pytest.mark.parametrize("every", ["127.0.0.1", "0.0.0.0"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_an_address_is_asked_before_it_is_said_to_answer(monkeypatch, tmp_path, scheme, every):
+def test_the_address_must_answer_before_it_is_reported(monkeypatch, tmp_path, scheme, every):
     monkeypatch.setattr(launch, "ANSWER_S", 0.3)
     paths = []
 
@@ -197,12 +197,12 @@ def test_an_address_is_asked_before_it_is_said_to_answer(monkeypatch, tmp_path, 
         launch.check_answers(url)
         assert paths == ["/health/ready"] * 2
         there.shutdown()
-    with pytest.raises(RaybertError, match=f"^{url}: .* has no answer .*refused"):
+    with pytest.raises(RaybertError, match=f"^{url}: .* does not answer .*refused"):
         launch.check_answers(url)
 
 
 @pytest.mark.parametrize("key", ["RAY_ADDRESS", "ray.address"])
-def test_a_cluster_where_nobody_listens_is_told_at_once(monkeypatch, key):
+def test_an_unreachable_cluster_is_an_error_at_once(monkeypatch, key):
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests may have started one
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -223,13 +223,13 @@ def test_a_cluster_where_nobody_listens_is_told_at_once(monkeypatch, key):
         ({"fill_mask": "{}/none"}, "serve.fill_mask"),
     ],
 )
-def test_the_key_of_a_model_that_is_not_there_is_named(model, tmp_path, changes, key):
+def test_the_key_of_a_missing_model_is_named(model, tmp_path, changes, key):
     text = json.dumps(changes).replace("{}", str(tmp_path))
     with pytest.raises(UserError, match=f"^{key}: {tmp_path}/none: no model here"):
         start(config_of(model=model.uri, **json.loads(text)))
 
 
-def test_nothing_of_a_start_that_failed_is_left():
+def test_a_failed_start_leaves_no_variable_and_no_file():
     def variables():
         return {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE")}
 
@@ -240,7 +240,7 @@ def test_nothing_of_a_start_that_failed_is_left():
     assert not [name for name in set(os.listdir("/tmp")) - here if name.startswith("rbs-")]
 
 
-def test_tls_is_left_to_serves_own_proxy(tmp_path):
+def test_with_tls_serves_own_proxy_is_the_ingress(tmp_path):
     config = ServeConfig(tls_cert="a", tls_key="b")
     assert not uses_haproxy(config)
     assert serve_environment(config, tmp_path)["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "0"
@@ -275,7 +275,7 @@ def test_a_changed_haproxy_template_stops_the_start_before_ray_starts(model, mon
 
 
 @haproxy
-def test_the_socket_that_haproxy_obeys_has_a_name_that_is_short_enough(monkeypatch):
+def test_the_path_of_haproxys_admin_socket_is_short_enough(monkeypatch):
     made = []
     monkeypatch.setattr(launch.shutil, "rmtree", lambda path, **options: made.append(path))
     with pytest.raises(UserError):
@@ -286,7 +286,7 @@ def test_the_socket_that_haproxy_obeys_has_a_name_that_is_short_enough(monkeypat
         found = serve_environment(ServeConfig(), scratch)
         folder, name = os.path.split(found["RAY_SERVE_HAPROXY_SOCKET_PATH"])
         assert len(f"{folder}/{'n' * 56}/{name}") <= 97  # HAProxy's limit; Ray adds a node's id
-        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700  # for it obeys whoever opens it
+        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700  # it obeys anyone who can open it
     finally:
         shutil.rmtree(scratch)
 
@@ -300,19 +300,19 @@ def test_the_socket_that_haproxy_obeys_has_a_name_that_is_short_enough(monkeypat
         ("UNHEALTHY", {"STARTING": 1}, (0, "/m/model.safetensors is damaged: header too large")),
     ],
 )
-def test_how_an_application_is_as_serve_sees_it(monkeypatch, status, replicas, expected):
+def test_the_state_of_an_application_is_read_from_serve(monkeypatch, status, replicas, expected):
     from ray import serve
     from ray.serve import schema
     from ray.serve._private.common import DeploymentStatusTrigger, ReplicaState
 
-    told = (
+    message = (
         "Traceback:\nraybert.errors.DamagedError: /m/model.safetensors is damaged: header too large"
     )
     deployment = schema.DeploymentStatusOverview(
         status=schema.DeploymentStatus.HEALTHY,
         status_trigger=DeploymentStatusTrigger.UNSPECIFIED,
         replica_states={ReplicaState(name): count for name, count in replicas.items()},
-        message=told,
+        message=message,
     )
     application = schema.ApplicationStatusOverview(
         schema.ApplicationStatus(status), "The deployments are not well.", 0.0, {"it": deployment}
@@ -320,15 +320,15 @@ def test_how_an_application_is_as_serve_sees_it(monkeypatch, status, replicas, e
     proxies = {"a-node": schema.ProxyStatus.HEALTHY}
     found = schema.ServeStatus(proxies=proxies, applications={"raybert": application})
     monkeypatch.setattr(serve, "status", lambda: found)
-    assert launch.state() == expected
+    assert launch.read_state() == expected
     monkeypatch.setattr(serve, "status", lambda: schema.ServeStatus(proxies=proxies))
-    assert launch.state() is None
+    assert launch.read_state() is None
     monkeypatch.setattr(serve, "status", schema.ServeStatus)
-    assert launch.state() == (0, "Ray Serve does not run, or does not answer")
+    assert launch.read_state() == (0, "Ray Serve does not run, or does not answer")
 
 
-def test_ports_of_our_own_are_none_that_the_system_hands_out():
-    """Ray starts many processes between the choice and HAProxy's start; each takes some."""
+def test_own_ports_are_not_ephemeral_ones():
+    """Ray starts many processes between the choice and HAProxy's start; each gets some."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         assert taken.getsockname()[1] not in ingress._OWN_PORTS

@@ -1,4 +1,4 @@
-"""Following a registry: new versions are taken over, broken ones are not, a canary is compared."""
+"""Models follow the registry: new versions are loaded, damaged ones are not; canaries."""
 
 import asyncio
 import logging
@@ -11,9 +11,8 @@ import pytest
 from making import reviews
 
 from raybert.errors import ConfigError, UserError
-from raybert.serve.http.schemas import PredictRequest
-from raybert.serve.runtime import loaded_model
-from raybert.serve.runtime.loaded_model import ModelSource, find
+from raybert.serve.http.server_routes import server_info
+from raybert.serve.runtime.model_sources import ModelSource, find_source
 from raybert.serve.runtime.service import Service
 from raybert.serve.runtime.threads import ModelThreads
 from raybert.serve.settings import ServeConfig
@@ -25,7 +24,7 @@ TEXTS = [text for text, _ in reviews(20, seed=8)]
 
 @pytest.fixture
 def storage(model, tmp_path):
-    """A registry with two versions of a model; the second one's labels are the other way round."""
+    """A registry with two versions of a model; the second one's labels are swapped."""
     registry = Registry(str(tmp_path))
     registry.promote("mine", model)
     other = Folder(shutil.copytree(model.path, tmp_path / "other"))
@@ -36,7 +35,7 @@ def storage(model, tmp_path):
     return str(tmp_path)
 
 
-def move(storage, version):
+def set_current(storage, version):
     Registry(storage).rollback("mine", version)
 
 
@@ -51,24 +50,24 @@ def service_of(storage, **changes):
     return made
 
 
-async def label(service, text="a superb film"):
-    answer = await service.predict(PredictRequest(inputs=text))
-    return answer[0]["label"]
+async def label(service, text="a superb film", name=None):
+    logits, model = await service.score([text], name, None)
+    return model.labels[int(logits[0].argmax())]
 
 
-def test_a_promoted_version_is_taken_over_and_a_rollback_too(storage):
+def test_a_promoted_version_is_loaded_and_a_rollback_too(storage):
     service = service_of(storage)
 
     async def go():
-        watch = asyncio.create_task(service.catalog.watch())
+        watch = asyncio.create_task(service.models.watch())
         assert await label(service) == "pos"
         for version, expected in ((2, "neg"), (1, "pos")):
-            move(storage, version)
+            set_current(storage, version)
             for _ in range(1000):
-                if service.catalog.first.version == f"v{version}":
+                if service.models.default.version == f"v{version}":
                     break
                 await asyncio.sleep(0.01)
-            assert service.catalog.first.version == f"v{version}"
+            assert service.models.default.version == f"v{version}"
             assert await label(service) == expected
         watch.cancel()
 
@@ -77,18 +76,18 @@ def test_a_promoted_version_is_taken_over_and_a_rollback_too(storage):
     service.close()
 
 
-def test_requests_that_have_begun_end_with_the_version_that_they_began_with(storage):
+def test_running_requests_are_completed_by_the_version_that_they_began_with(storage):
     service = service_of(storage)
     block = Future()
 
     async def go():
-        service._workers.whole.submit(block.result, 30)
+        service._threads.whole.submit(block.result, 30)
         tasks = [asyncio.create_task(label(service)) for _ in range(20)]
-        while service.catalog.first.batcher.queued < 19:  # the other one is under way
+        while service.models.default.batcher.queued < 19:  # one is running
             await asyncio.sleep(0.01)
-        move(storage, 2)
-        await service.catalog.refresh()
-        assert service.catalog.first.version == "v2"
+        set_current(storage, 2)
+        await service.models.refresh()
+        assert service.models.default.version == "v2"
         block.set_result(None)
         return await asyncio.gather(*tasks), await label(service)
 
@@ -97,13 +96,13 @@ def test_requests_that_have_begun_end_with_the_version_that_they_began_with(stor
 
 
 @pytest.mark.parametrize("broken", ["missing", "cut short", "no classifier"])
-def test_a_broken_version_is_told_once_and_the_old_one_serves_on(
+def test_a_damaged_version_is_logged_once_and_the_previous_one_remains(
     storage, pretrained, broken, caplog
 ):
     caplog.set_level(logging.INFO)
     service = service_of(storage)
     folder = version_of(storage, 2)
-    move(storage, 2)
+    set_current(storage, 2)
     if broken == "cut short":
         folder.write_bytes("model.safetensors", folder.read_bytes("model.safetensors")[:-9])
     elif broken == "no classifier":
@@ -113,19 +112,19 @@ def test_a_broken_version_is_told_once_and_the_old_one_serves_on(
 
     async def go():
         for _ in range(3):
-            await service.catalog.refresh()
+            await service.models.refresh()
         return await label(service)
 
     assert asyncio.run(go()) == "pos"
     errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(errors) == 1
-    assert "version v1 serves on" in errors[0].getMessage()
+    assert "version v1 remains" in errors[0].getMessage()
     assert errors[0].exc_info is None
     assert service.metrics.value("model_loads_total", model="mine", outcome="refused") == 1
     service.close()
 
 
-def test_a_canary_answers_its_share_and_is_compared(storage):
+def test_a_canary_answers_its_share_and_is_compared_with_the_current_model(storage):
     service = service_of(
         storage,
         canary={"model": version_of(storage, 2).uri, "share": 0.5},
@@ -135,69 +134,70 @@ def test_a_canary_answers_its_share_and_is_compared(storage):
         return [await label(service, text) for text in TEXTS * 5]
 
     asyncio.run(go())
-    metrics, name = service.metrics, service.catalog.canary.name
-    theirs = metrics.value("texts_total", model=name)
-    assert theirs + metrics.value("texts_total", model="mine") == 100
-    assert 20 < theirs < 80
-    assert metrics.value("canary_total", model=name, agree="false") == theirs  # labels are swapped
+    metrics, name = service.metrics, service.models.canary.name
+    answered = metrics.value("texts_total", model=name)
+    assert answered + metrics.value("texts_total", model="mine") == 100
+    assert 20 < answered < 80
+    assert (
+        metrics.value("canary_total", model=name, agree="false") == answered
+    )  # labels are swapped
     assert metrics.value("canary_difference_total", model=name) > 0
-    assert service.info()["canary"]["share"] == 0.5
+    assert server_info(service)["canary"]["share"] == 0.5
     service.close()
 
 
-@pytest.mark.parametrize("trouble", ["slow", "slow to read", "full", "broken"])
-def test_a_canary_in_trouble_costs_no_answer(storage, trouble, monkeypatch, caplog):
-    canary = {"model": version_of(storage, 2).uri, "share": 0.9}
-    service = service_of(storage, canary=canary, timeout_s=0.4)
+@pytest.mark.parametrize("failure", ["slow", "slow tokenizer", "full", "exception"])
+def test_a_failing_canary_costs_no_answer(storage, failure, monkeypatch, caplog):
+    settings = {"model": version_of(storage, 2).uri, "share": 0.9}
+    service = service_of(storage, canary=settings, timeout_s=0.4)
     monkeypatch.setattr(random, "random", lambda: 0.0)
-    tried, gate = service.catalog.canary, threading.Event()
+    canary, gate = service.models.canary, threading.Event()
 
     def broken(rows):
         raise RuntimeError("no")
 
-    if trouble == "slow":  # a batch that takes its time, before which others wait
-        monkeypatch.setattr(tried.batcher, "_threads", ModelThreads(1))
-        monkeypatch.setattr(tried.batcher, "_compute", lambda rows: gate.wait(30))
-    elif trouble == "slow to read":
-        monkeypatch.setattr(tried, "encode", lambda texts, windows: gate.wait(30))
-    elif trouble == "full":
-        monkeypatch.setattr(tried.batcher, "_speed", 1.0)
-        monkeypatch.setattr(tried.batcher, "_queued", 10**6)
+    if failure == "slow":  # its batches hang, and the queue waits for them
+        monkeypatch.setattr(canary.batcher, "_threads", ModelThreads(1))
+        monkeypatch.setattr(canary.batcher, "_compute", lambda rows: gate.wait(30))
+    elif failure == "slow tokenizer":
+        monkeypatch.setattr(canary, "encode", lambda texts, windows: gate.wait(30))
+    elif failure == "full":
+        monkeypatch.setattr(canary.batcher, "_speed", 1.0)
+        monkeypatch.setattr(canary.batcher, "_queued", 10**6)
     else:
-        monkeypatch.setattr(tried.batcher, "_compute", broken)
+        monkeypatch.setattr(canary.batcher, "_compute", broken)
 
     async def go():
-        count = 1 if trouble == "slow to read" else 5  # the thread that reads is everybody's
+        count = 1 if failure == "slow tokenizer" else 5  # all models share the tokenizer thread
         try:
             return await asyncio.gather(*(label(service) for _ in range(count)))
         finally:
             gate.set()
 
     found = asyncio.run(go())
-    assert set(found) == {"pos"}  # the first model's word
+    assert set(found) == {"pos"}  # of the current model
     metrics = service.metrics
     assert metrics.value("texts_total", model="mine") == len(found)
-    assert metrics.value("canary_missed_total", model=tried.name) == len(found)
-    told = [r.getMessage() for r in caplog.records if "the canary failed" in r.getMessage()]
-    assert len(told) == 1  # however many there are
+    assert metrics.value("canary_missed_total", model=canary.name) == len(found)
+    logged = [r.getMessage() for r in caplog.records if "the canary failed" in r.getMessage()]
+    assert len(logged) == 1
     service.close()
 
 
-def test_who_names_a_model_gets_it_and_no_canary(storage):
+def test_a_request_that_names_a_model_gets_that_one_and_never_the_canary(storage):
     service = service_of(
         storage,
         canary={"model": version_of(storage, 2).uri, "share": 0.99},
     )
 
     async def go():
-        request = PredictRequest(inputs="a superb film", model="mine")
-        return [(await service.predict(request))[0]["label"] for _ in range(30)]
+        return [await label(service, name="mine") for _ in range(30)]
 
     assert set(asyncio.run(go())) == {"pos"}
     service.close()
 
 
-def test_several_models_by_name(storage):
+def test_a_request_selects_a_model_by_name(storage):
     config = ServeConfig.model_validate(
         {
             "model": version_of(storage, 1).uri,
@@ -208,12 +208,12 @@ def test_several_models_by_name(storage):
     service = Service(config)
     service.load()
 
-    async def go(name):
-        request = PredictRequest(inputs="a superb film", model=name)
-        return (await service.predict(request))[0]["label"]
-
-    assert [asyncio.run(go(name)) for name in (None, "v1", "second")] == ["pos", "pos", "neg"]
-    assert [one["name"] for one in service.info()["models"]] == ["v1", "second"]
+    assert [asyncio.run(label(service, name=name)) for name in (None, "v1", "second")] == [
+        "pos",
+        "pos",
+        "neg",
+    ]
+    assert [one["name"] for one in server_info(service)["models"]] == ["v1", "second"]
     service.close()
 
 
@@ -225,17 +225,17 @@ def test_two_models_of_one_name_are_refused(storage):
     service.close()
 
 
-def test_what_a_path_or_a_name_means(model, tmp_path):
-    assert find(model.uri, None).current().uri == model.uri
-    assert find(model.uri, None).name == "run"  # the folder that the model/ lies in
-    assert find(model.uri, None, "mine").name == "mine"
+def test_how_a_path_or_a_name_is_resolved(model, tmp_path):
+    assert find_source(model.uri, None).current().uri == model.uri
+    assert find_source(model.uri, None).name == "run"  # the folder that the model/ lies in
+    assert find_source(model.uri, None, "mine").name == "mine"
     run = Folder(model.path.rpartition("/")[0])
-    assert find(run.uri, None).current().uri == model.uri
+    assert find_source(run.uri, None).current().uri == model.uri
     with pytest.raises(UserError, match="neither a folder nor a name in the registry of"):
-        find("nobody-knows-this-name", str(tmp_path))
+        find_source("nobody-knows-this-name", str(tmp_path))
 
 
-def test_a_model_is_found_anew_at_every_look(model):
-    assert loaded_model.find(model.uri, None).storage is None
+def test_a_run_is_resolved_to_its_model_at_every_call(model):
+    assert find_source(model.uri, None).registry is None
     source = ModelSource("a", model.path.rpartition("/")[0])
     assert source.current().uri == model.uri

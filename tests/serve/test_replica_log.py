@@ -1,4 +1,4 @@
-"""A replica's log is written soon, though Serve holds a thousand lines in memory."""
+"""A replica's log is flushed regularly, though Serve buffers a thousand lines in memory."""
 
 import asyncio
 import logging
@@ -13,28 +13,28 @@ from raybert.serve.runtime import replica_log
 def log(tmp_path):
     """A log as Serve makes it for a replica."""
     file = logging.FileHandler(tmp_path / "log")
-    held = logging.handlers.MemoryHandler(1000, target=file)
+    buffer = logging.handlers.MemoryHandler(1000, target=file)
     made = logging.Logger("raybert.test.logs")
-    made.addHandler(held)
+    made.addHandler(buffer)
     yield made
-    held.close()
+    buffer.close()
     file.close()
 
 
-def test_lines_are_written_soon_and_at_the_end(log, tmp_path, monkeypatch):
-    monkeypatch.setattr(replica_log, "WRITE_S", 0.01)
+def test_lines_are_written_regularly_and_at_the_end(log, tmp_path, monkeypatch):
+    monkeypatch.setattr(replica_log, "FLUSH_INTERVAL_S", 0.01)
 
     def lines():
         return (tmp_path / "log").read_text().splitlines()
 
     async def serve():
-        task = asyncio.create_task(replica_log.keep_written(log))
+        task = asyncio.create_task(replica_log.flush_regularly(log))
         log.info("one")
         assert lines() == []
         async with asyncio.timeout(30):
             while not lines():
                 await asyncio.sleep(0.01)
-        monkeypatch.setattr(replica_log, "WRITE_S", 60)
+        monkeypatch.setattr(replica_log, "FLUSH_INTERVAL_S", 60)
         await asyncio.sleep(0.05)
         log.info("two")
         task.cancel()

@@ -1,11 +1,11 @@
-"""The `serve` section: what does not fit is refused with its key and a remedy."""
+"""The `serve` section: an invalid value is an error that names its key and a remedy."""
 
 import pytest
 
 from raybert.config import build
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
-from raybert.serve.settings import ServeConfig, is_own
+from raybert.serve.settings import ServeConfig, is_loopback
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,13 @@ from raybert.serve.settings import ServeConfig, is_own
         ({"precision": "fp8"}, "serve.precision"),
     ],
 )
-def test_what_does_not_fit_is_refused(values, words):
+def test_invalid_values_are_rejected(values, words):
     with pytest.raises(ConfigError) as refused:
         build(Experiment, {"serve": values}, "test")
     assert words in str(refused.value)
 
 
-def test_an_option_that_does_not_fit_is_named_by_its_key():
+def test_an_invalid_option_is_named_by_its_key():
     with pytest.raises(ConfigError, match="^serve.port=70000: input should be less than"):
         ServeConfig().changed({"port": 70000}, model="runs/a", registry="runs")
 
@@ -42,7 +42,7 @@ def test_replicas_are_a_number_or_a_range():
 
 
 @pytest.mark.parametrize(
-    ("host", "own"),
+    ("host", "loopback"),
     [
         ("127.0.0.1", True),
         ("127.1.2.3", True),
@@ -54,8 +54,8 @@ def test_replicas_are_a_number_or_a_range():
         ("example.com", False),
     ],
 )
-def test_which_hosts_are_this_machine_alone(host, own):
-    assert is_own(host) is own
+def test_which_hosts_only_this_machine_reaches(host, loopback):
+    assert is_loopback(host) is loopback
 
 
 def test_options_change_settings_and_nulls_are_filled_in():

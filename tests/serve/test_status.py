@@ -1,4 +1,4 @@
-"""What the command line tells of an application that it serves, and when it gives up."""
+"""What the command line logs about the application that it serves, and when it gives up."""
 
 import threading
 
@@ -6,62 +6,62 @@ import pytest
 
 from raybert.errors import RaybertError
 from raybert.serve.deploy import status
-from raybert.serve.deploy.status import State, Watch, reason, watch
+from raybert.serve.deploy.status import Monitor, State, extract_error, watch
 
 
-def told_of(*states, **options):
-    """The lines of states that come a second after each other."""
+def log_of(*states, **options):
+    """Return the lines logged about states that are a second apart."""
     lines = []
-    seen = Watch(lines.append, **options)
+    monitor = Monitor(lines.append, **options)
     for second, state in enumerate(states):
-        seen.note(state, float(second))
+        monitor.update(state, float(second))
     return lines
 
 
-def test_nothing_is_told_of_an_application_that_is_well():
-    assert told_of(*[State(1, "")] * 5, State(3, ""), State(1, "")) == []
+def test_a_healthy_application_is_not_logged():
+    assert log_of(*[State(1, "")] * 5, State(3, ""), State(1, "")) == []
 
 
-def test_changes_are_told_once():
+def test_each_change_is_logged_once():
     down, one = State(0, "no memory"), State(1, "no memory")
-    assert told_of(State(2, ""), one, one, down, down, State(0, ""), State(2, "")) == [
-        "in trouble, 1 replica answers: no memory",
-        "in trouble, 0 replicas answer: no memory",
-        "well again, 2 replicas answer",
+    assert log_of(State(2, ""), one, one, down, down, State(0, ""), State(2, "")) == [
+        "unhealthy, 1 replica running: no memory",
+        "unhealthy, 0 replicas running: no memory",
+        "healthy again, 2 replicas running",
     ]
-    assert told_of(State(0, "")) == ["in trouble, 0 replicas answer: no replica runs"]
+    assert log_of(State(0, "")) == ["unhealthy, 0 replicas running: no replica runs"]
 
 
-def test_another_reason_is_told_but_not_every_second():
+def test_a_changing_problem_is_logged_once_a_minute():
     states = [State(0, f"try {number}") for number in range(130)]
-    assert len(told_of(*states)) == 3
+    assert len(log_of(*states)) == 3
 
 
-def test_it_is_given_up_when_no_replica_has_answered_for_long():
+def test_it_gives_up_when_no_replica_has_answered_for_long():
     down = State(0, "m/model.safetensors is damaged")
     with pytest.raises(RaybertError, match="for 10 s: m/model.safetensors is damaged"):
-        told_of(*[down] * 11, give_up_s=10)
+        log_of(*[down] * 11, give_up_s=10)
     back = [*[down] * 10, State(1, ""), *[down] * 10]
-    assert len(told_of(*back, give_up_s=10)) == 3
+    assert len(log_of(*back, give_up_s=10)) == 3
     one_of_two = [State(1, "a replica does not start")] * 100
-    assert len(told_of(*one_of_two, give_up_s=10)) == 1  # the other one answers on
+    assert len(log_of(*one_of_two, give_up_s=10)) == 1  # the other one still answers
 
 
-def test_an_application_that_was_taken_away_is_no_more():
-    with pytest.raises(RaybertError, match="was taken away"):
-        told_of(State(1, ""), None, None, None)
-    assert told_of(None, None, State(1, ""), None, None) == []
+def test_a_deleted_application_is_an_error():
+    with pytest.raises(RaybertError, match="was deleted"):
+        log_of(State(1, ""), None, None, None)
+    assert log_of(None, None, State(1, ""), None, None) == []
 
 
-def test_who_does_not_answer_is_told_and_asked_again(monkeypatch):
-    """A look that fails, one that hangs, and one that finds nothing."""
-    monkeypatch.setattr(status, "LOOK_S", 0)
-    monkeypatch.setattr(status, "_SILENT_S", 0.05)
-    monkeypatch.setattr(status, "_AGAIN_S", 0)
+def test_a_failed_poll_is_logged_and_repeated(monkeypatch):
+    """A poll that raises, one that hangs, and one that finds nothing."""
+    monkeypatch.setattr(status, "POLL_S", 0)
+    monkeypatch.setattr(status, "_POLL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(status, "_LOG_INTERVAL_S", 0)
     gate, lines = threading.Event(), []
-    looks = [lambda: 1 / 0, lambda: gate.wait(30), lambda: State(1, ""), *[lambda: None] * 3]
-    with pytest.raises(RaybertError, match="was taken away"):
-        watch(lambda: looks.pop(0)(), lines.append)
+    polls = [lambda: 1 / 0, lambda: gate.wait(30), lambda: State(1, ""), *[lambda: None] * 3]
+    with pytest.raises(RaybertError, match="was deleted"):
+        watch(lambda: polls.pop(0)(), lines.append)
     gate.set()
     assert [line.partition(": ")[2] for line in lines] == [
         "Ray Serve does not answer: ZeroDivisionError",
@@ -70,12 +70,12 @@ def test_who_does_not_answer_is_told_and_asked_again(monkeypatch):
     ]
 
 
-def test_the_reason_of_a_replica_is_told_without_its_traceback():
+def test_the_error_of_a_replica_is_extracted_from_its_traceback():
     message = (
         "Deploying application raybert failed: The deployment failed to start 3 times in a row.\n"
         "Traceback (most recent call last):\n  File ...\n"
         "raybert.errors.DamagedError: /m/model.safetensors is damaged: header too large\n"
     )
-    assert reason(message) == "/m/model.safetensors is damaged: header too large"
-    assert reason("a\nb\n") == "Ray Serve: b"
-    assert reason("") == "Ray Serve: no reason given"
+    assert extract_error(message) == "/m/model.safetensors is damaged: header too large"
+    assert extract_error("a\nb\n") == "Ray Serve: b"
+    assert extract_error("") == "Ray Serve: no reason given"

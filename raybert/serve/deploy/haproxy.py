@@ -25,9 +25,9 @@ from raybert.cluster.internals import serve as ray_serve
 from raybert.cluster.internals.core import NICENESS
 from raybert.cluster.machine import cores
 from raybert.errors import UserError
+from raybert.serve import request_errors
 from raybert.serve.deploy import haproxy_config
-from raybert.serve.http import schemas
-from raybert.serve.http.schemas import FULL, QUEUED
+from raybert.serve.request_errors import QUEUE_FULL_HEADER, QUEUED_PATHS
 from raybert.serve.settings import ServeConfig
 
 #: Of the folders with HAProxy's files; short, since a Unix socket's path has 107 bytes at most.
@@ -36,7 +36,7 @@ _BUFFER = 65_536  # bytes; a request must fit to be sent again when its replica 
 #: For Serve's own proxy as well as for HAProxy.
 _BASIC = {
     ray_serve.THROUGHPUT_OPTIMIZED: "1",
-    ray_serve.HTTP_MIDDLEWARE: "raybert.serve.http.load_shedding:middlewares",
+    ray_serve.HTTP_MIDDLEWARE: "raybert.serve.http.admission:middlewares",
 }
 #: Ray's default niceness, 15, suits background tasks; replicas are the machine's main load.
 _OWN_RAY = {NICENESS: "0"}
@@ -206,12 +206,12 @@ def _rules(config: ServeConfig, scratch: Path, digests: Sequence[str]) -> str:
         file = scratch / "digests"
         file.write_text("\n".join([*digests, ""]), encoding="utf-8")
         conditions += _WITH_KEY.format(digests=file)
-    rejection = schemas.overloaded(config.queue_s)
-    queued = " ".join(QUEUED)
+    rejection = request_errors.overloaded(config.queue_s)
+    queued = " ".join(QUEUED_PATHS)
     counted = (_COUNT.format(number=1 + n, queued=queued) for n in range(_COUNTED))
     return _RULES.format(
-        full=FULL,
-        wait=rejection.headers["Retry-After"],
+        full=QUEUE_FULL_HEADER,
+        wait=(rejection.headers or {})["Retry-After"],
         body=json.dumps(rejection.body, separators=(",", ":")),
         queued=queued,
         counted="\n".join(counted),

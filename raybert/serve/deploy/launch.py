@@ -1,7 +1,7 @@
-"""Serving from the command line: Ray Serve on this machine or on a cluster, until told to end.
+"""Start Ray Serve for the command line, on this machine or on a cluster, and stop it at the end.
 
 Serve reads its environment when it is imported, and its processes inherit that of Ray: all of it
-(`ingress.py`) is set before.
+(`haproxy.py`) is set first.
 """
 
 from __future__ import annotations
@@ -26,31 +26,32 @@ from raybert.serve.client import Client, ServerError
 from raybert.serve.deploy.haproxy import SCRATCH_PREFIX, serve_environment, uses_haproxy
 from raybert.serve.deploy.haproxy_config import TemplateChangedError, check_template
 from raybert.serve.deploy.ports import check_port
-from raybert.serve.deploy.status import State, reason
+from raybert.serve.deploy.status import State, extract_error
 from raybert.serve.http.authentication import read_keys
 from raybert.serve.settings import ServeConfig
 
-ANSWER_S = 30.0  # for the address to answer, once Serve says that all is well
-_EVERY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # that stand for all of a machine's addresses
+ANSWER_S = 30.0  # for the first answer, once Serve reports that replicas run
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # all addresses of the machine
 
 
 @contextmanager
 def serving(
     config: ServeConfig, ray_config: RayConfig, *, on_progress: Callable[[str], None]
 ) -> Iterator[str]:
-    """Serve for as long as the context lasts; requests that have begun are answered at its end.
+    """Serve while the context lasts; running requests are completed at its end.
 
     Args:
-        config: what is served, and how; `model` is set.
-        ray_config: which Ray to use.
-        on_progress: is told how far it is.
+        config: `model` or `fill_mask` is set.
+        ray_config: the Ray to use.
+        on_progress: gets a line per step.
 
     Yields:
         The address, `http://127.0.0.1:8000`.
 
     Raises:
-        UserError: no such model or certificate, the port is taken, Ray does not start.
-        RaybertError: no replica comes up, or the address does not answer.
+        UserError: a model or certificate is missing or invalid, the port is taken, or Ray does not
+            start.
+        RaybertError: no replica starts, or the address does not answer.
     """
     digests = read_keys(config.keys)
     on_cluster = bool(ray_config.address or os.environ.get("RAY_ADDRESS"))
@@ -58,29 +59,30 @@ def serving(
         check_port(config.host, config.port)
         check_certificate(config)
         config = config.model_copy(update={"threads": config.threads or _threads(config)})
-    # One replica more than there are, for an update starts the new ones first.
+    # One replica more, since an update starts new ones first.
     workers = math.ceil(config.cpus * (config.most_replicas + 1))
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir="/"))
     try:
         with environment({} if on_cluster else serve_environment(config, scratch, digests)):
-            from raybert.serve.deploy.deployment import check_is_closed, check_models, completed
+            from raybert.serve.deploy.deployment import check_access
+            from raybert.serve.deploy.resolve_models import check_models, resolve
 
             if not on_cluster and uses_haproxy(config):
                 _check_haproxy_template()
-            config = completed(config)
-            check_is_closed(config.host, digests)
-            check_models(config)  # before Ray is started for nothing
+            config = resolve(config)
+            check_access(config.host, digests)
+            check_models(config)
             with ray_session(ray_config, workers):
                 if not ray_config.logs:
                     logging.getLogger("ray.serve").setLevel(logging.ERROR)
                 try:
                     url = _deploy(config, digests, on_progress)
-                    if not on_cluster:  # whose head may be out of reach from here
+                    if not on_cluster:  # a cluster's head may be unreachable from here
                         check_answers(url)
                     yield url
                 finally:
-                    on_progress("answering what has begun")
-                    _end(on_cluster)
+                    on_progress("completing running requests")
+                    _stop(on_cluster)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -98,10 +100,10 @@ def _check_haproxy_template() -> None:
 
 
 def _deploy(config: ServeConfig, digests: list[str], on_progress: Callable[[str], None]) -> str:
-    """Start Serve where it does not run, and the application on it; returns its address."""
+    """Start Serve unless it runs, and the application on it; return the URL."""
     from ray import serve
 
-    from raybert.serve.deploy.deployment import APP, application, check_is_closed
+    from raybert.serve.deploy.deployment import APP, application, check_access
 
     options: dict[str, Any] = {"host": config.host, "port": config.port}
     if config.tls_cert is not None:
@@ -109,23 +111,23 @@ def _deploy(config: ServeConfig, digests: list[str], on_progress: Callable[[str]
     try:
         on_progress("starting Ray Serve")
         serve.start(http_options=options, proxy_location="EveryNode")
-        there = http_options()
-        check_is_closed(there.host, digests)  # of a Serve that others have started
+        http = http_options()
+        check_access(http.host, digests)  # Serve may have been started with another host
         on_progress("loading the model")
         serve.run(application(config, digests), name=APP, route_prefix="/")
     except (RuntimeError, TimeoutError) as error:
         state = serve.status().applications.get(APP)
-        told = [one.message for one in state.deployments.values()] if state else []
-        raise RaybertError(reason("\n".join([str(error), *told]))) from None
-    scheme = "https" if there.ssl_certfile else "http"
-    return f"{scheme}://{_shown(there.host)}:{there.port}"
+        messages = [one.message for one in state.deployments.values()] if state else []
+        raise RaybertError(extract_error("\n".join([str(error), *messages]))) from None
+    scheme = "https" if http.ssl_certfile else "http"
+    return f"{scheme}://{_url_host(http.host)}:{http.port}"
 
 
 def check_certificate(config: ServeConfig) -> None:
-    """Refuse a certificate that can't be used: Serve would say that it answers, and does not.
+    """Check the certificate: with an invalid one Serve reports success and does not answer.
 
     Raises:
-        UserError: a file can't be read, or it is not a certificate and its own key.
+        UserError: a file can't be read, or they are not a certificate and its key.
     """
     if config.tls_cert is None or config.tls_key is None:
         return
@@ -139,85 +141,88 @@ def check_certificate(config: ServeConfig) -> None:
             ) from None
     try:
         cert, key = (Path(given).expanduser() for given in files.values())
-        # Without a password: OpenSSL would ask for one on the terminal, of every process.
+        # With a password callback, since OpenSSL would prompt for one in every process.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: "")
     except (ssl.SSLError, ValueError) as error:
-        reason = getattr(error, "reason", None) or "can't be read"
+        problem = getattr(error, "reason", None) or "can't be read"
         raise UserError(
             f"serve.tls_cert={config.tls_cert}, serve.tls_key={config.tls_key}: "
-            f"{reason.lower().replace('_', ' ')}; name a certificate and its own key, in PEM form "
+            f"{problem.lower().replace('_', ' ')}; name a certificate and its own key, in PEM form "
             "and without a password"
         ) from None
 
 
 def check_answers(url: str) -> None:
-    """Ask for an answer where clients will: Serve's word is of its replicas, not of what is before.
+    """Wait until the address answers: Serve reports on its replicas, and not on the ingress.
 
     Raises:
-        RaybertError: none comes within ANSWER_S.
+        RaybertError: it does not answer within ANSWER_S.
     """
     parts = urlsplit(url)
-    host = _shown(_EVERY.get(parts.hostname or "", parts.hostname or ""))
+    host = _url_host(_WILDCARDS.get(parts.hostname or "", parts.hostname or ""))
     context = ssl.create_default_context()
-    context.check_hostname = False  # whom it is for, only clients know; nothing secret is sent
+    context.check_hostname = False  # its names are for clients; nothing secret is sent
     context.verify_mode = ssl.CERT_NONE
-    asked = f"{parts.scheme}://{host}:{parts.port}"
+    address = f"{parts.scheme}://{host}:{parts.port}"
     try:
-        with Client(asked, timeout_s=5, patience_s=ANSWER_S, context=context) as client:
+        with Client(address, timeout_s=5, patience_s=ANSWER_S, context=context) as client:
             client.ready()
     except ServerError as error:
         raise RaybertError(
-            f"{url}: the replicas run, and /health/ready has no answer ({error}); "
-            f"the logs in {log_folder()} say more"
+            f"{url}: the replicas run, but /health/ready does not answer ({error}); "
+            f"see the logs in {log_folder()}"
         ) from None
 
 
 def log_folder() -> Path | None:
-    """Where the replicas of a Ray that was started here write their log; None elsewhere."""
-    found = logs_folder()
-    return None if found is None else found / "serve"
+    """Return the folder of the replicas' logs, if Ray was started here."""
+    folder = logs_folder()
+    return None if folder is None else folder / "serve"
 
 
-def state() -> State | None:
-    """How the application is, as Serve sees it; None: it is not there any more."""
+def read_state() -> State | None:
+    """Ask Serve for the state of the application; None: it was deleted."""
     from ray import serve
 
     from raybert.serve.deploy.deployment import APP
 
     status = serve.status()
-    if not status.proxies:  # which is also what a controller that is slow to answer leads to
+    if not status.proxies:  # also where the controller does not answer in time
         return State(0, "Ray Serve does not run, or does not answer")
-    found = status.applications.get(APP)
-    if found is None:
+    application = status.applications.get(APP)
+    if application is None:
         return None
-    deployments = found.deployments.values()
+    deployments = application.deployments.values()
     running = sum(
         count for one in deployments for at, count in one.replica_states.items() if at == "RUNNING"
     )
-    trouble = ""
-    if found.status in ("UNHEALTHY", "DEPLOY_FAILED"):
-        trouble = reason("\n".join([found.message, *(one.message for one in deployments)]))
-    return State(running, trouble)
+    problem = ""
+    if application.status in ("UNHEALTHY", "DEPLOY_FAILED"):
+        problem = extract_error(
+            "\n".join([application.message, *(one.message for one in deployments)])
+        )
+    return State(running, problem)
 
 
-def _end(on_cluster: bool) -> None:
-    """Take the application away, once its replicas have drained."""
+def _stop(on_cluster: bool) -> None:
+    """Delete the application; its replicas drain first."""
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
     from raybert.serve.deploy.deployment import APP
 
     if on_cluster:
-        with suppress(RayServeException):  # somebody has ended Serve
+        with suppress(RayServeException):  # Serve was shut down
             serve.delete(APP)
     else:
         serve.shutdown()
 
 
 def _threads(config: ServeConfig) -> int:
-    """A replica's share of the cores of this machine."""
+    """Return a replica's share of the machine's cores."""
     return max(1, cores() // config.most_replicas)
 
 
-def _shown(host: str) -> str:
+def _url_host(host: str) -> str:
+    """Return a host as it is written in a URL."""
     return f"[{host}]" if ":" in host else host

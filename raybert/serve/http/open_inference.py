@@ -1,80 +1,165 @@
-"""The Open Inference Protocol, version 2: texts as BYTES in, labels and scores as tensors out."""
+"""The Open Inference Protocol, version 2: texts as BYTES in, labels and scores as tensors out.
+
+Metadata (`/v2`, `/v2/models/NAME`), readiness and `POST /v2/models/NAME/infer`. Each path of a
+model exists with and without `/versions/VERSION`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from raybert.serve.http import schemas
-from raybert.serve.http.schemas import InferRequest
-from raybert.serve.runtime.loaded_model import LoadedModel
+from fastapi import FastAPI, Request
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
+
+from raybert import __version__
+from raybert.serve import request_errors
+from raybert.serve.http.admission import TEXT_COUNT
+from raybert.serve.http.json_route import JSONRoute, content_type
+from raybert.serve.http.openapi import error_responses, example
+from raybert.serve.http.schemas import InferRequest, check_texts
+from raybert.serve.http.server_routes import check_ready
+from raybert.serve.request_errors import RequestError
+from raybert.serve.runtime.canary import Scored
+from raybert.serve.runtime.loaded_models import LoadedModel
 from raybert.serve.runtime.service import Service
 
-INPUT = {"name": "text", "datatype": "BYTES", "shape": [-1]}
-
-
-def describe(served: LoadedModel) -> dict[str, Any]:
-    """A model's metadata."""
-    return {
-        "name": served.name,
-        "versions": [served.version],
-        "platform": "raybert_pytorch",
-        "inputs": [INPUT],
+_MODEL = "/v2/models/{name}"
+_VERSION = _MODEL + "/versions/{version}"
+_ALSO = f"also at {_VERSION}"
+_INPUT = {"name": "text", "datatype": "BYTES", "shape": [-1]}
+_OUTPUTS = ("label", "scores")
+_TEXT = "The plot was thin, but the actors made it a joy to watch."
+_EXAMPLE = example(
+    request={"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [_TEXT]}]},
+    response={
+        "model_name": "reviews",
+        "model_version": "v1",
         "outputs": [
-            {"name": "label", "datatype": "BYTES", "shape": [-1]},
-            {"name": "scores", "datatype": "FP32", "shape": [-1, len(served.labels)]},
+            {"name": "label", "datatype": "BYTES", "shape": [1], "data": ["pos"]},
+            {"name": "scores", "datatype": "FP32", "shape": [1, 2], "data": [0.09, 0.91]},
         ],
-        "parameters": {"labels": served.labels},
-    }
+    },
+)
 
 
-def find(service: Service, name: str, version: str | None) -> LoadedModel:
-    """A model by name, and by the version that a path may ask for.
+class InferRoute(JSONRoute):
+    """Accepts a body without Content-Type, as clients of the protocol send it."""
 
-    Raises:
-        Refused: there is none.
-    """
-    served = service.find(name)
-    if version is not None and version != served.version:
-        raise schemas.not_found(f"no such version of {name}; version {served.version} is served")
-    return served
+    def check_headers(self, headers: Headers) -> None:
+        """Raise RequestError, 415, for a body that is not JSON."""
+        if "inference-header-content-length" in headers:
+            message = "tensors are read as JSON here, not as binary data"
+            raise RequestError(415, "Validation", message)
+        if content_type(headers):
+            super().check_headers(headers)
 
 
-async def infer(
-    service: Service, name: str, version: str | None, request: InferRequest
-) -> dict[str, Any]:
-    """Label the texts of a request.
+def add_open_inference_routes(app: FastAPI, service: Service) -> None:
+    """Add the protocol's routes, except its health checks."""
 
-    Returns:
-        Outputs `label` [n], the likeliest one, and `scores` [n, labels], calibrated probabilities
-        in the order of the metadata's labels; or those of them that were asked for.
+    def find(name: str, request: Request) -> LoadedModel:
+        model, version = service.find(name), request.path_params.get("version")
+        if version is not None and version != model.version:
+            raise request_errors.not_found(
+                f"no such version of {name}; version {model.version} is served"
+            )
+        return model
 
-    Raises:
-        Refused: it can't be answered.
-    """
-    find(service, name, version)
-    texts = _texts(request)
-    truncate = (request.parameters or {}).get("truncate")
-    if not (truncate is None or isinstance(truncate, bool)):
-        raise schemas.invalid("parameters.truncate: true or false")
-    wanted = [output.name for output in request.outputs or []] or ["label", "scores"]
-    for output in wanted:
-        if output not in ("label", "scores"):
-            raise schemas.invalid("outputs: known are label, scores")
-    checked = service.check_texts(texts)
-    with service.refusing():
+    @app.get("/v2", responses=error_responses(401), summary="The server's metadata")
+    async def server_metadata() -> dict[str, Any]:
+        return {"name": "raybert", "version": __version__, "extensions": []}
+
+    @app.get(_VERSION, include_in_schema=False)
+    @app.get(_MODEL, responses=error_responses(401, 404), summary=f"A model's metadata; {_ALSO}")
+    async def model_metadata(name: str, request: Request) -> dict[str, Any]:
+        model = find(name, request)
+        return {
+            "name": model.name,
+            "versions": [model.version],
+            "platform": "raybert_pytorch",
+            "inputs": [_INPUT],
+            "outputs": [
+                {"name": "label", "datatype": "BYTES", "shape": [-1]},
+                {"name": "scores", "datatype": "FP32", "shape": [-1, len(model.labels)]},
+            ],
+            "parameters": {"labels": model.labels},
+        }
+
+    @app.get(f"{_VERSION}/ready", include_in_schema=False)
+    @app.get(
+        f"{_MODEL}/ready",
+        responses=error_responses(401, 404, 503),
+        summary=f"Whether a model is ready; {_ALSO}/ready",
+    )
+    async def model_ready(name: str, request: Request) -> dict[str, Any]:
+        return {"name": find(name, request).name, **check_ready(service)}
+
+    async def infer(name: str, body: InferRequest, request: Request) -> Response:
+        request.scope[TEXT_COUNT] = sum(len(tensor.data) for tensor in body.inputs)
+        find(name, request)
+        given, outputs, truncate = _parse(body)
+        texts = check_texts(given, service.config.max_texts)
         async with asyncio.timeout(service.config.timeout_s):
-            # Named, so that no canary answers: whoever asks for a model gets that one.
-            logits, served = await service.score(checked, name, truncate)
-    scores = served.classifier.calibrated(logits)
+            # By its name a request gets exactly this model, and never the canary.
+            scored = await service.score(texts, name, truncate)
+        answer: dict[str, Any] = {
+            "model_name": scored.model.name,
+            "model_version": scored.model.version,
+        }
+        if body.id is not None:
+            answer["id"] = body.id
+        tensors = _output_tensors(scored)
+        return JSONResponse({**answer, "outputs": [tensors[output] for output in outputs]})
+
+    summary = f"Classify texts, as tensors; {_ALSO}/infer"
+    for path, in_schema in ((_MODEL, True), (_VERSION, False)):
+        app.router.add_api_route(
+            f"{path}/infer",
+            infer,
+            methods=["POST"],
+            route_class_override=InferRoute,
+            response_model=dict[str, Any],
+            include_in_schema=in_schema,
+            summary=summary,
+            **_EXAMPLE,
+        )
+
+
+def _parse(body: InferRequest) -> tuple[list[str], Sequence[str], bool | None]:
+    """Return the texts, the names of the requested outputs, and the parameter truncate.
+
+    Raises:
+        RequestError: 422, the tensor's shape, an output or a parameter is invalid.
+    """
+    if not body.inputs:
+        raise request_errors.invalid("inputs: this model has one, text; got none")
+    [tensor] = body.inputs
+    if any(size < 0 for size in tensor.shape) or math.prod(tensor.shape) != len(tensor.data):
+        raise request_errors.invalid(f"inputs.0.shape: does not fit {len(tensor.data):,} texts")
+    truncate = (body.parameters or {}).get("truncate")
+    if not (truncate is None or isinstance(truncate, bool)):
+        raise request_errors.invalid("parameters.truncate: true or false")
+    outputs = [output.name for output in body.outputs or []] or _OUTPUTS
+    for output in outputs:
+        if output not in _OUTPUTS:
+            raise request_errors.invalid("outputs: known are label, scores")
+    return tensor.data, outputs, truncate
+
+
+def _output_tensors(scored: Scored) -> dict[str, dict[str, Any]]:
+    """Return `label` [n], the likeliest, and `scores` [n, labels], calibrated probabilities."""
+    scores = scored.model.classifier.calibrated(scored.logits)
     best = scores.argmax(axis=1)
-    outputs = {
+    return {
         "label": {
             "name": "label",
             "datatype": "BYTES",
-            "shape": [len(texts)],
-            "data": [served.labels[i] for i in best],
+            "shape": [len(scores)],
+            "data": [scored.model.labels[i] for i in best],
         },
         "scores": {
             "name": "scores",
@@ -83,16 +168,3 @@ async def infer(
             "data": [round(float(score), 6) for score in scores.ravel()],
         },
     }
-    answer: dict[str, Any] = {"model_name": served.name, "model_version": served.version}
-    if request.id is not None:
-        answer["id"] = request.id
-    return {**answer, "outputs": [outputs[name] for name in wanted]}
-
-
-def _texts(request: InferRequest) -> list[str]:
-    if not request.inputs:
-        raise schemas.invalid("inputs: this model has one, text; got none")
-    [given] = request.inputs
-    if any(size < 0 for size in given.shape) or math.prod(given.shape) != len(given.data):
-        raise schemas.invalid(f"inputs.0.shape: does not fit {len(given.data):,} texts")
-    return given.data

@@ -1,4 +1,4 @@
-"""The OpenAPI document: bodies are read by hand, so that their schemas are added by hand."""
+"""The parts of the OpenAPI document that FastAPI does not derive from the routes."""
 
 from __future__ import annotations
 
@@ -7,80 +7,53 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from raybert.serve.http.schemas import Body, Error, FillMaskRequest, InferRequest, PredictRequest
+from raybert.serve.http.schemas import Error
 
 Responses = dict[int | str, dict[str, Any]]
 
-#: When a request is answered with which status, for the document.
-_REFUSALS = {
+_ERRORS = {
     400: "there is no text, or no JSON",
-    401: "no key of this server's, where it has some",
+    401: "the server has keys, and the request has none of them",
     404: "no such model",
     408: "the body did not come in time",
-    413: "more than is taken at once: bytes, texts, tokens, or texts to explain",
-    415: "it is not sent as JSON",
-    422: "it has another form; the error names the key",
+    413: "a limit is exceeded: bytes, texts, tokens, or texts to explain",
+    415: "the body is not sent as JSON",
+    422: "the body has another form; the error names the key",
     424: "the model failed on it",
-    429: "too much waits; Retry-After says for how many seconds",
-    504: "there was no answer in time",
+    429: "the queue is full; Retry-After says for how many seconds",
+    503: "a batch does not end, or no replica is ready",
+    504: "the answer took too long",
 }
-_STUCK = {503: "a batch does not end, or no replica is ready"}
-_TEXT = "The plot was thin, but the actors made it a joy to watch."
-_SCORES = [{"label": "pos", "score": 0.91}, {"label": "neg", "score": 0.09}]
-_TENSOR = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [_TEXT]}
-_LABEL = {"name": "label", "datatype": "BYTES", "shape": [1], "data": ["pos"]}
-_SHARES = {"name": "scores", "datatype": "FP32", "shape": [1, 2], "data": [0.09, 0.91]}
-#: A request of each form, and its answer.
-_EXAMPLES: dict[type[Body], tuple[Any, Any]] = {
-    PredictRequest: ({"inputs": _TEXT}, _SCORES),
-    FillMaskRequest: (
-        {"inputs": "I liked this [MASK].", "top_k": 1},
-        [[{"token_str": "movie", "score": 0.5}]],
-    ),
-    InferRequest: (
-        {"inputs": [_TENSOR]},
-        {"model_name": "reviews", "model_version": "v1", "outputs": [_LABEL, _SHARES]},
-    ),
-}
-_FASTAPIS = "Validation Error"  # which FastAPI adds, and nothing here answers with
-_DEFINED = "#/components/schemas/{model}"
+_BODY_ERRORS = (400, 401, 404, 408, 413, 415, 422, 424, 429, 504)
+_FASTAPI_422 = "Validation Error"  # which FastAPI documents for every path parameter
 
 
-def described(model: type[Body]) -> dict[str, Any]:
-    """What a route is given that takes a form: its body, its answers, an example of both."""
-    asked, answer = _EXAMPLES[model]
-    reference = {"$ref": _DEFINED.format(model=model.__name__)}
-    taken = {"application/json": {"schema": reference, "example": asked}}
-    answered = {"description": "Answered", "content": {"application/json": {"example": answer}}}
+def error_responses(*statuses: int) -> Responses:
+    """Return `responses` of a route that answers with these errors."""
+    return {status: {"model": Error, "description": _ERRORS[status]} for status in statuses}
+
+
+def example(request: Any, response: Any) -> dict[str, Any]:
+    """Return the keyword arguments of a route with a body: an example, and its errors."""
+    body = {"content": {"application/json": {"example": request}}}
+    answer = {"description": "Answered", "content": {"application/json": {"example": response}}}
     return {
-        "openapi_extra": {"requestBody": {"required": True, "content": taken}},
-        "responses": {200: answered, **refused(*_REFUSALS)},
+        "openapi_extra": {"requestBody": body},
+        "responses": {200: answer, **error_responses(*_BODY_ERRORS)},
     }
 
 
-def refused(*statuses: int) -> Responses:
-    """What a route is given that may refuse."""
-    told = _REFUSALS | _STUCK
-    return {status: {"model": Error, "description": told[status]} for status in statuses}
-
-
 def openapi(app: FastAPI) -> dict[str, Any]:
-    """Make the document, once."""
+    """Return the document; it is made once."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        components = document.setdefault("components", {})
-        schemas = components.setdefault("schemas", {})
-        for methods in document["paths"].values():
-            for operation in methods.values():
-                if operation["responses"].get("422", {}).get("description") == _FASTAPIS:
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                if operation["responses"].get("422", {}).get("description") == _FASTAPI_422:
                     del operation["responses"]["422"]
         for name in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(name, None)
-        for model in (PredictRequest, FillMaskRequest, InferRequest):
-            schema = model.model_json_schema(ref_template=_DEFINED)
-            schemas.update(schema.pop("$defs", {}))
-            schemas[model.__name__] = schema
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}, {}]  # {}: where no keys are set
+            document["components"]["schemas"].pop(name, None)
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}, {}]  # {}: for a server without keys
         app.openapi_schema = document
     return app.openapi_schema

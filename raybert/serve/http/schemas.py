@@ -1,248 +1,214 @@
-"""What requests may say, and what is answered where one can't be: text-embeddings-inference's form.
-
-Bodies are parsed from bytes in one step: what is no valid JSON, no UTF-8 or too deep is refused
-there. What is refused is told in a line without the input.
-"""
+"""Request and response bodies, in the forms of text-embeddings-inference and Open Inference v2."""
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
-FULL = "x-raybert-full"  # the header of a replica's refusals while its queue is full
-QUEUED = ("/predict", "/infer")  # how the paths end of what wants the queue
-_MOST_MISTAKES = 100  # of a body that are looked at: each takes time, and a megabyte has 100,000
-_MOST_SHOWN = 60  # characters of a key that nobody knows
+from raybert.serve import request_errors
+from raybert.serve.request_errors import RequestError
 
-
-class RequestError(Exception):
-    """A request that is not answered: a status, and a line that says why."""
-
-    def __init__(
-        self, status: int, kind: str, message: str, headers: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.message = status, kind, message
-        self.headers = headers or {}
-
-    @property
-    def body(self) -> dict[str, str]:
-        """What is answered."""
-        return {"error": self.message, "error_type": self.kind}
+_MAX_DESCRIBED_ERRORS = 100  # describing one takes 3 µs, and a megabyte can have 100,000
+_MAX_KEY_LENGTH = 60  # characters of an unknown key in a message
 
 
-def empty(what: str) -> RequestError:
-    """There is nothing to read."""
-    return RequestError(400, "Empty", f"{what} is empty; give it a text")
-
-
-def too_large(message: str) -> RequestError:
-    """There is more than is taken at once."""
-    return RequestError(413, "Validation", message)
-
-
-def invalid(message: str) -> RequestError:
-    """It has another form than asked for."""
-    return RequestError(422, "Validation", message)
-
-
-def unreadable(message: str) -> RequestError:
-    """The text can't be turned into tokens as asked."""
-    return RequestError(422, "Tokenizer", message)
-
-
-def not_found(message: str) -> RequestError:
-    """There is no such thing here."""
-    return RequestError(404, "NotFound", message)
-
-
-def overloaded(wait_s: float) -> RequestError:
-    """Too much waits already."""
-    seconds = max(1, math.ceil(wait_s))
-    message = f"the server is busy; try again in {seconds} s"
-    return RequestError(429, "Overloaded", message, {"Retry-After": str(seconds)})
-
-
-def timed_out(seconds: float) -> RequestError:
-    """The answer took too long."""
-    return RequestError(504, "Timeout", f"no answer within {seconds:g} s; shorten the request")
-
-
-def failed() -> RequestError:
-    """The model could not compute it."""
-    return RequestError(
-        424, "Backend", "the model failed on this request; the server's log says why"
-    )
-
-
-class Body(BaseModel):
-    """A request's body: closed to keys that it does not know, and to values of other types."""
+class _Closed(BaseModel):
+    """Accepts neither unknown keys nor values of other types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-def _unwrapped(given: Any) -> Any:
-    """Several texts as text-embeddings-inference asks for them, each in a list of its own."""
-    is_wrapped = isinstance(given, list) and all(
-        isinstance(one, list) and len(one) == 1 for one in given
+class RequestBody(_Closed):
+    """A request's body; a mistake in it raises RequestError with one line, without the input."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _reject_in_one_line(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            raise _describe(error, list(cls.model_fields)) from None
+
+
+def _describe(error: ValidationError, keys: Sequence[str]) -> RequestError:
+    """Describe the first mistake; of very many mistakes only their number."""
+    known = ", ".join(keys)
+    if error.error_count() > _MAX_DESCRIBED_ERRORS:
+        return request_errors.invalid(f"{error.error_count():,} mistakes; known keys are {known}")
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    location, message = first["loc"], str(first["msg"])
+    union_member = str(location[1]) if len(location) > 1 else ""
+    if location[:1] == ("inputs",) and union_member.startswith(("str", "list")):
+        return request_errors.invalid("inputs: give a text, or a list of texts")
+    path = ".".join(_shorten(str(part)) for part in location) or "the body"
+    if first["type"] == "extra_forbidden":
+        return request_errors.invalid(f"unknown key {path}; known are {known}")
+    return request_errors.invalid(f"{path}: {message[0].lower()}{message[1:]}")
+
+
+def _shorten(key: str) -> str:
+    return key if len(key) <= _MAX_KEY_LENGTH else f"{key[:_MAX_KEY_LENGTH]}..."
+
+
+def _unwrap(value: Any) -> Any:
+    """Turn `[["a"], ["b"]]`, as text-embeddings-inference documents it, into `["a", "b"]`."""
+    is_wrapped = isinstance(value, list) and all(
+        isinstance(item, list) and len(item) == 1 for item in value
     )
-    return [text for [text] in given] if is_wrapped else given
+    return [text for [text] in value] if is_wrapped else value
 
 
-def _flat(given: Any) -> Any:
-    """A tensor's elements in their order: the protocol lets lists be nested as its shape is."""
-    while isinstance(given, list) and given and all(isinstance(one, list) for one in given):
-        given = [inner for one in given for inner in one]
-    return given
+def _flatten(value: Any) -> Any:
+    """Return a tensor's elements in order; the protocol allows lists nested as its shape is."""
+    while isinstance(value, list) and value and all(isinstance(item, list) for item in value):
+        value = [inner for item in value for inner in item]
+    return value
 
 
-_Alone = Annotated[list[str], Field(min_length=1, max_length=1)]
+_SingleText = Annotated[list[str], Field(min_length=1, max_length=1)]
 Texts = Annotated[
     str | Annotated[list[str], Field(fail_fast=True)],
     Field(
         union_mode="left_to_right",
-        description="a text, or several, each alone or in a list of its own",
+        description="a text, or a list of texts; each may be in a list of its own",
         examples=["The plot was thin, but the actors made it a joy to watch."],
     ),
-    BeforeValidator(_unwrapped, json_schema_input_type=str | list[str] | list[_Alone]),
+    BeforeValidator(_unwrap, json_schema_input_type=str | list[str] | list[_SingleText]),
 ]
 
 
-class PredictRequest(Body):
-    """Texts to label."""
+class PredictRequest(RequestBody):
+    """Texts to classify."""
 
     inputs: Texts
     truncate: bool | None = Field(
         None,
         description="true: a text past the model's length loses its middle, as in training; false: "
-        "it is read in windows and their scores are averaged; null: as the server is set",
+        "it is read in windows whose scores are averaged; null: as the server is configured",
     )
     truncation_direction: Literal["Left", "Right", "left", "right"] | None = Field(
         None,
-        description="as text-embeddings-inference's clients send it; without effect, for what is "
-        "cut is the middle",
+        description="accepted for text-embeddings-inference's clients and ignored: truncation "
+        "removes the middle",
     )
     parameters: dict[str, Any] | None = Field(
-        None, max_length=0, description="as huggingface_hub's client sends it: with nothing in it"
+        None, max_length=0, description="accepted, when empty, for huggingface_hub's client"
     )
     raw_scores: bool = Field(False, description="logits in place of probabilities")
-    all_scores: bool = Field(True, description="all labels, the likeliest first; false: that one")
-    explain: bool = Field(False, description="a weight for each word, too")
-    model: str | None = Field(None, description="which, where several are served; null: the first")
+    all_scores: bool = Field(
+        True, description="all labels, the likeliest first; false: only the likeliest"
+    )
+    explain: bool = Field(False, description="add a weight for each word")
+    model: str | None = Field(
+        None, description="name of the model, where several are served; null: the first"
+    )
 
 
-class FillMaskRequest(Body):
-    """Texts with masks to fill in."""
+class FillMaskRequest(RequestBody):
+    """Texts with masks to fill."""
 
     inputs: Texts
-    top_k: int = Field(5, ge=1, le=100, description="guesses for each mask")
+    top_k: int = Field(5, ge=1, le=100, description="predictions for each mask")
 
 
-class InferInput(Body):
+class InferInput(_Closed):
     """A tensor of the Open Inference Protocol: texts."""
 
     name: str = "text"
-    # Its product is formed, which of a megabyte of factors would take seconds.
+    # Bounded, since the product of its elements is computed.
     shape: Annotated[list[int], Field(fail_fast=True, max_length=8)]
     datatype: Literal["BYTES"]
     data: Annotated[
         list[str],
         Field(fail_fast=True, description="the texts, flat or nested as the shape is"),
-        BeforeValidator(_flat, json_schema_input_type=list[Any]),
+        BeforeValidator(_flatten, json_schema_input_type=list[Any]),
     ]
     parameters: dict[str, Any] | None = None
 
 
-class InferOutput(Body):
-    """An output that is asked for."""
+class InferOutput(_Closed):
+    """A requested output."""
 
     name: str = Field(description="label or scores")
     parameters: dict[str, Any] | None = None
 
 
-class InferRequest(Body):
+class InferRequest(RequestBody):
     """A request of the Open Inference Protocol, version 2."""
 
     id: str | None = Field(None, max_length=256)
     inputs: Annotated[list[InferInput], Field(fail_fast=True, max_length=1)]
-    # Each is answered in full: many would make a small request a large answer.
+    # Bounded: each output is sent in full, and a small request would get a large response.
     outputs: Annotated[list[InferOutput], Field(fail_fast=True, max_length=2)] | None = None
     parameters: dict[str, Any] | None = Field(None, description="truncate: as in PredictRequest")
 
 
 class Score(BaseModel):
-    """A label and how likely it is."""
+    """A label with its probability."""
 
     label: str
     score: float
 
 
-class WeighedWord(BaseModel):
-    """A word, where it stands in the text in characters, and what it weighed."""
+class WordWeight(BaseModel):
+    """A word, its position in the text in characters, and its weight."""
 
     text: str
     start: int
     end: int
-    weight: float = Field(description="above 0: it spoke for the likeliest label")
+    weight: float = Field(description="positive: it supports the likeliest label")
 
 
 class Explained(BaseModel):
-    """Scores with the words that decided."""
+    """Scores with the weights of words."""
 
     predictions: list[Score] = Field(description="the likeliest first")
-    words: list[WeighedWord] = Field(description="in the text's order")
+    words: list[WordWeight] = Field(description="in the order of the text")
     error: float = Field(
-        description="how far the weights are from summing to the likeliest label's logit over the "
-        "others' mean, less the same for the text with all words masked"
+        description="difference between the sum of the weights and the decision: the likeliest "
+        "label's logit over the mean of the others, less the same for the text with all words "
+        "masked"
     )
 
 
-class Guess(BaseModel):
-    """A token, and how likely it is in a mask's place."""
+class TokenScore(BaseModel):
+    """A token with its probability in place of a mask."""
 
     token_str: str
     score: float
 
 
 class Error(BaseModel):
-    """Why a request was refused."""
+    """Why a request was rejected."""
 
     error: str
     error_type: str
 
 
-B = TypeVar("B", bound=Body)
-
-
-def parse(model: type[B], body: bytes) -> B:
-    """Read a body.
+def check_texts(inputs: str | Sequence[str], max_texts: int) -> Sequence[str]:
+    """Return the texts of a request as a list.
 
     Raises:
-        Refused: 400, it is no JSON; 422, it has another form.
+        RequestError: 400, there is none or one is empty; 413, there are too many.
     """
-    if not body.strip():
-        raise RequestError(400, "Validation", "the request has no body; send JSON")
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        if error.error_count() > _MOST_MISTAKES:
-            known = ", ".join(model.model_fields)
-            raise invalid(f"{error.error_count():,} mistakes; known keys are {known}") from None
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    if first["type"] == "json_invalid":
-        raise RequestError(400, "Validation", str(first["msg"]))
-    kind = str(first["loc"][1]) if len(first["loc"]) > 1 else ""
-    if first["loc"][:1] == ("inputs",) and kind.startswith(("str", "list")):
-        raise invalid("inputs: give a text, or a list of texts")
-    path = ".".join(_shown(part) for part in first["loc"]) or "the body"
-    if first["type"] == "extra_forbidden":
-        known = ", ".join(model.model_fields)
-        raise invalid(f"unknown key {path}; known are {known}")
-    raise invalid(f"{path}: {str(first['msg'])[0].lower()}{str(first['msg'])[1:]}")
-
-
-def _shown(part: int | str) -> str:
-    text = str(part)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    texts = [inputs] if isinstance(inputs, str) else inputs
+    if not texts:
+        raise request_errors.empty("inputs")
+    if len(texts) > max_texts:
+        raise request_errors.too_large(
+            f"{len(texts):,} texts are more than the {max_texts:,} that are read in a request"
+        )
+    for index, text in enumerate(texts):
+        if not text.strip():
+            raise request_errors.empty("inputs" if len(texts) == 1 else f"inputs.{index}")
+    return texts

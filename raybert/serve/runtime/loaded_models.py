@@ -1,82 +1,173 @@
-"""Which models a replica holds, and how it follows the registry without a restart."""
+"""The models in a replica's memory, and how they follow the registry without a restart."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import logging
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from raybert.errors import ConfigError, RaybertError, StorageError
 from raybert.inference import precision_choice
+from raybert.inference.classifier import TextClassifier
+from raybert.inference.explanations import Explainer
 from raybert.inference.fill_mask import MaskFiller
-from raybert.serve.runtime import loaded_model
-from raybert.serve.runtime.loaded_model import LoadedModel, ModelSource
+from raybert.inference.windows import Row, pool
+from raybert.model import huggingface
+from raybert.serve.runtime.batching import Batcher, ModelFailed
 from raybert.serve.runtime.metrics import Metrics
+from raybert.serve.runtime.model_sources import ModelSource, find_source
 from raybert.serve.runtime.threads import ModelThreads, run_in_new_thread
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder
 
 
+class LoadedModel:
+    """One version of a classifier in memory, with its queue."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        folder: Folder,
+        config: ServeConfig,
+        threads: ModelThreads,
+        metrics: Metrics,
+        *,
+        device: str,
+        precision: str,
+    ) -> None:
+        """Load it, and run it once for each number of threads that it will run with.
+
+        Args:
+            source: where the model comes from.
+            folder: the model directory of this version.
+            config: batch size and queue.
+            threads: that compute its batches.
+            metrics: count its batches.
+            device: cpu or cuda.
+            precision: as in `TextClassifier`.
+
+        Raises:
+            UserError: there is no classifier in the folder.
+            DamagedError: a file is cut short or altered.
+        """
+        self.source, self.folder, self.name = source, folder, source.name
+        self.classifier = TextClassifier(folder, device=device, precision=precision)
+        if config.tokens_per_batch is not None:
+            self.classifier.tokens_per_batch = config.tokens_per_batch
+        self.weights_hash = huggingface.weights_hash(folder)
+        is_registered = source.registry is not None
+        self.version = folder.path.rstrip("/").rpartition("/")[2] if is_registered else ""
+        self.version = self.version or self.weights_hash[:8]
+
+        def count_batch(rows: int, tokens: int, seconds: float) -> None:
+            metrics.add("batches_total", model=self.name)
+            metrics.add("batch_texts_total", rows, model=self.name)
+            metrics.add("batch_tokens_total", tokens, model=self.name)
+            metrics.add("batch_seconds_total", seconds, model=self.name)
+
+        self.batcher = Batcher(
+            self.classifier.score,
+            threads,
+            tokens_per_batch=self.classifier.tokens_per_batch,
+            queue_s=config.queue_s,
+            wait_s=config.wait_ms / 1000,
+            on_batch=count_batch,
+        )
+        threads.warm_up(self.classifier.warm)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels, in the order of the scores."""
+        return self.classifier.labels
+
+    @functools.cached_property
+    def explainer(self) -> Explainer:
+        """The explainer, made at its first use; one thread at a time may use it."""
+        return Explainer(self.classifier)
+
+    def encode(self, texts: Sequence[str], *, windows: bool) -> tuple[list[Row], list[int]]:
+        """Tokenize texts; return rows and the number of rows of each text. Thread-safe."""
+        if not windows:
+            rows = self.classifier.encode(texts)
+            return rows, [1] * len(rows)
+        by_text = self.classifier.encode_windows(texts)
+        return [row for rows in by_text for row in rows], [len(rows) for rows in by_text]
+
+    async def score(self, rows: Sequence[Row], counts: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Compute the logits [texts, labels] of what `encode` returned.
+
+        Raises:
+            Overloaded: the queue is full.
+            ModelFailed: the model raised an exception, or logits are not finite.
+        """
+        logits = pool(await self.batcher.score(rows), counts)
+        if not np.isfinite(logits).all():
+            raise ModelFailed(ValueError("scores are not finite: the weights have diverged"))
+        return logits
+
+
 class LoadedModels:
-    """The models of a replica."""
+    """All models of a replica."""
 
     def __init__(
         self,
         config: ServeConfig,
-        workers: ModelThreads,
+        threads: ModelThreads,
         metrics: Metrics,
         log: logging.Logger,
         device: str,
     ) -> None:
-        """Start empty; models will compute in the workers' threads."""
-        self._config, self._workers, self._device = config, workers, device
+        """Start empty; the models will compute in `threads`."""
+        self._config, self._threads, self._device = config, threads, device
         self._metrics, self._log = metrics, log
-        self.served: dict[
-            str, LoadedModel
-        ] = {}  # classifiers by name; the first is meant by no name
+        self.classifiers: dict[str, LoadedModel] = {}  # by name; the first is the default
         self.canary: LoadedModel | None = None
-        self.filler: MaskFiller | None = None
-        self.filler_name = ""
-        self._failed: dict[str, str] = {}  # what could not be loaded, or why, by model
+        self.mask_filler: MaskFiller | None = None
+        self.mask_filler_name = ""
+        self._failed: dict[str, str] = {}  # by model, the last logged failure to load a version
 
     @property
-    def first(self) -> LoadedModel | None:
-        """The classifier that is meant by no name."""
-        return next(iter(self.served.values()), None)
+    def default(self) -> LoadedModel | None:
+        """The classifier for requests that name none."""
+        return next(iter(self.classifiers.values()), None)
 
     def all(self) -> list[LoadedModel]:
-        """All classifiers, the canary among them."""
-        return [*self.served.values(), *([self.canary] if self.canary else [])]
+        """Return all classifiers, including the canary."""
+        return [*self.classifiers.values(), *([self.canary] if self.canary else [])]
 
     def load(self) -> None:
-        """Load everything.
+        """Load all configured models.
 
         Raises:
-            UserError: a model is not there, or is none of its kind; two have one name.
+            UserError: a model does not exist or is of the wrong kind, or two have one name.
             DamagedError: a file is cut short or altered.
         """
         config = self._config
         if config.model is not None:
-            self._add(loaded_model.find(config.model, config.registry))
-        for name, given in config.models.items():
-            self._add(loaded_model.find(given, config.registry, name))
+            self._add(find_source(config.model, config.registry))
+        for name, location in config.models.items():
+            self._add(find_source(location, config.registry, name))
         if config.canary is not None:
-            source = loaded_model.find(config.canary.model, config.registry)
+            source = find_source(config.canary.model, config.registry)
             self.canary = self._load(source, source.current())
         if config.fill_mask is not None:
-            source = loaded_model.find(config.fill_mask, None, stage="pretrain")
-            self.filler = MaskFiller(source.current(), device=self._device)
-            self.filler_name = source.name
+            source = find_source(config.fill_mask, None, stage="pretrain")
+            self.mask_filler = MaskFiller(source.current(), device=self._device)
+            self.mask_filler_name = source.name
 
     def _add(self, source: ModelSource) -> None:
-        if source.name in self.served:
+        if source.name in self.classifiers:
             raise ConfigError(
                 f"serve.models: two models have the name {source.name}; give one another name"
             )
-        self.served[source.name] = self._load(source, source.current())
+        self.classifiers[source.name] = self._load(source, source.current())
 
     def _load(self, source: ModelSource, folder: Folder, like: str | None = None) -> LoadedModel:
-        """Load a version in the precision that all replicas take; `like`: that of another."""
+        """Load a version; with `precision: auto` prefer the precision of another one, `like`."""
         config, device = self._config, self._device
         precision: str = config.precision
         if precision == "auto":
@@ -85,58 +176,59 @@ class LoadedModels:
             source,
             folder,
             config,
-            self._workers,
+            self._threads,
             self._metrics,
             device=device,
             precision=precision,
         )
 
     async def watch(self) -> None:
-        """Look at the registry again and again, where a model comes from there."""
-        while any(served.source.storage is not None for served in self.all()):
+        """Refresh every `poll_s` seconds, if any model comes from the registry."""
+        while any(model.source.registry is not None for model in self.all()):
             await asyncio.sleep(self._config.poll_s)
             try:
                 await self.refresh()
-            except Exception:  # whatever a storage's client raises, the next look is due
-                self._log.exception("looking at the registry failed")
+            except Exception:  # a storage client may raise anything; the next poll tries again
+                self._log.exception("reading the registry failed")
 
     async def refresh(self) -> None:
-        """Take over the versions that the registry names now.
+        """Load the versions that are now current in the registry.
 
-        One that can't be loaded is told once in the log, and the version before serves on. Requests
-        that have begun are answered by the version that they began with.
+        A version that can't be loaded is logged once, and the previous one remains. Running
+        requests are completed by the version that they began with.
         """
-        for served in self.all():
-            source = served.source
-            if source.storage is None:
+        for model in self.all():
+            source = model.source
+            if source.registry is None:
                 continue
-            folder = served.folder
+            folder = model.folder
             try:
                 folder = await asyncio.to_thread(source.current)
-                if folder.uri in (served.folder.uri, self._failed.get(source.name)):
+                if folder.uri in (model.folder.uri, self._failed.get(source.name)):
                     continue
-                precision = served.classifier.precision
+                precision = model.classifier.precision
                 load = functools.partial(self._load, source, folder, precision)
-                new = await asyncio.to_thread(run_in_new_thread, load, self._workers.threads)
-            except StorageError as error:  # may be better the next time
+                new = await asyncio.to_thread(run_in_new_thread, load, self._threads.threads)
+            except StorageError as error:  # may be temporary
                 self._log.warning("model %s: %s", source.name, error)
             except RaybertError as error:
-                tried = str(error) if folder is served.folder else folder.uri
-                if self._failed.get(source.name) == tried:  # the registry itself is damaged
+                # Without a folder it is the registry that is damaged.
+                failure = str(error) if folder is model.folder else folder.uri
+                if self._failed.get(source.name) == failure:
                     continue
-                self._failed[source.name] = tried
+                self._failed[source.name] = failure
                 self._metrics.add("model_loads_total", model=source.name, outcome="refused")
                 self._log.error(
-                    "model %s: %s; version %s serves on", source.name, error, served.version
+                    "model %s: %s; version %s remains", source.name, error, model.version
                 )
             else:
-                self._replace(served, new)
+                self._replace(model, new)
 
     def _replace(self, old: LoadedModel, new: LoadedModel) -> None:
         if old is self.canary:
             self.canary = new
         else:
-            self.served[new.name] = new
+            self.classifiers[new.name] = new
         self._failed.pop(new.name, None)
         self._metrics.add("model_loads_total", model=new.name, outcome="loaded")
-        self._log.info("model %s: version %s now serves", new.name, new.version)
+        self._log.info("model %s: version %s is loaded", new.name, new.version)

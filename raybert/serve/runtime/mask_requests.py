@@ -1,4 +1,4 @@
-"""Answer a request to fill masks: its limits, and one text after the other in a thread."""
+"""The limits of a request to fill masks, and its tasks: one text each."""
 
 from __future__ import annotations
 
@@ -8,45 +8,41 @@ from collections.abc import Sequence
 from typing import Any
 
 from raybert.inference.fill_mask import MaskFiller
-from raybert.serve.http import schemas
-from raybert.serve.runtime.batching import Failed
-from raybert.serve.runtime.serial_executor import Turn
+from raybert.serve import request_errors
+from raybert.serve.runtime.batching import ModelFailed
+from raybert.serve.runtime.serial_executor import Slot
 
-_MOST_TEXTS = 32  # of a request: each is a pass through the model of its own
-_MOST_GUESSES = 10_000  # of a request, in all of its masks: 0.5 MB of answer, some 10 ms of JSON
+_MAX_TEXTS = 32  # of a request: each is a forward pass of its own
+_MAX_GUESSES = 10_000  # of a request, over all masks: 0.5 MB of response, some 10 ms of JSON
+
+Filled = list[list[dict[str, Any]]]  # for each mask of a text its guesses: token, probability
 
 
-async def fill(
-    filler: MaskFiller, texts: Sequence[str], top: int, turn: Turn
-) -> list[list[list[dict[str, Any]]]]:
-    """Answer a request: for each mask of each text `top` of {"token_str", "score"}.
-
-    Text by text, so that who goes away leaves at most one of them to be computed for nobody.
+async def fill_masks(
+    mask_filler: MaskFiller, texts: Sequence[str], top_k: int, slot: Slot
+) -> list[Filled]:
+    """Return the `top_k` likeliest tokens for each mask of each text.
 
     Raises:
-        Refused: there are too many texts, or guesses.
+        RequestError: 413, too many texts or guesses.
         DataError: a text has no mask, or is longer than the model reads.
-        Failed: the model failed.
+        ModelFailed: the model raised an exception, or probabilities are not finite.
     """
-    if len(texts) > _MOST_TEXTS:
-        raise schemas.too_large(
-            f"{len(texts)} texts are more than the {_MOST_TEXTS} whose masks are filled in a "
-            "request"
+    if len(texts) > _MAX_TEXTS:
+        raise request_errors.too_large(
+            f"{len(texts)} texts are more than the {_MAX_TEXTS} whose masks are filled in a request"
         )
-    guesses = top * await turn.run(lambda: sum(map(filler.count, texts)))
-    if guesses > _MOST_GUESSES:
-        raise schemas.too_large(
-            f"{guesses:,} guesses are more than the {_MOST_GUESSES:,} that are answered in a "
+    guesses = top_k * await slot.run(lambda: sum(map(mask_filler.count, texts)))
+    if guesses > _MAX_GUESSES:
+        raise request_errors.too_large(
+            f"{guesses:,} guesses are more than the {_MAX_GUESSES:,} that are answered in a "
             "request; send fewer masks, or a smaller top_k"
         )
-    return [await turn.run(functools.partial(_filled, filler, text, top)) for text in texts]
+    return [await slot.run(functools.partial(_fill, mask_filler, text, top_k)) for text in texts]
 
 
-def _filled(filler: MaskFiller, text: str, top: int) -> list[list[dict[str, Any]]]:
-    filled = filler.fill(text, top)
+def _fill(mask_filler: MaskFiller, text: str, top_k: int) -> Filled:
+    filled = mask_filler.fill(text, top_k)
     if not all(math.isfinite(guess["probability"]) for mask in filled for guess in mask):
-        raise Failed(ValueError("scores are not finite: the weights have diverged"))
-    return [
-        [{"token_str": guess["token"], "score": guess["probability"]} for guess in mask]
-        for mask in filled
-    ]
+        raise ModelFailed(ValueError("scores are not finite: the weights have diverged"))
+    return filled

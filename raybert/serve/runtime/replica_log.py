@@ -1,6 +1,6 @@
-"""A replica's log, written soon: Serve keeps a thousand lines in memory, and loses them at the end.
+"""Flush a replica's log: Serve buffers a thousand lines in memory, and loses them at the end.
 
-That saves a write a request. A write a second costs no more, and the log is there when it is read.
+The buffer saves a write per request. A write per second costs no more, and keeps the log current.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 
-WRITE_S = 1.0  # between two writes
+FLUSH_INTERVAL_S = 1.0
 
 
-def write(log: logging.Logger) -> None:
-    """Write what the handlers of a log still hold."""
+def flush(log: logging.Logger) -> None:
+    """Write what the log's handlers have buffered."""
     for handler in log.handlers:
         handler.flush()
 
 
-async def keep_written(log: logging.Logger) -> None:
-    """Write a log again and again, and once more at the end."""
+async def flush_regularly(log: logging.Logger) -> None:
+    """Flush a log every FLUSH_INTERVAL_S, and when this task is cancelled."""
     try:
         while True:
-            await asyncio.sleep(WRITE_S)
-            write(log)
+            await asyncio.sleep(FLUSH_INTERVAL_S)
+            flush(log)
     finally:
-        write(log)
+        flush(log)

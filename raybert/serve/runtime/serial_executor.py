@@ -1,8 +1,8 @@
-"""Work that no batch helps, such as explanations and masks: one piece at a time in a thread.
+"""Run what does not profit from batching, such as explanations and masks, one task at a time.
 
-A request has one place from its first piece to its last, so that what is let in is not refused in
-the middle; between its pieces others have their turn. Nobody can end a piece that has begun, but
-whoever goes away leaves those that have not: pieces should be short.
+A request holds one slot from its first task to its last, so that an accepted request is not
+rejected halfway; the tasks of several requests alternate. A running task can't be stopped, but a
+request that is cancelled leaves its other tasks undone: tasks should be short.
 
 All methods belong to one event loop.
 """
@@ -17,35 +17,35 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from raybert.errors import RaybertError
-from raybert.serve.runtime.batching import Failed, Overloaded
+from raybert.serve.runtime.batching import ModelFailed, Overloaded
 
 T = TypeVar("T")
 
-_MEMORY = 0.2  # weight of the newest request in the seconds that waiting is judged by
+_NEWEST_WEIGHT = 0.2  # of the last request in the moving average of seconds per request
 
 
-class Turn:
-    """A request's place; made by `Aside.turn`."""
+class Slot:
+    """A request's place among those that wait or run; made by `SerialExecutor.reserve`."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self.last: Future[Any] | None = None  # the piece that was handed over last
-        self.seconds = 0.0  # spent on its pieces
+        self.last: Future[Any] | None = None  # the task that was submitted last
+        self.seconds = 0.0  # spent on the request's tasks
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Do a piece of work.
+        """Run a task.
 
         Raises:
-            RaybertError: the work's own.
-            Failed: its own, or it raised anything else.
+            RaybertError: the task raised it.
+            ModelFailed: the task raised it, or any other exception.
         """
         self.last = future = self._executor.submit(self._timed, work)
         try:
             return await asyncio.wrap_future(future)
-        except (RaybertError, Failed):
+        except (RaybertError, ModelFailed):
             raise
         except Exception as error:
-            raise Failed(error) from error
+            raise ModelFailed(error) from error
 
     def _timed(self, work: Callable[[], T]) -> T:
         begun = time.monotonic()
@@ -56,38 +56,38 @@ class Turn:
 
 
 class SerialExecutor:
-    """Lets requests in, as long as few wait."""
+    """Accepts a limited number of requests."""
 
-    def __init__(self, executor: Executor, most: int) -> None:
-        """Set up; the executor has one thread, and `most` is how many requests may wait or run."""
-        self._executor, self._most = executor, most
+    def __init__(self, executor: Executor, max_requests: int) -> None:
+        """Set up; the executor has one thread, and `max_requests` may wait or run."""
+        self._executor, self._max_requests = executor, max_requests
         self._count = 0
-        self._seconds = 0.5  # of a request, by those that have ended
+        self._seconds = 0.5  # moving average per request
 
     @contextmanager
-    def turn(self) -> Iterator[Turn]:
-        """Take a place for a request.
+    def reserve(self) -> Iterator[Slot]:
+        """Reserve a slot for a request.
 
         Raises:
-            Overloaded: too many wait.
+            Overloaded: all are in use.
         """
-        if self._count >= self._most:
+        if self._count >= self._max_requests:
             raise Overloaded(self._count * self._seconds)
         self._count += 1
-        turn, loop = Turn(self._executor), asyncio.get_running_loop()
+        slot, loop = Slot(self._executor), asyncio.get_running_loop()
         try:
-            yield turn
+            yield slot
         finally:
-            if turn.last is None:
+            if slot.last is None:
                 self._count -= 1
-            else:  # what was begun goes on, even if nobody waits any more, and counts until its end
-                turn.last.add_done_callback(lambda done: self._forget(loop, turn))
+            else:  # a running task holds the slot until its end, also when the request is cancelled
+                slot.last.add_done_callback(lambda done: self._release_soon(loop, slot))
 
-    def _forget(self, loop: asyncio.AbstractEventLoop, turn: Turn) -> None:
-        def forget() -> None:
+    def _release_soon(self, loop: asyncio.AbstractEventLoop, slot: Slot) -> None:
+        def release() -> None:
             self._count -= 1
-            if turn.seconds:  # else it went away before its first piece began
-                self._seconds += _MEMORY * (turn.seconds - self._seconds)
+            if slot.seconds:  # 0: the request was cancelled before its first task began
+                self._seconds += _NEWEST_WEIGHT * (slot.seconds - self._seconds)
 
-        with suppress(RuntimeError):  # the loop is closed: the server has ended
-            loop.call_soon_threadsafe(forget)
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+            loop.call_soon_threadsafe(release)

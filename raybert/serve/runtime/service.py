@@ -1,7 +1,7 @@
-"""What a replica does with a request, apart from HTTP and apart from Ray.
+"""A replica's work on a request, independent of HTTP and of Ray.
 
 Tokenization runs in one thread, models in others, explanations and masks in one more: the event
-loop only passes things on.
+loop only coordinates them.
 """
 
 from __future__ import annotations
@@ -9,36 +9,32 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from raybert.errors import DataError
+from raybert.inference.explanations import Explanation
 from raybert.inference.windows import Row
-from raybert.serve.http import info, responses, schemas
-from raybert.serve.http.schemas import FillMaskRequest, PredictRequest
+from raybert.serve import request_errors
 from raybert.serve.runtime import mask_requests
-from raybert.serve.runtime.batching import Failed, Overloaded
+from raybert.serve.runtime.batching import Overloaded
 from raybert.serve.runtime.canary import Canary, Scored
-from raybert.serve.runtime.loaded_model import LoadedModel
-from raybert.serve.runtime.loaded_models import LoadedModels
+from raybert.serve.runtime.loaded_models import LoadedModel, LoadedModels
 from raybert.serve.runtime.metrics import Metrics
 from raybert.serve.runtime.serial_executor import SerialExecutor
 from raybert.serve.runtime.threads import ModelThreads, NewThreadExecutor, run_in_new_thread
 from raybert.serve.settings import ServeConfig
 
-_ASIDE = 8  # explanations and masks that may wait
-_MOST_CHARACTERS = 8 << 20  # that wait to be tokenized: about a second of it
-_MEMORY = 0.05  # weight of the newest request in the tokens that are expected of a text
-_STUCK_S = 120  # of one batch, after which a replica is no good any more
+_MAX_SERIAL_REQUESTS = 8  # for explanations or masks, waiting or running
+_MAX_UNTOKENIZED = 8 << 20  # characters that wait for tokenization: about a second
+_NEWEST_WEIGHT = 0.05  # of the last request in the moving average of tokens per character
+_STUCK_S = 120  # duration of a batch after which a replica is unhealthy
 
 
 class Service:
-    """The models of a replica, and their answers. Its coroutines belong to one event loop."""
+    """The models of a replica. Its coroutines belong to one event loop."""
 
     def __init__(
         self,
@@ -52,216 +48,175 @@ class Service:
         """Set up without loading anything.
 
         Args:
-            config: what is served, and how; `model` or `fill_mask` is set.
+            config: at least one of `model` and `fill_mask` is set.
             device: cpu or cuda.
-            threads: that a model computes with; None: as PyTorch has it.
+            threads: for a model's computation; None: PyTorch's default.
             metrics: of this replica.
-            log: is told what goes wrong, without texts.
+            log: gets failures, without texts.
         """
         self.config, self.metrics = config, metrics or Metrics()
         self._log = log or logging.getLogger("raybert.serve")
-        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
-        self._workers = ModelThreads(threads, device=device)
-        self._beside = NewThreadExecutor("beside", threads)
-        self._aside = SerialExecutor(self._beside, _ASIDE)
-        self._characters = 0  # that wait to be tokenized
-        self._tokens_a_character = 0.2  # of the last requests
+        self._tokenizer_thread = ThreadPoolExecutor(1, "tokenize")
+        self._threads = ModelThreads(threads, device=device)
+        self._serial_thread = NewThreadExecutor("serial", threads)
+        self._serial = SerialExecutor(self._serial_thread, _MAX_SERIAL_REQUESTS)
+        self._untokenized = 0  # characters that wait for tokenization
+        self._tokens_per_character = 0.2  # moving average
         share = config.canary.share if config.canary else 0.0
-        self._trial = Canary(share, self.metrics, self._log)
-        self.catalog = LoadedModels(config, self._workers, self.metrics, self._log, device)
+        self._canary = Canary(share, self.metrics, self._log)
+        self.models = LoadedModels(config, self._threads, self.metrics, self._log, device)
         self.metrics.add_gauge(
             "queued_tokens",
             "Tokens that wait in the queues of all models.",
-            lambda: sum(served.batcher.queued for served in self.catalog.all()),
+            lambda: sum(model.batcher.queued for model in self.models.all()),
         )
 
     def load(self) -> None:
-        """Load the models; takes seconds, or longer where a precision is chosen by measuring.
+        """Load the models: seconds, or longer where the precision is chosen by measuring.
 
         Raises:
-            UserError: a model is not there, or is none of its kind.
+            UserError: a model does not exist or is of the wrong kind.
             DamagedError: a file is cut short or altered.
         """
-        run_in_new_thread(self.catalog.load, self._workers.threads)
+        run_in_new_thread(self.models.load, self._threads.threads)
 
     def close(self) -> None:
-        """Let the threads end."""
-        self._workers.close()
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
-        self._beside.shutdown(wait=False, cancel_futures=True)
+        """Stop the threads."""
+        self._threads.close()
+        for executor in (self._tokenizer_thread, self._serial_thread):
+            executor.shutdown(wait=False, cancel_futures=True)
 
-    # State ---------------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Raise where a replica must be replaced: a batch does not come to its end.
+    def check_health(self) -> None:
+        """Check that no batch is stuck.
 
         Raises:
-            RuntimeError: it does not.
+            RuntimeError: one is; the replica must be replaced.
         """
-        for served in self.catalog.all():
-            seconds = served.batcher.running_s
+        for model in self.models.all():
+            seconds = model.batcher.running_s
             if seconds > _STUCK_S:
-                raise RuntimeError(f"model {served.name}: a batch has run for {seconds:.0f} s")
+                raise RuntimeError(f"model {model.name}: a batch has run for {seconds:.0f} s")
 
-    def check_queue(self) -> None:
-        """Refuse a request before it is read, where the queues of all classifiers are full.
+    def full_for_s(self) -> float | None:
+        """Return the seconds until a full queue has room; None: a request can be accepted.
 
-        Raises:
-            Refused: 429.
+        Only the request's body names its model: the queues of all classifiers must be full.
         """
-        waits = []
-        for served in self.catalog.served.values():
-            try:
-                served.batcher.check()
-            except Overloaded as error:
-                waits.append(error.wait_s)
-            else:
-                return  # which queue it will want only the request says
-        if waits:
-            raise schemas.overloaded(min(waits))
-
-    def info(self) -> dict[str, Any]:
-        """What is served."""
-        return info.describe(self.config, self.catalog)
+        waits = [model.batcher.full_for_s() for model in self.models.classifiers.values()]
+        full = [wait for wait in waits if wait is not None]
+        return min(full) if full and len(full) == len(waits) else None
 
     def find(self, name: str | None) -> LoadedModel:
-        """A classifier by name; None: the first.
+        """Return a classifier by name; None: the default.
 
         Raises:
-            Refused: there is none.
+            RequestError: 404, there is none.
         """
-        served = self.catalog.first if name is None else self.catalog.served.get(name)
-        if served is None:
-            known = ", ".join(self.catalog.served) or "none, only masks are filled here"
-            raise schemas.not_found(f"no such classifier; classifiers: {known}")
-        return served
-
-    # Answers -------------------------------------------------------------------------------------
-
-    async def predict(self, request: PredictRequest) -> Any:
-        """Label texts: for each its labels with their scores, the likeliest first.
-
-        Raises:
-            Refused: it can't be answered.
-        """
-        is_single = isinstance(request.inputs, str)
-        texts = self.check_texts(request.inputs)
-        if request.explain:
-            responses.check_explain(self.config, texts)
-        with self.refusing():
-            async with asyncio.timeout(self.config.timeout_s):
-                logits, served = await self.score(texts, request.model, request.truncate)
-                found = responses.ranked(logits, served, request)
-                if request.explain:
-                    with self._aside.turn() as turn:
-                        found = await responses.explained(texts, logits, found, served, turn)
-        return found[0] if is_single else found
+        models = self.models
+        model = models.default if name is None else models.classifiers.get(name)
+        if model is None:
+            known = ", ".join(models.classifiers) or "none, only masks are filled here"
+            raise request_errors.not_found(f"no such classifier; classifiers: {known}")
+        return model
 
     async def score(self, texts: Sequence[str], name: str | None, truncate: bool | None) -> Scored:
-        """Score texts with the named model, or the canary in its place.
+        """Compute the logits of texts.
+
+        Args:
+            texts: not empty.
+            name: of the model; None: the default, or for a share of the requests the canary.
+            truncate: True cuts long texts, False reads them in windows; None: as configured.
 
         Raises:
-            Refused: there is no such model, or there are too many tokens.
-            Overloaded: too much waits already.
-            Failed: the model failed.
+            RequestError: 404, no such model; 413, too many tokens; 422, not tokenizable.
+            Overloaded: the queue is full.
+            ModelFailed: the model raised an exception, or logits are not finite.
         """
         loop = asyncio.get_running_loop()
-        served, begun = self.find(name), loop.time()
+        model, begun = self.find(name), loop.time()
         windows = self.config.long_texts == "windows" if truncate is None else not truncate
-        expected = self._expected(served, texts, windows)
-        served.batcher.check(expected)
-        with served.batcher.expecting(expected):
-            rows, counts = await self._encode(served, texts, windows)
-        scored, canary = Scored(await served.score(rows, counts), served), self.catalog.canary
-        if canary is not None and name is None and self._trial.draws():
-            left = self.config.timeout_s - (loop.time() - begun)
+        expected = self._expected_tokens(model, texts, windows)
+        model.batcher.check(expected)
+        with model.batcher.expecting(expected):
+            rows, counts = await self._encode(model, texts, windows)
+        scored, canary = Scored(await model.score(rows, counts), model), self.models.canary
+        if canary is not None and name is None and self._canary.is_selected():
+            remaining_s = self.config.timeout_s - (loop.time() - begun)
 
-            async def ask() -> npt.NDArray[np.float32]:
+            async def score_with_canary() -> npt.NDArray[np.float32]:
                 return await canary.score(*await self._encode(canary, texts, windows))
 
-            scored = await self._trial.ask(scored, canary, ask, left)
-        self.metrics.add("texts_total", len(texts), model=scored.served.name)
+            scored = await self._canary.replace(scored, canary, score_with_canary, remaining_s)
+        self.metrics.add("texts_total", len(texts), model=scored.model.name)
         return scored
 
-    def _expected(self, served: LoadedModel, texts: Sequence[str], windows: bool) -> int:
-        """The tokens that texts will have, as far as their characters tell.
-
-        Those that are cut have no more than the model reads, however long they are.
-        """
-        rate = self._tokens_a_character
+    def _expected_tokens(self, model: LoadedModel, texts: Sequence[str], windows: bool) -> int:
+        """Estimate the tokens of texts by their characters; truncation limits those of each."""
+        rate = self._tokens_per_character
         if windows:
             return int(sum(map(len, texts)) * rate)
-        longest = served.classifier.longest
+        longest = model.classifier.longest
         return int(sum(min(len(text) * rate, longest) for text in texts))
 
     async def _encode(
-        self, served: LoadedModel, texts: Sequence[str], windows: bool
+        self, model: LoadedModel, texts: Sequence[str], windows: bool
     ) -> tuple[list[Row], list[int]]:
         characters = sum(map(len, texts))
-        if self._characters and self._characters + characters > _MOST_CHARACTERS:
+        if self._untokenized and self._untokenized + characters > _MAX_UNTOKENIZED:
             raise Overloaded(1.0)
-        self._characters += characters
-        work = functools.partial(served.encode, texts, windows=windows)
+        self._untokenized += characters
+        encode = functools.partial(model.encode, texts, windows=windows)
+        loop = asyncio.get_running_loop()
         try:
-            rows, counts = await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+            rows, counts = await loop.run_in_executor(self._tokenizer_thread, encode)
         except Exception as error:
             self._log.error("a text can't be tokenized: %s", type(error).__name__)
-            raise schemas.unreadable("a text can't be turned into tokens") from None
+            raise request_errors.not_tokenizable("a text can't be turned into tokens") from None
         finally:
-            self._characters -= characters
+            self._untokenized -= characters
         lengths = [len(row) for row in rows]
         tokens = sum(lengths)
-        if windows or max(lengths) < served.classifier.longest:  # else characters were left out
-            self._tokens_a_character += _MEMORY * (tokens / characters - self._tokens_a_character)
+        if windows or max(lengths) < model.classifier.longest:  # no characters were cut off
+            rate = tokens / characters
+            self._tokens_per_character += _NEWEST_WEIGHT * (rate - self._tokens_per_character)
         if tokens > self.config.max_tokens:
-            raise schemas.too_large(
+            raise request_errors.too_large(
                 f"{tokens:,} tokens are more than the {self.config.max_tokens:,} that are read in "
                 "a request; send fewer or shorter texts, or truncate=true"
             )
         return rows, counts
 
-    async def fill_mask(self, request: FillMaskRequest) -> Any:
-        """Fill masks: for each mask of a text its likeliest tokens; a list of that for a list.
+    async def explain(self, texts: Sequence[str], scored: Scored) -> list[Explanation]:
+        """Explain the likeliest label of each text.
 
         Raises:
-            Refused: it can't be answered.
+            Overloaded: too many requests wait.
+            ModelFailed: the model raised an exception.
         """
-        model = self.catalog.filler
-        if model is None:
-            raise schemas.not_found("no model that fills masks is served here (serve.fill_mask)")
-        texts = self.check_texts(request.inputs)
-        with self.refusing():
-            async with asyncio.timeout(self.config.timeout_s):
-                with self._aside.turn() as turn:
-                    found = await mask_requests.fill(model, texts, request.top_k, turn)
-        return found[0] if isinstance(request.inputs, str) else found
+        model, labels = scored.model, scored.logits.argmax(axis=1).tolist()
 
-    def check_texts(self, inputs: str | Sequence[str]) -> Sequence[str]:
-        """The texts of a request, none of them empty."""
-        texts = [inputs] if isinstance(inputs, str) else inputs
-        if not texts:
-            raise schemas.empty("inputs")
-        if len(texts) > self.config.max_texts:
-            raise schemas.too_large(
-                f"{len(texts):,} texts are more than the {self.config.max_texts:,} that are read "
-                "in a request"
+        def explain_one(text: str, label: int) -> Explanation:
+            return model.explainer.explain(text, label)
+
+        with self._serial.reserve() as slot:
+            return [
+                await slot.run(functools.partial(explain_one, text, label))
+                for text, label in zip(texts, labels, strict=True)
+            ]
+
+    async def fill_masks(self, texts: Sequence[str], top_k: int) -> list[mask_requests.Filled]:
+        """Return the `top_k` likeliest tokens for each mask of each text.
+
+        Raises:
+            RequestError: 404, no model fills masks here; 413, too many texts or guesses.
+            DataError: a text has no mask, or is too long.
+            Overloaded: too many requests wait.
+            ModelFailed: the model raised an exception.
+        """
+        mask_filler = self.models.mask_filler
+        if mask_filler is None:
+            raise request_errors.not_found(
+                "no model that fills masks is served here (serve.fill_mask)"
             )
-        for number, text in enumerate(texts):
-            if not text.strip():
-                raise schemas.empty("inputs" if len(texts) == 1 else f"inputs.{number}")
-        return texts
-
-    @contextmanager
-    def refusing(self) -> Iterator[None]:
-        """Turn what may go wrong into refusals."""
-        try:
-            yield
-        except Overloaded as error:
-            raise schemas.overloaded(error.wait_s) from None
-        except TimeoutError:
-            raise schemas.timed_out(self.config.timeout_s) from None
-        except DataError as error:  # of a text with masks
-            raise schemas.unreadable(str(error)) from None
-        except Failed as error:
-            self._log.error("%s", error, exc_info=error.__cause__)
-            raise schemas.failed() from None
+        with self._serial.reserve() as slot:
+            return await mask_requests.fill_masks(mask_filler, texts, top_k, slot)

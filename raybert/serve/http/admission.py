@@ -1,0 +1,222 @@
+"""Decide whether a request is accepted before its body is read, and record its outcome.
+
+Plain ASGI, since it runs for every request. LoadSheddingMiddleware stands in front of Ray Serve:
+Serve's bookkeeping for a request costs a multiple of rejecting it, and in an overload the
+difference remains for the requests that are answered. AccessMiddleware is part of the application.
+Both use the replica's AdmissionControl, whose responses are made once and sent many times.
+
+The log gets a route's pattern, and never a path, a query, a header or a text. Serve's proxies
+import this module too: it does not import PyTorch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import math
+import time
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from raybert.serve import request_errors
+from raybert.serve.http.authentication import Keys
+from raybert.serve.request_errors import QUEUE_FULL_HEADER, QUEUED_PATHS, RequestError
+
+if TYPE_CHECKING:
+    from raybert.serve.runtime.service import Service
+
+TEXT_COUNT = "raybert.text_count"  # key in the scope: texts of the request
+_NO_ROUTE = "-"
+_TOO_MANY_REQUESTS = 429
+_CLIENT_CLOSED_REQUEST = 499  # as Serve counts clients that did not wait
+_LOG_INTERVAL_S = 1.0  # between two log lines about rejections by a full queue
+
+
+class CachedResponse:
+    """A response as bytes, which can be sent any number of times."""
+
+    def __init__(self, response: JSONResponse) -> None:
+        """Keep the status, the headers and the body."""
+        self.status = response.status_code
+        self._headers, self._body = response.raw_headers, bytes(response.body)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        headers = list(self._headers)  # a copy, since middleware may append to it
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": self._body})
+
+
+@functools.lru_cache(64)  # one for each number of seconds in Retry-After
+def _cached_response(
+    status: int, error_type: str, message: str, headers: tuple[tuple[str, str], ...]
+) -> CachedResponse:
+    marked = dict(headers)
+    if status == _TOO_MANY_REQUESTS:
+        marked[QUEUE_FULL_HEADER] = "1"
+    return CachedResponse(RequestError(status, error_type, message, marked).response())
+
+
+class AdmissionControl:
+    """Checks keys and the queue of one replica; records requests in its log and metrics."""
+
+    def __init__(
+        self, service: Service, keys: Keys, open_paths: Collection[str], log: logging.Logger
+    ) -> None:
+        """Set up.
+
+        Args:
+            service: its queue is checked, and its metrics count requests.
+            keys: that are accepted.
+            open_paths: paths that need no key.
+            log: gets a record for each request, with its fields in `extra`.
+        """
+        self._service, self._keys, self._log = service, keys, log
+        self._open_paths = frozenset(open_paths)
+        self._unlogged, self._logged_at = 0, -math.inf  # rejections by a full queue
+
+    def reject(self, scope: Scope) -> CachedResponse | None:
+        """Return the response to a request that is rejected; None: it is accepted."""
+        try:
+            self._check(scope)
+        except RequestError as error:
+            headers = tuple((error.headers or {}).items())
+            return _cached_response(error.status_code, error.error_type, error.detail, headers)
+        return None
+
+    def is_queued(self, scope: Scope) -> bool:
+        """Return whether a request will enter the queue of a classifier."""
+        path: str = scope["path"]
+        return scope["method"] == "POST" and path.endswith(QUEUED_PATHS)
+
+    def _check(self, scope: Scope) -> None:
+        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path not in self._open_paths:
+            given = [value for name, value in scope["headers"] if name == b"authorization"]
+            if not self._keys.allow(given[0] if given else None):
+                raise RequestError(
+                    401,
+                    "Unauthorized",
+                    "send a key of this server's: Authorization: Bearer KEY",
+                    {"WWW-Authenticate": "Bearer"},
+                )
+        if self.is_queued(scope):
+            wait_s = self._service.full_for_s()
+            if wait_s is not None:
+                raise request_errors.overloaded(wait_s)
+
+    def record(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count a request, and log it."""
+        route = getattr(scope.get("route"), "path", _NO_ROUTE)
+        metrics = self._service.metrics
+        metrics.add("requests_total", route=route, status=str(status))
+        metrics.observe(route, seconds)
+        if status == _TOO_MANY_REQUESTS:
+            self._unlogged += 1
+        else:
+            self._log.info(
+                "request",
+                extra={
+                    "http_method": scope["method"],
+                    "http_route": route,
+                    "http_status": status,
+                    "milliseconds": round(1000 * seconds, 2),
+                    "texts": scope.get(TEXT_COUNT, 0),
+                },
+            )
+        self._log_rejections()
+
+    def _log_rejections(self) -> None:
+        """Log the rejections by a full queue: a line per interval with their number."""
+        now = time.monotonic()
+        if self._unlogged and now >= self._logged_at + _LOG_INTERVAL_S:
+            extra = {"http_status": _TOO_MANY_REQUESTS, "requests": self._unlogged}
+            self._log.info("refused", extra=extra)
+            self._unlogged, self._logged_at = 0, now
+
+
+class AccessMiddleware:
+    """Rejects or passes on each request to the application, and records it."""
+
+    def __init__(self, app: ASGIApp, *, admission: AdmissionControl) -> None:
+        """Wrap an application."""
+        self._app, self._admission = app, admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            else:  # WebSockets are not supported
+                await send({"type": "websocket.close", "code": 1000})
+            return
+        begun, status = time.perf_counter(), 0
+
+        async def send_noting_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            handler: ASGIApp = self._admission.reject(scope) or self._app
+            await handler(scope, receive, send_noting_status)
+        except asyncio.CancelledError:
+            status = status or _CLIENT_CLOSED_REQUEST
+            raise
+        finally:
+            self._admission.record(scope, status or 500, time.perf_counter() - begun)
+
+
+_admission: AdmissionControl | None = None  # of the replica in this process
+
+
+def set_admission(admission: AdmissionControl) -> None:
+    """Let LoadSheddingMiddleware use a replica's AdmissionControl."""
+    global _admission
+    _admission = admission
+
+
+class LoadSheddingMiddleware:
+    """In front of Ray Serve: rejects headers that Serve answers with 500, and sheds load."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Wrap Serve's application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        if scope["type"] == "http":
+            begun = time.perf_counter()
+            if not _has_utf8_headers(scope):
+                error = request_errors.bad_request("a header is not UTF-8")
+                await error.response()(scope, receive, send)
+                return
+            if _admission is not None and _admission.is_queued(scope):
+                rejection = _admission.reject(scope)
+                if rejection is not None:
+                    await rejection(scope, receive, send)
+                    _admission.record(scope, rejection.status, time.perf_counter() - begun)
+                    return
+        await self._app(scope, receive, send)
+
+
+def _has_utf8_headers(scope: Scope) -> bool:
+    try:
+        for name, value in scope["headers"]:
+            if not value.isascii():
+                value.decode("utf-8")
+            name.decode("ascii")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def middlewares() -> list[Middleware]:
+    """Return the middleware; RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names this function."""
+    return [Middleware(LoadSheddingMiddleware)]

@@ -1,0 +1,101 @@
+"""Routes about the server itself: health, /info, /metrics and /docs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import HTMLResponse, PlainTextResponse
+
+from raybert import __version__
+from raybert.serve.http import docs_page
+from raybert.serve.http.openapi import error_responses
+from raybert.serve.request_errors import RequestError
+from raybert.serve.runtime.service import Service
+
+_READY = ("/health", "/health/ready", "/v2/health/ready")
+_LIVE = ("/health/live", "/v2/health/live")
+#: Paths that need no key.
+OPEN_PATHS = ("/docs", "/openapi.json", *_READY, *_LIVE)
+
+
+def add_server_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes."""
+
+    async def ready() -> dict[str, bool]:
+        return check_ready(service)
+
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    for path in _READY:
+        app.get(path, responses=error_responses(503), summary="Whether the server is ready")(ready)
+    for path in _LIVE:
+        app.get(path, summary="Whether the server runs")(live)
+    for path in (*_READY, *_LIVE):  # some load balancers send HEAD
+        app.head(path, include_in_schema=False)(ready if path in _READY else live)
+
+    @app.get("/info", responses=error_responses(401), summary="The models and limits")
+    async def info() -> dict[str, Any]:
+        return server_info(service)
+
+    @app.get(
+        "/metrics",
+        responses=error_responses(401),
+        response_class=PlainTextResponse,
+        summary="Metrics for Prometheus",
+    )
+    async def metrics() -> str:
+        return service.metrics.render()
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(docs_page.render(app.openapi()), headers=docs_page.HEADERS)
+
+
+def check_ready(service: Service) -> dict[str, bool]:
+    """Return the body of a readiness check.
+
+    Raises:
+        RequestError: 503, a batch does not end.
+    """
+    try:
+        service.check_health()
+    except RuntimeError as error:
+        raise RequestError(503, "Unhealthy", str(error)) from None
+    return {"ready": True}
+
+
+def server_info(service: Service) -> dict[str, Any]:
+    """Describe the models, with text-embeddings-inference's keys where it has them."""
+    config, models = service.config, service.models
+    default, filler, canary = models.default, models.mask_filler, models.canary
+    labels = default.labels if default else []
+    info: dict[str, Any] = {
+        "model_id": default.name if default else models.mask_filler_name,
+        "labels": labels,
+        "max_input_length": default.classifier.longest if default else filler and filler.longest,
+        "mask_token": filler and filler.mask_token,
+        "explain": config.explain and default is not None,
+        "long_texts": config.long_texts,
+        "max_client_batch_size": config.max_texts,
+        "models": [{"name": m.name, "version": m.version} for m in models.classifiers.values()],
+        "version": __version__,
+    }
+    if default:
+        info |= {
+            "model_sha": default.weights_hash,
+            "model_dtype": default.classifier.precision,
+            "model_type": {
+                "classifier": {
+                    "id2label": {str(i): label for i, label in enumerate(labels)},
+                    "label2id": {label: i for i, label in enumerate(labels)},
+                }
+            },
+            "temperature": default.classifier.temperature,
+            "max_batch_tokens": default.classifier.tokens_per_batch,
+        }
+    if canary and config.canary:
+        share = config.canary.share
+        info["canary"] = {"name": canary.name, "version": canary.version, "share": share}
+    return info

@@ -1,0 +1,104 @@
+"""POST /predict and POST /fill-mask, in text-embeddings-inference's form."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+
+from raybert.inference.explanations import Explanation
+from raybert.serve import request_errors
+from raybert.serve.http.admission import TEXT_COUNT
+from raybert.serve.http.openapi import example
+from raybert.serve.http.schemas import (
+    Explained,
+    FillMaskRequest,
+    PredictRequest,
+    Score,
+    TokenScore,
+    check_texts,
+)
+from raybert.serve.runtime.canary import Scored
+from raybert.serve.runtime.service import Service
+
+_MAX_EXPLAINED = 8  # texts of a request
+
+_PREDICT_EXAMPLE = example(
+    request={"inputs": "The plot was thin, but the actors made it a joy to watch."},
+    response=[{"label": "pos", "score": 0.91}, {"label": "neg", "score": 0.09}],
+)
+_FILL_MASK_EXAMPLE = example(
+    request={"inputs": "I liked this [MASK].", "top_k": 1},
+    response=[[{"token_str": "movie", "score": 0.5}]],
+)
+
+
+def add_text_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes; they return a Response, so that FastAPI does not validate it again."""
+    config = service.config
+
+    @app.post(
+        "/predict",
+        response_model=list[Score] | list[list[Score]] | Explained | list[Explained],
+        summary="Classify texts",
+        **_PREDICT_EXAMPLE,
+    )
+    async def predict(body: PredictRequest, request: Request) -> Response:
+        texts = check_texts(body.inputs, config.max_texts)
+        request.scope[TEXT_COUNT] = len(texts)
+        if body.explain and not config.explain:
+            raise request_errors.invalid("explain: this server does not explain (serve.explain)")
+        if body.explain and len(texts) > _MAX_EXPLAINED:
+            raise request_errors.too_large(
+                f"{len(texts)} texts are more than the {_MAX_EXPLAINED} that are explained in a "
+                "request"
+            )
+        async with asyncio.timeout(config.timeout_s):
+            scored = await service.score(texts, body.model, body.truncate)
+            answers: list[Any] = _rank(scored, body)
+            if body.explain:
+                explanations = await service.explain(texts, scored)
+                answers = list(map(_with_words, answers, explanations))
+        return JSONResponse(answers[0] if isinstance(body.inputs, str) else answers)
+
+    @app.post(
+        "/fill-mask",
+        response_model=list[list[TokenScore]] | list[list[list[TokenScore]]],
+        summary="Predict masked words",
+        **_FILL_MASK_EXAMPLE,
+    )
+    async def fill_mask(body: FillMaskRequest, request: Request) -> Response:
+        texts = check_texts(body.inputs, config.max_texts)
+        request.scope[TEXT_COUNT] = len(texts)
+        async with asyncio.timeout(config.timeout_s):
+            filled = await service.fill_masks(texts, body.top_k)
+        answers = [
+            [
+                [{"token_str": guess["token"], "score": guess["probability"]} for guess in mask]
+                for mask in masks
+            ]
+            for masks in filled
+        ]
+        return JSONResponse(answers[0] if isinstance(body.inputs, str) else answers)
+
+
+def _rank(scored: Scored, body: PredictRequest) -> list[list[dict[str, Any]]]:
+    """Return each text's labels with their scores, the likeliest first."""
+    logits, model = scored
+    scores = logits if body.raw_scores else model.classifier.calibrated(logits)
+    count = None if body.all_scores else 1
+    return [
+        [
+            {"label": model.labels[i], "score": round(float(row[i]), 6)}
+            for i in np.argsort(-row, kind="stable")[:count]
+        ]
+        for row in scores
+    ]
+
+
+def _with_words(predictions: list[dict[str, Any]], explanation: Explanation) -> dict[str, Any]:
+    words = [vars(word) for word in explanation.words]
+    return {"predictions": predictions, "words": words, "error": explanation.error}
