@@ -1,8 +1,8 @@
-"""What a run will take: parameters, storage, steps, time. Told before it is submitted.
+"""Estimate parameters, storage, steps and time of a run before it is submitted.
 
-Nothing is measured here, and no Ray is asked. What the corpus, the run's own log and the list of
-the cluster's machines say is used; where they say nothing, the estimate says that it can't know. A
-storage that only the cluster reaches is asked once: each question would take Arrow's full patience.
+Nothing is measured and Ray is not called: the estimate uses the corpus' manifest, the run's metrics
+and the resources of the cluster, and names what is unknown. An unreachable storage is tried once,
+because each attempt takes Arrow's full timeout.
 """
 
 from __future__ import annotations
@@ -43,30 +43,29 @@ TRAINS = {
     "run": ("pretrain", "finetune"),
     "tune": ("tune",),
 }
-#: Of the peak that a GPU's maker states. NVIDIA's BERT-large reaches 43% of an A100's; small
-#: encoders, whose kernels are short, less.
+#: Assumed share of a GPU's peak. NVIDIA's BERT-large reaches 43% on an A100; small encoders less.
 GPU_SHARE = 0.3
-#: Operations a second and core. On cores with bf16 in hardware 127e9 were measured
+#: Assumed operations a second and core. On cores with bf16 in hardware 127e9 were measured
 #: (benchmarks/results/peers-small-20261125.json); without, it is a third of that.
 CORE_FLOPS = 50e9
 
-_COPIES = 3  # of the weights in a checkpoint, fp32: themselves and AdamW's two moments
-_TENSOR_BYTES = 450  # of a tensor and its moments beside their numbers: names, shapes, step
-_RECENT = 20  # logged intervals that a speed is the median of
+_COPIES = 3  # fp32 copies of the weights in a checkpoint: weights and AdamW's two moments
+_TENSOR_BYTES = 450  # metadata of a tensor and its moments: names, shapes, step
+_RECENT = 20  # logged intervals whose median is the measured speed
 
 T = TypeVar("T")
 
 
 class Machines(NamedTuple):
-    """What a cluster has in all."""
+    """Total resources of a cluster."""
 
     cpus: float
     gpus: float
-    gpu: str = ""  # the GPUs' kind, in Ray's words: H100
+    gpu: str = ""  # the accelerator type by Ray's name: H100
 
     @classmethod
     def of(cls, resources: Mapping[str, float]) -> Machines | None:
-        """Read them off Ray's resources; None where there are none."""
+        """Read them from Ray's resources; None where these are empty."""
         prefix = "accelerator_type:"
         kinds = [name.removeprefix(prefix) for name in resources if name.startswith(prefix)]
         if not resources:
@@ -77,11 +76,11 @@ class Machines(NamedTuple):
 
 @dataclass(frozen=True)
 class Size:
-    """What a run stores."""
+    """Storage of a run."""
 
     parameters: int
     tensors: int
-    checkpoints: int  # at most at once: those that are kept, the best one, the one being written
+    checkpoints: int  # at most at once: the kept ones, the best one, and the one being written
 
     @property
     def checkpoint(self) -> int:
@@ -95,52 +94,52 @@ class Size:
 
     @property
     def total(self) -> int:
-        """Bytes of it all, at most."""
+        """Bytes in all, at most."""
         return self.checkpoints * self.checkpoint + self.model
 
 
 @dataclass(frozen=True)
 class Measured:
-    """How far a run has come, and how fast it was."""
+    """Progress and speed of a run that has begun."""
 
     step: int
-    seconds: float  # of training, so far
+    seconds: float  # of training so far
     step_seconds: float
     workers: int | None  # None where its log does not say
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is left of a run. What can't be known from here is None."""
+    """The remaining work of a run; unknown figures are None."""
 
     stage: str
     size: Size | None
     steps: int | None
-    tokens: float | None  # at most: texts are often shorter than a row may be
+    tokens: float | None  # an upper bound: texts may be shorter than a row
     flops: float | None
     seconds: float | None
     gpu: bool | None  # whether each worker has one
     workers: int
-    basis: str  # what the time stands on, or why it is not known
+    basis: str  # the measurement or assumption behind the time, or why it is unknown
 
     def lines(self) -> list[str]:
-        """Two lines: what it stores, and what it computes."""
-        stored = "parameters and checkpoints unknown from here"
+        """Format two lines: storage, and computation."""
+        stored = "parameters and checkpoints unknown"
         if self.size is not None:
             stored = (
-                f"{_count(self.size.parameters)} parameters; at most {self.size.checkpoints} "
-                f"checkpoints of {size(self.size.checkpoint)} and a model of "
-                f"{size(self.size.model)}, {size(self.size.total)} in all"
+                f"{_format_count(self.size.parameters)} parameters; "
+                f"at most {self.size.checkpoints} checkpoints of {size(self.size.checkpoint)} "
+                f"and a model of {size(self.size.model)}, {size(self.size.total)} in all"
             )
         work = [
             *([f"{self.steps:,} steps"] if self.steps is not None else []),
-            *([f"up to {_count(self.tokens)} tokens"] if self.tokens is not None else []),
+            *([f"up to {_format_count(self.tokens)} tokens"] if self.tokens is not None else []),
             *([f"{self.flops:.1e} FLOP"] if self.flops is not None else []),
         ]
         time = f"time unknown: {self.basis}"
         if self.seconds is not None:
             devices = "worker" if self.gpu is not True else "GPU"
-            time = f"about {_span(self.seconds)} on {self.workers} {devices}"
+            time = f"about {_format_duration(self.seconds)} on {self.workers} {devices}"
             time += "s" if self.workers > 1 else ""
             if self.gpu:
                 time += f" = {self.workers * self.seconds / 3600:.1f} GPU-hours"
@@ -149,12 +148,12 @@ class Estimate:
 
 
 def workers_of(config: TrainConfig) -> int:
-    """The most workers that train."""
+    """Return the largest number of workers."""
     return config.max_workers
 
 
 def estimate_lines(experiment: Experiment, command: str, machines: Machines | None) -> list[str]:
-    """The estimate of what a command trains, as lines; none where it trains nothing."""
+    """Estimate the stages that a command trains, as lines; none where it trains nothing."""
     stages = TRAINS.get(command, ())
     reason = _unreachable(experiment) if stages else None
     lines = [] if reason is None else [f"without what {experiment.run.storage} holds: {reason}"]
@@ -163,14 +162,14 @@ def estimate_lines(experiment: Experiment, command: str, machines: Machines | No
             lines.append(f"{stage}: finished already")
             continue
         if stage == "tune":
-            lines.append(f"tune: {_search_line(experiment)}; each of them as configured:")
+            lines.append(f"tune: {_format_search(experiment)}; each of them as configured:")
         made = estimate(experiment, stage, machines, reads=reason is None)
         lines += [f"{stage}: {line}" for line in made.lines()]
     return lines
 
 
-def _search_line(experiment: Experiment) -> str:
-    """How many fine-tuning runs a search is, at most."""
+def _format_search(experiment: Experiment) -> str:
+    """Format the number of fine-tuning runs of a search."""
     config = experiment.tune
     finals = (config.finalists + 1) * config.seeds
     minutes = f" in {config.minutes:g} minutes" if config.minutes is not None else ""
@@ -179,7 +178,7 @@ def _search_line(experiment: Experiment) -> str:
 
 
 def training_of(experiment: Experiment, stage: str) -> PretrainConfig | FinetuneConfig:
-    """The settings of what a stage trains; a search's trials are fine-tuning runs."""
+    """Return the training settings of a stage; trials of a search are fine-tuning runs."""
     config: PretrainConfig | FinetuneConfig = (
         experiment.pretrain if stage == "pretrain" else experiment.finetune
     )
@@ -189,15 +188,19 @@ def training_of(experiment: Experiment, stage: str) -> PretrainConfig | Finetune
 def estimate(
     experiment: Experiment, stage: str, machines: Machines | None, *, reads: bool = True
 ) -> Estimate:
-    """Estimate what is left of a stage on some machines; None: on which is not known.
+    """Estimate the remaining work of a stage.
 
-    Without `reads` nothing is asked of any storage.
+    Args:
+        experiment: the configuration.
+        stage: pretrain, finetune or tune.
+        machines: the cluster's resources; None where they are unknown.
+        reads: whether storages may be read.
     """
     config = training_of(experiment, stage)
     shape = shape_of(experiment, stage, reads=reads)
-    measured = _known(lambda: measured_of(experiment.folder / stage), reads)
+    measured = _read_or_none(lambda: measured_of(experiment.folder / stage), reads)
     done = measured.step if measured else 0
-    epoch = _known(lambda: _epoch(experiment, stage), reads)
+    epoch = _read_or_none(lambda: _epoch(experiment, stage), reads)
     seq_len = _seq_len(experiment, stage)
     steps = _steps(config, epoch, seq_len)
     left = None if steps is None else max(0, steps - done)
@@ -226,32 +229,32 @@ def estimate(
 def shape_of(
     experiment: Experiment, stage: str, *, reads: bool = True
 ) -> tuple[ModelConfig, int] | None:
-    """A stage's encoder and the size of its vocabulary, at most; None where it can't be known."""
+    """Return a stage's encoder settings and vocabulary size (at most); None where unknown."""
     start = training_of(experiment, stage).initialize_from
     if start in (None, "scratch"):
-        made = _known(lambda: Manifest.read(experiment.folder / "corpus"), reads)
+        made = _read_or_none(lambda: Manifest.read(experiment.folder / "corpus"), reads)
         tokenizer = experiment.corpus.tokenizer
         if made is None and tokenizer.kind == "file":
             return None
         return experiment.model, tokenizer.vocab_size if made is None else made.vocab_size
     own = start == "pretrain"
-    found = _known(
+    found = _read_or_none(
         lambda: find_model(experiment.folder / start if own else Folder(start), "pretrain"),
         reads,
     )
     if found is not None:
-        return _known(lambda: huggingface.read_model_config(found))
+        return _read_or_none(lambda: huggingface.read_model_config(found))
     return shape_of(experiment, "pretrain", reads=reads) if own else None
 
 
 def size_of(
     experiment: Experiment, stage: str, shape: tuple[ModelConfig, int] | None
 ) -> Size | None:
-    """What a stage's run stores, given its encoder; None where that is not known."""
+    """Estimate the storage of a stage's run from its encoder; None where that is unknown."""
     if shape is None:
         return None
     model, vocab_size = shape
-    with torch.device("meta"):  # shapes without numbers
+    with torch.device("meta"):  # parameters without memory
         encoder = Encoder(model, vocab_size)
         module: nn.Module = MaskedLM(encoder)
         if stage != "pretrain":
@@ -264,7 +267,7 @@ def size_of(
 
 
 def measured_of(run: Folder) -> Measured | None:
-    """How fast a run was at last, from what its attempts have logged; None before they have."""
+    """Read the latest speed of a run from its metrics; None where there are none."""
     records = read_metrics(run)
     trained = [record for record in records if record["kind"] == "train"]
     if not trained:
@@ -279,11 +282,11 @@ def measured_of(run: Folder) -> Measured | None:
 
 
 def _is_finished(experiment: Experiment, stage: str) -> bool:
-    return bool(_known(lambda: (experiment.folder / stage).exists(RESULT)))
+    return bool(_read_or_none(lambda: (experiment.folder / stage).exists(RESULT)))
 
 
 def _unreachable(experiment: Experiment) -> str | None:
-    """Why this machine can't read the storage; None where it can."""
+    """Return why this machine cannot read the storage; None where it can."""
     try:
         experiment.folder.exists()
     except RaybertError as error:
@@ -291,8 +294,8 @@ def _unreachable(experiment: Experiment) -> str | None:
     return None
 
 
-def _known(read: Callable[[], T], reads: bool = True) -> T | None:
-    """What is read; None where it is not there, or where this machine can't or shan't read it."""
+def _read_or_none(read: Callable[[], T], reads: bool = True) -> T | None:
+    """Call `read`; None where the file is missing or unreadable, or nothing may be read."""
     try:
         return read() if reads else None
     except (RaybertError, FileNotFoundError):
@@ -300,13 +303,13 @@ def _known(read: Callable[[], T], reads: bool = True) -> T | None:
 
 
 def _seq_len(experiment: Experiment, stage: str) -> int:
-    """Tokens in a row, at most."""
+    """Return the tokens in a row, at most."""
     given = None if stage == "pretrain" else experiment.finetune.seq_len
     return given or experiment.corpus.seq_len
 
 
 def _epoch(experiment: Experiment, stage: str) -> tuple[int, int] | None:
-    """Steps and tokens, at most, of a pass over a stage's data; None before they are prepared."""
+    """Return steps and tokens (at most) of an epoch; None before the data are prepared."""
     config = training_of(experiment, stage)
     if stage != "pretrain":
         prepared = read_prepared_texts(experiment.folder / stage / "data")
@@ -328,7 +331,7 @@ def _epoch(experiment: Experiment, stage: str) -> tuple[int, int] | None:
 
 
 def _steps(config: TrainConfig, epoch: tuple[int, int] | None, seq_len: int) -> int | None:
-    """Steps of the whole run; None where it is limited by time, or by epochs of unknown length."""
+    """Return the steps of the run; None where a time or an epoch of unknown length limits it."""
     if epoch is not None:
         return config.budget(*epoch).steps
     if config.tokens is not None:
@@ -352,7 +355,7 @@ def _time(
     gpu: bool | None,
     machines: Machines | None,
 ) -> tuple[float | None, str]:
-    """Seconds of training and what they stand on; None and the reason where they are unknown."""
+    """Return seconds of training and their basis, or None and why they are unknown."""
     workers = workers_of(config)
     if config.minutes is not None:
         spent = measured.seconds if measured else 0.0
@@ -364,13 +367,13 @@ def _time(
         on = f" on {then} worker{'s' if then > 1 else ''}" if measured.workers else ""
         return left * measured.step_seconds * then / workers, f"measured by an earlier attempt{on}"
     if flops is None:
-        return None, "the model can't be read from here"
+        return None, "this machine cannot read the model"
     if gpu is None or machines is None:
-        return None, "the cluster does not say what it has"
+        return None, "the cluster's resources are unknown"
     if gpu:
         peak = peak_of(machines.gpu)
         if not peak:
-            return None, f"no peak is known of GPUs of the kind {machines.gpu or 'unknown'}"
+            return None, f"the peak of GPUs of type {machines.gpu or 'unknown'} is unknown"
         assumed = f"assumed {GPU_SHARE:.0%} of the {peak / 1e12:.0f} TFLOP/s of an {machines.gpu}"
         return flops / (workers * peak * GPU_SHARE), assumed
     cores = workers * (config.threads or max(1, int(machines.cpus) // workers))
@@ -379,16 +382,16 @@ def _time(
     return flops / (cores * CORE_FLOPS), assumed
 
 
-def _count(number: float) -> str:
-    """A large number as 12.4M or 1.2B."""
+def _format_count(number: float) -> str:
+    """Format a large number as 12.4M or 1.2B."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if number >= unit:
             return f"{number / unit:.1f}{name}"
     return f"{number:,.0f}"
 
 
-def _span(seconds: float) -> str:
-    """A duration as 40 s, 12 min, 2 h 10 min or 3 d 4 h."""
+def _format_duration(seconds: float) -> str:
+    """Format a duration as 40 s, 12 min, 2 h 10 min or 3 d 4 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,20 +1,18 @@
-"""Ray Jobs: a command of raybert's, run on a cluster and followed from here.
+"""A client of Ray Jobs: submits a command of raybert to a cluster, finds its job, follows its log.
 
-A job carries the package and one resolved configuration, nothing else. The run's name makes
-submitting idempotent: while a job of that run and command is alive, submitting it again follows
-that one, and another command that would write the same stages is refused; a run that died is
-resumed by the job that comes after, as it is on one machine.
+A job carries the package and one resolved configuration. The run's name makes submission
+idempotent: while a job of the same run and command is alive, submitting again follows it, and
+another command that would write the same stages is refused. A job that failed is resumed by the
+next one, as on one machine.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
 import re
 import shlex
-import shutil
 import socket
 import tempfile
 import time
@@ -31,28 +29,25 @@ import aiohttp
 
 from raybert.cluster import token
 from raybert.cluster.internals.core import JOB_CLIENT_LOGGERS
-from raybert.config import Settings, differences, dump, flatten
+from raybert.config import Settings, differences, flatten
 from raybert.errors import RaybertError, StorageError, UserError, one_line
+from raybert.jobs.log_stream import read_stream
+from raybert.jobs.package import CONFIG, write_package
 
-PORT = 8265  # of Ray's dashboard, which takes jobs
-CONFIG = "experiment.yaml"
+PORT = 8265  # Ray's dashboard, which accepts jobs
 CHECK_COMMAND = "doctor"
-#: The stages that a command writes into its run, where it is not the one of its own name.
+#: The stages that a command writes into its run; default: the stage of its own name.
 _WRITES = {
     "run": frozenset(("corpus", "pretrain", "finetune", "evaluate")),
     "predict": frozenset[str](),
     CHECK_COMMAND: frozenset[str](),
 }
-MOST_BYTES = 20 << 20  # of a package: code and a configuration are far below
 _CONNECT_SECONDS = 4
 _RETRY_SECONDS = 1.0
 _AGENT_SECONDS = 60.0
-_SILENCE_SECONDS = 300  # of a head that may come back
-#: Without a line. The connection has no sign of life of its own: after a laptop has slept it may be
-#: gone and never say so.
-_HUSH_SECONDS = 60
-_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
-_WANTED = "raybert.wanted"  # of a job's metadata
+_HEAD_SILENCE_SECONDS = 300  # a head may be replaced in this time
+_STREAM_SILENCE_SECONDS = 60  # without a line: then the connection is opened again
+_REQUESTED = "raybert.wanted"  # key of a job's metadata: what was asked for
 _ID = re.compile(r"raybert-(?P<run>.+)-(?P<command>[a-z]+)-(?P<number>\d+)")
 
 
@@ -70,22 +65,22 @@ class ClusterJob:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it waits or runs."""
+        """Whether the job is pending or running."""
         return self.status in ("PENDING", "RUNNING")
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job to follow: submitted just now, or at work already."""
+    """A job to follow: a new one, or the active one of the same run and command."""
 
     job: ClusterJob
-    package: int | None  # bytes that were sent; None: it was at work already
-    #: Settings of the job at work that are not those asked for: key -> (its own, the one asked for)
+    package: int | None  # bytes that were sent; None: the job was already active
+    #: Settings of the active job that differ from the requested ones: key -> (active, requested).
     ignored: dict[str, tuple[Any, Any]]
 
 
 class Cluster:
-    """The jobs of a Ray cluster, through its dashboard's address."""
+    """The jobs of a Ray cluster, through the address of its dashboard."""
 
     def __init__(self, address: str | None) -> None:
         """Connect.
@@ -94,19 +89,19 @@ class Cluster:
             address: `http://head:8265`; None: RAY_API_SERVER_ADDRESS, or a Ray on this machine.
 
         Raises:
-            UserError: nobody answers there, or the token is missing or wrong.
+            UserError: the address does not answer, or the token is missing or wrong.
         """
         from ray.job_submission import JobSubmissionClient
 
         given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or f"http://127.0.0.1:{PORT}"
-        self.address = _checked(given)
+        self.address = _check_address(given)
         for name in JOB_CLIENT_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         token.use_token()
         token.close_token()
-        # Ray's client prefers the variable to its argument.
+        # Ray's client prefers this variable to its argument.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
-        with self._told():
+        with self._client_errors():
             self._client = JobSubmissionClient(self.address)
 
     def submit(
@@ -117,29 +112,29 @@ class Cluster:
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Submission:
-        """Submit a command of a run, or find the job that is at it already.
+        """Submit a command of a run, or return the active job of the same run and command.
 
         Args:
-            command: of the command line: `pretrain`.
+            command: a command of the command line, such as `pretrain`.
             run: the run's name.
-            settings: the resolved configuration; it travels as it is.
-            arguments: more of the command line.
-            environment: variables of the job; they are shown to whoever may look at jobs.
+            settings: the resolved configuration.
+            arguments: further arguments of the command.
+            environment: variables of the job, visible to everybody who can list jobs.
 
         Raises:
-            UserError: another command's job writes the same stages, the package is too large, or
-                the cluster refuses.
+            UserError: an active job of another command writes the same stages, the package is
+                too large, or the cluster refuses it.
         """
-        found = self.at_work(command, run, settings, arguments)
+        found = self.active_job(command, run, settings, arguments)
         if found is not None:
             return found
         mine = [job for job in self.jobs() if (job.command, job.run) == (command, run)]
         number = 1 + max((_number(job.id) for job in mine), default=0)
         identity = f"raybert-{run}-{command}-{number}"
         with tempfile.TemporaryDirectory(prefix="raybert-job-") as folder:
-            size = package(Path(folder), settings)
+            size = write_package(Path(folder), settings)
             words = ["python", "-u", "-m", "raybert", command, "-c", CONFIG, *arguments, "--json"]
-            with self._told():
+            with self._client_errors():
                 self._send(
                     entrypoint=shlex.join(words),
                     submission_id=identity,
@@ -147,20 +142,20 @@ class Cluster:
                     metadata={
                         "raybert.run": run,
                         "raybert.command": command,
-                        _WANTED: json.dumps(_wanted(settings, arguments)),
+                        _REQUESTED: json.dumps(_requested(settings, arguments)),
                     },
                 )
         return Submission(self.job(identity), size, {})
 
-    def at_work(
+    def active_job(
         self, command: str, run: str, settings: Settings, arguments: Sequence[str] = ()
     ) -> Submission | None:
-        """The job that is at a command of a run already; None: there is none to follow.
+        """Return the active job of a command and run; None where there is none to follow.
 
-        A command that writes nothing into its run may be at work twice, with other settings.
+        A command that writes nothing into its run may be active twice, with different settings.
 
         Raises:
-            UserError: a job of another command writes what this one would.
+            UserError: an active job of another command writes the same stages.
         """
         stages = _writes(command)
         alive = [job for job in self.jobs() if job.is_alive and job.run == run]
@@ -168,39 +163,39 @@ class Cluster:
             if job.command != command and stages & _writes(job.command):
                 both = " and ".join(sorted(stages & _writes(job.command)))
                 raise UserError(
-                    f"{job.id} is at work on {both} of {run}; wait for it, or end it with "
+                    f"{job.id} is writing {both} of {run}; wait for it, or stop it with "
                     f"`raybert stop {job.id} --address {self.address}`, and submit {command} again"
                 )
         for job in alive:
             if job.command == command:
-                ignored = self._ignored(job, settings, arguments)
+                ignored = self._differing_settings(job, settings, arguments)
                 if stages or not ignored:
                     return Submission(job, None, ignored)
         return None
 
-    def _ignored(
+    def _differing_settings(
         self, job: ClusterJob, settings: Settings, arguments: Sequence[str]
     ) -> dict[str, tuple[Any, Any]]:
-        with self._told():
+        with self._client_errors():
             metadata = self._client.get_job_info(job.id).metadata or {}
-        theirs = json.loads(metadata.get(_WANTED, "null"))
-        if theirs is None:  # of a version that did not write it down
+        theirs = json.loads(metadata.get(_REQUESTED, "null"))
+        if theirs is None:  # an earlier version did not store it
             return {}
         standard = dict(flatten(type(settings)().model_dump(mode="json")))
-        mine = json.loads(json.dumps(_wanted(settings, arguments)))
+        mine = json.loads(json.dumps(_requested(settings, arguments)))
         return {
             key: (theirs.get(key, standard.get(key)), mine.get(key, standard.get(key)))
             for key in differences(theirs, mine)
         }
 
     def _send(self, **job: Any) -> None:
-        """Submit; a head that has just started has no agent yet that takes jobs."""
+        """Submit; retries while a head that has just started has no agent for jobs."""
         until = time.monotonic() + _AGENT_SECONDS
         while True:
             try:
                 self._client.submit_job(**job)
             except RuntimeError as error:
-                if "already exists" in str(error):  # somebody was faster: that one is followed
+                if "already exists" in str(error):  # a concurrent submission won: follow it
                     return
                 if "No available agent" not in str(error) or time.monotonic() > until:
                     raise
@@ -209,25 +204,25 @@ class Cluster:
                 return
 
     def jobs(self) -> list[ClusterJob]:
-        """The jobs that raybert submitted, the youngest last."""
-        with self._told():
+        """List the jobs that raybert submitted, the newest last."""
+        with self._client_errors():
             found = self._client.list_jobs()
         ours = [_job(details) for details in found if _ID.fullmatch(details.submission_id or "")]
         return sorted(ours, key=lambda job: (job.begun or 0.0, job.id))
 
     def job(self, identity: str) -> ClusterJob:
-        """One job, by its id."""
-        with self._told():
+        """Return a job by its id."""
+        with self._client_errors():
             return _job(self._client.get_job_info(identity))
 
     def latest(self, run: str) -> ClusterJob:
-        """The job of a run that is alive, or the last one.
+        """Return the active job of a run, or its last one.
 
         Raises:
             UserError: the cluster knows no job of that run.
         """
         ours = self.jobs()
-        # A check of a run's cluster is no part of the run.
+        # Jobs that check the cluster are not part of the run.
         mine = [j for j in ours if run == j.id or (run == j.run and j.command != CHECK_COMMAND)]
         if not mine:
             known = ", ".join(sorted({job.run for job in ours})) or "none"
@@ -235,34 +230,33 @@ class Cluster:
         return next((job for job in mine if job.is_alive), mine[-1])
 
     def resources(self) -> dict[str, float]:
-        """What the nodes have in all, in Ray's words: CPU, GPU; empty where they can't be asked."""
+        """Return the total resources of the nodes by Ray's names; empty where they are unknown."""
         from ray.util.state import list_nodes
 
         total: Counter[str] = Counter()
         try:
             alive = [("state", "=", "ALIVE")]
             nodes = list_nodes(self.address, filters=alive, timeout=_CONNECT_SECONDS)
-        except Exception:  # whatever it is: what is submitted does not need it
+        except Exception:  # only the estimate needs it, so any failure may be ignored
             return {}
         for node in nodes:
             total.update(node.resources_total)
         return {name: float(amount) for name, amount in total.items()}
 
     def logs(self, job: ClusterJob) -> str:
-        """All that a job has printed."""
-        with self._told():
+        """Return the output of a job."""
+        with self._client_errors():
             return str(self._client.get_job_logs(job.id))
 
     def follow(self, job: ClusterJob) -> Iterator[str]:
-        """Yield the lines that a job prints, from its first one, until it ends.
+        """Yield the lines of a job's output, from the first one, until the job ends.
 
-        A connection that breaks or falls silent is made again, and the lines that have been yielded
-        are passed over: a head that is replaced, or a laptop that sleeps, is no reason to lose
-        sight of a job.
+        A connection that breaks or falls silent is opened again, and lines that were yielded
+        before are skipped: following survives a replaced head and a laptop that slept.
 
         Raises:
             StorageError: the cluster has not answered for minutes.
-            RaybertError: its head was replaced, and the job is lost.
+            RaybertError: the head was replaced, and the job is lost.
         """
         shown, heard = 0, time.monotonic()
         while True:
@@ -280,30 +274,28 @@ class Cluster:
                 has_ended = not self.job(job.id).is_alive
                 heard = time.monotonic()
                 if has_ended and is_whole:
-                    if rest and number == shown:  # a last line without its end
+                    if rest and number == shown:  # a last line without a line break
                         yield rest
                     return
             except (RaybertError, aiohttp.ClientError) as error:
                 if self._is_forgotten(job):
                     raise RaybertError(
-                        f"{self.address} knows nothing of {job.id} any more: its head was "
-                        "replaced; submit it again, and the run goes on from its last checkpoint"
+                        f"{self.address} does not know {job.id} any more: its head was replaced; "
+                        "submit it again, and the run resumes from its last checkpoint"
                     ) from None
-                if time.monotonic() - heard > _SILENCE_SECONDS:
-                    raise StorageError(
-                        f"{self.address} does not answer any more: {error}"
-                    ) from None
+                if time.monotonic() - heard > _HEAD_SILENCE_SECONDS:
+                    raise StorageError(f"{self.address} has stopped answering: {error}") from None
             time.sleep(_RETRY_SECONDS)
 
     def _is_forgotten(self, job: ClusterJob) -> bool:
-        """Whether the head that answers is another than the one that took the job."""
+        """Whether the head that answers now does not know the job."""
         with suppress(RaybertError, aiohttp.ClientError):
             return all(known.id != job.id for known in self.jobs())
         return False
 
     def exit_code(self, job: ClusterJob) -> int:
-        """The exit code of a job that has ended; 1 where its command did not get to give one."""
-        with self._told():
+        """Return the exit code of a job that has ended; 1 where its command returned none."""
+        with self._client_errors():
             details = self._client.get_job_info(job.id)
         code = details.driver_exit_code
         if str(details.status) == "SUCCEEDED":
@@ -311,31 +303,20 @@ class Cluster:
         return int(code) if code is not None and code > 0 else 1
 
     def stop(self, job: ClusterJob) -> bool:
-        """Ask a job to end: it writes a checkpoint first. Returns whether it was alive."""
-        with self._told():
+        """Stop a job after a checkpoint; return whether it was active."""
+        with self._client_errors():
             return bool(self._client.stop_job(job.id))
 
     def _chunks(self, job: ClusterJob) -> Iterator[str | None]:
-        """What a job prints, in pieces; None after the last one, or nothing once all is silent."""
-        stream = self._client.tail_job_logs(job.id)
-
-        async def following() -> str | None:
-            async with asyncio.timeout(_HUSH_SECONDS):  # `wait_for` may swallow a Ctrl-C (3.11)
-                return await anext(stream, None)
-
-        with asyncio.Runner() as runner, self._told():
-            try:
-                while (chunk := runner.run(following())) is not None:
-                    yield chunk
-                yield None
-            except TimeoutError:
-                return
-            finally:  # also where nobody listens any more
-                runner.run(_close(stream))
+        """Yield the log in chunks, and None after the last one; ends early after silence."""
+        with self._client_errors():
+            yield from read_stream(
+                lambda: self._client.tail_job_logs(job.id), _STREAM_SILENCE_SECONDS
+            )
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Say what Ray's client raises in one line each."""
+    def _client_errors(self) -> Iterator[None]:
+        """Convert errors of Ray's client into errors of one line."""
         from ray.exceptions import AuthenticationError
 
         try:
@@ -349,33 +330,8 @@ class Cluster:
             raise RaybertError(f"{self.address}: {reason}") from None
 
 
-async def _close(stream: Any) -> None:
-    await stream.aclose()
-
-
-def package(folder: Path, settings: Settings) -> int:
-    """Put the package and a configuration into an empty folder; return its bytes.
-
-    Raises:
-        UserError: it is larger than code has any reason to be; names the largest file.
-    """
-    source = Path(__file__).resolve().parents[1]
-    shutil.copytree(source, folder / "raybert", ignore=_LEFT_OUT)
-    (folder / CONFIG).write_text(dump(settings), encoding="utf-8")
-    sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    total = sum(sizes.values())
-    if total > MOST_BYTES:
-        largest = max(sizes, key=lambda file: sizes[file])
-        raise UserError(
-            f"the package has {total / 1e6:.0f} MB, more than {MOST_BYTES >> 20} MB: "
-            f"{source / largest.relative_to(folder / 'raybert')} has "
-            f"{sizes[largest] / 1e6:.0f} MB; put data where every node reads it, not into the code"
-        )
-    return total
-
-
 def result_of(lines: list[str]) -> dict[str, Any] | None:
-    """The result that a command printed last, if it did."""
+    """Return the JSON result that a command printed last; None where there is none."""
     for line in reversed(lines):
         if line.startswith("{"):
             try:
@@ -404,8 +360,8 @@ def _writes(command: str) -> frozenset[str]:
     return _WRITES.get(command, frozenset((command,)))
 
 
-def _wanted(settings: Settings, arguments: Sequence[str]) -> dict[str, Any]:
-    """What a job is asked to do beyond the defaults, by key: it tells two submissions apart."""
+def _requested(settings: Settings, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that differ from the defaults, by key, to compare submissions."""
     chosen = settings.model_dump(mode="json")
     changed = differences(type(settings)().model_dump(mode="json"), chosen)
     wanted = {key: value for key, (_, value) in changed.items()}
@@ -417,23 +373,23 @@ def _number(identity: str) -> int:
     return int(match["number"]) if match else 0
 
 
-def _checked(address: str) -> str:
-    """The address as Ray's client takes it, after somebody has answered there.
+def _check_address(address: str) -> str:
+    """Return the address in the form of Ray's client, after a connection has succeeded.
 
     Raises:
-        UserError: it is no address, or nobody answers; Ray's client would wait for minutes.
+        UserError: the address is malformed or does not answer; Ray's client would wait minutes.
     """
     try:
         url = urlsplit(address if "://" in address else f"http://{address}")
         host, port = url.hostname, url.port
-    except ValueError:  # brackets that don't close, a port that is no number
+    except ValueError:  # unbalanced brackets, or a port that is not a number
         host = None
     if not host or url.scheme not in ("http", "https"):
         raise UserError(
             f"--address {address}: expected http://HEAD:{PORT}, the dashboard's address"
         )
     path = url.path.rstrip("/")
-    if port is None:  # a dashboard has neither TLS nor a path: those are a proxy's before it
+    if port is None:  # TLS and a path belong to a proxy in front of the dashboard
         port = 443 if url.scheme == "https" else 80 if path else PORT
     try:
         with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):

@@ -152,9 +152,9 @@ def test_cpus_are_divided_among_workers():
     ("pretrain", "machines", "reason"),
     [
         ({"epochs": 2}, H100, "an epoch's steps are not known"),
-        ({"steps": 2}, None, "the cluster does not say what it has"),
-        ({"steps": 2, "gpu": "yes"}, Machines(8, 8, "H20x"), "of the kind H20x"),
-        ({"steps": 2, "gpu": "yes"}, Machines(8, 8), "of the kind unknown"),
+        ({"steps": 2}, None, "the cluster's resources are unknown"),
+        ({"steps": 2, "gpu": "yes"}, Machines(8, 8, "H20x"), "of type H20x"),
+        ({"steps": 2, "gpu": "yes"}, Machines(8, 8), "of type unknown"),
     ],
 )
 def test_what_is_unknown_is_said_to_be(pretrain, machines, reason):

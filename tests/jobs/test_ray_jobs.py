@@ -20,7 +20,7 @@ from raybert.config import Settings, build
 from raybert.data.corpus.build import CorpusConfig
 from raybert.errors import ConfigError, RaybertError, StorageError, UserError
 from raybert.experiment import Experiment
-from raybert.jobs import ray_jobs
+from raybert.jobs import package, ray_jobs
 from raybert.jobs.doctor.run_checks import CHECK
 from raybert.jobs.submit import _ENVIRONMENT, check, check_storage, submit
 from raybert.storage.folder import Folder
@@ -30,7 +30,7 @@ from raybert.terminal.display import FOLLOWED, Display
 
 
 def test_a_package_is_code_and_configuration(tmp_path):
-    size = ray_jobs.package(tmp_path, Settings())
+    size = package.write_package(tmp_path, Settings())
     files = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     assert {"experiment.yaml", "raybert/cli/commands.py", "raybert/demo.yaml"} <= files
     assert not [name for name in files if "__pycache__" in name]
@@ -38,9 +38,9 @@ def test_a_package_is_code_and_configuration(tmp_path):
 
 
 def test_a_large_file_is_named_and_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_jobs, "MOST_BYTES", 1000)
+    monkeypatch.setattr(package, "MAX_BYTES", 1000)
     with pytest.raises(UserError, match=r"^the package has .* MB: .*/raybert/.*\.py has"):
-        ray_jobs.package(tmp_path, Settings())
+        package.write_package(tmp_path, Settings())
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_an_address_keeps_its_brackets_and_its_path(monkeypatch, address, asked,
             where.append(place)
 
     monkeypatch.setattr(ray_jobs.socket, "create_connection", Connection)
-    assert ray_jobs._checked(address) == taken
+    assert ray_jobs._check_address(address) == taken
     assert where == [asked]
 
 
@@ -208,7 +208,7 @@ def test_two_commands_never_write_the_same_stage(first, second, both):
     with pytest.raises(UserError) as refusal:
         cluster.submit(second, "x", mine())
     assert str(refusal.value) == (
-        f"raybert-x-{first}-1 is at work on {both} of x; wait for it, or end it with `raybert stop "
+        f"raybert-x-{first}-1 is writing {both} of x; wait for it, or stop it with `raybert stop "
         f"raybert-x-{first}-1 --address http://head:8265`, and submit {second} again"
     )
     assert cluster.submit(second, "y", mine()).job.run == "y"  # another run's are its own
@@ -224,7 +224,7 @@ def test_who_follows_a_job_with_other_settings_is_told(capsys):
     assert "warning" not in capsys.readouterr().err
     assert submit(cluster, "pretrain", mine(model={"num_layers": 3}), [], display) == first
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "raybert-x-pretrain-1 is at work already: following it"
+    assert said[0] == "raybert-x-pretrain-1 is already active: following it"
     layers = Experiment().model.num_layers
     assert f"model.num_layers: {layers} -> 3" in said[1] and "pretrain.lr: 0.01 -> " in said[1]
     assert "yours are not applied: `raybert stop raybert-x-pretrain-1 --address " in said[1]
@@ -296,7 +296,7 @@ class Log(Client):
 
 @pytest.fixture
 def hurry(monkeypatch):
-    monkeypatch.setattr(ray_jobs, "_HUSH_SECONDS", 0.1)
+    monkeypatch.setattr(ray_jobs, "_STREAM_SILENCE_SECONDS", 0.1)
     monkeypatch.setattr(ray_jobs, "_RETRY_SECONDS", 0.0)
 
 
@@ -320,14 +320,14 @@ def test_a_job_that_ends_while_nobody_hears_it_is_read_to_its_end(hurry):
 
 def test_a_silent_job_is_no_silent_cluster(hurry, monkeypatch):
     """It prints nothing for longer than a head may be away, and then a connection breaks."""
-    monkeypatch.setattr(ray_jobs, "_SILENCE_SECONDS", 0.15)
+    monkeypatch.setattr(ray_jobs, "_HEAD_SILENCE_SECONDS", 0.15)
     log = Log("done\n", *4 * [(0, "hangs")], (0, "breaks"), (5, "ends"))
     cluster = cluster_of(log)
     assert list(cluster.follow(cluster.job("raybert-x-pretrain-1"))) == ["done"]
 
 
 def test_a_cluster_that_stays_away_is_told(hurry, monkeypatch):
-    monkeypatch.setattr(ray_jobs, "_SILENCE_SECONDS", 0.15)
+    monkeypatch.setattr(ray_jobs, "_HEAD_SILENCE_SECONDS", 0.15)
     cluster = cluster_of(Log("", *4 * [(0, "hangs")]))
     job = cluster.job("raybert-x-pretrain-1")
 
@@ -335,7 +335,7 @@ def test_a_cluster_that_stays_away_is_told(hurry, monkeypatch):
         raise ConnectionError("")
 
     monkeypatch.setattr(cluster._client, "get_job_info", gone)
-    with pytest.raises(StorageError, match="does not answer any more: .*answer: ConnectionError$"):
+    with pytest.raises(StorageError, match="has stopped answering: .*answer: ConnectionError$"):
         list(cluster.follow(job))
 
 
@@ -348,7 +348,7 @@ def test_a_job_that_a_new_head_does_not_know_is_told_at_once(hurry):
         raise RuntimeError("Request failed with status code 404: no such job")
 
     with pytest.raises(
-        RaybertError, match="nothing of raybert-x-pretrain-1 any more.*submit it again"
+        RaybertError, match="does not know raybert-x-pretrain-1 any more.*submit it again"
     ):
         for line in cluster.follow(job):
             lines.append(line)
@@ -504,7 +504,7 @@ def test_a_run_has_one_job_which_can_be_followed_and_stopped(head, config):
     other = ("--set", "pretrain.lr=0.5")
     second = call(head, "submit", "pretrain", "-c", config, "--no-wait", "--json", *other)
     assert json.loads(second.stdout)["id"] == job
-    assert "is at work already" in second.stderr
+    assert "is already active" in second.stderr
     assert "(pretrain.lr: 0.001 -> 0.5); yours are not applied" in second.stderr
     assert "estimate" not in second.stderr
 

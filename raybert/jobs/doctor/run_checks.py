@@ -29,8 +29,8 @@ STAGES = ("pretrain", "finetune")
 _VISITS = 3  # to a cluster whose nodes come and go
 
 
-def request() -> dict[str, str]:
-    """The environment of a job that is to begin with a visit."""
+def check_request() -> dict[str, str]:
+    """Return the environment of a job that begins with the checks."""
     return {CHECK: json.dumps(asked.versions())}
 
 
