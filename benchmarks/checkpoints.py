@@ -39,12 +39,12 @@ from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import PretrainSpec
 from raybert.tasks.settings import PretrainConfig
 from raybert.terminal.display import Display
-from raybert.train.checkpoint import CheckpointStore, Snapshot, begin_attempt
+from raybert.train.attempts import begin_attempt
+from raybert.train.checkpoint import CheckpointStore, Snapshot
+from raybert.train.control import ControlSignals, Stopped
 from raybert.train.distributed import Group, use_threads
 from raybert.train.loop import Loop
-from raybert.train.metrics_log import MetricsLog
-from raybert.train.run import LoaderConfig
-from raybert.train.task import ControlSignals, Stopped
+from raybert.train.task import LoaderConfig
 
 SEQ_LEN, VOCAB_SIZE, ROWS = 128, 21_504, 32  # rows a step
 SHAPE = {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "max_seq_len": SEQ_LEN}
@@ -64,7 +64,7 @@ class Checkpoint:
 
 
 class TimedLoop(Loop):
-    """Notes how long training stands still for each checkpoint."""
+    """Notes how long training waits for each checkpoint."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -80,9 +80,10 @@ class TimedLoop(Loop):
         self.bytes = sum(tensor.nbytes for tensor in tensors)
         return snapshot
 
-    def _save(self, wait: bool = False) -> None:
+    def save(self, wait: bool = True) -> None:
+        """Write a checkpoint, and note how long training waits for it."""
         began = time.perf_counter()
-        super()._save(wait)
+        super().save(wait)
         stalled = time.perf_counter() - began
         step = self.progress.step
         self.checkpoints.append(Checkpoint(step, began, self.copied, stalled, self.bytes))
@@ -148,9 +149,8 @@ def train(
         job.make_task(group, LoaderConfig()),
         job.config,
         group,
-        store=store,
-        open_log=lambda step: MetricsLog(run, attempt, step),
-        on_progress=note,
+        store,
+        on_record=note,
         signals=ControlSignals(stop=is_over),
     )
     with suppress(Stopped):

@@ -37,7 +37,7 @@ from origin import origin
 
 from raybert.storage.folder import Folder
 from raybert.train.metrics_log import read_metrics
-from raybert.train.run import read_digests
+from raybert.train.run_folder import read_digests
 
 KINDS = ("worker", "raylet", "node", "driver", "network", "storage")
 MOMENTS = ("step", "checkpoint", "evaluation", "start-up")

@@ -20,12 +20,12 @@ from raybert.tasks.finetune import FinetuneSpec
 from raybert.tasks.masked_lm import PretrainSpec
 from raybert.tasks.prepared_texts import prepare_texts
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
-from raybert.train.checkpoint import CheckpointStore, begin_attempt
+from raybert.train.attempts import begin_attempt
+from raybert.train.checkpoint import CheckpointStore
+from raybert.train.control import ControlSignals
 from raybert.train.distributed import Group
 from raybert.train.loop import Loop
-from raybert.train.metrics_log import MetricsLog
-from raybert.train.run import LoaderConfig
-from raybert.train.task import ControlSignals
+from raybert.train.task import LoaderConfig
 
 GOOD = "wonderful brilliant moving superb delightful".split()
 BAD = "awful boring dreadful clumsy tedious".split()
@@ -202,11 +202,8 @@ class Attempt:
             self.task,
             job.config,
             group,
-            store=self.store,
-            open_log=lambda step: MetricsLog(
-                run, number, step, weights=self.loop.loaded, tell=self.loop.tell
-            ),
-            on_progress=self.records.append,
+            self.store,
+            on_record=self.records.append,
             signals=ControlSignals(stop=lambda: self.loop.progress.step == stop_at),
             **options,
         )
@@ -230,7 +227,7 @@ def gradients_of(loop, max_norm=None):
         named = loop.task.model.named_parameters()
         steps.append({k: p.grad.detach().clone() for k, p in named if p.grad is not None})
 
-    handle = loop.optimizer.register_step_pre_hook(note)
+    handle = loop.state.optimizer.register_step_pre_hook(note)
     try:
         yield steps
     finally:

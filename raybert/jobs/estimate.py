@@ -30,11 +30,11 @@ from raybert.storage.model_folders import find_model
 from raybert.tasks.prepared_texts import read_prepared_texts
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
 from raybert.terminal.display import size
-from raybert.train.loop import peak_of
 from raybert.train.metrics_log import read_metrics
 from raybert.train.ray.placement import uses_gpus
-from raybert.train.run import RESULT
+from raybert.train.run_folder import RESULT
 from raybert.train.settings import TrainConfig
+from raybert.train.throughput import gpu_peak_flops
 
 #: The commands that train, and the stages of each.
 TRAINS = {
@@ -371,7 +371,7 @@ def _time(
     if gpu is None or machines is None:
         return None, "the cluster's resources are unknown"
     if gpu:
-        peak = peak_of(machines.gpu)
+        peak = gpu_peak_flops(machines.gpu)
         if not peak:
             return None, f"the peak of GPUs of type {machines.gpu or 'unknown'} is unknown"
         assumed = f"assumed {GPU_SHARE:.0%} of the {peak / 1e12:.0f} TFLOP/s of an {machines.gpu}"

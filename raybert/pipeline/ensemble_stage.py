@@ -25,7 +25,7 @@ from raybert.tasks.classification_metrics import classification_scores
 from raybert.tasks.finetune import FinetuneSpec
 from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.terminal.display import Display, clock
-from raybert.train.run import CONFIG, RESULT, dotted, open_run
+from raybert.train.run_folder import CONFIG, RESULT, dotted, open_run
 from raybert.train.settings import ALIKE_MAY_CHANGE
 from raybert.tune.space import Values
 from raybert.tune.trial_sources import FixedTrials

@@ -21,7 +21,7 @@ from raybert.pipeline.stages import METRICS
 from raybert.storage.folder import File, Folder
 from raybert.storage.registry import REGISTRY
 from raybert.train.metrics_log import read_metrics
-from raybert.train.run import RESULT
+from raybert.train.run_folder import RESULT
 
 STAGES = ("corpus", "pretrain", "finetune", "tune", "ensemble")
 BUSY_SECONDS = 600.0  # since the last change; a run at work writes oftener, unless told not to

@@ -103,7 +103,7 @@ def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) ->
 
 def finetune(experiment: Experiment, display: Display, *, bare: bool = False) -> dict[str, Any]:
     """Labelled texts and a pretrained model -> a run with a classifier in `model/`."""
-    from raybert.train.run import CONFIG
+    from raybert.train.run_folder import CONFIG
 
     finished = _finished("finetune", experiment, display, ("model",))
     if finished is not None:
@@ -119,7 +119,7 @@ def _finished(
     stage: str, experiment: Experiment, display: Display, sections: tuple[str, ...]
 ) -> dict[str, Any] | None:
     """The result of a run that is finished, which needs nothing that it was made from."""
-    from raybert.train.run import RESULT, open_run
+    from raybert.train.run_folder import RESULT, open_run
 
     run = experiment.folder / stage
     result = open_run(run, dump(experiment), stage, sections) if run.exists(RESULT) else None
@@ -137,7 +137,8 @@ def _train(
     bare: bool,
 ) -> dict[str, Any]:
     """Run a job to its end."""
-    from raybert.train.run import execute_bare, open_run
+    from raybert.train.run import execute_bare
+    from raybert.train.run_folder import open_run
 
     run = experiment.folder / stage
     job.check()
@@ -147,7 +148,7 @@ def _train(
         stage,
         sections,
         inputs=job.inputs(),
-        tell=lambda text: display.say(f"{stage:<9} {text}"),
+        log=lambda text: display.say(f"{stage:<9} {text}"),
     )
     begun = time.monotonic()
     with display.stage(stage):
@@ -237,7 +238,7 @@ def _measured_from(experiment: Experiment, model: Folder) -> dict[str, Any]:
 
 def _trained_on(run: Folder, source: SourceConfig) -> str | None:
     """A file of which both a run's training and this source read the same part, if there is one."""
-    from raybert.train.run import CONFIG
+    from raybert.train.run_folder import CONFIG
 
     values = parse_yaml(run.read_text(CONFIG), run.join(CONFIG)) if run.exists(CONFIG) else {}
     try:
@@ -270,7 +271,7 @@ def check_sources(experiment: Experiment) -> None:
         DataError: a source has no such files, or its first row no such column or label.
         UserError: a `sample:` whose package is not installed, a teacher that is not there.
     """
-    from raybert.train.run import CONFIG
+    from raybert.train.run_folder import CONFIG
 
     _check_lengths(experiment)
     documents.fingerprint(experiment.corpus.source)

@@ -15,7 +15,7 @@ from raybert.experiment import Experiment
 from raybert.pipeline.stages import METRICS, evaluate_model, measured
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display, clock
-from raybert.train.run import RESULT
+from raybert.train.run_folder import RESULT
 from raybert.tune.finalists import Finalist
 from raybert.tune.settings import TrialConfig
 from raybert.tune.space import Space

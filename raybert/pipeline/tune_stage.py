@@ -23,7 +23,7 @@ from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
 from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.terminal.display import Display
-from raybert.train.run import CONFIG, RESULT, open_run
+from raybert.train.run_folder import CONFIG, RESULT, open_run
 from raybert.tune.finalists import Finalist, choose_finalists, finalist_runs, rank_finalists
 from raybert.tune.samplers import SAMPLERS, Sampler
 from raybert.tune.schedulers import SCHEDULERS
@@ -101,7 +101,7 @@ def open_search(
         "tune",
         _SECTIONS,
         inputs=None if spec is None else spec.inputs(),
-        tell=lambda text: display.say(f"tune      {text}"),
+        log=lambda text: display.say(f"tune      {text}"),
         may_change=MAY_CHANGE,
     )
 

@@ -20,7 +20,7 @@ from raybert.tasks.settings import FinetuneConfig
 from raybert.tasks.text_task import TextTask
 from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.distributed import Group
-from raybert.train.run import LoaderConfig
+from raybert.train.task import LoaderConfig
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ from raybert.storage.folder import Folder
 from raybert.tasks.mask_predictions import predict_masks
 from raybert.tasks.settings import PretrainConfig
 from raybert.train.distributed import Group
-from raybert.train.run import LoaderConfig
-from raybert.train.task import Batch
+from raybert.train.task import Batch, LoaderConfig
 
 _USE_ITS_TOKENIZER = (
     "make the corpus with corpus.tokenizer.kind=file and corpus.tokenizer.path=that folder"

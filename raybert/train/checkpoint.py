@@ -1,13 +1,13 @@
 """Checkpoints: everything that continues a run bit for bit, committed last, verified when read.
 
 A checkpoint is a folder `checkpoints/step-<n>-a<attempt>/` of safetensors files and a `state.json`.
-It counts only once its commit object, `checkpoints/step-<n>-a<attempt>.json`, names it with every
-file's size and SHA-256, and its own. Object stores can't rename, so this order is the whole
-protocol: files first, commit last, and a reader that finds a file other than committed takes the
-checkpoint before. No two attempts share a folder or a commit, so a write that was on its way for
-minutes, and arrives when a younger attempt has long committed the same step, harms nobody: of a
-step's commits the youngest attempt's counts. Nothing that a commit names is written to: a step that
-an attempt saves again has two folders until the new commit stands.
+It counts only once its commit object, `checkpoints/step-<n>-a<attempt>.json`, names it with the
+size and SHA-256 of every file, and its own. Object stores can't rename, so this order is the whole
+protocol: files first, commit last; where a file differs from its commit, a reader takes the
+checkpoint before. No two attempts share a folder or a commit: a write that arrives minutes late,
+when a younger attempt has committed the same step, overwrites nothing, and of a step's commits the
+youngest attempt's counts. No file that a commit names is ever overwritten: a step that an attempt
+saves again has two folders until the new commit is written.
 """
 
 from __future__ import annotations
@@ -25,46 +25,34 @@ from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
-import torch
 
-from raybert.errors import DamagedError, StorageError, Superseded, UserError
-from raybert.storage.exclusive import numbers_taken, take_number
+from raybert.errors import DamagedError, StorageError, UserError
 from raybert.storage.folder import Folder
-from raybert.storage.retry import retry
+from raybert.train.attempts import check_attempt
+from raybert.train.tensor_file import Tensors, safetensors_pieces
 
-FORMAT_VERSION = 1
-_COMMIT = re.compile(r"step-(\d{8})(?:-a(\d+))?\.json")  # the first ones named no attempt
+#: 2 has the moving averages in a file of their own; without averages 1 and 2 are the same.
+FORMAT_VERSION = 2
+_COMMIT = re.compile(r"step-(\d{8})(?:-a(\d+))?\.json")  # the first versions named no attempt
 _FOLDER = re.compile(r"step-\d{8}-a(\d+)(-[0-9a-f]{8})?")
-
-#: Types as a safetensors file names them (github.com/huggingface/safetensors, "Format").
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-Tensors = dict[str, torch.Tensor]
+_MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+_AVERAGES, _STATE = "averages.safetensors", "state.json"
+_OLD_AVERAGE = "|average"  # in format 1, ends the names of averages in the optimizer's file
 
 
 @dataclass
 class Snapshot:
-    """The state of a run at a step, on the CPU, cut off from the tensors that train on."""
+    """The state of a run at a step, on the CPU: copies of the tensors that training changes."""
 
     step: int
     model: Tensors
     optimizer: Tensors
-    state: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)  # JSON
+    averages: Tensors = field(default_factory=dict)  # moving averages of the weights, by name
 
 
 class Commit(NamedTuple):
-    """A commit object, by its name; later ones count more."""
+    """A commit object, by its name; the greatest one counts."""
 
     step: int
     attempt: int
@@ -72,11 +60,11 @@ class Commit(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """What writing a checkpoint took, once it is committed."""
+    """What a committed checkpoint took to write."""
 
     step: int
     seconds: float  # in the background
-    size: int  # bytes
+    size: int  # bytes of its files
 
 
 class CheckpointStore:
@@ -84,14 +72,14 @@ class CheckpointStore:
 
     def __init__(self, run: Folder, attempt: int, keep: int) -> None:
         """Open a run's checkpoints for an attempt that keeps the last `keep` and the best."""
-        self._run, self._folder = run, run / "checkpoints"
-        self._attempt, self._keep = attempt, keep
+        self.run, self.attempt = run, attempt
+        self._folder, self._keep = run / "checkpoints", keep
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._committed: Committed | None = None
         self._swept = False  # False: there may be folders that no commit names
-        self.last: int | None = None  # the step of the last one that is known to be whole
-        self.is_failing = False  # whether the last one that was begun could not be written
+        self.last: int | None = None  # the step of the last checkpoint that is known to be whole
+        self.is_failing = False  # whether the last write failed
 
     def save(self, snapshot: Snapshot, *, best_step: int | None, wait: bool = False) -> None:
         """Write a checkpoint in the background; a failure is raised by the next call.
@@ -107,9 +95,9 @@ class CheckpointStore:
                 self._write(snapshot)
                 self._prune(snapshot.step, best_step)
                 self.is_failing = False
-            except Exception as error:  # handed to the training thread, which must see it
+            except Exception as error:  # raised again in the training thread
                 self._error, self.is_failing, self._swept = error, True, False
-                if self._folder.is_local:  # what was begun must not fill the disk
+                if self._folder.is_local:  # a partial checkpoint must not fill the disk
                     with suppress(StorageError):
                         self._sweep()
 
@@ -119,7 +107,12 @@ class CheckpointStore:
             self.wait()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait for the checkpoint that is being written, to its end or for some seconds."""
+        """Wait for the checkpoint that is being written, at most for some seconds.
+
+        Raises:
+            Superseded: a younger attempt at the run exists.
+            StorageError: it could not be written.
+        """
         if self._thread is not None:
             self._thread.join(seconds)
             if self._thread.is_alive():
@@ -132,7 +125,7 @@ class CheckpointStore:
     def take_committed(self) -> Committed | None:
         """The checkpoint that was committed since the last call, if there is one."""
         committed = self._committed
-        if committed is not None:  # else the thread may set it just now
+        if committed is not None:  # else the thread may set it between these lines
             self._committed = None
         return committed
 
@@ -142,7 +135,7 @@ class CheckpointStore:
         return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
-        """Raise what went wrong with a checkpoint, once its writing has ended; never waits."""
+        """Raise the error of a finished write, as `wait` does, without waiting."""
         if not self.is_busy:
             self.wait()
 
@@ -151,12 +144,19 @@ class CheckpointStore:
         return sorted({commit.step for commit in self._commits()})
 
     def _commits(self) -> list[Commit]:
-        """The commits, the one that counts most last."""
+        """The commits in rising order of step and attempt."""
         matches = (_COMMIT.fullmatch(name) for name in self._folder.names())
         return sorted(Commit(int(m[1]), int(m[2] or 0), m[0]) for m in matches if m)
 
     def load_latest(self, on_damaged: Callable[[str], None]) -> Snapshot | None:
-        """Load the youngest checkpoint that is whole; each broken one is reported by name."""
+        """Load the latest checkpoint that is whole.
+
+        Args:
+            on_damaged: gets a message for each checkpoint that is damaged.
+
+        Raises:
+            UserError: a newer raybert wrote it.
+        """
         for commit in reversed(self._commits()):
             try:
                 snapshot = self._load(commit)
@@ -182,62 +182,70 @@ class CheckpointStore:
                 return self._load(commit)
         return self._load(commits[0])
 
-    def _load(self, found: Commit) -> Snapshot:
-        name = self._folder.join(found.name)
+    def _load(self, commit: Commit) -> Snapshot:
+        name = self._folder.join(commit.name)
         try:
-            commit = self._read(found)
-            version = int(commit["format_version"])
+            content = self._read_commit(commit)
+            version = int(content["format_version"])
             if version > FORMAT_VERSION:
                 raise UserError(
                     f"checkpoint {name} has format {version}, this raybert reads up to "
                     f"{FORMAT_VERSION}; upgrade raybert"
                 )
-            folder = self._folder / _plain(commit["folder"])
-            files = dict(commit["files"])
-            data = {name: _verified(folder, name, expected) for name, expected in files.items()}
+            folder = self._folder / _checked_folder_name(content["folder"])
+            files = dict(content["files"])
+            data = {file: _read_verified(folder, file, files[file]) for file in files}
         except FileNotFoundError:
             raise DamagedError(f"the commit {name} is missing") from None
         except (KeyError, TypeError, ValueError):
             raise DamagedError(f"the commit {name} is damaged") from None
         try:
+            optimizer = safetensors.torch.load(data[_OPTIMIZER])
+            averages = safetensors.torch.load(data[_AVERAGES]) if _AVERAGES in data else {}
+            for key in [key for key in optimizer if key.endswith(_OLD_AVERAGE)]:
+                averages[key.removesuffix(_OLD_AVERAGE)] = optimizer.pop(key)
             return Snapshot(
-                step=found.step,
-                model=safetensors.torch.load(data["model.safetensors"]),
-                optimizer=safetensors.torch.load(data["optimizer.safetensors"]),
-                state=json.loads(data["state.json"]),
+                step=commit.step,
+                model=safetensors.torch.load(data[_MODEL]),
+                optimizer=optimizer,
+                state=json.loads(data[_STATE]),
+                averages=averages,
             )
         except (KeyError, ValueError, safetensors.SafetensorError) as error:
             raise DamagedError(f"checkpoint {folder} can't be read: {error}") from None
 
-    def _read(self, found: Commit) -> dict[str, Any]:
-        """Read a commit, all but its own checksum.
+    def _read_commit(self, commit: Commit) -> dict[str, Any]:
+        """Read and verify a commit object; its own checksum is left out.
 
         Raises:
             DamagedError: it is altered, or no JSON.
             FileNotFoundError: there is none.
         """
-        commit = dict(self._folder.read_json(found.name))
-        if commit.pop("sha256", None) not in (None, _seal(commit)):  # the first ones had none
+        content = dict(self._folder.read_json(commit.name))
+        # The first versions wrote no checksum.
+        if content.pop("sha256", None) not in (None, _commit_checksum(content)):
             raise DamagedError(
-                f"the commit {self._folder.join(found.name)} is altered: its SHA-256 differs"
+                f"the commit {self._folder.join(commit.name)} is altered: its SHA-256 differs"
             )
-        return commit
+        return content
 
     def _write(self, snapshot: Snapshot) -> None:
         begun = time.perf_counter()
-        check_attempt(self._run, self._attempt)
-        if not self._swept:  # a disk may be full of what attempts before this one began
+        check_attempt(self.run, self.attempt)
+        if not self._swept:  # partial checkpoints of earlier attempts may fill the disk
             self._sweep()
-        name = commit_name = f"step-{snapshot.step:08d}-a{self._attempt:04d}"
-        if self._folder.exists(name):  # by this attempt, too: it may be what the commit names
+        name = commit_name = f"step-{snapshot.step:08d}-a{self.attempt:04d}"
+        if self._folder.exists(name):  # this attempt saved the step before, and a commit names it
             name += f"-{uuid.uuid4().hex[:8]}"
         folder = self._folder / name
         files: dict[str, dict[str, Any]] = {}
         contents = {
-            "model.safetensors": _pieces(snapshot.model),
-            "optimizer.safetensors": _pieces(snapshot.optimizer),
-            "state.json": [memoryview(json.dumps(snapshot.state).encode())],
+            _MODEL: safetensors_pieces(snapshot.model),
+            _OPTIMIZER: safetensors_pieces(snapshot.optimizer),
+            _STATE: [memoryview(json.dumps(snapshot.state).encode())],
         }
+        if snapshot.averages:
+            contents[_AVERAGES] = safetensors_pieces(snapshot.averages)
         for file, pieces in contents.items():
             folder.write_bytes(file, pieces)
             digest = hashlib.sha256()
@@ -245,97 +253,66 @@ class CheckpointStore:
                 digest.update(piece)
             files[file] = {"bytes": sum(map(len, pieces)), "sha256": digest.hexdigest()}
         commit = {
-            "format_version": FORMAT_VERSION,
+            # What earlier versions can read, they may read.
+            "format_version": FORMAT_VERSION if snapshot.averages else 1,
             "step": snapshot.step,
-            "attempt": self._attempt,
+            "attempt": self.attempt,
             "folder": name,
             "files": files,
         }
-        check_attempt(self._run, self._attempt)  # writing may have taken minutes
-        commit["sha256"] = _seal(commit)
+        check_attempt(self.run, self.attempt)  # writing may have taken minutes
+        commit["sha256"] = _commit_checksum(commit)
         self._folder.write_json(f"{commit_name}.json", commit)
         size = sum(file["bytes"] for file in files.values())
         self._committed = Committed(snapshot.step, time.perf_counter() - begun, size)
         self.last = snapshot.step
 
     def _prune(self, written: int, best_step: int | None) -> None:
-        """Delete all but the last ones and the best: commits first, so that none is half there.
+        """Delete all checkpoints but the last `keep` and the best; commits before their files.
 
-        What lies ahead of the step just written goes, too: this attempt began behind it, for it
-        was damaged. Nothing of a younger attempt is touched, committed or not.
+        Checkpoints of later steps than the one just written are deleted, too: they were damaged,
+        or this attempt would have begun there. Those of younger attempts are left alone.
         """
-        check_attempt(self._run, self._attempt)
-        youngest = {commit.step: commit for commit in self._commits()}  # of each step
+        check_attempt(self.run, self.attempt)
+        youngest = {commit.step: commit for commit in self._commits()}
         keep = {*[step for step in youngest if step <= written][-self._keep :], best_step}
         for commit in self._commits():
             is_kept = commit.step in keep and commit == youngest[commit.step]
-            if not is_kept and commit.attempt <= self._attempt:
+            if not is_kept and commit.attempt <= self.attempt:
                 self._folder.delete(commit.name)
         self._sweep()
 
     def _sweep(self) -> None:
-        """Delete the folders that no commit names; those of younger attempts may yet get one."""
-        named = {self._named_by(commit) for commit in self._commits()}
+        """Delete the folders that no commit names, except those of younger attempts."""
+        named = {self._folder_of(commit) for commit in self._commits()}
         for name in self._folder.names():
             match = _FOLDER.fullmatch(name)
-            if match and name not in named and int(match[1]) <= self._attempt:
+            if match and name not in named and int(match[1]) <= self.attempt:
                 self._folder.delete(name)
         self._swept = True
 
-    def _named_by(self, commit: Commit) -> str:
-        """The folder that a commit names; none where it is damaged."""
+    def _folder_of(self, commit: Commit) -> str:
+        """The name of the folder that a commit names; empty where the commit is damaged."""
         try:
-            return str(self._read(commit)["folder"])
+            return str(self._read_commit(commit)["folder"])
         except (FileNotFoundError, DamagedError, KeyError, TypeError, ValueError):
             return ""
 
 
-def hash_tensors(tensors: Tensors) -> str:
-    """SHA-256 of tensors with their names, wherever they are: equal for equal weights alone."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _pieces(tensors: Tensors) -> list[memoryview]:
-    """A safetensors file of tensors on the CPU, in pieces that share the tensors' memory.
-
-    The library's `save` copies a file twice, the second time under Python's lock: memory rises by
-    two optimizer states, and the steps taken meanwhile wait for a copy of hundreds of megabytes.
-    """
-    header: dict[str, dict[str, Any]] = {}
-    pieces: list[memoryview] = []
-    end = 0
-    # Wide types first, as in the library: so each tensor lies at a multiple of its type's size.
-    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
-        tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        pieces.append(tensor.flatten().view(torch.uint8).numpy().data)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return [memoryview(len(text).to_bytes(8, "little") + text), *pieces]
-
-
-def _seal(commit: dict[str, Any]) -> str:
-    """The SHA-256 of a commit without this key."""
+def _commit_checksum(commit: dict[str, Any]) -> str:
+    """The SHA-256 of a commit object without its `sha256`."""
     return hashlib.sha256(json.dumps(commit, sort_keys=True).encode()).hexdigest()
 
 
-def _plain(name: str) -> str:
-    """The name of a checkpoint's folder; anything else would lead a reader elsewhere."""
+def _checked_folder_name(name: str) -> str:
+    """Refuse anything but the name of a checkpoint's folder, such as a path out of the run."""
     if not _FOLDER.fullmatch(name):
         raise ValueError(name)
     return name
 
 
-def _verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:
+def _read_verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:
+    """Read a file and compare it with the size and SHA-256 in its commit."""
     try:
         data = folder.read_bytes(name)
     except FileNotFoundError:
@@ -348,28 +325,3 @@ def _verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:
     if hashlib.sha256(data).hexdigest() != expected["sha256"]:
         raise DamagedError(f"checkpoint file {folder.join(name)} is altered: its SHA-256 differs")
     return data
-
-
-def begin_attempt(run: Folder, patience: float = 0.0) -> int:
-    """Register a new attempt at a run under a number of its own; from now on only it may commit.
-
-    Args:
-        run: its folder.
-        patience: seconds for which a storage that refuses is tried again; what comes of giving up,
-            another start of all workers, costs more.
-
-    Raises:
-        StorageError: it refused all that time.
-    """
-    return retry(lambda: take_number(run / "attempts"), patience)
-
-
-def check_attempt(run: Folder, attempt: int) -> None:
-    """Make sure that no younger attempt at the run exists.
-
-    Raises:
-        Superseded: there is one.
-    """
-    youngest = max(numbers_taken(run / "attempts"), default=attempt)
-    if youngest > attempt:
-        raise Superseded(f"{run}: attempt {youngest} has taken over; attempt {attempt} ends here")

@@ -1,7 +1,7 @@
-"""The processes that train together, and the few things that they say to each other.
+"""The group of processes that train together, and its collectives.
 
-One process is a group, too: then nothing is sent, and the loop runs without Ray, without
-`torch.distributed` and without a network.
+A group of one process sends nothing: the loop then runs without Ray, without `torch.distributed`
+and without a network.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from raybert.cluster.machine import cores
 
 @dataclass(frozen=True)
 class Group:
-    """This process's place among those that train together."""
+    """This process's rank among those that train together, and its device."""
 
     rank: int = 0
     world_size: int = 1
@@ -32,13 +32,13 @@ class Group:
 
     @classmethod
     def current(cls, device: torch.device) -> Group:
-        """The group that `torch.distributed` is initialised with; one process where it is not."""
+        """The group of `torch.distributed`; one process where that is not initialised."""
         if not dist.is_initialized():
             return cls(device=device)
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Add numbers up over all ranks, in float64."""
+        """Sum numbers over all ranks, in float64."""
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -46,7 +46,7 @@ class Group:
         return [float(v) for v in tensor.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
-        """Collect one object from every rank, in the order of ranks."""
+        """Collect a picklable object from every rank, in the order of ranks."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -54,26 +54,31 @@ class Group:
         return values
 
     def share(self, items: range) -> range:
-        """This rank's share of items: every item belongs to exactly one rank."""
+        """The items of this rank; every item belongs to exactly one rank."""
         return items[self.rank :: self.world_size]
 
     def wrap(self, module: nn.Module, *, deterministic: bool) -> nn.Module:
-        """Make backward passes average gradients over the ranks (DDP)."""
+        """Wrap a model in DDP, whose backward pass averages gradients over the ranks.
+
+        Args:
+            module: the model.
+            deterministic: add in the order of ranks, so that a restart changes no bit.
+        """
         if self.world_size == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
         wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
         if deterministic:
-            # A lambda, for DDP refuses a hook whose annotations are strings, as they are here.
+            # A lambda: DDP refuses a hook whose annotations are strings.
             wrapped.register_comm_hook(None, lambda state, bucket: _sum_in_rank_order(bucket))
         return wrapped
 
 
 def _sum_in_rank_order(bucket: Any) -> torch.futures.Future[torch.Tensor]:
-    """Average a bucket by adding the ranks' gradients in the order of ranks.
+    """Average a bucket of gradients by adding in the order of ranks.
 
-    A ring adds each chunk in an order that follows from where it lies in its bucket, and DDP lays
-    its buckets out anew after the first step: a resumed run would sum in another order.
+    A ring all-reduce adds each chunk in an order that depends on its position in the bucket, and
+    DDP rebuilds its buckets after the first step: a resumed run would add in another order.
     """
     buffer: torch.Tensor = bucket.buffer()
     world_size = dist.get_world_size()
@@ -92,27 +97,22 @@ def _sum_in_rank_order(bucket: Any) -> torch.futures.Future[torch.Tensor]:
     return future
 
 
-def pick_device(gpu: bool, local_rank: int = 0) -> torch.device:
-    """The device that a worker trains on."""
-    return torch.device("cuda", local_rank) if gpu else torch.device("cpu")
-
-
 def use_interface_of(address: str) -> None:
-    """Make gloo talk over the network interface that has an IPv4 address; unless one is set."""
+    """Make gloo use the interface with an IPv4 address, unless GLOO_SOCKET_IFNAME names one."""
     name = _interface_of(address)
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _interface_of(address: str) -> str | None:
-    """The name of the interface that has an IPv4 address; None where there is none, or no Linux."""
+    """The name of the network interface with an IPv4 address; None where there is none."""
     get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
             try:
                 answer = fcntl.ioctl(probe.fileno(), get_address, request)
-            except OSError:  # it has no IPv4 address
+            except OSError:  # the interface has no IPv4 address
                 continue
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
@@ -120,7 +120,12 @@ def _interface_of(address: str) -> str | None:
 
 
 def use_threads(threads: int | None, workers_here: int) -> int:
-    """Set the number of threads of this CPU worker: a given one, or a fair share of the cores."""
+    """Set the number of threads of this process, and return it.
+
+    Args:
+        threads: the number; None: the machine's cores divided by its workers.
+        workers_here: the workers on this machine.
+    """
     count = threads or max(1, cores() // max(1, workers_here))
     torch.set_num_threads(count)
     return count

@@ -1,4 +1,4 @@
-"""Settings that pretraining and fine-tuning share: budget, batches, optimizer, safety, workers."""
+"""Settings of the training loop, for every stage: budget, batches, optimizer, safety, workers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, field_validator, model_validator
 
 from raybert.config import NumberOrRange, Range, Settings
+from raybert.train.autocast import PrecisionName
+from raybert.train.optimizers import OptimizerName
+from raybert.train.schedules import ScheduleName
 
 
 class Budget(NamedTuple):
-    """How long a run lasts: in steps, or in minutes that become steps once speed is known."""
+    """How long a run lasts: in steps, or in minutes that become steps once its speed is known."""
 
     steps: int | None
     minutes: float | None
 
 
 class Elastic(Range):
-    """A number of workers that follows the cluster, while its nodes come and go."""
+    """A range of workers: their number follows the cluster while nodes come and go."""
 
     min: int = Field(1, ge=1, description="with fewer, training waits for nodes")
     max: int = Field(ge=1, description="no more, however large the cluster")
@@ -26,13 +29,13 @@ class Elastic(Range):
 
 Workers = NumberOrRange[Elastic]
 
-LIMITS = ("steps", "tokens", "epochs", "minutes")  # a run has exactly one of them
+LIMITS = ("steps", "tokens", "epochs", "minutes")  # a run has exactly one
 
 
 class TrainConfig(Settings):
-    """What every run of the training loop is configured by."""
+    """The settings of every training run; a stage's own class adds to them."""
 
-    section: ClassVar[str]  # of the configuration file, for messages
+    section: ClassVar[str]  # the stage's section of the configuration, for messages
     default_epochs: ClassVar[float | None] = None  # the limit where none is configured
 
     seed: int = Field(0, ge=0, description="decides the order, the masks, dropout and the weights")
@@ -48,12 +51,15 @@ class TrainConfig(Settings):
     micro_batch_size: int = Field(32, ge=1, description="sequences in one forward pass")
 
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "stable-decay", "constant"] = Field(
+    schedule: ScheduleName = Field(
         "linear", description="how the learning rate falls after warm-up, down to zero"
     )
     warmup_fraction: float = Field(0.06, ge=0, lt=1, description="share of the run that warms up")
     decay_fraction: float = Field(
         0.3, gt=0, le=1, description="share of the run that `stable-decay` takes to decay"
+    )
+    optimizer: OptimizerName = Field(
+        "adamw", description="adamw; sgd: without momentum, a baseline"
     )
     weight_decay: float = Field(0.01, ge=0, description="of matrices; never of biases and norms")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates")
@@ -67,7 +73,7 @@ class TrainConfig(Settings):
         "0.99; 0: the weights themselves",
     )
 
-    precision: Literal["auto", "bf16", "fp32"] = Field(
+    precision: PrecisionName = Field(
         "auto", description="auto: bf16 where the processor or GPU multiplies it in hardware"
     )
     compile: bool = Field(False, description="run the model through torch.compile")
@@ -167,11 +173,11 @@ class TrainConfig(Settings):
 
     @property
     def retry_timeout_s(self) -> float:
-        """Seconds for which one rank may try a storage that refuses, while the others wait."""
+        """Seconds for which rank 0 retries a storage that refuses, while the others wait for it."""
         return 0.8 * self.collective_timeout_s
 
     def budget(self, steps_per_epoch: int, tokens_per_epoch: int) -> Budget:
-        """The run's length, given the data's."""
+        """The run's limit, in steps if it is not in minutes."""
         if self.minutes is not None:
             return Budget(None, self.minutes)
         if self.steps is not None:
@@ -181,7 +187,10 @@ class TrainConfig(Settings):
         return Budget(max(1, round((self.epochs or 1) * steps_per_epoch)), None)
 
 
-#: What may differ when a run is resumed: how long it lasts, who computes it, what it logs.
+#: Settings that the first versions lacked, with the values that their runs had.
+ADDED = {"optimizer": "adamw"}
+
+#: Settings that may differ when a run is resumed: its length, its workers, its logging.
 MAY_CHANGE = frozenset(
     {
         "steps",
@@ -203,5 +212,5 @@ MAY_CHANGE = frozenset(
         "on_non_finite",
     }
 )
-#: The same of runs that are compared with each other: all are as long, and evaluated as often.
+#: Settings that may differ between runs that are compared: all are as long and evaluated as often.
 ALIKE_MAY_CHANGE = MAY_CHANGE - {*LIMITS, "evaluations"}

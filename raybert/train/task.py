@@ -1,18 +1,23 @@
-"""What the loop and its surroundings agree on: tasks, their batches, and how a run may be ended."""
+"""What the training loop needs of a task: its model, batches, loss and evaluation.
+
+A task is built on every worker from its `TrainSpec`, which travels there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from raybert.errors import RaybertError
+from raybert.storage.folder import Folder
+from raybert.train.distributed import Group
+from raybert.train.settings import TrainConfig
 
 
 class Batch(Protocol):
-    """One micro-batch of a step."""
+    """A micro-batch of a step."""
 
     @property
     def step(self) -> int:
@@ -20,7 +25,7 @@ class Batch(Protocol):
 
     @property
     def micro_batch_index(self) -> int:
-        """Its place in the global batch."""
+        """Its index in the global batch."""
 
     @property
     def count(self) -> int:
@@ -28,20 +33,20 @@ class Batch(Protocol):
 
     @property
     def tokens(self) -> int:
-        """Tokens read, for throughput."""
+        """Tokens read, for the throughput."""
 
     def digest(self) -> str:
         """A hash of the content."""
 
 
 class Task(Protocol):
-    """What is trained: a model, its batches, its loss and its evaluation."""
+    """A model with its batches, its loss and its evaluation, on one rank."""
 
-    last: dict[str, Any]  # the last evaluation; in the end that of the weights in the model
+    last: dict[str, Any]  # the metrics of the last evaluation; at the end those of the best one
 
     @property
     def model(self) -> nn.Module:
-        """The model; on the group's device."""
+        """The model, on the group's device."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -63,36 +68,42 @@ class Task(Protocol):
         """Yield this rank's micro-batches of each step from `first_step` on, without end."""
 
     def empty_batch(self) -> Batch:
-        """A micro-batch that counts nothing: for a rank that has none in an epoch's last step."""
+        """A micro-batch with a count of 0: for a rank without rows in an epoch's last step."""
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """Run the (possibly wrapped) model; return the loss summed over the batch, in fp32."""
+        """Run the model, wrapped in DDP or not; return the loss summed over the batch, fp32 []."""
 
     def lr_scale(self, name: str) -> float:
-        """A parameter's share of the learning rate."""
+        """The factor of the learning rate for a parameter."""
 
     def prepare(self, step: int) -> bool:
-        """Freeze or unfreeze for a step; return whether anything changed."""
+        """Freeze or unfreeze parameters for a step; return whether anything changed."""
 
     def evaluate(self) -> dict[str, Any]:
-        """Evaluate with all ranks together; `score` is among the metrics: higher is better."""
-
-
-class Stopped(RaybertError):
-    """The run was asked to stop; its state is in a checkpoint."""
-
-
-class Preempted(RaybertError):
-    """A worker's node is about to go; the run's state is in a checkpoint, to go on elsewhere."""
+        """Evaluate on all ranks together; the metrics include `score`: higher is better."""
 
 
 @dataclass(frozen=True)
-class ControlSignals:
-    """Requests from outside, polled before every step; each may come from any rank."""
+class LoaderConfig:
+    """Where a worker's batches are made: in its own process, or in Ray Data operators."""
 
-    stop: Callable[[], bool] = lambda: False  # save and end the run
-    preempt: Callable[[], bool] = lambda: False  # save and end: this rank's node will be taken away
-    save: Callable[[], bool] = lambda: False  # write a checkpoint now
+    on_ray: bool = False
+    cpus: float = 1.0  # logical CPUs for this worker's operators
+    memory: int = 256 << 20  # bytes of the object store for their blocks
 
 
-NO_SIGNALS = ControlSignals()
+class TrainSpec(Protocol):
+    """A training run before it starts: picklable, sent to the workers."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """The stage's settings."""
+
+    def inputs(self) -> dict[str, str]:
+        """Hashes of what the run reads, by a name for messages."""
+
+    def make_task(self, group: Group, loader: LoaderConfig) -> Task:
+        """Build the task on a worker."""
+
+    def finish(self, task: Task, run: Folder) -> dict[str, Any]:
+        """Write the run's product from the best weights, on rank 0; return lines of the result."""

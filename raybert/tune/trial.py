@@ -20,11 +20,11 @@ from raybert.config import dump
 from raybert.errors import RaybertError, StorageError, Superseded
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec, SharedInputs
-from raybert.train.checkpoint import begin_attempt
+from raybert.train.attempts import begin_attempt
+from raybert.train.control import Stopped
 from raybert.train.metrics_log import read_metrics
 from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel
-from raybert.train.run import CONFIG
-from raybert.train.task import Stopped
+from raybert.train.run_folder import CONFIG
 from raybert.tune.schedulers.pbt import EXPLOIT_ID
 from raybert.tune.schedulers.pbt_evidence import lacks_evidence
 from raybert.tune.schedulers.pbt_exploit import copy_donor, record_evidence

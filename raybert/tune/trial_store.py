@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from raybert.storage.folder import Folder
 from raybert.train.metrics_log import SEGMENTS, parse_lines, read_metrics
-from raybert.train.run import RESULT
+from raybert.train.run_folder import RESULT
 from raybert.tune.space import Values
 
 TRIAL, OUTCOME = "trial.json", "outcome.json"

@@ -18,12 +18,14 @@ import torch
 from raybert.cluster.session import Resources
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec, SharedInputs
-from raybert.train.checkpoint import CheckpointStore, hash_tensors
+from raybert.train.checkpoint import CheckpointStore
+from raybert.train.control import ControlSignals
 from raybert.train.distributed import Group
 from raybert.train.ray.driver import train_on_ray
 from raybert.train.ray.driver_channel import DriverChannel
-from raybert.train.run import LoaderConfig, TrainingRun
-from raybert.train.task import ControlSignals
+from raybert.train.run import TrainingRun
+from raybert.train.task import LoaderConfig
+from raybert.train.tensor_file import hash_tensors
 
 _POLL_SECONDS = 0.5
 OnProgress = Callable[[dict[str, Any]], None]

@@ -18,10 +18,11 @@ from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.terminal.display import size
+from raybert.train.control import Stopped
 from raybert.train.distributed import Group
-from raybert.train.loop import peak_of
-from raybert.train.run import LoaderConfig, execute_bare
-from raybert.train.task import Stopped
+from raybert.train.run import execute_bare
+from raybert.train.task import LoaderConfig
+from raybert.train.throughput import gpu_peak_flops
 
 H100 = Machines(cpus=256, gpus=8, gpu="H100")
 CPUS = Machines(cpus=16, gpus=0)
@@ -135,7 +136,7 @@ def test_gpu_hours_do_not_depend_on_the_number_of_gpus(workers):
     one = estimate(alone, "pretrain", Machines(1000, 64, "A100"))
     assert many.gpu and one.gpu
     assert many.seconds * workers == pytest.approx(one.seconds)
-    assert many.seconds > many.flops / (workers * peak_of("A100"))
+    assert many.seconds > many.flops / (workers * gpu_peak_flops("A100"))
 
 
 def test_cpus_are_divided_among_workers():
@@ -266,8 +267,8 @@ def test_rays_resources_are_read():
     assert Machines.of({"CPU": 4.0}) == Machines(4.0, 0)
     found = Machines.of({"CPU": 8.0, "GPU": 2.0, "accelerator_type:L4": 2.0})
     assert found == Machines(8.0, 2.0, "L4")
-    assert math.isclose(peak_of("NVIDIA L40S"), 181e12)
-    assert math.isclose(peak_of("L4"), 121e12)
+    assert math.isclose(gpu_peak_flops("NVIDIA L40S"), 181e12)
+    assert math.isclose(gpu_peak_flops("L4"), 121e12)
 
 
 def test_model_shapes_of_an_own_start(corpus, tmp_path):

@@ -10,7 +10,7 @@ from raybert.pipeline.tune_result import finish_search
 from raybert.pipeline.tune_stage import tune
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
-from raybert.train.run import CONFIG, RESULT
+from raybert.train.run_folder import CONFIG, RESULT
 from raybert.tune.finalists import Finalist
 from raybert.tune.space import Space
 from raybert.tune.summary import Cost

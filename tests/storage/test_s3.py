@@ -18,7 +18,8 @@ from raybert.errors import UserError
 from raybert.storage.folder import Folder
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import read_metrics
-from raybert.train.run import execute_bare, read_digests
+from raybert.train.run import execute_bare
+from raybert.train.run_folder import read_digests
 
 
 def last_weights(run):
@@ -194,7 +195,7 @@ class Outage:
 def test_a_run_survives_a_store_that_fails_for_a_while(
     corpus, bucket, proxy, undisturbed, monkeypatch, how
 ):
-    monkeypatch.setattr("raybert.train.metrics_log.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("raybert.train.line_log.RETRY_SECONDS", 0.0)
     through, connection = proxy
     outage = Outage(bucket, connection, how)
     result = execute_bare(ten_steps(corpus), through, on_progress=outage)

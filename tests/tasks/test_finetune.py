@@ -22,7 +22,8 @@ from raybert.storage.folder import Folder
 from raybert.tasks.finetune import SharedInputs
 from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.distributed import Group
-from raybert.train.run import LoaderConfig, execute_bare
+from raybert.train.run import execute_bare
+from raybert.train.task import LoaderConfig
 
 
 @pytest.fixture

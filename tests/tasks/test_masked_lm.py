@@ -15,7 +15,8 @@ from raybert.model import huggingface
 from raybert.storage.folder import Folder
 from raybert.tasks.mask_predictions import predict_masks
 from raybert.train.distributed import Group
-from raybert.train.run import LoaderConfig, execute_bare
+from raybert.train.run import execute_bare
+from raybert.train.task import LoaderConfig
 
 
 @pytest.fixture(scope="module")

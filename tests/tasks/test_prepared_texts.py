@@ -19,7 +19,7 @@ from raybert.tasks.prepared_texts import prepare_texts
 from raybert.tasks.settings import DistillConfig
 from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.distributed import Group
-from raybert.train.run import LoaderConfig
+from raybert.train.task import LoaderConfig
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from making import (
 from raybert.storage.folder import Folder
 from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.distributed import Group
-from raybert.train.run import LoaderConfig
+from raybert.train.task import LoaderConfig
 
 
 @pytest.fixture
@@ -45,7 +45,8 @@ def test_layer_decay_lowers_the_learning_rate_of_lower_layers(folder):
     assert {s for n, s in scales.items() if n.startswith("encoder.layers.1.")} == {0.5}
     assert {s for n, s in scales.items() if not n.startswith("encoder.")} == {1.0}
     attempt = Attempt(finetune_job(folder, layer_decay=0.5), folder / "run")
-    assert {group["scale"] for group in attempt.loop.optimizer.param_groups} == {0.25, 0.5, 1.0}
+    groups = attempt.loop.state.optimizer.param_groups
+    assert {group["scale"] for group in groups} == {0.25, 0.5, 1.0}
 
 
 def test_the_loss_applies_class_weights_and_is_zero_for_an_empty_batch(folder):

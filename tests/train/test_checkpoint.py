@@ -1,6 +1,7 @@
 """Checkpoints: what is committed, what is kept, who may commit, and what damage does."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,9 @@ from making import same_tensors
 
 from raybert.errors import StorageError, Superseded, UserError
 from raybert.storage.folder import Folder
-from raybert.train.checkpoint import (
-    _DTYPES,
-    FORMAT_VERSION,
-    CheckpointStore,
-    Snapshot,
-    _seal,
-    begin_attempt,
-    check_attempt,
-)
+from raybert.train.attempts import begin_attempt, check_attempt
+from raybert.train.checkpoint import FORMAT_VERSION, CheckpointStore, Snapshot, _commit_checksum
+from raybert.train.tensor_file import DTYPES
 
 
 @pytest.fixture
@@ -61,7 +56,7 @@ tensors = st.dictionaries(
     st.text(max_size=9),
     st.builds(
         drawn,
-        st.sampled_from(list(_DTYPES)),
+        st.sampled_from(list(DTYPES)),
         st.lists(st.integers(0, 5), max_size=3),
         st.sampled_from(["plain", "turned"]),
     ),
@@ -80,6 +75,29 @@ def test_tensors_of_any_type_and_shape_come_back(tmp_path_factory, model, optimi
         for name, tensor in written.items():
             assert read[name].dtype == tensor.dtype
             assert torch.equal(read[name], tensor)
+
+
+def test_averages_come_back_and_only_they_need_the_newer_format(run):
+    store, averages = store_of(run), {"weight": torch.full((3, 2), 0.5)}
+    store.save(replace(snapshot(1), averages=averages), best_step=None, wait=True)
+    store.save(snapshot(2), best_step=None, wait=True)
+    assert same_tensors(store.load(1).averages, averages)
+    assert same_tensors(store.load(1).optimizer, snapshot(1).optimizer)
+    assert store.load(2).averages == {}
+    commits = [f"step-0000000{step}-a0001.json" for step in (1, 2)]
+    versions = [(run / "checkpoints").read_json(name)["format_version"] for name in commits]
+    assert versions == [FORMAT_VERSION, 1]
+
+
+def test_averages_that_format_1_kept_in_the_optimizers_file_are_read(run):
+    store, average = store_of(run), torch.full((3, 2), 0.5)
+    old = snapshot(1)
+    old.optimizer["weight|average"] = average
+    store.save(old, best_step=None, wait=True)
+    assert (run / "checkpoints").read_json("step-00000001-a0001.json")["format_version"] == 1
+    found = store.load(1)
+    assert same_tensors(found.averages, {"weight": average})
+    assert same_tensors(found.optimizer, snapshot(1).optimizer)
 
 
 def test_the_last_ones_and_the_best_are_kept(run):
@@ -308,7 +326,7 @@ def test_a_newer_format_is_refused_by_name(run):
     commit = (run / "checkpoints").read_json("step-00000001-a0001.json")
     del commit["sha256"]
     commit["format_version"] = FORMAT_VERSION + 1
-    commit["sha256"] = _seal(commit)
+    commit["sha256"] = _commit_checksum(commit)
     (run / "checkpoints").write_json("step-00000001-a0001.json", commit)
     # No damage that an older checkpoint could stand in for: going on would undo newer work.
     with pytest.raises(UserError, match=f"has format {FORMAT_VERSION + 1}.*upgrade raybert"):
@@ -513,5 +531,5 @@ def test_an_attempt_begins_once_the_storage_takes_it(tmp_path, monkeypatch):
             (tmp_path / "attempts").unlink()
 
     monkeypatch.setattr("raybert.storage.retry.time.sleep", meanwhile)
-    assert begin_attempt(Folder(tmp_path), patience=60) == 1
+    assert begin_attempt(Folder(tmp_path), retry_timeout_s=60) == 1
     assert sleeps == [0.5, 1.0, 2.0]

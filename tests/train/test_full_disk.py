@@ -12,7 +12,8 @@ from making import make_corpus, pretrain_job, same_tensors
 from raybert.storage.folder import Folder
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import read_metrics
-from raybert.train.run import execute_bare, read_digests
+from raybert.train.run import execute_bare
+from raybert.train.run_folder import read_digests
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def state(run):
 
 
 def test_a_run_on_a_full_disk_says_so_and_goes_on(corpus, disk, tmp_path, monkeypatch):
-    monkeypatch.setattr("raybert.train.metrics_log.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("raybert.train.line_log.RETRY_SECONDS", 0.0)
     settings = {"steps": 10, "checkpoint_steps": 2, "digests": True}
     job = pretrain_job(corpus, {"dropout": 0.1}, **settings)
     run, told = Folder(disk) / "run", []

@@ -24,12 +24,12 @@ from making import (
 from raybert.data.masking import IGNORE_INDEX
 from raybert.errors import RaybertError, StorageError, Superseded, UserError
 from raybert.storage.folder import Folder
-from raybert.train.checkpoint import begin_attempt
+from raybert.train.attempts import begin_attempt
+from raybert.train.control import ControlSignals, Preempted, Stopped
 from raybert.train.distributed import Group
 from raybert.train.loop import MAX_SKIPPED_IN_A_ROW
 from raybert.train.metrics_log import MetricsLog, read_metrics
-from raybert.train.run import LoaderConfig
-from raybert.train.task import ControlSignals, Preempted, Stopped
+from raybert.train.task import LoaderConfig
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,13 @@ def test_a_resumed_fine_tuning_equals_an_undisturbed_one_bit_for_bit(tmp_path, s
     assert same_tensors(left.optimizer, right.optimizer)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])  # sgd has no state of its own
 @pytest.mark.parametrize("stop_at", [2, 5, 9])
-def test_a_resumed_run_of_averages_equals_an_undisturbed_one_bit_for_bit(tmp_path, stop_at):
-    job = finetune_job(Folder(tmp_path), steps=12, evaluations=4, average_decay=0.9, lr=1e-2)
+def test_a_resumed_run_of_averages_equals_an_undisturbed_one_bit_for_bit(
+    tmp_path, optimizer, stop_at
+):
+    settings = {"steps": 12, "evaluations": 4, "average_decay": 0.9, "lr": 1e-2}
+    job = finetune_job(Folder(tmp_path), optimizer=optimizer, **settings)
     once = Attempt(job, Folder(tmp_path / "whole"))
     once.run()
     with pytest.raises(Stopped):
@@ -115,6 +119,9 @@ def test_a_resumed_run_of_averages_equals_an_undisturbed_one_bit_for_bit(tmp_pat
     left, right = once.store.load(12), again.store.load(12)
     assert same_tensors(left.model, right.model)
     assert same_tensors(left.optimizer, right.optimizer)
+    assert same_tensors(left.averages, right.averages)
+    assert left.averages.keys() == dict(once.task.model.named_parameters()).keys()
+    assert bool(left.optimizer) == (optimizer == "adamw")
     assert same_tensors(once.task.model.state_dict(), again.task.model.state_dict())
 
 
@@ -162,7 +169,7 @@ def test_a_run_that_is_left_goes_on_from_where_it_was_saved(tmp_path):
     next(evaluations)
     left.loop.save()
     evaluations.close()
-    assert left.loop._log is None
+    assert not left.loop.log.is_open
     again = Attempt(job, run)
     again.run()
     assert [record["step"] for record in again.of_kind("train")] == [3, 4, 5, 6]
@@ -346,7 +353,7 @@ def test_minutes_become_steps_once(corpus, run):
     job = pretrain_job(corpus, minutes=0.05, steps=None)
     first = Attempt(job, run)
     with pytest.raises(Stopped):
-        first.loop._signals = ControlSignals(
+        first.loop.signals = ControlSignals(
             stop=lambda: first.loop.progress.total_steps is not None
         )
         first.run()
@@ -619,8 +626,8 @@ def test_what_checkpoints_took_is_logged_once_by_the_training_thread(corpus, run
     threads = []
     for stop_at in (3, None):
         attempt = Attempt(job, run, stop_at=stop_at)
-        note = attempt.loop._on_progress
-        attempt.loop._on_progress = lambda record, note=note: (
+        note = attempt.loop.log.on_record
+        attempt.loop.log.on_record = lambda record, note=note: (
             note(record),
             threads.append(threading.current_thread()),
         )
@@ -641,7 +648,7 @@ def test_what_is_written_in_the_background_is_no_standstill(corpus, run, monkeyp
 
     def write_when_counted(snapshot):
         ends = time.monotonic() + 30
-        while not attempt.loop._saver._stalled:
+        while not attempt.loop.saver._stalled:
             assert time.monotonic() < ends, "the standstill lasts as long as the writing"
             time.sleep(0.001)
         write(snapshot)
@@ -720,7 +727,7 @@ def test_a_failed_checkpoint_is_told_once_and_costs_the_run_nothing(
 
 @pytest.mark.parametrize(("pause", "expected"), [(0.0, [4, 5, 8]), (1e9, [4, 8])])
 def test_a_failed_checkpoint_is_tried_again_soon(corpus, run, monkeypatch, pause, expected):
-    monkeypatch.setattr("raybert.train.checkpoint_schedule.RETRY_SECONDS", pause)
+    monkeypatch.setattr("raybert.train.checkpoint_saver.RETRY_SECONDS", pause)
     attempt = Attempt(pretrain_job(corpus, steps=8, checkpoint_steps=4), run)
     tried = refusing(attempt, monkeypatch, at=[4])
     attempt.run()
@@ -754,7 +761,7 @@ def test_the_last_checkpoint_may_not_fail_either(corpus, run, monkeypatch, at):
     attempt = Attempt(job, run)
     refusing(attempt, monkeypatch, at=[4 if at == "the end" else 2])
     if at == "Ctrl-C":
-        attempt.loop._signals = ControlSignals(stop=lambda: attempt.loop.progress.step == 2)
+        attempt.loop.signals = ControlSignals(stop=lambda: attempt.loop.progress.step == 2)
     with pytest.raises(UserError, match="there is no checkpoint yet: mend the storage, and run it"):
         attempt.run()
 
@@ -788,7 +795,7 @@ def test_weights_that_can_not_be_read_for_a_while_are_waited_for(corpus, run, mo
 
 def test_a_checkpoint_that_is_asked_for_is_written_at_once(corpus, run):
     attempt = Attempt(pretrain_job(corpus, steps=6, keep_checkpoints=9), run)
-    attempt.loop._signals = ControlSignals(save=lambda: attempt.loop.progress.step in (2, 3))
+    attempt.loop.signals = ControlSignals(save=lambda: attempt.loop.progress.step in (2, 3))
     attempt.run()
     assert {2, 3} <= set(attempt.store.steps())
 
@@ -798,7 +805,7 @@ def test_whoever_must_leave_leaves_after_a_checkpoint_and_nothing_is_lost(corpus
     once = Attempt(job, Folder(tmp_path / "whole"))
     once.run()
     first = Attempt(job, Folder(tmp_path / "parted"))
-    first.loop._signals = ControlSignals(preempt=lambda: first.loop.progress.step == 3)
+    first.loop.signals = ControlSignals(preempt=lambda: first.loop.progress.step == 3)
     with pytest.raises(Preempted):
         first.run()
     assert "a node is about to go" in first.events()["eviction"]

@@ -21,7 +21,8 @@ from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import MaskedLMTask, PretrainSpec
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import read_metrics
-from raybert.train.run import execute_bare, read_digests
+from raybert.train.run import execute_bare
+from raybert.train.run_folder import read_digests
 
 pytestmark = pytest.mark.ray
 

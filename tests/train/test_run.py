@@ -14,9 +14,11 @@ from raybert.config import dump, load
 from raybert.errors import ConfigError, DataError, StorageError, Superseded
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
-from raybert.train.checkpoint import CheckpointStore, begin_attempt
+from raybert.train.attempts import begin_attempt
+from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import MERGED, read_metrics
-from raybert.train.run import CONFIG, RESULT, execute_bare, open_run, read_digests
+from raybert.train.run import execute_bare
+from raybert.train.run_folder import CONFIG, RESULT, open_run, read_digests
 from raybert.train.settings import MAY_CHANGE
 
 
@@ -67,13 +69,28 @@ def reopen_on(run, **inputs):
 def test_allowed_changes_are_told(run):
     told = []
     reopen(run, "pretrain.steps=10")
-    open_run(run, yaml("pretrain.steps=20", "pretrain.workers=2"), "pretrain", tell=told.append)
+    open_run(run, yaml("pretrain.steps=20", "pretrain.workers=2"), "pretrain", log=told.append)
     assert told == [
         "goes on with other settings: pretrain.steps: 10 -> 20; pretrain.workers: 1 -> 2"
     ]
     told.clear()
-    open_run(run, yaml("pretrain.steps=20", "pretrain.workers=2"), "pretrain", tell=told.append)
+    open_run(run, yaml("pretrain.steps=20", "pretrain.workers=2"), "pretrain", log=told.append)
     assert told == []
+
+
+def test_a_run_from_before_a_setting_existed_had_its_default(run):
+    """A resolved configuration of the first versions has no `optimizer`: it was AdamW."""
+    reopen(run)
+    lines = run.read_text(CONFIG).splitlines(keepends=True)
+    old = "".join(line for line in lines if not line.startswith("  optimizer:"))
+    assert old.count("\n") < len(lines)
+    run.write_text(CONFIG, old)
+    messages = []
+    assert open_run(run, yaml(), "pretrain", log=messages.append) is None
+    assert messages == []
+    run.write_text(CONFIG, old)
+    with pytest.raises(ConfigError, match=r"pretrain.optimizer: 'adamw' -> 'sgd'"):
+        reopen(run, "pretrain.optimizer=sgd")
 
 
 @pytest.mark.parametrize(
@@ -289,7 +306,7 @@ def undisturbed(corpus, tmp_path_factory):
 def test_lines_that_can_not_be_written_for_a_while_cost_nothing(
     corpus, run, undisturbed, monkeypatch, name
 ):
-    monkeypatch.setattr("raybert.train.metrics_log.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("raybert.train.line_log.RETRY_SECONDS", 0.0)
     in_the_way(run, name)
     told = []
 

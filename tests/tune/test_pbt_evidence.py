@@ -4,9 +4,11 @@ import pytest
 from making import Attempt, finetune_job
 
 from raybert.storage.folder import Folder
-from raybert.train.checkpoint import CheckpointStore, begin_attempt, hash_tensors
+from raybert.train.attempts import begin_attempt
+from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import read_metrics
 from raybert.train.run import execute_bare
+from raybert.train.tensor_file import hash_tensors
 from raybert.tune.schedulers.pbt_evidence import FRESH, find_evidence, lacks_evidence
 
 STEP, TOTAL, MUTATED = 4, 10, 3e-3
@@ -65,7 +67,7 @@ def test_a_rate_that_was_not_mutated_shows(family):
 def test_a_rate_that_the_optimizer_does_not_have_shows(family, monkeypatch):
     """The log has the optimizer's rate, not the schedule's."""
     root, snapshot = family
-    monkeypatch.setattr("raybert.train.loop.set_lr", lambda optimizer, lr: None)
+    monkeypatch.setattr("raybert.train.step.set_lr", lambda optimizer, lr: None)
     exploit, records = exploit_donor(root, snapshot, lr=MUTATED)
     trained = evidence(exploit, records, root)["trained"]
     assert trained["lr"] != trained["due"]

@@ -20,7 +20,7 @@ from raybert.jobs.estimate import shape_of, size_of, training_of, workers_of
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
 from raybert.train.ray.placement import uses_gpus
-from raybert.train.run import RESULT
+from raybert.train.run_folder import RESULT
 from raybert.train.settings import TrainConfig
 
 #: Set in a submitted job that is to be preceded by a visit: the versions of who submitted it.

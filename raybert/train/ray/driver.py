@@ -19,13 +19,14 @@ from raybert.cluster.session import Resources, environment
 from raybert.errors import RaybertError, StorageError
 from raybert.storage.folder import Folder
 from raybert.storage.retry import retry
+from raybert.train.control import Stopped
 from raybert.train.ray.driver_channel import DriverChannel
 from raybert.train.ray.fit_thread import run_fit
 from raybert.train.ray.placement import check_resources, uses_gpus
 from raybert.train.ray.worker import WorkerInputs, train_worker
-from raybert.train.run import RESULT, TrainSpec
+from raybert.train.run_folder import RESULT
 from raybert.train.settings import TrainConfig
-from raybert.train.task import Stopped
+from raybert.train.task import TrainSpec
 
 #: Bytes of masked rows that may wait for a worker. A GPU reads 8 MB/s and more, and half a minute
 #: of them rides out a slow storage. On a CPU the operators share the processors with the training,

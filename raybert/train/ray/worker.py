@@ -15,13 +15,14 @@ import torch
 from raybert.cluster.internals.train import is_preempted
 from raybert.errors import RaybertError, StorageError, Superseded
 from raybert.storage.folder import Folder
-from raybert.train.checkpoint import begin_attempt
+from raybert.train.attempts import begin_attempt
+from raybert.train.control import ControlSignals, Preempted, Stopped
 from raybert.train.distributed import Group
 from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel
 from raybert.train.ray.placement import operator_cpus
 from raybert.train.ray.prometheus import Telemetry
-from raybert.train.run import LoaderConfig, TrainingRun, TrainSpec
-from raybert.train.task import ControlSignals, Preempted, Stopped
+from raybert.train.run import TrainingRun
+from raybert.train.task import LoaderConfig, TrainSpec
 
 
 @dataclass(frozen=True, repr=False)  # Ray's page of training runs shows it: URIs may hold keys

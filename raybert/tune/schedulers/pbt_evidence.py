@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raybert.train.optimizers import schedule_at
+from raybert.train.schedules import schedule_at
 from raybert.train.settings import TrainConfig
 
 LOADED, TRAINED = "weights_after", "trained"  # keys of the evidence

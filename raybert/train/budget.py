@@ -1,0 +1,126 @@
+"""A run's length in steps: configured, or computed from minutes once the speed is measured.
+
+A run limited by minutes measures its speed while the learning rate warms up, and then fixes its
+number of steps, once: from then on, and after every restart, it is a run limited by steps.
+"""
+
+from __future__ import annotations
+
+from raybert.train.schedules import schedule_at
+from raybert.train.settings import TrainConfig
+from raybert.train.state import Progress
+from raybert.train.task import Task
+
+MEASURED_SHARE = 0.02  # of a run's minutes, at least: the time over which its speed is measured
+SETTLING_STEPS = 3  # not measured: libraries choose their kernels, and memory is mapped
+SETTLING_SHARE = 0.5  # of that time, not measured: Ray Data fills its first blocks
+TRAINING_SHARE = 0.98  # of the minutes left; the rest is for checkpoints and variations in speed
+
+
+class StepBudget:
+    """Sets `progress.total_steps` and `progress.warmup_steps`, and what follows from them."""
+
+    def __init__(self, config: TrainConfig, task: Task, progress: Progress) -> None:
+        """Set up the budget of a run; `progress` is read and changed."""
+        self._config, self._progress = config, progress
+        self._steps_per_epoch = task.steps_per_epoch
+        self._tokens_per_epoch = task.tokens_per_epoch
+        self._began = (0, 0.0)  # steps and seconds at the start of this attempt
+        self._settled: tuple[int, float] | None = None  # the same, once its speed is steady
+
+    def begin(self) -> bool:
+        """Apply the configured limit to a new or resumed run.
+
+        Returns:
+            Whether minutes that a resumed run was given anew became steps.
+        """
+        config, progress = self._config, self._progress
+        self._began = (progress.step, progress.seconds)
+        limit = config.budget(self._steps_per_epoch, self._tokens_per_epoch)
+        if limit.steps is not None:
+            progress.total_steps, progress.minutes = limit.steps, None
+            progress.warmup_steps = round(limit.steps * config.warmup_fraction)
+        elif progress.total_steps is not None and progress.minutes != limit.minutes:
+            return self._fix_by_speed_so_far()
+        return False
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether all steps are taken; a resumed run may be given fewer than it has taken."""
+        total = self._progress.total_steps
+        return total is not None and self._progress.step >= total
+
+    def lr(self) -> float:
+        """The learning rate of the current step."""
+        config, progress = self._config, self._progress
+        if progress.total_steps is None or progress.warmup_steps is None:
+            return config.lr * min(1.0, (progress.seconds + 1e-3) / self._measured_seconds)
+        return config.lr * schedule_at(
+            progress.step, progress.total_steps, progress.warmup_steps, config
+        )
+
+    def is_evaluation_due(self) -> bool:
+        """Whether to evaluate after the step just taken; the run's end is not counted."""
+        step, total = self._progress.step, self._progress.total_steps
+        if total is None or step >= total:
+            return False
+        count = self._config.evaluations
+        if count is None:
+            return step % self._steps_per_epoch == 0
+        return any(step == round(total * i / count) for i in range(1, count))
+
+    def is_measured(self) -> bool:
+        """Whether the steps taken so far are enough to measure the speed by; asked every step."""
+        progress = self._progress
+        if progress.total_steps is not None:
+            return False
+        # Only of this attempt: one that resumes in the warm-up has slow first steps of its own.
+        taken = self._taken()
+        steps, seconds = taken - self._began[0], progress.seconds - self._began[1]
+        needed = self._measured_seconds
+        is_settled = steps >= SETTLING_STEPS and seconds >= SETTLING_SHARE * needed
+        if self._settled is None and is_settled:
+            self._settled = (taken, progress.seconds)
+        return self._settled is not None and seconds >= needed and taken > self._settled[0]
+
+    def fix(self, evaluation_seconds: float) -> None:
+        """Turn the minutes into steps by the measured speed and an evaluation's duration."""
+        assert self._settled is not None and self._config.minutes is not None
+        progress, minutes = self._progress, self._config.minutes
+        steps, seconds = self._taken() - self._settled[0], progress.seconds - self._settled[1]
+        per_step = seconds / steps
+        left = minutes * 60 - progress.seconds - evaluation_seconds
+        if self._config.evaluations is None:
+            per_step += evaluation_seconds / self._steps_per_epoch
+        else:
+            left -= evaluation_seconds * self._config.evaluations
+        progress.total_steps = progress.step + max(0, int(TRAINING_SHARE * left / per_step))
+        progress.warmup_steps = progress.step
+        progress.minutes = minutes
+
+    def _fix_by_speed_so_far(self) -> bool:
+        """Turn other minutes than before into steps by the speed of all attempts."""
+        progress, minutes = self._progress, self._config.minutes or 0.0
+        if progress.step < 3 or not progress.seconds:  # too few steps: measure the speed
+            progress.total_steps = progress.warmup_steps = None
+            return False
+        left = minutes * 60 - progress.seconds
+        steps = int(TRAINING_SHARE * left * progress.step / progress.seconds)
+        progress.total_steps = progress.step + max(0, steps)
+        progress.minutes = minutes
+        if progress.warmup_steps is None or progress.step < progress.warmup_steps:
+            progress.warmup_steps = round(progress.total_steps * self._config.warmup_fraction)
+        return True
+
+    def __str__(self) -> str:
+        return f"{self._progress.minutes:g} minutes are {self._progress.total_steps:,} steps"
+
+    @property
+    def _measured_seconds(self) -> float:
+        """How long the speed is measured, and the learning rate warms up."""
+        minutes = self._config.minutes or 0
+        return minutes * 60 * max(MEASURED_SHARE, self._config.warmup_fraction)
+
+    def _taken(self) -> int:
+        """The steps that `progress.seconds` covers: it was read before the last one."""
+        return self._progress.step - 1

@@ -1,0 +1,127 @@
+"""A run's folder: which configuration and inputs it began with, and its result.
+
+Running a name again resumes it; a finished run only returns its result. A resumed run must be the
+run that was begun: apart from its budget, its workers and its logging, no setting may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any
+
+from raybert.config import differences, parse_yaml
+from raybert.errors import ConfigError, DataError
+from raybert.storage.folder import Folder
+from raybert.train.settings import ADDED, MAY_CHANGE
+
+CONFIG, RESULT, INPUTS = "config.yaml", "result.json", "inputs.json"
+DIGESTS = "digests"  # of every micro-batch: `<attempt>-<rank>.txt`
+
+
+def open_run(
+    run: Folder,
+    config_yaml: str,
+    stage: str,
+    sections: tuple[str, ...] = (),
+    *,
+    inputs: Mapping[str, str] | None = None,
+    log: Callable[[str], None] = lambda line: None,
+    may_change: Set[str] | None = None,
+) -> dict[str, Any] | None:
+    """Create or reopen the run of a stage.
+
+    Args:
+        run: the run's folder.
+        config_yaml: the whole resolved configuration.
+        stage: the run's own section of the configuration.
+        sections: the other sections that the result depends on.
+        inputs: SHA-256 hashes of what the run reads, by name; None: they are not checked.
+        log: gets one line about settings that differ and may.
+        may_change: dotted keys that may differ; None: the stage's keys in `MAY_CHANGE`.
+
+    Returns:
+        The result of a finished run; None where there is work to do.
+
+    Raises:
+        ConfigError: the run exists, and a setting that must not change has changed.
+        DataError: the run began with other inputs.
+    """
+    if may_change is None:
+        may_change = dotted(stage, MAY_CHANGE)
+    is_finished = run.exists(RESULT)
+    if run.exists(CONFIG):
+        changed = _changed_settings(run, config_yaml, {stage, *sections})
+        refused = {key: v for key, v in changed.items() if _setting(key) not in may_change}
+        if refused:
+            state = "is finished" if is_finished else "has begun"
+            raise ConfigError(
+                f"{run} {state} with other settings ({_format_changes(refused)}); set them back, "
+                "or choose another run.name"
+            )
+        if changed and not is_finished:
+            log(f"goes on with other settings: {_format_changes(changed)}")
+    if inputs is not None and run.exists(INPUTS):
+        _check_inputs(run, inputs)
+    if is_finished:
+        result = run.read_json(RESULT)
+        return result if isinstance(result, dict) else {}
+    if inputs is not None and not run.exists(INPUTS):
+        run.write_json(INPUTS, dict(inputs))
+    run.write_text(CONFIG, config_yaml)
+    return None
+
+
+def _changed_settings(
+    run: Folder, config_yaml: str, sections: Set[str]
+) -> dict[str, tuple[Any, Any]]:
+    """The settings of these sections that differ from the run's: dotted key -> (old, new)."""
+    old = parse_yaml(run.read_text(CONFIG), run.join(CONFIG))
+    new = parse_yaml(config_yaml, CONFIG)
+    for name in sections:  # a run of an earlier version lacks the keys that were added since
+        section = old.get(name)
+        if isinstance(section, dict):
+            added = {key: value for key, value in ADDED.items() if key in new.get(name, {})}
+            old[name] = {**added, **section}
+    changed = differences(old, new)
+    return {key: values for key, values in changed.items() if key.partition(".")[0] in sections}
+
+
+def _check_inputs(run: Folder, inputs: Mapping[str, str]) -> None:
+    known = run.read_json(INPUTS)
+    for name, digest in inputs.items():
+        if known.get(name, digest) != digest:
+            raise DataError(
+                f"{run} has begun on another {name} than is there now; put that one back, or "
+                "choose another run.name"
+            )
+
+
+def _format_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+
+
+def _setting(key: str) -> str:
+    """The setting of a dotted key: `finetune.workers.min` belongs to `finetune.workers`."""
+    return ".".join(key.split(".")[:2])
+
+
+def dotted(section: str, keys: Iterable[str]) -> set[str]:
+    """Prefix the keys of a section with its name."""
+    return {f"{section}.{key}" for key in keys}
+
+
+def read_digests(run: Folder) -> dict[tuple[int, int], set[str]]:
+    """Read the digests of all attempts and ranks.
+
+    Returns:
+        (step, micro-batch index) -> digests; equal runs have one digest for each.
+    """
+    folder = run / DIGESTS
+    found: dict[tuple[int, int], set[str]] = {}
+    for name in folder.names():
+        for line in folder.read_text(name).splitlines(keepends=True):
+            if not line.endswith("\n"):  # cut off where a worker was killed
+                continue
+            step, index, digest = line.split()
+            found.setdefault((int(step), int(index)), set()).add(digest)
+    return found

@@ -1,0 +1,112 @@
+"""The state of a run: what a checkpoint holds, and how every rank gets it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from raybert.errors import DamagedError, StorageError
+from raybert.train.averages import WeightAverages
+from raybert.train.checkpoint import CheckpointStore, Snapshot
+from raybert.train.distributed import Group
+from raybert.train.metrics_log import finite
+from raybert.train.optimizers import optimizer_tensors, restore_optimizer
+from raybert.train.tensor_file import Tensors
+
+
+@dataclass
+class Progress:
+    """How far a run has come: the part of a checkpoint that is not tensors."""
+
+    step: int = 0
+    total_steps: int | None = None  # None while a run limited by minutes measures its speed
+    warmup_steps: int | None = None
+    minutes: float | None = None  # the limit that total_steps was computed from, if any
+    tokens: float = 0.0
+    seconds: float = 0.0  # of training, over all attempts
+    best_score: float | None = None
+    best_step: int | None = None
+    best_metrics: dict[str, Any] | None = None
+    skipped: int = 0  # steps with a gradient that is not finite
+    restarts: int = 0
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the values of a checkpoint."""
+        vars(self).update(vars(Progress(**state)))
+
+    def note_best(self, metrics: dict[str, Any]) -> bool:
+        """Note an evaluation; return whether its score is the best. NaN never is."""
+        if not metrics["score"] > (-float("inf") if self.best_score is None else self.best_score):
+            return False
+        self.best_score, self.best_step = metrics["score"], self.step
+        self.best_metrics = finite(metrics)
+        return True
+
+    def forget_best(self) -> None:
+        """Drop the best evaluation, whose weights are gone."""
+        self.best_score = self.best_step = self.best_metrics = None
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """The tensors that training changes, on their device."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    averages: WeightAverages
+
+    def snapshot(self, progress: Progress) -> Snapshot:
+        """Copy everything to the CPU."""
+        return Snapshot(
+            step=progress.step,
+            model=_copy(self.model.state_dict()),
+            optimizer=_copy(optimizer_tensors(self.optimizer)),
+            state=asdict(progress),
+            averages=_copy(self.averages.tensors()),
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put the tensors of a snapshot back; the progress is left as it is."""
+        self.model.load_state_dict(snapshot.model)
+        restore_optimizer(self.optimizer, snapshot.optimizer)
+        self.averages.restore(snapshot.averages)
+
+
+def _copy(tensors: Tensors) -> Tensors:
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+
+
+def load_latest_on_all_ranks(
+    store: CheckpointStore, group: Group, on_damaged: Callable[[str], None]
+) -> Snapshot | None:
+    """Load the latest checkpoint that is whole: rank 0 finds it, the others load the same.
+
+    Args:
+        store: the run's checkpoints.
+        group: the processes that train together; all of them call this.
+        on_damaged: gets a message for each checkpoint that is damaged, on rank 0.
+
+    Raises:
+        StorageError: a rank can't read the checkpoint that rank 0 found.
+    """
+    is_first = group.rank == 0
+    snapshot = store.load_latest(on_damaged) if is_first else None
+    found = -1 if snapshot is None else snapshot.step
+    step = int(group.sum([found if is_first else 0])[0])
+    problem = ""
+    if step >= 0 and not is_first:
+        try:
+            snapshot = store.load(step)
+        except (DamagedError, StorageError) as error:
+            problem = f"rank {group.rank}: {error}"
+    problems = list(filter(None, group.gather(problem)))
+    if problems:
+        raise StorageError(
+            f"not every worker can read the checkpoint of step {step}; use a run.storage that "
+            f"all nodes share ({problems[0]})"
+        )
+    return snapshot

@@ -1,0 +1,64 @@
+"""Throughput, and model FLOPs utilization (MFU): the share of the GPU's peak that a run reaches.
+
+MFU is defined as in PaLM (arXiv 2204.02311, appendix B): only the operations that the model itself
+needs count, so that recomputation does not raise it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+#: Dense bf16 operations per second by a part of the GPU's name, from the vendor's data sheets.
+#: V100 and T4 have no bf16: theirs are of fp16.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "A10": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(device: torch.device) -> float:
+    """The peak of a device in operations per second; 0 for a CPU or an unknown GPU."""
+    return gpu_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
+
+
+def gpu_peak_flops(name: str) -> float:
+    """The peak of a GPU by its name, in operations per second; 0 where it is unknown."""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0.0)
+
+
+class ThroughputMeter:
+    """Tokens per second and seconds of waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin an interval."""
+        self._began, self._tokens, self._waited, self._steps = time.perf_counter(), 0.0, 0.0, 0
+
+    def add(self, tokens: float, waited: float) -> None:
+        """Count a step: its tokens over all ranks, and the seconds spent waiting for its data."""
+        self._tokens += tokens
+        self._waited += waited
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Return the interval's rates and begin the next interval."""
+        seconds = max(1e-9, time.perf_counter() - self._began)
+        steps = max(1, self._steps)
+        rates = {
+            "tokens_per_second": round(self._tokens / seconds, 1),
+            "step_seconds": round(seconds / steps, 6),
+            "data_wait": round(self._waited / steps, 6),
+        }
+        self.restart()
+        return rates
