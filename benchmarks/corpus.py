@@ -35,11 +35,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from meter import Meter
 
-from raybert.data import vocabulary
-from raybert.data.corpus.build import CorpusConfig, Progress, build
+from raybert.data.corpus.build import Progress, build
+from raybert.data.corpus.settings import CorpusConfig
 from raybert.data.sources import documents
-from raybert.data.sources.source_config import SourceConfig
-from raybert.data.tokenizer import Tokenizer, TokenizerConfig
+from raybert.data.sources.settings import SourceConfig
+from raybert.data.tokenizer import Tokenizer
+from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from raybert.storage.folder import Folder
 
 ARCHIVE = "aclImdb_v1.tar.gz"
@@ -96,7 +97,7 @@ def write_texts(archive: str, base: Path) -> list[Path]:
 
 def train(path: Path, folder: Path) -> Tokenizer:
     texts = pq.read_table(path).column("text").to_pylist()
-    tokenizer = vocabulary.make(TokenizerConfig(vocab_size=8192), texts)
+    tokenizer = make_tokenizer(TokenizerConfig(vocab_size=8192), texts)
     tokenizer.save(Folder(folder))
     return tokenizer
 

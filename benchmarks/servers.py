@@ -26,7 +26,7 @@ import psutil
 from meter import plasma_in_use, private_pss
 
 from raybert.data.sources.labelled import labelled
-from raybert.data.sources.source_config import EvaluationSource
+from raybert.data.sources.settings import EvaluationSource
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
 

@@ -9,8 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from raybert.cluster.session import RayConfig
 from raybert.config import Settings, flatten
-from raybert.data.corpus.build import CorpusConfig
-from raybert.data.sources.source_config import EvaluationSource
+from raybert.data.corpus.settings import CorpusConfig
+from raybert.data.sources.settings import EvaluationSource
 from raybert.errors import UserError
 from raybert.model.settings import ModelConfig
 from raybert.serve.settings import ServeConfig

@@ -13,7 +13,7 @@ from making import MODEL, make_corpus, reviews, write_csv
 
 from raybert.cli import commands
 from raybert.config import build
-from raybert.data.corpus.build import CorpusConfig
+from raybert.data.corpus.settings import CorpusConfig
 from raybert.storage.folder import Folder
 
 _SCRIPT = Path(sys.executable).with_name("raybert")

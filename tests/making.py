@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from raybert.config import build
-from raybert.data import vocabulary
-from raybert.data.corpus import build as corpus_module
-from raybert.data.corpus.build import CorpusConfig
+from raybert.data.corpus.identity import inputs_of
+from raybert.data.corpus.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from raybert.data.corpus.packing import Packer, unigram_loss
-from raybert.data.corpus.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter, id_dtype
-from raybert.data.tokenizer import TokenizerConfig
+from raybert.data.corpus.part_writer import PartWriter
+from raybert.data.corpus.settings import CorpusConfig
+from raybert.data.encoding import id_dtype
+from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
@@ -50,7 +51,7 @@ def reviews(count, seed=0):
 def tokenizer_of(texts):
     """A tokenizer of whole words that knows every word of these texts."""
     config = TokenizerConfig(kind="words", vocab_size=512, min_frequency=1)
-    return vocabulary.make(config, texts)
+    return make_tokenizer(config, texts)
 
 
 def make_corpus(folder, *, texts=None, documents=120, seq_len=16, config=None):
@@ -84,7 +85,7 @@ def make_corpus(folder, *, texts=None, documents=120, seq_len=16, config=None):
     if config is not None:
         assert isinstance(config, CorpusConfig)
         info["config"] = config.model_dump(mode="json")
-        info["inputs"] = corpus_module._inputs(config)
+        info["inputs"] = inputs_of(config)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         seq_len=seq_len,

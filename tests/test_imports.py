@@ -36,7 +36,7 @@ HOMES = {
     "ray.data": {
         "raybert.cluster.internals.throttle",
         "raybert.data.loader",
-        "raybert.data.corpus.build",
+        "raybert.data.corpus.tokenize_job",
         "raybert.data.tokenize_on_ray",
         "raybert.inference.bulk",
     },
@@ -83,7 +83,6 @@ CORE = {
     "raybert.jobs.doctor.remote",
     "raybert.jobs.doctor.nodes",
     "raybert.jobs.doctor.all_reduce",
-    "raybert.data.corpus.tokenize_job",
     "raybert.train.ray.driver_channel",
     "raybert.train.ray.prometheus",
     "raybert.pipeline.trial_runner",  # puts the trials' shared inputs into the object store

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raybert.data.corpus.parts import PartReader, Rows
+from raybert.data.corpus.part_reader import PartReader, Rows
 from raybert.data.masking import IGNORE_INDEX, MaskingConfig, Vocabulary, mask_rows
 from raybert.data.order import CorpusOrder
 from raybert.errors import RaybertError

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from raybert.config import Settings
-from raybert.data.corpus.parts import Rows
+from raybert.data.corpus.part_reader import Rows
 from raybert.data.keyed import key_of, keyed_uniform
 
 IGNORE_INDEX = -100

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from raybert.data.keyed import I64
 from raybert.data.text import replace_line_breaks
-from raybert.data.tokenizer import Ragged, Tokenizer
+from raybert.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Preprocessing:
     def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Turn raw texts into ids, [up to seq_len] each."""
         cleaned = [self.clean(text) for text in texts]
-        return [self.shorten(ids) for ids in split(tokenizer.encode(cleaned))]
+        return [self.shorten(ids) for ids in tokenizer.encode(cleaned).split()]
 
     def clean(self, text: str) -> str:
         """Return a text as the tokenizer reads it."""
@@ -53,17 +53,11 @@ class Preprocessing:
         return np.concatenate([ids[:head], ids[len(ids) - (self.seq_len - head) :]])
 
 
-def split(ragged: Ragged) -> list[npt.NDArray[Any]]:
-    """Split the ids of texts into one array a text."""
-    bounds = ragged.offsets
-    return [ragged.values[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-
-
 def pad(rows: Sequence[npt.NDArray[Any]], pad_id: int) -> tuple[I64, npt.NDArray[np.bool_] | None]:
-    """Stack rows of ids to the longest one.
+    """Stack rows of ids, padded to the longest one.
 
     Returns:
-        input_ids: int64 [n, longest].
+        input_ids: int64 [n, longest], at least one column.
         attention_mask: bool [n, longest], False at padding; None where there is no padding.
     """
     lengths = np.array([len(row) for row in rows])

@@ -1,8 +1,8 @@
-"""The tokenizer: loading and saving one, and turning texts into ids.
+"""The tokenizer of a corpus or model: load and save it, and turn texts into ids.
 
-`tokenizer.json` (of Hugging Face's `tokenizers`) is the one truth: special ids, the vocabulary and
-where words start are read from it. `tokenizer_config.json` beside it only says which token plays
-which role, so that `transformers.AutoTokenizer` gives the same ids.
+The vocabulary, the special ids and where words start are read from `tokenizer.json` (of Hugging
+Face's `tokenizers`). `tokenizer_config.json` only assigns roles to special tokens, so that
+`transformers.AutoTokenizer` gives the same ids.
 """
 
 from __future__ import annotations
@@ -11,14 +11,20 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, model_validator
 from tokenizers import Tokenizer as HfTokenizer
 
-from raybert.config import Settings
+from raybert.data.encoding import (
+    Ragged,
+    encode_plain,
+    id_dtype,
+    offsets_of,
+    template_ids,
+    word_start_table,
+)
 from raybert.data.word_cache import WordCache, splits_at_spaces
 from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.storage.folder import Folder
@@ -26,7 +32,7 @@ from raybert.storage.folder import Folder
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 
-# What a role's token is called where `tokenizer_config.json` does not say.
+# The names of a role's token where `tokenizer_config.json` does not assign one.
 _USUAL_NAMES = {
     "pad_token": ("[PAD]", "<pad>"),
     "unk_token": ("[UNK]", "<unk>"),
@@ -36,52 +42,9 @@ _USUAL_NAMES = {
 }
 SPECIAL_TOKENS = [names[0] for names in _USUAL_NAMES.values()]
 
-# Keras' TextVectorization, `strip_punctuation`, as a class of single characters.
-STRIP_PATTERN = r"""[!"#$%&()\*\+,\-\./:;<=>?@\[\\\]^_`{|}~']"""
-
-
-class TokenizerConfig(Settings):
-    """Which tokenizer a corpus is made with."""
-
-    kind: Literal["wordpiece", "words", "file"] = Field(
-        "wordpiece",
-        description="wordpiece: trained on the corpus; words: the most frequent words, lower-case "
-        "and without punctuation, as Keras' TextVectorization; file: an existing tokenizer.json",
-    )
-    path: str | None = Field(
-        None, description="of kind file: a tokenizer.json, or a folder that has one"
-    )
-    vocab_size: int = Field(8192, ge=16, description="tokens, the special ones included")
-    lowercase: bool = Field(True, description="of kind wordpiece; accents go with the case")
-    min_frequency: int = Field(2, ge=1, description="of a merge, or of a word")
-    train_chars: int | None = Field(
-        20_000_000,
-        ge=1,
-        description="characters to train on, at most: documents drawn by a hash of their text; "
-        "null: all, in memory that grows with the text",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TokenizerConfig:
-        if self.kind == "file" and not self.path:
-            raise ValueError("kind=file needs path: a tokenizer.json, or a folder that has one")
-        if self.kind != "file" and self.path:
-            raise ValueError(f"path={self.path} goes with kind=file, not with kind={self.kind}")
-        if self.kind == "words" and not self.lowercase:
-            raise ValueError("lowercase=false goes with kind=wordpiece; words are lower-case")
-        return self
-
-
-class Ragged(NamedTuple):
-    """Texts as ids, end to end. Text i holds values[offsets[i]:offsets[i + 1]]."""
-
-    values: npt.NDArray[Any]  # [sum of lengths], the tokenizer's dtype
-    offsets: npt.NDArray[np.int64]  # [B + 1]
-    word_starts: npt.NDArray[np.bool_]  # [sum of lengths], True where a word starts
-
 
 class Tokenizer:
-    """A tokenizer with what raybert needs to know of it. Picklable."""
+    """A Hugging Face tokenizer with the roles of its special tokens. Picklable."""
 
     def __init__(self, spec: str, config: dict[str, Any] | None = None, name: str = "") -> None:
         """Wrap the content of a `tokenizer.json` and of a `tokenizer_config.json`.
@@ -94,11 +57,12 @@ class Tokenizer:
             self.hf = HfTokenizer.from_str(spec)
         except Exception as error:  # tokenizers raises bare Exception
             raise DamagedError(f"{self.name} is no tokenizer: {error}") from None
-        # Cutting and filling to a length is the corpus's work and the model's, never the file's.
+        # The corpus and the model truncate and pad; the file's settings for both are ignored.
         self.hf.no_truncation()
         self.hf.no_padding()
         self._roles = {
-            role: _content((config or {}).get(role)) or self._usual(role) for role in _USUAL_NAMES
+            role: _content((config or {}).get(role)) or self._default_token(role)
+            for role in _USUAL_NAMES
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -109,7 +73,7 @@ class Tokenizer:
         """Read the tokenizer of a corpus or model folder.
 
         Raises:
-            DataError: there is none.
+            DataError: the folder has none.
             DamagedError: it can't be parsed.
         """
         name = folder.join(TOKENIZER_FILE)
@@ -128,11 +92,11 @@ class Tokenizer:
         folder.write_json(CONFIG_FILE, self.to_config())
 
     def to_json(self) -> str:
-        """The content of `tokenizer.json`, in one canonical form."""
+        """The content of `tokenizer.json` in a canonical form."""
         return json.dumps(self.spec, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
 
     def to_config(self, max_length: int | None = None) -> dict[str, Any]:
-        """The content of `tokenizer_config.json`; `max_length` in tokens, where a model sets it."""
+        """The content of `tokenizer_config.json`; `max_length` is a model's limit in tokens."""
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -160,42 +124,42 @@ class Tokenizer:
     @cached_property
     def dtype(self) -> np.dtype[Any]:
         """The narrowest unsigned type that holds every id."""
-        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        return id_dtype(self.vocab_size)
 
     @property
     def pad_id(self) -> int:
-        """The id that fills rows up."""
+        """The id of padding."""
         return self._id("pad_token")
 
     @property
     def unk_id(self) -> int:
-        """The id of what is not in the vocabulary."""
+        """The id of words that are not in the vocabulary."""
         return self._id("unk_token")
 
     @property
     def cls_id(self) -> int:
-        """The id that opens a document."""
+        """The id at the beginning of a document."""
         return self._id("cls_token")
 
     @property
     def sep_id(self) -> int:
-        """The id that closes a document."""
+        """The id at the end of a document."""
         return self._id("sep_token")
 
     @property
     def mask_id(self) -> int:
-        """The id that stands for a masked token."""
+        """The id of a masked token."""
         return self._id("mask_token")
 
     @property
     def mask_token(self) -> str:
-        """What stands for a masked token in a raw string."""
+        """The mask token as it is written in a raw string."""
         self._id("mask_token")
         return str(self._roles["mask_token"])
 
     @cached_property
     def is_special(self) -> npt.NDArray[np.bool_]:
-        """Per id, bool [V]: whether it is a special token rather than text."""
+        """For each id, bool [V], whether it is a special token rather than text."""
         table = np.zeros(self.vocab_size, np.bool_)
         for index, token in self.hf.get_added_tokens_decoder().items():
             table[index] = token.special
@@ -207,86 +171,44 @@ class Tokenizer:
 
     @cached_property
     def starts_by_id(self) -> npt.NDArray[np.bool_] | None:
-        """Per id, bool [V]: whether it starts a word; None where the id alone does not tell."""
-        model = self.spec["model"]
-        if model.get("type") == "WordLevel":
-            return np.ones(self.vocab_size, np.bool_)
-        if model.get("type") != "WordPiece":
-            return None
-        prefix = model.get("continuing_subword_prefix", "##")
-        if not prefix:
-            return None
-        table = np.ones(self.vocab_size, np.bool_)
-        for token, index in model["vocab"].items():
-            table[index] = not token.startswith(prefix) or token == prefix
-        return table
+        """For each id, bool [V], whether it starts a word; None where that depends on the text."""
+        return word_start_table(self.spec, self.vocab_size)
 
     def encode_batch(
         self, texts: Sequence[str], *, special: bool = True
     ) -> list[npt.NDArray[np.int32]]:
-        """Turn texts into ids, int32 [length] each, neither cut nor filled.
+        """Turn texts into ids, int32 [length] each, neither truncated nor padded.
 
         Args:
             texts: raw strings.
-            special: whether the special tokens that the file's template sets stand around them.
+            special: whether to add the special tokens of the file's template.
         """
         ragged = self.encode(texts, special=special)
-        return np.split(ragged.values.astype(np.int32), ragged.offsets[1:-1]) if texts else []
+        return ragged._replace(values=ragged.values.astype(np.int32)).split()
 
     def encode(self, texts: Sequence[str], *, special: bool = True) -> Ragged:
-        """Turn texts into ids and word starts, end to end."""
-        if not self._cache:
-            return self._encode_plainly(texts, special)
-        before, after = self._around if special else (b"", b"")
+        """Turn texts into ids and word starts, concatenated."""
+        starts = self.starts_by_id
+        if self._cache is None or starts is None:
+            return encode_plain(self.hf, texts, special, self.dtype, starts)
+        before, after = self._template if special else (b"", b"")
         joined = [before + ids + after for ids in self._cache.encode(texts)]
         values = np.frombuffer(b"".join(joined), self.dtype)
         lengths = np.fromiter(map(len, joined), np.int64, len(joined)) // self.dtype.itemsize
-        starts = self.starts_by_id
-        assert starts is not None  # the cache holds WordPiece and WordLevel only
-        return Ragged(values, _offsets(lengths), starts[values])
-
-    def _encode_plainly(self, texts: Sequence[str], special: bool) -> Ragged:
-        by_id = self.starts_by_id
-        ids: list[npt.NDArray[Any]] = []
-        starts: list[npt.NDArray[np.bool_]] = []
-        if by_id is not None:
-            fast = self.hf.encode_batch_fast(list(texts), add_special_tokens=special)
-            ids = [np.array(encoding.ids, self.dtype) for encoding in fast]
-            starts = [by_id[one] for one in ids]
-        else:  # only the slower encoding knows the words
-            for encoding in self.hf.encode_batch(list(texts), add_special_tokens=special):
-                ids.append(np.array(encoding.ids, self.dtype))
-                words = [-1 if word is None else word for word in encoding.word_ids]
-                starts.append(np.diff(np.array(words, np.int64), prepend=-2) != 0)
-                starts[-1] |= np.array(words, np.int64) < 0
-        lengths = np.array([len(one) for one in ids], np.int64)
-        empty = [np.zeros(0, self.dtype)]
-        return Ragged(
-            np.concatenate(ids or empty),
-            _offsets(lengths),
-            np.concatenate(starts or [np.zeros(0, np.bool_)]),
-        )
+        return Ragged(values, offsets_of(lengths), starts[values])
 
     @cached_property
     def _cache(self) -> WordCache | None:
-        known = splits_at_spaces(self.spec, STRIP_PATTERN) and self.starts_by_id is not None
-        return WordCache(self.hf, self.dtype) if known else None
+        is_exact = splits_at_spaces(self.spec) and self.starts_by_id is not None
+        return WordCache(self.hf, self.dtype) if is_exact else None
 
     @cached_property
-    def _around(self) -> tuple[bytes, bytes]:
-        """The special ids that the template sets before and after a text."""
-        encoding = self.hf.encode("")
-        with_text = self.hf.encode("a")
-        text = self.hf.encode("a", add_special_tokens=False)
-        before = next(
-            n
-            for n in range(len(encoding.ids) + 1)
-            if with_text.ids == encoding.ids[:n] + text.ids + encoding.ids[n:]
-        )
-        ids = np.array(encoding.ids, self.dtype)
-        return ids[:before].tobytes(), ids[before:].tobytes()
+    def _template(self) -> tuple[bytes, bytes]:
+        """The special ids before and after a text, as bytes."""
+        before, after = template_ids(self.hf)
+        return np.array(before, self.dtype).tobytes(), np.array(after, self.dtype).tobytes()
 
-    def _usual(self, role: str) -> str | None:
+    def _default_token(self, role: str) -> str | None:
         return next((t for t in _USUAL_NAMES[role] if self.hf.token_to_id(t) is not None), None)
 
     def _id(self, role: str) -> int:
@@ -301,29 +223,8 @@ class Tokenizer:
         return index
 
 
-def load_file(path: str) -> Tokenizer:
-    """Load a user's tokenizer: a `tokenizer.json`, or a folder that has one."""
-    folder = Folder(path)
-    if folder.path.endswith(".json"):
-        parent, name = Folder.of_file(folder.uri)
-        if name == TOKENIZER_FILE:
-            return Tokenizer.load(parent)
-        try:
-            return Tokenizer(parent.read_text(name), None, path)
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such file") from None
-    if not folder.exists(TOKENIZER_FILE):
-        hub = " (names on a hub are not looked up: download it first)" if "/" in path else ""
-        raise DataError(f"{folder / TOKENIZER_FILE}: no such file{hub}")
-    return Tokenizer.load(folder)
-
-
 def _content(token: Any) -> str | None:
-    """A token of `tokenizer_config.json`: a string, or an object that holds it."""
+    """A token of `tokenizer_config.json`, which is a string or an object with the string."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
-
-
-def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])

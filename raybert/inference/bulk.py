@@ -18,7 +18,7 @@ import pyarrow as pa
 from raybert.cluster.machine import cores
 from raybert.data.corpus import tokenize_job
 from raybert.data.sources import documents
-from raybert.data.sources.source_config import SourceConfig
+from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 from raybert.inference.classifier import TextClassifier, softmax
 from raybert.inference.prediction_file import PredictionWriter

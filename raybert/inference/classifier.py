@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raybert.data.preprocess import Preprocessing, pad, split
+from raybert.data.preprocess import Preprocessing, pad
 from raybert.data.tokenizer import Tokenizer
 from raybert.inference.precision import build_model
 from raybert.inference.precision_store import resolve_precision
@@ -84,7 +84,7 @@ class TextClassifier:
     def encode_windows(self, texts: Sequence[str]) -> list[list[Row]]:
         """Tokenize texts, each into overlapping windows that cover it. Thread-safe."""
         cleaned = [self.preprocessing.clean(text) for text in texts]
-        encoded = split(self.tokenizer.encode(cleaned))
+        encoded = self.tokenizer.encode(cleaned).split()
         return [windows(ids, self.longest) for ids in encoded]
 
     def score(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:

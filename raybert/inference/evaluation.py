@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raybert.data.sources.source_config import SourceConfig
+from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 from raybert.inference.bulk import logits_of, score
 from raybert.inference.classifier import softmax

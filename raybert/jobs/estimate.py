@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from raybert.data.corpus.parts import Manifest
+from raybert.data.corpus.manifest import Manifest
 from raybert.data.order import CorpusOrder
 from raybert.errors import RaybertError
 from raybert.experiment import Experiment

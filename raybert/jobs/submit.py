@@ -9,7 +9,7 @@ from typing import Any
 
 from raybert.cluster.internals.core import JOB_STOP_SECONDS
 from raybert.cluster.internals.train import PROCESS_GROUP_SHUTDOWN
-from raybert.data.sources.source_config import SourceConfig
+from raybert.data.sources.settings import SourceConfig
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import check_request

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from raybert.cluster.session import ray_session
-from raybert.data import vocabulary
-from raybert.data.corpus.parts import FORMAT_VERSION, MANIFEST, Manifest, PartWriter, id_dtype
+from raybert.data.corpus.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from raybert.data.corpus.part_writer import PartWriter
+from raybert.data.encoding import id_dtype
 from raybert.data.sources.labelled import labelled
-from raybert.data.tokenizer import TokenizerConfig
+from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
@@ -104,7 +105,7 @@ def bench_serve(
 def generate_corpus(folder: Folder, rows: int, seq_len: int, vocab_size: int) -> Manifest:
     """Write a corpus of random words whose frequencies fall as those of text do (Zipf's law)."""
     words = " ".join(f"w{i}" for i in range(vocab_size))
-    tokenizer = vocabulary.make(
+    tokenizer = make_tokenizer(
         TokenizerConfig(kind="words", vocab_size=vocab_size, min_frequency=1), [words]
     )
     tokenizer.save(folder)

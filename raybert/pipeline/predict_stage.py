@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from raybert.cluster.session import ray_session
 from raybert.data.sources.documents import fingerprint
-from raybert.data.sources.source_config import SourceConfig
+from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raybert.config import build
-from raybert.data.corpus.parts import MANIFEST, Manifest
+from raybert.data.corpus.manifest import MANIFEST, Manifest
 from raybert.errors import RaybertError, UserError
 from raybert.experiment import RunConfig
 from raybert.pipeline.stages import METRICS

@@ -12,9 +12,10 @@ from typing import Any
 from raybert.cluster.session import ray_session
 from raybert.config import build, dump, parse_yaml
 from raybert.data.corpus import build as corpus
-from raybert.data.corpus.parts import Manifest
+from raybert.data.corpus import identity
+from raybert.data.corpus.manifest import Manifest
 from raybert.data.sources import documents
-from raybert.data.sources.source_config import SourceConfig
+from raybert.data.sources.settings import SourceConfig
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.pipeline.finetune_setup import format_skipped, prepare_finetune, teachers
@@ -29,7 +30,7 @@ MASK = "[MASK]"  # of every tokenizer that raybert makes
 def make_corpus(experiment: Experiment, display: Display, *, force: bool = False) -> dict[str, Any]:
     """Text -> tokenizer and corpus."""
     folder = experiment.folder / "corpus"
-    made = None if force else corpus.existing(experiment.corpus, folder)
+    made = None if force else identity.existing(experiment.corpus, folder)
     if made is not None:
         display.say(f"corpus    {folder} is made already: {_corpus_line(made)}")
         return _corpus_result(folder, made)
@@ -83,7 +84,7 @@ def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) ->
     folder = experiment.folder / "corpus"
     manifest = Manifest.read(folder)
     # The text itself is not looked at: it may be gone by now.
-    corpus.check_config(experiment.corpus, manifest, folder)
+    identity.check_config(experiment.corpus, manifest, folder)
     model, start, where = experiment.model, None, experiment.pretrain.initialize_from
     if where is not None:
         start = resolve_model(where, "pretrain", key="pretrain.initialize_from")

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from raybert.data.corpus.parts import Manifest, PartReader
+from raybert.data.corpus.manifest import Manifest
+from raybert.data.corpus.part_reader import PartReader
 from raybert.data.loader import BatchPlan, MicroBatch, ray_micro_batches
 from raybert.data.masking import EVALUATION, IGNORE_INDEX, Vocabulary, mask_rows
 from raybert.data.order import CorpusOrder, assign_to_ranks

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from raybert.config import Settings
 from raybert.data.masking import MaskingConfig
-from raybert.data.sources.source_config import SourceConfig
+from raybert.data.sources.settings import SourceConfig
 from raybert.model.settings import HeadConfig
 from raybert.train.settings import TrainConfig
 

@@ -11,13 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raybert.data.corpus import build as corpus_module
-from raybert.data.corpus.build import HELDOUT, TRAIN, CorpusConfig, Progress, build, existing
+from raybert.data.corpus import build as build_module
+from raybert.data.corpus import tokenize_job
+from raybert.data.corpus.build import Progress, build
+from raybert.data.corpus.corpus_writer import HELDOUT, TRAIN
 from raybert.data.corpus.digest_set import DigestSet
+from raybert.data.corpus.identity import existing
+from raybert.data.corpus.manifest import Manifest
 from raybert.data.corpus.packing import Packer, unigram_loss
-from raybert.data.corpus.parts import Manifest, PartReader
-from raybert.data.sources.source_config import SourceConfig
-from raybert.data.tokenizer import Tokenizer, TokenizerConfig
+from raybert.data.corpus.part_reader import PartReader
+from raybert.data.corpus.settings import CorpusConfig
+from raybert.data.sources.settings import SourceConfig
+from raybert.data.tokenizer import Tokenizer
+from raybert.data.tokenizer_training import TokenizerConfig
 from raybert.errors import DataError, UserError
 from raybert.storage.folder import Folder
 
@@ -135,7 +141,7 @@ def part_bytes(folder: Folder) -> dict[str, bytes]:
 
 def small_blocks(monkeypatch, size):
     """Cut the work into many small tasks, so that order has something to go wrong with."""
-    monkeypatch.setattr(corpus_module, "_BLOCK_BYTES", size)
+    monkeypatch.setattr(tokenize_job, "_BLOCK_BYTES", size)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +207,7 @@ def test_the_bytes_do_not_depend_on_how_the_work_is_cut(
 
     config, folder, manifest, _, _ = built
     small_blocks(monkeypatch, size)
-    monkeypatch.setattr(corpus_module, "_TOKENIZERS_A_READER", 4 / readers)
+    monkeypatch.setattr(tokenize_job, "_TOKENIZERS_PER_READER", 4 / readers)
     options = DataContext.get_current().execution_options
     monkeypatch.setattr(options, "resource_limits", ExecutionResources.for_limits(cpu=cpus))
     other = Folder(tmp_path / "corpus")
@@ -214,7 +220,7 @@ def test_the_bytes_do_not_depend_on_how_the_work_is_cut(
 @pytest.mark.ray
 def test_the_same_again_does_nothing_and_another_is_refused(built, monkeypatch):
     config, folder, manifest, _, _ = built
-    monkeypatch.setattr(corpus_module, "_tokenized", None)  # would raise if it were called
+    monkeypatch.setattr(build_module, "tokenized_blocks", None)  # would raise if it were called
     assert build(config, folder) == manifest
     assert existing(config, folder) == manifest
     changed = config.model_copy(update={"seq_len": 64})
@@ -348,8 +354,6 @@ def test_defaults_are_a_valid_configuration():
 
 
 def test_a_new_build_clears_what_an_earlier_one_left_and_nothing_else(tmp_path):
-    from raybert.data.corpus.build import _clear
-
     ours = [
         "manifest.json",
         "train-00000.parquet",
@@ -359,5 +363,5 @@ def test_a_new_build_clears_what_an_earlier_one_left_and_nothing_else(tmp_path):
     theirs = ["notes.txt", "train-x.parquet", ".hidden", ".train-00001.parquet.old"]
     for name in [*ours, *theirs]:
         (tmp_path / name).write_text("x")
-    _clear(Folder(tmp_path))
+    build_module._delete_earlier_build(Folder(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raybert.config import build
-from raybert.data.corpus.parts import Rows
+from raybert.data.corpus.part_reader import Rows
 from raybert.data.masking import IGNORE_INDEX, MaskingConfig, Vocabulary, mask_rows
 from raybert.errors import ConfigError
 

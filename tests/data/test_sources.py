@@ -23,7 +23,7 @@ from raybert.data.sources.documents import documents, fingerprint, peek, read, s
 from raybert.data.sources.formats import FORMATS, READERS, SUFFIXES, lines
 from raybert.data.sources.labelled import labelled, split_rows
 from raybert.data.sources.row_table import first_good
-from raybert.data.sources.source_config import EvaluationSource, SourceConfig
+from raybert.data.sources.settings import EvaluationSource, SourceConfig
 from raybert.errors import ConfigError, DataError, UserError
 
 TEXTS = ["A good film.", "a bad\nfilm, “truly”", 'he said "no"', "<b>four</b>"]

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from raybert.config import build
-from raybert.data import vocabulary
-from raybert.data.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerConfig, load_file
+from raybert.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from raybert.data.tokenizer_training import TokenizerConfig, draw_texts, load_file, make_tokenizer
 from raybert.data.word_cache import WordCache, splits_at_spaces
 from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.storage.folder import Folder
@@ -31,9 +31,9 @@ def corpus(rows=400, seed=0):
     return [" ".join(draw.choices(words, k=20)).capitalize() + "." for _ in range(rows)]
 
 
-WORDPIECE = vocabulary.make(TokenizerConfig(vocab_size=160), corpus())
-CASED = vocabulary.make(TokenizerConfig(vocab_size=200, lowercase=False), corpus())
-WORD_LEVEL = vocabulary.make(TokenizerConfig(kind="words", vocab_size=40), corpus())
+WORDPIECE = make_tokenizer(TokenizerConfig(vocab_size=160), corpus())
+CASED = make_tokenizer(TokenizerConfig(vocab_size=200, lowercase=False), corpus())
+WORD_LEVEL = make_tokenizer(TokenizerConfig(kind="words", vocab_size=40), corpus())
 
 
 def byte_level() -> Tokenizer:
@@ -82,7 +82,7 @@ def test_the_word_cache_gives_the_plain_ids(tokenizer, texts):
 
 
 def test_the_word_cache_forgets_and_relearns(monkeypatch):
-    monkeypatch.setattr("raybert.data.word_cache._ENTRIES", 20)
+    monkeypatch.setattr("raybert.data.word_cache._MAX_ENTRIES", 20)
     cache = WordCache(WORDPIECE.hf, np.uint16)
     texts = corpus(60)
     for begin in range(0, 60, 3):
@@ -149,13 +149,13 @@ def test_components_that_look_across_spaces_take_the_plain_path():
 def test_training_depends_on_the_set_of_texts_alone(kind):
     config = TokenizerConfig(kind=kind, vocab_size=150, train_chars=20_000)
     texts = corpus(500)
-    expected = vocabulary.make(config, texts).hash
+    expected = make_tokenizer(config, texts).hash
     random.Random(1).shuffle(texts)
-    assert vocabulary.make(config, iter(texts)).hash == expected
+    assert make_tokenizer(config, iter(texts)).hash == expected
     code = (
         "import sys; sys.path.insert(0, 'tests/data'); import test_tokenizer as t;"
         f"c = t.TokenizerConfig(kind={kind!r}, vocab_size=150, train_chars=20_000);"
-        "print(t.vocabulary.make(c, t.corpus(500)).hash)"
+        "print(t.make_tokenizer(c, t.corpus(500)).hash)"
     )
     environment = {**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code]
@@ -166,11 +166,11 @@ def test_training_depends_on_the_set_of_texts_alone(kind):
 @given(st.lists(st.text(max_size=30), max_size=30), st.integers(1, 200), st.randoms())
 @settings(max_examples=300)
 def test_the_sample_is_bounded_and_ignores_the_order(texts, chars, random):
-    drawn = vocabulary.sample(texts, chars)
+    drawn = draw_texts(texts, chars)
     assert sum(map(len, drawn)) <= chars or len(drawn) == 1
     random.shuffle(texts)
-    assert vocabulary.sample(iter(texts), chars) == drawn
-    assert sorted(vocabulary.sample(texts, None)) == sorted(texts)
+    assert draw_texts(iter(texts), chars) == drawn
+    assert sorted(draw_texts(texts, None)) == sorted(texts)
 
 
 def test_ids_come_from_the_file():
@@ -206,23 +206,21 @@ def test_wordpiece_case_and_vocabulary():
     assert "##." not in WORDPIECE.hf.get_vocab()  # punctuation never continues a word
     assert WORDPIECE.hf.decode(ids.tolist()) == "good unfilm"
     with pytest.raises(DataError, match=r"vocab_size=16 is too small for the text's \d+"):
-        vocabulary.make(TokenizerConfig(vocab_size=16), corpus())
+        make_tokenizer(TokenizerConfig(vocab_size=16), corpus())
     with pytest.raises(DataError, match="no text to train a tokenizer on"):
-        vocabulary.make(TokenizerConfig(), [])
+        make_tokenizer(TokenizerConfig(), [])
 
 
 def test_words_standardize_as_keras_does():
     texts = ['Good, good: "FILM"! (a_b) don\'t [brackets] new-line\nnext\ttab', "good film", "rare"]
-    tokenizer = vocabulary.make(
-        TokenizerConfig(kind="words", vocab_size=16, min_frequency=1), texts
-    )
+    tokenizer = make_tokenizer(TokenizerConfig(kind="words", vocab_size=16, min_frequency=1), texts)
     kept = sorted(tokenizer.hf.get_vocab(), key=tokenizer.hf.get_vocab().get)
     assert kept == [
         *SPECIAL_TOKENS, "good", "film", "ab", "brackets", "dont", "newline", "next", "rare", "tab",
     ]  # fmt: skip
     ids = tokenizer.encode_batch(["This [MASK] is GOOD."], special=False)[0].tolist()
     assert ids == [tokenizer.unk_id, tokenizer.mask_id, tokenizer.unk_id, 5]
-    small = vocabulary.make(TokenizerConfig(kind="words", vocab_size=16), texts)
+    small = make_tokenizer(TokenizerConfig(kind="words", vocab_size=16), texts)
     assert set(small.hf.get_vocab()) == {*SPECIAL_TOKENS, "good", "film"}  # min_frequency is 2
 
 

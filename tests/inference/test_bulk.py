@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from making import reviews, write_csv
 
-from raybert.data.sources.source_config import SourceConfig
+from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError, StorageError, UserError
 from raybert.inference.bulk import predict_source
 from raybert.inference.classifier import TextClassifier, softmax

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from making import Attempt, make_corpus, pretrain_job
 
 from raybert.config import build
-from raybert.data.corpus.parts import Manifest
+from raybert.data.corpus.manifest import Manifest
 from raybert.errors import StorageError
 from raybert.experiment import Experiment
 from raybert.jobs.estimate import Machines, estimate, estimate_lines, measured_of, shape_of, size_of

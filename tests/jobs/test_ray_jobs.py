@@ -17,7 +17,7 @@ from making import MODEL, make_corpus, reviews, write_csv
 
 from raybert.cluster.internals.train import controller_environment
 from raybert.config import Settings, build
-from raybert.data.corpus.build import CorpusConfig
+from raybert.data.corpus.settings import CorpusConfig
 from raybert.errors import ConfigError, RaybertError, StorageError, UserError
 from raybert.experiment import Experiment
 from raybert.jobs import package, ray_jobs

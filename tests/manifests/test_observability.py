@@ -16,7 +16,7 @@ from head import RAYBERT, free_port, ray_head
 from making import MODEL, make_corpus, reviews, write_csv
 
 from raybert.config import build
-from raybert.data.corpus.build import CorpusConfig
+from raybert.data.corpus.settings import CorpusConfig
 from raybert.storage.folder import Folder
 from raybert.train.ray.prometheus import COUNTERS, GAUGES
 

@@ -10,7 +10,7 @@ import torch
 from group_workers import work
 from making import make_corpus, same_tensors
 
-from raybert.data.corpus.parts import Manifest
+from raybert.data.corpus.manifest import Manifest
 from raybert.data.order import assign_to_ranks
 from raybert.storage.folder import Folder
 from raybert.train.distributed import Group, use_threads

@@ -15,8 +15,8 @@ import pyarrow as pa
 from raybert.data.sources.find_shards import find_shards
 from raybert.data.sources.formats import READERS
 from raybert.data.sources.row_table import RowTable, accept, first_good
+from raybert.data.sources.settings import SourceConfig
 from raybert.data.sources.shard import Columns, Purpose, Shard
-from raybert.data.sources.source_config import SourceConfig
 from raybert.errors import DataError
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from raybert.data.sources.documents import documents
-from raybert.data.sources.source_config import SourceConfig
+from raybert.data.sources.settings import SourceConfig
 from raybert.data.text import text_hash
 from raybert.errors import DataError
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raybert.data.sources.settings import SourceConfig
 from raybert.data.sources.shard import Row
-from raybert.data.sources.source_config import SourceConfig
 from raybert.data.text import replace_line_breaks
 from raybert.errors import DataError
 

@@ -1,8 +1,8 @@
-"""Train a tokenizer: a pure function of the texts, whatever their order and the threads.
+"""Train a tokenizer: a pure function of the set of texts, for any order and number of threads.
 
-Two things in `tokenizers`' WordPiece trainer depend on the order of a hash map with a random seed:
-the ids of the continuing characters (`##a`), and through them how ties between merges fall. Both go
-away when these characters get their ids beforehand, in code-point order.
+Two results of `tokenizers`' WordPiece trainer depend on the order of a hash map with a random seed:
+the ids of the continuing characters (`##a`) and, through them, how ties between merges are broken.
+Both are fixed by giving these characters their ids beforehand, in code-point order.
 """
 
 from __future__ import annotations
@@ -11,52 +11,83 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
+from typing import Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
+from raybert.config import Settings
 from raybert.data.text import text_hash
-from raybert.data.tokenizer import (
-    SPECIAL_TOKENS,
-    STRIP_PATTERN,
-    Tokenizer,
-    TokenizerConfig,
-    load_file,
-)
+from raybert.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_FILE, Tokenizer
+from raybert.data.word_cache import STRIP_PATTERN
 from raybert.errors import DataError
+from raybert.storage.folder import Folder
 
 _PREFIX = "##"
-_ALPHABET = 1000  # characters at most, the most frequent ones, as BERT's own vocabulary
+_MAX_ALPHABET = 1000  # the most frequent characters are kept, as in BERT's own vocabulary
 _SAMPLE_KEY = 0x5A3D
 
 
-def make(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+class TokenizerConfig(Settings):
+    """The tokenizer of a corpus."""
+
+    kind: Literal["wordpiece", "words", "file"] = Field(
+        "wordpiece",
+        description="wordpiece: trained on the corpus; words: the most frequent words, lower-case "
+        "and without punctuation, as Keras' TextVectorization; file: an existing tokenizer.json",
+    )
+    path: str | None = Field(
+        None, description="for kind file: a tokenizer.json, or a folder that has one"
+    )
+    vocab_size: int = Field(8192, ge=16, description="tokens, including special tokens")
+    lowercase: bool = Field(True, description="for kind wordpiece: also strips accents")
+    min_frequency: int = Field(2, ge=1, description="least frequency of a merge or a word")
+    train_chars: int | None = Field(
+        20_000_000,
+        ge=1,
+        description="characters to train on, at most, of documents drawn by a hash of their text; "
+        "null: all, in memory that grows with the text",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TokenizerConfig:
+        if self.kind == "file" and not self.path:
+            raise ValueError("kind=file needs path: a tokenizer.json, or a folder that has one")
+        if self.kind != "file" and self.path:
+            raise ValueError(f"path={self.path} goes with kind=file, not with kind={self.kind}")
+        if self.kind == "words" and not self.lowercase:
+            raise ValueError("lowercase=false goes with kind=wordpiece; words are lower-case")
+        return self
+
+
+def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """Train the configured tokenizer on texts, or load it.
 
     Raises:
-        DataError: there is no text, or too few different words for `vocab_size`'s smallest value.
+        DataError: there is no text, or `vocab_size` is smaller than the alphabet.
     """
     if config.kind == "file":
         assert config.path is not None  # TokenizerConfig requires it
         return load_file(config.path)
-    drawn = sample(texts, config.train_chars)
+    drawn = draw_texts(texts, config.train_chars)
     if not drawn:
         raise DataError("no text to train a tokenizer on")
     return _wordpiece(config, drawn) if config.kind == "wordpiece" else _words(config, drawn)
 
 
-def sample(texts: Iterable[str], chars: int | None) -> list[str]:
-    """Draw documents whose characters sum to at most `chars`, in an order of their own.
+def draw_texts(texts: Iterable[str], chars: int | None) -> list[str]:
+    """Draw texts with at most `chars` characters in all; None draws all of them.
 
-    Those with the smallest hashes are taken until the next one would not fit, so the draw depends
-    on the set of documents alone, and one pass in bounded memory finds it.
+    The texts with the smallest hashes are taken, until the next one would not fit. So the draw and
+    its order depend only on the set of texts, and one pass in bounded memory computes it.
     """
     if chars is None:
         return sorted(texts)
-    heap: list[tuple[int, str]] = []  # the largest hash first
-    bound: tuple[int, str] | None = None  # the first that did not fit; none may come after it
+    heap: list[tuple[int, str]] = []  # of the negated hash: the largest hash first
+    bound: tuple[int, str] | None = None  # the smallest hash that did not fit
     total = 0
     for text in texts:
         item = (-text_hash(text, _SAMPLE_KEY), text)
@@ -91,7 +122,7 @@ def _wordpiece(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
     )
     bare.train_from_iterator(texts, trainer, length=len(texts))
     vocab = bare.get_vocab(with_added_tokens=True)
-    # Built afresh: the trainer has made special tokens of the continuing characters.
+    # Built anew, because the trainer made special tokens of the continuing characters.
     trained = _bare_wordpiece(config, dict(sorted(vocab.items(), key=lambda item: item[1])))
     trained.decoder = decoders.WordPiece(prefix=_PREFIX)
     return _finish(trained)
@@ -122,11 +153,11 @@ def _alphabet(tokenizer: HfTokenizer, texts: list[str]) -> list[str]:
             if not character.isspace():
                 normal[character] += int(counts[point])
     ranked = sorted(normal, key=lambda character: (-normal[character], character))
-    return sorted(ranked[:_ALPHABET])
+    return sorted(ranked[:_MAX_ALPHABET])
 
 
 def _continues(tokenizer: HfTokenizer, character: str) -> bool:
-    """Whether a character can stand inside a word rather than being one (punctuation, Han)."""
+    """Whether a character can continue a word; punctuation and Han characters are words."""
     normal = tokenizer.normalizer.normalize_str(f"a{character}a")
     return len(tokenizer.pre_tokenizer.pre_tokenize_str(normal)) == 1
 
@@ -136,7 +167,7 @@ def _words(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
     strip = normalizers.Replace(Regex(STRIP_PATTERN), "")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), strip])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # Neither looks across a space, so each distinct piece is normalized once (see wordcache).
+    # Neither depends on text across a space, so each distinct piece is normalized once.
     pieces = Counter(chain.from_iterable(text.split(" ") for text in texts))
     counts: Counter[str] = Counter()
     for piece, count in pieces.items():
@@ -162,3 +193,25 @@ def _finish(tokenizer: HfTokenizer) -> Tokenizer:
         special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("[CLS]", "[SEP]")],
     )
     return Tokenizer(tokenizer.to_str())
+
+
+def load_file(path: str) -> Tokenizer:
+    """Load a tokenizer from a `tokenizer.json`, or from a folder that has one.
+
+    Raises:
+        DataError: there is none.
+        DamagedError: it can't be parsed.
+    """
+    folder = Folder(path)
+    if folder.path.endswith(".json"):
+        parent, name = Folder.of_file(folder.uri)
+        if name == TOKENIZER_FILE:
+            return Tokenizer.load(parent)
+        try:
+            return Tokenizer(parent.read_text(name), None, path)
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file") from None
+    if not folder.exists(TOKENIZER_FILE):
+        hub = " (names on a hub are not looked up: download it first)" if "/" in path else ""
+        raise DataError(f"{folder / TOKENIZER_FILE}: no such file{hub}")
+    return Tokenizer.load(folder)
