@@ -184,8 +184,8 @@ def ray_job(v: Values, command: str, entrypoint: str, experiment: str) -> list[M
 def serve_config(v: Values, host: str) -> Manifest:
     """What `serve deploy` reads, and a RayService in its `serveConfigV2`.
 
-    The deployment's options follow from the arguments, in `raybert/serve/app.py`: written down
-    here, too, they would be replaced as a whole.
+    The deployment's options follow from the arguments, in `raybert/serve/deploy/deployment.py`:
+    written down here, too, they would be replaced as a whole.
 
     Raises:
         ConfigError: an unknown key in `serve`, or a value that does not fit.

@@ -1,11 +1,11 @@
-"""A small client for `raybert serve`, with nothing but the standard library.
+"""A small client for `raybert serve`; it imports the standard library only.
 
     with Client("http://127.0.0.1:8000") as client:
         client.predict("A joy to watch.")   # [{"label": "pos", "score": 0.98}, ...]
 
-Predictions may be asked for twice, so that what a busy or a restarting server could not answer is
-asked again, after the pause that it asks for. What can't get better is raised at once, such as a
-host that nobody knows or a certificate that does not hold; what took too long is sent once more.
+Predictions are idempotent: a request that a busy or restarting server did not answer is sent again,
+after the pause that Retry-After gives. A permanent error is raised at once, such as an unknown host
+or an invalid certificate; a request that took too long is sent once more.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-_AGAIN = frozenset({0, 408, 429, 500, 502, 503, 504})  # 0: no answer at all
-_TOO_LONG, _MOST_TOO_LONG = 504, 2  # the dearest requests: a busy server is not given them forever
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds
+_RETRIED = frozenset({0, 408, 429, 500, 502, 503, 504})  # 0: no response
+_TIMED_OUT, _MAX_TIMED_OUT = 504, 2  # attempts: these requests cost a busy server most
+_MIN_PAUSE_S, _MAX_PAUSE_S = 0.1, 10.0
 
 
 class ServerError(Exception):
-    """The server refused a request, or could not answer it; `status` is 0 where none came."""
+    """The server rejected a request or did not answer it; `status` is 0 without a response."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}" if status else message)
@@ -35,7 +35,7 @@ class ServerError(Exception):
 
 
 class Client:
-    """A connection to a server; not safe for threads, each of which takes its own."""
+    """A connection to a server; not thread-safe: each thread needs its own."""
 
     def __init__(
         self,
@@ -43,25 +43,25 @@ class Client:
         key: str | None = None,
         *,
         timeout_s: float = 60,
-        patience_s: float = 60,
+        retry_timeout_s: float = 60,
         context: ssl.SSLContext | None = None,
     ) -> None:
-        """Prepare; nothing is sent yet.
+        """Set up without connecting.
 
         Args:
-            url: of the server: http or https.
-            key: is sent as a bearer key.
-            timeout_s: without a byte, after which a try is given up.
-            patience_s: for which a request is tried again and again.
+            url: of the server, http or https.
+            key: sent as a bearer key.
+            timeout_s: without a byte, after which an attempt ends.
+            retry_timeout_s: for which a request is repeated.
             context: for https, in place of the system's certificates.
 
         Raises:
-            ValueError: that is no such URL.
+            ValueError: the URL is invalid.
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url}: expected http://HOST:PORT")
-        self._root, self._patience_s = parts.path.rstrip("/"), patience_s
+        self._root, self._retry_timeout_s = parts.path.rstrip("/"), retry_timeout_s
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
@@ -77,7 +77,7 @@ class Client:
             )
 
     def predict(self, texts: str | Sequence[str], **options: Any) -> Any:
-        """Label one text or several.
+        """Classify one text or several.
 
         Args:
             texts: raw texts.
@@ -87,21 +87,21 @@ class Client:
             For each text its labels with their scores, the likeliest first.
 
         Raises:
-            ServerError: it is refused, or there is no answer within `patience_s`.
+            ServerError: the request is rejected, or not answered within `retry_timeout_s`.
         """
         return self._post("/predict", texts, options)
 
     def fill_mask(self, texts: str | Sequence[str], **options: Any) -> Any:
-        """Guess each mask of one text, or of several; `top_k` guesses."""
+        """Return the likeliest tokens for each mask of one text or several; options: top_k."""
         return self._post("/fill-mask", texts, options)
 
     def info(self) -> Any:
-        """What is served."""
-        return self._ask("GET", "/info", None)
+        """Return the description of the models."""
+        return self._request("GET", "/info", None)
 
     def ready(self) -> Any:
-        """Wait until it works, for `patience_s` at most; asks without a key, too."""
-        return self._ask("GET", "/health/ready", None)
+        """Wait until the server is ready, for `retry_timeout_s` at most; needs no key."""
+        return self._request("GET", "/health/ready", None)
 
     def close(self) -> None:
         """Close the connection."""
@@ -116,47 +116,47 @@ class Client:
     def _post(self, path: str, texts: str | Sequence[str], options: dict[str, Any]) -> Any:
         inputs = texts if isinstance(texts, str) else list(texts)
         body = json.dumps({"inputs": inputs, **options}).encode("utf-8")
-        return self._ask("POST", path, body)
+        return self._request("POST", path, body)
 
-    def _ask(self, method: str, path: str, body: bytes | None) -> Any:
-        deadline, pause, too_long = time.monotonic() + self._patience_s, _FIRST_PAUSE, 0
+    def _request(self, method: str, path: str, body: bytes | None) -> Any:
+        deadline, pause_s, timed_out = time.monotonic() + self._retry_timeout_s, _MIN_PAUSE_S, 0
         while True:
-            answer, wish = self._try(method, path, body)
+            answer, retry_after_s = self._attempt(method, path, body)
             if not isinstance(answer, ServerError):
                 return answer
-            # Not all at once, where many wait for the same server.
-            wait = max(wish, pause * random.uniform(0.5, 1.5))
-            too_long += answer.status == _TOO_LONG
-            is_hopeless = answer.status not in _AGAIN or too_long >= _MOST_TOO_LONG
-            if is_hopeless or time.monotonic() + wait > deadline:
+            # Random, so that many clients do not retry at the same time.
+            wait_s = max(retry_after_s, pause_s * random.uniform(0.5, 1.5))
+            timed_out += answer.status == _TIMED_OUT
+            is_permanent = answer.status not in _RETRIED or timed_out >= _MAX_TIMED_OUT
+            if is_permanent or time.monotonic() + wait_s > deadline:
                 raise answer
-            time.sleep(wait)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            time.sleep(wait_s)
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
-    def _try(self, method: str, path: str, body: bytes | None) -> tuple[Any, float]:
-        """One try: an answer, or a ServerError, and the seconds to wait at least; inf: for ever."""
+    def _attempt(self, method: str, path: str, body: bytes | None) -> tuple[Any, float]:
+        """Return an answer or a ServerError, and the seconds until a retry; inf: none."""
         try:
             self._connection.request(method, self._root + path, body, self._headers)
             response = self._connection.getresponse()
             content = response.read()
         except (OSError, http.client.HTTPException) as error:
-            self._connection.close()  # the next try opens it again
-            silence = ServerError(0, f"no answer: {error or type(error).__name__}")
-            return silence, math.inf if _is_lasting(error) else 0.0
+            self._connection.close()  # the next attempt opens it again
+            no_answer = ServerError(0, f"no answer: {error or type(error).__name__}")
+            return no_answer, math.inf if _is_permanent(error) else 0.0
         try:
             answer = json.loads(content)
         except ValueError:
             answer = None
         if response.status == 200 and answer is not None:
             return answer, 0.0
-        told = answer.get("error") if isinstance(answer, dict) else None
-        wish = response.headers.get("Retry-After", "")
-        seconds = min(_LONGEST_PAUSE, float(wish)) if wish.isdecimal() else 0.0
-        return ServerError(response.status, str(told or response.reason)), seconds
+        message = answer.get("error") if isinstance(answer, dict) else None
+        given = response.headers.get("Retry-After", "")
+        retry_after_s = min(_MAX_PAUSE_S, float(given)) if given.isdecimal() else 0.0
+        return ServerError(response.status, str(message or response.reason)), retry_after_s
 
 
-def _is_lasting(error: Exception) -> bool:
-    """Whether another try would end the same: an unknown host, a certificate that does not hold."""
+def _is_permanent(error: Exception) -> bool:
+    """Return whether a retry would fail too: an unknown host, an invalid certificate."""
     if isinstance(error, socket.gaierror):
-        return error.errno != socket.EAI_AGAIN  # the resolver does not answer just now
+        return error.errno != socket.EAI_AGAIN  # EAI_AGAIN: a temporary failure of the resolver
     return isinstance(error, ssl.SSLCertVerificationError)

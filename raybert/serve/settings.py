@@ -1,4 +1,4 @@
-"""How models are served: the `serve` section, which is also what `serve deploy` passes as args."""
+"""The `serve` section of the configuration; `serve deploy` passes the same keys as `args`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from raybert.config import NumberOrRange, Range, Settings, build
 class Autoscaling(Range):
     """A number of replicas that follows the load."""
 
-    min: int = Field(1, ge=1, description="kept ready at all times")
-    max: int = Field(ge=1, description="no more, however many requests come")
-    target: float = Field(32, gt=0, description="requests under way in each, which it aims at")
+    min: int = Field(1, ge=1, description="minimum number, kept ready")
+    max: int = Field(ge=1, description="maximum number")
+    target: float = Field(32, gt=0, description="running requests per replica to aim at")
 
 
 Replicas = NumberOrRange[Autoscaling]
 
 
-class Canary(Settings):
-    """A new model that answers some of the requests, beside the one that it may replace."""
+class CanaryConfig(Settings):
+    """A new model that answers a share of the requests in place of `model`."""
 
     model: str = Field(description="as `model`")
-    share: float = Field(0.05, gt=0, lt=1, description="of the requests to the first model")
+    share: float = Field(0.05, gt=0, lt=1, description="of the requests that name no model")
 
 
 class ServeConfig(Settings):
-    """Where, what and how much is served."""
+    """Models, address, resources and limits of a server."""
 
     model: str | None = Field(
         None,
@@ -40,43 +40,52 @@ class ServeConfig(Settings):
     fill_mask: str | None = Field(
         None, description="the same, for filling masks; null: the experiment's pretrained model"
     )
-    models: dict[str, str] = Field({}, description="more classifiers: a name, and as `model`")
-    canary: Canary | None = Field(None, description="a new model on trial; null: none")
+    models: dict[str, str] = Field({}, description="more classifiers, by name; values as `model`")
+    canary: CanaryConfig | None = Field(
+        None, description="a new model for a share of the requests; null: none"
+    )
     registry: str | None = Field(
         None,
-        description="the storage whose registry has the names; null: run.storage, but in the args "
-        "of `serve deploy`, where no run stands behind them: none",
+        description="storage whose registry has the names; null: run.storage, or none in the args "
+        "of `serve deploy`, which belong to no run",
     )
-    poll_s: float = Field(10, gt=0, description="seconds between looks at the registry")
+    poll_s: float = Field(10, gt=0, description="seconds between two reads of the registry")
 
-    host: str = Field("127.0.0.1", description="any but this machine's own asks for a key")
-    port: int = Field(8000, ge=1, le=65535, description="of the host")
-    keys: str | None = Field(
-        None, description="a file with a bearer key a line; null: RAYBERT_API_KEYS, if it is set"
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; one that others can reach requires a key"
     )
-    cors: list[str] = Field([], description="origins whose pages may ask; none by default")
+    port: int = Field(8000, ge=1, le=65535, description="port to listen on")
+    keys: str | None = Field(
+        None, description="file with one bearer key per line; null: RAYBERT_API_KEYS, if it is set"
+    )
+    cors: list[str] = Field(
+        [], description="origins whose pages may send requests; none by default"
+    )
     tls_cert: str | None = Field(None, description="certificate chain, PEM; with tls_key: HTTPS")
     tls_key: str | None = Field(None, description="its private key, PEM")
     ingress: Literal["auto", "haproxy", "proxy"] = Field(
         "auto",
-        description="who takes connections: HAProxy where it is installed, or Ray Serve's own "
-        "proxy, which costs some milliseconds more and speaks TLS",
+        description="haproxy, or Ray Serve's own proxy, which adds milliseconds and supports TLS; "
+        "auto: HAProxy where it is installed and TLS is off",
     )
 
-    replicas: Replicas = Field(1, description="processes that answer, or {min, max, target}")
-    cpus: float = Field(1, gt=0, description="logical CPUs that each takes of the cluster")
+    replicas: Replicas = Field(1, description="number of processes, or {min, max, target}")
+    cpus: float = Field(1, gt=0, description="logical CPUs of the cluster for each replica")
     threads: int | None = Field(
-        None, ge=1, description="of each replica; null: its share of the machine's cores"
+        None, ge=1, description="threads of each replica; null: its share of the machine's cores"
     )
     gpus: float | None = Field(
-        None, ge=0, le=1, description="of a GPU for each; null: 1 where the cluster has one, or 0"
+        None,
+        ge=0,
+        le=1,
+        description="GPUs for each replica; null: 1 if the cluster has any, else 0",
     )
     surge_percent: int = Field(
         25,
         ge=0,
         le=100,
-        description="of the replicas, one at least, that an update starts before old ones end, for "
-        "which the cluster must have room; 0: old ones end first",
+        description="percent of the replicas, at least one, that an update starts before old ones "
+        "end, for which the cluster needs room; 0: old ones end first",
     )
     precision: Literal["auto", "fp32", "bf16", "int8", "compiled"] = Field(
         "auto",
@@ -85,29 +94,36 @@ class ServeConfig(Settings):
     )
 
     tokens_per_batch: int | None = Field(
-        None, ge=1, description="in a batch at most; null: 2,048 on CPUs, 32,768 on GPUs"
+        None, ge=1, description="maximum tokens of a batch; null: 2,048 on CPUs, 32,768 on GPUs"
     )
     wait_ms: float = Field(
-        0, ge=0, description="that a batch which is not full waits for company while nothing runs"
+        0,
+        ge=0,
+        description="milliseconds that a batch which is not full waits for more texts on an idle "
+        "server",
     )
     queue_s: float = Field(
-        3, gt=0, description="of work in the queue at most; what comes then is refused with 429"
+        3, gt=0, description="maximum seconds of work in the queue; further requests get 429"
     )
-    timeout_s: float = Field(10, gt=0, description="after which a request is given up with 504")
+    timeout_s: float = Field(10, gt=0, description="seconds after which a request gets 504")
     drain_s: float = Field(
-        30, ge=0, description="that a replica which is to end may take over what it has begun"
+        30, ge=0, description="seconds that a stopping replica has to complete its requests"
     )
-    max_body_kb: int = Field(1024, ge=1, description="of a request; more is refused with 413")
-    max_texts: int = Field(128, ge=1, description="in a request; more are refused with 413")
+    max_body_kb: int = Field(
+        1024, ge=1, description="maximum KiB of a request; larger ones get 413"
+    )
+    max_texts: int = Field(128, ge=1, description="maximum texts of a request; larger ones get 413")
     max_tokens: int = Field(
-        131_072, ge=1, description="in a request, after cutting; more are refused with 413"
+        131_072,
+        ge=1,
+        description="maximum tokens of a request, after truncation; larger ones get 413",
     )
     long_texts: Literal["cut", "windows"] = Field(
         "cut",
-        description="past the model's length: cut reads head and tail, as in training; windows "
-        "reads all of it, and averages",
+        description="texts past the model's length: cut keeps head and tail, as in training; "
+        "windows reads all of it and averages the scores",
     )
-    explain: bool = Field(True, description="whether weights of words may be asked for")
+    explain: bool = Field(True, description="whether requests may ask for the weights of words")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -121,15 +137,15 @@ class ServeConfig(Settings):
         return self
 
     def changed(self, given: Mapping[str, object], *, model: str, registry: str) -> ServeConfig:
-        """The same with other values, and with what stands for null.
+        """Return the same with other values, and with defaults for null.
 
         Args:
             given: new values, by key.
-            model: what is served where nothing is named.
-            registry: where names are looked up, where no registry is named.
+            model: for `model`, where neither it nor `fill_mask` is set.
+            registry: for `registry`.
 
         Raises:
-            ConfigError: a value that does not fit.
+            ConfigError: a value is invalid.
         """
         values = {**self.model_dump(), **given}
         if values["model"] is None and values["fill_mask"] is None:
@@ -139,8 +155,8 @@ class ServeConfig(Settings):
         return build(_Section, {"serve": values}, "").serve
 
     @property
-    def most_replicas(self) -> int:
-        """The most replicas that answer."""
+    def max_replicas(self) -> int:
+        """The maximum number of replicas."""
         return self.replicas if isinstance(self.replicas, int) else self.replicas.max
 
 

@@ -7,7 +7,7 @@ import pytest
 
 
 def certificate(folder):
-    """Make a certificate of 127.0.0.1's own; returns the files of it and of its key."""
+    """Make a self-signed certificate for 127.0.0.1; return its file and that of its key."""
     x509 = pytest.importorskip("cryptography.x509")
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

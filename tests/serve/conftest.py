@@ -1,14 +1,14 @@
-"""What tests of serving share: tiny models, a browser, and visits to the page.
+"""Fixtures of the serving tests: tiny models, a browser, and visits to the page.
 
-`page_url` is the server whose page is visited: the application, or for tests that ask for
-`stand_in` a server that keeps to the same contract, and misbehaves on demand.
+`page_url` is the server whose page is visited: the application, or for tests that use `stand_in` a
+fake with the same interface, which fails on demand.
 """
 
 import logging
 import os
 
 import pytest
-from page_driver import PATIENCE_MS
+from page_driver import TIMEOUT_MS
 
 CHROMIUM = "/usr/bin/chromium"
 
@@ -49,13 +49,15 @@ def api_url(playwright, model, pretrained):
 
 @pytest.fixture
 def page_url(request):
-    asks = "stand_in" in request.fixturenames
-    return request.getfixturevalue("stand_in").url if asks else request.getfixturevalue("api_url")
+    uses_fake = "stand_in" in request.fixturenames
+    return (
+        request.getfixturevalue("stand_in").url if uses_fake else request.getfixturevalue("api_url")
+    )
 
 
 @pytest.fixture(scope="module")
 def browser(playwright):
-    playwright.expect.set_options(timeout=PATIENCE_MS)
+    playwright.expect.set_options(timeout=TIMEOUT_MS)
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM)
         yield browser
@@ -64,22 +66,22 @@ def browser(playwright):
 
 @pytest.fixture
 def visit(browser, page_url):
-    """Open the page as a new visitor; at the end, look at all that the browser did meanwhile."""
-    contexts, requests, complaints = [], [], []
+    """Open the page in a new browser context; at the end check its requests and error messages."""
+    contexts, requests, errors = [], [], []
 
-    def complain(message):
-        # The browser's own line on an answer of 4xx or 5xx says nothing about the page.
+    def on_console(message):
+        # The browser logs this for every response of 4xx or 5xx.
         if message.type == "error" and not message.text.startswith("Failed to load resource"):
-            complaints.append(message.text)
+            errors.append(message.text)
 
     def open_page(*, clock=False, script=None, **options):
         context = browser.new_context(**options)
         contexts.append(context)
-        context.set_default_timeout(PATIENCE_MS)
+        context.set_default_timeout(TIMEOUT_MS)
         page = context.new_page()
         page.on("request", lambda request: requests.append(request.url))
-        page.on("console", complain)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", on_console)
+        page.on("pageerror", lambda error: errors.append(str(error)))
         if clock:
             page.clock.install()
         if script:
@@ -92,4 +94,4 @@ def visit(browser, page_url):
         context.close()
     assert requests
     assert [address for address in requests if not address.startswith(page_url)] == []
-    assert complaints == []
+    assert errors == []

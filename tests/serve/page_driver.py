@@ -1,8 +1,8 @@
-"""What tests of the page do on it, and how they wait; text is looked for as a reader would."""
+"""Actions of the page tests, with waiting; elements are found by their visible text."""
 
 import time
 
-PATIENCE_MS = 30_000
+TIMEOUT_MS = 30_000
 
 CONTRASTS = """
 () => {
@@ -58,9 +58,9 @@ def expect(thing):
 
 
 def until(holds):
-    ends = time.monotonic() + PATIENCE_MS / 1000
+    ends = time.monotonic() + TIMEOUT_MS / 1000
     while not holds():
-        assert time.monotonic() < ends, "what a test waits for does not come"
+        assert time.monotonic() < ends, "the condition does not become true"
         time.sleep(0.01)
 
 
@@ -86,7 +86,7 @@ def send(page, text):
 
 
 def classify(page, text):
-    """Send a text and wait until all of its answer is shown."""
+    """Send a text and wait until its complete answer is shown."""
     send(page, text)
     expect(page.get_by_role("heading", name="The words that decided it")).to_be_visible()
 

@@ -1,7 +1,7 @@
-"""A server that answers by the contract of `raybert serve`, and misbehaves when it is told to.
+"""A fake of `raybert serve` with the same HTTP interface, which fails on demand.
 
-Real HTTP and real models, of some thousand weights. A word's weight is what the decision loses
-without the word: its weights sum to the decision only roughly, and `error` says how roughly.
+It uses HTTP and tiny models. A word's weight is the decrease of the decision without the word: the
+sum of the weights differs from the decision by `error`.
 """
 
 import re
@@ -74,16 +74,16 @@ class StandIn:
         self.classifier, self.masked = TextClassifier(classifier), masked
         self.model_id, self.labels, self.mask_token = "tiny", self.classifier.labels, "[MASK]"
         self.explains = True
-        self.key = None  # what requests must bring, where there is one
-        self.asked = []  # the bodies of all requests for predictions, refused ones included
-        self._refusals, self._held, self._events = [], {}, []
+        self.key = None  # required in requests, unless None
+        self.asked = []  # bodies of all requests for predictions, including rejected ones
+        self._rejections, self._held, self._events = [], {}, []
 
-    def refuse(self, status, error="no", *, after=0, **headers):
-        """Answer the next request for a prediction with an error, or a later one."""
-        self._refusals += [None] * after + [(status, error, headers)]
+    def reject(self, status, error="no", *, after=0, **headers):
+        """Answer the next request for a prediction, or a later one, with an error."""
+        self._rejections += [None] * after + [(status, error, headers)]
 
     def hold(self, *, explain=False):
-        """Keep the next answer, or explanation, back until the event that this returns is set."""
+        """Delay the next answer, or explanation, until the returned event is set."""
         self._held[explain] = threading.Event()
         self._events.append(self._held[explain])
         return self._held[explain]
@@ -109,8 +109,8 @@ class StandIn:
         app.mount("/", StaticFiles(directory=PAGE, html=True))
 
         @app.exception_handler(HTTPException)
-        async def told(request, error):
-            body = {"error": error.detail, "error_type": "refused"}
+        async def error_response(request, error):
+            body = {"error": error.detail, "error_type": "rejected"}
             return JSONResponse(body, error.status_code, headers=error.headers)
 
         return app
@@ -119,10 +119,10 @@ class StandIn:
         if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
             raise HTTPException(401, "a key, please")
         if request.method == "POST":
-            refusal = self._refusals.pop(0) if self._refusals else None
+            rejection = self._rejections.pop(0) if self._rejections else None
             self.asked.append(await request.json())
-            if refusal is not None:
-                status, error, headers = refusal
+            if rejection is not None:
+                status, error, headers = rejection
                 raise HTTPException(status, error, headers)
 
     def info(self):

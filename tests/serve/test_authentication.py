@@ -1,4 +1,4 @@
-"""Who may ask: keys from a file or the environment, compared in constant time."""
+"""Keys from a file or the environment, compared in constant time."""
 
 import hmac
 
@@ -43,22 +43,22 @@ def test_keys_of_the_environment(monkeypatch):
         (f"{KEYS[0]}\nü{'k' * 20}\n", "key 2 is not"),
     ],
 )
-def test_a_file_that_is_no_good_is_refused_without_showing_it(tmp_path, content, words):
+def test_an_invalid_file_is_rejected_without_showing_its_keys(tmp_path, content, words):
     path = tmp_path / "keys"
     path.write_text(content)
-    with pytest.raises(UserError, match=words) as refused:
+    with pytest.raises(UserError, match=words) as error:
         read_keys(str(path))
-    assert KEYS[0] not in str(refused.value)
-    assert "short" not in str(refused.value)
+    assert KEYS[0] not in str(error.value)
+    assert "short" not in str(error.value)
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"^serve.keys=.*/none: No such file"):
         read_keys(str(tmp_path / "none"))
 
 
 @given(st.binary(max_size=80))
-def test_nothing_but_the_keys_is_let_in(value):
+def test_only_the_keys_are_accepted(value):
     keys = Keys([digest(key.encode()) for key in KEYS])
     scheme, _, given = value.partition(b" ")
     known = [key.encode() for key in KEYS]
@@ -67,8 +67,8 @@ def test_nothing_but_the_keys_is_let_in(value):
     assert Keys([]).allow(value)
 
 
-def test_all_keys_are_compared_in_constant_time_whichever_fits(monkeypatch):
-    """The comparison is hmac's, of digests of one length, and goes on after the first that fits."""
+def test_all_keys_are_compared_in_constant_time(monkeypatch):
+    """hmac compares digests of one length, and the loop continues after a match."""
     compared = []
 
     def note(one, other):

@@ -34,16 +34,16 @@ def requests_of(lengths):
 
 
 class Recorder:
-    """Computes and records every batch; waits for the event `gate` if it is given."""
+    """Computes and records every batch; waits for the event `release` if it is given."""
 
-    def __init__(self, gate=None):
-        self.batches, self.gate, self.running, self.max_running = [], gate, 0, 0
+    def __init__(self, release=None):
+        self.batches, self.release, self.running, self.max_running = [], release, 0, 0
 
     def __call__(self, rows):
         self.running += 1
         self.max_running = max(self.max_running, self.running)
-        if self.gate is not None:
-            assert self.gate.wait(30)
+        if self.release is not None:
+            assert self.release.wait(30)
         self.batches.append([(int(row[0]) if len(row) else 0, len(row)) for row in rows])
         self.running -= 1
         return scores_of(rows)
@@ -116,12 +116,12 @@ def test_batches_keep_to_the_budget_and_are_sorted_by_length(executor, lengths, 
 
 def test_rows_of_more_than_a_batch_are_split_evenly_and_computed_at_once(executor):
     """A single batch has all cores, and no other batch runs at the same time."""
-    gate, whole, shares = threading.Event(), [], []
+    release, whole, shares = threading.Event(), [], []
 
     def compute(rows):
         batches = whole if threading.current_thread() in executor._threads else shares
         batches.append(sum(map(len, rows)))
-        assert gate.wait(30)
+        assert release.wait(30)
         return scores_of(rows)
 
     async def score_all():
@@ -129,13 +129,13 @@ def test_rows_of_more_than_a_batch_are_split_evenly_and_computed_at_once(executo
         tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[3]] + [[2]] * 6)]
         await asyncio.sleep(0.05)
         assert (whole, shares) == ([3], []) and made.queued == 12  # the first one was alone
-        gate.set()
+        release.set()
         await asyncio.gather(*tasks)
-        gate.clear()
+        release.clear()
         lone = asyncio.create_task(made.score([np.ones(8)]))
         await asyncio.sleep(0.05)
         assert made.running_s > 0
-        gate.set()
+        release.set()
         await lone
         assert made.running_s == 0
 
@@ -144,15 +144,15 @@ def test_rows_of_more_than_a_batch_are_split_evenly_and_computed_at_once(executo
 
 
 def test_rows_are_computed_in_the_order_of_their_arrival(executor):
-    gate = threading.Event()
-    recorder = Recorder(gate)
+    release = threading.Event()
+    recorder = Recorder(release)
 
     async def score_all():
         made = batcher(recorder, executor, tokens_per_batch=6)
         made._speed = 1e9
         tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[3]] * 9)]
         await asyncio.sleep(0.01)
-        gate.set()
+        release.set()
         await asyncio.gather(*tasks)
 
     run(score_all())
@@ -182,10 +182,10 @@ def test_with_wait_s_two_requests_share_a_batch(executor):
 
 
 def test_a_request_that_would_wait_too_long_is_rejected_and_queued_ones_are_answered(executor):
-    gate = threading.Event()
+    release = threading.Event()
 
     async def score_all():
-        made = batcher(Recorder(gate), executor, tokens_per_batch=10, queue_s=2.0)
+        made = batcher(Recorder(release), executor, tokens_per_batch=10, queue_s=2.0)
         made._speed = 15.0  # tokens per second: 30 may wait
         assert made.capacity == 30
         tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[10]] * 4)]
@@ -197,7 +197,7 @@ def test_a_request_that_would_wait_too_long_is_rejected_and_queued_ones_are_answ
         assert rejected.value.wait_s == pytest.approx(2.0)
         with pytest.raises(Overloaded):
             await made.score([np.ones(1)])
-        gate.set()
+        release.set()
         answers = await asyncio.gather(*tasks)
         assert [scores[0, 1] for scores in answers] == [10] * 4
         assert made.full_for_s() is None
@@ -244,8 +244,8 @@ def test_a_request_larger_than_the_queue_is_accepted_when_nothing_waits(executor
 
 
 def test_a_cancelled_request_leaves_nothing_in_the_queue(executor):
-    gate = threading.Event()
-    recorder = Recorder(gate)
+    release = threading.Event()
+    recorder = Recorder(release)
 
     async def score_all():
         made = batcher(recorder, executor, tokens_per_batch=4)
@@ -255,7 +255,7 @@ def test_a_cancelled_request_leaves_nothing_in_the_queue(executor):
         await asyncio.sleep(0)
         await asyncio.gather(tasks[1], return_exceptions=True)
         assert made.queued == 4
-        gate.set()
+        release.set()
         await asyncio.gather(tasks[0], tasks[2])
         assert made.queued == 0
 
@@ -264,16 +264,16 @@ def test_a_cancelled_request_leaves_nothing_in_the_queue(executor):
 
 
 def test_a_time_out_in_the_middle_of_a_batch_affects_no_other_request(executor):
-    gate = threading.Event()
+    release = threading.Event()
 
     async def score_all():
-        made = batcher(Recorder(gate), executor, tokens_per_batch=8)
+        made = batcher(Recorder(release), executor, tokens_per_batch=8)
         first = asyncio.create_task(made.score([np.ones(8)]))
         await asyncio.sleep(0.01)
         gone, kept = (asyncio.create_task(made.score([np.ones(4)])) for _ in range(2))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(gone, 0.01)
-        gate.set()
+        release.set()
         await asyncio.gather(first, kept)
         assert made.queued == 0 and made.running_s == 0
 

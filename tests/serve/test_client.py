@@ -1,4 +1,4 @@
-"""The client against real sockets: it waits when asked to, and asks again what was lost."""
+"""The client with real sockets: which requests it retries, and after which pause."""
 
 import json
 import socket
@@ -18,9 +18,9 @@ ANSWER = [{"label": "pos", "score": 0.9}]
 
 @contextmanager
 def server(*script, context=None):
-    """A server that answers request after request as told; what it was asked is in `asked`.
+    """A server that answers by a script; `asked` has the requests.
 
-    Each of the script is a status, (status, headers), or None: the connection is cut.
+    Each item of the script is a status, (status, headers), or None: the connection is cut.
     """
     asked, left = [], list(script)
 
@@ -36,7 +36,7 @@ def server(*script, context=None):
                 self.close_connection = True
                 return
             status, headers = now if isinstance(now, tuple) else (now, {})
-            answer = ANSWER if status == 200 else {"error": f"told {status}", "error_type": "x"}
+            answer = ANSWER if status == 200 else {"error": f"status {status}", "error_type": "x"}
             content = json.dumps(answer).encode()
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(content))}.items():
@@ -63,13 +63,13 @@ def server(*script, context=None):
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """The pauses that the client makes, which are not waited for."""
+    """The pauses of the client, which are not waited for."""
     made = []
     monkeypatch.setattr(module.time, "sleep", made.append)
     return made
 
 
-def test_what_is_asked_is_sent_with_its_key_and_options():
+def test_requests_are_sent_with_key_and_options():
     with server() as (url, asked), Client(url, key="k" * 20) as client:
         assert client.predict(("one", "two"), truncate=True) == ANSWER
         assert client.fill_mask("a [MASK]", top_k=3) == ANSWER
@@ -79,7 +79,7 @@ def test_what_is_asked_is_sent_with_its_key_and_options():
     assert headers["Authorization"] == "Bearer " + "k" * 20
 
 
-def test_what_was_lost_or_refused_for_now_is_asked_again(pauses):
+def test_lost_and_temporarily_rejected_requests_are_retried(pauses):
     script = [None, 429, 503, None, (500, {}), 200]
     with server(*script) as (url, asked), Client(url) as client:
         assert client.predict("a") == ANSWER
@@ -87,22 +87,22 @@ def test_what_was_lost_or_refused_for_now_is_asked_again(pauses):
     assert len(pauses) == 5
 
 
-def test_it_waits_for_as_long_as_the_server_asks(pauses):
+def test_the_pause_is_that_of_retry_after(pauses):
     with server((429, {"Retry-After": "3"})) as (url, _), Client(url) as client:
         client.predict("a")
     assert len(pauses) == 1 and pauses[0] == 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 424])
-def test_what_can_not_become_better_is_raised_at_once(pauses, status):
+def test_permanent_errors_are_raised_at_once(pauses, status):
     with server(status) as (url, asked), Client(url) as client:
-        with pytest.raises(ServerError, match=f"^{status}: told {status}$") as refused:
+        with pytest.raises(ServerError, match=f"^{status}: status {status}$") as error:
             client.predict("a")
-    assert refused.value.status == status
+    assert error.value.status == status
     assert (len(asked), pauses) == (1, [])
 
 
-def test_a_request_that_took_too_long_is_sent_once_more(pauses):
+def test_a_request_that_timed_out_is_sent_once_more(pauses):
     with server(504, 503, 504, 200) as (url, asked), Client(url) as client:
         with pytest.raises(ServerError, match="^504: "):
             client.predict("a")
@@ -115,43 +115,44 @@ def test_a_request_that_took_too_long_is_sent_once_more(pauses):
 @pytest.mark.parametrize(
     ("code", "tries"), [(socket.EAI_NONAME, 1), (socket.EAI_FAIL, 1), (socket.EAI_AGAIN, 3)]
 )
-def test_a_host_that_is_not_known_is_told_at_once(pauses, monkeypatch, code, tries):
+def test_an_unknown_host_is_raised_at_once(pauses, monkeypatch, code, tries):
     looked = []
 
     def unknown(*arguments, **options):
         looked.append(arguments)
-        raise socket.gaierror(code if len(looked) < 3 else socket.EAI_NONAME, "who is that?")
+        raise socket.gaierror(code if len(looked) < 3 else socket.EAI_NONAME, "unknown")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with Client("http://a-host.example") as client:
-        with pytest.raises(ServerError, match="no answer: .*who is that"):
+        with pytest.raises(ServerError, match="no answer: .*unknown"):
             client.predict("a")
     assert (len(looked), len(pauses)) == (tries, tries - 1)
 
 
-def test_a_certificate_that_does_not_hold_is_told_at_once(pauses, tmp_path):
+def test_an_invalid_certificate_is_raised_at_once(pauses, tmp_path):
     files = certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*files)
     with server(context=context) as (url, asked):
-        with Client(url.replace("http:", "https:")) as stranger:
+        with Client(url.replace("http:", "https:")) as untrusting:
             with pytest.raises(ServerError, match="certificate verify failed"):
-                stranger.predict("a")
+                untrusting.predict("a")
         assert (asked, pauses) == ([], [])
         trusting = ssl.create_default_context(cafile=files[0])
         with Client(url.replace("http:", "https:"), context=trusting) as client:
             assert client.predict("a") == ANSWER
 
 
-def test_patience_ends():
+def test_retries_end_after_the_time_out():
     with socket.socket() as probe:  # a port where nobody listens
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    with Client(url, patience_s=0.3) as client, pytest.raises(ServerError, match="no answer: "):
-        client.predict("a")
+    with Client(url, retry_timeout_s=0.3) as client:
+        with pytest.raises(ServerError, match="no answer: "):
+            client.predict("a")
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://", ""])
-def test_a_url_of_another_kind_is_refused(url):
+def test_an_invalid_url_is_rejected(url):
     with pytest.raises(ValueError, match="expected http://HOST:PORT"):
         Client(url)

@@ -51,7 +51,7 @@ def start(config):
 @pytest.mark.parametrize(
     "broken", ["missing", "cut short", "a model of another kind", "no tokenizer"]
 )
-def test_a_broken_model_is_refused_before_ray_is_started(model, tmp_path, broken):
+def test_a_damaged_model_is_an_error_before_ray_is_started(model, tmp_path, broken):
     shutil.copytree(model.path, tmp_path / "model")
     folder = Folder(tmp_path / "model")
     if broken == "missing":
@@ -63,9 +63,9 @@ def test_a_broken_model_is_refused_before_ray_is_started(model, tmp_path, broken
     else:
         config = folder.read_json("config.json")
         folder.write_json("config.json", {**config, "model_type": "gpt2"})
-    with pytest.raises((UserError, DamagedError)) as refused:
+    with pytest.raises((UserError, DamagedError)) as error:
         start(config_of(model=folder.uri))
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
 def test_paths_become_absolute(model, pretrained, tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_host_that_others_reach_requires_a_key(model, monkeypatch, tmp_path):
         start(config_of(model=model.uri, host="0.0.0.0", keys=str(tmp_path / "keys")))
 
 
-def test_a_certificate_that_can_not_be_used_is_refused(model, tmp_path):
+def test_an_invalid_certificate_is_an_error(model, tmp_path):
     """Serve's proxy would end with it, and the rest would go on without one."""
     cert, key = certificate(tmp_path)
     launch.check_certificate(ServeConfig(tls_cert=str(cert), tls_key=str(key)))

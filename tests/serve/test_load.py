@@ -1,4 +1,4 @@
-"""The load that benchmarks put on a server: all of it is counted, and nothing is asked twice."""
+"""The load generator of the benchmarks: every request is counted, and none is repeated."""
 
 import importlib
 import json
@@ -20,13 +20,13 @@ pytest.importorskip("uvloop")
 
 @pytest.fixture
 def module(monkeypatch):
-    """A module of the benchmarks, by its name."""
+    """Import a module of the benchmarks by its name."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Does what a text says: an answer with a status, after a while, or none at all."""
+    """Responds as the text says: with a status, late, or by closing the connection."""
 
     protocol_version = "HTTP/1.1"
 
@@ -75,7 +75,7 @@ def load(server, tmp_path, texts, *options):
     return json.loads(out.splitlines()[-1])
 
 
-def test_every_answer_counts_once(server, tmp_path):
+def test_every_response_is_counted_once(server, tmp_path):
     found = load(server, tmp_path, ["200", "429"], "--seconds", "1", "--connections", "4")
     asked = sum(server.seen.values())
     assert asked - 4 <= sum(found["statuses"].values()) <= asked  # some came after the end
@@ -85,7 +85,7 @@ def test_every_answer_counts_once(server, tmp_path):
     assert 0 < found["p50"] <= found["p99"]
 
 
-def test_what_fails_is_not_asked_again(server, tmp_path):
+def test_failed_requests_are_not_repeated(server, tmp_path):
     texts = ["200", "lost", "503", "500"]
     found = load(server, tmp_path, texts, "--seconds", "1", "--connections", "1")
     assert found["failed"] == sum(server.seen[text] for text in texts[1:])
@@ -97,14 +97,14 @@ def test_what_fails_is_not_asked_again(server, tmp_path):
     assert max(server.seen.values()) - min(server.seen.values()) <= 1
 
 
-def test_where_no_refusal_is_expected_one_is_a_failure(server, tmp_path):
+def test_an_unexpected_status_is_a_failure(server, tmp_path):
     options = ("--seconds", "1", "--connections", "1")
     found = load(server, tmp_path, ["200", "429"], *options, "--expected", "200")
     assert found["failed"] == server.seen["429"] > 0
     assert {status for *_, status in found["failures"]} == {429}
 
 
-def test_it_begins_when_it_is_told_to(server, tmp_path):
+def test_it_starts_at_the_given_time(server, tmp_path):
     at = time.time() + 3  # Python has started by then
     process = start(server, tmp_path, ["200"], "--seconds", "1", "--at", str(at))
     while not server.seen:
@@ -123,7 +123,7 @@ def test_lists_count_every_text(server, tmp_path):
     assert server.seen["200"] % 4 == 0
 
 
-def test_by_the_clock_nobody_waits_for_answers(server, tmp_path):
+def test_with_a_rate_requests_do_not_wait_for_responses(server, tmp_path):
     options = ("--seconds", "1", "--rate", "100")
     found = load(server, tmp_path, ["slow"], *options, "--connections", "100")
     assert 99 <= server.seen["slow"] <= 101
@@ -134,7 +134,7 @@ def test_by_the_clock_nobody_waits_for_answers(server, tmp_path):
     assert 99 <= server.seen["slow"] + found["unsent"] <= 101
 
 
-def test_it_ends_early_with_what_came(server, tmp_path):
+def test_an_early_end_reports_the_responses_so_far(server, tmp_path):
     process = start(server, tmp_path, ["200"], "--seconds", "3600", "--connections", "2")
     while sum(server.seen.values()) < 50:
         assert process.poll() is None
@@ -146,7 +146,7 @@ def test_it_ends_early_with_what_came(server, tmp_path):
     assert found["requests_per_second"] > 0
 
 
-def test_what_fails_at_a_kill_is_told_from_what_fails_otherwise(module):
+def test_failures_at_a_kill_are_separated_from_others(module):
     clients = module("clients")
     failures = [
         (90.0, 99.9, 0),  # over before the kill
@@ -169,7 +169,7 @@ def test_recovery_counts_from_the_last_request_of_the_overload(module):
     assert faults.recovered(fast[1:], 10, gap=0.5) is None  # not a second yet
 
 
-def test_what_does_not_come_is_not_reported(module, monkeypatch):
+def test_a_state_that_is_not_reached_ends_the_benchmark(module, monkeypatch):
     faults = module("serve_faults")
     monkeypatch.setattr(faults, "PATIENCE_SECONDS", 0.2)
     with pytest.raises(SystemExit, match="does not hold that all replicas answer again"):
@@ -177,7 +177,7 @@ def test_what_does_not_come_is_not_reported(module, monkeypatch):
     assert faults.wait_until("it holds", lambda: True) == 0.0
 
 
-def test_what_a_precision_costs_is_told_by_the_texts_whose_labels_changed(module):
+def test_the_cost_of_a_precision_is_measured_by_changed_labels(module):
     serve = module("serve")
     truth = ["a"] * 100 + ["b"] * 100
     exact = ["a"] * 90 + ["b"] * 110

@@ -151,16 +151,16 @@ def test_a_failing_canary_costs_no_answer(storage, failure, monkeypatch, caplog)
     settings = {"model": version_of(storage, 2).uri, "share": 0.9}
     service = service_of(storage, canary=settings, timeout_s=0.4)
     monkeypatch.setattr(random, "random", lambda: 0.0)
-    canary, gate = service.models.canary, threading.Event()
+    canary, release = service.models.canary, threading.Event()
 
     def broken(rows):
         raise RuntimeError("no")
 
     if failure == "slow":  # its batches hang, and the queue waits for them
         monkeypatch.setattr(canary.batcher, "_threads", ModelThreads(1))
-        monkeypatch.setattr(canary.batcher, "_compute", lambda rows: gate.wait(30))
+        monkeypatch.setattr(canary.batcher, "_compute", lambda rows: release.wait(30))
     elif failure == "slow tokenizer":
-        monkeypatch.setattr(canary, "encode", lambda texts, windows: gate.wait(30))
+        monkeypatch.setattr(canary, "encode", lambda texts, windows: release.wait(30))
     elif failure == "full":
         monkeypatch.setattr(canary.batcher, "_speed", 1.0)
         monkeypatch.setattr(canary.batcher, "_queued", 10**6)
@@ -172,7 +172,7 @@ def test_a_failing_canary_costs_no_answer(storage, failure, monkeypatch, caplog)
         try:
             return await asyncio.gather(*(label(service) for _ in range(count)))
         finally:
-            gate.set()
+            release.set()
 
     found = asyncio.run(go())
     assert set(found) == {"pos"}  # of the current model

@@ -1,4 +1,4 @@
-"""What the page shows and does, in a real browser: Debian's Chromium, driven by Playwright."""
+"""The page in a real browser: Debian's Chromium, driven by Playwright."""
 
 import re
 
@@ -25,8 +25,8 @@ def test_a_text_gets_its_label_and_confidence(visit):
     expect(verdict(page)).to_contain_text("neg")
 
 
-def test_the_words_that_decided_it(visit):
-    """By tint, by the line under them, and in words: colour alone tells nothing."""
+def test_the_weights_of_words_are_shown(visit):
+    """By tint, by underline and in words: colour alone must not carry information."""
     page = visit()
     text = "🎬🎬 the film was superb,\nmoving — and superb 🎉 music"
     classify(page, text)
@@ -49,7 +49,7 @@ def test_the_words_that_decided_it(visit):
     assert max(weights) == 1 and min(weights) > 0
 
 
-def test_the_label_does_not_wait_for_its_reasons(stand_in, visit):
+def test_the_label_is_shown_before_the_explanation(stand_in, visit):
     page = visit()
     release = stand_in.hold(explain=True)
     send(page, "a superb film")
@@ -59,19 +59,19 @@ def test_the_label_does_not_wait_for_its_reasons(stand_in, visit):
     expect(page.get_by_text("The words that decided it")).to_be_visible()
 
 
-def test_a_label_stays_when_its_reasons_are_refused(stand_in, visit):
+def test_a_label_stays_when_its_explanation_is_rejected(stand_in, visit):
     page = visit()
-    stand_in.refuse(422, "explain: not with int8", after=1)
+    stand_in.reject(422, "explain: not with int8", after=1)
     send(page, "a superb film")
     expect(problem(page)).to_have_text("explain: not with int8")
     expect(verdict(page)).to_contain_text("pos")
-    stand_in.refuse(422, "not read")
+    stand_in.reject(422, "not read")
     send(page, "an awful film")
     expect(problem(page)).to_have_text("not read")
     expect(verdict(page)).to_be_empty()
 
 
-def test_a_server_that_does_not_explain_is_not_asked_to(stand_in, visit):
+def test_no_explanation_is_requested_from_a_server_without_them(stand_in, visit):
     stand_in.explains = False
     page = visit()
     send(page, "a superb film")
@@ -100,7 +100,7 @@ def test_masks_are_filled(visit):
     assert section.locator(".verdict b").first.inner_text() == first
 
 
-def test_nothing_is_sent_while_there_is_no_text(stand_in, visit):
+def test_nothing_is_sent_without_a_text(stand_in, visit):
     page = visit()
     button = page.get_by_role("button", name="Classify")
     expect(button).to_be_disabled()
@@ -122,7 +122,7 @@ def test_markup_is_shown_as_text(stand_in, visit):
     assert page.locator("#predict .details .text").inner_text() == NASTY
     fill_in(page, f"{NASTY} [MASK]")
     expect(page.locator("#recent li")).to_have_text([f"{NASTY} [MASK]", NASTY])
-    stand_in.refuse(422, NASTY)
+    stand_in.reject(422, NASTY)
     send(page, "a film")
     expect(problem(page)).to_have_text(NASTY)
     assert page.evaluate("window.broken") is None
@@ -156,7 +156,7 @@ def test_recent_texts_stay_in_the_browser_until_cleared(visit):
 
 
 @pytest.mark.parametrize("missing", ["labels", "mask_token"])
-def test_what_the_model_can_not_do_is_not_offered(stand_in, visit, missing):
+def test_sections_without_a_model_are_hidden(stand_in, visit, missing):
     setattr(stand_in, missing, None)
     page = visit()
     there, absent = text_field(page), blank_field(page)

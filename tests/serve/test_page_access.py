@@ -1,4 +1,4 @@
-"""The page for everybody: by keyboard, with a screen reader, in both schemes, on a phone."""
+"""Accessibility: keyboard, screen reader, both colour schemes, small screens."""
 
 import re
 
@@ -24,7 +24,7 @@ def test_everything_can_be_done_by_keyboard(visit):
     page = visit()
 
     def focused():
-        """What has the focus, which must be seen."""
+        """Return the focused element; its outline must be visible."""
         name, outline = page.evaluate(
             "() => [document.activeElement.id || document.activeElement.textContent,"
             " parseFloat(getComputedStyle(document.activeElement).outlineWidth)]"
@@ -90,7 +90,7 @@ def test_all_text_has_contrast(stand_in, visit, scheme):
     page = visit(color_scheme=scheme)
     classify(page, "a superb and moving film, though awful music and boring people")
     fill_in(page, "the [MASK] was a story")
-    stand_in.refuse(504)
+    stand_in.reject(504)
     send(page, "an awful film")
     expect(problem(page)).to_contain_text("took too long")
     classify(page, "a superb and moving film, though awful music and boring people")
@@ -106,7 +106,7 @@ def test_all_text_has_contrast(stand_in, visit, scheme):
 
 
 @pytest.mark.parametrize(("wish", "name"), [("reduce", "none"), ("no-preference", "grow")])
-def test_motion_is_left_out_where_it_is_not_wanted(visit, wish, name):
+def test_reduced_motion_is_respected(visit, wish, name):
     page = visit(reduced_motion=wish)
     classify(page, "a superb film")
     bar = page.locator(".bar").first

@@ -1,4 +1,4 @@
-"""What the page does when the server refuses, hangs or asks for a key, and without a network."""
+"""The page when the server rejects requests, hangs or requires a key, and without a network."""
 
 import re
 
@@ -23,9 +23,9 @@ def test_only_the_newest_request_counts(stand_in, visit):
     assert broken_off == ["a superb film"]
 
 
-def test_a_busy_server_is_asked_again_when_it_says(stand_in, visit):
+def test_a_busy_server_is_retried_after_its_pause(stand_in, visit):
     page = visit(clock=True)
-    stand_in.refuse(429, **{"Retry-After": "30"})
+    stand_in.reject(429, **{"Retry-After": "30"})
     send(page, "a superb film")
     expect(problem(page)).to_have_text("The server is busy; trying again in 30 s.")
     page.clock.fast_forward(20_000)
@@ -36,11 +36,11 @@ def test_a_busy_server_is_asked_again_when_it_says(stand_in, visit):
     assert stand_in.asked[0] == stand_in.asked[1]
 
 
-def test_a_server_that_stays_busy_is_left_alone(stand_in, visit):
+def test_retries_of_a_busy_server_are_limited(stand_in, visit):
     page = visit(clock=True)
     waits = [3, 4, 5, 6, 3600]
     for seconds in [*waits, 7]:
-        stand_in.refuse(429, **{"Retry-After": str(seconds)})
+        stand_in.reject(429, **{"Retry-After": str(seconds)})
     send(page, "a superb film")
     for seconds in waits:
         shown = min(seconds, 60)
@@ -59,9 +59,9 @@ def test_a_server_that_stays_busy_is_left_alone(stand_in, visit):
         (500, "Traceback", r"can't answer now \(500\)"),
     ],
 )
-def test_refusals_are_told_and_pass(stand_in, visit, status, error, shown):
+def test_errors_are_shown_until_the_next_request(stand_in, visit, status, error, shown):
     page = visit()
-    stand_in.refuse(status, error)
+    stand_in.reject(status, error)
     send(page, "a superb film")
     expect(problem(page)).to_contain_text(re.compile(shown))
     expect(problem(page)).not_to_contain_text("Traceback")
@@ -70,9 +70,9 @@ def test_refusals_are_told_and_pass(stand_in, visit, status, error, shown):
     expect(problem(page)).to_be_empty()
 
 
-def test_an_answer_of_another_kind_is_told(stand_in, visit):
+def test_an_unexpected_answer_is_shown_as_an_error(stand_in, visit):
     page = visit()
-    stand_in.refuse(200, "not what was asked")
+    stand_in.reject(200, "not what was asked")
     send(page, "a superb film")
     expect(problem(page)).to_have_text("The server's answer can't be read.")
 
@@ -87,7 +87,7 @@ def test_without_a_network_the_page_says_so(visit):
     classify(page, "a superb film")
 
 
-def test_a_key_is_asked_for_and_kept_for_the_session_only(stand_in, visit):
+def test_a_key_is_required_and_kept_for_the_session_only(stand_in, visit):
     stand_in.key = "open-sesame"
     page = visit()
     key = page.get_by_label("API key")
@@ -107,7 +107,7 @@ def test_a_key_is_asked_for_and_kept_for_the_session_only(stand_in, visit):
     assert page.evaluate("Object.values(sessionStorage)") == ["open-sesame"]
     assert page.evaluate("JSON.stringify(localStorage)").count("sesame") == 0
     assert "sesame" not in page.url and "sesame" not in page.content()
-    stand_in.key = "another"  # it was changed meanwhile: the text that was refused is sent again
+    stand_in.key = "another"  # it was changed: the rejected text is sent again
     send(page, "an awful film")
     key.fill("another")
     key.press("Enter")
@@ -123,7 +123,7 @@ def test_a_key_is_asked_for_and_kept_for_the_session_only(stand_in, visit):
         " Object.defineProperty(window, name, { get() { throw new Error('forbidden'); } });",
     ],
 )
-def test_a_storage_that_is_broken_or_forbidden_stops_nothing(visit, script):
+def test_the_page_works_with_a_broken_or_forbidden_storage(visit, script):
     page = visit(script=script)
     classify(page, "a superb film")
     expect(verdict(page)).to_contain_text("pos")

@@ -30,14 +30,14 @@ async def work(executor, *tasks):
 
 
 def test_requests_are_limited_and_exceptions_are_passed_on(executor):
-    gate = threading.Event()
+    release = threading.Event()
 
     def wrong():
         raise DataError("no mask")
 
     async def ask():
         serial = SerialExecutor(executor, 2)
-        tasks = [asyncio.create_task(work(serial, lambda: gate.wait(30))) for _ in range(2)]
+        tasks = [asyncio.create_task(work(serial, lambda: release.wait(30))) for _ in range(2)]
         await asyncio.sleep(0.01)
         with pytest.raises(Overloaded):
             await work(serial, lambda: None)
@@ -45,7 +45,7 @@ def test_requests_are_limited_and_exceptions_are_passed_on(executor):
         await asyncio.gather(tasks[0], return_exceptions=True)
         with pytest.raises(Overloaded):
             await work(serial, lambda: None)
-        gate.set()
+        release.set()
         assert await tasks[1] == [True]
         await asyncio.sleep(0.01)
         with pytest.raises(DataError, match="no mask"):
@@ -61,10 +61,10 @@ def test_requests_are_limited_and_exceptions_are_passed_on(executor):
 
 
 def test_a_cancelled_request_runs_no_more_tasks(executor):
-    gate, done = threading.Event(), []
+    release, done = threading.Event(), []
 
     def task(number):
-        assert gate.wait(30)
+        assert release.wait(30)
         done.append(number)
 
     async def ask():
@@ -72,7 +72,7 @@ def test_a_cancelled_request_runs_no_more_tasks(executor):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await work(serial, *(lambda n=n: task(n) for n in range(5)))
-        gate.set()
+        release.set()
         await work(serial, lambda: None)
         assert done == [0]
 

@@ -26,9 +26,9 @@ from raybert.serve.settings import ServeConfig, is_loopback
     ],
 )
 def test_invalid_values_are_rejected(values, words):
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as error:
         build(Experiment, {"serve": values}, "test")
-    assert words in str(refused.value)
+    assert words in str(error.value)
 
 
 def test_an_invalid_option_is_named_by_its_key():
@@ -37,8 +37,8 @@ def test_an_invalid_option_is_named_by_its_key():
 
 
 def test_replicas_are_a_number_or_a_range():
-    assert build(ServeConfig, {"replicas": 3}, "test").most_replicas == 3
-    assert build(ServeConfig, {"replicas": {"max": 5}}, "test").most_replicas == 5
+    assert build(ServeConfig, {"replicas": 3}, "test").max_replicas == 3
+    assert build(ServeConfig, {"replicas": {"max": 5}}, "test").max_replicas == 5
 
 
 @pytest.mark.parametrize(

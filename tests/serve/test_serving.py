@@ -1,10 +1,11 @@
-"""`raybert serve` itself: real Serve, real HAProxy where it is installed, real HTTP."""
+"""`raybert serve` with Ray Serve, HAProxy where it is installed, and HTTP."""
 
 import contextlib
 import http.client
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -37,7 +38,7 @@ SECONDS = 180  # until a server must be up, or down
 
 
 def free_port():
-    """A port that nobody listens on, and that the system hands to none of Ray's processes."""
+    """Return a free port outside the ephemeral ones, which Ray's processes get."""
     while True:
         port = random.SystemRandom().randrange(10_000, 20_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -45,7 +46,7 @@ def free_port():
 
 
 class Server:
-    """A server in a process of its own, with Ray's files in a folder of its own."""
+    """`raybert serve` in a process of its own, with Ray's files in a folder of its own."""
 
     def __init__(self, scratch, *arguments, **environment):
         self.port = free_port()
@@ -152,13 +153,14 @@ def test_many_connections_at_once(server, model):
         assert scores == pytest.approx(exact.max(axis=1).tolist(), abs=1e-5)
 
 
-def test_who_has_no_key_is_not_answered_and_no_log_has_it(server):
-    with Client(server.url, patience_s=0) as stranger, pytest.raises(ServerError, match="^401: "):
-        stranger.predict("a very secret text")
+def test_requests_without_a_key_get_401_and_no_log_has_a_key_or_a_text(server):
+    with Client(server.url, retry_timeout_s=0) as client:
+        with pytest.raises(ServerError, match="^401: "):
+            client.predict("a very secret text")
     address = f"{server.url}/info?key={KEY}"
-    with pytest.raises(urllib.error.HTTPError, match="401") as refused:
+    with pytest.raises(urllib.error.HTTPError, match="401") as error:
         urllib.request.urlopen(address)
-    refused.value.close()
+    error.value.close()
     with Client(server.url, KEY) as client:
         client.predict("a very secret text")
     answered = '"http_route": "/predict", "http_status": 200'
@@ -167,12 +169,12 @@ def test_who_has_no_key_is_not_answered_and_no_log_has_it(server):
         assert time.monotonic() < deadline, "it is not logged at all"
         time.sleep(0.2)
     assert not [line for line in logged(server) if KEY in line or "very secret" in line]
-    [told] = [line for line in server.errors.read_text().splitlines() if "its log: " in line]
-    assert lines[0] in "".join(map(Path.read_text, Path(told.split(": ")[1]).glob("replica*.log")))
+    [folder] = re.findall("its log: (.+)", server.errors.read_text())
+    assert lines[0] in "".join(map(Path.read_text, Path(folder).glob("replica*.log")))
 
 
 def logged(server):
-    """All lines of all logs."""
+    """Return all lines of all logs."""
     return [
         line
         for file in server.logs.rglob("*.log")
@@ -193,7 +195,7 @@ def test_haproxy_listens_on_this_machine_alone(server):
     assert {address.ip for address in listening} == {"127.0.0.1"}
 
 
-def test_headers_that_are_not_utf_8_are_refused(server):
+def test_headers_that_are_not_utf_8_are_rejected(server):
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     with contextlib.closing(connection):
         connection.putrequest("GET", "/health")
@@ -202,12 +204,12 @@ def test_headers_that_are_not_utf_8_are_refused(server):
         assert connection.getresponse().status == 400
 
 
-def test_a_killed_replica_costs_a_client_that_asks_again_nothing(server, client):
+def test_a_client_that_retries_notices_nothing_of_a_killed_replica(server, client):
     [replica] = server.processes("ray::ServeReplica")
     stop, answers = threading.Event(), []
 
     def ask():
-        with Client(server.url, KEY, patience_s=SECONDS) as mine:
+        with Client(server.url, KEY, retry_timeout_s=SECONDS) as mine:
             while not stop.is_set():
                 answers.append(mine.predict("a superb film")[0]["label"])
 
@@ -220,7 +222,7 @@ def test_a_killed_replica_costs_a_client_that_asks_again_nothing(server, client)
         replica.kill()
         replica.wait(60)
         before = len(answers)
-        with Client(server.url, KEY, patience_s=SECONDS) as mine:
+        with Client(server.url, KEY, retry_timeout_s=SECONDS) as mine:
             mine.predict("a superb film")
         while len(answers) < before + 20:
             client.predict("a superb film")
@@ -232,7 +234,7 @@ def test_a_killed_replica_costs_a_client_that_asks_again_nothing(server, client)
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_and_leaves_nothing(model, tmp_path):
+def test_ctrl_c_stops_it_and_leaves_nothing(model, tmp_path):
     server = Server(tmp_path, model.uri, "-s", "serve.precision=fp32")
     try:
         with Client(server.url) as client:
@@ -263,9 +265,9 @@ def test_tls_through_serves_own_proxy(model, tmp_path):
         context = ssl.create_default_context(cafile=str(files[0]))
         with Client(server.url, context=context) as client:
             assert client.predict("a superb film")[0]["label"] == "pos"
-        with Client(server.url, patience_s=0) as stranger:
+        with Client(server.url, retry_timeout_s=0) as untrusting:
             with pytest.raises(ServerError, match="certificate verify failed"):
-                stranger.predict("a superb film")
+                untrusting.predict("a superb film")
         assert server.stop() == 0
     finally:
         server.clear()

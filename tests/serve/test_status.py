@@ -58,11 +58,11 @@ def test_a_failed_poll_is_logged_and_repeated(monkeypatch):
     monkeypatch.setattr(status, "POLL_S", 0)
     monkeypatch.setattr(status, "_POLL_TIMEOUT_S", 0.05)
     monkeypatch.setattr(status, "_LOG_INTERVAL_S", 0)
-    gate, lines = threading.Event(), []
-    polls = [lambda: 1 / 0, lambda: gate.wait(30), lambda: State(1, ""), *[lambda: None] * 3]
+    release, lines = threading.Event(), []
+    polls = [lambda: 1 / 0, lambda: release.wait(30), lambda: State(1, ""), *[lambda: None] * 3]
     with pytest.raises(RaybertError, match="was deleted"):
         watch(lambda: polls.pop(0)(), lines.append)
-    gate.set()
+    release.set()
     assert [line.partition(": ")[2] for line in lines] == [
         "Ray Serve does not answer: ZeroDivisionError",
         "Ray Serve has not answered for 0 s",

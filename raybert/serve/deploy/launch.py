@@ -60,7 +60,7 @@ def serving(
         check_certificate(config)
         config = config.model_copy(update={"threads": config.threads or _threads(config)})
     # One replica more, since an update starts new ones first.
-    workers = math.ceil(config.cpus * (config.most_replicas + 1))
+    workers = math.ceil(config.cpus * (config.max_replicas + 1))
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir="/"))
     try:
         with environment({} if on_cluster else serve_environment(config, scratch, digests)):
@@ -165,7 +165,7 @@ def check_answers(url: str) -> None:
     context.verify_mode = ssl.CERT_NONE
     address = f"{parts.scheme}://{host}:{parts.port}"
     try:
-        with Client(address, timeout_s=5, patience_s=ANSWER_S, context=context) as client:
+        with Client(address, timeout_s=5, retry_timeout_s=ANSWER_S, context=context) as client:
             client.ready()
     except ServerError as error:
         raise RaybertError(
@@ -220,7 +220,7 @@ def _stop(on_cluster: bool) -> None:
 
 def _threads(config: ServeConfig) -> int:
     """Return a replica's share of the machine's cores."""
-    return max(1, cores() // config.most_replicas)
+    return max(1, cores() // config.max_replicas)
 
 
 def _url_host(host: str) -> str:

@@ -1,4 +1,4 @@
-"""Bearer keys: who may ask. A replica knows their digests only, and nothing logs either."""
+"""Bearer keys. A replica has only their digests, and neither keys nor digests are logged."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from pathlib import Path
 from raybert.errors import UserError
 
 VARIABLE = "RAYBERT_API_KEYS"
-SHORTEST = 16  # characters of a key; `openssl rand -hex 32` makes 64
+MIN_LENGTH = 16  # characters of a key; `openssl rand -hex 32` makes 64
 _SCHEME = b"bearer "
 
 
 def read_keys(path: str | None) -> list[str]:
-    """Read the digests of the keys of a file, or else of the environment.
+    """Read keys from a file, or else from the environment, and return their digests.
 
-    A file has a key a line, and lines that begin with # are left out; the variable has keys between
-    commas or line breaks.
+    A file has one key per line; lines that begin with # are ignored. The variable's keys are
+    separated by commas or line breaks.
 
     Returns:
-        SHA-256 of each key, hexadecimal; none where neither is given.
+        SHA-256 of each key, hexadecimal; empty where neither is set.
 
     Raises:
-        UserError: the file can't be read, it has no key, or a key is short or no printable ASCII.
+        UserError: the file can't be read or has no key, or a key is too short or not printable
+            ASCII.
     """
     if path is not None:
         where = f"serve.keys={path}"
         try:
             text = Path(path).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise UserError(f"{where}: {reason}; name a file with a key a line") from None
+            problem = getattr(error, "strerror", None) or "not UTF-8"
+            raise UserError(f"{where}: {problem}; name a file with a key a line") from None
         keys = [line.strip() for line in text.splitlines() if not line.startswith("#")]
     else:
         where = VARIABLE
@@ -42,30 +43,30 @@ def read_keys(path: str | None) -> list[str]:
     if path is not None and not keys:
         raise UserError(f"{where}: there is no key in it; `openssl rand -hex 32` makes one")
     for number, key in enumerate(keys, 1):
-        if len(key) < SHORTEST or not all("!" <= character <= "~" for character in key):
+        if len(key) < MIN_LENGTH or not all("!" <= character <= "~" for character in key):
             raise UserError(
-                f"{where}: key {number} is not {SHORTEST} or more printable ASCII characters; "
+                f"{where}: key {number} is not {MIN_LENGTH} or more printable ASCII characters; "
                 "`openssl rand -hex 32` makes one"
             )
     return [digest(key.encode()) for key in keys]
 
 
 def digest(key: bytes) -> str:
-    """SHA-256 of a key, hexadecimal."""
+    """Return the SHA-256 of a key, hexadecimal."""
     return hashlib.sha256(key).hexdigest()
 
 
 class Keys:
-    """The keys that are let in; where there are none, everybody is."""
+    """The accepted keys; without any, every request is accepted."""
 
     def __init__(self, digests: Iterable[str]) -> None:
         self._digests = list(digests)
 
     def allow(self, authorization: bytes | None) -> bool:
-        """Whether the value of an Authorization header has one of the keys.
+        """Return whether the value of an Authorization header has one of the keys.
 
-        Digests of equal length are compared, each in constant time, and always all of them: how
-        long it takes says nothing about any key.
+        All digests, which have one length, are compared in constant time: the duration does not
+        depend on the keys.
         """
         if not self._digests:
             return True

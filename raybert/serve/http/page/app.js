@@ -1,15 +1,15 @@
-// The page of `raybert serve`: two forms, the key that a server may ask for, the recent texts.
+// The page of `raybert serve`: two forms, the form for a key, and recent texts.
 
-import { ask, Refusal, stored, useKey } from "./ask.js";
-import { filled, guessBars, labelBars, make, reasons, took, verdict } from "./show.js";
+import { request, RequestError, stored, useKey } from "./client.js";
+import { filled, guessBars, labelBars, make, reasons, took, verdict } from "./render.js";
 
 const RECENT = "raybert.recent"; // in localStorage: [{section, text}], the newest first
-const MOST_RECENT = 8;
-const SHOWN = 120; // characters of a recent text
+const MAX_RECENT = 8;
+const MAX_SHOWN = 120; // characters of a recent text
 
-let mask = "[MASK]"; // until the server says otherwise
+let mask = "[MASK]"; // until /info is read
 let explains = true;
-let afterKey = begin; // what is asked again once there is a key
+let afterKey = begin; // repeats the request that was rejected for want of a key
 
 const find = (selector, within = document) => within.querySelector(selector);
 const firstField = () => find("section:not([hidden]) textarea");
@@ -19,7 +19,7 @@ async function begin() {
   const { signal } = new AbortController();
   problem.textContent = "";
   try {
-    const { answer: info } = await ask("info", null, { signal, problem });
+    const { answer: info } = await request("info", null, { signal, problem });
     mask = info.mask_token ?? mask;
     explains = info.explain ?? explains;
     find("#model").textContent = info.model_id;
@@ -30,29 +30,29 @@ async function begin() {
     find("#fill").hidden = !info.mask_token;
     showRecent();
   } catch (error) {
-    refused(error, problem, begin);
+    showError(error, problem, begin);
   }
 }
 
 async function classify(text, parts) {
-  const asked = { inputs: text, truncate: true, raw_scores: false, explain: false };
-  const labelled = await ask("predict", asked, parts);
+  const body = { inputs: text, truncate: true, raw_scores: false, explain: false };
+  const labelled = await request("predict", body, parts);
   parts.verdict.replaceChildren(verdict(labelled.answer), took(labelled.took));
   parts.details.replaceChildren(labelBars(labelled.answer));
   if (!explains) return;
-  // The label does not wait for its reasons, which take many times as long.
-  const explained = await ask("predict", { ...asked, explain: true }, parts);
+  // The label is shown first: the explanation takes many times as long.
+  const explained = await request("predict", { ...body, explain: true }, parts);
   parts.details.append(...reasons(text, explained.answer, labelled.answer[0].label));
 }
 
 async function fillIn(text, parts) {
-  const found = await ask("fill-mask", { inputs: text, top_k: 5 }, parts);
+  const found = await request("fill-mask", { inputs: text, top_k: 5 }, parts);
   parts.verdict.replaceChildren(filled(text, mask, found.answer), took(found.took));
   parts.details.replaceChildren(...guessBars(found.answer));
 }
 
-/** Let the form of a section be answered: of its requests only the newest counts. */
-function serve(name, isReady, answer) {
+/** Handle the form of a section; a new request aborts the previous one. */
+function handleForm(name, isReady, answer) {
   const section = find(`#${name}`);
   const [form, field] = [find("form", section), find("textarea", section)];
   const [button, problem] = [find("button", section), find("[role=alert]", section)];
@@ -72,16 +72,16 @@ function serve(name, isReady, answer) {
     try {
       await answer(field.value, { signal, problem, verdict, details });
     } catch (error) {
-      if (!signal.aborted) refused(error, problem, () => form.requestSubmit());
+      if (!signal.aborted) showError(error, problem, () => form.requestSubmit());
     }
   });
 }
 
-function refused(error, problem, again) {
-  const known = error instanceof Refusal;
+function showError(error, problem, retry) {
+  const known = error instanceof RequestError;
   problem.textContent = known ? error.message : "The server's answer can't be read.";
   if (error.status !== 401) return;
-  afterKey = again;
+  afterKey = retry;
   useKey(null);
   find("#key-form").hidden = false;
   find("#key").focus();
@@ -96,7 +96,7 @@ find("#key-form").addEventListener("submit", async (event) => {
   if (find("#key-form").hidden) firstField()?.focus();
 });
 
-/** The texts asked for lately, as this browser keeps them. */
+/** The recent texts, from the browser's storage. */
 function recent() {
   try {
     const isOurs = ({ section, text }) => ["predict", "fill"].includes(section) && text.trim();
@@ -108,7 +108,7 @@ function recent() {
 
 function remember(section, text) {
   const others = recent().filter((one) => one.section !== section || one.text !== text);
-  const all = [{ section, text }, ...others].slice(0, MOST_RECENT);
+  const all = [{ section, text }, ...others].slice(0, MAX_RECENT);
   stored("localStorage", RECENT, JSON.stringify(all));
   showRecent();
 }
@@ -117,7 +117,7 @@ function showRecent() {
   const rows = recent().filter(({ section }) => !find(`#${section}`).hidden);
   const items = rows.map(({ section, text }) => {
     const points = Array.from(text);
-    const shown = points.length > SHOWN ? `${points.slice(0, SHOWN).join("")}…` : text;
+    const shown = points.length > MAX_SHOWN ? `${points.slice(0, MAX_SHOWN).join("")}…` : text;
     const button = make("button", { type: "button" }, shown);
     button.addEventListener("click", () => {
       const field = find(`#${section} textarea`);
@@ -130,7 +130,7 @@ function showRecent() {
   find("#recent").hidden = !items.length;
 }
 
-/** Take what a script wrote into a field as if people had; returns the field. */
+/** Dispatch the event for a text that a script has written; return the field. */
 function typed(field) {
   field.dispatchEvent(new Event("input"));
   field.focus();
@@ -140,7 +140,7 @@ function typed(field) {
 find("#clear").addEventListener("click", () => {
   stored("localStorage", RECENT, null);
   showRecent();
-  find("#told").textContent = "Recent texts are cleared.";
+  find("#announcement").textContent = "Recent texts are cleared.";
   firstField()?.focus();
 });
 
@@ -150,6 +150,6 @@ find("#insert").addEventListener("click", () => {
   typed(field);
 });
 
-serve("predict", (text) => text.trim(), classify);
-serve("fill", (text) => text.includes(mask), fillIn);
+handleForm("predict", (text) => text.trim(), classify);
+handleForm("fill", (text) => text.includes(mask), fillIn);
 begin();

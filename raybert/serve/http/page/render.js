@@ -1,10 +1,10 @@
-// What answers look like. Whatever people or servers wrote becomes text nodes, never markup.
+// Elements for responses. Text of users and servers becomes text nodes, never markup.
 
-const MOST_LABELS = 6; // of them have bars
-const MOST_WORDS = 5; // on each side have their weights listed
-const FAINT = 0.08; // words of less than this share of the largest weight are not tinted
+const MAX_LABELS = 6; // with bars
+const MAX_WORDS = 5; // with listed weights, on each side
+const MIN_TINTED = 0.08; // share of the largest weight below which words are not tinted
 
-/** Make an element with attributes and children; strings among the children are text. */
+/** Make an element with attributes and children; strings become text nodes. */
 export function make(name, attributes, ...children) {
   const element = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
@@ -12,23 +12,23 @@ export function make(name, attributes, ...children) {
   return element;
 }
 
-/** How long an answer took. */
+/** The duration of a request. */
 export function took(ms) {
   const shown = ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
   return make("p", { class: "quiet" }, `Answered in ${shown}`);
 }
 
-/** The likeliest label, of scores that come sorted. */
+/** The likeliest label; the scores are sorted. */
 export function verdict([{ label, score }]) {
   return make("p", {}, make("strong", {}, label), ` ${percent(score)} sure`);
 }
 
 /** The labels' scores as bars. */
 export function labelBars(scores) {
-  return bars(scores.slice(0, MOST_LABELS).map(({ label, score }) => [label, score]));
+  return bars(scores.slice(0, MAX_LABELS).map(({ label, score }) => [label, score]));
 }
 
-/** A sentence with its blanks filled by the likeliest guesses. */
+/** The sentence with its masks replaced by the likeliest tokens. */
 export function filled(text, mask, blanks) {
   const sentence = make("p", { class: "text" });
   text.split(mask).forEach((part, index) => {
@@ -39,7 +39,7 @@ export function filled(text, mask, blanks) {
   return sentence;
 }
 
-/** Every blank's guesses, as bars under headings. */
+/** The tokens for every mask, as bars under headings. */
 export function guessBars(blanks) {
   return blanks.flatMap((guesses, index) => {
     const title = blanks.length > 1 ? `Blank ${index + 1}` : "What would fit";
@@ -50,7 +50,7 @@ export function guessBars(blanks) {
   });
 }
 
-/** The text with its words tinted by weight, and the heaviest of them in two lists. */
+/** The text with words tinted by weight, and two lists of the largest weights. */
 export function reasons(text, { words, error }, label) {
   const points = Array.from(text); // the server counts code points, JavaScript UTF-16 units
   const textOf = ({ start, end }) => points.slice(start, end).join("");
@@ -61,7 +61,7 @@ export function reasons(text, { words, error }, label) {
     const share = Math.abs(word.weight) / largest;
     const mark = make("mark", { class: word.weight > 0 ? "for" : "against" }, textOf(word));
     mark.style.setProperty("--weight", share);
-    shown.append(textOf({ start: at, end: word.start }), share < FAINT ? textOf(word) : mark);
+    shown.append(textOf({ start: at, end: word.start }), share < MIN_TINTED ? textOf(word) : mark);
     at = word.end;
   }
   shown.append(textOf({ start: at }));
@@ -69,7 +69,7 @@ export function reasons(text, { words, error }, label) {
   const side = (title, sign) => {
     const ours = words.filter(({ weight }) => sign * weight > 0);
     ours.sort((one, other) => sign * (other.weight - one.weight));
-    const rows = ours.slice(0, MOST_WORDS).map((word) => {
+    const rows = ours.slice(0, MAX_WORDS).map((word) => {
       const weight = (sign > 0 ? "+" : "−") + Math.abs(word.weight).toFixed(2);
       return make("li", {}, make("span", {}, textOf(word)), figure(weight));
     });

@@ -1,9 +1,9 @@
-// Asking the server, and what a browser keeps for it.
+// Requests to the server, and what the browser stores.
 
 const KEY = "raybert.key"; // in sessionStorage: gone with the tab
-const RETRIES = 5; // of a request for which the server was too busy
-const LONGEST_WAIT = 60; // seconds between two of them
-const REFUSALS = {
+const RETRIES = 5; // after 429
+const MAX_WAIT = 60; // seconds between two of them
+const MESSAGES = {
   401: "The server does not answer without its key.",
   413: "This is more than the server takes at once; shorten it.",
   422: "The server can't read this text.",
@@ -11,15 +11,15 @@ const REFUSALS = {
   504: "The server took too long; try again, or shorten the text.",
 };
 
-/** An answer that did not come, in words for the reader; its HTTP status, 0 where there is none. */
-export class Refusal extends Error {
+/** An error message for the reader, with the HTTP status; 0 without a response. */
+export class RequestError extends Error {
   constructor(message, status) {
     super(message);
     this.status = status;
   }
 }
 
-/** Use a storage of the browser's; where that is forbidden, or full, nothing is kept. */
+/** Read or write an item of the browser's storage; where that is forbidden or full, store nothing. */
 export function stored(storage, name, value) {
   try {
     if (value === null) window[storage].removeItem(name);
@@ -34,38 +34,38 @@ export function stored(storage, name, value) {
 export const useKey = (key) => stored("sessionStorage", KEY, key);
 
 /**
- * Ask the server; returns its answer and the milliseconds that it took.
- * While the server is busy, waits as long as it says, and tells so in `problem`.
+ * Send a request; return the response's body and the milliseconds that it took.
+ * After 429 wait as long as Retry-After says, show so in `problem`, and retry.
  */
-export async function ask(path, body, { signal, problem }) {
+export async function request(path, body, { signal, problem }) {
   for (let retries = 0; ; retries += 1) {
     const key = stored("sessionStorage", KEY);
     const headers = { "Content-Type": "application/json" };
     if (key) headers.Authorization = `Bearer ${key}`;
-    const how = body ? { method: "POST", body: JSON.stringify(body) } : {};
+    const options = body ? { method: "POST", body: JSON.stringify(body) } : {};
     const begun = performance.now();
-    const response = await fetch(path, { ...how, headers, signal }).catch(() => null);
+    const response = await fetch(path, { ...options, headers, signal }).catch(() => null);
     const answer = await response?.json().catch(() => null);
     signal.throwIfAborted();
     if (response?.ok && answer) return { answer, took: performance.now() - begun };
-    if (response?.status !== 429 || retries === RETRIES) throw refusal(response, answer);
-    const wish = Number(response.headers.get("Retry-After")) || 1;
-    const seconds = Math.min(LONGEST_WAIT, Math.max(1, wish));
+    if (response?.status !== 429 || retries === RETRIES) throw toError(response, answer);
+    const retryAfter = Number(response.headers.get("Retry-After")) || 1;
+    const seconds = Math.min(MAX_WAIT, Math.max(1, retryAfter));
     problem.textContent = `The server is busy; trying again in ${seconds} s.`;
     await pause(seconds, signal);
     problem.textContent = "";
   }
 }
 
-function refusal(response, answer) {
+function toError(response, answer) {
   if (!response) {
     const why = navigator.onLine ? "The server can't be reached" : "You are offline";
-    return new Refusal(`${why}; try again in a while.`, 0);
+    return new RequestError(`${why}; try again in a while.`, 0);
   }
   const { status } = response;
-  const told = (status === 413 || status === 422) && answer?.error;
-  return new Refusal(
-    told || (REFUSALS[status] ?? `The server can't answer now (${status}).`), status);
+  const message = (status === 413 || status === 422) && answer?.error;
+  return new RequestError(
+    message || (MESSAGES[status] ?? `The server can't answer now (${status}).`), status);
 }
 
 function pause(seconds, signal) {
