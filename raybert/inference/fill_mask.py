@@ -50,5 +50,5 @@ class MaskFiller:
         Raises:
             DataError: the text has no mask, or is longer than the model reads.
         """
-        _, where = encode_masked(self._model, self._tokenizer, self._preprocessing.clean(text))
-        return len(where)
+        _, masks = encode_masked(self._tokenizer, self._preprocessing.clean(text), self.longest)
+        return len(masks)

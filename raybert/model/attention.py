@@ -43,20 +43,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], half_window: int | None = None
 ) -> Tensor:
-    """`attend` for texts that are concatenated in one row; each attends to itself only.
+    """`attend` for texts that are concatenated in one row, B = 1; each attends to itself only.
 
-    Nothing is computed for padding, and a text's values do not depend on its neighbours.
-    Consecutive texts of equal length are computed as one batch.
-
-    Args:
-        q: queries [1, N, T, H].
-        k: keys [1, N, T, H].
-        v: values [1, N, T, H].
-        lengths: tokens of each text; they sum to T.
-        half_window: tokens to either side that a token attends to; None: all of its text.
-
-    Returns:
-        [1, N, T, H].
+    `lengths` are the tokens of each text and sum to T; a token attends to `half_window` tokens to
+    either side, or to all of its text. Nothing is computed for padding, and a text's values do not
+    depend on its neighbours. Consecutive texts of equal length are computed as one batch.
     """
     _, heads, seq_len, head_dim = q.shape
     rows = [tensor[0].transpose(0, 1) for tensor in (q, k, v)]  # [T, N, H] each
@@ -108,18 +99,8 @@ def attend_varlen_op(
     """`attend_varlen` without gradients, as one operator for compiled models.
 
     The number of texts and their lengths are data to it, so batches of any shape share the same
-    compiled code.
-
-    Args:
-        q: queries [1, N, T, H].
-        k: keys [1, N, T, H].
-        v: values [1, N, T, H].
-        cu_seqlens: cumulative lengths, int64 [texts + 1] on the CPU: where each text begins, and
-            where the last one ends.
-        half_window: as in `attend_varlen`.
-
-    Returns:
-        [1, N, T, H].
+    compiled code. `cu_seqlens`, int64 [texts + 1] on the CPU, are the cumulative lengths: where
+    each text begins, and where the last one ends.
     """
     mixed: Tensor = torch.ops.raybert.attend_varlen(q, k, v, cu_seqlens, half_window)
     return mixed

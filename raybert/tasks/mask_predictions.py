@@ -28,7 +28,7 @@ def predict_masks(
     Raises:
         DataError: the text has no mask, or is longer than the model reads.
     """
-    ids, positions = encode_masked(model, tokenizer, text)
+    ids, positions = encode_masked(tokenizer, text, model.encoder.config.max_seq_len)
     device = next(model.parameters()).device
     batch = torch.from_numpy(ids)[None].to(device)  # [1, T]
     with torch.inference_mode():
@@ -44,12 +44,12 @@ def predict_masks(
 
 
 def encode_masked(
-    model: MaskedLM, tokenizer: Tokenizer, text: str
+    tokenizer: Tokenizer, text: str, max_seq_len: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Tokenize a text with masks: its ids, int64 [T], and the positions of its masks, int64 [M].
 
     Raises:
-        DataError: the text has no mask, or is longer than the model reads.
+        DataError: the text has no mask, or more than `max_seq_len` tokens.
     """
     ids = tokenizer.encode_batch([text])[0].astype(np.int64)
     positions = np.flatnonzero(ids == tokenizer.mask_id).astype(np.int64)
@@ -57,10 +57,9 @@ def encode_masked(
         raise DataError(
             f"{text[:60]!r} has no {tokenizer.mask_token}: put one where a word is to be predicted"
         )
-    limit = model.encoder.config.max_seq_len
-    if len(ids) > limit:
+    if len(ids) > max_seq_len:
         raise DataError(
-            f"the text has {len(ids):,} tokens, the model reads {limit}; shorten it around the "
-            f"{tokenizer.mask_token}"
+            f"the text has {len(ids):,} tokens, the model reads {max_seq_len}; shorten it around "
+            f"the {tokenizer.mask_token}"
         )
     return ids, positions

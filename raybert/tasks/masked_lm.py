@@ -28,7 +28,7 @@ from raybert.model.encoder import Encoder
 from raybert.model.heads import MaskedLM
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
-from raybert.tasks.mask_predictions import predict_masks
+from raybert.tasks.mask_predictions import encode_masked, predict_masks
 from raybert.tasks.settings import PretrainConfig
 from raybert.train.distributed import Group
 from raybert.train.task import Batch, LoaderConfig
@@ -96,19 +96,11 @@ class PretrainSpec:
         return tokenizer
 
     def _check_examples(self, tokenizer: Tokenizer) -> None:
-        limit = self.model.max_seq_len
-        for text in self.config.examples:
-            if tokenizer.mask_token not in text:
-                raise ConfigError(
-                    f"pretrain.examples: {text!r} has no {tokenizer.mask_token}; put one where a "
-                    "word is to be predicted"
-                )
-            length = len(tokenizer.encode_batch([text])[0])
-            if length > limit:
-                raise ConfigError(
-                    f"pretrain.examples: {text[:40]!r}... has {length:,} tokens, the model reads "
-                    f"{limit}; shorten it around the {tokenizer.mask_token}"
-                )
+        for number, text in enumerate(self.config.examples):
+            try:
+                encode_masked(tokenizer, text, self.model.max_seq_len)
+            except DataError as error:
+                raise ConfigError(f"pretrain.examples[{number}]: {error}") from None
 
     def _check_vocabulary(self, start: Folder, tokenizer: Tokenizer) -> None:
         """Check that the ids of the corpus denote the same tokens in the model to start from."""

@@ -29,10 +29,12 @@ LAYOUTS = {
 }
 
 
-class Tokenizer:
-    def save(self, folder):
-        folder.write_json("tokenizer.json", {})
-        folder.write_json("tokenizer_config.json", {})
+@pytest.fixture
+def tokenizer(tmp_path_factory):
+    folder = Folder(tmp_path_factory.mktemp("tokenizer"))
+    folder.write_json("tokenizer.json", {})
+    folder.write_json("tokenizer_config.json", {})
+    return folder
 
 
 def encoder_of(name="modern", vocab_size=50, **changes):
@@ -60,11 +62,11 @@ def batch():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_transformers_computes_the_same_masked_lm(layout, tmp_path):
+def test_transformers_computes_the_same_masked_lm(layout, tmp_path, tokenizer):
     from transformers import AutoModelForMaskedLM
 
     model = with_noise(MaskedLM(encoder_of(layout)))
-    save_masked_lm(model, Tokenizer(), Folder(tmp_path), "card")
+    save_masked_lm(model, tokenizer, Folder(tmp_path), "card")
     theirs, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     ids, mask = batch()
@@ -79,11 +81,11 @@ def test_transformers_computes_the_same_masked_lm(layout, tmp_path):
     ("layout", "pooling"),
     [("modern", "mean"), ("modern", "cls"), ("modern, local", "mean"), ("classic", "cls")],
 )
-def test_transformers_computes_the_same_classifier(layout, pooling, tmp_path):
+def test_transformers_computes_the_same_classifier(layout, pooling, tmp_path, tokenizer):
     from transformers import AutoModelForSequenceClassification
 
     model = with_noise(Classifier(encoder_of(layout), 3, HeadConfig(pooling=pooling)))
-    save_classifier(model, ["bad", "fair", "good"], Tokenizer(), Folder(tmp_path), "card")
+    save_classifier(model, ["bad", "fair", "good"], tokenizer, Folder(tmp_path), "card")
     theirs, report = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, output_loading_info=True
     )
@@ -130,12 +132,12 @@ def test_a_masked_lm_written_by_transformers_is_read(layout, tmp_path):
     ],
 )
 def test_a_head_without_counterpart_is_documented_and_rejected_by_transformers(
-    layout, head, remedy, tmp_path
+    layout, head, remedy, tmp_path, tokenizer
 ):
     from transformers import AutoModelForSequenceClassification
 
     model = with_noise(Classifier(encoder_of(layout), 2, head))
-    save_classifier(model, ["no", "yes"], Tokenizer(), Folder(tmp_path), "# Card")
+    save_classifier(model, ["no", "yes"], tokenizer, Folder(tmp_path), "# Card")
     config = json.loads((tmp_path / "config.json").read_text())
     assert remedy in config["raybert"]["only_raybert"]
     assert remedy in (tmp_path / "README.md").read_text()
@@ -149,9 +151,9 @@ def test_a_head_without_counterpart_is_documented_and_rejected_by_transformers(
 
 
 @pytest.mark.parametrize("layout", ["modern", "classic"])
-def test_a_classifier_starts_from_the_pretrained_encoder(layout, tmp_path):
+def test_a_classifier_starts_from_the_pretrained_encoder(layout, tmp_path, tokenizer):
     pretrained = with_noise(MaskedLM(encoder_of(layout)))
-    save_masked_lm(pretrained, Tokenizer(), Folder(tmp_path), "card")
+    save_masked_lm(pretrained, tokenizer, Folder(tmp_path), "card")
     model = load_encoder_into(Folder(tmp_path), 4, HeadConfig(), dropout=0.2)
     for name, tensor in pretrained.encoder.state_dict().items():
         assert torch.equal(model.encoder.state_dict()[name], tensor), name
@@ -189,11 +191,11 @@ def test_an_encoder_saved_without_a_head_can_be_fine_tuned(tmp_path):
         load_classifier(Folder(tmp_path))
 
 
-def test_label_names_are_read_without_the_weights(saved, tmp_path):
+def test_label_names_are_read_without_the_weights(saved, tmp_path, tokenizer):
     with pytest.raises(UserError, match="no classification head .*ModernBertForMaskedLM"):
         read_label_names(saved)
     model, folder = Classifier(encoder_of("classic"), 2), Folder(tmp_path / "classifier")
-    save_classifier(model, ["no", "yes"], Tokenizer(), folder, "card")
+    save_classifier(model, ["no", "yes"], tokenizer, folder, "card")
     folder.delete("model.safetensors")
     assert read_label_names(folder) == ["no", "yes"]
     change_config(folder, id2label=None)  # transformers leaves its default names out
@@ -221,10 +223,10 @@ def test_published_weights_give_the_hidden_states_of_transformers():
         torch.testing.assert_close(model.encoder(ids), expected, rtol=0, atol=1e-4)
 
 
-def test_preprocessing_and_tokenizer_files_are_saved(tmp_path):
+def test_preprocessing_and_tokenizer_files_are_saved(tmp_path, tokenizer):
     first, second = Folder(tmp_path / "first"), Folder(tmp_path / "second")
     preprocessing = {"max_seq_len": 24, "head_tokens": 6, "strip_html": True}
-    save_masked_lm(MaskedLM(encoder_of()), Tokenizer(), first, "card", preprocessing)
+    save_masked_lm(MaskedLM(encoder_of()), tokenizer, first, "card", preprocessing)
     save_masked_lm(MaskedLM(encoder_of()), first, second, "card", preprocessing)
     assert read_preprocessing(second) == preprocessing
     assert second.names() == [
@@ -237,8 +239,8 @@ def test_preprocessing_and_tokenizer_files_are_saved(tmp_path):
 
 
 @pytest.fixture
-def saved(tmp_path):
-    save_masked_lm(MaskedLM(encoder_of()), Tokenizer(), Folder(tmp_path), "card")
+def saved(tmp_path, tokenizer):
+    save_masked_lm(MaskedLM(encoder_of()), tokenizer, Folder(tmp_path), "card")
     return Folder(tmp_path)
 
 
@@ -311,11 +313,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_rejected(saved):
         load_encoder_into(saved, 2, HeadConfig(), vocab_size=51)
 
 
-def test_the_temperature_is_saved_and_a_damaged_one_is_rejected(tmp_path):
+def test_the_temperature_is_saved_and_a_damaged_one_is_rejected(tmp_path, tokenizer):
     model = Classifier(encoder_of("modern"), 2)
-    save_classifier(model, ["no", "yes"], Tokenizer(), Folder(tmp_path), "card")
+    save_classifier(model, ["no", "yes"], tokenizer, Folder(tmp_path), "card")
     assert read_temperature(Folder(tmp_path)) == 1.0
-    save_classifier(model, ["no", "yes"], Tokenizer(), Folder(tmp_path), "card", temperature=1.5)
+    save_classifier(model, ["no", "yes"], tokenizer, Folder(tmp_path), "card", temperature=1.5)
     assert read_temperature(Folder(tmp_path)) == 1.5
     config = json.loads((tmp_path / "config.json").read_text())
     config["raybert"]["temperature"] = 0

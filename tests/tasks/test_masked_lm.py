@@ -122,7 +122,7 @@ def test_a_valid_run_passes_the_checks(corpus):
 def test_checks_reject_rows_examples_and_parts_that_do_not_fit(corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"corpus.seq_len=16 is past model.max_seq_len=8; set"):
         pretrain_job(corpus, {"max_seq_len": 8}).check()
-    with pytest.raises(ConfigError, match=r"pretrain.examples: 'none' has no \[MASK\]"):
+    with pytest.raises(ConfigError, match=r"pretrain.examples\[0\]: 'none' has no \[MASK\]"):
         pretrain_job(corpus, examples=["none"]).check()
     broken = Folder(tmp_path) / "corpus"
     make_corpus(broken)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.huggingface.architectures import (
@@ -18,16 +18,9 @@ from raybert.storage.folder import Folder
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-class SavesTokenizer(Protocol):
-    """A tokenizer that can write `tokenizer.json` and `tokenizer_config.json`."""
-
-    def save(self, folder: Folder) -> None:
-        """Write both files."""
-
-
 def save_masked_lm(
     model: MaskedLM,
-    tokenizer: SavesTokenizer | Folder,
+    tokenizer: Folder,
     folder: Folder,
     card: str,
     preprocessing: Mapping[str, Any] | None = None,
@@ -36,7 +29,7 @@ def save_masked_lm(
 
     Args:
         model: the model.
-        tokenizer: a tokenizer, or a folder from which its two files are copied.
+        tokenizer: the folder from which the two files of the tokenizer are copied.
         folder: the directory to write.
         card: the model card, Markdown.
         preprocessing: how raw texts become tokens (lengths, cleaning), plain JSON;
@@ -51,24 +44,16 @@ def save_masked_lm(
 def save_classifier(
     model: Classifier,
     label_names: Sequence[str],
-    tokenizer: SavesTokenizer | Folder,
+    tokenizer: Folder,
     folder: Folder,
     card: str,
     preprocessing: Mapping[str, Any] | None = None,
     temperature: float | None = None,
 ) -> None:
-    """Write a classifier.
+    """Write a classifier; arguments as in `save_masked_lm`, and `label_names` of the logits.
 
-    Where `transformers` can't load the model, `config.json` and the card contain the reason.
-
-    Args:
-        model: the classifier.
-        label_names: the label of each logit.
-        tokenizer: as in `save_masked_lm`.
-        folder: as in `save_masked_lm`.
-        card: as in `save_masked_lm`.
-        preprocessing: as in `save_masked_lm`.
-        temperature: the number that logits are divided by before the softmax.
+    `temperature` is the divisor of the logits before the softmax. Where `transformers` can't load
+    the model, `config.json` and the card contain the reason.
     """
     if len(label_names) != model.num_labels:
         raise ValueError(f"{len(label_names)} label names for {model.num_labels} labels")
@@ -98,15 +83,12 @@ def save_classifier(
 def _write(
     model: MaskedLM | Classifier,
     config: dict[str, Any],
-    tokenizer: SavesTokenizer | Folder,
+    tokenizer: Folder,
     folder: Folder,
     card: str,
 ) -> None:
     folder.write_bytes(WEIGHTS_FILE, serialize(model))
-    if isinstance(tokenizer, Folder):
-        for name in TOKENIZER_FILES:
-            folder.write_bytes(name, tokenizer.read_bytes(name))
-    else:
-        tokenizer.save(folder)
+    for name in TOKENIZER_FILES:
+        folder.write_bytes(name, tokenizer.read_bytes(name))
     folder.write_text("README.md", card)
     folder.write_json(CONFIG_JSON, config)  # last: a directory with it is complete
