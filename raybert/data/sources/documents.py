@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from raybert.data.sources.find_shards import find_shards
-from raybert.data.sources.formats import READERS
+from raybert.data.sources.formats import reader_of
 from raybert.data.sources.row_table import RowTable, accept, first_good
 from raybert.data.sources.settings import SourceConfig
 from raybert.data.sources.shard import Columns, Purpose, Shard
@@ -65,7 +65,7 @@ def read(shard: Shard, config: SourceConfig, *, labels: bool = False) -> Iterato
     """
     table = RowTable(config, labels)
     columns = Columns(config.text_column, config.label_column if labels else None)
-    reader = READERS[shard.reader]
+    reader = reader_of(shard.reader)
     good = 0
     for file, row in ((f, row) for f in shard.files for row in reader(f, shard, columns)):
         good += table.add(row, file.name)

@@ -6,7 +6,7 @@ The shards are in the order of the configuration, then of the files' addresses.
 from __future__ import annotations
 
 from raybert.data.sources import imdb, sample
-from raybert.data.sources.formats import FORMATS, SUFFIXES, format_of
+from raybert.data.sources.formats import FORMATS, format_of, suffixes
 from raybert.data.sources.listing import list_files
 from raybert.data.sources.shard import File, Purpose, Shard, group_small_files
 from raybert.errors import DataError
@@ -61,7 +61,7 @@ def _recognized(path: str, files: list[File], is_folder: bool) -> list[tuple[str
         return found
     if is_folder:
         raise DataError(
-            f"{path}: holds no {', '.join(SUFFIXES)} files; set format to what it holds"
+            f"{path}: holds no {', '.join(suffixes())} files; set format to what it holds"
         )
     raise DataError(
         f"{path}: format=auto does not know this suffix; set format to one of "

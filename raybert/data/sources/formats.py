@@ -195,16 +195,22 @@ FORMATS = {
     "jsonl": Format(read_jsonl, (".jsonl", ".ndjson", ".json")),
     "text": Format(read_text, (".txt", ".text")),
 }
-SUFFIXES = {suffix: name for name, format in FORMATS.items() for suffix in format.suffixes}
-
-# Every reader by the name that a shard gives. Those besides the formats are for data sets with a
-# layout of their own, which `find_shards` recognizes.
-READERS: dict[str, Reader] = {
-    **{name: format.read for name, format in FORMATS.items()},
+# Data sets with a layout of their own, which `find_shards` recognizes.
+_DATASETS: dict[str, Reader] = {
     "imdb-archive": imdb.read_archive,
     "imdb-file": imdb.read_file,
     "sample": sample.read,
 }
+
+
+def reader_of(name: str) -> Reader:
+    """Return the reader of a format, or of a data set with a layout of its own."""
+    return FORMATS[name].read if name in FORMATS else _DATASETS[name]
+
+
+def suffixes() -> dict[str, str]:
+    """Map each suffix to the name of its format."""
+    return {suffix: name for name, format in FORMATS.items() for suffix in format.suffixes}
 
 
 def format_of(file: File) -> str | None:
@@ -212,4 +218,4 @@ def format_of(file: File) -> str | None:
     stem, suffix = posixpath.splitext(file.path.lower())
     if suffix in (".gz", ".zst"):
         suffix = posixpath.splitext(stem)[1]
-    return SUFFIXES.get(suffix)
+    return suffixes().get(suffix)

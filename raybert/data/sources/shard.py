@@ -63,7 +63,7 @@ class File:
 class Shard:
     """Files that one task reads, one after the other."""
 
-    reader: str  # a key of `formats.READERS`
+    reader: str  # a name that `formats.reader_of` knows
     files: tuple[File, ...]
     splits: tuple[str, ...] = ()  # to read, where the source has splits
     document: str = "line"  # what one document is, in plain text: line or file
