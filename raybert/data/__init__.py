@@ -1,1 +1,1 @@
-"""Text: sources, tokenizer, corpus, order and masking."""
+"""Data: sources, tokenizer, corpus, order, masking and loader."""

@@ -1,6 +1,6 @@
-"""Token ids and word starts of many texts, in two arrays.
+"""Token ids and word starts of many texts, concatenated.
 
-`encode_plain` asks `tokenizers` for every text; `word_cache` is the fast way to the same ids.
+`encode_plain` computes them with `tokenizers`; `word_cache` is a faster way to the same ids.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def encode_plain(
     dtype: npt.DTypeLike,
     starts_by_id: npt.NDArray[np.bool_] | None,
 ) -> Ragged:
-    """Turn texts into ids and word starts by `tokenizers` alone.
+    """Turn texts into ids and word starts by `tokenizers`, without a cache.
 
     Args:
         hf: the tokenizer.

@@ -1,6 +1,6 @@
 """Random draws as pure functions of a key: hashes, uniform numbers and permutations.
 
-Nothing here has a state, so any worker can compute any draw of any step, in any order. The mixing
+Nothing here has state, so any worker can compute any draw of any step, in any order. The mixing
 function is the finalizer of SplitMix64 (Steele, Lea and Flood, 2014, doi:10.1145/2660193.2660195).
 """
 
@@ -17,7 +17,7 @@ _MASK = (1 << 64) - 1
 
 
 def key_of(*words: int | str) -> int:
-    """Fold integers and names into one 64-bit key; the order of the words counts."""
+    """Hash integers and names into one 64-bit key, which depends on their order."""
     state = 0
     for word in words:
         if isinstance(word, str):
@@ -31,7 +31,7 @@ def key_of(*words: int | str) -> int:
 
 
 def keyed_hash(key: int, *coordinates: npt.ArrayLike) -> U64:
-    """Hash integer coordinates (broadcast against each other) under a key, to 64 bits each."""
+    """Hash integer coordinates, which are broadcast, under a key to uint64."""
     state = np.asarray(key, np.uint64)
     for coordinate in coordinates:
         state = _mix((state ^ np.asarray(coordinate).astype(np.uint64)) + np.uint64(_GOLDEN))
@@ -39,21 +39,22 @@ def keyed_hash(key: int, *coordinates: npt.ArrayLike) -> U64:
 
 
 def keyed_uniform(key: int, *coordinates: npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """Uniform numbers in [0, 1) of 24 bits, one for each combination of coordinates."""
+    """Uniform float32 numbers in [0, 1) with 24 bits, one for each combination of coordinates."""
     return (keyed_hash(key, *coordinates) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
 class Permutation:
-    """A keyed permutation of 0..size-1 whose value anywhere costs constant time and memory.
+    """A keyed permutation of 0..size-1; each value costs constant time and memory.
 
-    A balanced Feistel network over the next even power of two, walked until it lands inside
-    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, section 3).
+    A balanced Feistel network over the next even power of two, applied until the value is below
+    size (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, section
+    3).
     """
 
     _ROUNDS = 6
 
     def __init__(self, size: int, key: int) -> None:
-        """Set up the permutation of `size` numbers that belongs to `key`."""
+        """Set up the permutation of `size` numbers for `key`."""
         self.size = size
         self._half = np.uint64(max(1, (max(1, size - 1).bit_length() + 1) // 2))
         self._low = np.uint64((1 << int(self._half)) - 1)
@@ -70,7 +71,7 @@ class Permutation:
         return values.astype(np.int64).reshape(given.shape)
 
     def inverse(self, value: int) -> int:
-        """The position whose permuted value is `value`."""
+        """Return the position whose permuted value is `value`."""
         walked = np.asarray([value], np.uint64)
         while True:
             left, right = walked >> self._half, walked & self._low

@@ -1,8 +1,8 @@
-"""Masked language modelling's masks: which tokens are hidden, and what stands in their place.
+"""Masking for masked language modeling: which tokens are predicted, and what replaces them.
 
-Every draw is keyed by (seed, epoch, row id, position), so masks do not depend on which worker makes
-them, nor when. Of the chosen tokens 80% become [MASK], 10% a random token, 10% stay as they are
-(Devlin et al., arXiv 1810.04805, section 3.1). Spans follow SpanBERT (arXiv 1907.10529, 3.1).
+Every draw is keyed by (seed, epoch, row id, position), so masks do not depend on the worker or the
+time. Of the chosen tokens, 80% become [MASK], 10% a random token, and 10% are kept (Devlin et al.,
+arXiv 1810.04805, section 3.1). Spans follow SpanBERT (Joshi et al., arXiv 1907.10529, section 3.1).
 """
 
 from __future__ import annotations
@@ -20,28 +20,33 @@ from raybert.data.keyed import key_of, keyed_uniform
 
 IGNORE_INDEX = -100
 
-_SPAN_STOP = 0.2  # of the geometric distribution of span lengths, in words
-_SPAN_MAX = 10
+_SPAN_P = 0.2  # parameter of the geometric distribution of span lengths, in words
+_MAX_SPAN = 10  # words
 
 
 class MaskingConfig(Settings):
-    """How tokens are hidden in pretraining. Evaluation always hides 15% single tokens."""
+    """How tokens are masked in pretraining. Evaluation always masks 15% single tokens."""
 
     strategy: Literal["tokens", "words", "spans"] = Field(
-        "tokens", description="what is hidden together: single tokens, whole words, spans of words"
+        "tokens", description="what is masked together: single tokens, whole words, spans of words"
     )
     mask_rate: float = Field(
         0.2,
         gt=0,
         lt=1,
-        description="share of the tokens that is predicted; 0.15 is BERT's, small models and short "
-        "runs learn faster from more (arXiv 2202.08005)",
+        description="share of the tokens that is predicted; BERT uses 0.15; small models and short "
+        "runs learn faster with more (arXiv 2202.08005)",
     )
     mask_rate_end: float | None = Field(
-        None, gt=0, lt=1, description="the rate at the run's end, reached linearly; null: constant"
+        None,
+        gt=0,
+        lt=1,
+        description="mask rate at the end of the run, reached linearly; null: constant",
     )
-    mask_share: float = Field(0.8, ge=0, le=1, description="of the predicted: replaced by [MASK]")
-    random_share: float = Field(0.1, ge=0, le=1, description="of the predicted: a random token")
+    mask_share: float = Field(
+        0.8, ge=0, le=1, description="share of the predicted tokens replaced by [MASK]"
+    )
+    random_share: float = Field(0.1, ge=0, le=1, description="share replaced by a random token")
 
     @model_validator(mode="after")
     def _shares_fit(self) -> MaskingConfig:
@@ -53,7 +58,7 @@ class MaskingConfig(Settings):
         return self
 
     def rate(self, progress: float) -> float:
-        """The mask rate after a share `progress` (0 to 1) of the run."""
+        """The mask rate after a fraction `progress` (0 to 1) of the run."""
         end = self.mask_rate if self.mask_rate_end is None else self.mask_rate_end
         return self.mask_rate + (end - self.mask_rate) * min(1.0, max(0.0, progress))
 
@@ -63,10 +68,10 @@ EVALUATION = MaskingConfig(strategy="tokens", mask_rate=0.15)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What masking must know of a tokenizer."""
+    """What masking needs of a tokenizer."""
 
     mask_id: int
-    special: npt.NDArray[np.bool_]  # [V], True for ids that are never predicted nor drawn
+    special: npt.NDArray[np.bool_]  # [V], True for ids that are neither predicted nor drawn
 
     @property
     def ordinary(self) -> npt.NDArray[np.int64]:
@@ -84,7 +89,7 @@ def mask_rows(
     vocabulary: Vocabulary,
     seed: int,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Mask rows [n, T], each with its row id, epoch and rate [n].
+    """Mask rows [n, T], each with its row id, epoch and mask rate [n].
 
     Returns:
         input_ids: int32 [n, T], with the chosen tokens replaced.
@@ -106,17 +111,17 @@ def mask_rows(
     labels = np.where(chosen, ids, np.int32(IGNORE_INDEX))
     n, t = np.nonzero(chosen)
     where = (np.asarray(epochs)[n], np.asarray(row_ids)[n], t)
-    fate = keyed_uniform(key_of("replace", seed), *where)
+    action = keyed_uniform(key_of("replace", seed), *where)
     ordinary = vocabulary.ordinary
     drawn = keyed_uniform(key_of("random", seed), *where)
     random_ids = ordinary[(drawn * np.float32(len(ordinary))).astype(np.int64) % len(ordinary)]
-    kept = np.where(fate < config.mask_share + config.random_share, random_ids, ids[n, t])
-    ids[n, t] = np.where(fate < config.mask_share, vocabulary.mask_id, kept)
+    kept = np.where(action < config.mask_share + config.random_share, random_ids, ids[n, t])
+    ids[n, t] = np.where(action < config.mask_share, vocabulary.mask_id, kept)
     return ids, labels
 
 
 def _first_of_word(word_starts: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-    """For each token of [n, T], the position at which its word starts, 0 at least."""
+    """For each token of [n, T], the position at which its word starts; 0 if none starts before."""
     positions = np.where(word_starts, np.arange(word_starts.shape[1]), 0)
     return np.maximum.accumulate(positions, axis=1)
 
@@ -127,29 +132,28 @@ def _spans(
     length: npt.NDArray[np.float32],
     rates: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.bool_]:
-    """Choose spans of whole words, bool [n, T], that cover `rates` [n] in expectation."""
+    """Choose spans of whole words, bool [n, T], that cover a share `rates` [n] on average."""
     starts = word_starts.copy()
     starts[:, 0] = True
-    word: npt.NDArray[np.int64] = (
-        np.cumsum(starts, axis=1) - 1
-    )  # [n, T], the number of each token's word in its row
+    # [n, T], the number of each token's word in its row
+    word: npt.NDArray[np.int64] = np.cumsum(starts, axis=1) - 1
     n, t = np.nonzero(starts)
-    # At each word a span starts with a probability that makes the covered share right, and it lasts
-    # 1 + floor(log(1 - u) / log(1 - stop)) words, 10 at most.
-    lengths = 1 + np.floor(np.log1p(-length[n, t]) / np.log1p(-_SPAN_STOP)).astype(np.int64)
+    # A span starts at each word with the probability that covers the wanted share. It is
+    # 1 + floor(log(1 - u) / log(1 - p)) words long, at most 10.
+    lengths = 1 + np.floor(np.log1p(-length[n, t]) / np.log1p(-_SPAN_P)).astype(np.int64)
     begins = draw[n, t] < _start_probability(rates)[n]
     span: npt.NDArray[np.int64] = np.zeros(starts.shape, np.int64)
-    span[n, word[n, t]] = np.where(begins, np.minimum(lengths, _SPAN_MAX), 0)
+    span[n, word[n, t]] = np.where(begins, np.minimum(lengths, _MAX_SPAN), 0)
     covered = span > 0
-    for back in range(1, min(_SPAN_MAX, span.shape[1])):
+    for back in range(1, min(_MAX_SPAN, span.shape[1])):
         covered[:, back:] |= span[:, :-back] > back
     return np.take_along_axis(covered, word, axis=1)
 
 
 def _start_probability(rates: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Solve 1 - prod_d (1 - q P(length > d)) = rate for q, by bisection, for each rate."""
+    """Solve 1 - prod_d (1 - q P(length > d)) = rate for q by bisection, for each rate [n]."""
     unique, inverse = np.unique(rates, return_inverse=True)
-    longer = (1 - _SPAN_STOP) ** np.arange(_SPAN_MAX)  # P(length > d)
+    longer = (1 - _SPAN_P) ** np.arange(_MAX_SPAN)  # P(length > d)
     low, high = np.zeros_like(unique), np.ones_like(unique)
     for _ in range(40):
         middle = (low + high) / 2

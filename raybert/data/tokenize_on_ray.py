@@ -1,4 +1,4 @@
-"""Tokenize texts held in memory: in Ray Data where Ray is connected, else in this process."""
+"""Tokenize texts in memory: in Ray Data if Ray is initialized, otherwise in this process."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pyarrow as pa
 from raybert.data.preprocess import Preprocessing
 from raybert.data.tokenizer import Tokenizer
 
-_BATCH = 1000
+_BATCH_TEXTS = 1000
 
 
 def tokenize(
     texts: pa.ChunkedArray, tokenizer: Tokenizer, how: Preprocessing
 ) -> list[npt.NDArray[Any]]:
-    """Turn texts into ids, one array a text, in their order."""
+    """Turn texts into ids, one array per text, in their order."""
     import ray
 
-    if not ray.is_initialized() or len(texts) < 2 * _BATCH:
+    if not ray.is_initialized() or len(texts) < 2 * _BATCH_TEXTS:
         return how.encode(tokenizer, texts.to_pylist())
     from ray.data import DataContext
 
@@ -28,10 +28,10 @@ def tokenize(
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     with DataContext.current(context):
-        # Read tasks that carry their rows with them: no block sits in the store before its turn.
+        # The read tasks contain their rows, so no block waits in the object store.
         tables = [
-            pa.table({"text": texts.slice(begin, _BATCH).combine_chunks()})
-            for begin in range(0, len(texts), _BATCH)
+            pa.table({"text": texts.slice(begin, _BATCH_TEXTS).combine_chunks()})
+            for begin in range(0, len(texts), _BATCH_TEXTS)
         ]
         dataset = ray.data.from_arrow(tables).map_batches(
             _encode, fn_args=(tokenizer, how), batch_size=None, batch_format="pyarrow"

@@ -1,4 +1,4 @@
-"""Making a corpus: the laws of packing and of duplicates, and the Ray Data job as a whole."""
+"""Corpora: packing, duplicates, and whole builds on Ray."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def reviews(rows=600, seed=0):
 
 
 class Rows:
-    """Keeps the rows that a packer writes."""
+    """Collects the rows that a packer writes."""
 
     def __init__(self):
         self.ids, self.starts = [], []
@@ -51,7 +51,7 @@ class Rows:
     seq_len=st.integers(1, 16),
     blocks=st.integers(1, 7),
 )
-def test_packing_keeps_the_stream_whatever_the_calls(documents, seq_len, blocks):
+def test_packed_rows_do_not_depend_on_how_add_divides_the_stream(documents, seq_len, blocks):
     rows = Rows()
     packer = Packer(rows, seq_len=seq_len, pad_id=0, vocab_size=100)
     for begin in range(0, len(documents), blocks):
@@ -84,14 +84,14 @@ def test_a_digest_is_new_once(batches):
     assert all((value in digests) == (value in seen) for value in range(41))
 
 
-def test_the_unigram_loss_by_hand():
+def test_the_unigram_loss_equals_a_value_computed_by_hand():
     special = np.array([True, False, False])
     loss = unigram_loss(np.array([9, 2, 0]), np.array([5, 1, 1]), special)
     assert loss == pytest.approx(-(math.log(3 / 4) + math.log(1 / 4)) / 2)
     assert unigram_loss(np.array([9, 2, 0]), np.array([5, 0, 0]), special) is None
 
 
-# --- the job as a whole, on Ray
+# --- Whole builds on Ray
 
 
 def settings_for(path, **changes) -> CorpusConfig:
@@ -140,7 +140,7 @@ def part_bytes(folder: Folder) -> dict[str, bytes]:
 
 
 def small_blocks(monkeypatch, size):
-    """Cut the work into many small tasks, so that order has something to go wrong with."""
+    """Divide the work into many small tasks, so that an error in their order would show."""
     monkeypatch.setattr(tokenize_job, "_BLOCK_BYTES", size)
 
 
@@ -158,7 +158,7 @@ def built(ray_session, tmp_path_factory):
 
 
 @pytest.mark.ray
-def test_every_document_stands_in_one_split_in_order(built):
+def test_every_document_is_in_one_split_in_order(built):
     config, folder, manifest, texts, _ = built
     tokenizer = Tokenizer.load(folder)
     expected = [tuple(ids.tolist()) for ids in tokenizer.encode_batch(texts, special=False)]
@@ -175,7 +175,7 @@ def test_every_document_stands_in_one_split_in_order(built):
 
 
 @pytest.mark.ray
-def test_the_manifest_tells_what_the_corpus_is(built):
+def test_the_manifest_describes_the_corpus(built):
     config, folder, manifest, texts, steps = built
     tokenizer = Tokenizer.load(folder)
     assert manifest == Manifest.read(folder)
@@ -200,7 +200,7 @@ def test_the_manifest_tells_what_the_corpus_is(built):
 
 @pytest.mark.ray
 @pytest.mark.parametrize(("size", "cpus", "readers"), [(1000, 1, 1), (10_000, 2, 2), (500, 4, 3)])
-def test_the_bytes_do_not_depend_on_how_the_work_is_cut(
+def test_the_bytes_do_not_depend_on_how_the_work_is_divided(
     built, tmp_path, monkeypatch, size, cpus, readers
 ):
     from ray.data import DataContext, ExecutionResources
@@ -218,7 +218,7 @@ def test_the_bytes_do_not_depend_on_how_the_work_is_cut(
 
 
 @pytest.mark.ray
-def test_the_same_again_does_nothing_and_another_is_refused(built, monkeypatch):
+def test_an_existing_corpus_is_reused_and_a_changed_one_is_refused(built, monkeypatch):
     config, folder, manifest, _, _ = built
     monkeypatch.setattr(build_module, "tokenized_blocks", None)  # would raise if it were called
     assert build(config, folder) == manifest
@@ -235,15 +235,15 @@ def test_the_same_again_does_nothing_and_another_is_refused(built, monkeypatch):
 
 
 @pytest.mark.ray
-def test_another_source_file_is_refused_and_force_makes_it_again(ray_session, tmp_path):
+def test_a_changed_source_file_is_refused_unless_forced(ray_session, tmp_path):
     path = write_lines(tmp_path / "a.txt", reviews(80))
     config, folder = settings_for(path), Folder(tmp_path / "corpus")
     build(config, folder)
     write_lines(path, reviews(90, seed=1))
     with pytest.raises(UserError, match=r"was made from .*a.txt of [\d,]+ bytes from .*--force"):
         build(config, folder)
-    folder.write_bytes("train-00077.parquet", b"of an earlier, broken build")
-    folder.write_bytes("notes.txt", b"somebody's own")
+    folder.write_bytes("train-00077.parquet", b"left by an earlier build")
+    folder.write_bytes("notes.txt", b"not ours")
     manifest = build(config, folder, force=True)
     assert manifest.info["documents_read"] == 90
     expected = {"manifest.json", "notes.txt", "tokenizer.json", "tokenizer_config.json"}
@@ -308,7 +308,7 @@ def test_a_limit_counts_good_documents(ray_session, tmp_path):
 
 
 @pytest.mark.ray
-def test_what_can_not_become_a_corpus_is_told(ray_session, tmp_path):
+def test_sources_and_settings_without_a_corpus_are_errors(ray_session, tmp_path):
     from tokenizers import Tokenizer as HfTokenizer
     from tokenizers import models, pre_tokenizers
 
@@ -331,7 +331,7 @@ def test_what_can_not_become_a_corpus_is_told(ray_session, tmp_path):
 
 
 @pytest.mark.ray
-def test_a_byte_level_tokenizer_brings_its_own_word_starts(ray_session, tmp_path):
+def test_word_starts_of_a_byte_level_tokenizer_are_stored(ray_session, tmp_path):
     from test_tokenizer import byte_level
 
     tokenizer = byte_level()
@@ -346,14 +346,14 @@ def test_a_byte_level_tokenizer_brings_its_own_word_starts(ray_session, tmp_path
     assert written == int(ragged.word_starts.sum()) < len(ragged.values)
 
 
-def test_defaults_are_a_valid_configuration():
+def test_the_default_configuration_is_valid():
     config = CorpusConfig()
     assert config.rows_per_part % config.rows_per_group == 0
     assert config.tokenizer == TokenizerConfig()
     assert config.source == SourceConfig()
 
 
-def test_a_new_build_clears_what_an_earlier_one_left_and_nothing_else(tmp_path):
+def test_a_build_deletes_only_the_files_of_an_earlier_build(tmp_path):
     ours = [
         "manifest.json",
         "train-00000.parquet",

@@ -1,4 +1,4 @@
-"""The laws of masking: rates, shares, whole words, and independence of everything but the key."""
+"""Masking: rates, shares, whole words, and draws that depend only on their key."""
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,7 @@ def test_statistics_over_100_000_tokens(strategy: str, rate: float) -> None:
     assert not SPECIAL[inputs[chosen][~masked]].any()
 
 
-def test_words_are_hidden_whole() -> None:
+def test_words_are_masked_as_a_whole() -> None:
     rows = make()
     _, labels = mask(rows, MaskingConfig(strategy="words"))
     chosen = labels != IGNORE_INDEX
@@ -68,7 +68,7 @@ def test_words_are_hidden_whole() -> None:
     assert (chosen[:, 1:] == chosen[:, :-1])[inside].all()
 
 
-def test_spans_come_in_runs_of_words() -> None:
+def test_spans_mask_consecutive_words() -> None:
     rows = Rows(make().input_ids, np.ones((400, 256), np.bool_))
     single = mask(rows, MaskingConfig(strategy="tokens"))[1] != IGNORE_INDEX
     spans = mask(rows, MaskingConfig(strategy="spans"))[1] != IGNORE_INDEX
@@ -80,7 +80,7 @@ def test_spans_come_in_runs_of_words() -> None:
 
 
 @given(st.permutations(range(12)), st.sampled_from(["tokens", "words", "spans"]))
-def test_a_row_is_masked_alike_wherever_it_stands(order: list[int], strategy: str) -> None:
+def test_a_row_has_the_same_mask_in_any_batch(order: list[int], strategy: str) -> None:
     rows, config = make(12, 40), build(MaskingConfig, {"strategy": strategy}, "test")
     at = np.array(order)
     inputs, labels = mask(rows, config)
@@ -96,16 +96,16 @@ def test_a_row_is_masked_alike_wherever_it_stands(order: list[int], strategy: st
     assert (moved[0] == inputs[at]).all() and (moved[1] == labels[at]).all()
 
 
-def test_epochs_and_seeds_give_other_masks_and_rates_nest() -> None:
+def test_masks_differ_by_epoch_and_seed_and_nest_by_rate() -> None:
     rows, config = make(50), MaskingConfig()
     base = mask(rows, config)[1]
     assert (base != mask(rows, config, epoch=1)[1]).mean() > 0.2
     assert (base != mask(rows, config, seed=8)[1]).mean() > 0.2
     low, high = (mask(rows, config, rate=r)[1] != IGNORE_INDEX for r in (0.1, 0.3))
-    assert (high | ~low).all()  # a falling rate hides a subset of what a higher one hid
+    assert (high | ~low).all()  # a lower rate masks a subset of the tokens of a higher one
 
 
-def test_a_rate_falls_linearly() -> None:
+def test_the_mask_rate_changes_linearly() -> None:
     config = MaskingConfig(mask_rate=0.3, mask_rate_end=0.1)
     assert [round(config.rate(p), 6) for p in (0, 0.5, 1, 2)] == [0.3, 0.2, 0.1, 0.1]
 

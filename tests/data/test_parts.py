@@ -1,4 +1,4 @@
-"""Parts: what is written can be read at any row, by us and by any Parquet reader."""
+"""Parts: any row can be read back, by PartReader and by any Parquet reader."""
 
 import pickle
 from pathlib import Path
@@ -40,7 +40,7 @@ def write(
 
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(1, 400), vocab=st.sampled_from([300, 70_000]), data=st.data())
-def test_any_rows_come_back_in_the_order_asked_for(
+def test_rows_are_read_in_the_order_of_their_ids(
     tmp_path_factory: pytest.TempPathFactory, n: int, vocab: int, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("parts")
@@ -56,7 +56,7 @@ def test_any_rows_come_back_in_the_order_asked_for(
 
 def test_the_parts_of_an_object_store_are_read_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PartReader, "_OPEN_FILES", 2)
-    folder = Folder("mock:///corpus")  # in memory; to us it is no local disk
+    folder = Folder("mock:///corpus")  # in memory, but not a local path
     folder.filesystem.create_dir(folder.path)
     manifest, written = write(folder, 1000)
     reader = PartReader(folder, manifest, "train")
@@ -70,7 +70,7 @@ def test_the_parts_of_an_object_store_are_read_by_threads(monkeypatch: pytest.Mo
 
 
 def grow(folder: Path, manifest: Manifest, parts: int, groups: int) -> Manifest:
-    """Put sparse parts of so many row groups each in the place of a corpus's only part."""
+    """Replace a corpus's only part by sparse parts of `groups` row groups each."""
     split = manifest.splits["train"]
     [small] = split.parts
     whole = small.rows // split.rows_per_group
@@ -86,8 +86,8 @@ def grow(folder: Path, manifest: Manifest, parts: int, groups: int) -> Manifest:
     return manifest.model_copy(update={"splits": splits})
 
 
-def test_rows_past_two_to_the_33rd_are_read_from_where_they_lie(tmp_path: Path) -> None:
-    """Files of 23 GB that take no room: holes, but for the row groups that are asked for."""
+def test_rows_beyond_two_to_the_33rd_are_read_from_the_right_place(tmp_path: Path) -> None:
+    """The parts are sparse files of 23 GB: only the row groups that are read have content."""
     manifest, written = write(tmp_path, 64, t=8)  # four row groups
     data = (tmp_path / "train-00000.parquet").read_bytes()
     manifest = grow(tmp_path, manifest, parts=9, groups=1 << 26)
@@ -112,7 +112,7 @@ def test_rows_past_two_to_the_33rd_are_read_from_where_they_lie(tmp_path: Path) 
         reader.read_rows(np.array([split.rows]))
 
 
-def test_of_many_parts_little_travels_with_a_reader(tmp_path: Path) -> None:
+def test_a_pickled_reader_of_many_parts_is_small(tmp_path: Path) -> None:
     manifest, _ = write(tmp_path, 64)
     manifest = grow(tmp_path, manifest, parts=1000, groups=8)
     packed = pickle.dumps(PartReader(Folder(tmp_path), manifest, "train"))
@@ -150,7 +150,7 @@ def test_a_manifest_that_is_missing_newer_or_cut(tmp_path: Path) -> None:
         Manifest.read(folder)
 
 
-def test_sizes_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+def test_rows_per_part_must_be_a_multiple_of_rows_per_group(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rows_per_part=100 is not a multiple of .*; use 96"):
         PartWriter(
             Folder(tmp_path), "t", seq_len=8, vocab_size=9, rows_per_part=100, rows_per_group=32

@@ -1,4 +1,4 @@
-"""Reading documents: every format, every way a file can be bad, and IMDB's archive as it is."""
+"""Sources: every format, every kind of damaged file and bad row, and IMDB's real archive."""
 
 import csv
 import gzip
@@ -82,7 +82,7 @@ def write_tar(path: Path, members, **options) -> Path:
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
-def test_rows_come_back_from_every_format_and_compression(tmp_path, kind, ending):
+def test_every_format_and_compression_yields_the_same_rows(tmp_path, kind, ending):
     rows = list(zip(TEXTS, LABELS, strict=True))
     if kind == "jsonl":
         data = "".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows).encode()
@@ -108,7 +108,7 @@ def test_rows_come_back_from_every_format_and_compression(tmp_path, kind, ending
     ],
     ids=["string", "large", "dictionary", "binary"],
 )
-def test_parquet_and_its_ways_to_hold_text(tmp_path, column):
+def test_every_string_type_of_parquet_yields_the_same_texts(tmp_path, column):
     path = write_parquet(tmp_path / "a.parquet", {"review": column, "stars": [1, 0, 2, 0]})
     config = SourceConfig(path=str(path), text_column="review", label_column="stars")
     found = labelled(config)
@@ -116,7 +116,7 @@ def test_parquet_and_its_ways_to_hold_text(tmp_path, column):
     assert (found.names, found.labels.tolist()) == (["0", "1", "2"], [1, 0, 2, 0])
 
 
-def test_text_is_a_document_a_line_or_a_file(tmp_path):
+def test_plain_text_has_a_document_per_line_or_per_file(tmp_path):
     write(tmp_path / "b.txt", b"three\n")
     write(tmp_path / "a.txt", "one\r\n\n  two ünö \n".encode())
     by_line = SourceConfig(path=str(tmp_path))
@@ -190,7 +190,7 @@ def test_html_line_breaks_become_spaces_unless_kept(tmp_path):
     assert texts_of(kept) == ["one<br /><BR>two<br/>three <i>x</i> 1 < 2"]
 
 
-def test_imdb_archive_and_folder_hold_the_same(tmp_path):
+def test_imdb_archive_and_folder_yield_the_same_documents(tmp_path):
     path = write_tar(tmp_path / "imdb.tar.gz", imdb_files())
     with tarfile.open(path) as tar:
         # Python 3.11 has filters since 3.11.4.
@@ -224,7 +224,7 @@ def test_the_official_archive_has_the_official_counts():
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_tar_members_as_tarfile_sees_them(form):
+def test_tar_members_equal_those_of_tarfile(form):
     long = "d" * 90 + "/" + "e" * 60 + "/name.txt"
     content = {"a.txt": b"", "b/ü.txt": b"x" * 512, long: b"y" * 1025, "z": bytes(2_000_000)}
     out = io.BytesIO()
@@ -241,7 +241,7 @@ def test_tar_members_as_tarfile_sees_them(form):
 
 @given(cut_at=st.integers(0, 8000))
 @settings(max_examples=60, deadline=None)
-def test_a_cut_tar_is_always_told(cut_at):
+def test_a_truncated_tar_always_raises(cut_at):
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(4):
@@ -249,7 +249,7 @@ def test_a_cut_tar_is_always_told(cut_at):
             info.size = 1000
             tar.addfile(info, io.BytesIO(bytes([65 + number]) * 1000))
     whole = out.getvalue()
-    end = 4 * 1536 + 512  # the first block of the end's mark
+    end = 4 * 1536 + 512  # the first block of the end-of-archive mark
     read_members = archive.members(io.BytesIO(whole[:cut_at]), "it.tar")
     if cut_at < end:
         with pytest.raises(DataError, match="^it.tar is truncated or damaged"):
@@ -306,7 +306,7 @@ BAD_JSONL = (
         ),
     ],
 )
-def test_bad_rows_stop_the_reading_or_are_counted(tmp_path, name, data, first, reasons):
+def test_bad_rows_raise_or_are_counted(tmp_path, name, data, first, reasons):
     path = write(tmp_path / name, data)
     message = rf"^{path}: {first}; fix the row, or set on_bad_row: skip beside its source's path$"
     with pytest.raises(DataError, match=message):
@@ -348,26 +348,26 @@ def test_labels_in_the_set_by_name_or_by_number(tmp_path):
     assert labelled(SourceConfig(path=path), names=["good", "0", "1"]).labels.tolist() == [2, 0, 1]
 
 
-def test_names_that_are_numbers_are_no_positions(tmp_path):
+def test_numeric_label_names_are_not_read_as_ids(tmp_path):
     path = str(write(tmp_path / "stars.csv", b"text,label\ngood,5\nbad,0\n"))
     with pytest.raises(DataError, match=r"row 2: label '0' is not one of labels="):
         labelled(SourceConfig(path=path, labels=["1", "2", "3", "4", "5"]))
 
 
-def test_not_a_number_is_no_label(tmp_path):
+def test_nan_is_no_label(tmp_path):
     path = str(write(tmp_path / "a.jsonl", b'{"text": "good", "label": NaN}\n'))
     with pytest.raises(DataError, match="row 1: no label|line 1: no label"):
         labelled(SourceConfig(path=path))
 
 
-def test_a_peek_reads_the_first_row_alone(tmp_path):
+def test_peek_reads_only_the_first_document(tmp_path):
     path = str(write(tmp_path / "a.csv", b"text,label\ngood,1\n ,0\n"))
     peek(SourceConfig(path=path))
     with pytest.raises(DataError, match="stars"):
         peek(SourceConfig(path=path, label_column="stars"))
 
 
-def test_labels_that_are_none(tmp_path):
+def test_invalid_labels_are_named_and_counted(tmp_path):
     rows = b'{"text": "a", "label": [1]}\n{"text": "b", "label": "\\ud800"}\n'
     path = str(write(tmp_path / "a.jsonl", rows + b'{"text": "c", "label": null}'))
     with pytest.raises(DataError, match=r"line 1: label is no name or number \(list\)"):
@@ -378,7 +378,7 @@ def test_labels_that_are_none(tmp_path):
     assert skipped == {"label is no name or number": 1, "label is not UTF-8": 1, "no label": 1}
 
 
-def test_labels_found_in_the_data_sort_as_people_count(tmp_path):
+def test_labels_found_in_the_data_sort_numbers_by_value(tmp_path):
     path = str(write(tmp_path / "a.csv", csv_bytes([(f"t{n}", n) for n in (10, 9, 2)])))
     assert labelled(SourceConfig(path=path)).names == ["2", "9", "10"]
     nullable = {"text": ["a", "b", "c"], "label": pa.array([1.0, 0.0, None])}
@@ -387,7 +387,7 @@ def test_labels_found_in_the_data_sort_as_people_count(tmp_path):
     assert (found.names, found.skipped) == (["0", "1"], {"no label": 1})
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_files_columns_and_labels_are_named(tmp_path):
     here = str(tmp_path)
     table = str(write(tmp_path / "a.csv", csv_bytes([("x", "1"), ("y", "1")])))
     wrong = SourceConfig(path=table, text_column="review")
@@ -430,7 +430,7 @@ def test_a_missing_sample_package_names_the_command(monkeypatch):
         shards(SourceConfig())
 
 
-def test_an_unset_split_means_what_the_texts_are_for(tmp_path):
+def test_the_default_split_depends_on_the_purpose(tmp_path):
     def splits(source, **options):
         return [shard.splits for shard in shards(source, **options)]
 
@@ -469,11 +469,11 @@ def test_limit_takes_the_first_good_rows(tmp_path):
     config = SourceConfig(path=str(tmp_path), limit=3, on_bad_row="skip")
     skipped = Counter()
     assert texts_of(config, skipped=skipped) == ["a0", "b0", "a1"]
-    assert skipped == {"not UTF-8": 1}  # that of the third document's file comes after it
+    assert skipped == {"not UTF-8": 1}  # the bad row after the third document is not read
 
 
 @given(st.lists(st.booleans(), max_size=12), st.integers(0, 12))
-def test_a_table_is_cut_after_so_many_good_rows(good, count):
+def test_first_good_ends_at_the_last_good_row_that_is_needed(good, count):
     table = pa.table({"problem": pa.array([None if g else "bad" for g in good], pa.string())})
     kept = first_good(table, count).column("problem").to_pylist()
     assert kept == table.column("problem").to_pylist()[: len(kept)]
@@ -483,7 +483,7 @@ def test_a_table_is_cut_after_so_many_good_rows(good, count):
         assert len(kept) == len(good)
 
 
-def test_shards_travel_and_group_small_files(tmp_path):
+def test_shards_are_picklable_and_group_small_files(tmp_path):
     for number in range(5):
         write(tmp_path / f"{number}.txt", b"x")
     found = shards(SourceConfig(path=str(tmp_path)))
@@ -507,7 +507,7 @@ def test_the_fingerprint_changes_with_a_file(tmp_path):
     rows=st.integers(0, 70),
     seed=st.integers(0, 5),
 )
-def test_a_cut_keeps_copies_together_whatever_the_order(texts, rows, seed):
+def test_a_split_keeps_copies_together_for_any_order(texts, rows, seed):
     one = split_rows(texts, rows, seed=seed)
     assert sorted([*one.rest.tolist(), *one.held.tolist()]) == list(range(len(texts)))
     assert len(one.held) <= rows
@@ -517,7 +517,7 @@ def test_a_cut_keeps_copies_together_whatever_the_order(texts, rows, seed):
     assert {texts[::-1][row] for row in other.held} == held
 
 
-def test_a_cut_of_different_texts_is_exact():
+def test_a_split_of_different_texts_is_exact():
     held = split_rows([str(number) for number in range(1000)], 137).held
     assert len(held) == 137
     assert np.all(np.diff(held) > 0)
@@ -525,7 +525,7 @@ def test_a_cut_of_different_texts_is_exact():
 
 @given(st.lists(st.text(), max_size=20), st.integers(1, 7))
 @settings(deadline=None)
-def test_lines_do_not_depend_on_the_chunks(texts, size):
+def test_lines_do_not_depend_on_the_sizes_of_reads(texts, size):
     data = "\n".join(texts).encode("utf-8", "replace")
 
     class SmallReads(io.BytesIO):

@@ -1,4 +1,4 @@
-"""The tokenizer: training is a pure function, the fast path gives the plain ids, roles are read."""
+"""The tokenizer: deterministic training, equal ids with and without cache, special tokens."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def test_the_word_cache_gives_the_plain_ids(tokenizer, texts):
     assert [e.ids for e in tokenizer.hf.encode_batch_fast(texts)] == plain(tokenizer, texts)
 
 
-def test_the_word_cache_forgets_and_relearns(monkeypatch):
+def test_the_word_cache_drops_old_words_and_stays_exact(monkeypatch):
     monkeypatch.setattr("raybert.data.word_cache._MAX_ENTRIES", 20)
     cache = WordCache(WORDPIECE.hf, np.uint16)
     texts = corpus(60)
@@ -94,24 +94,24 @@ def test_the_word_cache_forgets_and_relearns(monkeypatch):
     assert "z" * 60 not in cache._ids
 
 
-class NeverWalked(dict):
+class NotIterable(dict):
     def __iter__(self):
-        raise AssertionError("all that the cache knows was walked through")
+        raise AssertionError("iterated over all entries of the cache")
 
     keys = items = values = __iter__
 
 
-def test_a_lone_text_does_not_walk_through_the_cache():
-    """Which knows 100,000 words after a while: a server would do it for every request."""
+def test_a_single_text_does_not_iterate_over_the_cache():
+    """The cache of a server has 100,000 words: iterating over them would cost every request."""
     cache = WordCache(WORDPIECE.hf, np.uint16)
     cache.encode(corpus(50))
     expected = cache.encode(["the film"])
-    cache._ids = NeverWalked(cache._ids)
+    cache._ids = NotIterable(cache._ids)
     assert cache.encode(["the film"]) == expected
     assert cache.encode(["the newest film"])
 
 
-def test_the_word_cache_is_safe_for_threads():
+def test_the_word_cache_is_thread_safe():
     texts, failures = corpus(200, seed=7), []
     fresh = Tokenizer(WORDPIECE.to_json())
     expected = plain(WORDPIECE, texts)
@@ -129,7 +129,7 @@ def test_the_word_cache_is_safe_for_threads():
     assert not failures
 
 
-def test_components_that_look_across_spaces_take_the_plain_path():
+def test_components_that_depend_on_text_across_spaces_disable_the_cache():
     spec = WORDPIECE.spec
     assert splits_at_spaces(spec)
     for part, value in (
@@ -146,7 +146,7 @@ def test_components_that_look_across_spaces_take_the_plain_path():
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "words"])
-def test_training_depends_on_the_set_of_texts_alone(kind):
+def test_training_depends_only_on_the_set_of_texts(kind):
     config = TokenizerConfig(kind=kind, vocab_size=150, train_chars=20_000)
     texts = corpus(500)
     expected = make_tokenizer(config, texts).hash
@@ -165,7 +165,7 @@ def test_training_depends_on_the_set_of_texts_alone(kind):
 
 @given(st.lists(st.text(max_size=30), max_size=30), st.integers(1, 200), st.randoms())
 @settings(max_examples=300)
-def test_the_sample_is_bounded_and_ignores_the_order(texts, chars, random):
+def test_drawn_texts_are_bounded_and_independent_of_the_order(texts, chars, random):
     drawn = draw_texts(texts, chars)
     assert sum(map(len, drawn)) <= chars or len(drawn) == 1
     random.shuffle(texts)
@@ -264,7 +264,7 @@ def test_save_load_pickle_and_transformers_give_the_same_ids(tmp_path):
         assert [ids.tolist() for ids in back.encode_batch(texts)] == expected
 
 
-def test_a_files_truncation_and_padding_are_put_aside():
+def test_a_files_truncation_and_padding_are_ignored():
     hf = HfTokenizer.from_str(WORDPIECE.to_json())
     hf.enable_truncation(4)
     hf.enable_padding(length=9)
@@ -273,7 +273,7 @@ def test_a_files_truncation_and_padding_are_put_aside():
     assert len(tokenizer.encode_batch(["a b c d e f g"])[0]) == 9
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path):
+def test_missing_and_damaged_tokenizers_are_named(tmp_path):
     folder = Folder(tmp_path)
     with pytest.raises(DataError, match=f"{tmp_path}/tokenizer.json: no such file"):
         Tokenizer.load(folder)
@@ -291,7 +291,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
             build(TokenizerConfig, values, "c.yaml")
 
 
-def test_the_config_file_names_the_roles(tmp_path):
+def test_the_config_file_assigns_the_roles(tmp_path):
     folder = Folder(tmp_path)
     spec = json.loads(WORDPIECE.to_json())
     for token in spec["added_tokens"]:

@@ -1,1 +1,1 @@
-"""Building a corpus: tokenized rows in Parquet parts."""
+"""A corpus: tokenized rows in Parquet parts."""

@@ -129,7 +129,7 @@ def _check_tokenizer(tokenizer: Tokenizer) -> None:
     if len(ids) < 2:
         raise UserError(
             f"{tokenizer.name}: the tokenizer sets no tokens before and after a text, so documents "
-            "in a row could not be told apart; give it a template such as [CLS] $A [SEP]"
+            "in a row could not be separated; give it a template such as [CLS] $A [SEP]"
         )
 
 

@@ -1,7 +1,7 @@
-"""Which texts came before: a set of 64-bit digests that grows by 8 to 16 bytes a document.
+"""A set of 64-bit text digests, to find duplicates in 8 to 16 bytes of memory per document.
 
-That is about a hundredth of a review's length, so what memory it takes is noise beside the job's
-own. Two different texts share a digest with a chance of n^2 / 2^65: one in 3,700 at 100 million.
+That is about a hundredth of a review's length, little compared with the memory of the job. The
+probability that two of n different texts share a digest is n^2 / 2^65: one in 3,700 at 100 million.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 class DigestSet:
-    """A set of digests as sorted runs of falling length, merged as in a log-structured tree."""
+    """A set of digests, stored as sorted runs of decreasing length (a log-structured merge)."""
 
     def __init__(self) -> None:
         self._runs: list[U64] = []
@@ -26,7 +26,7 @@ class DigestSet:
         return bool(self.holds(np.array([digest], np.uint64))[0])
 
     def holds(self, digests: U64) -> Bools:
-        """Say which of the digests [n] are in the set."""
+        """Return which of the digests [n] are in the set, bool [n]."""
         found = np.zeros(len(digests), np.bool_)
         for run in self._runs:
             at = np.minimum(np.searchsorted(run, digests), len(run) - 1)
@@ -34,7 +34,7 @@ class DigestSet:
         return found
 
     def add(self, digests: U64) -> Bools:
-        """Add digests [n] in order; say which were new (of equal ones, the first)."""
+        """Add digests [n]; return which are new, bool [n] (of equal ones, the first)."""
         values, first = np.unique(digests, return_index=True)
         unseen = ~self.holds(values)
         new = np.zeros(len(digests), np.bool_)

@@ -1,1 +1,1 @@
-"""Reading text: files, archives and URIs in several formats."""
+"""Sources: text in files, archives and URIs, in several formats."""

@@ -80,7 +80,7 @@ class Columns(NamedTuple):
 class Row(NamedTuple):
     """A row as a reader found it, not checked yet."""
 
-    text: Any  # str, bytes (which may not be UTF-8), None, or any value that stands in the column
+    text: Any  # str, bytes (which may not be UTF-8), None, or any other value of the column
     label: Any
     place: str | None = None  # in the file, for messages: "row 7", "line 7" or a member's path
     problem: str | None = None  # why the row can't be used, where the reader itself finds out
