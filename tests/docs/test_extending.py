@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from blocks import ROOT, blocks
-from raybert.data.sources.settings import SourceConfig
 
 from raybert.data.sources import formats
 from raybert.data.sources.documents import documents
+from raybert.data.sources.settings import SourceConfig
 from raybert.train import optimizers, schedules
 from raybert.tune import schedulers
 from raybert.tune.settings import SchedulerConfig
