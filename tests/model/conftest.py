@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small tensors gain nothing from a second thread, and on a busy machine it costs seconds."""
+    """Run on one thread: a second one does not speed up small tensors and slows a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
