@@ -1,14 +1,13 @@
-"""What a checkpoint costs: how long training stands still for it, and what its writing slows down.
+"""The cost of a checkpoint: how long training stalls, and how much writing slows the next steps.
 
     python benchmarks/checkpoints.py --json
 
-Trains the bare loop on generated words, at a shape of 30 million parameters, and lets it write a
-checkpoint every two minutes. The minute that begins with one and the minute that has none take
-turns, so a machine whose speed drifts, drifts for both: each minute with a checkpoint is compared
-with the one before and the one after it. Ends with one JSON object: for every checkpoint the
-seconds that the step after it had to wait (for the checkpoint before, for the copy of the state,
-for the thread that writes it), those of the writing beside the steps, and what all of it cost; the
-worst of the waiting, and the median of the throughput with a checkpoint every minute over that
+Trains the bare loop on generated words, a model of 30 million parameters, with a checkpoint every
+two minutes. Each minute that begins with a checkpoint is compared with the minutes before and after
+it, which have none, so that drift of the machine's speed cancels. Prints one JSON object: for each
+checkpoint the seconds that the next step waited (for the previous checkpoint, the copy of the state
+and the writing thread), the seconds of writing in parallel with steps, and the time lost in all;
+the longest wait, and the median ratio of throughput with a checkpoint every minute to throughput
 without.
 """
 
@@ -52,19 +51,19 @@ SHAPE = {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "max_seq_len": SEQ
 
 @dataclass
 class Checkpoint:
-    """When a checkpoint was taken, and for how long: all in seconds of one clock."""
+    """The times of one checkpoint, in seconds of one clock."""
 
     step: int
     began: float
-    copied: float  # the state
-    stalled: float  # all that the next step had to wait for, the copying included
+    copied: float  # duration of copying the state
+    stalled: float  # delay of the next step, copying included
     bytes: int
-    written: float = 0.0  # beside the next steps
-    ended: float = float("inf")  # the writing
+    written: float = 0.0  # duration of writing, in parallel with the next steps
+    ended: float = float("inf")  # end of writing
 
 
 class TimedLoop(Loop):
-    """Notes how long training waits for each checkpoint."""
+    """Records how long each checkpoint stalls training."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -72,7 +71,7 @@ class TimedLoop(Loop):
         self.copied, self.bytes = 0.0, 0
 
     def snapshot(self) -> Snapshot:
-        """Copy the run's state, and note how long that takes."""
+        """Copy the run's state, and record the duration."""
         began = time.perf_counter()
         snapshot = super().snapshot()
         self.copied = time.perf_counter() - began
@@ -90,11 +89,11 @@ class TimedLoop(Loop):
 
 
 class TimedStore(CheckpointStore):
-    """Notes how long each checkpoint takes to write, and when that is over."""
+    """Records when each checkpoint is written."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.writes: dict[int, tuple[float, float]] = {}  # step -> when it began and ended
+        self.writes: dict[int, tuple[float, float]] = {}  # step -> begin and end
 
     def _write(self, snapshot: Snapshot) -> None:
         began = time.perf_counter()
@@ -105,14 +104,14 @@ class TimedStore(CheckpointStore):
 def train(
     folder: Folder, interval: float, count: int, threads: int | None, display: Display
 ) -> tuple[TimedLoop, list[float], dict[str, Any]]:
-    """Train until so many checkpoints have had their minute and the one after it.
+    """Train until `count` checkpoints have had their interval and the next one.
 
     Returns:
-        The loop, the moments at which its steps ended, and what it ran on.
+        The loop, the times at which its steps ended, and the machine's description.
     """
     manifest = generate_corpus(folder / "corpus", 8192, SEQ_LEN, VOCAB_SIZE)
     config = {
-        "steps": 1_000_000,  # the measurement ends it
+        "steps": 1_000_000,  # `is_over` ends the run
         "global_batch_size": ROWS,
         "micro_batch_size": ROWS,
         "packed_documents": "joined",  # a generated row is one document
@@ -136,7 +135,7 @@ def train(
     store = TimedStore(run, attempt, job.config.keep_checkpoints)
     ends: list[float] = []
 
-    def note(record: dict[str, Any]) -> None:
+    def on_record(record: dict[str, Any]) -> None:
         if record["kind"] == "train":
             ends.append(time.perf_counter())
         display.record(record)
@@ -150,7 +149,7 @@ def train(
         job.config,
         group,
         store,
-        on_record=note,
+        on_record=on_record,
         signals=ControlSignals(stop=is_over),
     )
     with suppress(Stopped):
@@ -164,8 +163,8 @@ def train(
 def compare(
     checkpoints: Sequence[Checkpoint], ends: Sequence[float], interval: float
 ) -> list[dict[str, Any]]:
-    """Compare the interval that each checkpoint begins with the two around it."""
-    steps = list(pairwise(ends))  # (begin, end) of each, waiting and logging included
+    """Compare the interval that begins with a checkpoint with those before and after it."""
+    steps = list(pairwise(ends))  # (begin, end) of each, waits and logging included
     firsts = [ends[bisect_right(ends, c.began) - 1] for c in checkpoints]
     found = []
     for checkpoint, first, following in zip(
@@ -202,14 +201,14 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--interval", type=float, default=60, help="seconds of a turn")
-    parser.add_argument("--minutes", type=float, default=12, help="in all; 12 are 5 checkpoints")
+    parser.add_argument("--interval", type=float, default=60, help="seconds of each interval")
+    parser.add_argument("--minutes", type=float, default=12, help="total; 12 measure 5 checkpoints")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--storage", default=".", help="a folder on the disk to write to")
+    parser.add_argument("--storage", default=".", help="a folder on the disk to measure")
     parser.add_argument("--json", action="store_true", help="kept for symmetry: JSON is printed")
     arguments = parser.parse_args()
     interval = arguments.interval
-    count = int(arguments.minutes * 60 / interval / 2) - 1  # the first two turns warm up
+    count = int(arguments.minutes * 60 / interval / 2) - 1  # the first two intervals are warm-up
     if count < 1:
         parser.error(f"--minutes {arguments.minutes:g}: one checkpoint takes four intervals")
     display = Display()

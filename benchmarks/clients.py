@@ -1,7 +1,7 @@
-"""Two clients that ask a server without pause, and what each of them did not get.
+"""Two clients that send requests continuously, and the failures of each.
 
-One never retries (`load.py`): what it loses was lost by the server. The other one is the client
-that raybert ships, as a user has it.
+One never retries (`load.py`): every failure of the server is counted. The other is raybert's own
+client with its defaults.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 import load
 from servers import Server, shipped_client
 
-RETRYING = 4  # threads that ask through the shipped client
+RETRYING = 4  # threads with raybert's client
 ENDLESS = 24 * 3600  # seconds: the load ends when the faults do
-#: After a kill, for which a process that is going down may still take requests: its memory is given
-#: back before its connections are closed.
+#: After a kill: the dying process may still accept requests, because its memory is freed before its
+#: connections are closed.
 DYING_SECONDS = 0.5
 
 Failure = tuple[float, float, int]  # sent, answered (Unix time), status
 
 
 class Shipped(threading.Thread):
-    """Asks without pause through the client that raybert ships, and counts what it can't get."""
+    """Sends requests continuously through raybert's client, and records its errors."""
 
     def __init__(self, url: str, texts: Sequence[str], seed: int) -> None:
         super().__init__(daemon=True)
@@ -36,20 +36,19 @@ class Shipped(threading.Thread):
         self.lost: list[str] = []
 
     def run(self) -> None:
-        """Ask until told to stop."""
+        """Send requests until `over` is set."""
         while not self.over.is_set():
             try:
                 self._ask(self._rng.choice(self._texts))
                 self.answered += 1
-            except Exception as error:  # noqa: BLE001 - whatever it is, the answer is lost
+            except Exception as error:  # noqa: BLE001 - any error is a lost request
                 self.lost.append(f"{type(error).__name__}: {error}"[:200])
 
 
 class Clients:
-    """Both clients at work for as long as the context lasts; then `got` has what they got.
+    """A context in which both clients send requests; afterwards `got` has their results.
 
-    All that is not answered with 200 is lost, refusals (429) among it: 32 connections are no
-    overload.
+    Every response but 200 counts as lost, 429 included: 32 connections are no overload.
     """
 
     def __init__(self, server: Server, file: Path, connections: int) -> None:
@@ -74,15 +73,15 @@ class Clients:
     def __exit__(self, *rest: object) -> None:
         for thread in self._shipped:
             thread.over.set()
-        self._plain.terminate()  # it ends with what came until now
+        self._plain.terminate()  # it prints its results so far
         plain = load.end(self._plain)
         for thread in self._shipped:
             thread.join()
-        told = ("statuses", "failed", "failures", "hung")
+        keys = ("statuses", "failed", "failures", "hung")
         self.got |= {
             "never_retries": {
                 "lost": plain["failed"] + plain["hung"],
-                **{key: plain[key] for key in told},
+                **{key: plain[key] for key in keys},
             },
             "shipped": {
                 "answered": sum(thread.answered for thread in self._shipped),
@@ -92,11 +91,11 @@ class Clients:
 
 
 def in_flight(failures: Sequence[Failure], struck: float) -> int:
-    """How many of the requests that failed were under way when a replica was killed."""
+    """The number of failed requests that were in flight when a replica was killed."""
     dead = struck + DYING_SECONDS
     return sum(sent <= dead and answered >= struck for sent, answered, _ in failures)
 
 
 def otherwise(failures: Sequence[Failure], kills: Sequence[float]) -> int:
-    """How many of the requests that failed were under way at none of the kills."""
+    """The number of failed requests that were in flight at none of the kills."""
     return sum(not any(in_flight([one], struck) for struck in kills) for one in failures)

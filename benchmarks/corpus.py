@@ -1,18 +1,18 @@
-"""How fast `raybert corpus` is beside the bare tokenizer, and what memory ten times the text takes.
+"""Speed of `raybert corpus` relative to the bare tokenizer, and memory with ten times the text.
 
     python benchmarks/corpus.py [--archive aclImdb_v1.tar.gz] [--threads 2] [--repeats 3] --json
 
-Speed: the same texts, alternately through `tokenizers.encode_batch_fast` (2 threads in one process,
-ids taken to NumPy) and through `raybert.data.corpus.build.build` (2 one-thread Ray tasks), which
-also drops duplicates, packs and writes. Both read texts from Parquet, so that neither unpacks an
-archive; the build's time is that of the whole call, with the start of Ray Data's execution. A
-second ratio leaves that start out: it is measured from the first block on.
+Speed: the same texts are encoded alternately by `tokenizers.encode_batch_fast` (2 threads in one
+process, ids converted to NumPy) and by `raybert.data.corpus.build.build` (2 Ray tasks of one thread
+each), which also removes duplicates, packs and writes. Both read texts from Parquet, so that
+neither unpacks an archive. The build's time includes the start of Ray Data's execution; a second
+ratio excludes it by starting at the first block.
 
-Memory: the peak over a build of the sum of all processes' PSS without shared memory, plus the
-shared memory that is in use, for some documents and for ten times as many, each in a Ray of its own
-with the same object store.
+Memory: the peak during a build of all processes' PSS without shared memory plus the object store's
+memory in use, for some documents and for ten times as many, each build with its own Ray and an
+object store of the same size.
 
-The last line on standard output is one JSON object.
+The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -53,11 +53,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--documents", type=int, default=75_000, help="for the speed")
-    parser.add_argument("--small", type=int, default=10_000, help="documents; ten times as many")
-    parser.add_argument("--json", action="store_true", help="print nothing but the result")
+    parser.add_argument(
+        "--small",
+        type=int,
+        default=10_000,
+        help="documents of the smaller corpus",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result only")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    # Read when `tokenizers` makes its thread pool, at its first use.
+    # `tokenizers` reads these when it creates its thread pool, at its first use.
     os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     if arguments.memory_of:
@@ -81,7 +86,7 @@ def main() -> None:
 
 
 def write_texts(archive: str, base: Path) -> list[Path]:
-    """Write the documents as Parquet files of 2,500, in an order that mixes their kinds."""
+    """Write the documents, shuffled, as Parquet files of 2,500."""
     split: list[str] | None = ["train", "unsup", "test"]
     if not Path(archive).exists():
         archive, split = "sample:all", ["train", "test"]
@@ -106,7 +111,7 @@ def corpus_config(paths: list[Path], tokenizer: Path) -> CorpusConfig:
     return CorpusConfig(
         source=SourceConfig(path=[str(path) for path in paths]),
         tokenizer=TokenizerConfig(kind="file", path=str(tokenizer)),
-        duplicates="keep",  # so that both sides have the same tokens
+        duplicates="keep",  # the bare tokenizer keeps them, too
     )
 
 
@@ -143,7 +148,7 @@ def speed(
 
 
 def bare(paths: list[Path], tokenizer: Tokenizer) -> tuple[int, float]:
-    """Tokens and seconds of the bare tokenizer."""
+    """The tokens and seconds of the bare tokenizer."""
     tokens, seconds = 0, 0.0
     for texts in batches(paths):
         began = time.perf_counter()
@@ -162,7 +167,7 @@ def batches(paths: list[Path]) -> Iterator[list[str]]:
 
 
 def made(paths: list[Path], base: Path, repeat: int) -> tuple[int, float, float]:
-    """Tokens and seconds of a build, and its tokens/s from the first block on."""
+    """The tokens and seconds of a build, and its tokens/s from the first block on."""
     seen: list[Progress] = []
     began = time.perf_counter()
     config = corpus_config(paths, base / "tokenizer")
@@ -195,7 +200,7 @@ def memory_ratio(
 
 
 def memory(listing: Path, threads: int) -> dict[str, int]:
-    """Build from the listed files; the peak of all processes' memory in bytes."""
+    """Build from the listed files; return the peak memory of all processes in bytes."""
     *paths, tokenizer = [Path(p) for p in json.loads(listing.read_text())]
     start_ray(threads)
     meter = Meter()

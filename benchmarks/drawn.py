@@ -1,4 +1,4 @@
-"""What hypothesis draws for a server: what clients send, and what nobody should send."""
+"""hypothesis strategies for requests to a server, valid and invalid ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-NAME = "under-test"  # of the model in requests
+NAME = "under-test"  # the model's name in requests
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40),
@@ -38,7 +38,7 @@ tensors = st.fixed_dictionaries(
     },
     optional={"id": texts, "outputs": anything, "parameters": anything},
 )
-HUGE = [  # and small ones that ask for much
+HUGE = [  # large requests, and small ones with a high cost
     json.dumps({"inputs": "word " * 50_000}),
     json.dumps({"inputs": "x" * 1_000_000}),
     json.dumps({"inputs": "\x00\ud800" * 20_000}),
@@ -66,11 +66,11 @@ paths = st.sampled_from(
 
 
 def posts(where: st.SearchStrategy[str], body: st.SearchStrategy[Any]) -> Any:
-    """Draw requests: a path, and a body of JSON."""
+    """Draw requests: a path and a JSON body."""
     return st.tuples(where, body.map(json.dumps).map(str.encode))
 
 
-requests = st.one_of(  # the first half is well formed
+requests = st.one_of(  # the first half is valid
     *[posts(st.just("/predict"), labelled)] * 5,
     posts(st.just("/predict"), explained),
     posts(st.just("/fill-mask"), masked),

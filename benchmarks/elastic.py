@@ -1,11 +1,11 @@
-"""One run on 1, then 3, then 2 workers, as nodes come and go, against a run of a fixed size.
+"""A run that scales from 1 to 3 to 2 workers as nodes join and fail, and a run of a fixed size.
 
     sudo .venv/bin/python benchmarks/elastic.py --json
 
-On the cluster of `nodes.py`, with room for one worker on each node: two nodes join in mid-run,
-later one is lost. Ends with one JSON object: `digests_equal` (of every micro-batch of every step),
-`largest_loss_difference` over all evaluations, the `workers` of every attempt, `seconds` from a
-node's coming or loss to the steps of the new size.
+Uses the cluster of `nodes.py`, one worker per node: two nodes join during the run, later one fails.
+Prints one JSON object: `digests_equal` (of every micro-batch of every step),
+`largest_loss_difference` over all evaluations, `workers` of each attempt, and `seconds` from a
+change of the nodes to steps with the new number of workers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from origin import origin
 from raybert.storage.folder import Folder
 from raybert.train.metrics_log import read_metrics
 
-PHASE_STEPS = 20  # with each size, at least
-PATIENCE_SECONDS = 400
+PHASE_STEPS = 20  # at least, with each number of workers
+TIMEOUT_SECONDS = 400
 EVALUATIONS = 20
 
 
@@ -37,21 +37,21 @@ def losses(run: Any) -> dict[int, float]:
 
 
 class Change:
-    """Adds two nodes, then takes one away, as soon as the sizes before have had their steps."""
+    """Adds two nodes, later kills one, each after PHASE_STEPS with the workers before."""
 
     def __init__(self, cluster: Cluster, watcher: Watcher) -> None:
         self._cluster, self._watcher = cluster, watcher
         self.seconds: dict[str, float] = {}
-        self.thread = threading.Thread(target=self._go, daemon=True)
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def _go(self) -> None:
+    def _run(self) -> None:
         if not self._reaches(1):
             return
         for node in self._cluster.workers[1:]:
             node.wanted = True
             node.start()
-        say("two nodes come")
+        say("two nodes join")
         begun = time.monotonic()
         if not self._reaches(3):
             return
@@ -59,15 +59,15 @@ class Change:
         last = [node for node in self._cluster.workers if node.pids("RayTrainWorker")][-1]
         last.wanted = False
         last.kill()
-        say("a node is lost")
+        say("a node is killed")
         begun = time.monotonic()
         if self._reaches(2, steps=1):
             self.seconds["3 to 2"] = round(time.monotonic() - begun, 1)
-            say("two are left")
+            say("two workers train")
 
     def _reaches(self, workers: int, steps: int = PHASE_STEPS) -> bool:
-        """Wait until so many workers have taken some steps; False where that does not come."""
-        ends = time.monotonic() + PATIENCE_SECONDS
+        """Wait until an attempt with so many workers has taken `steps`; False after a timeout."""
+        ends = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < ends:
             sizes = sizes_of(self._watcher)
             taken = [a for a, r in self._watcher.records() if r["kind"] == "train"]
@@ -78,13 +78,13 @@ class Change:
 
 
 def sizes_of(watcher: Watcher) -> dict[int, int]:
-    """How many workers each attempt began with."""
+    """The number of workers of each attempt."""
     starts = [(a, r) for a, r in watcher.records() if r.get("event") == "start"]
     return {attempt: record["workers"] for attempt, record in starts}
 
 
 def main() -> None:
-    """Run both."""
+    """Run both and compare them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -96,14 +96,14 @@ def main() -> None:
         disk = cluster.disk.path
         for name, workers in (("fixed", 2), ("elastic", {"min": 1, "max": 3})):
             values = experiment(disk, name, given.steps, 1)
-            # Sums over other groups of ranks round otherwise; bf16 would make much of little.
+            # Other groups of ranks round their sums differently; bf16 would amplify the difference.
             values["pretrain"] |= {
                 "workers": workers,
                 "evaluations": EVALUATIONS,
                 "precision": "fp32",
             }
             (cluster.folder / f"{name}.yaml").write_text(json.dumps(values))
-        say("the corpus, and the run of a fixed size")
+        say("building the corpus; the run of a fixed size")
         finished(cluster, "corpus", "-c", str(cluster.folder / "fixed.yaml"))
         shutil.copytree(disk / "fixed" / "corpus", disk / "elastic" / "corpus")
         finished(cluster, "pretrain", "-c", str(cluster.folder / "fixed.yaml"))
@@ -131,7 +131,7 @@ def main() -> None:
         }
     print(json.dumps(result) if given.json else json.dumps(result, indent=2))
     changes = [size for size, _ in groupby(result["workers"])]
-    # The two nodes need not come at the same moment.
+    # The two nodes may join one after the other.
     sys.exit(changes not in ([1, 3, 2], [1, 2, 3, 2]) or not result["digests_equal"])
 
 

@@ -1,17 +1,17 @@
-"""The fault drill: a run that is killed, cut off and refused, against an undisturbed one.
+"""Fault injection: a run under process, node, network and storage faults, and one without.
 
     sudo .venv/bin/python benchmarks/faults.py --seed 0 --faults 20 --json
 
-Builds a cluster of network namespaces (`nodes.py`) with a head and three nodes for workers, makes a
-corpus of real sentences there and submits `pretrain` twice: once left alone, once with faults drawn
-from the seed: what fails, which of the nodes that train, after how many steps, and in what moment
-(between two of them, while a checkpoint is written, while the run evaluates, while the workers
-start again). A supervisor starts again what died; where the driver or the head was killed, the
-drill submits again, as a user would.
-Ends with one JSON object: `identical` (SHA-256 of the finished weights), `digests_equal` (of every
-micro-batch of every step, over all attempts), `faults`, each with what it hit and the seconds until
-the first new step and where they went, and `manual_steps`. Its exit code is 1 where a fault hit
-nothing, or the runs differ.
+Builds a cluster of network namespaces (`nodes.py`) with a head and three worker nodes, builds a
+corpus of real sentences there and submits `pretrain` twice: once without faults, once with faults
+drawn from the seed: the kind, the training node, the number of steps before it, and the moment
+(between two steps, while a checkpoint is written, during an evaluation, while workers restart). A
+supervisor restarts nodes that died; after a fault of the driver or the head, the script submits
+again, as a user would.
+Prints one JSON object: `identical` (SHA-256 of the final weights), `digests_equal` (of every
+micro-batch of every step, over all attempts), `faults`, each with its target, the seconds until the
+first new step and their parts, and `manual_steps`. The exit code is 1 if a fault had no target or
+the runs differ.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ from raybert.train.run_folder import read_digests
 KINDS = ("worker", "raylet", "node", "driver", "network", "storage")
 MOMENTS = ("step", "checkpoint", "evaluation", "start-up")
 CUT_SECONDS, REFUSED_SECONDS, NOTICE_SECONDS = 30, 60, 30
-ORPHANED_SECONDS = 90  # that workers train on without a head, at most
+ORPHANED_SECONDS = 90  # at most, that workers train without a head
 STEPS_BETWEEN = (6, 14)  # new steps between a recovery and the next fault
-STEPS_A_SECOND = 3  # at most, so that a run does not end before its faults
-PATIENCE_SECONDS = 600  # without a new step, the drill gives up
-STEPS_AN_EVALUATION = 12
+STEPS_PER_SECOND = 3  # an upper bound, so that the run is long enough for all faults
+TIMEOUT_SECONDS = 600  # of each wait
+STEPS_PER_EVALUATION = 12
 
 
 @dataclass
 class Fault:
-    """One fault, as drawn and as it went; times in seconds."""
+    """A fault as drawn, and its effects; times in seconds."""
 
     kind: str
     moment: str
-    node: int  # as drawn; as it went, the one that was struck
-    after: int  # new steps
-    hit: bool = False  # whether there was what it was to strike
-    step: int | None = None  # the last logged one when it struck
-    at: float | None = None  # since the run was submitted
-    noticed: float | None = None  # until the user was told of a restart
-    restarted: float | None = None  # until the workers' new attempt began
-    recovered: float | None = None  # until the first step after it; None: the next came before
+    node: int  # as drawn; afterwards the node that was hit
+    after: int  # steps since the last recovery
+    hit: bool = False  # whether its target existed
+    step: int | None = None  # the last logged step at the fault
+    at: float | None = None  # since the submission
+    noticed: float | None = None  # until the user saw the restart's message
+    restarted: float | None = None  # until the new attempt began
+    recovered: float | None = None  # until the next step; None: the next fault came before
 
 
 def draw(seed: int, count: int, kinds: list[str], workers: int) -> list[Fault]:
-    """Draw the faults: every kind as often as any other, in a random order."""
+    """Draw the faults: all kinds equally often, in random order."""
     rng = random.Random(seed)
     drawn = [kinds[i % len(kinds)] for i in range(count)]
     rng.shuffle(drawn)
@@ -81,8 +81,8 @@ def draw(seed: int, count: int, kinds: list[str], workers: int) -> list[Fault]:
 
 
 def evaluations(steps: int) -> int:
-    """How often a run of so many steps is evaluated: often enough to be met there."""
-    return max(2, steps // STEPS_AN_EVALUATION)
+    """The number of evaluations, high enough that faults can hit one."""
+    return max(2, steps // STEPS_PER_EVALUATION)
 
 
 def experiment(storage: Path, name: str, steps: int, workers: int) -> dict[str, Any]:
@@ -118,40 +118,40 @@ def experiment(storage: Path, name: str, steps: int, workers: int) -> dict[str, 
 
 
 class Watcher:
-    """Sees how far a run has come, in its folder."""
+    """Reads a run's progress from its folder."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
 
     def records(self) -> list[tuple[int, dict[str, Any]]]:
-        """All records of all attempts, each with its attempt."""
+        """All attempts' records, each with its attempt."""
         found = []
         for path in sorted((self.run / "metrics").glob("*.jsonl")):
             for line in path.read_text(errors="replace").splitlines():
                 try:
                     found.append((int(path.stem), json.loads(line)))
                 except ValueError:
-                    continue  # cut off in mid-line
+                    continue  # a truncated line
         return found
 
     def last(self) -> tuple[int, int, float]:
-        """The youngest attempt that has taken a step, its last step, and when that was logged."""
+        """The latest attempt that has taken a step, its last step, and the time it was logged."""
         steps = [(a, r["step"], r["time"]) for a, r in self.records() if r["kind"] == "train"]
         return max(steps, default=(0, 0, 0.0))
 
     def begun(self) -> int:
-        """How many attempts have begun."""
+        """The number of attempts that have begun."""
         return len(list((self.run / "attempts").glob("*.json")))
 
     def is_writing(self) -> bool:
-        """Whether a checkpoint lies there that is not committed."""
+        """Whether there is an uncommitted checkpoint."""
         folder = self.run / "checkpoints"
         named = {path.stem for path in folder.glob("step-*.json")}
         return any(p.name[:13] not in named for p in folder.glob("step-*-a*"))
 
 
 class Drill:
-    """The disturbed run."""
+    """The run with faults."""
 
     def __init__(self, cluster: Cluster, config: Path, run: Path, faults: list[Fault]) -> None:
         self._cluster, self._config, self._run = cluster, config, run
@@ -159,14 +159,14 @@ class Drill:
         self._steps = json.loads(config.read_text())["pretrain"]["steps"]
         self.manual_steps: list[str] = []
         self._over = threading.Event()
-        self._expected: str | None = None  # why a submission may end early
-        self._told: list[float] = []  # when the user was told of a restart
+        self._expected: str | None = None  # the reason for which a submission may fail
+        self._notices: list[float] = []  # times of messages about a restart
         self._begun = time.time()
 
-    def go(self) -> dict[str, Any]:
-        """Submit, disturb, submit again where that is a user's part, until the run is finished."""
-        disturber = threading.Thread(target=self._disturb, daemon=True)
-        disturber.start()
+    def run(self) -> dict[str, Any]:
+        """Submit and inject faults, submit again where a user would, until the run is finished."""
+        injector = threading.Thread(target=self._inject_faults, daemon=True)
+        injector.start()
         while True:
             process = self._cluster.begin(
                 *("submit", "pretrain", "-c", str(self._config), "--json"), stdout=-1, stderr=-1
@@ -184,34 +184,34 @@ class Drill:
             self.manual_steps.append(f"submitted again: {why}")
             say(self.manual_steps[-1])
             if len(self.manual_steps) > 3 * len(self._faults) + 3:
-                raise SystemExit("the run can't be brought to its end")
+                raise SystemExit("the run does not finish")
             self._cluster.wait_for_head()
         self._over.set()
-        disturber.join()
+        injector.join()
         return dict(json.loads(out.strip().splitlines()[-1]))
 
-    def _disturb(self) -> None:
+    def _inject_faults(self) -> None:
         for number, fault in enumerate(self._faults, 1):
             if not self._wait_for(fault):
-                say(f"fault {number} and those after it found no moment")
+                say(f"fault {number} and later ones: the run ended before")
                 return
             attempt, step, _ = self._watcher.last()
             struck, begun = time.time(), self._watcher.begun()
             fault.step, fault.at = step, round(struck - self._begun, 1)
             say(f"fault {number}/{len(self._faults)}: {fault.kind}, in mid-{fault.moment}, "
                 f"step {step}")  # fmt: skip
-            fault.hit = self._strike(fault)
+            fault.hit = self._inject(fault)
             if not fault.hit:
-                say("  it hit nothing")
+                say("  no target")
                 continue
             following = self._faults[number] if number < len(self._faults) else None
             if following is not None and following.moment == "start-up":
                 self._until(lambda begun=begun: self._watcher.begun() > begun)
-                continue  # the next one strikes before this one's recovery
-            if fault.kind not in ("network", "storage"):  # nobody survives these
+                continue  # the next fault comes before this one's recovery
+            if fault.kind not in ("network", "storage"):  # the others start a new attempt
                 self._until(lambda attempt=attempt: self._watcher.last()[0] > attempt)
             self._until(lambda at=(attempt, step), t=struck: self._is_past(at, t))
-            fault.noticed = next((round(t - struck, 1) for t in self._told if t > struck), None)
+            fault.noticed = next((round(t - struck, 1) for t in self._notices if t > struck), None)
             again = [r["time"] for a, r in self._watcher.records()
                      if r.get("event") == "start" and r["time"] > struck]  # fmt: skip
             fault.restarted = round(min(again) - struck, 1) if again else None
@@ -224,14 +224,14 @@ class Drill:
             say(f"  first new step after {fault.recovered} s")
 
     def _listen(self, lines: IO[str]) -> None:
-        """Show what the submission says, and note when it speaks of a restart."""
+        """Print the submission's output, and record the times of messages about a restart."""
         for line in lines:
             if "starting again" in line:
-                self._told.append(time.time())
+                self._notices.append(time.time())
             print(line, end="", file=sys.stderr, flush=True)
 
     def _wait_for(self, fault: Fault) -> bool:
-        """Wait for a fault's moment; False where the run ends before."""
+        """Wait for a fault's moment; False if the run ends before."""
         watcher = self._watcher
         if fault.moment == "start-up":
             return not self._over.is_set()
@@ -247,20 +247,20 @@ class Drill:
         return True
 
     def _is_past(self, before: tuple[int, int], struck: float) -> bool:
-        """Whether a step was taken after a fault: by a new attempt, or past what was in flight."""
+        """Whether a step came after a fault: of a new attempt, or beyond the steps in flight."""
         attempt, step, when = self._watcher.last()
         return when > struck and (attempt > before[0] or step > before[1] + 2)
 
     def _until(self, holds: Callable[[], bool], pause: float = 0.1) -> bool:
-        ends = time.monotonic() + PATIENCE_SECONDS
+        ends = time.monotonic() + TIMEOUT_SECONDS
         while not holds():
             if self._over.is_set() or time.monotonic() > ends:
                 return False
             time.sleep(pause)
         return True
 
-    def _strike(self, fault: Fault) -> bool:
-        """Do it, to a node that trains; return whether there was anything to strike."""
+    def _inject(self, fault: Fault) -> bool:
+        """Inject a fault into a training node; return whether there was a target."""
         cluster = self._cluster
         if fault.kind == "head":
             self._expected = "the head was lost"
@@ -275,10 +275,10 @@ class Drill:
             time.sleep(REFUSED_SECONDS)
             cluster.disk.accept()
         else:
-            return self._strike_node(fault)
+            return self._inject_into_node(fault)
         return True
 
-    def _strike_node(self, fault: Fault) -> bool:
+    def _inject_into_node(self, fault: Fault) -> bool:
         training: list[Node] = []
         ends = time.monotonic() + 60
         while not training and time.monotonic() < ends:  # workers may be about to start
@@ -303,7 +303,7 @@ class Drill:
 
 
 def kill_one(node: Node, word: str) -> bool:
-    """SIGKILL the youngest process with a word in its command line, once there is one."""
+    """Send SIGKILL to the latest process with a word in its command line, once there is one."""
     ends = time.monotonic() + 60
     while not (pids := node.pids(word)):
         if time.monotonic() > ends:
@@ -325,13 +325,13 @@ def weights_of(run: Path) -> str:
 
 
 def same_digests(left: Path, right: Path) -> bool:
-    """Whether two runs trained on the same micro-batches, in every attempt of theirs."""
+    """Whether two runs trained on the same micro-batches in all attempts."""
     first, second = (read_digests(Folder(run)) for run in (left, right))
     return first == second and all(len(found) == 1 for found in first.values())
 
 
 def finished(cluster: Cluster, *words: str) -> dict[str, Any]:
-    """Submit a command that nothing disturbs, and return what it ends with.
+    """Submit a command without faults, and return its result.
 
     Raises:
         SystemExit: it fails.
@@ -344,22 +344,22 @@ def finished(cluster: Cluster, *words: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the drill."""
+    """Run without and with faults, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument(
-        "--kinds", default=",".join(KINDS), help="of these; also `head`, `preemption`"
+        "--kinds", default=",".join(KINDS), help="kinds of faults; also `head`, `preemption`"
     )
     parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="default: enough for the faults")
+    parser.add_argument("--steps", type=int, help="default: enough for all faults")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     given = parser.parse_args()
     why = refusal()
     if why is not None:
         raise SystemExit(f"faults.py: {why}")
     faults = draw(given.seed, given.faults, given.kinds.split(","), given.workers)
-    # Training goes on while the storage refuses or there is no head, and may in the other cases.
+    # Training continues while the storage is full or the head is down, and may in other cases.
     seconds = sum(
         {
             "storage": REFUSED_SECONDS,
@@ -369,21 +369,21 @@ def main() -> None:
         }.get(f.kind, 0)
         for f in faults
     )
-    steps = given.steps or 40 + sum(f.after + 4 for f in faults) + STEPS_A_SECOND * seconds
+    steps = given.steps or 40 + sum(f.after + 4 for f in faults) + STEPS_PER_SECOND * seconds
     with Cluster(given.workers, head_cpus=0) as cluster:
         disk, configs = cluster.disk.path, {}
         for name in ("quiet", "drill"):
             configs[name] = cluster.folder / f"{name}.yaml"
             values = experiment(disk, name, steps, given.workers)
             configs[name].write_text(json.dumps(values))
-        say(f"{len(faults)} faults in {steps:,} steps; the corpus")
+        say(f"{len(faults)} faults in {steps:,} steps; building the corpus")
         finished(cluster, "corpus", "-c", str(configs["quiet"]))
         shutil.copytree(disk / "quiet" / "corpus", disk / "drill" / "corpus")
-        say("the undisturbed run")
+        say("the run without faults")
         quiet = finished(cluster, "pretrain", "-c", str(configs["quiet"]))
-        say("the disturbed run")
+        say("the run with faults")
         drill = Drill(cluster, configs["drill"], disk / "drill" / "pretrain", faults)
-        ended = drill.go()
+        ended = drill.run()
         runs = [disk / name / "pretrain" for name in ("quiet", "drill")]
         hashes = [weights_of(run) for run in runs]
         recovered = [f.recovered for f in faults if f.kind == "worker" and f.recovered is not None]
@@ -407,8 +407,8 @@ def main() -> None:
         print(json.dumps(result))
     else:
         print(json.dumps(result, indent=2))
-    as_it_should = result["identical"] and result["digests_equal"] and all(f.hit for f in faults)
-    sys.exit(not as_it_should)
+    is_ok = result["identical"] and result["digests_equal"] and all(f.hit for f in faults)
+    sys.exit(not is_ok)
 
 
 if __name__ == "__main__":

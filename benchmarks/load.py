@@ -1,13 +1,13 @@
-"""A load of HTTP requests, from a process of its own, and what came of them.
+"""An HTTP load generator in its own process.
 
     python benchmarks/load.py http://127.0.0.1:8000/predict --texts texts.json --seconds 10
 
-Speaks HTTP/1.1 by hand over asyncio's streams: on two cores that it shares with the server, what a
-client's library takes would be missing from the server's figures. It never retries: a request whose
-connection breaks is lost. Each connection sends its next request once the last one is answered;
-with `--rate`, requests leave when they are due, whatever became of those before, and their latency
-counts from then. With `--at` it waits, ready, for its moment: a load can follow another one without
-a gap. Ends with one JSON object; SIGTERM makes it end early.
+Writes HTTP/1.1 itself over asyncio streams: it shares two cores with the server, and the CPU time
+of a client library would lower the server's figures. It never retries: a request whose connection
+breaks is lost. Each connection sends its next request when the previous one is answered (closed
+loop). With `--rate`, requests are sent on a schedule (open loop), and their latency counts from the
+scheduled time. With `--at` it waits until a given time, so that one load can follow another without
+a gap. Prints one JSON object; SIGTERM ends it early.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from urllib.parse import urlsplit
 
 import uvloop
 
-LOST = 0  # in place of a status
-PATIENCE_SECONDS = 60  # for answers that are still to come at the end
-PAUSE_SECONDS = 0.05  # after a lost request: what is down refuses at once
-MOST_FAILURES = 1000  # told one by one
+LOST = 0  # the status of a lost request
+DRAIN_SECONDS = 60  # for responses that are outstanding at the end
+PAUSE_SECONDS = 0.05  # after a lost request: a server that is down refuses connections at once
+MAX_FAILURES = 1000  # listed in the result
 
 
 class Answer(NamedTuple):
-    """What came of one request; times in seconds."""
+    """The outcome of a request; times in seconds."""
 
-    at: float  # since the load began
+    at: float  # when it ended, since the load began
     latency: float
     status: int
 
 
 class Connection:
-    """A connection that is kept alive, and opened anew after it broke."""
+    """A keep-alive connection, which is opened again after it broke."""
 
     def __init__(self, host: str, port: int) -> None:
         self._where = host, port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, request: bytes) -> int:
-        """Send a request and read its answer whole; returns the status, or LOST."""
+        """Send a request and read the whole response; return the status, or LOST."""
         try:
             if self._streams is None:
                 self._streams = await asyncio.open_connection(*self._where)
@@ -82,7 +82,7 @@ def _header(head: bytes, name: bytes) -> bytes | None:
 
 
 class Load:
-    """Requests going out, answers coming in."""
+    """Sends requests and records their outcomes."""
 
     def __init__(self, url: str, bodies: Iterator[bytes], seconds: float) -> None:
         where = urlsplit(url)
@@ -95,15 +95,15 @@ class Load:
         self.answers: list[Answer] = []
         self.begun = time.monotonic()
         self.ends = self.begun + seconds
-        self.waiting = 0  # requests that are not answered yet
-        self.unsent = 0  # due while every connection was waiting
+        self.waiting = 0  # requests in flight
+        self.unsent = 0  # due while all connections were busy
 
     def connection(self) -> Connection:
         """A new connection to the server."""
         return Connection(self._host, self._port)
 
     async def one(self, connection: Connection, due: float) -> None:
-        """Send the next request and note what comes of it."""
+        """Send the next request and record its outcome."""
         body = next(self._bodies)
         self.waiting += 1
         status = await connection.ask(b"%b%d\r\n\r\n%b" % (self._head, len(body), body))
@@ -111,18 +111,18 @@ class Load:
         self.waiting -= 1
         self.answers.append(Answer(now - self.begun, now - due, status))
 
-    async def one_after_the_other(self, connections: int) -> None:
-        """Let every connection send its next request when its last one is answered."""
+    async def closed_loop(self, connections: int) -> None:
+        """Send a request on each connection when its previous one is answered."""
 
-        async def go_on() -> None:
+        async def send_all() -> None:
             connection = self.connection()
             while (now := time.monotonic()) < self.ends:
                 await self.one(connection, now)
 
-        await asyncio.gather(*(go_on() for _ in range(connections)))
+        await asyncio.gather(*(send_all() for _ in range(connections)))
 
-    async def by_the_clock(self, rate: float, connections: int) -> None:
-        """Send `rate` requests a second over as many connections as that takes, up to a number."""
+    async def open_loop(self, rate: float, connections: int) -> None:
+        """Send `rate` requests per second, over at most `connections` connections."""
         idle: list[Connection] = []
         made, running = 0, set()
 
@@ -148,7 +148,7 @@ class Load:
 
 
 def bodies_of(texts: Sequence[str], size: int) -> Iterator[bytes]:
-    """Make the bodies of requests, round and round: one text each, or lists of `size`."""
+    """Request bodies without end: one text each, or lists of `size` texts."""
     groups = [texts[i : i + size] for i in range(0, len(texts) - size + 1, size)]
     inputs = [group[0] if size == 1 else group for group in groups]
     made = [json.dumps({"inputs": one, "truncate": True}).encode() for one in inputs]
@@ -156,12 +156,12 @@ def bodies_of(texts: Sequence[str], size: int) -> Iterator[bytes]:
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
-    """The value at a share of sorted values; None of none."""
+    """The quantile of sorted values; None if there are none."""
     return values[min(len(values) - 1, int(share * len(values)))] if values else None
 
 
 def summary(load: Load, given: argparse.Namespace, hung: int) -> dict[str, Any]:
-    """Reduce the answers that came after the warm-up, in the time that counts."""
+    """Summarize the responses between the warm-up and the end."""
     ends = load.ends - load.begun
     counted = [a for a in load.answers if given.warmup <= a.at < ends]
     latencies = sorted(a.latency * 1000 for a in counted if a.status == 200)
@@ -179,13 +179,13 @@ def summary(load: Load, given: argparse.Namespace, hung: int) -> dict[str, Any]:
         "statuses": dict(statuses),
         "began": round(began, 3),  # Unix time
         "failed": len(failures),
-        "failures": [  # when each was sent and answered, in Unix time, and its status
+        "failures": [  # (sent, answered, status), in Unix time
             [round(began + a.at - a.latency, 3), round(began + a.at, 3), a.status]
-            for a in failures[:MOST_FAILURES]
+            for a in failures[:MAX_FAILURES]
         ],
         "hung": hung,
         "unsent": load.unsent,
-        # By tenth of a second, from the first request on.
+        # Responses with status 200 in each tenth of a second.
         "good_by_tenth": [tenths[i] for i in range(math.ceil(10 * ends - 1e-3))],
         "client_cores": round((used.ru_utime + used.ru_stime) / ends, 2),
     }
@@ -196,26 +196,26 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
     await asyncio.sleep(max(0.0, given.at - time.time()))
     load = Load(given.url, bodies, given.warmup + given.seconds)
     loop = asyncio.get_running_loop()
-    patience = asyncio.timeout_at(loop.time() + load.ends - load.begun + PATIENCE_SECONDS)
+    timeout = asyncio.timeout_at(loop.time() + load.ends - load.begun + DRAIN_SECONDS)
 
     def stop() -> None:
         load.ends = min(load.ends, time.monotonic())
-        patience.reschedule(loop.time() + PATIENCE_SECONDS)
+        timeout.reschedule(loop.time() + DRAIN_SECONDS)
 
     try:
-        async with patience:
+        async with timeout:
             loop.add_signal_handler(signal.SIGTERM, stop)
             if given.rate:
-                await load.by_the_clock(given.rate, given.connections)
+                await load.open_loop(given.rate, given.connections)
             else:
-                await load.one_after_the_other(given.connections)
+                await load.closed_loop(given.connections)
     except TimeoutError:
         return summary(load, given, hung=load.waiting)
     return summary(load, given, hung=0)
 
 
 def begin(url: str, texts: Path, **options: float | str) -> subprocess.Popen[str]:
-    """Start a load in a process of its own; options as on the command line."""
+    """Start a load in its own process; options as on the command line."""
     command = [sys.executable, __file__, url, "--texts", str(texts)]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
@@ -223,7 +223,7 @@ def begin(url: str, texts: Path, **options: float | str) -> subprocess.Popen[str
 
 
 def end(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Wait for a load that `begin` started, and return what it ends with.
+    """Wait for a load that `begin` started, and return its result.
 
     Raises:
         SystemExit: it fails.
@@ -238,17 +238,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("url")
     parser.add_argument("--texts", type=Path, required=True, help="a JSON list of strings")
-    parser.add_argument("--list", type=int, default=1, help="texts a request")
+    parser.add_argument("--list", type=int, default=1, help="texts per request")
     parser.add_argument("--connections", type=int, default=32, help="at most, with --rate")
-    parser.add_argument("--seconds", type=float, default=10, help="that count")
-    parser.add_argument("--warmup", type=float, default=2, help="seconds before those")
-    parser.add_argument("--rate", type=float, help="requests a second, by the clock")
-    parser.add_argument("--at", type=float, default=0, help="Unix time to begin at; 0: at once")
+    parser.add_argument("--seconds", type=float, default=10, help="measured")
+    parser.add_argument("--warmup", type=float, default=2, help="seconds before the measurement")
+    parser.add_argument("--rate", type=float, help="requests per second, sent on a schedule")
+    parser.add_argument("--at", type=float, default=0, help="Unix time to start at; 0: now")
     parser.add_argument(
         "--expected",
         type=lambda text: [int(part) for part in text.split(",")],
         default=[200, 429],
-        help="statuses that are no failures, with commas between them",
+        help="comma-separated statuses that are no failures",
     )
     print(json.dumps(uvloop.run(run(parser.parse_args()))))
 

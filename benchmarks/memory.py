@@ -1,11 +1,10 @@
-"""What pretraining's memory has to do with the corpus's size: nothing, it should turn out.
+"""Peak memory of pretraining on a corpus, and on one a hundred times as large.
 
     python benchmarks/memory.py --json
 
-Pretrains a small model with two workers, each time in a process and a Ray of its own with the same
-object store, on generated corpora of some rows and of a hundred times as many. Ends with one JSON
-object: the peaks in MiB (all processes' PSS without shared memory, plus the object store in use),
-and their ratio.
+Pretrains a small model with two workers on generated corpora, each in its own process and Ray with
+an object store of the same size. Prints one JSON object: the peaks in MiB (all processes' PSS
+without shared memory, plus the object store in use), and their ratio, which should be about 1.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ SEQ_LEN, VOCAB_SIZE = 128, 8192
 
 
 def measure(rows: int, steps: int) -> dict[str, Any]:
-    """Pretrain on so many rows; the peak of memory in MiB."""
+    """Pretrain on a corpus of `rows` rows; return the peak memory in MiB."""
     with tempfile.TemporaryDirectory(prefix="raybert-memory-") as scratch:
         corpus = Folder(scratch) / "corpus"
         manifest = generate_corpus(corpus, rows, SEQ_LEN, VOCAB_SIZE)
@@ -67,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--of", type=int, help="measure one corpus of so many rows, and end")
+    parser.add_argument("--of", type=int, help="measure only one corpus, of this many rows")
     parser.add_argument("--json", action="store_true", help="kept for symmetry: JSON is printed")
     arguments = parser.parse_args()
     if arguments.of:

@@ -10,14 +10,14 @@ import psutil
 
 
 class Meter(threading.Thread):
-    """Watches this process and its descendants, and with them all of a local Ray."""
+    """Samples the memory of this process and its descendants, a local Ray included."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.stop, self.peak = threading.Event(), 0
 
     def run(self) -> None:
-        """Look four times a second until told to stop."""
+        """Sample four times a second until `stop` is set."""
         while not self.stop.wait(0.25):
             me = psutil.Process()
             private = sum(map(private_pss, [me.pid, *(c.pid for c in me.children(recursive=True))]))
@@ -25,7 +25,7 @@ class Meter(threading.Thread):
 
 
 def private_pss(pid: int) -> int:
-    """PSS of a process without shared memory, in bytes."""
+    """The PSS of a process without shared memory, in bytes."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -35,7 +35,7 @@ def private_pss(pid: int) -> int:
 
 
 def plasma_in_use(me: psutil.Process) -> int:
-    """The bytes in use of the object store: of an unlinked file that the raylet keeps open."""
+    """The object store's memory in use, in bytes: an unlinked file that the raylet keeps open."""
     for child in me.children(recursive=True):
         if child.name() == "raylet":
             for link in Path(f"/proc/{child.pid}/fd").iterdir():

@@ -1,7 +1,7 @@
-"""A cluster of several nodes on one machine: network namespaces, each with a Ray of its own.
+"""A cluster of several nodes on one machine, in network namespaces.
 
-Every node has an address on a bridge, its own processes and its own `ray start`, with Ray's token.
-A supervisor starts again what died, as Kubernetes does with pods. Needs Linux and root.
+Each node has an address on a bridge and its own `ray start`, with Ray's token authentication. A
+supervisor restarts nodes that died, as Kubernetes restarts pods. Needs Linux and root.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _START_SECONDS = 120
 
 
 def refusal() -> str | None:
-    """Why this machine can't have such a cluster; None where it can."""
+    """The reason for which this machine can't run such a cluster; None if it can."""
     if sys.platform != "linux":
         return "network namespaces need Linux"
     if os.geteuid() != 0:
@@ -45,14 +45,14 @@ def _ip(*words: str) -> str:
 
 @dataclass(frozen=True)
 class Network:
-    """The names and addresses of a cluster; those of two at once differ."""
+    """The names and addresses of a cluster, distinct from those of a cluster that runs already."""
 
     tag: str  # in the names of its interfaces and namespaces
-    number: int  # in its addresses
+    number: int  # third byte of its addresses
 
     @classmethod
     def draw(cls) -> Network:
-        """One that nobody else has, most likely."""
+        """Draw names and addresses; collisions are unlikely."""
         return cls(secrets.token_hex(2), 1 + secrets.randbelow(250))
 
     @property
@@ -61,7 +61,7 @@ class Network:
         return f"rb{self.tag}"
 
     def address(self, host: int) -> str:
-        """An address on the bridge."""
+        """The address of a host on the bridge."""
         return f"10.77.{self.number}.{host}"
 
 
@@ -75,27 +75,27 @@ class Node:
     cpus: int
     env: dict[str, str]
     process: subprocess.Popen[bytes] | None = None
-    wanted: bool = True  # whether the supervisor starts it again
+    wanted: bool = True  # whether the supervisor restarts it
     starts: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
     def name(self) -> str:
-        """Of the namespace."""
+        """The namespace's name."""
         return f"{self.network.bridge}-{self.index}"
 
     @property
     def address(self) -> str:
-        """On the bridge."""
+        """The node's address on the bridge."""
         return self.network.address(self.index + 1)
 
     @property
     def link(self) -> str:
-        """The end of its link that is on the bridge."""
+        """The interface at the bridge's end of its link."""
         return f"{self.name}o"
 
     def connect(self) -> None:
-        """Make the namespace and its link to the bridge."""
+        """Create the namespace and its link to the bridge."""
         inside, outside = f"{self.name}i", self.link
         _ip("netns", "add", self.name)
         _ip("link", "add", outside, "type", "veth", "peer", "name", inside)
@@ -109,7 +109,7 @@ class Node:
             _ip("-n", self.name, *words)
 
     def start(self) -> None:
-        """Run `ray start`; it stays in the foreground."""
+        """Run `ray start` with --block."""
         with self.lock:
             self.folder.mkdir(exist_ok=True)
             words = [
@@ -129,7 +129,7 @@ class Node:
             self.starts += 1
 
     def pids(self, word: str = "") -> list[int]:
-        """The processes in the namespace whose command line has a word, the oldest first."""
+        """The processes in the namespace with a word in their command line, the oldest first."""
         found = []
         for pid in map(int, _ip("netns", "pids", self.name).split()):
             with suppress(psutil.Error):
@@ -139,7 +139,7 @@ class Node:
         return [pid for _, pid in sorted(found)]
 
     def kill(self) -> None:
-        """Kill all processes at once, as when a machine loses its power."""
+        """Kill all processes, as at a power failure."""
         with self.lock:
             for pid in self.pids():
                 with suppress(ProcessLookupError):
@@ -148,15 +148,15 @@ class Node:
                 self.process.wait()
 
     def cut(self) -> None:
-        """Pull the network's plug."""
+        """Disconnect the node from the network."""
         _ip("link", "set", self.link, "down")
 
     def mend(self) -> None:
-        """Put it in again."""
+        """Connect the node to the network again."""
         _ip("link", "set", self.link, "up")
 
     def remove(self) -> None:
-        """Kill what runs and delete the namespace."""
+        """Kill all processes and delete the namespace."""
         self.wanted = False
         with suppress(subprocess.CalledProcessError):
             self.kill()
@@ -166,7 +166,7 @@ class Node:
 
 
 class Disk:
-    """A shared folder that can refuse to be written to: a tmpfs, filled to its last page."""
+    """A shared folder on which writes can be made to fail: a tmpfs that is filled completely."""
 
     def __init__(self, path: Path, megabytes: int) -> None:
         """Mount it."""
@@ -178,14 +178,14 @@ class Disk:
         self._thread: threading.Thread | None = None
 
     def refuse(self) -> None:
-        """Leave no room, and none that is given back by others."""
+        """Fill the disk, and keep it full when other processes delete files."""
         self._full.set()
         self._fill()
         self._thread = threading.Thread(target=self._keep_full, daemon=True)
         self._thread.start()
 
     def accept(self) -> None:
-        """Give the room back."""
+        """Free the disk."""
         self._full.clear()
         if self._thread is not None:
             self._thread.join()
@@ -206,17 +206,18 @@ class Disk:
                     size //= 4
 
     def unmount(self) -> None:
-        """Throw it away, with all that is on it."""
+        """Unmount it; its content is lost."""
         self.accept()
         subprocess.run(["umount", "--lazy", str(self.path)], check=False)
 
 
 class Cluster:
-    """A head and workers, a shared disk, and the supervisor; a context manager."""
+    """A head, workers, a shared disk and the supervisor, as a context manager."""
 
     def __init__(self, workers: int, *, cpus: int = 2, head_cpus: int = 1, disk_mb: int = 1024):
-        """Describe it; `cpus` are logical ones, of each worker's node."""
-        self.folder = Path(tempfile.mkdtemp(prefix="rb-", dir="/tmp"))  # sockets want a short path
+        """Prepare a cluster; `cpus` are Ray's logical CPUs of each worker node."""
+        # Not below TMPDIR: paths of Unix sockets are limited to 107 bytes.
+        self.folder = Path(tempfile.mkdtemp(prefix="rb-", dir="/tmp"))
         token = self.folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
@@ -242,16 +243,16 @@ class Cluster:
 
     @property
     def workers(self) -> list[Node]:
-        """The others."""
+        """The nodes without the head."""
         return self.nodes[1:]
 
     @property
     def address(self) -> str:
-        """Of the dashboard."""
+        """The dashboard's URL."""
         return f"http://{self.head.address}:{_DASHBOARD}"
 
     def __enter__(self) -> Cluster:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that __exit__ runs
         try:
             self.disk = Disk(self.folder / "disk", self._disk_mb)
             _ip("link", "add", self._network.bridge, "type", "bridge")
@@ -283,20 +284,20 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def wait_for_head(self) -> None:
-        """Wait until the head takes jobs.
+        """Wait until the head accepts jobs.
 
         Raises:
-            RuntimeError: it does not come up.
+            RuntimeError: a timeout.
         """
         ends = time.monotonic() + _START_SECONDS
         while self.call("jobs").returncode != 0:
             if time.monotonic() > ends:
                 log = (self.head.folder / "start.log").read_text(errors="replace")
-                raise RuntimeError(f"the head does not come up: {log[-2000:]}")
+                raise RuntimeError(f"the head does not start: {log[-2000:]}")
             time.sleep(1)
 
     def alive(self) -> dict[str, str]:
-        """The addresses of the nodes that Ray takes for alive, and their IDs."""
+        """The addresses of the nodes that are alive according to Ray, and their IDs."""
         listing = self._ray("list", "nodes", "--address", self.address, "--format", "json")
         return {
             found["node_ip"]: found["node_id"]
@@ -305,10 +306,10 @@ class Cluster:
         }
 
     def wait_for_nodes(self, count: int) -> None:
-        """Wait until Ray knows of so many nodes, the head included, and of no more.
+        """Wait until exactly `count` nodes are alive, the head included.
 
         Raises:
-            RuntimeError: that does not come.
+            RuntimeError: a timeout.
         """
         ends = time.monotonic() + _START_SECONDS
         while len(alive := self.alive()) != count:
@@ -317,10 +318,10 @@ class Cluster:
             time.sleep(1)
 
     def drain(self, node: Node, seconds: int) -> None:
-        """Give notice that a node will be taken away, and take it: as a cloud does.
+        """Preempt a node as a cloud does: drain it, and kill it after the notice.
 
         Raises:
-            RuntimeError: Ray does not take the notice.
+            RuntimeError: Ray rejects the drain request.
         """
         self._ray(
             *(
@@ -345,13 +346,13 @@ class Cluster:
         return done.stdout
 
     def call(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run `raybert` outside of the nodes, as from a laptop, and wait for it."""
+        """Run `raybert` outside of the cluster and wait for it."""
         return subprocess.run(
             self._command(words), env=self.env, capture_output=True, text=True, check=False
         )
 
     def begin(self, *words: str, **more: Any) -> subprocess.Popen[str]:
-        """Run `raybert` outside of the nodes."""
+        """Start `raybert` outside of the cluster."""
         return subprocess.Popen(self._command(words), env=self.env, text=True, **more)
 
     def _command(self, words: tuple[str, ...]) -> list[str]:
@@ -364,5 +365,5 @@ class Cluster:
                     process = node.process
                     if not node.wanted or process is None or process.poll() is None:
                         continue
-                    node.kill()  # a container that ends takes all its processes with it
+                    node.kill()  # all processes of a container end with it
                     node.start()

@@ -1,4 +1,4 @@
-"""Where a figure comes from: when it was measured, of which code, on what machine."""
+"""The provenance of a result: date, commit, machine and versions."""
 
 from __future__ import annotations
 
@@ -10,34 +10,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from raybert.cluster.machine import cpu_name
+
 HERE = Path(__file__).parent
 
 
 def origin(*packages: str) -> dict[str, Any]:
-    """A result's first keys; of the versions, those of further packages, too."""
+    """The first keys of a result.
+
+    Args:
+        packages: whose versions are listed besides those of Python, Ray and torch.
+    """
     versions = {name: version(name) for name in ("ray", "torch", *packages)}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "cpu": cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), **versions},
     }
 
 
-def cpu_model() -> str:
-    """Return the processor's name, as Linux tells it; elsewhere what Python knows."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def commit() -> str | None:
-    """Return the commit of this checkout, `+` when files differ from it, None outside of git."""
+    """The commit of this checkout, with `+` if files differ from it; None outside of git."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],

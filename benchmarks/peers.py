@@ -1,7 +1,7 @@
-"""How fast masked-language-model pretraining is, side by side with the peers on one machine.
+"""Masked-language-model pretraining speed of raybert and of other implementations.
 
-Every peer runs in a process of its own, one at a time, and they take turns over the repeats: a
-machine that slows down, or a noisy neighbour, falls on all of them alike. See README.md.
+Each peer runs in its own process, one at a time, and the peers alternate over the repeats, so that
+drift of the machine's speed affects all of them. See README.md.
 
     python benchmarks/peers.py --shape keras --repeats 3 --json
 """
@@ -48,12 +48,12 @@ PEERS = {
     US: Peer((str(Path(sys.executable).parent / "raybert"), "bench", "train")),
 }
 GROUPS = {"hf": ("hf-fp32", "hf-bf16"), "keras": ("keras-tf", "keras-torch")}
-# Keras' example has one shape; at the other one the Trainer is the peer.
+# Keras' example has one shape only.
 DEFAULTS = {"keras": "keras-tf,keras-torch,hf,raybert", "small": "hf,raybert"}
 
 
 class PeerFailed(Exception):
-    """A peer's process ended without a result."""
+    """A peer printed no result."""
 
 
 def main() -> int:
@@ -87,10 +87,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="keras")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", help=f"comma-separated: {', '.join([*PEERS, *GROUPS])}")
-    parser.add_argument("--seconds", type=float, default=30, help="of a peer's turn, after warm-up")
-    parser.add_argument("--min-steps", type=int, default=4, help="of a peer's turn, after warm-up")
+    parser.add_argument("--seconds", type=float, default=30, help="per turn, after warm-up")
+    parser.add_argument("--min-steps", type=int, default=4, help="per turn, after warm-up")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON object only")
     arguments = parser.parse_args()
     if arguments.repeats < 1 or arguments.threads < 1 or arguments.min_steps < 1:
         parser.error("--repeats, --threads and --min-steps must be at least 1")
@@ -116,7 +116,7 @@ def resolve(peers: str) -> list[str]:
 
 
 def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Give a peer its turn and return its result.
+    """Run a peer once and return its result.
 
     Raises:
         PeerFailed: it is not installed, it failed, or it printed no result.
@@ -159,7 +159,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def summarize(
     arguments: argparse.Namespace, results: Mapping[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Reduce the turns: each peer's median, and raybert's median over each peer's."""
+    """Summarize the turns: each peer's median, and raybert's median relative to it."""
     peers: dict[str, Any] = {}
     for name, turns in results.items():
         values = [float(turn["tokens_per_second"]) for turn in turns]
@@ -170,7 +170,7 @@ def summarize(
         }
     ours = peers.get(US)
     for name, peer in peers.items():
-        # How many times faster raybert is than this peer.
+        # Above 1: raybert is faster.
         if ours and name != US:
             peer["ratio"] = ours["tokens_per_second"] / peer["tokens_per_second"]
     return {
@@ -186,7 +186,7 @@ def summarize(
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Lay the result out for people."""
+    """Format the result as text."""
     lines = [f"{report['shape']} shape, {report['threads']} threads, {report['cpu']}"]
     for name, peer in report["peers"].items():
         spread = f"{min(peer['values']):,.0f} to {max(peer['values']):,.0f}"

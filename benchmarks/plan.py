@@ -1,15 +1,15 @@
-"""What a worker pays to start, or to resume anywhere, in a corpus of ten billion rows.
+"""The time and memory of a worker to start or resume anywhere in a corpus of ten billion rows.
 
     python benchmarks/plan.py --json
 
-Makes a corpus of 10,000 parts of a million rows: sparse files, which take no room, but have the
-manifest, the layout and the row groups of real ones, at their real places. Then some of 64 workers
-start at the first step and at random ones of three epochs, each in a fresh process and alone. From
-after its imports on, a worker reads the manifest and the tokenizer, builds its plan and makes its
-micro-batches of the first step; then it goes on to the end of some windows. Ends with one JSON
-object: the worst seconds up to the first step, the worst memory over all of it (the peak of the
-resident set over what it was after the imports), and the worst of the bytes that the kernel says
-were read over those of the rows that the steps used.
+Makes a corpus of 10,000 parts of a million rows, as sparse files that take no disk space but have
+the manifest, layout and row-group offsets of real parts. Then some of 64 workers start at the first
+step and at random steps of three epochs, each in a fresh process, one at a time. After its imports,
+a worker reads the manifest and the tokenizer, builds its plan and makes its micro-batches of the
+first step; then it continues to the end of some windows. Prints one JSON object: the maximum over
+the workers of the seconds until the first step, of the memory (peak resident set above that after
+the imports), and of the ratio of the bytes read, as the kernel counts them, to the bytes of the
+rows that the steps used.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ EPOCHS = 3
 
 
 def make(folder: Folder, parts: int, rows_per_part: int, seq_len: int) -> None:
-    """Write a small corpus, and put sparse parts in the place of its training split."""
+    """Write a small corpus, and replace its training split by sparse parts."""
     from raybert.pipeline.benchmarks import (
-        generate_corpus,  # imports torch, which the workers do without
+        generate_corpus,  # imports torch, which the workers don't need
     )
 
     manifest = generate_corpus(folder, 64, seq_len, VOCAB_SIZE)
     split = manifest.splits["train"]
     [small], layout = split.parts, split.layout
     assert layout is not None
-    groups = (rows_per_part - small.rows) // split.rows_per_group  # more than the small part has
+    groups = (rows_per_part - small.rows) // split.rows_per_group  # beyond those of the small part
     size = small.bytes + groups * layout.stride
     made = []
     for index in range(parts):
         name = f"train-{index:05d}.parquet"
         with open(folder.join(name), "wb") as file:
             file.truncate(size)
-        digest = hashlib.sha256(name.encode()).hexdigest()  # any: it is not that of the content
+        digest = hashlib.sha256(name.encode()).hexdigest()  # a placeholder: it is not checked
         made.append(PartFile(name=name, rows=rows_per_part, bytes=size, sha256=digest))
     large = {"rows": parts * rows_per_part, "rows_per_part": rows_per_part, "parts": made}
     splits = {**manifest.splits, "train": split.model_copy(update=large)}
@@ -66,7 +66,7 @@ def make(folder: Folder, parts: int, rows_per_part: int, seq_len: int) -> None:
 
 
 def plan_of(folder: Folder, manifest: Manifest, arguments: argparse.Namespace) -> BatchPlan:
-    """The plan that a worker builds."""
+    """Build a worker's plan."""
     reader = PartReader(folder, manifest, "train")
     order = CorpusOrder(
         rows=reader.rows,
@@ -81,8 +81,8 @@ def plan_of(folder: Folder, manifest: Manifest, arguments: argparse.Namespace) -
 
 
 def measure(folder: Folder, rank: int, step: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Start one worker at a step, in this process."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+    """Measure a worker that starts at a step, in this process."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     memory = _status("VmRSS")
     began = time.perf_counter()
     manifest = Manifest.read(folder)
@@ -96,12 +96,12 @@ def measure(folder: Folder, rank: int, step: int, arguments: argparse.Namespace)
     begun = next(batches)
     seconds = time.perf_counter() - began
     first = _bytes_read() - before
-    # Of the window that it starts in, a worker may need a part only; of those after it, all.
+    # A worker may need only a part of its first window, and all of the later ones.
     rows = [0, 0]
     for number, made in enumerate(chain([begun], batches), step):
         rows[number >= ends[0]] += sum(len(batch.row_ids) for batch in made)
     later = _bytes_read() - before - first
-    width = manifest.seq_len * 2 + (manifest.seq_len + 7) // 8  # ids, and a bit for each
+    width = manifest.seq_len * 2 + (manifest.seq_len + 7) // 8  # ids, and one bit for each
     return {
         "rank": rank,
         "step": step,
@@ -116,7 +116,7 @@ def measure(folder: Folder, rank: int, step: int, arguments: argparse.Namespace)
 
 
 def _window_ends(order: CorpusOrder, step: int, windows: int) -> list[int]:
-    """The steps at which so many windows end: the one of a step, and those after it."""
+    """The steps at which `windows` windows end, from the one of `step` on."""
     ends = []
     for _ in range(windows):
         step = order.steps_of(*order.window_of(step)).stop
@@ -125,7 +125,7 @@ def _window_ends(order: CorpusOrder, step: int, windows: int) -> list[int]:
 
 
 def _status(field: str) -> int:
-    """A size that the kernel keeps of this process, in bytes."""
+    """A size in this process's `/proc` status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -133,12 +133,12 @@ def _status(field: str) -> int:
 
 
 def _bytes_read() -> int:
-    """The bytes that this process has read from files until now, cached or not."""
+    """The bytes that this process has read from files, cached or not."""
     return int(Path("/proc/self/io").read_text().split()[1])  # rchar
 
 
 def travel(folder: Folder, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the driver does with so many parts, and what the plan weighs that goes to operators."""
+    """The driver's time for checking all parts, and the size of the plan that operators receive."""
     manifest = Manifest.read(folder)
     plan = plan_of(folder, manifest, arguments)
     began = time.perf_counter()
@@ -179,12 +179,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--global-batch-size", type=int, default=8192)
     parser.add_argument("--micro-batch-size", type=int, default=32)
-    parser.add_argument("--windows", type=int, default=8, help="that each worker goes on for")
+    parser.add_argument("--windows", type=int, default=8, help="that each worker runs for")
     parser.add_argument("--resumes", type=int, default=4, help="random steps, for each rank")
     parser.add_argument("--seed", type=int, default=0, help="of the random steps")
-    parser.add_argument(
-        "--storage", help="a folder to make the corpus in; default: a temporary one"
-    )
+    parser.add_argument("--storage", help="the folder of the corpus; default: a temporary one")
     parser.add_argument("--json", action="store_true", help="kept for symmetry: JSON is printed")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # folder, rank, step
     arguments = parser.parse_args()
@@ -205,7 +203,7 @@ def main() -> None:
             measured.append(found)
             print(
                 f"worker {rank:2} at step {step:9,}: {found['seconds']:.3f} s, "
-                f"{found['peak_mib']:.0f} MiB, {found['read_to_used']:.3f} bytes read for one used",
+                f"{found['peak_mib']:.0f} MiB, {found['read_to_used']:.3f} bytes read a byte used",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,16 +1,15 @@
-"""What Ray costs: the bare loop against the loop under Ray, and one worker against two.
+"""The overhead of Ray: the bare loop, one worker under Ray, and two workers.
 
     python benchmarks/ray_price.py --json
 
 The three runs are started one after the other, each alone until its first timed step, and stopped
-there (SIGSTOP, with all processes of its Ray). Then they take turns of a few seconds: one goes on,
-the others stay stopped, so a noisy machine is as noisy for each of them. Every step says how long
-it took. The one in which the others' turns fell is left out, for all three, and the two after it,
-in which caches fill again and every timer that was missed goes off at once: the stopping's doing.
-What a process is given of caches and memory stays with it, and shifts a ratio by some percent: the
-three are launched three times. Ends with one JSON object: medians of tokens/s,
-`one_worker_to_bare` (same threads) and `two_workers_to_one` (2 workers x 1 thread against 1 worker
-x 2 threads), over 64 rows of 256 a step, and each launch's ratios.
+there (SIGSTOP to all processes of its Ray). Then they run in turns of a few seconds while the
+others are stopped, so that drift of the machine's speed affects all three. Steps are timed by the
+loop. Excluded, for all three, are the step during which a run was stopped and the two after it, in
+which caches are cold and overdue timers fire. The memory layout of a process shifts a ratio by some
+percent, so that the three are launched three times. Prints one JSON object: medians of tokens/s,
+`one_worker_to_bare` (same threads) and `two_workers_to_one` (2 workers x 1 thread relative to 1
+worker x 2 threads), with 64 rows of 256 tokens per step, and the ratios of each launch.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ from raybert.pipeline.benchmarks import WARM_STEPS, bench_train
 from raybert.terminal.display import Display
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = 64  # a step
+ROWS = 64  # per step
 START_SECONDS = 180
 SETTLING_STEPS = 2
-ENDLESS = 100_000  # steps: a run ends when the measurement does
+ENDLESS = 100_000  # steps: the measurement ends a run
 SETTINGS = {
     "bare": {"threads": 2},
     "one_worker": {"workers": 1, "threads": 2},
@@ -54,16 +53,16 @@ RATIOS = (
 
 
 class Steps(Display):
-    """Prints how long every step took."""
+    """Prints the duration of each step."""
 
     def record(self, record: dict[str, Any]) -> None:
-        """Print a step's number and seconds as a line of their own."""
+        """Print a step's number and seconds as a line."""
         if record["kind"] == "train":
             print("step", record["step"], record["step_seconds"], flush=True)
 
 
 class Run:
-    """One of the three, in a process of its own; it runs only inside `begin` and `turn`."""
+    """One of the three runs, in its own process, which is stopped except in `begin` and `turn`."""
 
     def __init__(self, name: str, config: Path) -> None:
         command = [sys.executable, __file__, "--config", str(config), "--run", name]
@@ -71,14 +70,14 @@ class Run:
         self.name = name
         self.steps: list[float] = []  # seconds of each step
         self._begun = threading.Event()
-        # It ends by SIGKILL, which leaves files behind; Ray's sockets want a short path.
+        # SIGKILL ends it and leaves files behind; paths of Unix sockets are limited.
         self._scratch = tempfile.TemporaryDirectory(prefix="price-", ignore_cleanup_errors=True)
         env = os.environ | {"TMPDIR": self._scratch.name}
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
         threading.Thread(target=self._read, daemon=True).start()
 
     def begin(self) -> None:
-        """Let the first steps pass."""
+        """Run until the warm-up steps are over."""
         ends = time.monotonic() + START_SECONDS
         while not self._begun.wait(0.5):
             self._check()
@@ -87,14 +86,14 @@ class Run:
         self._signal(signal.SIGSTOP)
 
     def turn(self, seconds: float) -> None:
-        """Go on for a while."""
+        """Run for some seconds."""
         self._signal(signal.SIGCONT)
         time.sleep(seconds)
         self._check()
         self._signal(signal.SIGSTOP)
 
     def end(self) -> None:
-        """Kill all of its processes."""
+        """Kill all its processes."""
         self._signal(signal.SIGKILL)
         self._process.wait()
         self._scratch.cleanup()
@@ -121,14 +120,14 @@ class Run:
 
 
 def train(name: str, config: Path) -> None:
-    """Run one of the three in this process, without end."""
+    """Run one of the three in this process, until it is killed."""
     given = {"global_batch_size": ROWS, "micro_batch_size": 32, "steps": ENDLESS, **SETTINGS[name]}
     overrides = [f"pretrain.{key}={value}" for key, value in given.items()]
     bench_train(load(Experiment, config, overrides), bare=name == "bare", display=Steps(quiet=True))
 
 
 def measure(config: Path, rounds: int, seconds: float) -> dict[str, float]:
-    """Start the three, let them take turns, and return each one's tokens/s."""
+    """Start the three, run them in turns, and return the tokens/s of each."""
     tokens = ROWS * load(Experiment, config).corpus.seq_len
     runs: list[Run] = []
     try:
@@ -151,14 +150,14 @@ def measure(config: Path, rounds: int, seconds: float) -> dict[str, float]:
 def _rates(
     runs: Sequence[Run], first: Sequence[int], tokens: int, seconds: float
 ) -> dict[str, float]:
-    """Tokens/s of each run over its timed steps from a first one on."""
+    """The tokens/s of each run over its timed steps."""
     timed = {r.name: _timed(r.steps[f:], seconds) for r, f in zip(runs, first, strict=True)}
     return {name: tokens * len(steps) / max(1e-9, sum(steps)) for name, steps in timed.items()}
 
 
 def _timed(steps: Sequence[float], seconds: float) -> list[float]:
-    """The steps in which no other run's turn fell, and that do not follow such a one."""
-    stopped = [step > seconds for step in steps]  # the others' two turns are twice as long
+    """The steps that were not interrupted and do not follow an interrupted one."""
+    stopped = [step > seconds for step in steps]  # an interruption takes two turns
     return [
         step
         for index, step in enumerate(steps)
@@ -170,8 +169,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/bench-keras.yaml")
     parser.add_argument("--launches", type=int, default=3, help="of all three runs")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each run in a launch")
-    parser.add_argument("--seconds", type=float, default=6, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each run per launch")
+    parser.add_argument("--seconds", type=float, default=6, help="per turn")
     parser.add_argument("--run", choices=SETTINGS, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="kept for symmetry: JSON is printed")
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""How soon a submission without the cluster's token, or with another one, is refused.
+"""The time until a submission without the cluster's token, or with a wrong one, is rejected.
 
     sudo .venv/bin/python benchmarks/refused.py --json
 
-Starts a head with a token on the cluster of `nodes.py`, and submits to it as somebody who has none,
-and as somebody who has a wrong one, in turn. Ends with one JSON object: for both the line that the
-user gets, the exit codes, and the seconds of every submission, start of the process included.
+Starts a head with token authentication on the cluster of `nodes.py`, and submits to it without a
+token and with a wrong one. Prints one JSON object: for each the message, the exit codes, and the
+seconds of the submissions, process start included.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from origin import origin
 
 
 def submitted(cluster: Cluster, config: Path, token: Path | None) -> tuple[int, str, float]:
-    """Submit with the token in a file: the exit code, the last line, and the seconds it took."""
+    """Submit with the token in a file; return the exit code, the last line, and the seconds."""
     words = ["submit", "pretrain", "-c", str(config), "--address", cluster.address]
     env = {key: value for key, value in cluster.env.items() if not key.startswith("RAY_")}
-    env["HOME"] = str(cluster.folder)  # where nobody has put one
+    env["HOME"] = str(cluster.folder)  # it has no token file
     if token is not None:
         env["RAY_AUTH_TOKEN_PATH"] = str(token)
     begun = time.perf_counter()
@@ -41,7 +41,7 @@ def submitted(cluster: Cluster, config: Path, token: Path | None) -> tuple[int, 
 
 
 def main() -> None:
-    """Submit in vain."""
+    """Measure rejected submissions."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

@@ -1,10 +1,10 @@
-"""Pictures of the page that `raybert serve` shows, for the README.
+"""Screenshots of `raybert serve`'s page, for the README.
 
     raybert serve runs/demo &
     python benchmarks/screenshots.py http://127.0.0.1:8000/
 
 Drives Debian's Chromium (`apt-get install chromium`) and writes `docs/page-light.png`, `-dark` and
-`-phone`: a review with the words that decided its label, and a blank that is filled in.
+`-phone`: a review with its word attributions, and a filled mask.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ PICTURES = {
 
 
 def take(browser: Browser, url: str, options: dict[str, object], path: Path) -> None:
-    """Visit the page as somebody new, use it, and keep what it looks like."""
+    """Open the page in a new context, use it, and save a screenshot."""
     page = browser.new_page(reduced_motion="reduce", **options)
     page.goto(url)
     page.get_by_label("Your text").fill(REVIEW)
     page.get_by_role("button", name="Classify").click()
     page.get_by_text("The words that decided it").wait_for()
     mask = page.get_by_role("button", name="Insert")
-    if mask.is_visible():  # the server fills masks, too
+    if mask.is_visible():  # the server has a fill-mask model
         token = mask.inner_text().removeprefix("Insert ")
         page.get_by_label("A sentence with a blank").fill(BLANK.format(mask=token))
         page.get_by_role("button", name="Fill in").click()

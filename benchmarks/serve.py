@@ -1,14 +1,14 @@
-"""How fast the small classifier answers over HTTP, side by side with the usual way to serve one.
+"""Speed of the small classifier over HTTP, compared with `transformers.pipeline` behind FastAPI.
 
     python benchmarks/serve.py --json
 
-First `raybert bench serve` chooses the fastest precision that costs at most half a point of
-accuracy. Then twice, at fp32 and at that one (`best`), it starts both servers, `raybert serve` and
-`transformers.pipeline` behind FastAPI, and lets them and the bare classifier take turns (`turns`
-below), each driven from a process of its own (`load.py`), all other ones idle: a machine that slows
-down does so for all of them. See README.md. Ends with one JSON object, for each precision
-`requests_per_second`, `p50` and `p99` in milliseconds of both servers, `ratio`, `share_of_bare`,
-`one_connection`, `accuracy`, and of `best` the points that it lost, text by text against fp32.
+Twice, with fp32 and with the precision that `raybert bench serve` selects (`best`: the fastest one
+that loses at most half a point of accuracy), it starts both servers and measures them and the bare
+classifier in turns (`turns` below), each under a load from its own process (`load.py`) while the
+others are idle, so that drift of the machine's speed affects all of them. See README.md. Prints one
+JSON object: for each precision `requests_per_second`, `p50` and `p99` in milliseconds of both
+servers, `ratio`, `share_of_bare`, `one_connection`, `accuracy`, and for `best` the accuracy points
+lost relative to fp32 on the same texts.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from servers import (
 )
 
 US, THEM = "raybert", "transformers"
-LIST = 32  # texts a request, where they come in lists
-LIST_CONNECTIONS = 4  # keep the server busy: 128 texts are under way
+LIST = 32  # texts per request of lists
+LIST_CONNECTIONS = 4  # 128 texts in flight keep the server busy
 WARM_TEXTS = 64
-ONE_BY_ONE = 128  # texts, the same ones over one connection and in the bare forward pass
+ONE_BY_ONE = 128  # texts over one connection, and the same ones in the bare forward pass
 PRECISIONS = ("fp32", "best")
-MOST_POINTS = 0.5  # of accuracy that the best precision may cost
+MAX_POINTS_LOST = 0.5  # of accuracy, by the best precision
 
 Turns = dict[str, Callable[[], dict[str, Any]]]
 
 
 def choose(model: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Let `raybert bench serve` choose by accuracy and speed, whatever was chosen before.
+    """Run `raybert bench serve`, which selects a precision and replaces a stored choice.
 
     Raises:
         SystemExit: it fails.
@@ -68,7 +68,7 @@ def choose(model: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def turns(ours: Server, theirs: Server, texts: Path, bare: Sequence[str], given: Any) -> Turns:
-    """What takes turns: a name, and what measures it once."""
+    """The turns: by name, a function that measures once."""
 
     def drive(server: Server, texts: Path = texts, **options: float) -> dict[str, Any]:
         times = {"seconds": given.seconds, "warmup": given.warmup}
@@ -80,7 +80,7 @@ def turns(ours: Server, theirs: Server, texts: Path, bare: Sequence[str], given:
     every = json.loads(texts.read_text(encoding="utf-8"))
     few.write_text(json.dumps(every[:ONE_BY_ONE]), encoding="utf-8")
 
-    def called() -> dict[str, Any]:
+    def call() -> dict[str, Any]:
         done = subprocess.run(bare, stdout=subprocess.PIPE, text=True, check=True)
         return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
@@ -89,7 +89,7 @@ def turns(ours: Server, theirs: Server, texts: Path, bare: Sequence[str], given:
         US: lambda: drive(ours, connections=given.connections),
         "lists": lambda: drive(ours, connections=LIST_CONNECTIONS, list=LIST),
         "one_connection": lambda: drive(ours, few, connections=1),
-        "bare": called,
+        "bare": call,
     }
 
 
@@ -100,7 +100,7 @@ def measure(
     given: argparse.Namespace,
     labels: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """Start both servers and measure them at one precision of ours; adds the `labels` of ours."""
+    """Start both servers and measure them, ours at a precision; add our predictions to `labels`."""
     ports = free_port(), free_port()
     theirs = Server(THEM, hugging_face(model, ports[0], given.threads), ports[0])
     command = raybert_serve(model, ports[1], precision=precision, threads=given.threads)
@@ -116,34 +116,34 @@ def measure(
                 rounds[name].append(taking[name]())
                 rate, p50 = (rounds[name][-1][key] for key in ("texts_per_second", "p50"))
                 if p50 is None:
-                    raise SystemExit(f"serve.py: {name} had no answer: {rounds[name][-1]}")
+                    raise SystemExit(f"serve.py: no response from {name}: {rounds[name][-1]}")
                 shown = f"{name:<15}{rate:>9,.1f} texts/s   p50 {p50:.1f} ms"
                 say(f"[{number + 1}/{given.rounds}] {precision} {shown}")
         idle = {server.name: server.cores_used() for server in (ours, theirs)}
         labels[precision] = predicted(ours, texts)
-        if THEM not in labels:  # theirs are always the same
+        if THEM not in labels:  # theirs do not change
             labels[THEM] = predicted(theirs, texts)
     return summarize(rounds) | {"info": info, "idle_cores": idle}
 
 
 def summarize(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Reduce the rounds: medians, and ratios of medians."""
+    """Summarize the rounds: medians, and ratios of medians."""
 
-    def middle(name: str, key: str) -> float:
+    def median_of(name: str, key: str) -> float:
         return median(turn[key] for turn in rounds[name])
 
-    rates = {name: middle(name, "requests_per_second") for name in (US, THEM)}
-    bulk = middle("bare", "texts_per_second")
-    one, forward = middle("one_connection", "p50"), middle("bare", "p50")
+    rates = {name: median_of(name, "requests_per_second") for name in (US, THEM)}
+    bulk = median_of("bare", "texts_per_second")
+    one, forward = median_of("one_connection", "p50"), median_of("bare", "p50")
     return {
         "requests_per_second": rates,
-        "p50": {name: round(middle(name, "p50"), 2) for name in rates},
-        "p99": {name: round(middle(name, "p99"), 2) for name in rates},
+        "p50": {name: round(median_of(name, "p50"), 2) for name in rates},
+        "p99": {name: round(median_of(name, "p99"), 2) for name in rates},
         "ratio": round(rates[US] / rates[THEM], 3),
         "bare_texts_per_second": bulk,
         "share_of_bare": {
-            f"lists_of_{LIST}": round(middle("lists", "texts_per_second") / bulk, 3),
-            "one_text_a_request": round(middle(US, "texts_per_second") / bulk, 3),
+            f"lists_of_{LIST}": round(median_of("lists", "texts_per_second") / bulk, 3),
+            "one_text_a_request": round(median_of(US, "texts_per_second") / bulk, 3),
         },
         "one_connection": {
             "p50": round(one, 2),
@@ -155,20 +155,25 @@ def summarize(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def predicted(server: Server, texts: Path) -> list[str]:
-    """The label that a server gives to each text, asked for in lists."""
+    """The label that a server predicts for each text."""
     every = json.loads(texts.read_text(encoding="utf-8"))
     lists = [every[i : i + LIST] for i in range(0, len(every), LIST)]
     return [scores[0]["label"] for group in lists for scores in server.ask(group)]
 
 
 def points_lost(exact: Sequence[str], found: Sequence[str], truth: Sequence[str]) -> dict[str, Any]:
-    """What a precision costs of the accuracy, by the texts of which one label only is right.
+    """The accuracy that a precision loses, from the texts that only one of the two gets right.
+
+    Args:
+        exact: labels predicted in fp32.
+        found: labels predicted in the precision.
+        truth: the right labels.
 
     Returns:
-        points: of accuracy that were lost; negative where there are gains.
-        at_most: with a confidence of 95%, one-sided, from the texts whose labels changed.
-        worse, better: how many texts have the right label no more, or only now.
-        ok: whether no more was lost than may be.
+        points: of accuracy that are lost; negative for a gain.
+        at_most: the upper bound of a one-sided 95% confidence interval.
+        worse, better: the number of texts that only fp32, or only the precision, gets right.
+        ok: whether at most MAX_POINTS_LOST are lost.
     """
     triples = list(zip(exact, found, truth, strict=True))
     worse = sum(before == right != after for before, after, right in triples)
@@ -181,17 +186,17 @@ def points_lost(exact: Sequence[str], found: Sequence[str], truth: Sequence[str]
         "at_most": round(points + 100 * 1.645 * spread / count, 3),
         "worse": worse,
         "better": better,
-        "ok": points <= MOST_POINTS,
+        "ok": points <= MAX_POINTS_LOST,
     }
 
 
 def share_equal(left: Sequence[str], right: Sequence[str]) -> float:
-    """The share of places at which two lists are equal."""
+    """The share of indices at which two lists are equal."""
     return round(sum(a == b for a, b in zip(left, right, strict=True)) / len(left), 4)
 
 
 def call_bare(given: argparse.Namespace) -> dict[str, Any]:
-    """Call the classifier in this process: all texts at once, then one by one, tokenized before."""
+    """Run the classifier in this process: all texts in one call, then forward passes one by one."""
     import torch
 
     from raybert.inference.classifier import TextClassifier
@@ -216,14 +221,14 @@ def call_bare(given: argparse.Namespace) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, help="default: made by configs/bench-serve.yaml")
-    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="of these")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="comma-separated")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=10, help="of a turn")
-    parser.add_argument("--warmup", type=float, default=3, help="seconds before those")
+    parser.add_argument("--seconds", type=float, default=10, help="per turn")
+    parser.add_argument("--warmup", type=float, default=3, help="seconds before each measurement")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--texts", type=int, default=2000, help="held-out reviews")
-    parser.add_argument("--choice-texts", type=int, default=5000, help="the precision is chosen by")
-    parser.add_argument("--threads", type=int, default=2, help="of torch, in all of them")
+    parser.add_argument("--choice-texts", type=int, default=5000, help="to select a precision")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of each server")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     parser.add_argument("--texts-file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -259,13 +264,13 @@ def main() -> None:
                 result["choice"] = choose(model, given)
                 precision = result["choice"]["precision"]
             found = measure(precision, model, file, given, labels)
-            whose = {US: labels[precision], THEM: labels[THEM]}
-            found["accuracy"] = {who: share_equal(whose[who], truth) for who in whose}
-            found["same_labels"] = share_equal(whose[US], whose[THEM])
+            labels_of = {US: labels[precision], THEM: labels[THEM]}
+            found["accuracy"] = {who: share_equal(labels_of[who], truth) for who in labels_of}
+            found["same_labels"] = share_equal(labels_of[US], labels_of[THEM])
             if "fp32" in labels:
                 found["lost"] = points_lost(labels["fp32"], labels[precision], truth)
                 if not found["lost"]["ok"]:
-                    say(f"{precision} costs more than {MOST_POINTS} points: {found['lost']}")
+                    say(f"{precision} loses more than {MAX_POINTS_LOST} points: {found['lost']}")
             result[name] = found
     print(json.dumps(result, indent=None if given.json else 2))
 

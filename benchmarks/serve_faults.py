@@ -1,16 +1,16 @@
-"""The serving drill: replicas killed and models changed under load, then ten times too much of it.
+"""Serving under faults: replicas killed and models replaced under load, and a tenfold overload.
 
     python benchmarks/serve_faults.py --json
 
-Puts the small classifier behind `raybert serve`. (1) With two replicas, while a client that never
-retries (`load.py`) and the one that raybert ships ask without pause, replicas are killed (SIGKILL)
-one after another, each once the one before is back. (2) Under the same load the model is changed
-for another in the registry, and then the application is deployed anew with another one. (3) With
-one replica: the peak that 32 connections reach, then ten times as many requests a second, by the
-clock, for a minute, and the 32 connections again from its last request on. Ends with one JSON
-object: `kills`, `updates` and `rolling_updates` with what each client lost, which is all that was
-not answered with 200; `overload` with the share of the peak's good answers, their latency, all
-statuses, memory and recovery. What does not come ends it with an error.
+Serves the small classifier with `raybert serve`. (1) With two replicas and a continuous load from a
+client that never retries (`load.py`) and from raybert's own client, replicas are killed (SIGKILL)
+one after another, each after the one before has been replaced. (2) Under the same load another
+version of the model is promoted in the registry, and then the application is deployed again with
+another model. (3) With one replica: the peak rate of 32 connections, then an open loop at ten times
+that rate for a minute, followed at once by the 32 connections. Prints one JSON object: `kills`,
+`updates` and `rolling_updates` with the requests that each client lost (every response but 200);
+`overload` with the rate of good responses relative to the peak, their latency, all statuses, memory
+and recovery. A replica or model that does not come up ends the script with an error.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ from servers import (
 
 from raybert.serve.deploy.haproxy import HAPROXY
 
-NAME = "reviews"  # of the model in the registry
+NAME = "reviews"  # the model's name in the registry
 CALM_SECONDS = 3  # before each fault
-PATIENCE_SECONDS = 180  # until a replica is back, or a model is served
-SURE = 10  # answers in a row that tell of the new model
-CPUS = 0.5  # logical ones of a replica
-LOOKS = 20  # at which every replica is met, under load
-FULL_SPEED = 0.9  # of the peak: recovered
-START_SECONDS = 5  # in which a load is ready to begin
+TIMEOUT_SECONDS = 180  # of each wait
+CONFIRMATIONS = 10  # consecutive responses of the new model
+CPUS = 0.5  # logical CPUs of a replica
+REQUESTS = 20  # enough that each replica answers one of them, under load
+FULL_SPEED = 0.9  # of the peak rate: recovered
+START_SECONDS = 5  # for a load's process to start
 
 
 def kill_replicas(server: Server, clients: Clients, count: int, replicas: int) -> dict[str, Any]:
-    """Kill replicas one after another, each once all of them answer again."""
+    """Kill replicas one after another, each after all of them answer again."""
     rng, kills = random.Random(0), []
     with clients:
         for number in range(1, count + 1):
@@ -68,10 +68,10 @@ def kill_replicas(server: Server, clients: Clients, count: int, replicas: int) -
             struck = round(time.time(), 3)
             psutil.Process(victim).kill()
             back = wait_until(
-                "all replicas answer again", lambda: len(server.answering(LOOKS)) >= replicas
+                "all replicas answer again", lambda: len(server.answering(REQUESTS)) >= replicas
             )
             kills.append({"time": struck, "back_after": back})
-            say(f"kill {number} of {count}: process {victim}; another one after {back} s")
+            say(f"kill {number} of {count}: process {victim}; replaced after {back} s")
     failures = clients.got["never_retries"]["failures"]
     for kill in kills:
         kill["failed_in_flight"] = in_flight(failures, kill["time"])
@@ -82,7 +82,7 @@ def kill_replicas(server: Server, clients: Clients, count: int, replicas: int) -
 def update(
     server: Server, clients: Clients, models: Sequence[Path], storage: Path, count: int
 ) -> Any:
-    """Change the model that is served for another one, several times."""
+    """Promote another version of the served model, several times."""
     updates = []
     with clients:
         for number in range(1, count + 1):
@@ -91,23 +91,23 @@ def update(
             promote(models[number % len(models)], storage)
 
             def is_another(before: Any = before) -> bool:
-                return all(server.get("/info") != before for _ in range(SURE))
+                return all(server.get("/info") != before for _ in range(CONFIRMATIONS))
 
-            taken = wait_until("the model is another one", is_another)
+            taken = wait_until("the new model is served", is_another)
             updates.append({"seconds": taken})
             say(f"update {number} of {count}: served after {taken} s")
-        time.sleep(CALM_SECONDS)  # for the last of the old replicas to end
+        time.sleep(CALM_SECONDS)  # for the last old replica to stop
     return {"updates": updates, **clients.got}
 
 
 def roll(server: Server, clients: Clients, models: Sequence[Path], given: Any) -> dict[str, Any]:
-    """Deploy again with another model, so that Serve replaces all replicas, several times."""
+    """Deploy with another model, so that Serve replaces all replicas, several times."""
     rolls = []
     environment = {**os.environ, **HAPROXY, "RAY_AUTH_MODE": "token"}
     with clients:
         for number in range(1, given.updates + 1):
             time.sleep(CALM_SECONDS)
-            before = server.answering(LOOKS)
+            before = server.answering(REQUESTS)
             settings = {"model": str(models[number % len(models)]), "precision": given.precision}
             settings |= {"replicas": given.replicas, "cpus": CPUS, "threads": 1}
             command = [sys.executable, __file__, "--deploy", server.ray_address()]
@@ -116,10 +116,10 @@ def roll(server: Server, clients: Clients, models: Sequence[Path], given: Any) -
             subprocess.run(command, cwd=ROOT, check=True, env=environment)
 
             def is_rolled(before: set[str] = before) -> bool:
-                now = server.answering(LOOKS)
+                now = server.answering(REQUESTS)
                 return not now & before and len(now) >= given.replicas
 
-            wait_until("all replicas are new ones", is_rolled)
+            wait_until("all replicas are new", is_rolled)
             rolls.append({"seconds": round(time.monotonic() - begun, 1)})
             say(f"rolling update {number} of {given.updates}: after {rolls[-1]['seconds']} s")
         time.sleep(CALM_SECONDS)
@@ -127,7 +127,7 @@ def roll(server: Server, clients: Clients, models: Sequence[Path], given: Any) -
 
 
 def deploy(address: str, settings: dict[str, Any]) -> None:
-    """Deploy the application anew on the Ray of a server that runs, as `serve deploy` does."""
+    """Deploy the application on the Ray of a running server, as `serve deploy` does."""
     from ray import serve
 
     from raybert.cluster.session import RayConfig, ray_session
@@ -147,7 +147,7 @@ def promote(model: Path, storage: Path) -> None:
 
 
 def another(model: Path, folder: Path) -> Path:
-    """Copy a model and change its weights a little, so that it is not the same one."""
+    """Copy a model and change its weights slightly."""
     shutil.copytree(model, folder)
     path = folder / "model.safetensors"
     weights = {name: tensor * 1.001 for name, tensor in load_file(path).items()}
@@ -156,21 +156,21 @@ def another(model: Path, folder: Path) -> Path:
 
 
 def wait_until(what: str, holds: Callable[[], bool]) -> float:
-    """Wait until something holds; returns the seconds that took.
+    """Wait until `holds()`; return the seconds.
 
     Raises:
-        SystemExit: it does not come: nothing that was measured meanwhile would be what it says.
+        SystemExit: a timeout; the measurements would be meaningless.
     """
     begun = time.monotonic()
-    while (spent := time.monotonic() - begun) < PATIENCE_SECONDS:
+    while (spent := time.monotonic() - begun) < TIMEOUT_SECONDS:
         if holds():
             return round(spent, 1)
         time.sleep(0.1)
-    raise SystemExit(f"after {PATIENCE_SECONDS} s it does not hold that {what}")
+    raise SystemExit(f"timeout: not true after {TIMEOUT_SECONDS} s: {what}")
 
 
 class Memory(threading.Thread):
-    """Reads a server's memory every other second."""
+    """Samples a server's memory every two seconds."""
 
     def __init__(self, server: Server) -> None:
         super().__init__(daemon=True)
@@ -178,14 +178,14 @@ class Memory(threading.Thread):
         self.seen: list[int] = []  # bytes
 
     def run(self) -> None:
-        """Read until told to stop."""
+        """Sample until `over` is set."""
         while not self.over.is_set():
             self.seen.append(self._server.memory())
             self.over.wait(2)
 
 
 def overload(server: Server, file: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """The peak, ten times as much for a while, and what comes of the peak right after it."""
+    """Measure the peak, a multiple of it for a while, and the recovery right after that."""
 
     def begin(seconds: float, connections: int = given.connections, **more: float) -> Any:
         options = {"seconds": seconds, "connections": connections, "warmup": 0, **more}
@@ -194,8 +194,8 @@ def overload(server: Server, file: Path, given: argparse.Namespace) -> dict[str,
     load.end(begin(5))  # warm-up
     peak = load.end(begin(given.seconds))["requests_per_second"]
     rate = given.times * peak
-    say(f"peak: {peak:.0f} good answers/s; now {rate:.0f} requests/s")
-    # Both are ready beforehand, so that the second begins when the first has sent its last request.
+    say(f"peak: {peak:.0f} good responses/s; now {rate:.0f} requests/s")
+    # Both processes wait for their start: the second begins when the first sends its last request.
     at = time.time() + START_SECONDS
     much = begin(given.overload_seconds, given.most_connections, rate=rate, at=at)
     next_one = begin(given.seconds, at=at + given.overload_seconds)
@@ -208,14 +208,14 @@ def overload(server: Server, file: Path, given: argparse.Namespace) -> dict[str,
     memory.join()
     gap = after["began"] - (during["began"] + given.overload_seconds)
     third = max(1, len(memory.seen) // 3)
-    told = ("p50", "p99", "statuses", "failed", "failures", "hung", "unsent", "client_cores")
+    keys = ("p50", "p99", "statuses", "failed", "failures", "hung", "unsent", "client_cores")
     return {
         "peak": peak,
         "offered": round(rate - during["unsent"] / given.overload_seconds, 1),  # requests/s
         "seconds": given.overload_seconds,
         "good": during["requests_per_second"],
         "share_of_peak": round(during["requests_per_second"] / peak, 3),
-        **{key: during[key] for key in told},
+        **{key: during[key] for key in keys},
         "memory_mib": {
             "first_third": round(median(memory.seen[:third]) / 2**20),
             "last_third": round(median(memory.seen[-third:]) / 2**20),
@@ -230,13 +230,16 @@ def overload(server: Server, file: Path, given: argparse.Namespace) -> dict[str,
 def recovered(
     good_by_tenth: Sequence[int], enough: float, gap: float, step: int = 1
 ) -> float | None:
-    """When a second of full speed was over, for the first time; None where there was none.
+    """The seconds from the overload's last request to the end of the first second at full speed.
 
     Args:
-        good_by_tenth: good answers, by tenth of a second of the load that came after.
-        enough: of them in a second that is one of full speed.
-        gap: seconds between the last request of the overload and the first one of that load.
-        step: tenths from one second that is looked at to the next; 10: they do not overlap.
+        good_by_tenth: good responses of the next load, by tenth of a second.
+        enough: good responses in a second at full speed.
+        gap: seconds between the last request of the overload and the first one of the next load.
+        step: tenths between the starts of the seconds considered; 10: they do not overlap.
+
+    Returns:
+        None if no second was at full speed.
     """
     ends = range(10, len(good_by_tenth) + 1, step)
     fast = (end for end in ends if sum(good_by_tenth[end - 10 : end]) >= enough)
@@ -246,7 +249,7 @@ def recovered(
 def faults(
     models: Sequence[Path], storage: Path, file: Path, given: argparse.Namespace
 ) -> dict[str, Any]:
-    """Kills and updates, as many as are asked for, of a server of several replicas."""
+    """Kill the replicas of a server, and update its model, as often as asked for."""
     promote(models[0], storage)
     settings = {"precision": given.precision, "replicas": given.replicas, "cpus": CPUS}
     registry = {"registry": storage, "poll_s": 1}
@@ -269,10 +272,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=10, help="0: none")
     parser.add_argument("--updates", type=int, default=3, help="0: none")
     parser.add_argument("--connections", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=15, help="of the peak, before and after")
-    parser.add_argument("--times", type=float, default=10, help="the peak, for the overload")
+    parser.add_argument("--seconds", type=float, default=15, help="of each measurement of the peak")
+    parser.add_argument("--times", type=float, default=10, help="overload relative to the peak")
     parser.add_argument("--overload-seconds", type=float, default=60, help="0: no overload")
-    parser.add_argument("--most-connections", type=int, default=2000, help="of the overload")
+    parser.add_argument("--most-connections", type=int, default=2000, help="during the overload")
     parser.add_argument("--deploy", help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

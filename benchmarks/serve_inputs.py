@@ -1,15 +1,14 @@
-"""What a server makes of input that nobody should send, and what it keeps to itself.
+"""Serving of invalid input, authentication, and secrets in logs.
 
     python benchmarks/serve_inputs.py --json
 
-Puts the small classifier behind `raybert serve`, with a key. Then, over HTTP: 10,000 requests that
-hypothesis draws (empty, a megabyte, control characters, lone surrogates, wrong types, deep JSON,
-50,000 words, thousands of masks, bytes of any kind); schemathesis on the server's own OpenAPI
-document; meanwhile a bystander who asks for a label again and again, and is never failed; texts
-alone, in lists and through `raybert predict`; requests without the key. All limits are the
-defaults. At last all that Ray, Serve and raybert wrote is searched for the key and for a text, and
-servers are started on models that are broken. Ends with one JSON object; `ok` says whether all of
-it is as it must be.
+Serves the small classifier with `raybert serve` and an API key; all limits are the defaults. Sends
+10,000 requests drawn by hypothesis (empty, a megabyte, control characters, lone surrogates, wrong
+types, deep JSON, 50,000 words, thousands of masks, random bytes), and runs schemathesis on the
+server's OpenAPI document. Meanwhile another client sends valid requests, none of which may fail.
+Compares scores of texts alone, in lists and by `raybert predict`, and sends requests without the
+key. Then searches all files of Ray, Serve and raybert for the key and for a text, and starts
+servers with broken models. Prints one JSON object; `ok` says whether every check passed.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ from servers import RAYBERT, ROOT, Server, free_port, raybert_serve, reviews, sa
 
 from raybert.serve.settings import ServeConfig
 
-SECRET = "the zymurgist whispered of quinces"  # a text that no log may have
+SECRET = "the zymurgist whispered of quinces"  # a text that no log may contain
 LEAKS = re.compile(rb"Traceback|site-packages|File \"|raybert/serve/|/python3")
-PATIENCE_SECONDS = ServeConfig().timeout_s + 5  # for an answer; after that it hangs
-CLOSE = 1e-5  # between two scores of one text, at fp32
-LIST = 100  # texts a request, where scores are compared: with one more below `max_texts`
-PAUSE_SECONDS = 0.05  # between two requests of the bystander
+TIMEOUT_SECONDS = ServeConfig().timeout_s + 5  # for a response
+CLOSE = 1e-5  # the largest difference of a text's scores, in fp32
+LIST = 100  # texts per request when scores are compared; one more is still below `max_texts`
+PAUSE_SECONDS = 0.05  # between requests of the bystander
 
-# What is sent ------------------------------------------------------------------------------------
+# Requests ----------------------------------------------------------------------------------------
 
 
 class Bystander(threading.Thread):
-    """Asks for a label without pause, for as long as the context lasts; `found` says what came."""
+    """A context in which a client sends valid requests; `found` has the results."""
 
     def __init__(self, port: int, key: str) -> None:
         super().__init__(daemon=True)
@@ -67,7 +66,7 @@ class Bystander(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """Ask until told to stop."""
+        """Send requests until the context ends."""
         body = json.dumps({"inputs": "a joy to watch"}).encode()
         while not self._over.wait(PAUSE_SECONDS):
             begun = time.monotonic()
@@ -77,17 +76,17 @@ class Bystander(threading.Thread):
 
     @property
     def found(self) -> dict[str, Any]:
-        """What came."""
+        """The statuses and the slowest response."""
         return {
             "statuses": {str(status): n for status, n in sorted(self._statuses.items())},
             "slowest_seconds": round(self._slowest, 2),
-            # It is no overload by itself, but the others may be.
+            # The other requests may overload the server.
             "ok": self._statuses[200] > 0 and set(self._statuses) <= {200, 429},
         }
 
 
 def draw_inputs(port: int, key: str, count: int) -> dict[str, Any]:
-    """Send what hypothesis draws, and count the answers."""
+    """Send the requests that hypothesis draws, and count the responses."""
     statuses: Counter[int] = Counter()
     wrong: list[str] = []
     slowest = 0.0
@@ -110,7 +109,7 @@ def draw_inputs(port: int, key: str, count: int) -> dict[str, Any]:
         seconds = time.monotonic() - begun
         slowest = max(slowest, seconds)
         statuses[status] += 1
-        late = status == 0 or seconds > PATIENCE_SECONDS
+        late = status == 0 or seconds > TIMEOUT_SECONDS
         if late or status >= 500 or LEAKS.search(answer):
             wrong.append(f"{status} for {path} {body[:80]!r}: {answer[:80]!r}")
 
@@ -127,8 +126,8 @@ def draw_inputs(port: int, key: str, count: int) -> dict[str, Any]:
 def ask(
     port: int, method: str, path: str, body: bytes | None, headers: dict[str, str]
 ) -> tuple[int, bytes]:
-    """One request on a connection of its own: status and answer; 0 where there is none in time."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
+    """Send one request on a new connection; return status and body, or 0 after an error."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
     try:
         connection.request(method, path, body, headers)
         response = connection.getresponse()
@@ -140,7 +139,7 @@ def ask(
 
 
 def run_schemathesis(url: str, key: str, examples: int, folder: Path) -> dict[str, Any]:
-    """Let schemathesis make requests of the OpenAPI document; failed checks by their titles."""
+    """Run schemathesis on the OpenAPI document."""
     report = folder / "schemathesis.json"
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json"]
     command += ["--header", f"Authorization: Bearer {key}", "--max-examples", str(examples)]
@@ -152,13 +151,13 @@ def run_schemathesis(url: str, key: str, examples: int, folder: Path) -> dict[st
     return {"ok": done.returncode == 0, "tail": done.stdout.strip().splitlines()[-25:]}
 
 
-# What must be equal, hidden, refused -------------------------------------------------------------
+# Scores, secrets, broken models ------------------------------------------------------------------
 
 
 def same_scores(
     server: Server, key: str, model: Path, every: Sequence[str], scratch: Path
 ) -> dict[str, Any]:
-    """How far the scores of texts differ: alone, in lists, among others, through `predict`."""
+    """Compare the scores of texts alone, in lists, in other batches, and by `raybert predict`."""
     alone = [server.ask(text, key) for text in every]
     listed, among = [], []
     for begin in range(0, len(every), LIST):
@@ -196,12 +195,12 @@ def same_scores(
 
 
 def ranked(scores: Sequence[dict[str, Any]]) -> tuple[str, dict[str, float]]:
-    """An answer's label, and its scores by label."""
+    """The label of a response, and its scores by label."""
     return scores[0]["label"], {score["label"]: score["score"] for score in scores}
 
 
 def without_the_key(port: int, key: str) -> dict[str, Any]:
-    """What is answered to those who have no key, or show it where it does not count."""
+    """The statuses of requests without the key, or with the key in the wrong place."""
     body = json.dumps({"inputs": SECRET}).encode()
     json_body = {"Content-Type": "application/json"}
     tries = {
@@ -223,7 +222,7 @@ def without_the_key(port: int, key: str) -> dict[str, Any]:
 
 
 def search_logs(folders: Sequence[Path], printed: str, words: Sequence[str]) -> dict[str, Any]:
-    """Look for words in all files that were written, and in what the server printed."""
+    """Search for words in all files in the folders, and in the server's output."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     found = []
     size = 0
@@ -236,7 +235,7 @@ def search_logs(folders: Sequence[Path], printed: str, words: Sequence[str]) -> 
 
 
 def broken_models(model: Path, scratch: Path) -> dict[str, Any]:
-    """How a server that is started on no model, or on a damaged one, ends."""
+    """The exit codes and messages of servers started with missing or damaged models."""
     damaged = {"missing": scratch / "missing"}
     for name in ("cut short", "no tokenizer", "no config"):
         damaged[name] = Path(shutil.copytree(model, scratch / name.replace(" ", "-")))
@@ -263,8 +262,8 @@ def broken_models(model: Path, scratch: Path) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, help="default: made by configs/bench-serve.yaml")
-    parser.add_argument("--inputs", type=int, default=10_000, help="that hypothesis draws")
-    parser.add_argument("--examples", type=int, default=200, help="of schemathesis, a route")
+    parser.add_argument("--inputs", type=int, default=10_000, help="requests that hypothesis draws")
+    parser.add_argument("--examples", type=int, default=200, help="of schemathesis, per route")
     parser.add_argument("--texts", type=int, default=200, help="whose scores are compared")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser.parse_args()
@@ -276,7 +275,7 @@ def main() -> None:
     every = reviews(model, given_.texts)[0][: given_.texts]
     pretrained = model.parent.parent / "pretrain" / "model"
     result: dict[str, Any] = {"benchmark": "inputs", **origin()}
-    # Ray's sockets have short names only.
+    # Paths of Unix sockets are limited.
     with tempfile.TemporaryDirectory(prefix="rbi-", dir="/tmp") as ray_files:
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)

@@ -1,8 +1,7 @@
-"""The servers that are measured: how each is started, when it is ready, how it ends.
+"""Start and stop the measured servers; their command lines, the model and the texts.
 
-Their command lines stand here and nowhere else, and so does what they are measured with: the small
-classifier, made by `configs/bench-serve.yaml` where it is absent, and reviews of the sample's test
-split, whose lengths are those of real ones.
+The model is the small classifier of `configs/bench-serve.yaml`, which is trained if it is absent;
+the texts are reviews of the sample's test split.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from raybert.storage.folder import Folder
 ROOT = Path(__file__).resolve().parent.parent
 RAYBERT = (sys.executable, "-m", "raybert")
 CONFIG = ROOT / "configs" / "bench-serve.yaml"
-MADE = ROOT / "runs" / "bench-serve"  # by that configuration
+MADE = ROOT / "runs" / "bench-serve"  # the run of that configuration
 START_SECONDS, STOP_SECONDS = 300, 60
-REPLICA = "ray::ServeReplica"  # what Ray calls the process of one
+REPLICA = "ray::ServeReplica"  # the title that Ray gives a replica's process
 
 
 def raybert_serve(model: Path | str, port: int, **settings: object) -> list[str]:
-    """The command line of `raybert serve`: a model or its name in a registry, `serve` settings."""
+    """The command line of `raybert serve` for a model or a registered name, with settings."""
     command = [*RAYBERT, "serve", str(model), "--port", str(port)]
     for key, value in settings.items():
         command += ["--set", f"serve.{key}={value}"]
@@ -47,19 +46,19 @@ def raybert_serve(model: Path | str, port: int, **settings: object) -> list[str]
 
 
 def raybert_promote(model: Path, name: str, storage: Path) -> list[str]:
-    """The command line that makes a model the current one of a name in a registry."""
+    """The command line that makes a model the current version of a registered name."""
     return [*RAYBERT, "promote", name, "--model", str(model), "--set", f"run.storage={storage}"]
 
 
 def shipped_client(url: str) -> Callable[[str], Any]:
-    """What asks for the scores of a text through the client that raybert ships."""
+    """A function that requests a text's scores through raybert's client."""
     from raybert.serve.client import Client
 
     return Client(url).predict
 
 
 def hugging_face(model: Path, port: int, threads: int) -> list[str]:
-    """The command line of `transformers.pipeline` behind FastAPI, with the model's own length."""
+    """The command line of `transformers.pipeline` behind FastAPI, with the model's length."""
     script = ROOT / "benchmarks" / "contenders" / "hf_server.py"
     seq_len = huggingface.read_preprocessing(Folder(model)).get("seq_len", 512)
     command = [sys.executable, str(script), str(model), "--port", str(port)]
@@ -67,7 +66,7 @@ def hugging_face(model: Path, port: int, threads: int) -> list[str]:
 
 
 class Server:
-    """A server in a process of its own, for as long as the context lasts."""
+    """A server in its own process, as a context manager."""
 
     def __init__(
         self,
@@ -102,7 +101,7 @@ class Server:
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            say(f"{self.name} does not end; killing it")
+            say(f"{self.name} does not stop; killing it")
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -110,10 +109,10 @@ class Server:
         self._log.close()
 
     def wait_until_ready(self, seconds: float) -> None:
-        """Wait until it says that it can answer.
+        """Wait until its readiness check succeeds.
 
         Raises:
-            SystemExit: it ends, or does not say so in time.
+            SystemExit: it ends, or is not ready in time.
         """
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
@@ -122,40 +121,40 @@ class Server:
             try:
                 self.get("/health/ready")
                 return
-            except (OSError, ValueError):  # not listening yet, or it says no
+            except (OSError, ValueError):  # not listening yet, or not ready
                 time.sleep(0.1)
         raise SystemExit(f"{self.name} is not ready after {seconds:.0f} s\n{self.tail()}")
 
     def tail(self) -> str:
-        """The last lines that it printed."""
+        """The last lines of its output."""
         return "".join(self.printed().splitlines(keepends=True)[-15:])
 
     def printed(self) -> str:
-        """All that it printed."""
+        """Its output."""
         self._log.seek(0)
         return self._log.read()
 
     def get(self, path: str) -> Any:
-        """GET a path; returns the parsed answer, None of an empty one.
+        """GET a path; return the parsed JSON body, None if it is empty.
 
         Raises:
-            OSError: no answer, or an error.
+            OSError: no response, or an error status.
             ValueError: it is not JSON.
         """
         body = self.text(path)
         return json.loads(body) if body else None
 
     def text(self, path: str) -> str:
-        """GET a path; returns the answer as it is.
+        """GET a path; return the body as text.
 
         Raises:
-            OSError: no answer, or an error.
+            OSError: no response, or an error status.
         """
         with urllib.request.urlopen(self.url + path, timeout=10) as response:
             return str(response.read(), "utf-8")
 
     def ask(self, texts: str | list[str], key: str | None = None) -> Any:
-        """POST texts to /predict, with a key where one is asked for; returns the parsed answer."""
+        """POST texts to /predict, with an API key if given; return the parsed response."""
         body = json.dumps({"inputs": texts, "truncate": True}).encode()
         headers = {"Content-Type": "application/json"}
         if key is not None:
@@ -165,7 +164,7 @@ class Server:
             return json.loads(response.read())
 
     def processes(self) -> list[psutil.Process]:
-        """The server and all that it started."""
+        """The server's process and its descendants."""
         try:
             me = psutil.Process(self._process.pid)
             return [me, *me.children(recursive=True)]
@@ -173,7 +172,7 @@ class Server:
             return []
 
     def replicas(self) -> list[psutil.Process]:
-        """The processes of its replicas."""
+        """Its replicas' processes."""
         found = []
         for process in self.processes():
             try:
@@ -184,10 +183,10 @@ class Server:
         return found
 
     def ray_address(self) -> str:
-        """Where the Ray that it started listens.
+        """The address of the Ray that it started.
 
         Raises:
-            SystemExit: it has none.
+            SystemExit: it started none.
         """
         for process in self.processes():
             with suppress(psutil.Error):
@@ -196,21 +195,21 @@ class Server:
                         return part.partition("=")[2]
         raise SystemExit(f"{self.name} runs no Ray")
 
-    def answering(self, looks: int) -> set[str]:
-        """The replicas that answer, by the names in their metrics, at so many looks."""
+    def answering(self, requests: int) -> set[str]:
+        """The replicas that answer some of `requests` requests, by the names in their metrics."""
         found = set()
-        for _ in range(looks):
-            with suppress(OSError):  # of one that has just been killed
+        for _ in range(requests):
+            with suppress(OSError):  # its replica has just been killed
                 found.update(re.findall(r'replica="([^"]+)"', self.text("/metrics")))
         return found
 
     def memory(self) -> int:
-        """PSS of all its processes without shared memory, and the object store, in bytes."""
+        """The PSS of all its processes without shared memory, plus the object store, in bytes."""
         family = self.processes()
         return sum(private_pss(p.pid) for p in family) + (plasma_in_use(family[0]) if family else 0)
 
     def cores_used(self, seconds: float = 5) -> float:
-        """How many cores it keeps busy over a while."""
+        """The mean number of busy cores over some seconds."""
         before = self._cpu_seconds()
         time.sleep(seconds)
         return round((self._cpu_seconds() - before) / seconds, 3)
@@ -227,7 +226,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, and that the system hands to nobody else."""
+    """A free port outside of the range from which the system assigns ports."""
     while True:
         port = random.SystemRandom().randrange(10_000, 20_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -235,22 +234,22 @@ def free_port() -> int:
 
 
 def small_classifier(given: Path | None) -> Path:
-    """The model directory that is served: the given one, or the small classifier.
+    """The given model directory, or that of the small classifier, trained if it is absent.
 
     Raises:
-        SystemExit: it can't be made.
+        SystemExit: training fails.
     """
     if given is not None:
         return given.resolve()
     command = [*RAYBERT, "run", "--config", str(CONFIG), "--json"]
-    say(" ".join(command))  # nothing is left to do where it was made before
+    say(" ".join(command))  # a finished run does nothing
     if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
-        raise SystemExit(f"{CONFIG.name} could not be run; name a classifier with --model")
+        raise SystemExit(f"{CONFIG.name} failed; pass a classifier with --model")
     return MADE / "finetune" / "model"
 
 
 def reviews(model: Path, count: int) -> tuple[list[str], list[str]]:
-    """Draw so many held-out reviews; returns the texts, and the label of each."""
+    """Draw held-out reviews; return the texts and their labels."""
     names = huggingface.read_label_names(Folder(model))
     found = labelled(EvaluationSource(), names=names)
     rows = random.Random(0).sample(range(len(found.labels)), min(count, len(found.labels)))

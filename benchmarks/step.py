@@ -2,9 +2,9 @@
 
     python benchmarks/step.py --shape keras --json
 
-Two variants take turns, so that a noisy machine is noisy for both: `raybert`, and `plain`, the same
-model with PyTorch's own linear layer and cross-entropy on the masked positions. The last line is
-one JSON object with the median of each: `tokens_per_second` and `milliseconds` a step.
+Two variants alternate, so that drift of the machine's speed affects both: `raybert`, and `plain`,
+the same model with PyTorch's linear layer and cross-entropy on the masked positions. The last line
+is one JSON object with the medians: `tokens_per_second`, and `milliseconds` per step.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each variant")
-    parser.add_argument("--steps", type=int, default=3, help="steps a turn")
+    parser.add_argument("--steps", type=int, default=3, help="steps per turn")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     arguments = parser.parse_args()
 

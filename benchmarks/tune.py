@@ -1,19 +1,19 @@
-"""What the search must show, on the demo's model and real reviews: one row at a time.
+"""Measurements of the hyperparameter search on the demo's model and real reviews, one at a time.
 
     python benchmarks/tune.py --row demo --json
 
 Needs `raybert demo` in the same storage first. Rows:
 
-demo      configs/tune-demo.yaml as it is; winner and configured values on held-out texts, all seeds
-asha      the same configurations, drawn at random, with ASHA and without a scheduler
-overhead  from a trial's beginning to its first step, after the first trial of each worker
-killed    the driver and all of its Ray are killed three times in mid-search, and started again;
-          with the searcher and the scheduler that the demo has
-pbt       population-based training of 4 trials: what every exchange took over, and what it changed
-refused   search spaces with a mistake each: one line, exit code 2, and no trial
+demo      configs/tune-demo.yaml; winner and configured values on held-out texts, with all seeds
+asha      the same random configurations with ASHA and without a scheduler
+overhead  the time from a trial's creation to its first step, except the first trial of each worker
+killed    the driver and its Ray are killed three times during a search and restarted; searcher and
+          scheduler are the demo's
+pbt       population-based training of 4 trials: the weights and values of every exchange
+refused   search spaces with one mistake each: one line, exit code 2, and no trial
 
-Progress goes to standard error; each ends with one JSON object. A row that was measured before is
-finished, and is not measured again: give it another --storage, or delete its runs.
+Progress goes to standard error; the last line of output is one JSON object. A finished search is
+not repeated: pass another --storage, or delete its runs.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from raybert.train.metrics_log import read_metrics
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "tune-demo.yaml"
 KILLS = 3
-OVER = ("finished", "stopped")  # by themselves, or by ASHA
-PATIENCE_SECONDS = 3600
+OVER = ("finished", "stopped")  # states of trials that ended by themselves, or by ASHA
+TIMEOUT_SECONDS = 3600
 
 
-#: Of searches whose finalists say nothing about the row.
+#: Settings of searches whose finalists are not measured.
 NO_FINALS = ("tune.finalists=1", "tune.seeds=1", "tune.test=false")
 
 
 def settings(storage: Path, name: str, *overrides: str) -> list[str]:
-    """Those of a search of its own on the demo's model."""
+    """The settings of a separate search on the demo's model."""
     given = {
         "run.storage": str(storage),
         "run.name": name,
@@ -62,13 +62,13 @@ def settings(storage: Path, name: str, *overrides: str) -> list[str]:
 
 
 def command(*given: Any) -> list[str]:
-    """The command that makes the search of these settings."""
+    """The command that runs a search with these settings."""
     options = [part for text in settings(*given) for part in ("--set", text)]
     return [sys.executable, "-m", "raybert", "tune", "-c", str(CONFIG), *options, "--json"]
 
 
 def run(*given: Any) -> dict[str, Any]:
-    """Run a search to its end and return what it ends with.
+    """Run a search and return its result.
 
     Raises:
         SystemExit: it fails.
@@ -85,7 +85,7 @@ def trials_of(storage: Path, name: str) -> list[dict[str, Any]]:
 
 
 def demo(storage: Path, searches: int) -> dict[str, Any]:
-    """The demo's search, and its winner beside the configured values on texts nobody has seen."""
+    """Run the demo's search; compare winner and configured values on held-out texts."""
     found = []
     for seed in range(searches):
         name = f"bench-demo-{seed}"
@@ -117,7 +117,7 @@ def demo(storage: Path, searches: int) -> dict[str, Any]:
 
 
 def _held_out(experiment: Experiment, trial: str, seeds: int) -> dict[str, Any]:
-    """The accuracy of a finalist's models on the evaluation's texts."""
+    """The accuracy of a finalist's models on the evaluation texts."""
     runs, values = experiment.folder / "tune" / "seeds", []
     with ray_session(experiment.ray):
         for number in range(1, seeds + 1):
@@ -132,7 +132,7 @@ def _held_out(experiment: Experiment, trial: str, seeds: int) -> dict[str, Any]:
 
 
 def asha(storage: Path, trials: int) -> dict[str, Any]:
-    """The best score and the compute, with ASHA and without a scheduler."""
+    """Compare the best score and the compute with ASHA and without a scheduler."""
     drawn = ("tune.searcher=random", f"tune.trials={trials}", "tune.finalists=1", "tune.test=false")
     found = {}
     for kind in ("none", "asha"):
@@ -140,7 +140,7 @@ def asha(storage: Path, trials: int) -> dict[str, Any]:
         result = run(storage, name, *drawn, f"tune.scheduler.kind={kind}")
         rows = trials_of(storage, name)
         found[kind] = {
-            # The search's best trial, though the configured values may win by their seeds.
+            # The best trial of the search; over several seeds the configured values may win.
             "best": max(finalists_of(storage, name), key=lambda found: found["score"] or 0.0),
             "best_accuracy": max(row["accuracy"] or 0.0 for row in rows),
             "trial_seconds": round(sum(row["seconds"] for row in rows), 1),
@@ -166,7 +166,7 @@ def asha(storage: Path, trials: int) -> dict[str, Any]:
 
 
 def finalists_of(storage: Path, name: str) -> list[dict[str, Any]]:
-    """What a search's finalists are, with their seeds."""
+    """The finalists of a search, with the results of their seeds."""
     found = json.loads((storage / name / "tune" / "trials.json").read_text())
     return list(found["finalists"])
 
@@ -178,7 +178,7 @@ def _steps(storage: Path, name: str, trial: str) -> int:
 
 
 def overhead(storage: Path, trials: int) -> dict[str, Any]:
-    """From the moment that a trial is written down to its first step, once its worker is warm."""
+    """Measure the time from a trial's creation to its first step, in a warm worker."""
     name = "bench-overhead"
     short = ("finetune.steps=20", "finetune.evaluations=1", "finetune.log_every=1")
     drawn = ("tune.scheduler.kind=none", "tune.searcher=random", f"tune.trials={trials}")
@@ -203,27 +203,27 @@ def overhead(storage: Path, trials: int) -> dict[str, Any]:
 
 
 def _workers(storage: Path, name: str) -> int:
-    """How many trials began before the first one was over."""
+    """The number of trials that began before the first one ended."""
     rows = trials_of(storage, name)
     ended = min(row["ended"] for row in rows)
     return sum(row["begun"] < ended for row in rows)
 
 
 class Search:
-    """A search in a process group of its own, which can be killed with all of its Ray."""
+    """A search in its own process group, which can be killed together with its Ray."""
 
     def __init__(self, storage: Path, name: str, *overrides: str) -> None:
         self.stage = storage / name / "tune"
         self._command = command(storage, name, *overrides)
 
     def start(self) -> subprocess.Popen[str]:
-        """Start it, or go on with it."""
+        """Start or resume it."""
         return subprocess.Popen(
             self._command, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
 
     def finished(self) -> dict[str, int]:
-        """The trials that are over, and how many attempts each one took."""
+        """The finished trials, with their numbers of attempts."""
         found = {}
         for folder in ("trials", "seeds"):
             for path in sorted((self.stage / folder).glob("*/result.json")):
@@ -232,7 +232,7 @@ class Search:
         return found
 
     def records(self) -> int:
-        """How many lines all trials have logged: it rises while any of them trains."""
+        """The number of lines that all trials have logged; it grows during training."""
         return sum(
             len(path.read_text(errors="replace").splitlines())
             for path in self.stage.glob("*/*/metrics/*.jsonl")
@@ -240,7 +240,7 @@ class Search:
 
 
 def killed(storage: Path, trials: int, seed: int) -> dict[str, Any]:
-    """Kill a search three times, and see that nothing is lost and nothing done twice."""
+    """Kill a search three times; check that no trial is lost and none is repeated."""
     draws = random.Random(seed)
     short = ("finetune.steps=200", "finetune.log_every=5", "finetune.checkpoint_steps=25")
     search = Search(storage, "bench-killed", *short, f"tune.trials={trials}", *NO_FINALS)
@@ -248,7 +248,7 @@ def killed(storage: Path, trials: int, seed: int) -> dict[str, Any]:
     begun = time.time()
     while result is None:
         process = search.start()
-        before, ends = search.records(), time.monotonic() + PATIENCE_SECONDS
+        before, ends = search.records(), time.monotonic() + TIMEOUT_SECONDS
         strike = before + draws.randint(20, 80) if len(kills) < KILLS else None
         while process.poll() is None:
             time.sleep(0.5)
@@ -261,7 +261,7 @@ def killed(storage: Path, trials: int, seed: int) -> dict[str, Any]:
                 break
             if time.monotonic() > ends:
                 os.killpg(process.pid, signal.SIGKILL)
-                raise SystemExit("the search does not come to its end")
+                raise SystemExit("timeout: the search does not finish")
         else:
             out = process.communicate()[0]
             if process.returncode:
@@ -289,7 +289,7 @@ def killed(storage: Path, trials: int, seed: int) -> dict[str, Any]:
 
 
 def pbt(storage: Path) -> dict[str, Any]:
-    """What every exchange of a population of 4 took over and changed."""
+    """Record the weights and values of every exchange in a population of 4."""
     name = "bench-pbt"
     space = (
         "{finetune.lr: {log_uniform: [1.0e-5, 5.0e-3]}, finetune.dropout: {uniform: [0.0, 0.4]}}"
@@ -316,7 +316,7 @@ def pbt(storage: Path) -> dict[str, Any]:
     }
 
 
-#: One mistake each, and what its line names.
+#: Search spaces with one mistake each, and the word that the message must contain.
 MISTAKES = {
     "a misspelt key": ("{finetune.laerning_rate: {uniform: [0.1, 0.2]}}", "finetune.laerning_rate"),
     "a misspelt kind": ("{finetune.lr: {log_unifrm: [1.0e-4, 1.0e-3]}}", "log_unifrm"),
@@ -328,7 +328,7 @@ MISTAKES = {
 
 
 def refused(storage: Path) -> dict[str, Any]:
-    """What a user is told of a search space with a mistake."""
+    """Record the messages for search spaces with a mistake."""
     name, found = "bench-refused", {}
     for mistake, (space, names) in MISTAKES.items():
         begun = time.monotonic()
@@ -350,14 +350,14 @@ def refused(storage: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure one row."""
+    """Run one measurement."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = ("demo", "asha", "overhead", "killed", "pbt", "refused")
     parser.add_argument("--row", choices=names, required=True)
     parser.add_argument("--storage", type=Path, default=Path("runs"), help="with the demo's run")
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--searches", type=int, default=1, help="demo: with other search seeds")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
+    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     given = parser.parse_args()
     storage = given.storage.resolve()

@@ -1,4 +1,4 @@
-"""What every peer shares: the shapes, the rows, and the clock.
+"""Shapes, data and timing that all peers share.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -18,7 +18,7 @@ import numpy as np
 MASK_RATE = 0.15
 NUM_SPECIAL = 5  # ids 0..4, in BERT's order: [PAD] [UNK] [CLS] [SEP] [MASK]
 MASK_ID = 4
-NUM_BATCHES = 16  # distinct ones; peers go round them until the time is over
+NUM_BATCHES = 16  # distinct ones, which peers repeat until the time is over
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line of every peer."""
+    """The command-line arguments of a peer."""
 
     shape: Shape
     seconds: float
@@ -60,21 +60,21 @@ class Arguments:
 def parse_arguments(description: str, precisions: tuple[str, ...] = ("fp32",)) -> Arguments:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--shape", choices=SHAPES, default="keras")
-    parser.add_argument("--seconds", type=float, default=30, help="measure at least that long")
-    parser.add_argument("--min-steps", type=int, default=4, help="... and at least that many steps")
+    parser.add_argument("--seconds", type=float, default=30, help="measure for at least this long")
+    parser.add_argument("--min-steps", type=int, default=4, help="and at least this many steps")
     parser.add_argument("--warmup-steps", type=int, default=2, help="steps before the clock starts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", choices=precisions, default=precisions[0])
     values = vars(parser.parse_args())
-    # Before NumPy's, TensorFlow's and torch's pools are made: they read it once.
+    # Read once, when NumPy, TensorFlow and torch create their thread pools.
     os.environ["OMP_NUM_THREADS"] = str(values["threads"])
     return Arguments(**values | {"shape": SHAPES[values["shape"]]})
 
 
 def random_rows(shape: Shape, seed: int = 0) -> np.ndarray:
-    """Ids without special ones, uniform: [NUM_BATCHES * B, T] int64.
+    """Uniformly random ids without special ones: [NUM_BATCHES * B, T] int64.
 
-    Speed does not depend on which ids they are; drawing them needs neither data nor tokenizer.
+    Speed does not depend on the ids; random ones need neither data nor tokenizer.
     """
     rng = np.random.default_rng(seed)
     size = (NUM_BATCHES * shape.batch_size, shape.seq_len)
@@ -82,7 +82,7 @@ def random_rows(shape: Shape, seed: int = 0) -> np.ndarray:
 
 
 class Stopwatch:
-    """Times steps from the end of the warm-up until both the seconds and the steps are reached."""
+    """Times steps after the warm-up, until both the seconds and the steps are reached."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
@@ -95,7 +95,7 @@ class Stopwatch:
         return max(self.seen - self.arguments.warmup_steps, 0)
 
     def step_ended(self) -> bool:
-        """Count a step; True once enough is measured."""
+        """Count a step; return True once enough is measured."""
         self.seen += 1
         self.ended = time.perf_counter()
         if self.steps == 0:
@@ -105,7 +105,7 @@ class Stopwatch:
         return elapsed >= self.arguments.seconds and self.steps >= self.arguments.min_steps
 
     def print_result(self, loss: float, packages: tuple[str, ...], **more: object) -> None:
-        """Print the peer's one JSON object, the last line of its standard output."""
+        """Print the peer's result as JSON, the last line of its standard output."""
         result: Mapping[str, object] = {
             "tokens_per_second": self.steps
             * self.arguments.shape.tokens_per_step

@@ -1,8 +1,8 @@
-"""`transformers.pipeline` behind FastAPI and uvicorn, as its users put a classifier behind HTTP.
+"""`transformers.pipeline` behind FastAPI and uvicorn, a common way to serve a classifier.
 
 One process. The pipeline runs in a thread beside the event loop, one call at a time (`--parallel`
-allows more, which share the same torch threads), and without batching: a list is computed text by
-text, which is the pipeline's default.
+allows more, which share torch's threads), without batching: the texts of a list are computed one by
+one, the pipeline's default.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--port", type=int, default=8001)
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--parallel", type=int, default=1, help="calls of the pipeline at a time")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens that are read")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--parallel", type=int, default=1, help="concurrent calls of the pipeline")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens per text")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     app = build_app(given.model, given.max_length, given.parallel)

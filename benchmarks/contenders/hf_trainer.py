@@ -1,8 +1,8 @@
-"""Hugging Face's Trainer with BertForMaskedLM, as its documentation sets masked pretraining up.
+"""Masked pretraining with Hugging Face's Trainer and BertForMaskedLM, after its documentation.
 
-The collator draws the masks batch by batch; the model projects every position onto the vocabulary.
-Trainer's defaults stay (fused AdamW, clipping at 1.0, no compilation); saving, reporting and the
-progress bar are off, which can only help it.
+The collator draws the masks of each batch; the model projects every position onto the vocabulary.
+Trainer's defaults are kept (fused AdamW, clipping at 1.0, no compilation); saving, reporting and
+the progress bar are off, which can only make it faster.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def build_model(shape: Shape) -> BertForMaskedLM:
 
 
 def build_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
-    """Make a tokenizer of made-up words: the collator asks it for special ids and the size."""
+    """A tokenizer of invented words: the collator needs its special ids and its size."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = special + [f"word{i}" for i in range(len(special), shape.vocab_size)]
     vocabulary = {word: i for i, word in enumerate(words)}
@@ -55,7 +55,7 @@ def build_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
 
 
 class Clock(TrainerCallback):
-    """Stops training when the stopwatch has seen enough."""
+    """Stops training when enough steps are timed."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch
@@ -81,7 +81,7 @@ def main() -> None:
                 bf16=ARGUMENTS.precision == "bf16",
                 per_device_train_batch_size=shape.batch_size,
                 learning_rate=1e-3,
-                max_steps=1_000_000,  # the clock stops it
+                max_steps=1_000_000,  # Clock stops it
                 report_to="none",
                 save_strategy="no",
                 disable_tqdm=True,

@@ -1,10 +1,10 @@
 """The model of Keras' example "End-to-end Masked Language Modeling with BERT", trained by `fit`.
 
-Written anew after the example's description: the sum of token and position embeddings, post-norm
-encoder layers, and a softmax over the vocabulary at *every* position, whose loss weighs masked
-positions 1 and all others 0. The masks are drawn once, ahead, as the example does. Keras' defaults
-stay (on TensorFlow, `jit_compile="auto"` compiles the step). The backend is the environment's
-KERAS_BACKEND: tensorflow or torch.
+Reimplemented from the example's description: the sum of token and position embeddings, post-norm
+encoder layers, and a softmax over the vocabulary at *every* position, with a loss of weight 1 at
+masked positions and 0 elsewhere. The masks are drawn once before training, as in the example.
+Keras' defaults are kept (on TensorFlow, `jit_compile="auto"` compiles the step). The environment
+variable KERAS_BACKEND selects the backend: tensorflow or torch.
 
 Legend: B batch, T tokens, D hidden, V vocabulary.
 """
@@ -29,7 +29,7 @@ class PositionEmbedding(keras.layers.Layer):
     """Adds a trained vector for each position."""
 
     def build(self, input_shape: tuple[int | None, int, int]) -> None:
-        """Make the table, [T, D]."""
+        """Create the table [T, D]."""
         self.table = self.add_weight(shape=input_shape[1:], initializer="glorot_uniform")
 
     def call(self, embedded):
@@ -38,7 +38,7 @@ class PositionEmbedding(keras.layers.Layer):
 
 
 class MaskedLanguageModel(keras.Model):
-    """Sums the cross-entropy of the masked positions, by sample weights that are 0 elsewhere."""
+    """Averages the cross-entropy over masked positions, by sample weights that are 0 elsewhere."""
 
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(reduction=None)
 
@@ -73,7 +73,7 @@ def encoder_layer(states, shape: Shape):
 
 
 def mask(ids: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """80% of the chosen become [MASK], 10% another word, 10% stay: inputs and weights, [n, T]."""
+    """Replace 80% of the selected ids by [MASK], 10% by random ones: inputs and weights, [n, T]."""
     rng = np.random.default_rng(1)
     chosen = rng.random(ids.shape) < MASK_RATE
     fate = rng.random(ids.shape)
@@ -84,7 +84,7 @@ def mask(ids: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Clock(keras.callbacks.Callback):
-    """Stops `fit` when the stopwatch has seen enough."""
+    """Stops `fit` when enough steps are timed."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def main() -> None:
         ids,
         sample_weight=weights,
         batch_size=shape.batch_size,
-        epochs=1_000_000,  # the clock stops it
+        epochs=1_000_000,  # Clock stops it
         callbacks=[clock],
         verbose=0,
     )

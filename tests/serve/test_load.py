@@ -171,8 +171,8 @@ def test_recovery_counts_from_the_last_request_of_the_overload(module):
 
 def test_a_state_that_is_not_reached_ends_the_benchmark(module, monkeypatch):
     faults = module("serve_faults")
-    monkeypatch.setattr(faults, "PATIENCE_SECONDS", 0.2)
-    with pytest.raises(SystemExit, match="does not hold that all replicas answer again"):
+    monkeypatch.setattr(faults, "TIMEOUT_SECONDS", 0.2)
+    with pytest.raises(SystemExit, match="not true after 0.2 s: all replicas answer again"):
         faults.wait_until("all replicas answer again", lambda: False)
     assert faults.wait_until("it holds", lambda: True) == 0.0
 
