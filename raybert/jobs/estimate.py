@@ -147,11 +147,6 @@ class Estimate:
         return [stored, ", ".join([*work, time])]
 
 
-def workers_of(config: TrainConfig) -> int:
-    """Return the largest number of workers."""
-    return config.max_workers
-
-
 def estimate_lines(experiment: Experiment, command: str, machines: Machines | None) -> list[str]:
     """Estimate the stages that a command trains, as lines; none where it trains nothing."""
     stages = TRAINS.get(command, ())
@@ -221,7 +216,7 @@ def estimate(
         flops=flops,
         seconds=seconds,
         gpu=gpu,
-        workers=workers_of(config),
+        workers=config.max_workers,
         basis=basis,
     )
 
@@ -356,7 +351,7 @@ def _time(
     machines: Machines | None,
 ) -> tuple[float | None, str]:
     """Return seconds of training and their basis, or None and why they are unknown."""
-    workers = workers_of(config)
+    workers = config.max_workers
     if config.minutes is not None:
         spent = measured.seconds if measured else 0.0
         return max(0.0, config.minutes * 60 - spent), f"{config.section}.minutes={config.minutes:g}"

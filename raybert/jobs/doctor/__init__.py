@@ -1,4 +1,1 @@
-"""What of a cluster would stop a run or slow it, found before the run begins.
-
-Ray is asked by `nodes` and `reduction`; `findings` judges what they saw; `visit` does both.
-"""
+"""Checks of a cluster before a run: `nodes` and `all_reduce` measure, `checks` evaluates."""

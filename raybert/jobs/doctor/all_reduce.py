@@ -1,7 +1,7 @@
-"""A first sum over processes on different nodes: what every step of training does.
+"""Time an all-reduce between processes on different nodes, which every training step needs.
 
-It fails where nodes do not reach each other, or name each other by an address that leads nowhere,
-and then a run hangs for minutes before it says so.
+It fails where nodes cannot connect, or where a hostname resolves to an unreachable address. A
+training run would hang for minutes before it reported that.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from datetime import timedelta
 from typing import Any
 
 from raybert.errors import RaybertError
-from raybert.jobs.doctor.nodes import Node
+from raybert.jobs.doctor.nodes import NodeReport
 from raybert.jobs.doctor.remote import format_error, gather, on_node, start_actors
 from raybert.train.distributed import use_interface_of
 
-_START_SECONDS = 60.0  # torch is large
-_MEET_SECONDS = 10.0
-_SECONDS = 30.0  # for the sum; between nodes that reach each other it takes a few at most
+_START_SECONDS = 60.0  # importing torch takes long
+_STORE_SECONDS = 10.0
+_TIMEOUT_SECONDS = 30.0  # of the all-reduce; on a working network it takes a few at most
 
 
 @dataclass(frozen=True)
-class Reduction:
-    """What came of it."""
+class AllReduceResult:
+    """Duration of the all-reduce, or why there is none."""
 
     backend: str
     processes: int
     nodes: int = 0
-    seconds: float | None = None  # from the first word to the sum
+    seconds: float | None = None  # from connecting to the sum
     error: str = ""
-    is_busy: bool = False  # it was not tried, since its GPUs are in use
+    is_busy: bool = False  # not run, because the GPUs are in use
 
 
-def places(room: Mapping[str, float], count: int) -> list[str]:
-    """The nodes of so many processes: one on each in turn, as long as it has room for one more."""
-    left = {node: int(free) for node, free in room.items()}
+def spread(slots: Mapping[str, float], count: int) -> list[str]:
+    """Assign `count` processes to nodes round-robin, as far as their free slots reach."""
+    left = {node: int(free) for node, free in slots.items()}
     chosen: list[str] = []
     while len(chosen) < count and any(left.values()):
         for node in left:
@@ -48,83 +48,84 @@ def places(room: Mapping[str, float], count: int) -> list[str]:
 
 
 @contextmanager
-def peers(nodes: Sequence[Node], count: int, gpu: bool) -> Iterator[list[Any]]:
-    """Start the processes, two at least, or none where there are not two GPUs free.
-
-    They load while others work.
-    """
+def start_processes(nodes: Sequence[NodeReport], count: int, gpu: bool) -> Iterator[list[Any]]:
+    """Start at least two processes in the background; none where fewer than two GPUs are free."""
     import ray
 
     if gpu:
         strategies = ["SPREAD"] * min(count, int(ray.available_resources().get("GPU", 0)))
     else:
-        trainers = [node for node in nodes if node.cpus] or nodes  # a head may lend none
-        room = {node.id: max(2.0, node.cpus) for node in trainers}
-        strategies = [on_node(node) for node in places(room, count)]
-    with start_actors(_Peer, strategies if len(strategies) > 1 else [], gpu) as made:
-        yield made
+        trainers = [node for node in nodes if node.cpus] or nodes  # a head may offer no CPUs
+        slots = {node.id: max(2.0, node.cpus) for node in trainers}
+        strategies = [on_node(node) for node in spread(slots, count)]
+    with start_actors(_Process, strategies if len(strategies) > 1 else [], gpu) as actors:
+        yield actors
 
 
-def reduce(made: Sequence[Any], gpu: bool) -> Reduction:
-    """Sum up over the processes."""
-    backend, count = "nccl" if gpu else "gloo", len(made)
-    if not made:
-        return Reduction(backend, count, is_busy=True)
-    found = gather([peer.node.remote() for peer in made], _START_SECONDS)
-    for answer in found:
-        if isinstance(answer, BaseException):
-            return Reduction(backend, count, error=format_error(answer))
-    nodes = len(set(found))
-    [place] = gather([made[0].meet.remote(count)], _MEET_SECONDS)
-    if isinstance(place, BaseException):
-        return Reduction(backend, count, nodes, error=format_error(place))
-    asked = [peer.reduce.remote(place, rank, count, backend) for rank, peer in enumerate(made)]
-    took = gather(asked, _SECONDS + _MEET_SECONDS)
-    errors = [format_error(answer) for answer in took if isinstance(answer, BaseException)]
+def run_all_reduce(actors: Sequence[Any], gpu: bool) -> AllReduceResult:
+    """Time one all-reduce over the started processes."""
+    backend, count = "nccl" if gpu else "gloo", len(actors)
+    if not actors:
+        return AllReduceResult(backend, count, is_busy=True)
+    started = gather([actor.node.remote() for actor in actors], _START_SECONDS)
+    for result in started:
+        if isinstance(result, BaseException):
+            return AllReduceResult(backend, count, error=format_error(result))
+    nodes = len(set(started))
+    [store] = gather([actors[0].open_store.remote(count)], _STORE_SECONDS)
+    if isinstance(store, BaseException):
+        return AllReduceResult(backend, count, nodes, error=format_error(store))
+    calls = [
+        actor.all_reduce.remote(store, rank, count, backend) for rank, actor in enumerate(actors)
+    ]
+    seconds = gather(calls, _TIMEOUT_SECONDS + _STORE_SECONDS)
+    errors = [format_error(result) for result in seconds if isinstance(result, BaseException)]
     if errors:
-        return Reduction(backend, count, nodes, error=errors[0])
-    return Reduction(backend, count, nodes, seconds=max(took))
+        return AllReduceResult(backend, count, nodes, error=errors[0])
+    return AllReduceResult(backend, count, nodes, seconds=max(seconds))
 
 
-class _Peer:
-    """One of the processes."""
+class _Process:
+    """An actor that is one rank of the process group."""
 
     def __init__(self) -> None:
-        import torch.distributed  # noqa: F401 - it takes seconds, which are not to be timed
+        import torch.distributed  # noqa: F401 - loaded before the measurement
 
         self._store: Any = None
 
     def node(self) -> str:
-        """The id of the node that it is on."""
+        """Return the id of its node."""
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def meet(self, processes: int) -> tuple[str, int]:
-        """Open the place where all meet; returns its address and port."""
+    def open_store(self, processes: int) -> tuple[str, int]:
+        """Open the rendezvous store; return its address and port."""
         import ray.util
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        host, patience = str(ray.util.get_node_ip_address()), timedelta(seconds=_SECONDS)
-        self._store = TCPStore(host, 0, processes, True, patience, wait_for_workers=False)
+        host, timeout = str(ray.util.get_node_ip_address()), timedelta(seconds=_TIMEOUT_SECONDS)
+        self._store = TCPStore(host, 0, processes, True, timeout, wait_for_workers=False)
         return host, self._store.port
 
-    def reduce(self, place: tuple[str, int], rank: int, processes: int, backend: str) -> float:
-        """Sum a one of each process up; returns the seconds that it took.
+    def all_reduce(
+        self, address: tuple[str, int], rank: int, processes: int, backend: str
+    ) -> float:
+        """Sum a one of every process; return the seconds from connecting to the sum.
 
         Raises:
-            RaybertError: the sum is another one.
+            RaybertError: the sum is not the number of processes.
         """
         import ray.util
         import torch
         import torch.distributed as dist
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        use_interface_of(str(ray.util.get_node_ip_address()))  # as the training does
-        begun, patience = time.monotonic(), timedelta(seconds=_SECONDS)
-        store = self._store or TCPStore(*place, processes, False, patience, wait_for_workers=False)
+        use_interface_of(str(ray.util.get_node_ip_address()))  # as training does
+        begun, timeout = time.monotonic(), timedelta(seconds=_TIMEOUT_SECONDS)
+        store = self._store or TCPStore(*address, processes, False, timeout, wait_for_workers=False)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=processes, timeout=patience
+            backend, store=store, rank=rank, world_size=processes, timeout=timeout
         )
         one = torch.ones(1, device="cuda" if backend == "nccl" else "cpu")
         dist.all_reduce(one)

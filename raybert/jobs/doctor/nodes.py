@@ -1,7 +1,7 @@
-"""What a cluster's nodes say of themselves, asked of a process that sits on each of them.
+"""Report of every node: versions, memory, clock and storage, as a process on that node sees them.
 
-Only what such a process sees counts: a folder of the same name may be another one there, a package
-may be missing, a clock may be wrong.
+Only such a process can tell: a path may be a different folder on each node, a package may be
+missing, a clock may be wrong.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ PACKAGES = ("ray", "torch", "tokenizers", "pyarrow")
 MISSING = "missing"
 
 _SHARED_MEMORY = "/dev/shm"
-_START_SECONDS = 60.0  # for a process on each node, which may have to fetch a job's package first
-_ANSWER_SECONDS = 30.0
+_START_SECONDS = 60.0  # for an actor on each node, which may download a job's package first
+_CALL_SECONDS = 30.0
 _CLOCK_SECONDS = 5.0
 _CLOCK_ROUNDS = 3
-_SIGHT_SECONDS = 5.0  # until what one node wrote is seen by all: NFS remembers what was not there
+_VISIBLE_SECONDS = 5.0  # NFS caches for some seconds that a file does not exist
 
 
 @dataclass
-class Node:
-    """A node, and what was heard of it."""
+class NodeReport:
+    """A node of the cluster and the state of raybert on it."""
 
-    id: str  # in hexadecimal
+    id: str  # hexadecimal
     name: str  # its address
     cpus: float = 0.0
     gpus: float = 0.0
-    gpu: str = ""  # the GPUs' kind, in Ray's words: H100
+    gpu: str = ""  # accelerator type by Ray's name: H100
     object_store: int = 0  # bytes
-    error: str = ""  # why it says nothing
+    error: str = ""  # why no process of raybert runs there
     versions: dict[str, str] = field(default_factory=dict)
     shared_memory: int | None = None  # bytes of /dev/shm; None where there is none
     token: auth.Privacy = "none"
-    clock: float | None = None  # seconds ahead of this process's
-    unwritable: str = ""  # why it can't use the storage
-    unseen: tuple[str, ...] = ()  # the names of nodes whose files in the storage it does not see
-    free: int | None = None  # bytes of the storage; None where there is no such number
+    clock_offset: float | None = None  # seconds ahead of this process's clock
+    storage_error: str = ""  # why it can't use the storage
+    unseen: tuple[str, ...] = ()  # names of nodes whose files in the storage it does not see
+    free: int | None = None  # bytes of the storage; None where unknown
 
 
 def versions() -> dict[str, str]:
-    """The versions of raybert, of what it stands on, and of Python, in this process."""
+    """Return the versions of raybert, its main dependencies and Python in this process."""
     found = {"raybert": __version__}
     for package in PACKAGES:
         try:
@@ -65,120 +65,120 @@ def versions() -> dict[str, str]:
     return {**found, "python": platform.python_version()}
 
 
-def alive() -> list[Node]:
-    """The nodes of the connected Ray cluster, as Ray lists them, by name."""
+def alive_nodes() -> list[NodeReport]:
+    """Return the live nodes of the connected Ray cluster, sorted by name, without their probes."""
     import ray
 
-    listed = [node for node in ray.nodes() if node["Alive"]]
-    times = Counter(node["NodeManagerAddress"] for node in listed)
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    count = Counter(node["NodeManagerAddress"] for node in alive)
     nodes = []
-    for node in listed:
-        address, identity, has = node["NodeManagerAddress"], node["NodeID"], node["Resources"]
-        kinds = [name.partition(":")[2] for name in has if name.startswith("accelerator_type:")]
+    for node in alive:
+        address, identity, total = node["NodeManagerAddress"], node["NodeID"], node["Resources"]
+        kinds = [name.partition(":")[2] for name in total if name.startswith("accelerator_type:")]
         nodes.append(
-            Node(
+            NodeReport(
                 id=identity,
-                name=address if times[address] == 1 else f"{address} ({identity[:6]})",
-                cpus=has.get("CPU", 0.0),
-                gpus=has.get("GPU", 0.0),
+                name=address if count[address] == 1 else f"{address} ({identity[:6]})",
+                cpus=total.get("CPU", 0.0),
+                gpus=total.get("GPU", 0.0),
                 gpu=kinds[0] if kinds else "",
-                object_store=int(has.get("object_store_memory", 0)),
+                object_store=int(total.get("object_store_memory", 0)),
             )
         )
     return sorted(nodes, key=lambda node: node.name)
 
 
-def ask(nodes: Sequence[Node], storage: str, tell: Callable[[str], None]) -> None:
-    """Fill in what each node says.
+def probe_nodes(nodes: Sequence[NodeReport], storage: str, log: Callable[[str], None]) -> None:
+    """Complete the reports with an actor on each node.
 
     Args:
-        nodes: all that are alive.
-        storage: the path or URI that they are to share; a hidden folder in it comes and goes.
-        tell: is given what is being done, as a line.
+        nodes: all live nodes.
+        storage: the shared path or URI; a hidden folder is created in it and deleted.
+        log: receives a line for each step.
     """
-    tell(f"asking {len(nodes)} node{'s' if len(nodes) != 1 else ''}")
-    with start_actors(_Probe, [on_node(node.id) for node in nodes]) as probes:
-        of = {node.id: probe for node, probe in zip(nodes, probes, strict=True)}
-        seen = gather([of[node.id].look.remote() for node in nodes], _START_SECONDS)
-        for node, told in zip(nodes, seen, strict=True):
-            if isinstance(told, BaseException):
-                node.error = format_error(told)
+    log(f"probing {len(nodes)} node{'s' if len(nodes) != 1 else ''}")
+    with start_actors(_Probe, [on_node(node.id) for node in nodes]) as actors:
+        probes = {node.id: actor for node, actor in zip(nodes, actors, strict=True)}
+        reports = gather([actor.inspect.remote() for actor in actors], _START_SECONDS)
+        for node, report in zip(nodes, reports, strict=True):
+            if isinstance(report, BaseException):
+                node.error = format_error(report)
             else:
-                node.versions, node.shared_memory, node.token = told
-        there = [node for node in nodes if not node.error]
-        for node in there:
-            with suppress(Exception):  # a node that is gone by now is missed where it matters more
-                rounds = [_ahead(of[node.id]) for _ in range(_CLOCK_ROUNDS)]
-                node.clock = min(rounds)[1]  # the quickest answer's is the nearest to the truth
-        tell("writing to the storage and reading it")
-        _exchange(there, of, storage)
+                node.versions, node.shared_memory, node.token = report
+        working = [node for node in nodes if not node.error]
+        for node in working:
+            with suppress(Exception):  # the storage test reports a node that has died by now
+                rounds = [_clock_offset(probes[node.id]) for _ in range(_CLOCK_ROUNDS)]
+                node.clock_offset = min(rounds)[1]  # the shortest round trip is the most exact
+        log("writing to the storage and reading it")
+        _test_storage(working, probes, storage)
 
 
-def _ahead(probe: Any) -> tuple[float, float]:
-    """How long a question took, and how far the other clock is ahead; both in seconds."""
+def _clock_offset(probe: Any) -> tuple[float, float]:
+    """Return the round-trip time and how far the node's clock is ahead, both in seconds."""
     import ray
 
-    asked = time.time()
-    there = ray.get(probe.clock.remote(), timeout=_CLOCK_SECONDS)
-    heard = time.time()
-    return heard - asked, there - (asked + heard) / 2
+    sent = time.time()
+    remote = ray.get(probe.clock.remote(), timeout=_CLOCK_SECONDS)
+    received = time.time()
+    return received - sent, remote - (sent + received) / 2
 
 
-def _exchange(nodes: Sequence[Node], probes: Mapping[str, Any], storage: str) -> None:
-    """Fill in what each node can write and read: every one writes, then all read what all wrote."""
+def _test_storage(nodes: Sequence[NodeReport], probes: Mapping[str, Any], storage: str) -> None:
+    """Let every node write a file, then let each look for the files of all others."""
     folder = f".raybert-doctor-{secrets.token_hex(4)}"
     names = {node.id: node.name for node in nodes}
-    asked = [probes[node.id].write.remote(storage, folder, node.id) for node in nodes]
-    for node, told in zip(nodes, gather(asked, _ANSWER_SECONDS), strict=True):
-        failed = isinstance(told, BaseException)
-        node.unwritable, node.free = (format_error(told), None) if failed else told
-    writers = [node for node in nodes if not node.unwritable]
+    calls = [probes[node.id].write.remote(storage, folder, node.id) for node in nodes]
+    for node, result in zip(nodes, gather(calls, _CALL_SECONDS), strict=True):
+        failed = isinstance(result, BaseException)
+        node.storage_error, node.free = (format_error(result), None) if failed else result
+    writers = [node for node in nodes if not node.storage_error]
     written = [node.id for node in writers]
-    asked = [probes[node.id].read.remote(storage, folder, written) for node in writers]
-    for node, told in zip(writers, gather(asked, _ANSWER_SECONDS), strict=True):
-        if isinstance(told, BaseException):
-            node.unwritable = format_error(told)
+    calls = [probes[node.id].find_unseen.remote(storage, folder, written) for node in writers]
+    for node, result in zip(writers, gather(calls, _CALL_SECONDS), strict=True):
+        if isinstance(result, BaseException):
+            node.storage_error = format_error(result)
         else:
-            node.unseen = tuple(names[other] for other in told)
-    for node in nodes:  # one after the other: two that delete one folder are in each other's way
-        gather([probes[node.id].clean.remote(storage, folder)], _ANSWER_SECONDS)
+            node.unseen = tuple(names[other] for other in result)
+    for node in nodes:  # in turn, because concurrent deletions of one folder collide
+        gather([probes[node.id].clean.remote(storage, folder)], _CALL_SECONDS)
 
 
 class _Probe:
-    """Answers for the node that it sits on."""
+    """An actor that inspects its node."""
 
-    def look(self) -> tuple[dict[str, str], int | None, auth.Privacy]:
-        """The versions here, the bytes of /dev/shm, and who can read Ray's token."""
+    def inspect(self) -> tuple[dict[str, str], int | None, auth.Privacy]:
+        """Return the versions, the bytes of /dev/shm, and the privacy of Ray's token."""
         total = None
         with suppress(OSError):
             total = shutil.disk_usage(_SHARED_MEMORY).total
         return versions(), total, auth.close_token()
 
     def clock(self) -> float:
-        """Unix time, seconds."""
+        """Return Unix time in seconds."""
         return time.time()
 
     def write(self, storage: str, folder: str, name: str) -> tuple[str, int | None]:
-        """Write a file of this node's; returns why it could not, and the bytes that are free."""
+        """Write a file whose text is its name; return the error, if any, and the free bytes."""
         try:
-            there = Folder(storage)
-            (there / folder).write_text(name, name)
-            return "", shutil.disk_usage(there.path).free if there.is_local else None
+            root = Folder(storage)
+            (root / folder).write_text(name, name)
+            return "", shutil.disk_usage(root.path).free if root.is_local else None
         except (RaybertError, OSError) as error:
             return str(error), None
 
-    def read(self, storage: str, folder: str, names: Sequence[str]) -> list[str]:
-        """Look for files that are named as what they hold; returns those that stay out of sight."""
-        there, ends = Folder(storage) / folder, time.monotonic() + _SIGHT_SECONDS
+    def find_unseen(self, storage: str, folder: str, names: Sequence[str]) -> list[str]:
+        """Return the names of the files that do not become visible here with their text."""
+        written, until = Folder(storage) / folder, time.monotonic() + _VISIBLE_SECONDS
         unseen = list(names)
         while True:
-            unseen = [name for name in unseen if not _is_written(there, name)]
-            if not unseen or time.monotonic() > ends:
+            unseen = [name for name in unseen if not _is_written(written, name)]
+            if not unseen or time.monotonic() > until:
                 return unseen
             time.sleep(0.2)
 
     def clean(self, storage: str, folder: str) -> None:
-        """Delete what was written, as far as it is seen here."""
+        """Delete the folder, if it is visible here."""
         with suppress(RaybertError, OSError):
             Folder(storage).delete(folder)
 

@@ -1,4 +1,4 @@
-"""Processes on chosen nodes for as long as a question lasts, and answers that may be errors."""
+"""Short-lived actors on chosen nodes, and results that may be exceptions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from raybert.errors import RaybertError
 
 
 def on_node(identity: str) -> Any:
-    """The strategy that puts a process on a node, by its id in hexadecimal."""
+    """Return the strategy that schedules an actor on a node, by its hexadecimal id."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(identity, soft=False)
@@ -18,9 +18,9 @@ def on_node(identity: str) -> Any:
 
 @contextmanager
 def start_actors(kind: type, strategies: Sequence[Any], gpu: bool = False) -> Iterator[list[Any]]:
-    """Start an actor for each strategy; in the end all are killed, and what they hold is free.
+    """Start an actor for each scheduling strategy, and kill them all on exit.
 
-    They take no CPU of Ray's count, so that they start on a cluster that is at work, too.
+    They reserve no CPU, so that they also start on a cluster whose CPUs are all in use.
     """
     import ray
 
@@ -33,24 +33,27 @@ def start_actors(kind: type, strategies: Sequence[Any], gpu: bool = False) -> It
             ray.kill(actor)
 
 
-def gather(asked: Sequence[Any], seconds: float) -> list[Any]:
-    """The answers, in order; in place of one that does not come, the error."""
+def gather(references: Sequence[Any], timeout_s: float) -> list[Any]:
+    """Return the results of remote calls in order; an exception stands for a call that failed."""
     import ray
 
-    ready = set(ray.wait(list(asked), num_returns=len(asked), timeout=seconds)[0] if asked else ())
-    found: list[Any] = []
-    for reference in asked:
+    ready = set[Any]()
+    if references:
+        done, _ = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
+        ready = set(done)
+    results: list[Any] = []
+    for reference in references:
         try:
             if reference not in ready:
-                raise RaybertError(f"no answer in {seconds:.0f} s")
-            found.append(ray.get(reference))
-        except Exception as error:  # whatever it is, it is what the node has to say
-            found.append(error)
-    return found
+                raise RaybertError(f"no answer in {timeout_s:.0f} s")
+            results.append(ray.get(reference))
+        except Exception as error:  # of any type: it is the node's result
+            results.append(error)
+    return results
 
 
 def format_error(error: BaseException) -> str:
-    """The last line of an error that came from afar: there the cause stands."""
+    """Return the last line of a remote error, which names its cause."""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return lines[-1] if lines else type(cause).__name__

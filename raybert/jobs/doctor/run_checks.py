@@ -1,4 +1,4 @@
-"""A visit to the connected cluster: ask, judge, tell. As a command, and as a run's first act."""
+"""Run the checks on the connected cluster: as a command, and at the start of a submitted job."""
 
 from __future__ import annotations
 
@@ -12,120 +12,115 @@ from raybert.cluster import token
 from raybert.cluster.session import Resources, ray_session
 from raybert.errors import RaybertError, UserError
 from raybert.experiment import Experiment
-from raybert.jobs.doctor import all_reduce
-from raybert.jobs.doctor import checks as judge
-from raybert.jobs.doctor import nodes as asked
+from raybert.jobs.doctor import all_reduce, checks
 from raybert.jobs.doctor.checks import CheckResult
-from raybert.jobs.estimate import shape_of, size_of, training_of, workers_of
+from raybert.jobs.doctor.nodes import alive_nodes, probe_nodes, versions
+from raybert.jobs.estimate import shape_of, size_of, training_of
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
 from raybert.train.ray.placement import uses_gpus
 from raybert.train.run_folder import RESULT
-from raybert.train.settings import TrainConfig
 
-#: Set in a submitted job that is to be preceded by a visit: the versions of who submitted it.
+#: Set in a submitted job that begins with the checks: the versions of the submitting machine.
 CHECK = "RAYBERT_CHECK"
 STAGES = ("pretrain", "finetune")
-_VISITS = 3  # to a cluster whose nodes come and go
+_ATTEMPTS = 3  # while nodes leave the cluster
 
 
 def check_request() -> dict[str, str]:
     """Return the environment of a job that begins with the checks."""
-    return {CHECK: json.dumps(asked.versions())}
+    return {CHECK: json.dumps(versions())}
 
 
 def run_checks(experiment: Experiment, display: Display) -> dict[str, Any]:
-    """Visit the cluster that an experiment's configuration means, and show what is found.
+    """Check the cluster that an experiment is configured for, and show the results.
 
     Returns:
-        `findings`, and in `problem` the line of the first one that would stop a run, or None.
+        `findings`, the results, and `problem`, the line of the first one that would stop a run.
     """
-    workers = max(workers_of(config) for config in _configs(experiment, STAGES))
+    workers = max(training_of(experiment, stage).max_workers for stage in STAGES)
     with display.stage("doctor"), ray_session(experiment.ray, workers) as resources:
-        found = examine(experiment, resources, display, STAGES)
-    for finding in found:
-        display.say(f"{finding.status:<8} {finding.name:<17} {finding.line}")
+        results = check_cluster(experiment, resources, display, STAGES)
+    for result in results:
+        display.say(f"{result.status:<8} {result.name:<17} {result.line}")
     return {
-        "findings": [dataclasses.asdict(finding) for finding in found],
-        "problem": next(_problems(found), None),
+        "findings": [dataclasses.asdict(result) for result in results],
+        "problem": next(_problems(results), None),
     }
 
 
 def run_requested_checks(
     experiment: Experiment, resources: Resources, display: Display, stages: Sequence[str]
 ) -> None:
-    """Visit the connected cluster once where whoever submitted this job wants it.
+    """Check the connected cluster once, if this job was submitted with checks.
 
     Raises:
-        UserError: something would stop the run.
+        UserError: the first problem, which would stop the run.
     """
     if CHECK not in os.environ:
         return
-    found = examine(experiment, resources, display, stages)
-    del os.environ[CHECK]  # a pipeline's stages are one job
-    for finding in found:
-        if finding.status == "warning":
-            display.say(f"doctor    {finding.name}: {finding.line}")
-    for problem in _problems(found):
-        raise UserError(f"{problem} (submit with --no-check to try all the same)")
-    display.say(f"doctor    no problem in {len(found)} checks")
+    results = check_cluster(experiment, resources, display, stages)
+    del os.environ[CHECK]  # the stages of `raybert run` are one job
+    for result in results:
+        if result.status == "warning":
+            display.say(f"doctor    {result.name}: {result.line}")
+    for problem in _problems(results):
+        raise UserError(f"{problem} (submit with --no-check to run without the checks)")
+    display.say(f"doctor    no problem in {len(results)} checks")
 
 
-def examine(
+def check_cluster(
     experiment: Experiment, resources: Resources, display: Display, stages: Sequence[str]
 ) -> list[CheckResult]:
-    """All that is found on the connected cluster for some stages of an experiment."""
-    configs, storage = _configs(experiment, stages), Folder(experiment.run.storage)
+    """Return the results of all checks for some stages of an experiment."""
+    configs = [training_of(experiment, stage) for stage in stages]
+    storage = Folder(experiment.run.storage)
     client = json.loads(os.environ.get(CHECK, "null"))
-    # One worker meets nobody: then two processes on CPUs show whether nodes reach each other.
-    meeting = [config for config in configs if workers_of(config) > 1]
-    gpu = any(uses_gpus(config, resources.gpus) for config in meeting)
-    count = max([2, *(workers_of(config) for config in meeting)])
-    for _ in range(_VISITS):
-        nodes = asked.alive()
-        with all_reduce.peers(nodes, count, gpu) as peers:
-            asked.ask(nodes, storage.uri, display.line)
-            display.line(f"summing up over {len(peers)} processes")
-            summed = all_reduce.reduce(peers, gpu)
-        left = {node.id for node in asked.alive()}
-        if all(node.id in left for node in nodes if node.error):
-            break  # else a node died meanwhile: what counts is the cluster without it
-    there = [node for node in nodes if not node.error]
-    if not there:
-        return [judge.of_nodes(nodes)]
-    needed = [_needed(experiment, stage) for stage in stages]
+    # One worker needs no network: then two processes on CPUs test the connection of the nodes.
+    parallel = [config for config in configs if config.max_workers > 1]
+    gpu = any(uses_gpus(config, resources.gpus) for config in parallel)
+    count = max([2, *(config.max_workers for config in parallel)])
+    for _ in range(_ATTEMPTS):
+        nodes = alive_nodes()
+        with all_reduce.start_processes(nodes, count, gpu) as processes:
+            probe_nodes(nodes, storage.uri, display.line)
+            display.line(f"all-reduce over {len(processes)} processes")
+            reduced = all_reduce.run_all_reduce(processes, gpu)
+        alive = {node.id for node in alive_nodes()}
+        if all(node.id in alive for node in nodes if node.error):
+            break  # otherwise a node died during the checks: repeat them without it
+    working = [node for node in nodes if not node.error]
+    if not working:
+        return [checks.check_nodes(nodes)]
+    needed = [_needed_bytes(experiment, stage) for stage in stages]
+    total = None if None in needed else sum(filter(None, needed))
     return [
-        judge.of_nodes(nodes),
-        judge.of_versions(there, client),
-        judge.of_memory(there),
-        judge.of_storage(there, str(storage)),
-        judge.of_space(there, str(storage), None if None in needed else sum(filter(None, needed))),
-        *(judge.of_cpus(config, resources) for config in configs),
-        judge.of_reduction(summed),
-        judge.of_clocks(there),
-        judge.of_token(there, token.is_on()),
+        checks.check_nodes(nodes),
+        checks.check_versions(working, client),
+        checks.check_memory(working),
+        checks.check_storage(working, str(storage)),
+        checks.check_space(working, str(storage), total),
+        *(checks.check_workers(config, resources) for config in configs),
+        checks.check_all_reduce(reduced),
+        checks.check_clocks(working),
+        checks.check_token(working, token.is_on()),
     ]
 
 
-def _problems(found: Sequence[CheckResult]) -> Iterator[str]:
-    return (f"{one.name}: {one.line}" for one in found if one.status == "problem")
+def _problems(results: Sequence[CheckResult]) -> Iterator[str]:
+    return (f"{result.name}: {result.line}" for result in results if result.status == "problem")
 
 
-def _configs(experiment: Experiment, stages: Sequence[str]) -> list[TrainConfig]:
-    return [training_of(experiment, stage) for stage in stages]
-
-
-def _needed(experiment: Experiment, stage: str) -> int | None:
-    """Bytes that a stage's run has yet to write, at most; None where its model is not known."""
-    run = experiment.folder / stage
+def _needed_bytes(experiment: Experiment, stage: str) -> int | None:
+    """Return the bytes that a stage has yet to write, at most; None where its model is unknown."""
     try:
-        files = run.files()
-    except (RaybertError, FileNotFoundError):  # said where the storage is looked at
+        files = (experiment.folder / stage).files()
+    except (RaybertError, FileNotFoundError):  # the storage check reports it
         files = []
     if RESULT in {file.name for file in files}:
         return 0
     stored = size_of(experiment, stage, shape_of(experiment, stage))
     if stored is None:
         return None
-    # However much a run has written, it writes a checkpoint before it deletes one.
+    # A run writes a checkpoint before it deletes an old one, however much it has written.
     return max(stored.checkpoint, stored.total - sum(file.bytes for file in files))
