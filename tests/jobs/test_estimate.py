@@ -52,7 +52,7 @@ def corpus(tmp_path_factory):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.get("layout", "modern"))
 @pytest.mark.parametrize("kind", ["standard", "keras"])
-def test_parameters_are_those_of_the_real_model(tmp_path, shape, kind):
+def test_parameters_equal_those_of_the_model(tmp_path, shape, kind):
     experiment = experiment_of(
         tmp_path, model=shape, finetune={"initialize_from": "scratch", "head": {"kind": kind}}
     )
@@ -68,7 +68,7 @@ def test_parameters_are_those_of_the_real_model(tmp_path, shape, kind):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.get("layout", "modern"))
-def test_a_checkpoint_is_as_large_as_said(tmp_path, corpus, shape):
+def test_the_size_of_a_checkpoint_is_estimated_closely(tmp_path, corpus, shape):
     job = pretrain_job(Folder(corpus) / "e" / "corpus", shape, steps=1)
     run = Folder(tmp_path)
     Attempt(job, run).run()
@@ -79,7 +79,7 @@ def test_a_checkpoint_is_as_large_as_said(tmp_path, corpus, shape):
     assert said == pytest.approx(written, rel=0.01)
 
 
-def test_as_many_checkpoints_lie_there_at_once_as_said(tmp_path, corpus):
+def test_the_number_of_checkpoints_at_once_is_the_estimate(tmp_path, corpus):
     """The most that there ever are: looked at whenever a file is about to be written."""
     job = pretrain_job(
         Folder(corpus) / "e" / "corpus", steps=12, checkpoint_steps=1, evaluations=4,
@@ -104,7 +104,7 @@ def test_as_many_checkpoints_lie_there_at_once_as_said(tmp_path, corpus):
 # What is computed --------------------------------------------------------------------------------
 
 
-def test_the_work_is_that_of_the_task(corpus):
+def test_steps_tokens_and_flops_equal_those_of_the_task(corpus):
     experiment = experiment_of(
         corpus,
         corpus={"seq_len": 16},
@@ -158,7 +158,7 @@ def test_cpus_are_divided_among_workers():
         ({"steps": 2, "gpu": "yes"}, Machines(8, 8), "of type unknown"),
     ],
 )
-def test_what_is_unknown_is_said_to_be(pretrain, machines, reason):
+def test_an_unknown_time_is_reported_with_its_reason(pretrain, machines, reason):
     made = estimate(experiment_of("/nonexistent", pretrain=pretrain), "pretrain", machines)
     assert made.seconds is None
     assert made.size is not None
@@ -166,7 +166,7 @@ def test_what_is_unknown_is_said_to_be(pretrain, machines, reason):
     assert "time unknown" in made.lines()[1]
 
 
-def test_a_model_that_can_not_be_read_is_unknown():
+def test_a_model_that_cannot_be_read_is_unknown():
     for sections in (
         {"corpus": {"tokenizer": {"kind": "file", "path": "/none.json"}}},
         {"pretrain": {"initialize_from": "/none"}},
@@ -176,7 +176,7 @@ def test_a_model_that_can_not_be_read_is_unknown():
         assert "unknown" in made.lines()[0]
 
 
-def test_a_storage_that_only_the_cluster_opens_is_no_hindrance():
+def test_a_storage_that_only_the_cluster_reads_gives_an_estimate_without_it():
     lines = estimate_lines(
         experiment_of("hdfs://nowhere:1/runs", pretrain={"steps": 5}), "pretrain", CPUS
     )
@@ -186,7 +186,7 @@ def test_a_storage_that_only_the_cluster_opens_is_no_hindrance():
 
 
 @pytest.mark.parametrize("start", ["pretrain", "scratch", "s3://elsewhere/model"])
-def test_a_storage_that_does_not_answer_is_asked_once(monkeypatch, start):
+def test_an_unreachable_storage_is_tried_once(monkeypatch, start):
     """Each question would take all of Arrow's patience."""
     asked = []
 
@@ -207,14 +207,14 @@ def test_a_storage_that_does_not_answer_is_asked_once(monkeypatch, start):
     assert len(asked) == 1
 
 
-def test_minutes_are_what_is_left_of_them():
+def test_remaining_minutes_are_the_limit_less_the_time_trained():
     experiment = experiment_of("/nonexistent", pretrain={"minutes": 90, "gpu": "yes", "workers": 2})
     made = estimate(experiment, "pretrain", None)
     assert made.seconds == 5400
     assert "about 1 h 30 min on 2 GPUs = 3.0 GPU-hours (pretrain.minutes=90)" in made.lines()[1]
 
 
-def test_a_run_that_has_begun_is_measured_not_assumed(tmp_path):
+def test_the_measured_speed_of_a_begun_run_replaces_the_assumed_one(tmp_path):
     make_corpus(Folder(tmp_path) / "e" / "corpus")
     values = {"steps": 20, "global_batch_size": 8, "micro_batch_size": 4}
     experiment = experiment_of(tmp_path, pretrain=values, corpus={"seq_len": 16})
@@ -239,7 +239,7 @@ def test_a_command_that_trains_nothing_has_no_estimate():
     assert [line.partition(":")[0] for line in both] == ["pretrain"] * 2 + ["finetune"] * 2
 
 
-def test_a_search_is_so_many_runs_of_the_configured_kind():
+def test_a_search_is_estimated_by_its_runs():
     tune = {"trials": 12, "minutes": 20, "finalists": 2, "seeds": 3}
     experiment = experiment_of("/nonexistent", finetune={"steps": 400}, tune=tune)
     first, stored, work = estimate_lines(experiment, "tune", CPUS)
@@ -255,14 +255,14 @@ def test_a_search_is_so_many_runs_of_the_configured_kind():
 
 
 @given(st.floats(0, 1e15, allow_nan=False))
-def test_sizes_are_short_and_near(count):
+def test_formatted_sizes_are_short_and_within_rounding(count):
     number, unit = size(count).split()
     factor = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
     assert float(number) * factor == pytest.approx(count, rel=0.06, abs=0.5)
     assert len(number) <= 4
 
 
-def test_rays_resources_are_read():
+def test_machines_are_read_from_the_resources_of_ray():
     assert Machines.of({}) is None
     assert Machines.of({"CPU": 4.0}) == Machines(4.0, 0)
     found = Machines.of({"CPU": 8.0, "GPU": 2.0, "accelerator_type:L4": 2.0})
@@ -271,7 +271,7 @@ def test_rays_resources_are_read():
     assert math.isclose(gpu_peak_flops("L4"), 121e12)
 
 
-def test_model_shapes_of_an_own_start(corpus, tmp_path):
+def test_the_shape_of_a_model_to_start_from_is_read(corpus, tmp_path):
     """Fine-tuning starts from the pretrained model's shape, not from the section `model`."""
     storage = Folder(tmp_path)
     job = pretrain_job(Folder(corpus) / "e" / "corpus", {"hidden_size": 32}, steps=1)
