@@ -95,10 +95,10 @@ def mask_rows(
         input_ids: int32 [n, T], with the chosen tokens replaced.
         labels: int32 [n, T], the true ids where a token was chosen, IGNORE_INDEX elsewhere.
     """
-    ids = rows.input_ids.astype(np.int32)
+    ids = rows.input_ids.astype(np.int32)  # [n, T]
     at = (np.asarray(epochs)[:, None], np.asarray(row_ids)[:, None], np.arange(ids.shape[1]))
-    rate = np.asarray(rates, np.float32)[:, None]
-    draw = keyed_uniform(key_of("choose", seed), *at)
+    rate = np.asarray(rates, np.float32)[:, None]  # [n, 1]
+    draw = keyed_uniform(key_of("choose", seed), *at)  # [n, T]
     if config.strategy == "tokens":
         chosen = draw < rate
     elif config.strategy == "words":
@@ -106,10 +106,10 @@ def mask_rows(
     else:
         length = keyed_uniform(key_of("length", seed), *at)
         chosen = _spans(rows.word_starts, draw, length, np.asarray(rates))
-    chosen &= ~vocabulary.special[ids]
+    chosen &= ~vocabulary.special[ids]  # [n, T]
 
-    labels = np.where(chosen, ids, np.int32(IGNORE_INDEX))
-    n, t = np.nonzero(chosen)
+    labels = np.where(chosen, ids, np.int32(IGNORE_INDEX))  # [n, T]
+    n, t = np.nonzero(chosen)  # [M] each: the chosen positions
     where = (np.asarray(epochs)[n], np.asarray(row_ids)[n], t)
     action = keyed_uniform(key_of("replace", seed), *where)
     ordinary = vocabulary.ordinary

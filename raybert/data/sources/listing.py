@@ -1,8 +1,8 @@
 """List the files of a path, a folder, a glob or a URI, in the order of their addresses.
 
 One recursive request of pyarrow lists a folder, and fsspec translates the glob. fsspec's own `glob`
-over `ArrowFSWrapper` is not used: it sends one request a folder (201 for 20,000 files in 200
-folders, in 0.27 s of CPU rather than 0.05 s), and it gives times in microseconds, while a corpus
+over `ArrowFSWrapper` is not used: it sends one request per folder (201 for 20,000 files in 200
+folders, in 0.27 s of CPU rather than 0.05 s), and it returns times in microseconds, while a corpus
 stores its sources' modification times in nanoseconds and compares them.
 """
 
@@ -19,7 +19,7 @@ from raybert.data.sources.shard import File, error_text
 from raybert.errors import DataError
 from raybert.storage.folder import Folder
 
-# A part of a name: fsspec takes `**` only as a whole name, so `a**b` is `a*b` or `a*/**/*b`.
+# `**` as a part of a name, which fsspec does not accept: `a**b` is `a*b` or `a*/**/*b`.
 _PARTIAL_DOUBLE_STAR = re.compile(r"(?<=[^/*])\*\*|\*\*(?=[^/*])")
 
 

@@ -1,0 +1,90 @@
+"""Labelled documents: label names and ids, and splits by a hash of the text."""
+
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from source_files import csv_bytes, texts_of, write, write_parquet
+
+from raybert.data.sources.documents import peek
+from raybert.data.sources.labelled import labelled, split_rows
+from raybert.data.sources.settings import SourceConfig
+from raybert.errors import DataError
+
+
+def test_labels_in_the_set_by_name_or_by_number(tmp_path):
+    path = str(
+        write(tmp_path / "a.csv", csv_bytes([("one", "1"), ("two", "good"), ("three", "0")]))
+    )
+    found = labelled(SourceConfig(path=path, labels=["bad", "good"]))
+    assert found.labels.tolist() == [1, 1, 0]
+    with pytest.raises(
+        DataError, match=r"a.csv: row 2: label 'good' is not one of labels=\['x', 'y'\]"
+    ):
+        labelled(SourceConfig(path=path, labels=["x", "y"]))
+    skipping = SourceConfig(path=path, labels=["x", "y"], on_bad_row="skip")
+    assert labelled(skipping).skipped == {"unknown label": 1}
+    assert labelled(SourceConfig(path=path), names=["good", "0", "1"]).labels.tolist() == [2, 0, 1]
+
+
+def test_numeric_label_names_are_not_read_as_ids(tmp_path):
+    path = str(write(tmp_path / "stars.csv", b"text,label\ngood,5\nbad,0\n"))
+    with pytest.raises(DataError, match=r"row 2: label '0' is not one of labels="):
+        labelled(SourceConfig(path=path, labels=["1", "2", "3", "4", "5"]))
+
+
+def test_nan_is_no_label(tmp_path):
+    path = str(write(tmp_path / "a.jsonl", b'{"text": "good", "label": NaN}\n'))
+    with pytest.raises(DataError, match="row 1: no label|line 1: no label"):
+        labelled(SourceConfig(path=path))
+
+
+def test_peek_reads_only_the_first_document(tmp_path):
+    path = str(write(tmp_path / "a.csv", b"text,label\ngood,1\n ,0\n"))
+    peek(SourceConfig(path=path))
+    with pytest.raises(DataError, match="stars"):
+        peek(SourceConfig(path=path, label_column="stars"))
+
+
+def test_invalid_labels_are_named_and_counted(tmp_path):
+    rows = b'{"text": "a", "label": [1]}\n{"text": "b", "label": "\\ud800"}\n'
+    path = str(write(tmp_path / "a.jsonl", rows + b'{"text": "c", "label": null}'))
+    with pytest.raises(DataError, match=r"line 1: label is no name or number \(list\)"):
+        labelled(SourceConfig(path=path))
+    skipped = Counter()
+    with pytest.raises(DataError, match="a.jsonl: no documents .skipped: 1 label is no name or"):
+        texts_of(SourceConfig(path=path, on_bad_row="skip"), labels=True, skipped=skipped)
+    assert skipped == {"label is no name or number": 1, "label is not UTF-8": 1, "no label": 1}
+
+
+def test_labels_found_in_the_data_sort_numbers_by_value(tmp_path):
+    path = str(write(tmp_path / "a.csv", csv_bytes([(f"t{n}", n) for n in (10, 9, 2)])))
+    assert labelled(SourceConfig(path=path)).names == ["2", "9", "10"]
+    nullable = {"text": ["a", "b", "c"], "label": pa.array([1.0, 0.0, None])}
+    path = str(write_parquet(tmp_path / "a.parquet", nullable))
+    found = labelled(SourceConfig(path=path, on_bad_row="skip"))
+    assert (found.names, found.skipped) == (["0", "1"], {"no label": 1})
+
+
+@given(
+    texts=st.lists(st.sampled_from("abcdefghijkl"), max_size=60),
+    rows=st.integers(0, 70),
+    seed=st.integers(0, 5),
+)
+def test_a_split_keeps_copies_together_for_any_order(texts, rows, seed):
+    one = split_rows(texts, rows, seed=seed)
+    assert sorted([*one.rest.tolist(), *one.held.tolist()]) == list(range(len(texts)))
+    assert len(one.held) <= rows
+    held = {texts[row] for row in one.held}
+    assert not held & {texts[row] for row in one.rest}
+    other = split_rows(texts[::-1], rows, seed=seed)
+    assert {texts[::-1][row] for row in other.held} == held
+
+
+def test_a_split_of_different_texts_is_exact():
+    held = split_rows([str(number) for number in range(1000)], 137).held
+    assert len(held) == 137
+    assert np.all(np.diff(held) > 0)
