@@ -6,6 +6,7 @@ import pytest
 
 from raybert.errors import ConfigError
 from raybert.serve.deploy import deployment
+from raybert.serve.http.admission import LoadSheddingMiddleware
 from raybert.serve.settings import ServeConfig
 
 
@@ -73,3 +74,10 @@ def test_a_name_requires_a_registry(model, args):
     with pytest.raises(ConfigError, match="args.registry=null: reviews is no folder here") as error:
         deployment.build(given)
     assert "\n" not in str(error.value)
+
+
+def test_former_addresses_in_serve_configurations_can_be_imported():
+    from raybert.serve import app, edge
+
+    assert app.build is deployment.build
+    assert [middleware.cls for middleware in edge.middlewares()] == [LoadSheddingMiddleware]

@@ -38,7 +38,8 @@ def test_the_package_ships_them():
     project = tomllib.loads((PAGE.parents[3] / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["raybert"]
     shipped = {path.name for pattern in patterns for path in PAGE.parents[2].glob(pattern)}
-    assert set(FILES) <= shipped
+    templates = {path.name for path in PAGE.with_name("templates").iterdir()}
+    assert set(FILES) | templates <= shipped
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
