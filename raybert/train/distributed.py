@@ -6,14 +6,13 @@ and without a network.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -106,16 +105,9 @@ def use_interface_of(address: str) -> None:
 
 def _interface_of(address: str) -> str | None:
     """The name of the network interface with an IPv4 address; None where there is none."""
-    get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), get_address, request)
-            except OSError:  # the interface has no IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and a.address == address for a in addresses):
+            return str(name)
     return None
 
 

@@ -9,15 +9,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import torch
-
-from raybert.errors import DamagedError, RaybertError
-from raybert.storage.retry import retry
-from raybert.train.autocast import autocast
+from raybert.errors import RaybertError
 from raybert.train.averages import WeightAverages
 from raybert.train.batch_stream import BatchStream
 from raybert.train.budget import StepBudget
@@ -25,6 +20,7 @@ from raybert.train.checkpoint import CheckpointStore, Snapshot
 from raybert.train.checkpoint_saver import CheckpointSaver
 from raybert.train.control import NO_SIGNALS, ControlSignals, Preempted, Stopped
 from raybert.train.distributed import Group
+from raybert.train.evaluator import Evaluator
 from raybert.train.metrics_log import MetricsLog
 from raybert.train.optimizers import make_optimizer
 from raybert.train.run_log import RunLog
@@ -70,14 +66,14 @@ class Loop:
         self.signals, self._before_save = signals, before_save
         optimizer = make_optimizer(task.model, config, task.lr_scale)
         averages = WeightAverages(task.model, config.average_decay)
-        self.state = TrainState(task.model, optimizer, averages)
         self.progress = Progress()
+        self.state = TrainState(task.model, optimizer, averages, self.progress)
         self.log = RunLog(self.progress, is_first=group.rank == 0, on_record=on_record)
         self.saver = CheckpointSaver(store, group, config, self.log)
         self._step = TrainStep(task, config, group, self.state, on_batch)
+        self._evaluator = Evaluator(task, config, group, self.state)
         self._budget = StepBudget(config, task, self.progress)
         self._meter = ThroughputMeter()
-        self._last_metrics: dict[str, Any] = {}  # of the last evaluation
         self._skipped_in_a_row = 0
         self._is_resumed = False
         self._damaged: list[str] = []  # messages of `resume`, for which no log is open yet
@@ -148,7 +144,7 @@ class Loop:
             self.saver.raise_if_failed(has_failed)
             yield record
             self.saver.wait()
-            return self._load_best()
+            return self._evaluator.load_best(self.store, self.log)
         except (Exception, GeneratorExit):
             with contextlib.suppress(RaybertError):  # what is being written may be finished
                 self.saver.wait()
@@ -175,7 +171,7 @@ class Loop:
 
     def snapshot(self) -> Snapshot:
         """Copy the run's state to the CPU."""
-        return self.state.snapshot(self.progress)
+        return self.state.snapshot()
 
     def save(self, wait: bool = True) -> None:
         """Write a checkpoint of the current step; called by all ranks.
@@ -277,17 +273,8 @@ class Loop:
 
     def _evaluate(self, is_last: bool = False) -> dict[str, Any]:
         """Evaluate, log it, and save the weights if they are the best; returns the record."""
-        progress, model = self.progress, self.task.model
-        model.eval()
-        with (
-            self.state.averages.swapped_in(),
-            torch.inference_mode(),
-            autocast(self.config.precision, self.group.device),
-        ):
-            metrics = self.task.evaluate()
-        model.train()
-        self._last_metrics = metrics
-        is_best = progress.note_best(metrics)
+        metrics, is_best = self._evaluator.evaluate()
+        progress = self.progress
         record = {
             "kind": "eval",
             "step": progress.step,
@@ -328,33 +315,3 @@ class Loop:
 
     def _epoch(self) -> float:
         return round(self.progress.step / self.task.steps_per_epoch, 4)
-
-    # The end -----------------------------------------------------------------------------------
-
-    def _load_best(self) -> dict[str, Any]:
-        """Put the best weights into rank 0's model, or leave the last ones if those are lost.
-
-        Returns:
-            The metrics of the model's weights, and the progress; `best_step` is the step of these
-            weights, None where no evaluation gave a score.
-        """
-        progress, metrics = self.progress, self._last_metrics
-        best, best_metrics = progress.best_step, progress.best_metrics
-        if best == progress.step:
-            metrics = best_metrics or metrics
-        elif best is not None and self.group.rank == 0:
-            try:
-                load = partial(self.store.load, best)
-                timeout_s = self.config.retry_timeout_s
-                self.state.restore(retry(load, timeout_s, self.log.storage_event))
-                metrics = best_metrics or {}
-            except DamagedError as error:
-                message = f"{error}; the model has the weights of step {progress.step} instead"
-                self.log.event("best checkpoint lost", message)
-                progress = replace(progress, best_score=metrics["score"], best_step=progress.step)
-        self.state.averages.swap()
-        # Others wait here: rank 0 may need as long again for the model that it writes next.
-        self.group.gather(None)
-        result = {**metrics, **asdict(progress)}
-        del result["best_metrics"]
-        return result

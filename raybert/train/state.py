@@ -53,24 +53,25 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainState:
-    """The tensors that training changes, on their device."""
+    """What training changes: tensors on their device, and the progress."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     averages: WeightAverages
+    progress: Progress
 
-    def snapshot(self, progress: Progress) -> Snapshot:
+    def snapshot(self) -> Snapshot:
         """Copy everything to the CPU."""
         return Snapshot(
-            step=progress.step,
+            step=self.progress.step,
             model=_copy(self.model.state_dict()),
             optimizer=_copy(optimizer_tensors(self.optimizer)),
-            state=asdict(progress),
+            state=asdict(self.progress),
             averages=_copy(self.averages.tensors()),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Put the tensors of a snapshot back; the progress is left as it is."""
+        """Put the tensors of a snapshot back; the progress stays as it is."""
         self.model.load_state_dict(snapshot.model)
         restore_optimizer(self.optimizer, snapshot.optimizer)
         self.averages.restore(snapshot.averages)

@@ -364,10 +364,10 @@ def test_minutes_become_steps_once(corpus, run):
     result = second.run()
     assert result["step"] == result["total_steps"] == total
     assert "budget" not in second.events()
-    assert result["seconds"] < 6 * 0.05 * 60  # generous: the machine may be busy elsewhere
     lrs = [r["lr"] for r in [*first.of_kind("train"), *second.of_kind("train")]]
     assert max(lrs) <= job.config.lr
-    assert lrs[-1] < 0.05 * job.config.lr  # the schedule came to its end
+    # The schedule came to its end, one step before 0.
+    assert lrs[-1] == pytest.approx(job.config.lr / (total - result["warmup_steps"]))
 
 
 def test_other_minutes_on_resumption_are_turned_into_steps_by_the_speed_so_far(corpus, run):
