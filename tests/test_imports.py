@@ -34,7 +34,7 @@ ALLOWED: set[tuple[str, str]] = set()
 # Ray's libraries, and the modules that are their homes.
 HOMES = {
     "ray.data": {
-        "raybert.cluster.internals.throttle",
+        "raybert.cluster.internals.data",
         "raybert.data.loader",
         "raybert.data.corpus.tokenize_job",
         "raybert.data.tokenize_on_ray",

@@ -57,15 +57,9 @@ def score(
 ) -> Iterator[pa.Table]:
     """Yield tables of text, label, row and logits [labels] in the order of the source.
 
-    `row` counts all rows of the source from 0, skipped ones included.
-
-    Args:
-        source: the texts.
-        model: a classifier's `model/` directory.
-        labels: whether every row must have a label.
-        workers: the number of actors.
-        skipped: the number of skipped rows by reason; updated.
-        precision: as in `TextClassifier`.
+    `row` counts all rows of the source from 0, skipped ones included; `skipped`, by reason, is
+    updated. With `labels` every row must have one. `workers` actors hold the classifier in `model`,
+    in a precision as in `TextClassifier`.
 
     Raises:
         DataError: the first bad row, or an unreadable file.
@@ -129,16 +123,10 @@ def predict_source(
     on_progress: Callable[[int], None],
     precision: str = "auto",
 ) -> dict[str, Any]:
-    """Write a source's predictions to a file.
+    """Write a source's predictions to the file `output`, as in `PredictionWriter`.
 
-    Args:
-        source: the texts.
-        model: a classifier's `model/` directory.
-        output: the file, as in `PredictionWriter`.
-        names: the classifier's labels.
-        workers: the number of actors.
-        on_progress: called with the number of texts so far.
-        precision: as in `TextClassifier`.
+    The arguments are those of `score`; `names` are the classifier's labels, and `on_progress` gets
+    the number of texts so far.
 
     Returns:
         texts: how many were written; skipped: rows by reason; output.

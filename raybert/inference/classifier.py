@@ -30,12 +30,7 @@ class TextClassifier:
     """A fine-tuned model with its tokenizer and its preprocessing."""
 
     def __init__(self, folder: Folder, *, device: str = "cpu", precision: str = "auto") -> None:
-        """Load a `model/` directory.
-
-        Args:
-            folder: the directory.
-            device: cpu or cuda.
-            precision: as in `resolve_precision`.
+        """Load a `model/` directory; `precision` is as in `resolve_precision`.
 
         Raises:
             UserError: there is no classifier, or no such precision on this machine.

@@ -45,28 +45,18 @@ class Teacher:
     ) -> None:
         """Take the models' folders; `logits` loads one at a time.
 
-        Args:
-            models: `model/` folders.
-            on_progress: called with the number of texts scored so far, over all models.
+        `on_progress` gets the number of texts scored so far, over all models.
         """
         self._models, self._on_progress = models, on_progress
 
     @property
     def identity(self) -> str:
         """A hash of all models' weights, in their order."""
-        return hashlib.sha256(
-            " ".join(map(huggingface.weights_hash, self._models)).encode()
-        ).hexdigest()
+        hashes = " ".join(map(huggingface.weights_hash, self._models))
+        return hashlib.sha256(hashes.encode()).hexdigest()
 
     def logits(self, texts: pa.ChunkedArray, names: list[str]) -> npt.NDArray[np.float32]:
-        """Score texts.
-
-        Args:
-            texts: n strings.
-            names: the student's labels.
-
-        Returns:
-            Logits [n, labels], in the order of `names`.
+        """The logits [n, labels] of n strings, in the order of the student's labels, `names`.
 
         Raises:
             DataError: a model has other labels.

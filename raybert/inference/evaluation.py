@@ -29,14 +29,9 @@ def evaluate(
     workers: int,
     on_progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Score labelled texts with a classifier.
+    """Score labelled texts with the classifier in `model`, whose labels are `names`.
 
-    Args:
-        source: the texts and labels.
-        model: a classifier's `model/` directory.
-        names: the classifier's labels.
-        workers: the number of actors.
-        on_progress: called with the number of texts so far.
+    `workers` actors compute; `on_progress` gets the number of texts so far.
 
     Returns:
         `classification_scores`, with `texts_per_second`, `skipped` and `examples`.

@@ -68,10 +68,7 @@ class Explainer:
         """Compute the attributions of a text's words.
 
         The middle of a text that is longer than the model is left out; words in it have no weight.
-
-        Args:
-            text: a raw text.
-            label: the index of the label to explain; None: the likeliest one.
+        `label` is an index; None: the likeliest one.
         """
         tokens = _tokenize(self._classifier, text)
         ids = torch.tensor(tokens.ids, dtype=torch.int64, device=self._device)  # [T]

@@ -44,9 +44,7 @@ def to_int8(module: nn.Module, *, bf16_products: bool) -> nn.Module | None:
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights; its output has the dtype of its input.
 
-    Args:
-        source: the fp32 layer.
-        bf16_products: round products to bf16 before they are scaled.
+    With `bf16_products`, products are rounded to bf16 before they are scaled.
     """
 
     packed: Tensor
@@ -69,11 +67,9 @@ class Int8Linear(nn.Module):
         self._max_level = 127 if any("vnni" in flag for flag in cpu_flags()) else 63
 
     def forward(self, x: Tensor, bound: Tensor | None = None) -> Tensor:
-        """Map `x` [B, T, in] to [B, T, out].
+        """Map `x` [B, T, in], float, to [B, T, out].
 
-        Args:
-            x: float.
-            bound: [B, T, 1], an upper bound of each token's absolute values; None: computed.
+        `bound` [B, T, 1] is an upper bound of each token's absolute values; None: computed.
         """
         dtype, x = x.dtype, x.float()
         if bound is None:

@@ -50,12 +50,10 @@ def pack(encoder: Encoder) -> None:
 def replace_modules(
     target: nn.Module, source: nn.Module, convert: Callable[[nn.Module], nn.Module | None]
 ) -> None:
-    """Replace modules of `target` by what `convert` makes of the same ones of `source`.
+    """Replace modules of `target` in place by what `convert` makes of the same ones of `source`.
 
-    Args:
-        target: changed in place.
-        source: has the same modules, with fp32 weights; may be `target`.
-        convert: returns the replacement of a module; None: its children are visited.
+    `source` has fp32 weights and may be `target`. Where `convert` returns None, the module's
+    children are visited.
     """
     for name, child in source.named_children():
         new = convert(child)

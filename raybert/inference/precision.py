@@ -29,11 +29,9 @@ _FP32_BUFFERS = ("global_angles", "local_angles")  # bf16 represents integers up
 
 
 def build_model(model: Classifier, precision: str) -> nn.Module:
-    """Make a module that computes a classifier's logits in a precision, called as the classifier.
+    """Make a module that computes an fp32 classifier's logits in a precision, on its device.
 
-    Args:
-        model: the fp32 classifier, which is not changed; its device is where the result runs.
-        precision: a key of PRECISIONS.
+    It is called as the classifier, which is not changed.
     """
     return PRECISIONS[precision].build(model, next(model.parameters()).device)
 

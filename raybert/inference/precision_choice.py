@@ -33,11 +33,7 @@ def select_precision(folder: Folder, device: str, preferred: str | None = None) 
 
     Benchmarks the precisions unless a choice is stored, and stores the result. Where the model's
     folder can't be written, replicas could measure different results: the default is used.
-
-    Args:
-        folder: the model.
-        device: cpu or cuda.
-        preferred: stored without a benchmark: the precision of the version that this one replaces.
+    `preferred`, the precision of the version that this one replaces, is stored without a benchmark.
     """
     where = torch.device(device)
     choice = read_choice(folder, where)
@@ -102,12 +98,8 @@ def compare(
 ) -> dict[str, Any]:
     """Measure each precision on labelled texts, and store the best one for this machine type.
 
-    Args:
-        folder: the model.
-        texts: raw texts.
-        labels: [texts] int, indices into the model's labels.
-        device: cpu or cuda.
-        on_progress: called with a line about each precision before it is measured.
+    `labels` [texts] are indices into the model's. `on_progress` gets a line about each precision
+    before it is measured.
 
     Returns:
         precision: the fastest one that loses at most MAX_POINTS_LOST of accuracy.
@@ -144,11 +136,7 @@ def compare(
 
 
 def fastest(speeds: dict[str, float]) -> str:
-    """The fastest precision, where each must beat the more exact ones by MIN_SPEEDUP.
-
-    Args:
-        speeds: by precision, the most exact one first.
-    """
+    """The fastest of `speeds`, most exact first: it beats each more exact one by MIN_SPEEDUP."""
     best, *others = speeds
     for name in others:
         if speeds[name] > MIN_SPEEDUP * speeds[best]:

@@ -21,12 +21,7 @@ from raybert.storage.registry import CHOICES
 
 
 def resolve_precision(precision: str, folder: Folder, device: torch.device) -> str:
-    """The precision that a setting stands for.
-
-    Args:
-        precision: a key of PRECISIONS; auto: the stored choice, or the device's default.
-        folder: the model.
-        device: where it will run.
+    """The precision that a setting stands for; auto is the stored choice or the device's default.
 
     Raises:
         UserError: there is no such precision, or this machine can't compute in it.
@@ -64,13 +59,7 @@ def read_choice(folder: Folder, device: torch.device) -> dict[str, Any] | None:
 def store_choice(
     folder: Folder, device: torch.device, choice: dict[str, Any], *, replace: bool = False
 ) -> dict[str, Any] | None:
-    """Store a choice unless another process has stored one.
-
-    Args:
-        folder: the model.
-        device: what it was measured on.
-        choice: has `precision`; JSON values only.
-        replace: overwrite a stored choice.
+    """Store a choice measured on a device, or, unless `replace`, keep what is stored.
 
     Returns:
         The choice that is stored now; None if the folder can't be written.

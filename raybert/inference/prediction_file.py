@@ -20,11 +20,7 @@ class PredictionWriter:
     """Writes predictions to a JSONL or Parquet file, which exists only once it is complete."""
 
     def __init__(self, path: str, names: list[str]) -> None:
-        """Open the file.
-
-        Args:
-            path: a path or URI that ends in .jsonl or .parquet.
-            names: the classifier's labels.
+        """Open a path or URI that ends in .jsonl or .parquet, for a classifier's labels.
 
         Raises:
             UserError: the name has another ending, or the folder can't be written.
@@ -51,10 +47,7 @@ class PredictionWriter:
     ) -> None:
         """Append texts with their row numbers, best label, its score and all labels' scores.
 
-        Args:
-            rows: row numbers in the source.
-            texts: one for each row.
-            probabilities: [rows, labels].
+        `probabilities` are [texts, labels].
 
         Raises:
             StorageError: writing fails; the disk is full, for example.

@@ -19,11 +19,7 @@ def windows(ids: Row, seq_len: int) -> list[Row]:
     """Split a text's ids into windows of at most `seq_len` tokens that cover it.
 
     Each window begins and ends with the text's first and last id, the special tokens. A text that
-    fits is one window; all windows of a longer text have `seq_len` tokens.
-
-    Args:
-        ids: [tokens], special ones included.
-        seq_len: at least 8.
+    fits is one window; all windows of a longer text have `seq_len` tokens, at least 8.
     """
     if len(ids) <= seq_len:
         return [ids]
@@ -35,14 +31,9 @@ def windows(ids: Row, seq_len: int) -> list[Row]:
 
 
 def pool(logits: npt.NDArray[np.float32], counts: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Average the logits of each text's windows.
+    """Average logits [windows, labels] over each text's windows, of which it has 1 or more.
 
-    Args:
-        logits: [windows, labels], in the order of the texts.
-        counts: the number of windows of each text, at least 1.
-
-    Returns:
-        [texts, labels].
+    `counts` has their number by text; the result is [texts, labels].
     """
     if len(counts) == len(logits):  # one window a text
         return logits

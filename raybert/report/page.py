@@ -52,9 +52,7 @@ def check_report() -> None:
 def write_report(run: Folder, result: Mapping[str, Any] | None = None) -> None:
     """Write `report.html` into the folder of a run, or of a pipeline with a run in each subfolder.
 
-    Args:
-        run: the folder.
-        result: the run's result, if it is not written yet: it is written after the report.
+    `result` is the run's if it is not written yet: it is written after the report.
 
     Raises:
         UserError: matplotlib is not installed, or the folder holds nothing to report on.

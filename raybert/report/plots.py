@@ -150,13 +150,9 @@ def _reliability(scores: Mapping[str, Any]) -> list[Figure]:
 
 
 def draw_figure(title: str, draw: Callable[[Axes], None], salt: str, note: str = "") -> Figure:
-    """Draw a plot as inline SVG.
+    """Draw a plot as inline SVG, with a caption and a note below.
 
-    Args:
-        title: the caption.
-        draw: called with the axes.
-        salt: differs between the plots of a page, so that the ids in their SVG do.
-        note: shown below the plot.
+    `salt` differs between the plots of a page, so that the ids in their SVG do.
     """
     import matplotlib
     from matplotlib.figure import Figure as Canvas

@@ -22,12 +22,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_value(value: Any, key: str = "") -> str:
-    """Format a JSON value.
-
-    Args:
-        value: the value.
-        key: its dotted key; numbers under `seconds` are durations.
-    """
+    """Format a JSON value; numbers under the dotted key `seconds` are durations."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -209,14 +209,9 @@ class Folder:
 
     @contextmanager
     def storage_errors(self, doing: str, path: str) -> Iterator[None]:
-        """Raise the filesystem's errors as StorageError, but for FileNotFoundError.
+        """Raise the filesystem's errors, but for FileNotFoundError, as StorageError.
 
-        Args:
-            doing: the operation, for the message: "writing".
-            path: the file, for the message.
-
-        Raises:
-            StorageError: the operation failed.
+        The message has what was being done (`doing`: "writing") and the path.
         """
         try:
             yield

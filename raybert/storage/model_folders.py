@@ -9,23 +9,16 @@ _STAGES = ("pretrain", "finetune", "tune")  # whose runs have a model
 
 
 def find_model(folder: Folder, stage: str) -> Folder | None:
-    """The model directory of a folder: itself, a run's `model/`, an experiment's; None if none is.
+    """The model directory in a folder; None if there is none.
 
-    Args:
-        folder: where to look.
-        stage: the run to take in an experiment.
+    It is the folder itself, a run's `model/`, or that of an experiment's run `stage`.
     """
     candidates = (folder, folder / "model", folder / f"{stage}/model")
     return next((candidate for candidate in candidates if candidate.exists("config.json")), None)
 
 
 def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
-    """The model directory of a path that must have one.
-
-    Args:
-        path: a folder.
-        stage: the run to take in an experiment.
-        key: the configuration key that the path came from, for messages.
+    """The model directory of a path that must have one; `key` gave the path, for messages.
 
     Raises:
         UserError: it has none.

@@ -21,15 +21,10 @@ T = TypeVar("T")
 def retry(
     action: Callable[[], T], seconds: float, on_event: Callable[[str], None] = lambda message: None
 ) -> T:
-    """Call `action` until it raises no StorageError, with pauses that double.
+    """Call `action` until it raises no StorageError, with pauses that double; return its result.
 
-    Args:
-        action: repeated from its beginning.
-        seconds: not exceeded if the next try takes as long as the last one; 0: one try.
-        on_event: is given a line about the first failure.
-
-    Returns:
-        What `action` returned.
+    `seconds` are not exceeded if the next try takes as long as the last one; 0 is one try.
+    `on_event` gets a line about the first failure.
 
     Raises:
         StorageError: the last try failed, too.

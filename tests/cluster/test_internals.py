@@ -160,10 +160,10 @@ def test_the_tested_ray_is_the_pinned_one():
 def test_renamed_and_changed_hooks_are_missing():
     present = next(hook for hook in ALL_HOOKS if hook.parameters)
     changed = [
-        Hook("ray._no_such_module:name", ""),
-        Hook(f"{present.path}_renamed", ""),
+        Hook("ray._no_such_module:name"),
+        Hook(f"{present.path}_renamed"),
         replace(present, parameters=(*present.parameters, "more")),
-        Hook("ray.tune.schedulers.hyperband:_Bracket._no_such_attribute", ""),
+        Hook("ray.tune.schedulers.hyperband:_Bracket._no_such_attribute"),
     ]
     assert find_missing([present, *changed]) == changed
 
@@ -173,7 +173,7 @@ def without(monkeypatch):
     """Remove a hook of a group from this Ray."""
 
     def remove(group):
-        broken = (*HOOKS[group], Hook("ray._private:removed", "for a test"))
+        broken = (*HOOKS[group], Hook("ray._private:removed"))
         monkeypatch.setitem(HOOKS, group, broken)
         check.cache_clear()
 
@@ -479,10 +479,8 @@ def test_ray_reads_its_environment_again():
 def test_the_control_loop_of_ray_data_sleeps_between_steps(ray_session, monkeypatch):
     import ray.data
 
-    from raybert.cluster.internals import throttle
-
     slept = []
-    monkeypatch.setattr(throttle, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(data, "time", SimpleNamespace(sleep=slept.append))
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     data.throttle(context)

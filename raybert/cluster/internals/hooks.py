@@ -22,7 +22,6 @@ class Hook:
     """A private name of Ray's."""
 
     path: str  # module:name or module:Class.name
-    reason: str  # why it is needed, and the public way where one is expected
     parameters: tuple[str, ...] | None = None  # of a function, as we call or override it
 
     def is_present(self) -> bool:
@@ -48,166 +47,105 @@ def _is_set_by_init(kind: Any, name: str) -> bool:
     return isinstance(kind, type) and name in kind.__init__.__code__.co_names  # type: ignore[misc]
 
 
+def _hooks(*signatures: str) -> tuple[Hook, ...]:
+    """Hooks from their paths, those of functions with their parameters in parentheses."""
+    parts = [signature.rstrip(")").partition("(") for signature in signatures]
+    return tuple(
+        Hook(path, tuple(names.split(", ") if names else ()) if is_function else None)
+        for path, is_function, names in parts
+    )
+
+
 _KV = "ray.experimental.internal_kv:_internal_kv_"
 _TRAINER = "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer."
 _TRAIN = "ray.train.v2._internal."
-_ELASTIC = f"{_TRAIN}execution.scaling_policy:ElasticScalingPolicy."
-_HYPERBAND = "ray.tune.schedulers.hyperband:"
+_FAILURE = f"{_TRAIN}execution.failure_handling:Failure"
+_SCALING = f"{_TRAIN}execution.scaling_policy:"
+_ELASTIC = f"{_SCALING}ElasticScalingPolicy."
+_HYPERBAND = "ray.tune.schedulers.hyperband:HyperBandScheduler."
+_BRACKET = "ray.tune.schedulers.hyperband:_Bracket."
+_ASHA = "ray.tune.schedulers.async_hyperband:"
 
-#: All hooks, by the feature that needs them.
+#: All hooks, by the feature that needs them, each with the reason, and the public way if there is
+#: one.
 HOOKS: dict[Group, tuple[Hook, ...]] = {
-    "kv": (
-        Hook(
-            f"{_KV}put",
-            "the channel between driver and workers; the public way is an actor, which is one more "
-            "process that wakes a hundred times a second and is lost with its node",
-            ("key", "value", "overwrite", "namespace"),
-        ),
-        Hook(f"{_KV}get", "reads the channel", ("key", "namespace")),
-        Hook(f"{_KV}list", "lists the channel's records", ("prefix", "namespace")),
-        Hook(f"{_KV}del", "clears the channel", ("key", "del_by_prefix", "namespace")),
+    # The channel between driver and workers. The public way is an actor: one more process, which
+    # wakes a hundred times a second and is lost with its node.
+    "kv": _hooks(
+        f"{_KV}put(key, value, overwrite, namespace)",
+        f"{_KV}get(key, namespace)",
+        f"{_KV}list(prefix, namespace)",
+        f"{_KV}del(key, del_by_prefix, namespace)",
     ),
-    "session": (
-        Hook(
-            "ray._raylet:Config.initialize",
-            "Ray reads RAY_AUTH_MODE once, when it is imported; this makes it read again",
-            ("config_list",),
-        ),
-        Hook(
-            "ray._private.worker:print_to_stdstream",
-            "prints Ray's node events on the driver even with log_to_driver=False",
-            ("data", "ignore_prefix"),
-        ),
-        Hook("ray._private.worker:_global_node", "the node that ray.init started in this process"),
-        Hook(
-            "ray._private.node:Node.kill_log_monitor",
-            "ends a process whose output nobody reads; ray.init has no option for it",
-            ("self", "check_alive"),
-        ),
+    "session": _hooks(
+        "ray._raylet:Config.initialize(config_list)",  # reads RAY_AUTH_MODE again
+        # Prints Ray's node events on the driver even with log_to_driver=False.
+        "ray._private.worker:print_to_stdstream(data, ignore_prefix)",
+        "ray._private.worker:_global_node",  # the node that ray.init started in this process
+        # Ends a process whose output nobody reads; ray.init has no option for it.
+        "ray._private.node:Node.kill_log_monitor(self, check_alive)",
     ),
-    "data": (
-        Hook(
-            "ray.data._internal.execution.execution_callback:ExecutionCallback.on_execution_step",
-            "lets the control loop sleep between steps",
-            ("self", "executor"),
-        ),
-        Hook(
-            "ray.data:DataContext.custom_execution_callback_classes",
-            "registers that callback; public, but undocumented",
-        ),
+    "data": _hooks(  # lets the control loop sleep between steps
+        "ray.data._internal.execution.execution_callback:"
+        "ExecutionCallback.on_execution_step(self, executor)",
+        "ray.data:DataContext.custom_execution_callback_classes",  # public, but undocumented
     ),
-    "train": (
-        Hook(
-            f"{_TRAINER}_initialize_and_run_controller",
-            "passes our policies to the controller; no public option takes a policy",
-            ("self", "controller_init_kwargs"),
-        ),
-        Hook(
-            f"{_TRAINER}_create_default_callbacks",
-            "leaves out the callbacks that start helper actors",
-            ("self",),
-        ),
-        Hook(f"{_TRAIN}callbacks:DatasetsCallback", "starts an actor for datasets we do not pass"),
-        Hook(
-            f"{_TRAIN}callbacks.placement_group_callback:PlacementGroupCleanerCallback",
-            "starts an actor that outlives the driver and fails without Ray's dashboard",
-        ),
-        Hook(
-            f"{_TRAIN}execution.failure_handling:FailurePolicy.make_decision",
-            "decides about a restart; FailureConfig only counts all failures of a run",
-            ("self", "training_failed_error"),
-        ),
-        Hook(f"{_TRAIN}execution.failure_handling:FailureDecision.RETRY", "the decision"),
-        Hook(f"{_TRAIN}execution.failure_handling:FailureDecision.RAISE", "the decision"),
-        Hook(
-            f"{_ELASTIC}make_decision_for_running_worker_group",
-            "saves a checkpoint before a resize",
-            ("self", "worker_group_state", "worker_group_status"),
-        ),
-        Hook(
-            f"{_ELASTIC}make_decision_for_non_running_worker_group",
-            "reports that a run waits for nodes",
-            ("self",),
-        ),
-        Hook(
-            f"{_ELASTIC}_count_possible_workers",
-            "leaves out nodes that are gone or draining, and one CPU for Ray Data",
-            ("self", "reserved_resources"),
-        ),
-        Hook(
-            f"{_ELASTIC}_maybe_send_resource_request",
-            "keeps the autoscaler's request alive while a checkpoint is awaited",
-            ("self",),
-        ),
-        Hook(f"{_TRAIN}execution.scaling_policy:NoopDecision", "the decision"),
-        Hook(f"{_TRAIN}execution.scaling_policy:ResizeDecision.num_workers", "the decision"),
-        Hook(
-            "ray._private.state:GlobalState.get_draining_nodes",
-            "the nodes that will go; ray.nodes() lists them as alive",
-            ("self",),
-        ),
-        Hook(
-            f"{_TRAIN}execution.context:get_train_context",
-            "reads preemption without a barrier; ray.train.get_preemption_info is one",
-            (),
-        ),
-        Hook(f"{_TRAIN}execution.context:TrainContext.preemption_context", "holds its notice"),
-        Hook(
-            f"{_TRAIN}execution.preemption:PreemptionContext.preemption_info", "the notice itself"
-        ),
-        Hook(
-            f"{_TRAIN}exceptions:WorkerGroupStartupTimeoutError",
-            "tells a wait for nodes from a failure",
-        ),
-        Hook(
-            f"{_TRAIN}exceptions:WorkerHealthCheckTimeoutError",
-            "tells a silent worker from a failure",
-        ),
+    "train": _hooks(
+        # Passes our policies to the controller; no public option takes a policy.
+        f"{_TRAINER}_initialize_and_run_controller(self, controller_init_kwargs)",
+        # Leaves out the callbacks that start helper actors: one for datasets we do not pass, and
+        # one that outlives the driver and fails without Ray's dashboard.
+        f"{_TRAINER}_create_default_callbacks(self)",
+        f"{_TRAIN}callbacks:DatasetsCallback",
+        f"{_TRAIN}callbacks.placement_group_callback:PlacementGroupCleanerCallback",
+        # Decides about a restart; FailureConfig only counts all failures of a run.
+        f"{_FAILURE}Policy.make_decision(self, training_failed_error)",
+        f"{_FAILURE}Decision.RETRY",
+        f"{_FAILURE}Decision.RAISE",
+        # Saves a checkpoint before a resize.
+        f"{_ELASTIC}make_decision_for_running_worker_group"
+        "(self, worker_group_state, worker_group_status)",
+        # Reports that a run waits for nodes.
+        f"{_ELASTIC}make_decision_for_non_running_worker_group(self)",
+        # Leaves out nodes that are gone or draining, and one CPU for Ray Data.
+        f"{_ELASTIC}_count_possible_workers(self, reserved_resources)",
+        # Keeps the autoscaler's request alive while a checkpoint is awaited.
+        f"{_ELASTIC}_maybe_send_resource_request(self)",
+        f"{_SCALING}NoopDecision",
+        f"{_SCALING}ResizeDecision.num_workers",
+        # The nodes that will go; ray.nodes() lists them as alive.
+        "ray._private.state:GlobalState.get_draining_nodes(self)",
+        # Reads the notice of preemption; ray.train.get_preemption_info is a barrier.
+        f"{_TRAIN}execution.context:get_train_context()",
+        f"{_TRAIN}execution.context:TrainContext.preemption_context",
+        f"{_TRAIN}execution.preemption:PreemptionContext.preemption_info",
+        # Tell a wait for nodes and a silent worker from a failure.
+        f"{_TRAIN}exceptions:WorkerGroupStartupTimeoutError",
+        f"{_TRAIN}exceptions:WorkerHealthCheckTimeoutError",
     ),
-    "hyperband": (
-        Hook(
-            f"{_HYPERBAND}HyperBandScheduler._process_bracket",
-            "ends a round whose last trial finished in an earlier session; Tune restores a "
-            "scheduler only from its own pickles",
-            ("self", "tune_controller", "bracket"),
-        ),
-        Hook(f"{_HYPERBAND}HyperBandScheduler._trial_info", "the bracket of each trial"),
-        Hook(f"{_HYPERBAND}HyperBandScheduler._state", "the bracket that is being filled"),
-        Hook(f"{_HYPERBAND}HyperBandScheduler._metric", "the key of a result's score"),
-        Hook(f"{_HYPERBAND}HyperBandScheduler._time_attr", "the key of a result's time"),
-        Hook(f"{_HYPERBAND}_Bracket._live_trials", "the trials of a bracket, and their results"),
-        Hook(f"{_HYPERBAND}_Bracket._all_trials", "the trials that were ever in it"),
-        Hook(f"{_HYPERBAND}_Bracket._n", "how many trials it holds in this round"),
-        Hook(f"{_HYPERBAND}_Bracket._n0", "how many it held in the first"),
-        Hook(f"{_HYPERBAND}_Bracket.trials_to_unpause", "the paused trials that may continue"),
-        Hook(f"{_HYPERBAND}_Bracket.cur_iter_done", "whether a round has ended", ("self",)),
-        Hook(f"{_HYPERBAND}_Bracket.cleanup_trial", "takes a trial out", ("self", "trial")),
+    # Tune restores a scheduler only from its own pickles, not from an earlier session's results.
+    "hyperband": _hooks(
+        f"{_HYPERBAND}_process_bracket(self, tune_controller, bracket)",  # ends a round
+        f"{_HYPERBAND}_trial_info",  # the bracket of each trial
+        f"{_HYPERBAND}_state",  # the bracket that is being filled
+        f"{_HYPERBAND}_metric",  # the key of a result's score
+        f"{_HYPERBAND}_time_attr",  # the key of a result's time
+        f"{_BRACKET}_live_trials",  # the trials of a bracket, and their results
+        f"{_BRACKET}_all_trials",  # the trials that were ever in it
+        f"{_BRACKET}_n",  # how many trials it holds in this round
+        f"{_BRACKET}_n0",  # how many it held in the first
+        f"{_BRACKET}trials_to_unpause",  # the paused trials that may continue
+        f"{_BRACKET}cur_iter_done(self)",  # whether a round has ended
+        f"{_BRACKET}cleanup_trial(self, trial)",  # takes a trial out
     ),
-    "asha": (
-        Hook(
-            "ray.tune.schedulers.async_hyperband:AsyncHyperBandScheduler._brackets",
-            "the bracket that earlier sessions' results are added to",
-        ),
-        Hook(
-            "ray.tune.schedulers.async_hyperband:_Bracket.on_result",
-            "adds a result",
-            ("self", "trial", "cur_iter", "cur_rew"),
-        ),
+    "asha": _hooks(
+        f"{_ASHA}AsyncHyperBandScheduler._brackets",  # where earlier sessions' results go
+        f"{_ASHA}_Bracket.on_result(self, trial, cur_iter, cur_rew)",  # adds a result
     ),
-    "serve": (
-        Hook(
-            "ray.serve.context:_get_global_client",
-            "the address that a running Serve listens on; serve.status() lacks it",
-            ("raise_if_no_controller_running",),
-        ),
-    ),
-    "haproxy": (
-        Hook(
-            "ray.serve._private.haproxy_templates:HAPROXY_CONFIG_TEMPLATE",
-            "checked before Serve starts: it binds internal pages to all interfaces, and no option "
-            "changes that",
-        ),
-    ),
+    # The address that a running Serve listens on; serve.status() lacks it.
+    "serve": _hooks("ray.serve.context:_get_global_client(raise_if_no_controller_running)"),
+    # Checked before Serve starts: it binds internal pages to all interfaces, whatever the options.
+    "haproxy": _hooks("ray.serve._private.haproxy_templates:HAPROXY_CONFIG_TEMPLATE"),
 }
 
 #: What a Ray without a group's hooks does; for those that are not listed nothing replaces them.

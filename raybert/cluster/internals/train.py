@@ -18,12 +18,9 @@ PROCESS_GROUP_SHUTDOWN = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10"}
 def controller_environment(collective_timeout_s: float, *, is_elastic: bool) -> dict[str, str]:
     """Variables for the controller: how soon it gives up on a worker or on a place for one.
 
-    Ray's own ten minutes for a silent worker are for GPUs that compile.
-
-    Args:
-        collective_timeout_s: seconds after which a silent worker is taken for lost.
-        is_elastic: whether a run may start with fewer workers. Then it waits 20 s for a place, not
-            60: a node that has just died stays on Ray's list for some seconds.
+    A silent worker is lost after `collective_timeout_s`; Ray's own ten minutes are for GPUs that
+    compile. An elastic run, which may start with fewer workers, waits 20 s for a place, not 60: a
+    node that has just died stays on Ray's list for some seconds.
     """
     return {
         **({"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"} if is_elastic else {}),

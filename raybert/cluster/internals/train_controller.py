@@ -45,22 +45,13 @@ class PolicyTrainer(TorchTrainer):  # type: ignore[misc]  # of an untyped packag
         needs_cleaner: bool,
         **options: Any,
     ):
-        """Set up the trainer.
-
-        Args:
-            *args: of TorchTrainer.
-            failure_policy: used in place of Ray's own.
-            scaling_policy: used in place of Ray's own; None: Ray's fixed size.
-            needs_cleaner: whether Ray outlives this process.
-            **options: of TorchTrainer.
-        """
+        """Set up the trainer; without a `scaling_policy` its size is fixed."""
         super().__init__(*args, **options)
         self._policies: dict[str, Any] = {"failure_policy": failure_policy}
         if scaling_policy is not None:
             self._policies["scaling_policy"] = scaling_policy
-        self._unused: tuple[type, ...] = (DatasetsCallback,)
-        if not needs_cleaner:
-            self._unused = (*self._unused, PlacementGroupCleanerCallback)
+        cleaner = () if needs_cleaner else (PlacementGroupCleanerCallback,)
+        self._unused: tuple[type, ...] = (DatasetsCallback, *cleaner)
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()

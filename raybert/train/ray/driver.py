@@ -44,14 +44,9 @@ def train_on_ray(
     on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
     channel: DriverChannel | None = None,
 ) -> dict[str, Any]:
-    """Train on the connected Ray cluster and return the result.
+    """Train on the connected Ray cluster, in the folder `run`, and return the result.
 
-    Args:
-        job: what is trained.
-        run: its folder.
-        resources: what the cluster has.
-        on_progress: gets every logged record.
-        channel: through which others may ask the workers to stop; None: nobody does.
+    `on_progress` gets every logged record; others may ask the workers to stop through `channel`.
 
     Raises:
         Stopped: the workers were asked to stop, and their state is in a checkpoint.
@@ -92,10 +87,8 @@ def _make_trainer(inputs: WorkerInputs, resources: Resources, ray_folder: Folder
     from raybert.train.ray.torch_backend import NodeInterfaceConfig
 
     config, gpu = inputs.job.config, inputs.gpu
-    scaling, failures = (
-        _scaling_config(config, gpu),
-        FailureConfig(max_failures=config.max_failures),
-    )
+    scaling = _scaling_config(config, gpu)
+    failures = FailureConfig(max_failures=config.max_failures)
     options: dict[str, Any] = {
         "train_loop_config": {"inputs": inputs},
         "torch_config": NodeInterfaceConfig(

@@ -51,9 +51,9 @@ class NoProgressFailurePolicy(FailurePolicy):  # type: ignore[misc]  # of an unt
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Decide whether the workers are started again, and report it."""
-        error, step = training_failed_error, self._context.last_step()
-        message = f"{format_failure(error)}: starting again from step {step:,}"
-        if is_loss_of_nodes(error):
+        step = self._context.last_step()
+        message = f"{format_failure(training_failed_error)}: starting again from step {step:,}"
+        if is_loss_of_nodes(training_failed_error):
             self._context.send_event("restart", message)
             return FailureDecision.RETRY
         if step > self._last_step:

@@ -26,11 +26,8 @@ def run_fit(
 ) -> Exception | None:
     """Run `fit` in a thread and call `poll` twice a second and once after it has returned.
 
-    Args:
-        fit: the blocking call.
-        channel: through which the workers are asked to stop; it is cleared when `fit` has returned.
-        poll: reads and shows progress. What it raises ends the wait, not the thread.
-        on_interrupt: called on Ctrl-C, before the workers are asked to stop.
+    What `poll` raises ends the wait, not the thread. On Ctrl-C, `on_interrupt` is called and then
+    the workers are asked to stop through `channel`, which is cleared when `fit` has returned.
 
     Returns:
         The exception that `fit` raised, None if it succeeded.

@@ -20,12 +20,8 @@ def operator_cpus(free: int, workers: int, gpu: bool) -> float:
     Every worker drives a Ray Data execution of its own. An operator whose output is not consumed
     keeps its CPU, and a worker whose operator finds none waits for ever, and with it, in the next
     all-reduce, all others. Where CPUs are few, operators share them, on any node. One operator
-    masks far more than a CPU trains on; a second one hides a GPU's slow reads.
-
-    Args:
-        free: logical CPUs of the cluster that are not the workers'.
-        workers: of the run.
-        gpu: whether they train on GPUs.
+    masks far more than a CPU trains on; a second one hides a GPU's slow reads. `free` counts the
+    cluster's logical CPUs that are not the workers'.
     """
     if free >= workers:
         return min(2 if gpu else 1, free // workers)

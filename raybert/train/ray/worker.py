@@ -40,10 +40,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """Train as one of a run's workers, from the latest checkpoint on.
 
     What no restart can mend is sent to the driver; what may pass is raised, and Ray restarts the
-    workers.
-
-    Args:
-        config: `{"inputs": WorkerInputs}`.
+    workers. `config` is `{"inputs": WorkerInputs}`.
     """
     inputs: WorkerInputs = config["inputs"]
     group = Group.current(
@@ -106,6 +103,7 @@ def _make_run(
     import ray.train
 
     free = int(ray.cluster_resources().get("CPU", 1)) - group.world_size  # as the cluster is now
+    cpus = operator_cpus(free, group.world_size, inputs.gpu)
     signals = ControlSignals(preempt=is_preempted)
     if channel is not None:
         signals = ControlSignals(channel.is_stopping, is_preempted, channel.is_save_requested)
@@ -114,11 +112,7 @@ def _make_run(
         inputs.run,
         attempt,
         group,
-        LoaderConfig(
-            on_ray=True,
-            cpus=operator_cpus(free, group.world_size, inputs.gpu),
-            memory=inputs.data_memory,
-        ),
+        LoaderConfig(on_ray=True, cpus=cpus, memory=inputs.data_memory),
         workers_here=ray.train.get_context().get_local_world_size(),
         on_progress=on_progress,
         signals=signals,
