@@ -169,7 +169,7 @@ def test_requests_without_a_key_get_401_and_no_log_has_a_key_or_a_text(server):
         assert time.monotonic() < deadline, "it is not logged at all"
         time.sleep(0.2)
     assert not [line for line in logged(server) if KEY in line or "very secret" in line]
-    [folder] = re.findall("its log: (.+)", server.errors.read_text())
+    [folder] = re.findall("serve +log: (.+)", server.errors.read_text())
     assert lines[0] in "".join(map(Path.read_text, Path(folder).glob("replica*.log")))
 
 
