@@ -33,7 +33,7 @@ import psutil
 
 from raybert.config import load
 from raybert.experiment import Experiment
-from raybert.pipeline.benchmarks import WARM_STEPS, bench_train
+from raybert.pipeline.benchmarks import WARMUP_STEPS, bench_train
 from raybert.terminal.display import Display
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +108,7 @@ class Run:
             if line.startswith("step "):
                 _, step, seconds = line.split()
                 self.steps.append(float(seconds))
-                if int(step) >= WARM_STEPS:
+                if int(step) >= WARMUP_STEPS:
                     self._begun.set()
 
     def _signal(self, number: signal.Signals) -> None:

@@ -1,7 +1,7 @@
-"""Configuration: pydantic models beside what they configure, one YAML file, one way to override.
+"""Configuration: pydantic models next to the code that they configure, one YAML file, overrides.
 
-`Settings` is the base of every section. A key that no section knows is refused with the nearest one
-that it does know, and every error is one line that names key, value and remedy.
+`Settings` is the base of every section. An unknown key is rejected with the nearest known one, and
+every error is one line that names key, value and remedy.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from raybert.errors import ConfigError
 
 
 class Settings(BaseModel):
-    """A section of the configuration: frozen, and closed to keys that it does not know."""
+    """A section of the configuration: immutable, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class Range(Settings):
-    """The whole numbers from `min` to `max`."""
+    """The integers from `min` to `max`."""
 
     min: int
     max: int
@@ -49,14 +49,14 @@ class Range(Settings):
 S = TypeVar("S", bound=Settings)
 R = TypeVar("R", bound=Range)
 
-#: A positive number or a range. Tagged, so that an error is about the one that was given.
+#: A positive number or a range. The tag limits errors to the type that was given.
 NumberOrRange = Annotated[
     Annotated[int, Field(ge=1), Tag("number")] | Annotated[R, Tag("range")],
     Discriminator(lambda value: "range" if isinstance(value, dict | Range) else "number"),
 ]
 
-_MOST_HINTS = 6  # more keys of one name say little
-_MOST_LEVELS = 8  # of sections; YAML's anchors can make a mapping that has no end
+_MAX_HINTS = 6  # suggested keys
+_MAX_DEPTH = 8  # of sections; YAML anchors can make a recursive mapping
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,7 +64,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's, except that it quotes the line breaks of Unicode, which would read as others."""
+    """PyYAML's, except that it quotes Unicode line breaks, which would be read as plain ones."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -88,7 +88,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML; a syntax error becomes a ConfigError that names `source` and the line."""
+    """Parse YAML; a syntax error is raised as a ConfigError that names `source` and the line."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
@@ -108,13 +108,13 @@ def load(
     """Read a configuration file, apply `key.path=value` overrides, and validate the result.
 
     Args:
-        root: what it is a configuration of.
+        root: the type of the configuration.
         path: the file; None: the defaults.
-        overrides: replace what the file says.
-        options: what gave the overrides, for errors.
+        overrides: replace values of the file.
+        options: the command-line options of the overrides, for errors.
 
     Raises:
-        ConfigError: a missing file, a syntax error, an unknown key, a value that does not fit.
+        ConfigError: a missing file, a syntax error, an unknown key or an invalid value.
     """
     values: Any = {}
     source = str(path) if path else "the defaults"
@@ -135,26 +135,30 @@ def load(
     try:
         return root.model_validate(values)
     except ValidationError as error:
-        wrong = _one_line(root, error)
-    if overrides and wrong != _wrong(root, before):
-        source = options
-    raise ConfigError(f"{source}: {wrong}")
+        message = _format_error(root, error)
+    try:  # the same error without the overrides comes from the file
+        root.model_validate(before)
+        in_file = False
+    except ValidationError as error:
+        in_file = message == _format_error(root, error)
+    raise ConfigError(f"{source if in_file else options}: {message}")
 
 
 def build(root: type[S], values: Mapping[str, Any], source: str) -> S:
-    """Validate a mapping as `root`; the first error becomes a one-line ConfigError.
+    """Validate a mapping as `root`.
 
-    It begins with `source`, unless that is empty.
+    Raises:
+        ConfigError: the first error in one line, which begins with `source` unless that is empty.
     """
     try:
         return root.model_validate(values)
     except ValidationError as error:
-        wrong = _one_line(root, error)
-        raise ConfigError(f"{source}: {wrong}" if source else wrong) from None
+        message = _format_error(root, error)
+        raise ConfigError(f"{source}: {message}" if source else message) from None
 
 
 def dump(settings: Settings) -> str:
-    """Write a configuration as YAML, complete and in the order of its declaration."""
+    """Return a configuration as YAML, with all keys in the order of their declaration."""
     return yaml.dump(
         settings.model_dump(mode="json"),
         Dumper=_Dumper,
@@ -194,17 +198,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[leaf] = parse_yaml(text, f"--set {key}")
 
 
-def _wrong(root: type[Settings], values: Mapping[str, Any]) -> str | None:
-    """What is wrong with a mapping, in one line; None: nothing."""
-    try:
-        root.model_validate(values)
-    except ValidationError as error:
-        return _one_line(root, error)
-    return None
-
-
-def _one_line(root: type[Settings], error: ValidationError) -> str:
-    """Say the first error in one line: key, value, what is wrong, what to do."""
+def _format_error(root: type[Settings], error: ValidationError) -> str:
+    """Format the first error in one line: key, value, cause, remedy."""
     first = error.errors(include_url=False)[0]
     path = _path(root, first["loc"], unknown=first["type"] == "extra_forbidden")
     key = ".".join(path) or "(top level)"
@@ -213,22 +208,22 @@ def _one_line(root: type[Settings], error: ValidationError) -> str:
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "value_error":  # raised by our own validators, which name their keys
         named = _with_section(root, message, path)
-        told = not path or re.search(rf"(?<![\w.]){re.escape(key)}\b", named)
-        return named if told else f"{key}: {named}"
+        has_key = not path or re.search(rf"(?<![\w.]){re.escape(key)}\b", named)
+        return named if has_key else f"{key}: {named}"
     if first["type"] == "missing":
         return f"{key} is missing; add it, or pass --set {key}=VALUE"
     return f"{key}={first.get('input')!r}: {message[0].lower()}{message[1:]}"
 
 
 def _hint(root: type[BaseModel], path: Sequence[str], value: Any) -> str:
-    """What was meant by an unknown key.
+    """Suggest known keys for an unknown one.
 
-    The key beside it that is written nearly so; one of its very name, further inside or anywhere;
-    the nearest beside it.
+    In this order: a similar key of the same section; keys of the same name below that section, or
+    in any; a less similar key of the section; all keys of the section.
     """
     prefix, known = "".join(f"{part}." for part in path[:-1]), _known_keys(root, path[:-1])
     leaf = path[-1]
-    for _ in range(_MOST_LEVELS):  # of an unknown section: what was set inside it
+    for _ in range(_MAX_DEPTH):  # in an unknown section, use the first key that was set
         if not isinstance(value, Mapping) or not value:
             break
         leaf, value = next(iter(value.items()))
@@ -240,7 +235,7 @@ def _hint(root: type[BaseModel], path: Sequence[str], value: Any) -> str:
         or same
         or _nearest(prefix, path[-1], known, 0.5)
     )
-    if 0 < len(likely) <= _MOST_HINTS:
+    if 0 < len(likely) <= _MAX_HINTS:
         return f"did you mean {' or '.join(likely)}?"
     return f"known keys{' of ' + prefix[:-1] if prefix else ''}: {', '.join(known)}"
 
@@ -250,7 +245,7 @@ def _nearest(prefix: str, key: str, known: Sequence[str], cutoff: float) -> list
 
 
 def _path(root: type[BaseModel], loc: Sequence[int | str], *, unknown: bool) -> list[str]:
-    """The keys of the user's in an error's place, which names the members of unions, too."""
+    """Return the user's keys of an error's location, without the names of union members."""
     path: list[str] = []
     for at, part in enumerate(loc):
         is_unknown_key = unknown and at == len(loc) - 1
@@ -260,7 +255,7 @@ def _path(root: type[BaseModel], loc: Sequence[int | str], *, unknown: bool) -> 
 
 
 def _with_section(root: type[BaseModel], message: str, path: Sequence[str]) -> str:
-    """Put the section before the keys that a section's validator names as `key=value`."""
+    """Prefix the section to keys that its validator names as `key=value`."""
     known = "|".join(map(re.escape, _known_keys(root, path)))
     if not path or not known:
         return message
@@ -279,7 +274,7 @@ def _known_keys(root: type[BaseModel], path: Sequence[str]) -> list[str]:
 
 
 def _all_keys(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key that a configuration may set."""
+    """Yield every dotted key of a configuration."""
     for name, field in root.model_fields.items():
         yield prefix + name
         for model in _models_in(field.annotation)[:1]:

@@ -1,4 +1,4 @@
-"""The configuration file: one section a stage, from raw text to answers."""
+"""The configuration file: a section for each stage, from raw text to serving."""
 
 from __future__ import annotations
 
@@ -25,35 +25,40 @@ DATA_KEYS = ("corpus.source.path", "finetune.source.path", "evaluate.source.path
 
 
 class RunConfig(Settings):
-    """Where an experiment lives."""
+    """Name and location of an experiment."""
 
-    name: str = Field("default", description="of the experiment's folder; the same name resumes")
+    name: str = Field(
+        "default", description="name of the experiment's folder; the same name resumes"
+    )
     storage: str = Field(
         "runs", description="the folder of all experiments: a path, or a URI that pyarrow reads"
     )
 
     @field_validator("name")
     @classmethod
-    def _is_a_name(cls, value: str) -> str:
+    def _check_name(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
             raise ValueError(
-                f"run.name={value!r} is no name for a folder; use letters, digits, . _ -"
+                f"run.name={value!r} is not a valid folder name; use letters, digits, . _ -"
             )
         if value == REGISTRY:
-            raise ValueError(f"run.name={value!r} is where registered models lie; choose another")
+            raise ValueError(
+                f"run.name={value!r} is the folder of registered models; choose another"
+            )
         return value
 
 
 class EvaluateConfig(Settings):
-    """What the finished classifier is measured on."""
+    """Evaluation of the finished classifier."""
 
     source: EvaluationSource = Field(
-        EvaluationSource(), description="labelled texts that nothing was chosen on"
+        EvaluationSource(),
+        description="labelled test texts, which no stage uses for training or selection",
     )
 
 
 class Experiment(Settings):
-    """Everything that a configuration file may say."""
+    """All settings of a configuration file."""
 
     run: RunConfig = RunConfig()
     corpus: CorpusConfig = CorpusConfig()
@@ -66,7 +71,7 @@ class Experiment(Settings):
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
-    def _no_credentials(self) -> Self:
+    def _check_credentials(self) -> Self:
         for key, value in flatten(self.model_dump(mode="json")):
             for text in value if isinstance(value, list) else [value]:
                 try:
@@ -77,5 +82,5 @@ class Experiment(Settings):
 
     @property
     def folder(self) -> Folder:
-        """The experiment's folder; each stage has one inside it."""
+        """The experiment's folder, which holds a folder for each stage."""
         return Folder(self.run.storage) / self.run.name

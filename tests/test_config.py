@@ -84,7 +84,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(values, message):
     assert refused(values).startswith(message)
 
 
-def test_sizes_that_do_not_divide_are_told_as_the_design_says():
+def test_batch_sizes_that_do_not_divide_are_refused_with_valid_ones():
     message = refused({"pretrain": {"global_batch_size": 256, "micro_batch_size": 24}})
     assert message == (
         "my.yaml: pretrain.global_batch_size=256 is not a multiple of "
@@ -105,7 +105,7 @@ def test_sizes_that_do_not_divide_are_told_as_the_design_says():
             "my.yaml: pretrain.steps=5 and pretrain.minutes=2.0 are both limits of the run; keep "
             "one and set null for others",
         ),
-        ({"run": {"name": "../x"}}, "my.yaml: run.name='../x' is no name for a folder; use "),
+        ({"run": {"name": "../x"}}, "my.yaml: run.name='../x' is not a valid folder name; use "),
         ({"pretrain": {"lr": -1}}, "my.yaml: pretrain.lr=-1: input should be greater than 0"),
         ({"pretrain": {"lr": "fast"}}, "my.yaml: pretrain.lr='fast': input should be a valid num"),
         (
@@ -119,11 +119,11 @@ def test_sizes_that_do_not_divide_are_told_as_the_design_says():
         ({"corpus": 3}, "my.yaml: corpus=3: input should be a valid dictionary"),
     ],
 )
-def test_a_value_that_does_not_fit(values, message):
+def test_an_invalid_value_is_refused(values, message):
     assert refused(values).startswith(message)
 
 
-def test_a_missing_key_says_how_to_give_it():
+def test_a_missing_key_is_refused_with_the_option_that_sets_it():
     class Needs(Settings):
         path: str
 
@@ -140,18 +140,18 @@ def test_a_missing_key_says_how_to_give_it():
         "evaluate.source.path=s3://bucket/x?secret_key=hush",
     ],
 )
-def test_credentials_are_refused_wherever_they_stand_and_not_repeated(override):
+def test_credentials_in_any_setting_are_refused_and_not_printed(override):
     message = refused(None, override)
     assert message.startswith(f"--set: {override.partition('=')[0]}: s3://... holds a key")
     assert "hush" not in message and "AKIA" not in message
 
 
-def test_a_missing_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     path = tmp_path / "none.yaml"
     assert refused(path=path) == f"--config {path}: No such file or directory"
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_a_folder_as_file_is_refused(tmp_path):
     assert refused(path=tmp_path) == f"--config {tmp_path}: Is a directory"
 
 
@@ -162,14 +162,14 @@ def test_a_syntax_error_names_the_line(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"run: \xff\xfe\n", b"run: \x00\n"])
-def test_a_file_that_is_no_text(tmp_path, data):
+def test_a_binary_file_is_refused(tmp_path, data):
     path = tmp_path / "bad.yaml"
     path.write_bytes(data)
     assert str(path) in refused(path=path)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n", "3\n"])
-def test_a_file_of_another_shape(tmp_path, text):
+def test_a_file_without_sections_is_refused(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     assert refused(path=path).startswith(f"{path}: expected `section:` keys at the top, got ")
@@ -196,11 +196,11 @@ def test_set_overrides_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("override", ["pretrain.lr", "=3", "  =3"])
-def test_an_override_without_key_or_value(override):
+def test_an_override_without_key_or_value_is_refused(override):
     assert refused(None, override).startswith(f"--set {override}: expected `key=value`")
 
 
-def test_who_gave_a_value_that_does_not_fit_is_named(tmp_path):
+def test_an_error_names_the_file_or_the_option_of_the_value(tmp_path):
     """Where the file was wrong before an override, it still is."""
     path = tmp_path / "bad.yaml"
     path.write_text("pretrain:\n  lr: fast\n")
@@ -210,7 +210,7 @@ def test_who_gave_a_value_that_does_not_fit_is_named(tmp_path):
         load_experiment(None, None, name="")
 
 
-def test_an_override_of_an_unknown_key():
+def test_an_override_of_an_unknown_key_is_refused():
     message = refused(None, "pretrain.stps=3")
     assert message == "--set: unknown key pretrain.stps; did you mean pretrain.steps?"
 
@@ -233,13 +233,13 @@ def test_an_override_of_an_unknown_key():
         ("1.2.3", "1.2.3"),
     ],
 )
-def test_numbers_are_those_of_yaml_1_2(text, value):
+def test_numbers_are_read_as_in_yaml_1_2(text, value):
     found = parse_yaml(text, "x")
     assert found == value
     assert type(found) is type(value)
 
 
-def test_yaml_makes_no_objects():
+def test_yaml_creates_no_python_objects():
     with pytest.raises(ConfigError, match="not valid YAML"):
         parse_yaml("!!python/object/apply:os.system ['true']", "x")
 
@@ -261,7 +261,7 @@ finite = st.floats(1e-300, 1e300)
     betas=st.tuples(finite, finite),
     schedule=st.sampled_from(["linear", "cosine", "stable-decay", "constant"]),
 )
-def test_a_dumped_configuration_loads_as_it_was(
+def test_a_dumped_configuration_loads_unchanged(
     lr, eps, steps, path, column, examples, betas, schedule
 ):
     values = {
@@ -298,7 +298,7 @@ def test_a_dumped_configuration_loads_as_it_was(
         "\ufeff",
     ],
 )
-def test_texts_that_look_like_something_else_stay_texts(text):
+def test_texts_that_look_like_other_types_stay_texts(text):
     experiment = build(Experiment, {"corpus": {"source": {"text_column": text}}}, "x")
     assert parse_yaml(dump(experiment), "y")["corpus"]["source"]["text_column"] == text
 
@@ -312,7 +312,7 @@ mappings = st.dictionaries(st.text("abc", min_size=1, max_size=2), nested, max_s
 
 
 @given(mappings)
-def test_a_mapping_does_not_differ_from_itself(values):
+def test_a_mapping_has_no_differences_from_itself(values):
     assert differences(values, values) == {}
 
 
@@ -331,12 +331,12 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("raybert/*.yaml")])
 
 
-def test_there_are_shipped_files():
+def test_there_are_shipped_configurations():
     assert ROOT / "raybert" / "demo.yaml" in SHIPPED
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_file_loads_and_says_what_to_expect(path):
+def test_a_shipped_configuration_loads_and_describes_its_result(path):
     experiment = load(Experiment, path)
     assert build(Experiment, parse_yaml(dump(experiment), "dump"), "dump") == experiment
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
@@ -344,7 +344,7 @@ def test_a_shipped_file_loads_and_says_what_to_expect(path):
     assert any("Hardware" in line for line in header)
 
 
-def test_the_schema_is_json_and_accepts_what_is_shipped():
+def test_the_schema_is_json_and_accepts_shipped_configurations():
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
     schema = json.loads(json.dumps(Experiment.model_json_schema()))
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -355,7 +355,7 @@ def test_the_schema_is_json_and_accepts_what_is_shipped():
     assert list(validator.iter_errors({"pretrain": {"lr": "fast"}}))
 
 
-def test_every_setting_says_what_it_is():
+def test_every_setting_has_a_description():
     """Fields without a description are sections, or names that say it themselves."""
     silent = {"text_column", "label_column"}
 

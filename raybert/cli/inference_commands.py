@@ -62,7 +62,7 @@ def predict(
         if not text.strip():
             raise UserError(f"text {number} is empty; remove it, or write a text")
     stdin = cast(io.BufferedReader, sys.stdin.buffer)
-    batches = predict_stage.numbered(texts) if texts else predict_stage.lines(stdin)
+    batches = predict_stage.number_texts(texts) if texts else predict_stage.read_lines(stdin)
     row = None
     for row in predict_stage.predict_texts(folder, batches, experiment.serve.precision):
         print_json(row)

@@ -34,7 +34,7 @@ def list_runs(
     from raybert.terminal.display import size
 
     folder = _storage(storage, config)
-    found = runs.listed(folder)
+    found = runs.list_runs(folder)
     if as_json:
         listed = [dataclasses.asdict(run) for run in found]
         print_json({"storage": folder.uri, "runs": listed})
@@ -64,14 +64,14 @@ def remove_run(
     from raybert.terminal.display import size
 
     folder = _storage(storage, config)
-    run = runs.find(folder, name)
+    run = runs.find_run(folder, name)
     if not force:
         runs.check_idle(folder, run)
     stages = ", ".join(f"{stage.name} ({stage.state})" for stage in run.stages)
     what = f"{folder.join(name)}: {stages or 'nothing'}; {size(run.bytes)}"
     confirmed = yes or _confirm(what)
     if confirmed:
-        runs.delete(folder, run)
+        folder.delete(run.name)
     new_display().say(f"deleted {what}" if confirmed else "nothing deleted")
     if as_json:
         print_json({"name": name, "deleted": confirmed, "bytes": run.bytes})

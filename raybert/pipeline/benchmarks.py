@@ -1,8 +1,7 @@
 """Measure the training loop on generated words, and a classifier's precisions on labelled texts.
 
-Training runs bare, or under Ray as a run would. Its figure is the loop's own tokens per second over
-the timed steps: after the first batch, and after the first steps, in which libraries choose their
-kernels.
+Training runs bare or under Ray. The result is the loop's tokens per second without the first steps,
+in which libraries select their kernels.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from raybert.terminal.display import Display
 from raybert.train.ray.driver import train_on_ray
 from raybert.train.run import execute_bare
 
-WARM_STEPS = 10
+WARMUP_STEPS = 10
 _ROWS = 8192
 
 
 def bench_train(experiment: Experiment, *, bare: bool, display: Display) -> dict[str, Any]:
-    """Run the configured pretraining on generated words; time every step after the first ten.
+    """Run the configured pretraining on generated words; time the steps after the warm-up.
 
     Raises:
-        ConfigError: no step would be left to time.
+        ConfigError: the run has no step after the warm-up.
     """
     config = experiment.pretrain.model_copy(
         update={
@@ -48,24 +47,24 @@ def bench_train(experiment: Experiment, *, bare: bool, display: Display) -> dict
     )
     seconds: list[float] = []
 
-    def note(record: dict[str, Any]) -> None:
+    def on_progress(record: dict[str, Any]) -> None:
         display.record(record)
-        if record["kind"] == "train" and record["step"] > WARM_STEPS:
+        if record["kind"] == "train" and record["step"] > WARMUP_STEPS:
             seconds.append(record["step_seconds"])
 
     with tempfile.TemporaryDirectory(prefix="raybert-bench-") as scratch, display.stage("bench"):
         folder, run = Folder(scratch) / "corpus", Folder(scratch) / "run"
         corpus = experiment.corpus
         manifest = generate_corpus(folder, _ROWS, corpus.seq_len, corpus.tokenizer.vocab_size)
-        job = PretrainSpec(config, experiment.model, folder, manifest, "generated words")
+        spec = PretrainSpec(config, experiment.model, folder, manifest, "generated words")
         if bare:
-            result = execute_bare(job, run, on_progress=note)
+            result = execute_bare(spec, run, on_progress=on_progress)
         else:
             with ray_session(experiment.ray, config.max_workers) as resources:
-                result = train_on_ray(job, run, resources, on_progress=note)
+                result = train_on_ray(spec, run, resources, on_progress=on_progress)
     if not seconds:
         raise ConfigError(
-            f"pretrain.steps={result['step']}: the first {WARM_STEPS} are not timed; set more"
+            f"pretrain.steps={result['step']}: the first {WARMUP_STEPS} are not timed; raise it"
         )
     tokens = config.global_batch_size * manifest.seq_len
     return {
@@ -85,17 +84,17 @@ def bench_serve(
         As `precision_choice.compare`: the selected precision, the measurements, and `stored`.
 
     Raises:
-        DataError: a bad row, or a label that the classifier does not know.
+        DataError: an invalid row, or a label that the classifier does not have.
     """
     from raybert.inference.precision_choice import compare
     from raybert.model import huggingface
 
     names = huggingface.read_label_names(model)
-    # Texts as they stand: the model's own preprocessing sees to HTML.
+    # The model's own preprocessing handles HTML.
     source = experiment.evaluate.source.model_copy(update={"html_breaks": "keep"})
     found = labelled(source, names=names)
     rows = np.random.default_rng(0).permutation(len(found.labels))[:most]
-    found = found.take(np.sort(rows))  # from all of it: sources are often sorted by label
+    found = found.take(np.sort(rows))  # a sample, because sources are often sorted by label
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with display.stage("bench"):
         texts = [str(text) for text in found.texts.to_pylist()]
@@ -103,7 +102,7 @@ def bench_serve(
 
 
 def generate_corpus(folder: Folder, rows: int, seq_len: int, vocab_size: int) -> Manifest:
-    """Write a corpus of random words whose frequencies fall as those of text do (Zipf's law)."""
+    """Write a corpus of random words whose frequencies follow Zipf's law, as in text."""
     words = " ".join(f"w{i}" for i in range(vocab_size))
     tokenizer = make_tokenizer(
         TokenizerConfig(kind="words", vocab_size=vocab_size, min_frequency=1), [words]

@@ -1,4 +1,4 @@
-"""All stages in a row: `raybert run`, and `raybert demo` on the embedded reviews."""
+"""Run all stages: `raybert run`, and `raybert demo` on the embedded movie reviews."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from raybert.terminal.display import Display, clock
 
 
 def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
-    """Corpus, pretraining, fine-tuning, evaluation and report, in one Ray session.
+    """Build the corpus, pretrain, fine-tune, evaluate and report in one Ray session.
 
-    Stages that are finished are not run again.
+    Finished stages are skipped.
     """
     from raybert.jobs.doctor.run_checks import run_requested_checks
     from raybert.report import check_report, write_report
@@ -27,10 +27,10 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
     has_report = True
     try:
         check_report()
-    except UserError as error:  # the results are worth no less without it
+    except UserError as error:  # the run is possible without it
         has_report = False
-        display.say(f"report    none: {error}")
-    begun, spent, results = time.monotonic(), {}, {}
+        display.say(f"report    not written: {error}")
+    begun, seconds, results = time.monotonic(), {}, {}
     workers = max(experiment.pretrain.max_workers, experiment.finetune.max_workers)
     display.say("ray       starting")
     with ray_session(experiment.ray, workers) as resources:
@@ -43,14 +43,14 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
         ):
             stage_begun = time.monotonic()
             results[name] = stage(experiment, display)
-            spent[name] = round(time.monotonic() - stage_begun, 1)
+            seconds[name] = round(time.monotonic() - stage_begun, 1)
     if has_report:
         write_report(experiment.folder)
-    spent["all"] = round(time.monotonic() - begun, 1)
+    seconds["all"] = round(time.monotonic() - begun, 1)
     pretrain, metrics = results["pretrain"], results["evaluate"]
     example: dict[str, Any] = next(iter(pretrain.get("fillings", [])), {})
     return {
-        "seconds": spent,
+        "seconds": seconds,
         "accuracy": metrics["accuracy"],
         "texts": metrics["n"],
         "masked_loss": pretrain["loss"],
@@ -64,44 +64,39 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
 
 
 def run_demo(experiment: Experiment, display: Display, text: str) -> dict[str, Any]:
-    """Run all stages on the embedded reviews, classify a sentence, and say what to try next."""
-    from raybert.pipeline.predict_stage import numbered, predict_texts
+    """Run all stages on the embedded reviews, classify a sentence, and print a summary."""
+    from raybert.pipeline.predict_stage import number_texts, predict_texts
     from raybert.storage.folder import Folder
 
-    minutes = _estimate(experiment)
+    # Both budgets, and what start-up, corpus and evaluation take besides.
+    minutes = (experiment.pretrain.minutes or 5) + (experiment.finetune.minutes or 5) + 2.5
     display.say(
-        f"From 25,000 movie reviews to a BERT of your own and a classifier: about {minutes:.0f} "
-        f"minutes on two cores. Everything goes to {experiment.folder}; Ctrl-C at any time, and "
-        "the same command goes on."
+        "Pretrains a BERT on 25,000 movie reviews and fine-tunes it into a classifier: about "
+        f"{minutes:.0f} minutes on two cores. Everything is written to {experiment.folder}; after "
+        "Ctrl-C the same command resumes."
     )
     result = run_stages(experiment, display)
-    answer = next(iter(predict_texts(Folder(result["model"]), numbered([text]))))
+    answer = next(iter(predict_texts(Folder(result["model"]), number_texts([text]))))
     result["answer"] = answer
-    print(_summary(experiment, result), flush=True)
+    print(_format_summary(experiment, result), flush=True)
     return result
 
 
-def _estimate(experiment: Experiment) -> float:
-    """Minutes: the two budgets, and what start-up, corpus and evaluation take beside them."""
-    return (experiment.pretrain.minutes or 5) + (experiment.finetune.minutes or 5) + 2.5
-
-
-def _summary(experiment: Experiment, result: dict[str, Any]) -> str:
+def _format_summary(experiment: Experiment, result: dict[str, Any]) -> str:
     answer, folder = result["answer"], shlex.quote(experiment.folder.uri)
     loss, unigram = result["masked_loss"], result["unigram_loss"]
-    told = (
-        ""
-        if unigram is None
-        else (f", {unigram - loss:.2f} under the unigram model's {unigram:.3f}")
+    gain = (
+        f", {unigram - loss:.2f} below the unigram model's {unigram:.3f}"
+        if unigram is not None
+        else ""
     )
     guesses = [f"  {guess['probability']:.3f}  {guess['token']}" for guess in result["fill_mask"]]
     raybert = shlex.quote(str(Path(sys.argv[0])))
     return "\n".join(
         [
             "",
-            f"Held-out masked-token loss  {loss:.3f} nats{told}",
-            f"Accuracy on {result['texts']:,} reviews that nothing was chosen on  "
-            f"{result['accuracy']:.4f}",
+            f"Held-out masked-token loss  {loss:.3f} nats{gain}",
+            f"Accuracy on {result['texts']:,} test reviews  {result['accuracy']:.4f}",
             "",
             str(result["example"] or ""),
             *guesses,
@@ -113,6 +108,6 @@ def _summary(experiment: Experiment, result: dict[str, Any]) -> str:
             "Next:",
             f'  {raybert} fill-mask -m {folder} "The acting was [MASK]."',
             f'  {raybert} predict -m {folder} "Boring from the first minute to the last."',
-            f"  {raybert} config > mine.yaml   # then set corpus.source.path to text of yours",
+            f"  {raybert} config > mine.yaml   # then set corpus.source.path to your own text",
         ]
     )

@@ -1,6 +1,6 @@
-"""What every kind of fine-tuning needs before it starts: the model, the tokenizer, the texts.
+"""Prepare fine-tuning: initial model, tokenizer, texts and teachers.
 
-One run, the trials of a search and the members of an ensemble begin alike.
+Single runs, trials of a search and members of an ensemble share it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from raybert.terminal.display import Display
 if TYPE_CHECKING:
     from raybert.tasks.finetune import FinetuneSpec
 
-#: Tokens of a text, where runs that share texts shorten them each in its own way.
+#: Input length of texts that several runs share: each run truncates them to its own.
 WHOLE = 1 << 20
 
 
@@ -33,19 +33,19 @@ def prepare_finetune(
     whole: bool = False,
     on_ray: bool = True,
 ) -> FinetuneSpec:
-    """Prepare the texts, or find them prepared, and describe the run.
+    """Tokenize the labelled texts, unless that is done, and return the run's specification.
 
     Args:
         experiment: the configuration.
-        display: shows how far it is.
+        display: shows the progress.
         data: the folder of the prepared texts.
-        has_begun: whether runs have begun on what lies there: then it is kept as it is.
+        has_begun: whether runs use the texts in `data` already; they are then kept.
         whole: whether the texts are kept at their full length.
         on_ray: whether Ray may be used.
 
     Raises:
-        UserError: there is no model to start from, or texts are longer than it reads.
-        DataError: whatever is wrong with the texts or labels.
+        UserError: there is no initial model, or `finetune.seq_len` exceeds its length.
+        DataError: a text or label is unusable.
     """
     from raybert.inference.ensemble import Teacher
     from raybert.jobs.doctor.run_checks import run_requested_checks
@@ -60,7 +60,7 @@ def prepare_finetune(
         teacher = None
         if config.distill.teacher is not None:
             models = teachers(experiment)
-            teacher = Teacher(models, lambda done: display.line(f"the teacher has read {done:,}"))
+            teacher = Teacher(models, lambda done: display.line(f"teacher: {done:,} texts"))
         session: AbstractContextManager[Resources | None] = (
             ray_session(experiment.ray) if on_ray else nullcontext()
         )
@@ -78,8 +78,8 @@ def prepare_finetune(
                 teacher="" if teacher is None else teacher.identity,
             )
         display.say(
-            f"texts     {prepared.train.rows:,} to train on, {prepared.validation.rows:,} to "
-            f"choose by{format_skipped(prepared.skipped)}; labels {', '.join(prepared.labels)}"
+            f"texts     {prepared.train.rows:,} for training, {prepared.validation.rows:,} for "
+            f"validation{format_skipped(prepared.skipped)}; labels {', '.join(prepared.labels)}"
         )
     return FinetuneSpec(
         config=config,
@@ -92,62 +92,64 @@ def prepare_finetune(
 
 
 def format_skipped(skipped: Mapping[str, int]) -> str:
-    """The rows that were left out, as the end of a line."""
+    """Format the numbers of skipped rows, by reason, as the end of a line."""
     return "".join(f", {count:,} skipped ({reason})" for reason, count in skipped.items())
 
 
 def starting_point(experiment: Experiment) -> tuple[Folder | None, Folder]:
-    """The model that fine-tuning starts from, and where the tokenizer lies.
+    """Return the initial model's folder (None: from scratch) and the tokenizer's.
 
     Raises:
-        UserError: they are not there.
+        UserError: one of them is missing.
     """
-    where = experiment.finetune.initialize_from
+    path = experiment.finetune.initialize_from
     pretrained = experiment.folder / "pretrain" / "model"
-    if where == "scratch":
+    if path == "scratch":
         folder = experiment.folder / "corpus"
         if not folder.exists(TOKENIZER_FILE):
-            raise UserError(f"{folder} has no tokenizer yet; make the corpus first: raybert corpus")
+            raise UserError(
+                f"{folder} has no tokenizer yet; build the corpus first: raybert corpus"
+            )
         return None, folder
-    if where == "pretrain":
+    if path == "pretrain":
         if not pretrained.exists("config.json"):
             raise UserError(
-                f"{pretrained} is not there yet; run `raybert pretrain` first, or set "
+                f"{pretrained} does not exist yet; run `raybert pretrain` first, or set "
                 "finetune.initialize_from to scratch or to a folder with a model"
             )
         return pretrained, pretrained
-    folder = resolve_model(where, "pretrain", key="finetune.initialize_from")
+    folder = resolve_model(path, "pretrain", key="finetune.initialize_from")
     return folder, folder
 
 
 def input_length(experiment: Experiment, start: Folder | None, seq_len: int | None) -> int:
-    """The tokens of a text at most: as configured, or the corpus's, and what the model reads.
+    """Return the largest number of tokens of a text: `seq_len`, or the corpus's.
 
     Raises:
-        UserError: more is configured than the model reads.
+        UserError: `seq_len` exceeds the model's length.
     """
     longest = experiment.model.max_seq_len
     if start is not None:
         longest = int(start.read_json("config.json").get("max_position_embeddings", 512))
     if seq_len is not None and seq_len > longest:
         raise UserError(
-            f"finetune.seq_len={seq_len} is past the model's {longest} tokens; lower it, or "
+            f"finetune.seq_len={seq_len} exceeds the model's {longest} tokens; lower it, or "
             f"pretrain with model.max_seq_len={seq_len}"
         )
     return min(seq_len or experiment.corpus.seq_len, longest)
 
 
 def teachers(experiment: Experiment) -> list[Folder]:
-    """The models that teach: those named, and the members of a named ensemble.
+    """Return the folders of the teacher models; an ensemble stands for its members.
 
     Raises:
-        UserError: there is no model.
+        UserError: a path has no model.
     """
     from raybert.inference.ensemble import members
 
     found: list[Folder] = []
     for path in experiment.finetune.distill.teachers:
         folder = Folder(path)
-        several = members(folder) or members(folder / "ensemble")
-        found += several or [resolve_model(path, key="finetune.distill.teacher")]
+        ensemble = members(folder) or members(folder / "ensemble")
+        found += ensemble or [resolve_model(path, key="finetune.distill.teacher")]
     return found

@@ -1,4 +1,4 @@
-"""What `raybert predict` and `raybert fill-mask` do, beside reading their arguments."""
+"""Predictions of the command line: arguments, lines of standard input, files."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ _TEXTS_A_CALL = 256
 _BYTES_A_READ = 1 << 16
 
 
-class Numbered(NamedTuple):
-    """A text, and the number from 0 of the line or argument that it is."""
+class NumberedText(NamedTuple):
+    """A text and the number of its line or argument, from 0."""
 
     row: int
     text: str
 
 
-def numbered(texts: Iterable[str]) -> Iterator[list[Numbered]]:
-    """Number texts and yield them some hundred at a time."""
-    remaining = itertools.starmap(Numbered, enumerate(texts))
+def number_texts(texts: Iterable[str]) -> Iterator[list[NumberedText]]:
+    """Number texts and yield them in batches."""
+    remaining = itertools.starmap(NumberedText, enumerate(texts))
     while chunk := list(itertools.islice(remaining, _TEXTS_A_CALL)):
         yield chunk
 
 
-def lines(stream: io.BufferedIOBase) -> Iterator[list[Numbered]]:
-    """Yield the lines of a stream as they come, empty ones left out but counted.
+def read_lines(stream: io.BufferedIOBase) -> Iterator[list[NumberedText]]:
+    """Yield the lines of a stream as they arrive; empty lines are counted but not yielded.
 
     Raises:
-        DataError: a line is not UTF-8; those before it have been yielded.
+        DataError: a line is not UTF-8; the lines before it have been yielded.
     """
-    number, pieces = 0, [b""]  # of a line that has not ended yet
+    number, pieces = 0, [b""]  # pieces of the incomplete line
     while True:
-        read = stream.read1(_BYTES_A_READ)  # what has come; waits only where nothing has
+        read = stream.read1(_BYTES_A_READ)  # blocks only while nothing has arrived
         pieces.append(read)
         if read and b"\n" not in read:
             continue
         *whole, last = b"".join(pieces).split(b"\n")
         whole, pieces = (whole, [last]) if read else ([*whole, last], [])
         for begin in range(0, len(whole), _TEXTS_A_CALL):
-            yield from _decoded(whole[begin : begin + _TEXTS_A_CALL], number + begin)
+            yield from _decode(whole[begin : begin + _TEXTS_A_CALL], number + begin)
         number += len(whole)
         if not read:
             return
 
 
-def _decoded(found: Sequence[bytes], first: int) -> Iterator[list[Numbered]]:
-    texts: list[Numbered] = []
+def _decode(found: Sequence[bytes], first: int) -> Iterator[list[NumberedText]]:
+    texts: list[NumberedText] = []
     for row, line in enumerate(found, first):
         try:
             text = line.decode("utf-8").strip()
@@ -66,15 +66,15 @@ def _decoded(found: Sequence[bytes], first: int) -> Iterator[list[Numbered]]:
                 f"standard input: line {row + 1} is not UTF-8 ({error.reason})"
             ) from None
         if text:
-            texts.append(Numbered(row, text))
+            texts.append(NumberedText(row, text))
     if texts:
         yield texts
 
 
 def predict_texts(
-    model: Folder, batches: Iterable[Sequence[Numbered]], precision: str = "auto"
+    model: Folder, batches: Iterable[Sequence[NumberedText]], precision: str = "auto"
 ) -> Iterator[dict[str, Any]]:
-    """Label texts in this process; yields row, text, label, score and all labels' scores."""
+    """Classify texts in this process; yields row, text, label, score and all labels' scores."""
     from raybert.inference.classifier import TextClassifier
 
     classifier = TextClassifier(model, precision=precision)
@@ -95,7 +95,7 @@ def predict_texts(
 def predict_file(
     experiment: Experiment, model: Folder, path: str, output: str, display: Display
 ) -> dict[str, Any]:
-    """Label a file, or many, through Ray Data."""
+    """Classify files by Ray Data; returns the counts."""
     from raybert.inference.bulk import predict_source
     from raybert.model import huggingface
 
@@ -103,9 +103,9 @@ def predict_file(
     columns = experiment.evaluate.source.model_dump(
         include={"text_column", "on_bad_row", "document", "format"}
     )
-    # Texts as they stand: the model's own preprocessing sees to HTML.
+    # The model's own preprocessing handles HTML.
     source = SourceConfig(path=path, html_breaks="keep", **columns)
-    fingerprint(source)  # that there is such a file, before Ray is started
+    fingerprint(source)  # a missing file is an error before Ray starts
     with display.stage("predict"), ray_session(experiment.ray) as resources:
         return predict_source(
             source,
@@ -119,7 +119,7 @@ def predict_file(
 
 
 def fill_mask(model: Folder, text: str, top: int) -> list[list[dict[str, Any]]]:
-    """The likeliest tokens for each mask of a text."""
+    """Return the `top` most probable tokens for each mask of a text."""
     from raybert.inference.fill_mask import MaskFiller
 
     return MaskFiller(model).fill(text, top)

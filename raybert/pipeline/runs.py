@@ -1,7 +1,7 @@
-"""The experiments in a storage: what each has come to, how large it is, and its end.
+"""List the experiments of a storage with their progress and size, and delete them.
 
-All of it is read off one listing of an experiment's folder and a few small files, so that an object
-store is asked little.
+An experiment is read from one listing of its folder and a few small files, so that an object store
+gets few requests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from raybert.train.metrics_log import read_metrics
 from raybert.train.run_folder import RESULT
 
 STAGES = ("corpus", "pretrain", "finetune", "tune", "ensemble")
-BUSY_SECONDS = 600.0  # since the last change; a run at work writes oftener, unless told not to
+BUSY_SECONDS = 600.0  # since the last change; by default an active run writes more often
 
 _COMMIT = re.compile(r"checkpoints/step-(\d+)(?:-a\d+)?\.json")
 _TRIAL = re.compile(r"trials/[^/]+/trial\.json")
@@ -33,7 +33,7 @@ _MEMBER = re.compile(r"members/[^/]+/trial\.json")
 
 @dataclass(frozen=True)
 class Stage:
-    """How far a stage has come."""
+    """Progress of a stage."""
 
     name: str
     state: Literal["finished", "begun"]
@@ -42,12 +42,12 @@ class Stage:
     step: int | None = None  # of a stage that trains
     total_steps: int | None = None
     attempts: int = 0
-    figures: dict[str, float] = field(default_factory=dict)  # what it is for
+    figures: dict[str, float] = field(default_factory=dict)  # accuracy, loss, rows, trials
 
 
 @dataclass(frozen=True)
 class Run:
-    """An experiment."""
+    """An experiment and its stages."""
 
     name: str
     bytes: int
@@ -55,54 +55,49 @@ class Run:
     stages: list[Stage]
 
 
-def listed(storage: Folder) -> list[Run]:
-    """The experiments in a storage, by name."""
+def list_runs(storage: Folder) -> list[Run]:
+    """Return the experiments of a storage, sorted by name."""
     return [run for name in storage.names() if (run := _read(storage, name)) is not None]
 
 
-def find(storage: Folder, name: str) -> Run:
-    """An experiment, by its name.
+def find_run(storage: Folder, name: str) -> Run:
+    """Return an experiment by its name.
 
     Raises:
-        UserError: there is none; a name that leads elsewhere is none.
+        UserError: there is none, or it is a symbolic link.
     """
     build(RunConfig, {"name": name}, "runs")
-    # What a link leads to is not the storage's, and to resolve it would hide that.
+    # Its target is outside of the storage, which resolving the link would hide.
     if storage.is_local and Path(storage.join(name)).is_symlink():
-        raise UserError(f"{storage.join(name)} is a link; remove it, or what it leads to, yourself")
+        raise UserError(f"{storage.join(name)} is a link; remove it or its target yourself")
     found = _read(storage, name)
     if found is None:
-        known = ", ".join(run.name for run in listed(storage)) or "none"
+        known = ", ".join(run.name for run in list_runs(storage)) or "none"
         raise UserError(f"{storage} has no experiment named {name}; experiments: {known}")
     return found
 
 
 def check_idle(storage: Folder, run: Run) -> None:
-    """Refuse to touch an experiment that something may be writing to.
+    """Refuse an experiment that a process may be writing to.
 
     Raises:
-        UserError: a file of it is only minutes old.
+        UserError: one of its files was changed within the last minutes.
     """
     ago = time.time() - run.changed
     if ago < BUSY_SECONDS:
         raise UserError(
-            f"{storage.join(run.name)} was written to {max(0.0, ago):.0f} s ago; stop what is at "
-            "work there (`raybert stop`) and wait, or pass --force"
+            f"{storage.join(run.name)} was written to {max(0.0, ago):.0f} s ago; stop the "
+            "run (`raybert stop`) and wait, or pass --force"
         )
 
 
-def delete(storage: Folder, run: Run) -> None:
-    """Delete an experiment with all that it holds."""
-    storage.delete(run.name)
-
-
 def _read(storage: Folder, name: str) -> Run | None:
-    """What there is of an experiment; None where the name is none's."""
+    """Read an experiment; None where the name is not one's."""
     if name == REGISTRY or not any(storage.exists(f"{name}/{stage}") for stage in STAGES):
         return None
     folder = storage / name
     files = folder.files()
-    stages = [_stage(folder / stage, stage, _within(files, stage)) for stage in STAGES]
+    stages = [_read_stage(folder / stage, stage, files) for stage in STAGES]
     return Run(
         name=name,
         bytes=sum(file.bytes for file in files),
@@ -111,46 +106,27 @@ def _read(storage: Folder, name: str) -> Run | None:
     )
 
 
-def _within(files: Sequence[File], folder: str) -> list[File]:
-    """The files of a folder, named from there."""
-    prefix = f"{folder}/"
-    return [
-        file._replace(name=file.name.removeprefix(prefix))
-        for file in files
-        if file.name.startswith(prefix)
-    ]
-
-
-def _stage(folder: Folder, name: str, files: Sequence[File]) -> Stage | None:
+def _read_stage(folder: Folder, name: str, experiment_files: Sequence[File]) -> Stage | None:
+    files = [file for file in experiment_files if file.name.startswith(f"{name}/")]
     if not files:
         return None
-    names = {file.name for file in files}
+    names = {file.name.removeprefix(f"{name}/") for file in files}
     finished = (MANIFEST if name == "corpus" else RESULT) in names
     try:
-        told = _told(folder, name, names, finished)
+        progress = _READERS.get(name, _read_training)(folder, names, finished)
     except (RaybertError, FileNotFoundError):  # damaged, or just being written
-        told = {}
+        progress = {}
     return Stage(
         name=name,
         state="finished" if finished else "begun",
         bytes=sum(file.bytes for file in files),
         changed=max(file.changed for file in files),
         attempts=sum(other.startswith("attempts/") for other in names),
-        **told,
+        **progress,
     )
 
 
-def _told(folder: Folder, name: str, names: set[str], finished: bool) -> dict[str, Any]:
-    if name == "corpus":
-        return _corpus(folder, finished)
-    if name == "tune":
-        return {"figures": _search(folder, names, finished)}
-    if name == "ensemble":
-        return {"figures": _ensemble(folder, names, finished)}
-    return _training(folder, names)
-
-
-def _corpus(folder: Folder, finished: bool) -> dict[str, Any]:
+def _read_corpus(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
     if not finished:
         return {}
     manifest = Manifest.read(folder)
@@ -158,26 +134,26 @@ def _corpus(folder: Folder, finished: bool) -> dict[str, Any]:
     return {"figures": {"rows": rows, "vocab_size": manifest.vocab_size}}
 
 
-def _search(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
+def _read_search(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {"trials": sum(map(bool, map(_TRIAL.fullmatch, names)))}
     if finished:
         result = folder.read_json(RESULT)
         figures["accuracy"] = result["best"]["seeds"]["accuracy"]["mean"]
         if "test" in result:
             figures["test_accuracy"] = result["test"]["accuracy"]
-    return figures
+    return {"figures": figures}
 
 
-def _ensemble(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
+def _read_ensemble(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {"members": sum(map(bool, map(_MEMBER.fullmatch, names)))}
     if finished:
         figures["accuracy"] = folder.read_json(RESULT)["ensemble"]["accuracy"]
-    return figures
+    return {"figures": figures}
 
 
-def _training(folder: Folder, names: set[str]) -> dict[str, Any]:
-    """The steps and figures of a run, from its result, its log or its checkpoints."""
-    if RESULT in names:
+def _read_training(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
+    """Return the steps and figures of a run, from its result, its log or its checkpoints."""
+    if finished:
         result = folder.read_json(RESULT)
         figures = {key: result[key] for key in ("accuracy", "loss") if result.get(key) is not None}
         if METRICS in names:
@@ -189,3 +165,6 @@ def _training(folder: Folder, names: set[str]) -> dict[str, Any]:
         return {key: trained[-1].get(key) for key in ("step", "total_steps")}
     commits = [int(match[1]) for match in map(_COMMIT.fullmatch, names) if match]
     return {"step": max(commits, default=0)}
+
+
+_READERS = {"corpus": _read_corpus, "tune": _read_search, "ensemble": _read_ensemble}

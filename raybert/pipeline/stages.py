@@ -1,7 +1,7 @@
-"""The stages of an experiment, each of which knows where it reads and where it writes.
+"""The stages of an experiment: corpus, pretraining, fine-tuning, evaluation.
 
-`<storage>/<name>/` holds `corpus/`, `pretrain/` and `finetune/`; the last two are run directories.
-Every stage that is finished says so and does nothing, so a pipeline can be run again at any point.
+`<storage>/<name>/` holds `corpus/` and the run directories `pretrain/` and `finetune/`. A finished
+stage returns its stored result, so the pipeline can be run again after an interruption anywhere.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from raybert.storage.model_folders import resolve_model
 from raybert.terminal.display import Display, clock
 
 METRICS = "metrics.json"
-MASK = "[MASK]"  # of every tokenizer that raybert makes
+MASK = "[MASK]"  # in every tokenizer that raybert trains
 
 
 def make_corpus(experiment: Experiment, display: Display, *, force: bool = False) -> dict[str, Any]:
-    """Text -> tokenizer and corpus."""
+    """Build the tokenizer and the corpus from raw text."""
     folder = experiment.folder / "corpus"
-    made = None if force else identity.existing(experiment.corpus, folder)
-    if made is not None:
-        display.say(f"corpus    {folder} is made already: {_corpus_line(made)}")
-        return _corpus_result(folder, made)
+    manifest = None if force else identity.existing(experiment.corpus, folder)
+    if manifest is not None:
+        display.say(f"corpus    {folder} is built already: {_format_corpus(manifest)}")
+        return _corpus_result(folder, manifest)
 
     def show(progress: corpus.Progress) -> None:
         rate = progress.tokens / max(1e-9, progress.seconds)
@@ -42,27 +42,25 @@ def make_corpus(experiment: Experiment, display: Display, *, force: bool = False
             left = progress.total_documents / progress.documents - 1
             eta = f"  ETA {clock(left * progress.seconds)}"
         tokens = f"  {progress.tokens:,} tokens  {rate:,.0f} tokens/s{eta}"
-        doing = "learning the vocabulary: " if progress.stage == "tokenizer" else ""
-        display.line(f"{doing}{progress.documents:,} documents{tokens if progress.tokens else ''}")
+        prefix = "learning the vocabulary: " if progress.stage == "tokenizer" else ""
+        display.line(f"{prefix}{progress.documents:,} documents{tokens if progress.tokens else ''}")
 
     with display.stage("corpus"), ray_session(experiment.ray):
-        made = corpus.build(experiment.corpus, folder, progress=show, force=force)
-    display.say(f"corpus    {_corpus_line(made)}")
-    return _corpus_result(folder, made)
+        manifest = corpus.build(experiment.corpus, folder, progress=show, force=force)
+    display.say(f"corpus    {_format_corpus(manifest)}")
+    return _corpus_result(folder, manifest)
 
 
-def _corpus_line(manifest: Manifest) -> str:
-    rows = manifest.splits["train"].rows
-    info = manifest.info
-    counts = {"duplicates": "duplicates", "overlap": "also in the test set"}
-    left_out = "".join(
-        f", {info[key]:,} {name}" for key, name in counts.items() if isinstance(info.get(key), int)
-    )
+def _format_corpus(manifest: Manifest) -> str:
+    rows, info = {name: split.rows for name, split in manifest.splits.items()}, manifest.info
+    removed = {"duplicates": "duplicates", "overlap": "also in the test set"}
+    counts = [
+        f", {info[k]:,} {name}" for k, name in removed.items() if isinstance(info.get(k), int)
+    ]
     return (
-        f"{rows:,} rows of {manifest.seq_len} tokens, vocabulary {manifest.vocab_size:,}, "
-        f"{manifest.splits['heldout'].rows:,} rows held out"
-        + left_out
-        + format_skipped(info.get("skipped", {}))
+        f"{rows['train']:,} rows of {manifest.seq_len} tokens, vocabulary {manifest.vocab_size:,}, "
+        f"{rows['heldout']:,} rows held out{''.join(counts)}"
+        f"{format_skipped(info.get('skipped', {}))}"
     )
 
 
@@ -73,25 +71,25 @@ def _corpus_result(folder: Folder, manifest: Manifest) -> dict[str, Any]:
 
 
 def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) -> dict[str, Any]:
-    """Corpus -> a run with a pretrained `model/`."""
+    """Pretrain on the corpus; the run directory then holds `model/`."""
     from raybert.model import huggingface
     from raybert.tasks.masked_lm import PretrainSpec
 
     sections = ("corpus", "model")
-    finished = _finished("pretrain", experiment, display, sections)
-    if finished is not None:
-        return finished
+    result = _stored_result("pretrain", experiment, display, sections)
+    if result is not None:
+        return result
     folder = experiment.folder / "corpus"
     manifest = Manifest.read(folder)
-    # The text itself is not looked at: it may be gone by now.
+    # Only settings are compared: the text may have been deleted since.
     identity.check_config(experiment.corpus, manifest, folder)
-    model, start, where = experiment.model, None, experiment.pretrain.initialize_from
-    if where is not None:
-        start = resolve_model(where, "pretrain", key="pretrain.initialize_from")
+    model, start, path = experiment.model, None, experiment.pretrain.initialize_from
+    if path is not None:
+        start = resolve_model(path, "pretrain", key="pretrain.initialize_from")
         model = huggingface.read_model_config(start)[0].model_copy(
             update={"dropout": model.dropout}
         )
-    job = PretrainSpec(
+    spec = PretrainSpec(
         config=experiment.pretrain,
         model=model,
         corpus=folder,
@@ -99,27 +97,27 @@ def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) ->
         source=", ".join(experiment.corpus.source.paths),
         start=start,
     )
-    return _train("pretrain", job, experiment, display, sections, bare)
+    return _train("pretrain", spec, experiment, display, sections, bare)
 
 
 def finetune(experiment: Experiment, display: Display, *, bare: bool = False) -> dict[str, Any]:
-    """Labelled texts and a pretrained model -> a run with a classifier in `model/`."""
+    """Fine-tune a classifier on labelled texts; the run directory then holds `model/`."""
     from raybert.train.run_folder import CONFIG
 
-    finished = _finished("finetune", experiment, display, ("model",))
-    if finished is not None:
-        return finished
+    result = _stored_result("finetune", experiment, display, ("model",))
+    if result is not None:
+        return result
     run = experiment.folder / "finetune"
-    job = prepare_finetune(
+    spec = prepare_finetune(
         experiment, display, run / "data", has_begun=run.exists(CONFIG), on_ray=not bare
     )
-    return _train("finetune", job, experiment, display, ("model",), bare)
+    return _train("finetune", spec, experiment, display, ("model",), bare)
 
 
-def _finished(
+def _stored_result(
     stage: str, experiment: Experiment, display: Display, sections: tuple[str, ...]
 ) -> dict[str, Any] | None:
-    """The result of a run that is finished, which needs nothing that it was made from."""
+    """Return the result of a finished run; its inputs may be gone."""
     from raybert.train.run_folder import RESULT, open_run
 
     run = experiment.folder / stage
@@ -131,37 +129,37 @@ def _finished(
 
 def _train(
     stage: str,
-    job: Any,
+    spec: Any,
     experiment: Experiment,
     display: Display,
     sections: tuple[str, ...],
     bare: bool,
 ) -> dict[str, Any]:
-    """Run a job to its end."""
+    """Train until the run is finished."""
     from raybert.train.run import execute_bare
     from raybert.train.run_folder import open_run
 
     run = experiment.folder / stage
-    job.check()
+    spec.check()
     open_run(
         run,
         dump(experiment),
         stage,
         sections,
-        inputs=job.inputs(),
+        inputs=spec.inputs(),
         log=lambda text: display.say(f"{stage:<9} {text}"),
     )
     begun = time.monotonic()
     with display.stage(stage):
         if bare:
-            result = execute_bare(job, run, on_progress=display.record)
+            result = execute_bare(spec, run, on_progress=display.record)
         else:
             from raybert.jobs.doctor.run_checks import run_requested_checks
             from raybert.train.ray.driver import train_on_ray
 
-            with ray_session(experiment.ray, job.config.max_workers) as resources:
+            with ray_session(experiment.ray, spec.config.max_workers) as resources:
                 run_requested_checks(experiment, resources, display, (stage,))
-                result = train_on_ray(job, run, resources, on_progress=display.record)
+                result = train_on_ray(spec, run, resources, on_progress=display.record)
     display.say(
         f"{stage:<9} {result['step']:,} steps, {result['tokens']:,.0f} tokens in "
         f"{clock(time.monotonic() - begun)}; model in {result['model']}"
@@ -170,43 +168,43 @@ def _train(
 
 
 def evaluate(experiment: Experiment, display: Display) -> dict[str, Any]:
-    """The classifier on texts that nothing was chosen on -> `metrics.json` in its run."""
+    """Evaluate the classifier on the test texts; writes `metrics.json` into its run."""
     run = experiment.folder / "finetune"
-    known = measured(experiment, run)
-    if known is not None:
-        display.say(f"evaluate  {run} is measured already: accuracy {known['accuracy']:.4f}")
-        return known
-    seen = _trained_on(run, experiment.evaluate.source)
-    if seen is not None:
+    stored = stored_metrics(experiment, run)
+    if stored is not None:
+        display.say(f"evaluate  {run} is evaluated already: accuracy {stored['accuracy']:.4f}")
+        return stored
+    shared = _find_training_file(run, experiment.evaluate.source)
+    if shared is not None:
         display.say(
-            f"evaluate  {seen} was trained on: the scores say little about new texts; name others "
-            "with --set evaluate.source.path=FILE"
+            f"evaluate  {shared} was used for training: the scores do not measure new texts; name "
+            "other texts with --set evaluate.source.path=FILE"
         )
     metrics = evaluate_model(experiment, run / "model", display)
-    metrics["seen_in_training"] = seen is not None
+    metrics["seen_in_training"] = shared is not None
     run.write_json(METRICS, metrics)
     return metrics
 
 
-def measured(experiment: Experiment, run: Folder) -> dict[str, Any] | None:
-    """What is known of a run's model on the experiment's evaluation source, as it is now."""
+def stored_metrics(experiment: Experiment, run: Folder) -> dict[str, Any] | None:
+    """Return a run's stored metrics; None where its model or the evaluation source has changed."""
     if not (run.exists(METRICS) and run.exists("model/config.json")):
         return None
     metrics = run.read_json(METRICS)
-    is_it = metrics.get("made_from") == _measured_from(experiment, run / "model")
-    return dict(metrics) if is_it else None
+    is_current = metrics.get("made_from") == _evaluation_inputs(experiment, run / "model")
+    return dict(metrics) if is_current else None
 
 
 def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> dict[str, Any]:
-    """Measure any classifier on the experiment's evaluation source."""
-    from raybert.inference.evaluation import evaluate as measure
+    """Evaluate any classifier on the experiment's evaluation source."""
+    from raybert.inference import evaluation
     from raybert.model import huggingface
 
     source = experiment.evaluate.source
-    made_from = _measured_from(experiment, model)
+    inputs = _evaluation_inputs(experiment, model)
     names = huggingface.read_label_names(model)
     with display.stage("evaluate"), ray_session(experiment.ray) as resources:
-        metrics = measure(
+        metrics = evaluation.evaluate(
             source,
             model,
             names,
@@ -221,12 +219,12 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
         **metrics,
         "source": source.model_dump(mode="json"),
         "model": model.uri,
-        "made_from": made_from,
+        "made_from": inputs,
     }
 
 
-def _measured_from(experiment: Experiment, model: Folder) -> dict[str, Any]:
-    """All that decides what an evaluation finds: the source, its files, the weights."""
+def _evaluation_inputs(experiment: Experiment, model: Folder) -> dict[str, Any]:
+    """Return everything that the metrics depend on: the source, its files, the weights."""
     from raybert.model.huggingface import weights_hash
 
     source = experiment.evaluate.source
@@ -237,8 +235,8 @@ def _measured_from(experiment: Experiment, model: Folder) -> dict[str, Any]:
     }
 
 
-def _trained_on(run: Folder, source: SourceConfig) -> str | None:
-    """A file of which both a run's training and this source read the same part, if there is one."""
+def _find_training_file(run: Folder, source: SourceConfig) -> str | None:
+    """Return a file that a run was trained on and that the source reads; None if there is none."""
     from raybert.train.run_folder import CONFIG
 
     values = parse_yaml(run.read_text(CONFIG), run.join(CONFIG)) if run.exists(CONFIG) else {}
@@ -246,15 +244,15 @@ def _trained_on(run: Folder, source: SourceConfig) -> str | None:
         config = build(SourceConfig, values.get("finetune", {}).get("source", {}), CONFIG)
     except UserError:
         return None
-    return shared_file(config, source)
+    return find_shared_file(config, source)
 
 
-def shared_file(training: SourceConfig, source: SourceConfig) -> str | None:
-    """A file of which both read the same part, if there is one."""
+def find_shared_file(training: SourceConfig, source: SourceConfig) -> str | None:
+    """Return a file whose splits overlap in both sources; None if there is none."""
     try:
         shards = documents.shards(training, labels=True)
     except UserError:
-        return None  # the texts are gone
+        return None  # the texts were deleted
     read = {file.uri: set(shard.splits) for shard in shards for file in shard.files}
     for shard in documents.shards(source, labels=True):
         for file in shard.files:
@@ -265,12 +263,12 @@ def shared_file(training: SourceConfig, source: SourceConfig) -> str | None:
 
 
 def check_sources(experiment: Experiment) -> None:
-    """Look at what later stages need, so that a typo ends the command before hours of training.
+    """Check the inputs of later stages, so that a mistake is found before hours of training.
 
     Raises:
-        ConfigError: lengths that don't fit each other, an example without a mask.
-        DataError: a source has no such files, or its first row no such column or label.
-        UserError: a `sample:` whose package is not installed, a teacher that is not there.
+        ConfigError: incompatible lengths, or an example without a mask.
+        DataError: a source has no files, or its first row lacks the column or label.
+        UserError: the package of a `sample:` is not installed, or a teacher is missing.
     """
     from raybert.train.run_folder import CONFIG
 
@@ -278,7 +276,7 @@ def check_sources(experiment: Experiment) -> None:
     documents.fingerprint(experiment.corpus.source)
     if experiment.corpus.overlap is not None:
         documents.fingerprint(experiment.corpus.overlap)
-    if not (experiment.folder / "finetune").exists(CONFIG):  # it keeps the texts it began with
+    if not (experiment.folder / "finetune").exists(CONFIG):  # a begun run keeps its prepared texts
         documents.peek(experiment.finetune.source)
         if experiment.finetune.validation is not None:
             documents.peek(experiment.finetune.validation)
@@ -292,18 +290,18 @@ def _check_lengths(experiment: Experiment) -> None:
     model = experiment.model.max_seq_len
     if experiment.corpus.seq_len > model and experiment.pretrain.initialize_from is None:
         raise ConfigError(
-            f"corpus.seq_len={experiment.corpus.seq_len} is past model.max_seq_len={model}; raise "
-            "that, or make shorter rows"
+            f"corpus.seq_len={experiment.corpus.seq_len} exceeds model.max_seq_len={model}; raise "
+            "model.max_seq_len, or lower corpus.seq_len"
         )
     seq_len, start = experiment.finetune.seq_len, experiment.finetune.initialize_from
     own = experiment.pretrain.initialize_from is None and start in ("pretrain", "scratch")
     if seq_len is not None and own and seq_len > model:
         raise ConfigError(
-            f"finetune.seq_len={seq_len} is past model.max_seq_len={model}; raise that, or lower it"
+            f"finetune.seq_len={seq_len} exceeds model.max_seq_len={model}; raise "
+            "model.max_seq_len, or lower finetune.seq_len"
         )
     for text in experiment.pretrain.examples:
         if experiment.corpus.tokenizer.kind != "file" and MASK not in text:
             raise ConfigError(
-                f"pretrain.examples: {text!r} has no {MASK}; put one where a word is to be "
-                "predicted"
+                f"pretrain.examples: {text!r} has no {MASK}; put it in place of a word"
             )

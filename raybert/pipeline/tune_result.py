@@ -12,7 +12,7 @@ from typing import Any
 from raybert.config import dump
 from raybert.errors import UserError
 from raybert.experiment import Experiment
-from raybert.pipeline.stages import METRICS, evaluate_model, measured
+from raybert.pipeline.stages import METRICS, evaluate_model, stored_metrics
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display, clock
 from raybert.train.run_folder import RESULT
@@ -58,7 +58,7 @@ def finish_search(
     result = search_result(trials, finalists, cost, seconds)
     result |= {"model": (stage / "model").uri, "config": (stage / WINNER).uri, "run": run.name}
     if config.test:
-        metrics = measured(experiment, stage)  # by a session that was killed afterwards
+        metrics = stored_metrics(experiment, stage)  # by a session that was killed afterwards
         if metrics is None:
             metrics = evaluate_model(experiment, stage / "model", display)
             stage.write_json(METRICS, metrics)

@@ -16,7 +16,7 @@ from raybert.data.sources import documents
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
 from raybert.pipeline.finetune_setup import input_length, prepare_finetune
-from raybert.pipeline.stages import shared_file
+from raybert.pipeline.stages import find_shared_file
 from raybert.pipeline.trial_runner import TrialRunner
 from raybert.pipeline.tune_result import finish_search, format_best, write_report_and_result
 from raybert.storage.folder import Folder
@@ -164,7 +164,7 @@ class Search:
     def warn(self) -> None:
         """Warn of settings that make the results less meaningful."""
         if self._config.test:
-            self._seen_file = shared_file(
+            self._seen_file = find_shared_file(
                 self._experiment.finetune.source, self._experiment.evaluate.source
             )
         if self._seen_file is not None:

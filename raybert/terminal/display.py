@@ -1,6 +1,6 @@
-"""Progress: one live line on a terminal, plain lines in a log, nothing on standard output.
+"""Progress on standard error: one rewritten line on a terminal, plain lines in a log.
 
-Standard output belongs to results, so that `--json` can be piped; progress goes to standard error.
+Standard output is reserved for results, so that `--json` can be piped.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-PLAIN_SECONDS = 10.0  # between lines where there is no terminal to rewrite
-FOLLOWED_SECONDS = 2.0  # the same, where somebody follows the log with a terminal
-#: Set in a submitted job: whoever follows it shows its progress as a line that is rewritten.
+PLAIN_SECONDS = 10.0  # between lines of progress without a terminal
+FOLLOWED_SECONDS = 2.0  # the same in a submitted job, whose log is followed on a terminal
+#: Set in a submitted job: its progress lines are marked, and the follower rewrites them.
 FOLLOWED = "RAYBERT_FOLLOWED"
-_PROGRESS = "\x1f"  # begins such a line in the log; invisible where it is just printed
+_PROGRESS = "\x1f"  # first character of such a line; invisible when printed
 
 
 class Display:
-    """Shows how far a stage has come."""
+    """Shows the progress of a stage."""
 
     def __init__(self, quiet: bool = False) -> None:
-        """Write to standard error; `quiet` shows nothing but notices."""
+        """Write to standard error; `quiet` writes nothing."""
         self._console = Console(
             stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True
         )
@@ -40,7 +40,7 @@ class Display:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Name what is being done; its duration is shown at the end."""
+        """Begin a stage; its name and duration precede its lines."""
         self._stage, self._begun = name, time.monotonic()
         self._last_plain = 0.0
         self.line("starting")
@@ -54,14 +54,14 @@ class Display:
             self._stage = ""
 
     def line(self, text: str) -> None:
-        """Replace the live line; in a log, print a line every few seconds."""
+        """Show progress: rewrite the live line; without a terminal, print it every few seconds."""
         if self._quiet:
             return
         spent = clock(time.monotonic() - self._begun)
         self._progress(f"{self._stage:<9} {spent:>6}  {text}")
 
     def panel(self, content: RenderableType, text: str) -> None:
-        """Rewrite what is shown at the stage's end of a terminal; in a log, say it in a line."""
+        """Show a renderable that is rewritten; without a terminal, show `text` as progress."""
         if not self._live:
             self.line(text)
             return
@@ -80,7 +80,7 @@ class Display:
         self._panel.refresh()
 
     def relay(self, line: str) -> None:
-        """Show a line of a followed job's log: its progress is rewritten, all else stays."""
+        """Show a line of a followed job's log: rewrite progress, print the rest."""
         if line.startswith(_PROGRESS):
             self._progress(line.removeprefix(_PROGRESS))
         else:
@@ -99,30 +99,30 @@ class Display:
             self._console.print((_PROGRESS if self._followed else "") + text)
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         self._clear()
         if not self._quiet:
             self._console.print(text)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Show what the training loop logged."""
+        """Show a record of the training loop."""
         total = record.get("total_steps")
         if record["kind"] == "train":
-            self.line(_train_line(record, total))
+            self.line(_format_train(record, total))
         elif record["kind"] == "eval":
-            self.say(f"{self._stage:<9} step {record['step']:>6,}  {_eval_line(record)}")
+            self.say(f"{self._stage:<9} step {record['step']:>6,}  {_format_eval(record)}")
             for example in record.get("fillings", []):
-                self.say(f"{'':<9} {example['text']}  ->  {_guesses(example['tokens'])}")
+                self.say(f"{'':<9} {example['text']}  ->  {_format_tokens(example['tokens'])}")
         elif record["kind"] == "event" and record["event"] != "start":
             self.say(f"{self._stage:<9} step {record['step']:>6,}  {record.get('message', '')}")
 
     def _clear(self) -> None:
-        if self._live and self._panel is None:  # a panel makes room for lines by itself
+        if self._live and self._panel is None:  # rich moves a panel below printed lines
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()
 
 
-def _train_line(record: dict[str, Any], total: int | None) -> str:
+def _format_train(record: dict[str, Any], total: int | None) -> str:
     steps = f"{record['step']:,}" + (f"/{total:,}" if total else "")
     parts = [
         f"step {steps}",
@@ -140,7 +140,7 @@ def _train_line(record: dict[str, Any], total: int | None) -> str:
     return "  ".join(parts)
 
 
-def _eval_line(record: dict[str, Any]) -> str:
+def _format_eval(record: dict[str, Any]) -> str:
     parts = [f"held-out loss {record['loss']:.4f}"]
     if "unigram_loss" in record:
         parts.append(f"(unigram {record['unigram_loss']:.4f})")
@@ -149,19 +149,19 @@ def _eval_line(record: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def _guesses(tokens: list[dict[str, Any]]) -> str:
+def _format_tokens(tokens: list[dict[str, Any]]) -> str:
     return ", ".join(f"{guess['token']} {guess['probability']:.2f}" for guess in tokens)
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Format seconds as m:ss or h:mm:ss."""
     whole = max(0, round(seconds))
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
 def size(count: float) -> str:
-    """Bytes as 512 bytes, 3.4 kB, 149 MB or 1.2 GB."""
+    """Format bytes as 512 bytes, 3.4 kB, 149 MB or 1.2 GB."""
     unit = "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
         if count < 1000:

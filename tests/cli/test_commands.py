@@ -148,7 +148,7 @@ def test_a_student_learns_from_a_teacher(raybert, trained, tmp_path):
     )
     assert config["finetune"]["distill"]["teacher"] == str(trained.run)
     gone = raybert("finetune", *at, "-n", "other", "--distill-from", "/none")
-    assert "other/pretrain/model is not there yet" in refused(gone)
+    assert "other/pretrain/model does not exist yet" in refused(gone)
     shutil.rmtree(tmp_path / "tiny" / "finetune")
     gone = raybert("finetune", *at, "--distill-from", "/none")
     assert refused(gone) == (
@@ -323,7 +323,7 @@ def test_a_measurement_counts_for_its_texts_and_weights_alone(
 
     def measure(experiment, model, display):
         measured.append(1)
-        return {"accuracy": 0.5, "n": 1, "made_from": stages._measured_from(experiment, model)}
+        return {"accuracy": 0.5, "n": 1, "made_from": stages._evaluation_inputs(experiment, model)}
 
     monkeypatch.setattr(stages, "evaluate_model", measure)
     at = ("-c", trained.config, "--set", f"run.storage={tmp_path}", "--json")
@@ -332,7 +332,7 @@ def test_a_measurement_counts_for_its_texts_and_weights_alone(
         return raybert("evaluate", *at, "--set", f"evaluate.source.path={path}")
 
     assert "trained on" not in evaluate().err
-    assert "is measured already" in evaluate().err
+    assert "is evaluated already" in evaluate().err
     assert len(measured) == 1
     with open(texts, "a") as file:
         file.write("one more superb film,pos\n")
@@ -345,21 +345,21 @@ def test_a_measurement_counts_for_its_texts_and_weights_alone(
     evaluate()
     assert len(measured) == 3
     seen = evaluate(trained.texts)
-    assert f"{trained.texts} was trained on: the scores say little about new texts" in seen.err
+    assert f"{trained.texts} was used for training: the scores do not measure new texts" in seen.err
     assert seen.json["seen_in_training"] is True
 
 
 def test_a_summary_without_a_unigram_loss():
     from raybert.experiment import Experiment as Configured
-    from raybert.pipeline.demo import _summary
+    from raybert.pipeline.demo import _format_summary
 
     result = {
         "masked_loss": 4.0, "unigram_loss": None, "fill_mask": [], "texts": 9, "accuracy": 0.5,
         "example": None, "answer": {"text": "x", "label": "pos", "score": 0.5},
         "seconds": {"all": 3}, "report": "r",
     }  # fmt: skip
-    assert "loss  4.000 nats\n" in _summary(Configured(), result)
-    assert "2.00 under the unigram model's 6.000" in _summary(
+    assert "loss  4.000 nats\n" in _format_summary(Configured(), result)
+    assert "2.00 under the unigram model's 6.000" in _format_summary(
         Configured(), {**result, "unigram_loss": 6.0}
     )
 
@@ -434,7 +434,7 @@ def test_a_part_cut_short(raybert, experiment):
 
 def test_fine_tuning_before_pretraining(raybert, experiment):
     done = raybert("finetune", "-c", experiment.config, "--bare")
-    assert "is not there yet; run `raybert pretrain` first" in refused(done)
+    assert "does not exist yet; run `raybert pretrain` first" in refused(done)
 
 
 def test_fine_tuning_past_the_models_length(raybert, trained, tmp_path):
@@ -442,7 +442,7 @@ def test_fine_tuning_past_the_models_length(raybert, trained, tmp_path):
         "finetune", "-c", trained.config, "--bare", "-n", "other", "--set",
         f"finetune.initialize_from={trained.run}/pretrain", "--set", "finetune.seq_len=65",
     )  # fmt: skip
-    assert "finetune.seq_len=65 is past the model's 64 tokens" in refused(done)
+    assert "finetune.seq_len=65 exceeds the model's 64 tokens" in refused(done)
 
 
 def test_a_model_that_is_not_there(raybert, tmp_path):
@@ -683,7 +683,7 @@ def test_from_raw_reviews_to_a_measured_classifier(raybert, ray_session, tmp_pat
     assert made.code == 0, made.err
     assert made.json["rows"]["train"] > 50
     again = raybert("corpus", *at, "--json")
-    assert "is made already" in again.err
+    assert "is built already" in again.err
     assert again.json["rows"] == made.json["rows"]
     assert raybert("pretrain", *at, "--bare").code == 0
     assert raybert("finetune", *at, "--bare").code == 0
@@ -693,7 +693,7 @@ def test_from_raw_reviews_to_a_measured_classifier(raybert, ray_session, tmp_pat
     assert measured.json["n"] == 80
     assert measured.json["accuracy"] > 0.9
     again = raybert("evaluate", *at)
-    assert "is measured already" in again.err
+    assert "is evaluated already" in again.err
     (a, b), (c, d) = measured.json["confusion"]
     matrix = [line.split() for line in again.out.splitlines()[-3:]]
     assert matrix == [

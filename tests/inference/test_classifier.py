@@ -10,7 +10,7 @@ from making import reviews
 from raybert.errors import DataError, RaybertError
 from raybert.inference.classifier import TextClassifier, round_up, softmax
 from raybert.model import huggingface
-from raybert.pipeline.predict_stage import lines, numbered, predict_texts
+from raybert.pipeline.predict_stage import number_texts, predict_texts, read_lines
 from raybert.storage.folder import Folder
 
 TEXTS = [text for text, _ in reviews(40, seed=3)] + ["superb " * 100, "awful", "zzz unknown zzz"]
@@ -130,7 +130,7 @@ def test_predictions_are_yielded_before_the_last_text_is_read(model):
             taken.append(index)
             yield "superb film"
 
-    predictions = predict_texts(model, numbered(texts()))
+    predictions = predict_texts(model, number_texts(texts()))
     first = next(predictions)
     assert first["label"] == "pos"
     assert len(taken) < 1000
@@ -138,14 +138,14 @@ def test_predictions_are_yielded_before_the_last_text_is_read(model):
 
 
 def test_empty_lines_are_skipped():
-    found = list(lines(io.BytesIO(b"a\n  \n\n" + "ü\r\nlast".encode())))
+    found = list(read_lines(io.BytesIO(b"a\n  \n\n" + "ü\r\nlast".encode())))
     assert found == [[(0, "a"), (3, "ü")], [(4, "last")]]
-    assert list(lines(io.BytesIO(b""))) == list(lines(io.BytesIO(b"\n\n"))) == []
+    assert list(read_lines(io.BytesIO(b""))) == list(read_lines(io.BytesIO(b"\n\n"))) == []
 
 
 def test_lines_of_any_length_are_read_whole_and_in_order():
     texts = [str(n) * (n % 700) for n in range(2000)] + ["x" * 300_000, "end"]
-    found = list(lines(io.BytesIO("\n".join(texts).encode())))
+    found = list(read_lines(io.BytesIO("\n".join(texts).encode())))
     assert [item for batch in found for item in batch] == [
         (row, text) for row, text in enumerate(texts) if text
     ]
@@ -154,7 +154,7 @@ def test_lines_of_any_length_are_read_whole_and_in_order():
 def test_a_line_is_predicted_before_the_next_one_arrives(model):
     reading, writing = os.pipe()
     with open(reading, "rb") as stream, open(writing, "wb", buffering=0) as sender:
-        predictions = predict_texts(model, lines(stream))
+        predictions = predict_texts(model, read_lines(stream))
         for row, label in ((0, "pos"), (2, "neg")):
             sender.write(b"superb film\n" if label == "pos" else b"\nawful film\n")
             found = next(predictions)  # would block if it read ahead
@@ -164,7 +164,7 @@ def test_a_line_is_predicted_before_the_next_one_arrives(model):
 
 
 def test_lines_before_a_bad_one_are_yielded():
-    found = lines(io.BytesIO(b"good\nb\xffd\n"))
+    found = read_lines(io.BytesIO(b"good\nb\xffd\n"))
     assert next(found) == [(0, "good")]
     with pytest.raises(DataError, match="line 2 is not UTF-8"):
         next(found)

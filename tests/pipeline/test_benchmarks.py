@@ -14,7 +14,7 @@ from raybert.data.corpus.part_reader import PartReader
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
-from raybert.pipeline.benchmarks import WARM_STEPS, bench_train, generate_corpus
+from raybert.pipeline.benchmarks import WARMUP_STEPS, bench_train, generate_corpus
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
 
@@ -22,7 +22,7 @@ TINY = {
     "corpus": {"seq_len": 8, "tokenizer": {"vocab_size": 64}},
     "model": MODEL,
     "pretrain": {
-        "steps": WARM_STEPS + 3,
+        "steps": WARMUP_STEPS + 3,
         "global_batch_size": 8,
         "micro_batch_size": 4,
         "threads": 1,
@@ -56,7 +56,7 @@ def test_a_bare_measurement_times_the_steps_after_the_warm_ones():
 
 
 def test_a_measurement_without_a_timed_step_is_refused():
-    values = TINY | {"pretrain": TINY["pretrain"] | {"steps": WARM_STEPS}}
+    values = TINY | {"pretrain": TINY["pretrain"] | {"steps": WARMUP_STEPS}}
     with pytest.raises(ConfigError, match=r"^pretrain\.steps=10: the first 10 are not timed"):
         bench_train(build(Experiment, values, "x"), bare=True, display=Display(quiet=True))
 

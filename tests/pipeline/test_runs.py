@@ -1,4 +1,4 @@
-"""Listing and deleting experiments: what is there is told, and nothing else is ever touched."""
+"""Listing and deleting experiments: all are listed, and nothing else is ever touched."""
 
 import json
 import os
@@ -18,7 +18,7 @@ HOUR = 3600
 
 
 def age(path, seconds=HOUR):
-    """Make everything below a path that old."""
+    """Set the modification time of all files below a path to that long ago."""
     at = time.time() - seconds
     for root, _, names in os.walk(path):
         for name in names:
@@ -27,7 +27,7 @@ def age(path, seconds=HOUR):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A storage: `done` is pretrained, `begun` has stopped, `texts` is a corpus; the rest none."""
+    """A storage with three experiments: pretrained `done`, stopped `begun`, corpus `texts`."""
     path = tmp_path_factory.mktemp("runs")
     storage = Folder(path)
     make_corpus(storage / "texts" / "corpus")
@@ -45,7 +45,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def storage(made, tmp_path):
-    """A copy of it that may be changed."""
+    """A copy of the storage that may be changed."""
     shutil.copytree(made, tmp_path / "runs", copy_function=shutil.copy2)
     return Folder(tmp_path / "runs")
 
@@ -54,12 +54,12 @@ def tree(path):
     return {os.path.join(root, name) for root, _, names in os.walk(path) for name in names}
 
 
-def test_searches_and_ensembles_are_told_of(tmp_path):
+def test_searches_and_ensembles_are_listed_with_their_figures(tmp_path):
     storage = Folder(tmp_path)
     for name in ("trials/0000", "trials/0001", "seeds/0000-s1"):
         storage.write_json(f"e/tune/{name}/trial.json", {})
     storage.write_json("e/ensemble/members/s0/trial.json", {})
-    [run] = runs.listed(storage)
+    [run] = runs.list_runs(storage)
     assert [(s.name, s.state, s.figures) for s in run.stages] == [
         ("tune", "begun", {"trials": 2}),
         ("ensemble", "begun", {"members": 1}),
@@ -67,7 +67,7 @@ def test_searches_and_ensembles_are_told_of(tmp_path):
     best = {"seeds": {"accuracy": {"mean": 0.8}}}
     storage.write_json("e/tune/result.json", {"best": best, "test": {"accuracy": 0.7}})
     storage.write_json("e/ensemble/result.json", {"ensemble": {"accuracy": 0.9}})
-    [run] = runs.listed(storage)
+    [run] = runs.list_runs(storage)
     assert [(s.name, s.state, s.figures) for s in run.stages] == [
         ("tune", "finished", {"trials": 2, "accuracy": 0.8, "test_accuracy": 0.7}),
         ("ensemble", "finished", {"members": 1, "accuracy": 0.9}),
@@ -75,7 +75,7 @@ def test_searches_and_ensembles_are_told_of(tmp_path):
 
 
 def test_every_experiment_is_listed_and_nothing_else(made):
-    found = {run.name: run for run in runs.listed(Folder(made))}
+    found = {run.name: run for run in runs.list_runs(Folder(made))}
     assert list(found) == ["begun", "done", "texts"]
     for name, run in found.items():
         on_disk = [os.path.getsize(path) for path in tree(made / name)]
@@ -84,8 +84,8 @@ def test_every_experiment_is_listed_and_nothing_else(made):
         assert time.time() - run.changed == pytest.approx(HOUR, abs=HOUR / 2)
 
 
-def test_stages_say_how_far_they_are(made):
-    found = {run.name: run.stages for run in runs.listed(Folder(made))}
+def test_stages_report_their_progress(made):
+    found = {run.name: run.stages for run in runs.list_runs(Folder(made))}
     [corpus], [done], [begun] = found["texts"], found["done"], found["begun"]
     assert (corpus.name, corpus.state) == ("corpus", "finished")
     assert corpus.figures["rows"] > 10
@@ -95,19 +95,19 @@ def test_stages_say_how_far_they_are(made):
     assert (begun.state, begun.step, begun.total_steps, begun.attempts) == ("begun", 3, 4, 2)
 
 
-def test_without_a_log_the_last_checkpoint_counts(storage):
+def test_without_a_log_the_step_of_the_last_checkpoint_is_reported(storage):
     storage.delete("begun/pretrain/metrics")
-    [stage] = runs.find(storage, "begun").stages
+    [stage] = runs.find_run(storage, "begun").stages
     assert (stage.step, stage.total_steps) == (3, None)
 
 
 def test_a_damaged_run_is_listed(storage):
     storage.write_text("done/pretrain/result.json", "{")
     storage.write_text("texts/corpus/manifest.json", "[]")
-    assert [run.name for run in runs.listed(storage)] == ["begun", "done", "texts"]
+    assert [run.name for run in runs.list_runs(storage)] == ["begun", "done", "texts"]
 
 
-def test_it_is_listed_by_the_command_line(raybert, made):
+def test_the_command_line_lists_experiments(raybert, made):
     listed = raybert("runs", "ls", "--storage", made, "--json").json
     assert listed["storage"] == str(made)
     assert [run["name"] for run in listed["runs"]] == ["begun", "done", "texts"]
@@ -119,7 +119,7 @@ def test_it_is_listed_by_the_command_line(raybert, made):
     assert "has no experiments" in nothing.err
 
 
-def test_one_is_deleted_and_the_others_stay(raybert, storage):
+def test_one_experiment_is_deleted_and_the_others_stay(raybert, storage):
     before = tree(storage.path)
     done = raybert("runs", "rm", "done", "--storage", storage.path, "--yes", "--json")
     assert done.code == 0, done.err
@@ -130,7 +130,7 @@ def test_one_is_deleted_and_the_others_stay(raybert, storage):
 
 
 @pytest.mark.parametrize(("answer", "deleted"), [(b"y\n", True), (b"n\n", False)])
-def test_it_asks_first(raybert, storage, answer, deleted):
+def test_deleting_needs_a_confirmation(raybert, storage, answer, deleted):
     done = raybert("runs", "rm", "done", "--storage", storage.path, "--json", stdin=answer)
     assert done.code == 0, done.err
     assert f"Delete {storage.path}/done: pretrain (finished); " in done.err
@@ -150,18 +150,18 @@ def test_without_an_answer_nothing_is_deleted(raybert, storage):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("..", "run.name='..' is no name for a folder"),
-        ("../runs/done", "is no name for a folder"),
-        ("done/pretrain", "is no name for a folder"),
-        ("/etc", "is no name for a folder"),
-        ("", "is no name for a folder"),
-        (".hidden", "is no name for a folder"),
-        ("registry", "is where registered models lie"),
+        ("..", "run.name='..' is not a valid folder name"),
+        ("../runs/done", "is not a valid folder name"),
+        ("done/pretrain", "is not a valid folder name"),
+        ("/etc", "is not a valid folder name"),
+        ("", "is not a valid folder name"),
+        (".hidden", "is not a valid folder name"),
+        ("registry", "is the folder of registered models"),
         ("a-file", "has no experiment named a-file"),
         ("none", "has no experiment named none"),
     ],
 )
-def test_what_is_no_experiment_is_not_deleted(raybert, storage, name, words):
+def test_only_experiments_can_be_deleted(raybert, storage, name, words):
     before = tree(storage.path)
     done = raybert("runs", "rm", "--storage", storage.path, "--yes", "--force", "--", name)
     assert done.code == 2
@@ -169,26 +169,26 @@ def test_what_is_no_experiment_is_not_deleted(raybert, storage, name, words):
     assert tree(storage.path) == before
 
 
-def test_a_link_is_not_followed(storage, tmp_path):
+def test_links_are_not_followed(storage, tmp_path):
     os.rename(f"{storage.path}/done", tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", f"{storage.path}/done")
     with pytest.raises(UserError, match="done is a link"):
-        runs.find(storage, "done")
+        runs.find_run(storage, "done")
     os.unlink(f"{storage.path}/done")
-    # One inside goes, what it leads to stays.
+    # A link inside is deleted, its target stays.
     os.symlink(tmp_path / "elsewhere", f"{storage.path}/begun/link")
     before = tree(tmp_path / "elsewhere")
-    runs.delete(storage, runs.find(storage, "begun"))
+    storage.delete(runs.find_run(storage, "begun").name)
     assert not os.path.exists(f"{storage.path}/begun")
     assert tree(tmp_path / "elsewhere") == before
 
 
-def test_what_is_at_work_is_not_deleted_unless_forced(raybert, storage):
+def test_an_active_experiment_is_deleted_only_with_force(raybert, storage):
     storage.write_text("begun/pretrain/metrics/0003.jsonl", "")
     at = ("runs", "rm", "begun", "--storage", storage.path, "--yes")
     busy = raybert(*at)
     assert busy.code == 2
-    assert " s ago; stop what is at work there (`raybert stop`) and wait" in busy.err
+    assert " s ago; stop the run (`raybert stop`) and wait" in busy.err
     assert os.path.exists(f"{storage.path}/begun")
     assert raybert(*at, "--force").code == 0
     assert not os.path.exists(f"{storage.path}/begun")

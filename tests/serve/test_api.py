@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from making import reviews
 
 from raybert.inference.classifier import TextClassifier
-from raybert.pipeline.predict_stage import numbered, predict_texts
+from raybert.pipeline.predict_stage import number_texts, predict_texts
 from raybert.serve.http import admission
 from raybert.serve.http.api import make_api
 from raybert.serve.http.authentication import Keys, digest
@@ -123,7 +123,7 @@ def test_raw_scores_and_all_scores(api):
 def test_a_text_scores_the_same_alone_in_a_list_and_through_predict(api):
     """Whatever else is in its batch, a text has the label and score of `raybert predict`."""
     listed = api.post("/predict", {"inputs": TEXTS}).json()
-    found = [row for row in predict_texts(api.service.find(None).folder, numbered(TEXTS))]
+    found = [row for row in predict_texts(api.service.find(None).folder, number_texts(TEXTS))]
     exact = TextClassifier(api.service.find(None).folder, precision="fp32").probabilities(TEXTS)
     for text, scores, row, shares in zip(TEXTS, listed, found, exact, strict=True):
         alone = api.post("/predict", {"inputs": text}).json()

@@ -54,14 +54,14 @@ def test_every_stage_on_an_object_store(raybert, ray_session, bucket, tmp_path, 
 
     made = done("corpus", *at, "--json")
     assert made.json["rows"]["train"] > 50
-    assert "is made already" in done("corpus", *at).err
+    assert "is built already" in done("corpus", *at).err
     done("pretrain", *at, "--bare")
     done("finetune", *at, "--bare")
     assert "is finished already" in done("finetune", *at, "--bare").err
     measured = done("evaluate", *at, "--json").json
     assert measured["accuracy"] > 0.9 and measured["n"] == 80
     again = done("evaluate", *at)
-    assert "is measured already" in again.err
+    assert "is evaluated already" in again.err
     (a, b), (c, d) = measured["confusion"]
     assert [line.split() for line in again.out.splitlines()[-3:]] == [
         ["label", "\\", "predicted", "neg", "pos"],

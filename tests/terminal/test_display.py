@@ -24,11 +24,11 @@ TRAIN = {
     ("seconds", "shown"),
     [(0, "0:00"), (9.6, "0:10"), (75, "1:15"), (3599.4, "59:59"), (3661, "1:01:01"), (-3, "0:00")],
 )
-def test_a_duration(seconds, shown):
+def test_durations_are_formatted_as_minutes_or_hours(seconds, shown):
     assert clock(seconds) == shown
 
 
-def test_a_line_of_training_says_how_far_and_how_long(capsys):
+def test_a_line_of_training_shows_step_and_remaining_time(capsys):
     display = Display()
     with display.stage("pretrain"):
         display._last_plain = 0.0
@@ -41,7 +41,7 @@ def test_a_line_of_training_says_how_far_and_how_long(capsys):
     assert "waiting" not in line
 
 
-def test_a_line_says_what_the_gpu_does_and_whether_data_are_waited_for(capsys):
+def test_a_line_of_training_shows_mfu_and_the_wait_for_data(capsys):
     display = Display()
     with display.stage("pretrain"):
         display._last_plain = 0.0
@@ -73,7 +73,7 @@ def test_a_log_gets_a_line_every_few_seconds(capsys, monkeypatch):
     assert re.fullmatch(r"corpus\s+1:40  working", lines[-1])
 
 
-def test_evaluations_and_events_stay(capsys):
+def test_evaluations_and_events_are_permanent_lines(capsys):
     display = Display()
     guesses = [{"token": "movie", "probability": 0.5}, {"token": "film", "probability": 0.25}]
     with display.stage("pretrain"):
@@ -95,7 +95,7 @@ def test_evaluations_and_events_stay(capsys):
     assert "step      8" not in err
 
 
-def test_what_a_checkpoint_took_is_for_the_charts(capsys):
+def test_records_of_checkpoints_are_not_shown(capsys):
     display = Display()
     with display.stage("pretrain"):
         capsys.readouterr()
@@ -105,7 +105,7 @@ def test_what_a_checkpoint_took_is_for_the_charts(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_quiet_says_nothing(capsys):
+def test_a_quiet_display_writes_nothing(capsys):
     display = Display(quiet=True)
     with display.stage("corpus"):
         display.line("working")
@@ -114,13 +114,13 @@ def test_quiet_says_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_markup_in_what_is_said_is_text(capsys):
+def test_markup_in_a_line_is_printed_as_text(capsys):
     display = Display()
     display.say("I saw this [MASK] and [bold]it[/bold] was [/x] good")
     assert "this [MASK] and [bold]it[/bold] was [/x] good" in capsys.readouterr().err
 
 
-def test_a_panel_is_a_line_where_there_is_no_terminal(capsys):
+def test_without_a_terminal_a_panel_is_a_line(capsys):
     display = Display()
     with display.stage("tune"):
         display._last_plain = 0.0
