@@ -359,7 +359,7 @@ def test_a_summary_without_a_unigram_loss():
         "seconds": {"all": 3}, "report": "r",
     }  # fmt: skip
     assert "loss  4.000 nats\n" in _format_summary(Configured(), result)
-    assert "2.00 under the unigram model's 6.000" in _format_summary(
+    assert "2.00 below the unigram model's 6.000" in _format_summary(
         Configured(), {**result, "unigram_loss": 6.0}
     )
 
@@ -392,7 +392,7 @@ def test_versions_are_shown(raybert):
         ),
         ("pretrain.lr", "--set pretrain.lr: expected `key=value`"),
         ("pretrain.minutes=5", "are both limits of the run; keep one"),
-        ("pretrain.examples=[no mask]", "'no mask' has no [MASK]; put one where a word is"),
+        ("pretrain.examples=[no mask]", "'no mask' has no [MASK]: put one where a word is"),
         ("model.max_seq_len=8", "corpus.seq_len=16 is past model.max_seq_len=8; set model.max_"),
         ("corpus.seq_len=8", "was made with corpus.seq_len=16, now it is 8"),
     ],
