@@ -50,6 +50,8 @@ def pytest_collection_modifyitems(items):
             shared = "tune" if "tune" in item.path.parts else "session"
             group = shared if "ray_session" in item.fixturenames else item.module.__name__
             item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
+        elif item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.xdist_group("browser"))  # one browser is enough
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
