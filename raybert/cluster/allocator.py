@@ -25,8 +25,7 @@ KEEP_FREED_MEMORY = {
 def keep_freed_memory() -> bool:
     """Make this process keep up to 2 GiB of freed memory; call it once, before the first step.
 
-    Returns:
-        Whether the C library supports it: only glibc does.
+    False where the C library does not support it: only glibc does.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

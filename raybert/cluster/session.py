@@ -151,11 +151,7 @@ def _level(config: RayConfig) -> int:
 
 
 def check_address(config: RayConfig) -> None:
-    """Refuse a cluster's address where nothing listens: Ray would retry for a minute and log it.
-
-    Raises:
-        UserError: nothing listens there.
-    """
+    """Raise UserError if nothing listens at the address: Ray would log retries for a minute."""
     address = config.address or os.environ.get("RAY_ADDRESS") or ""
     named = f"ray.address={address}" if config.address else f"RAY_ADDRESS={address}"
     try:
@@ -166,8 +162,7 @@ def check_address(config: RayConfig) -> None:
     if not host or port is None:  # auto, local, a namespace of Ray's client
         return
     try:
-        with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
-            pass
+        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
         other = "set it to null" if config.address else "unset it"
         raise UserError(

@@ -45,10 +45,6 @@ class MaskFiller:
         return predict_masks(self._model, self._tokenizer, self._preprocessing.clean(text), top)
 
     def count(self, text: str) -> int:
-        """The number of masks in a text.
-
-        Raises:
-            DataError: the text has no mask, or is longer than the model reads.
-        """
+        """The number of masks in a text; raises as `fill`."""
         _, masks = encode_masked(self._tokenizer, self._preprocessing.clean(text), self.longest)
         return len(masks)

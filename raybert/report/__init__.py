@@ -1,8 +1,7 @@
 """The report of a run: one self-contained HTML file to read, share and print.
 
 stage_files.py     reads a run's files, as far as they exist
-values.py          numbers, times and nested values as text
-elements.py        what the template renders: tables, tiles, figures
+elements.py        what the template renders: tables, tiles, figures, values as text
 training.py        plots and tiles of a training run
 classification.py  confusion matrix, scores per class, confident mistakes
 search.py          tiles and tables of a hyperparameter search

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from raybert.report.elements import Cell, Table
+from raybert.report.elements import Cell, Table, format_value
 from raybert.report.stage_files import number
-from raybert.report.values import format_value
 
 MAX_LABELS = 20  # of a confusion matrix; with more labels, as many of the most frequent confusions
 MAX_MISTAKES = 12

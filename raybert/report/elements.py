@@ -1,10 +1,13 @@
-"""What the page's template renders: tables, tiles and figures.
+"""What the page's template renders: tables, tiles and figures, and values as text.
 
-Their strings are text, which the template escapes. Only a figure's SVG is markup.
+The strings are text, which the template escapes. Only a figure's SVG is markup.
 """
 
 from __future__ import annotations
 
+import datetime
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +15,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from raybert.config import flatten
-from raybert.report.values import format_value
+from raybert.report.stage_files import number
 
 
 class Tile(NamedTuple):
@@ -57,3 +60,51 @@ def key_value_table(title: str, values: Mapping[str, Any]) -> Table:
         for key, value in flatten(values)
     ]
     return Table(title, rows, has_row_headers=True, css_class="facts")
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration: 45 s, 12 min 34 s, 3 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def format_value(value: Any, key: str = "") -> str:
+    """Format a JSON value; numbers under the dotted key `seconds` are durations."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        if key.rsplit(".", 1)[-1] == "seconds" or key.startswith("seconds."):
+            return format_duration(value) if math.isfinite(value) else str(value)
+        return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.5g}"
+    if isinstance(value, Mapping):
+        if "token" in value:
+            return f"{value['token']} {number(value.get('probability')) or 0:.1%}"
+        return json.dumps(value, ensure_ascii=False) if value else "none"
+    if isinstance(value, (list, tuple)):
+        if len(value) > 8:
+            return f"{len(value):,} items"
+        return ", ".join(format_value(item) for item in value) or "none"
+    return str(value)
+
+
+def format_count(value: float) -> str:
+    """Format a count with three digits and a unit: 14.3M."""
+    if value < 1e4:
+        return f"{value:,.0f}"
+    size, unit = next(u for u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= u[0])
+    scaled = value / size
+    return f"{scaled:,.{0 if scaled >= 100 else 1 if scaled >= 10 else 2}f}{unit}"
+
+
+def format_time(seconds: Any) -> str:
+    """Format seconds since 1970 as a date and a time of day; empty where it is no number."""
+    value = number(seconds)
+    if value is None:
+        return ""
+    return datetime.datetime.fromtimestamp(value, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

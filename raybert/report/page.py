@@ -16,12 +16,11 @@ import yaml
 from raybert import __version__
 from raybert.errors import UserError
 from raybert.report.classification import class_table, confident_mistakes, confusion_table
-from raybert.report.elements import Cell, Table, key_value_table
+from raybert.report.elements import Cell, Table, format_time, format_value, key_value_table
 from raybert.report.plots import training_plots
 from raybert.report.search import search_section
 from raybert.report.stage_files import TRACES, Stage, as_mapping, last, number, read_stages, spread
 from raybert.report.tiles import HARDWARE_KEYS, corpus_facts, stage_tiles
-from raybert.report.values import format_time, format_value
 from raybert.storage.folder import Folder
 
 FILE = "report.html"
@@ -38,11 +37,7 @@ MAX_EVALUATIONS = 10  # rows of a table of predicted tokens
 
 
 def check_report() -> None:
-    """Check that a report can be made, before any work is done for it.
-
-    Raises:
-        UserError: matplotlib, an extra, is not installed.
-    """
+    """Raise UserError if matplotlib, an extra, is not installed, before any work is done."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(
             f"{FILE} needs matplotlib, which is not installed; pip install 'raybert[report]'"
@@ -154,20 +149,12 @@ def _token_cell(prediction: Mapping[str, Any]) -> Cell:
 
 def _events(stage: Stage) -> Table:
     """Restarts, skipped steps and the like."""
-    rows = [
-        (
-            format_value(record["step"]),
-            format_time(record.get("time")),
-            str(record.get("event", "")),
-            str(record.get("message") or _attempt(record)),
-        )
-        for record in stage.of_kind("event")
-    ]
+    rows = []
+    for record in stage.of_kind("event"):
+        attempt = f"attempt {record['attempt']}" if "attempt" in record else ""
+        text = str(record.get("event", "")), str(record.get("message") or attempt)
+        rows.append((format_value(record["step"]), format_time(record.get("time")), *text))
     return Table("Events, dotted in the plots", rows, ("step", "time", "event", "message"))
-
-
-def _attempt(record: Mapping[str, Any]) -> str:
-    return f"attempt {record['attempt']}" if "attempt" in record else ""
 
 
 def _configuration(stage: Stage) -> str:

@@ -16,6 +16,10 @@ TRACES = {
     "config.yaml", "manifest.json", "metrics", "metrics.jsonl", "metrics.json", "result.json",
     "trials.json",
 }  # fmt: skip
+_MAPPINGS = {  # attributes of a stage
+    "scores": "metrics.json", "result": "result.json", "manifest": "manifest.json",
+    "search": "trials.json",
+}  # fmt: skip
 ORDER = ("corpus", "pretrain", "finetune", "tune", "evaluate")  # of sections; others follow
 
 T = TypeVar("T")
@@ -58,24 +62,14 @@ def _read_stage(folder: Folder, name: str, names: set[str]) -> Stage:
         stage.config = folder.read_bytes("config.yaml").decode("utf-8", "replace")
     if names & {"metrics", "metrics.jsonl"}:
         stage.records = [r for r in read_metrics(folder) if number(r.get("step")) is not None]
-    stage.scores = _read_mapping(folder, "metrics.json", names, stage.problems)
-    stage.result = _read_mapping(folder, "result.json", names, stage.problems)
-    stage.manifest = _read_mapping(folder, "manifest.json", names, stage.problems)
-    stage.search = _read_mapping(folder, "trials.json", names, stage.problems)
+    for attribute, file in _MAPPINGS.items():
+        try:
+            value = folder.read_json(file) if file in names else {}
+        except DamagedError as error:
+            stage.problems.append(str(error))
+            continue
+        setattr(stage, attribute, value if isinstance(value, dict) else {})
     return stage
-
-
-def _read_mapping(
-    folder: Folder, name: str, names: set[str], problems: list[str]
-) -> dict[str, Any]:
-    if name not in names:
-        return {}
-    try:
-        value = folder.read_json(name)
-    except DamagedError as error:
-        problems.append(str(error))
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def curve(records: Iterable[Mapping[str, Any]], key: str) -> Points:

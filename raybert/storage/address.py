@@ -26,11 +26,7 @@ _SECRET_PARAMETER = re.compile(r"[?&][^=&]*(key|secret|password|token)[^=&]*=", 
 
 
 def check_address(address: str) -> None:
-    """Refuse a URI that holds credentials: configurations, logs and messages would show them.
-
-    Raises:
-        UserError: it holds some; the message does not repeat them.
-    """
+    """Raise UserError if a URI holds credentials: files, logs and messages would show them."""
     scheme, mark, rest = address.partition("://")
     host = re.split("[/?]", rest, maxsplit=1)[0]
     # An S3 bucket's name has neither sign, and a secret may have a slash, which ends a host.

@@ -46,9 +46,7 @@ def numbers_taken(folder: Folder) -> list[int]:
 def create_json(folder: Folder, name: str, value: Any) -> None:
     """Write a JSON file unless there is one; of many writers at once, all find the same file.
 
-    Raises:
-        OSError: a local folder can't be written.
-        StorageError: an object store can't be written.
+    Where it can't be written, a local folder raises OSError, an object store StorageError.
     """
     if folder.is_local:
         _create_local(Path(folder.join(name)), json.dumps(value, indent=2) + "\n")

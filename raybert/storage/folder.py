@@ -72,9 +72,7 @@ class Folder:
     @property
     def uri(self) -> str:
         """The address under which another process opens the same folder."""
-        if self.is_local:
-            return str(self.path)
-        return self._base + self._query_part
+        return str(self.path) if self.is_local else self._base + self._query_part
 
     @property
     def _query_part(self) -> str:
@@ -154,11 +152,7 @@ class Folder:
         return self.read_bytes(name).decode("utf-8")
 
     def read_json(self, name: str) -> Any:
-        """Read a JSON file.
-
-        Raises:
-            DamagedError: it is not JSON.
-        """
+        """Read a JSON file; DamagedError if it is not JSON."""
         try:
             return json.loads(self.read_bytes(name))
         except ValueError as error:

@@ -46,11 +46,7 @@ class Registry:
         return [number for number in numbers if model.exists(f"v{number}/{_VERSION}")]
 
     def folder(self, name: str, version: int) -> Folder:
-        """The model directory of a version.
-
-        Raises:
-            UserError: there is no such version.
-        """
+        """The model directory of a version; UserError if there is none."""
         versions = self.versions(name)
         if version not in versions:
             shown = ", ".join(map(str, versions)) or "none; promote a model first"
@@ -58,19 +54,11 @@ class Registry:
         return self._model(name) / f"v{version}"
 
     def current(self, name: str) -> Folder:
-        """The model directory of the current version.
-
-        Raises:
-            UserError: there is no model of that name.
-        """
+        """The model directory of the current version; UserError if there is no such model."""
         return self.folder(name, self.current_version(name))
 
     def current_version(self, name: str) -> int:
-        """The number of the current version.
-
-        Raises:
-            UserError: there is no model of that name.
-        """
+        """The number of the current version; UserError if there is no such model."""
         return int(self._read_pointer(name)["version"])
 
     def describe(self, name: str, version: int) -> dict[str, Any]:
@@ -78,13 +66,10 @@ class Registry:
         return dict(self.folder(name, version).read_json(_VERSION))
 
     def promote(self, name: str, model: Folder) -> int:
-        """Copy a model into the registry and make it the current one.
+        """Copy a model into the registry, make it the current one, and return its version.
 
         Of a model whose weights and configuration are registered already, only the chosen
         precisions are copied; servers use them after a restart.
-
-        Returns:
-            Its version.
 
         Raises:
             UserError: `model` is no model directory, or `name` can't be a folder's.
@@ -100,22 +85,14 @@ class Registry:
         version = take_number(self._model(name) / "numbers")
         folder = self._model(name) / f"v{version}"
         model.copy_to(folder, last="config.json")
-        about = {
-            "format_version": FORMAT_VERSION,
-            "version": version,
-            "from": model.uri,
-            "digest": digest,
-            "promoted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        folder.write_json(_VERSION, about)
+        about = {"format_version": FORMAT_VERSION, "version": version, "from": model.uri}
+        promoted = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        folder.write_json(_VERSION, {**about, "digest": digest, "promoted": promoted})
         self._set_current(name, version)
         return version
 
     def rollback(self, name: str, version: int | None = None) -> int:
-        """Make an earlier version the current one: the one before, or a given one.
-
-        Returns:
-            The version that is current now.
+        """Make an earlier version, the one before or a given one, current, and return its number.
 
         Raises:
             UserError: there is no earlier one, or none of that number.
@@ -129,11 +106,11 @@ class Registry:
                     "is nothing to go back to"
                 )
             version = int(history.pop())
-            self.folder(name, version)
+            self.folder(name, version)  # raises where there is none
             self._write_pointer(name, version, history)
-            return version
-        self.folder(name, version)
-        self._set_current(name, version)
+        else:
+            self.folder(name, version)
+            self._set_current(name, version)
         return version
 
     def _set_current(self, name: str, version: int) -> None:

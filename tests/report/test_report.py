@@ -11,10 +11,9 @@ from markupsafe import Markup
 
 from raybert.errors import UserError
 from raybert.report import write_report
-from raybert.report.elements import Figure
+from raybert.report.elements import Figure, format_count, format_duration, format_value
 from raybert.report.plots import smoothed
 from raybert.report.stage_files import spread
-from raybert.report.values import format_count, format_duration, format_value
 from raybert.storage.folder import Folder
 from raybert.tasks.classification_metrics import classification_scores
 

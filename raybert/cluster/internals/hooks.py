@@ -160,10 +160,9 @@ FALLBACKS: dict[Group, str] = {
 
 @functools.cache
 def check(group: Group) -> bool:
-    """Whether the installed Ray has a group of hooks; logs a warning once where it has not.
+    """Whether the installed Ray has a group of hooks.
 
-    Raises:
-        RaybertError: nothing replaces the missing hooks.
+    If not, a warning is logged once; RaybertError is raised where nothing replaces them.
     """
     missing = find_missing(HOOKS[group])
     if not missing:

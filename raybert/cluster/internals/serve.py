@@ -20,11 +20,7 @@ HAPROXY = "RAY_SERVE_HAPROXY_"  # how the names of HAProxy's own variables begin
 
 
 def http_options(*, must_run: bool = True) -> Any:
-    """The HTTPOptions of the running Serve; None where it does not run and `must_run` is false.
-
-    Raises:
-        ray.serve.exceptions.RayServeException: it does not run.
-    """
+    """The HTTPOptions of Serve; if none runs, RayServeException, or None without `must_run`."""
     check("serve")
     from ray.serve.context import _get_global_client
 

@@ -37,11 +37,7 @@ class BracketHyperBand(HyperBandScheduler):  # type: ignore[misc]  # of an untyp
         self._trial_info[trial][0].trials_to_unpause.add(trial)
 
     def take_result(self, trial: Any) -> dict[str, Any] | None:
-        """Reset a live trial to one without a result, so that its bracket waits for it.
-
-        Returns:
-            Its last result.
-        """
+        """Take a live trial's last result from it, so that its bracket waits for another."""
         bracket = self._trial_info[trial][0]
         result: dict[str, Any] | None = bracket._live_trials[trial]
         bracket._live_trials[trial] = None

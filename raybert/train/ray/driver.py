@@ -139,10 +139,8 @@ def _fit(
 ) -> None:
     """Run `fit` and hand the workers' records to `on_progress` until it returns.
 
-    Raises:
-        KeyboardInterrupt: Ctrl-C was pressed; the workers have saved a checkpoint.
-        StorageError: Ray can't write its own files in the run's folder.
-        RaybertError: what the first failing worker raised.
+    Raises what `run_fit` does, StorageError where Ray can't write its own files in the run's
+    folder, and the first failing worker's error.
     """
     from ray.train import TrainingFailedError
 
@@ -167,11 +165,9 @@ class _ProgressReader:
         self._last_answer = time.monotonic()
 
     def poll(self) -> None:
-        """Pass on the records since the last call.
+        """Pass on the records since the last call; raise the fatal error that a worker reported.
 
-        Raises:
-            RaybertError: Ray's head has not answered for two minutes.
-            Exception: the fatal error that a worker reported.
+        RaybertError: Ray's head has not answered for two minutes.
         """
         from ray.exceptions import RpcError
 

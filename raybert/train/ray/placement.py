@@ -29,12 +29,9 @@ def operator_cpus(free: int, workers: int, gpu: bool) -> float:
 
 
 def check_resources(config: TrainConfig, gpu: bool, resources: Resources) -> None:
-    """Refuse a run that would wait for ever: workers without a place, operators without a CPU.
+    """Raise ConfigError where a run would wait for ever for its workers' or operators' devices.
 
     A range of workers waits on purpose, for nodes that an autoscaler brings.
-
-    Raises:
-        ConfigError: the cluster is too small.
     """
     if not isinstance(config.workers, int) and not resources.started_here:
         return

@@ -42,10 +42,8 @@ GAUGES = {
 #: Ray adds `_total` to the names of counters.
 COUNTERS = {"stalled_seconds": "seconds that training stood still for checkpoints"}
 
-_TRAIN = (  # gauges with the names of the record's keys
-    *("step", "total_steps", "loss", "lr"),
-    *("grad_norm", "tokens_per_second", "mfu", "step_seconds"),
-)
+#: Gauges with the names of the record's keys.
+_TRAIN = "step total_steps loss lr grad_norm tokens_per_second mfu step_seconds".split()
 _MEASURES = ("loss", "accuracy")
 _TIMES = {  # by kind of record
     "train": "progress_timestamp_seconds",
@@ -62,8 +60,7 @@ def readings(record: dict[str, Any]) -> Values:
     found: dict[tuple[str, str], Any] = {}
     if record["kind"] == "train":
         found = {(name, ""): record.get(name) for name in _TRAIN}
-        share = record["data_wait"] / max(1e-9, record["step_seconds"])
-        found["data_wait_share", ""] = share
+        found["data_wait_share", ""] = record["data_wait"] / max(1e-9, record["step_seconds"])
     elif record["kind"] == "eval":
         found = {("heldout", name): record.get(name) for name in _MEASURES}
     elif record["kind"] == "checkpoint":
