@@ -1,8 +1,10 @@
-"""Tiny texts, corpora, jobs and runs, made in this process in a blink: what many tests stand on."""
+"""Tiny texts, corpora, specs and runs for tests, made in this process."""
 
+import json
 import random
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ MODEL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_seq_len": 64}
 
 
 def reviews(count, seed=0):
-    """Texts whose label, `neg` or `pos`, is decided by two of their words: [(text, label)]."""
+    """Texts whose label, `neg` or `pos`, two of their words determine: [(text, label)]."""
     draw = random.Random(seed)
     rows = []
     for index in range(count):
@@ -49,7 +51,7 @@ def reviews(count, seed=0):
 
 
 def tokenizer_of(texts):
-    """A tokenizer of whole words that knows every word of these texts."""
+    """A tokenizer of whole words with every word of these texts."""
     config = TokenizerConfig(kind="words", vocab_size=512, min_frequency=1)
     return make_tokenizer(config, texts)
 
@@ -100,7 +102,7 @@ def make_corpus(folder, *, texts=None, documents=120, seq_len=16, config=None):
 
 
 def pretrain_job(corpus, model=(), **settings):
-    """A pretraining job over a corpus: 4 steps of 2 micro-batches of 4 rows unless told."""
+    """A pretraining job over a corpus: by default 4 steps of 2 micro-batches of 4 rows."""
     values = {
         "steps": 4,
         "global_batch_size": 8,
@@ -188,7 +190,7 @@ class Scripted:
 
 
 class Attempt:
-    """One attempt at a run with the bare loop; what it reports is in `records`."""
+    """One attempt at a run with the bare loop; its logged records are in `records`."""
 
     def __init__(self, job, run, *, group=None, stop_at=None, task=None, change=None, **options):
         torch.set_num_threads(1)
@@ -248,6 +250,24 @@ def cut_batch(batch, pieces):
         )
         for index, rows in enumerate(at)
     ]
+
+
+def committed(run, step):
+    """The folder that a checkpoint's commit names."""
+    checkpoints = Path((run / "checkpoints").path)
+    commit = max(checkpoints.glob(f"step-{step:08d}-a*.json"))
+    return checkpoints / json.loads(commit.read_text())["folder"]
+
+
+def damage(path, how):
+    """Flip a bit of a file, cut it in half, or delete it (`gone`)."""
+    data = path.read_bytes()
+    if how == "bit":
+        path.write_bytes(data[:-5] + bytes([data[-5] ^ 4]) + data[-4:])
+    elif how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        path.unlink()
 
 
 def same_tensors(one, other):

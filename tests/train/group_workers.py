@@ -1,4 +1,4 @@
-"""What two processes do together, for test_group.py: each scenario writes what came of it."""
+"""The scenarios of test_distributed.py: each runs on all ranks and returns its results."""
 
 import math
 import sys
@@ -55,7 +55,7 @@ def not_a_number_on_one_rank(corpus, run, group):
 
 
 def stop_on_one_rank(corpus, run, group):
-    """Only the last rank is asked to stop; both must, at the same step."""
+    """Only the last rank is asked to stop; both stop, at the same step."""
     job = pretrain_job(corpus, steps=6)
     stop_at = 2 if group.rank == group.world_size - 1 else None
     attempt = Attempt(job, run, group=group, stop_at=stop_at)
@@ -67,7 +67,7 @@ def stop_on_one_rank(corpus, run, group):
 
 
 def stop_for_good(corpus, run, group):
-    """An error of one rank's gradient is an error of both."""
+    """The gradient of one rank is not finite; both end with the error."""
     job = pretrain_job(corpus, steps=3, on_non_finite="stop")
     change = lambda task: Scripted(  # noqa: E731
         task, factor=lambda b: math.inf if group.rank == 0 else 1.0
@@ -80,7 +80,7 @@ def stop_for_good(corpus, run, group):
 
 
 def broken_checkpoint(corpus, run, group):
-    """Rank 0 can't write a checkpoint, and the run is to stop for that: both must."""
+    """Rank 0 can't write a checkpoint, and the run must stop for that: both end."""
 
     def in_the_way(batch):
         if batch.step == 1 and group.rank == 0 and not run.exists("checkpoints"):
@@ -96,7 +96,7 @@ def broken_checkpoint(corpus, run, group):
 
 
 def whole_epoch(corpus, run, group):
-    """In the epoch's last step there may be no row for the last rank."""
+    """In the last step of an epoch the last rank may have no row."""
     job = pretrain_job(corpus, steps=None, epochs=2, micro_batch_size=1, global_batch_size=2)
     attempt = Attempt(job, run, group=group)
     result = attempt.run()
@@ -104,7 +104,7 @@ def whole_epoch(corpus, run, group):
 
 
 def fine_tuning(corpus, run, group):
-    """Frozen, then thawed, so that DDP is set up twice; five texts make the last step uneven."""
+    """Frozen, then thawed, so that the model is wrapped in DDP twice."""
     del corpus
     folder = Folder(run.path + "-data")
     if group.rank == 0:
@@ -118,7 +118,7 @@ def fine_tuning(corpus, run, group):
 
 
 def resumed(corpus, run, group):
-    """Deterministic: stopped and gone on with equals undisturbed, bit for bit."""
+    """A deterministic run, once uninterrupted and once stopped and resumed."""
     job = pretrain_job(corpus, {"dropout": 0.1}, steps=5, deterministic=True)
     once = Attempt(job, run / "whole", group=group)
     once.run()

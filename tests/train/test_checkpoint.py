@@ -1,4 +1,4 @@
-"""Checkpoints: what is committed, what is kept, who may commit, and what damage does."""
+"""Checkpoints: commits, pruning, attempts, and damage."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -35,7 +35,7 @@ def store_of(run, keep=2):
     return CheckpointStore(run, begin_attempt(run), keep)
 
 
-def test_what_is_loaded_is_what_was_saved(run):
+def test_a_loaded_checkpoint_equals_the_saved_one(run):
     store = store_of(run)
     store.save(snapshot(7), best_step=None, wait=True)
     found = store.load(7)
@@ -47,7 +47,7 @@ def test_what_is_loaded_is_what_was_saved(run):
 
 
 def drawn(dtype, shape, layout):
-    """A tensor of small numbers; `turned` is one whose elements do not lie in the order of rows."""
+    """A tensor of small numbers; `turned`: not contiguous."""
     tensor = torch.randint(0, 2, shape).to(dtype)
     return tensor.movedim(0, -1) if layout == "turned" and shape else tensor
 
@@ -100,7 +100,7 @@ def test_averages_that_format_1_kept_in_the_optimizers_file_are_read(run):
     assert same_tensors(found.optimizer, snapshot(1).optimizer)
 
 
-def test_the_last_ones_and_the_best_are_kept(run):
+def test_the_last_checkpoints_and_the_best_are_kept(run):
     store = store_of(run, keep=2)
     for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 2)):
         store.save(snapshot(step), best_step=best, wait=True)
@@ -139,7 +139,7 @@ def test_nothing_is_committed_while_files_are_being_written(run, monkeypatch):
     assert (run / "checkpoints").names() == ["step-00000004-a0001", "step-00000004-a0001.json"]
 
 
-def test_a_failure_in_the_background_is_raised_by_the_next_call(run, monkeypatch):
+def test_a_failure_in_the_background_is_raised_once_by_the_next_call(run, monkeypatch):
     store = store_of(run)
     monkeypatch.setattr(
         store, "_write", lambda snapshot: (_ for _ in ()).throw(StorageError("the disk is full"))
@@ -147,18 +147,18 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(run, monkeypatch
     store.save(snapshot(1), best_step=None)
     with pytest.raises(StorageError, match="the disk is full"):
         store.wait()
-    store.wait()  # told once
+    store.wait()  # raised once
 
 
-def test_what_was_committed_is_told_once(run, monkeypatch):
+def test_a_committed_checkpoint_is_returned_once(run, monkeypatch):
     store = store_of(run)
     assert store.take_committed() is None
     store.save(snapshot(3), best_step=None, wait=True)
-    told = store.take_committed()
+    messages = store.take_committed()
     files = run / "checkpoints" / "step-00000003-a0001"
-    assert told.step == 3
-    assert told.size == sum(files.size(name) for name in files.names()) > 0
-    assert told.seconds > 0
+    assert messages.step == 3
+    assert messages.size == sum(files.size(name) for name in files.names()) > 0
+    assert messages.seconds > 0
     assert store.take_committed() is None
 
     def breaks(self, name, value):
@@ -182,7 +182,7 @@ def test_only_the_youngest_attempt_commits(run):
 
 
 def test_a_superseded_attempt_leaves_the_younger_ones_checkpoint_of_the_same_step(run):
-    """It is stopped before it writes, while it writes, and between its commit and its pruning."""
+    """It is superseded before it writes, while it writes, and before it prunes."""
     old = store_of(run, keep=1)
     old.save(snapshot(1), best_step=None, wait=True)
     young = store_of(run, keep=1)
@@ -213,8 +213,8 @@ def test_an_attempt_that_is_superseded_while_it_writes_does_not_commit(run, monk
     assert torch.equal(young.load(5).model["weight"], snapshot(5).model["weight"])
 
 
-def test_a_commit_that_arrives_after_a_younger_attempts_harms_nobody(run, monkeypatch):
-    """It was on its way for minutes, past the last look whether there is a younger attempt."""
+def test_a_commit_that_arrives_after_a_younger_attempts_does_not_count(run, monkeypatch):
+    """The write took minutes, after the last check for a younger attempt."""
     old = store_of(run, keep=1)
     write = Folder.write_json
 
@@ -236,7 +236,7 @@ def test_a_commit_that_arrives_after_a_younger_attempts_harms_nobody(run, monkey
     assert [name for name in (run / "checkpoints").names() if "a0001" in name] == []
 
 
-def test_the_commits_of_before_name_no_attempt(run):
+def test_commits_of_the_first_versions_without_an_attempt_are_read(run):
     store_of(run).save(snapshot(1), best_step=None, wait=True)
     folder = run / "checkpoints"
     folder.write_text("step-00000001.json", folder.read_text("step-00000001-a0001.json"))
@@ -247,7 +247,7 @@ def test_the_commits_of_before_name_no_attempt(run):
     assert again.steps() == [2]
 
 
-def test_a_step_that_is_saved_again_stands_until_its_successor_does(run, monkeypatch):
+def test_a_step_that_is_saved_again_is_loadable_throughout(run, monkeypatch):
     store = store_of(run, keep=1)
     store.save(snapshot(5), best_step=None, wait=True)
     write = Folder.write_bytes
@@ -279,7 +279,7 @@ def test_what_a_younger_attempt_writes_is_not_pruned(run):
     assert {"step-00000003-a0002.json", "step-00000003-a0002", "step-00000004-a0002"} <= set(names)
 
 
-def test_damaged_checkpoints_ahead_do_not_displace_the_ones_being_written(run):
+def test_damaged_checkpoints_of_later_steps_do_not_displace_new_ones(run):
     store = store_of(run, keep=1)
     store.save(snapshot(10), best_step=None, wait=True)
     (run / "checkpoints" / "step-00000010-a0001").write_text("state.json", "{")
@@ -289,8 +289,8 @@ def test_damaged_checkpoints_ahead_do_not_displace_the_ones_being_written(run):
     assert again.load_latest(pytest.fail).step == 4
 
 
-def test_attempts_that_begin_at_once_get_different_numbers(run, monkeypatch):
-    """Both have listed before either writes."""
+def test_attempts_that_begin_at_the_same_time_get_different_numbers(run, monkeypatch):
+    """Both list the numbers before either writes."""
     write, begun = Folder.write_json, []
 
     def meanwhile(self, name, value):
@@ -308,7 +308,7 @@ def test_attempts_that_begin_at_once_get_different_numbers(run, monkeypatch):
     check_attempt(run, number)
 
 
-def test_many_attempts_at_once_are_one_order(run):
+def test_many_attempts_at_the_same_time_get_different_numbers(run):
     with ThreadPoolExecutor(8) as pool:
         numbers = list(pool.map(lambda _: begin_attempt(run), range(24)))
     assert len(set(numbers)) == 24
@@ -328,7 +328,7 @@ def test_a_newer_format_is_refused_by_name(run):
     commit["format_version"] = FORMAT_VERSION + 1
     commit["sha256"] = _commit_checksum(commit)
     (run / "checkpoints").write_json("step-00000001-a0001.json", commit)
-    # No damage that an older checkpoint could stand in for: going on would undo newer work.
+    # Not skipped as damaged: resuming from an older checkpoint would undo newer work.
     with pytest.raises(UserError, match=f"has format {FORMAT_VERSION + 1}.*upgrade raybert"):
         store.load_latest(pytest.fail)
 
@@ -348,10 +348,10 @@ def test_a_commit_of_another_shape_is_damaged(run, commit):
     store.save(snapshot(1), best_step=None, wait=True)
     store.save(snapshot(2), best_step=None, wait=True)
     (run / "checkpoints").write_text("step-00000002-a0001.json", commit)
-    told = []
-    assert store.load_latest(told.append).step == 1
-    assert len(told) == 1
-    assert "step-00000002" in told[0]
+    messages = []
+    assert store.load_latest(messages.append).step == 1
+    assert len(messages) == 1
+    assert "step-00000002" in messages[0]
 
 
 def test_no_checkpoint_is_no_error(run):
@@ -359,7 +359,7 @@ def test_no_checkpoint_is_no_error(run):
 
 
 def test_a_commit_without_a_checksum_of_its_own_is_read(run):
-    """As the first ones were written."""
+    """As the first versions wrote them."""
     store = store_of(run)
     store.save(snapshot(1), best_step=None, wait=True)
     commit = (run / "checkpoints").read_json("step-00000001-a0001.json")
@@ -386,20 +386,20 @@ def two(tmp_path_factory):
 
 
 def loaded(two, file, data):
-    """What is loaded where a file of the younger checkpoint holds this; and what is said."""
+    """Load with a file of the younger checkpoint changed; returns the snapshot and messages."""
     store, paths = two
-    whole, told = paths[file].read_bytes(), []
+    whole, messages = paths[file].read_bytes(), []
     try:
         if data is None:
             paths[file].unlink()
         else:
             paths[file].write_bytes(data(whole))
-        return store.load_latest(told.append), told
+        return store.load_latest(messages.append), messages
     finally:
         paths[file].write_bytes(whole)
 
 
-def is_that_of(found, step):
+def is_snapshot(found, step):
     expected = snapshot(step)
     return (
         same_tensors(found.model, expected.model)
@@ -410,43 +410,43 @@ def is_that_of(found, step):
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(FILES), st.integers(0, 1 << 20), st.integers(0, 7))
-def test_a_flipped_bit_costs_the_checkpoint_at_most(two, file, at, bit):
+def test_a_checkpoint_with_a_flipped_bit_is_never_loaded_as_whole(two, file, at, bit):
     def flip(data):
         index = at % len(data)
         return data[:index] + bytes([data[index] ^ 1 << bit]) + data[index + 1 :]
 
-    found, told = loaded(two, file, flip)
+    found, messages = loaded(two, file, flip)
     if found.step == 2:  # the name of the commit's own checksum was hit
-        assert file == "commit" and told == []
-        assert is_that_of(found, 2)
+        assert file == "commit" and messages == []
+        assert is_snapshot(found, 2)
     else:
-        [message] = told
+        [message] = messages
         assert "step-00000002" in message
-        assert is_that_of(found, 1)
+        assert is_snapshot(found, 1)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True))
-def test_a_file_cut_anywhere_costs_the_checkpoint(two, file, share):
-    found, told = loaded(two, file, lambda data: data[: int(share * len(data.rstrip()))])
-    [message] = told
+def test_a_checkpoint_with_a_truncated_file_is_not_loaded(two, file, share):
+    found, messages = loaded(two, file, lambda data: data[: int(share * len(data.rstrip()))])
+    [message] = messages
     assert "step-00000002" in message
-    assert is_that_of(found, 1)
+    assert is_snapshot(found, 1)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_deleted_file_costs_the_checkpoint(two, file):
-    found, told = loaded(two, file, None)
-    assert is_that_of(found, 1)
+def test_a_checkpoint_with_a_missing_file_is_not_loaded(two, file):
+    found, messages = loaded(two, file, None)
+    assert is_snapshot(found, 1)
     if file == "commit":  # without it there is no checkpoint that could be broken
-        assert told == []
+        assert messages == []
     else:
-        assert told == [f"checkpoint file {two[1][file]} is missing"]
+        assert messages == [f"checkpoint file {two[1][file]} is missing"]
 
 
 @pytest.mark.parametrize("whole", range(4))
-def test_an_upload_that_was_cut_is_no_checkpoint_and_is_swept_away(run, whole):
-    """So many of its files are whole, the next one is not, and nobody came to the commit."""
+def test_an_unfinished_upload_is_no_checkpoint_and_is_deleted(run, whole):
+    """Some of its files are whole, the next is not, and there is no commit."""
     store_of(run).save(snapshot(1), best_step=None, wait=True)
     begun = run / "checkpoints" / "step-00000002-a0001"
     for file in FILES[:whole]:
@@ -466,7 +466,7 @@ def test_an_upload_that_was_cut_is_no_checkpoint_and_is_swept_away(run, whole):
 
 
 def refuse(monkeypatch, file, after=False):
-    """Break the writing of a file of each checkpoint, or its answer after it stands there."""
+    """Fail the writing of a file of each checkpoint, or, with `after`, its answer only."""
     write = Folder.write_bytes
 
     def breaks(folder, name, data):
@@ -480,7 +480,7 @@ def refuse(monkeypatch, file, after=False):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_what_a_failed_checkpoint_began_does_not_fill_the_disk(tmp_path, monkeypatch, file):
+def test_the_files_of_a_failed_checkpoint_are_deleted(tmp_path, monkeypatch, file):
     run = Folder(tmp_path)
     store = store_of(run)
     store.save(snapshot(1), best_step=None, wait=True)
@@ -495,19 +495,19 @@ def test_what_a_failed_checkpoint_began_does_not_fill_the_disk(tmp_path, monkeyp
     assert (store.last, store.is_failing) == (3, False)
 
 
-def test_a_commit_that_stands_although_its_answer_was_lost_counts(run, monkeypatch):
+def test_a_commit_whose_answer_was_lost_counts(run, monkeypatch):
     store = store_of(run)
     refuse(monkeypatch, "commit", after=True)
     with pytest.raises(StorageError):
         store.save(snapshot(2), best_step=None, wait=True)
     monkeypatch.undo()
-    assert is_that_of(store.load_latest(pytest.fail), 2)
+    assert is_snapshot(store.load_latest(pytest.fail), 2)
     store.save(snapshot(3), best_step=2, wait=True)
     assert store.steps() == [2, 3]
-    assert is_that_of(store.load(2), 2)
+    assert is_snapshot(store.load(2), 2)
 
 
-def test_a_failure_is_heard_without_waiting(run, monkeypatch):
+def test_check_raises_a_failure_without_waiting(run, monkeypatch):
     store = store_of(run)
     store.check()
     refuse(monkeypatch, "state.json")
@@ -516,10 +516,10 @@ def test_a_failure_is_heard_without_waiting(run, monkeypatch):
     assert not store.is_busy
     with pytest.raises(StorageError, match="No space left"):
         store.check()
-    store.check()  # told once
+    store.check()  # raised once
 
 
-def test_an_attempt_begins_once_the_storage_takes_it(tmp_path, monkeypatch):
+def test_beginning_an_attempt_is_retried(tmp_path, monkeypatch):
     (tmp_path / "attempts").write_text("a file where a folder should be")
     with pytest.raises(StorageError, match="attempts.* failed: "):
         begin_attempt(Folder(tmp_path))

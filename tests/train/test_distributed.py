@@ -1,4 +1,4 @@
-"""Two processes compute what one computes, and decide everything together."""
+"""Two gloo processes compute what one computes, and take the same decisions."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What came of every scenario: {(world_size, rank): {name: result}}."""
+    """The results of all scenarios: {(world_size, rank): {name: result}}."""
     folder = tmp_path_factory.mktemp("group")
     make_corpus(Folder(folder / "corpus"), documents=51)
     env = {
@@ -55,7 +55,7 @@ def test_two_ranks_compute_the_gradients_of_one(found):
     for rank in range(2):
         together = found[2, rank]["uneven"]["gradients"]
         assert len(alone) == len(together) == 2
-        # The second step's weights have passed through AdamW, which magnifies what is near zero.
+        # The first step only: AdamW's update magnifies differences near zero.
         for name, gradient in alone[0].items():
             torch.testing.assert_close(together[0][name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -65,35 +65,35 @@ def test_ranks_hold_the_same_weights(found):
         assert same_tensors(found[2, 0][name]["weights"], found[2, 1][name]["weights"])
 
 
-def test_sums_in_rank_order_are_plain_averages(found):
+def test_averaging_in_rank_order_equals_plain_averaging(found):
     plain, ordered = (found[2, 0][name]["gradients"] for name in ("uneven", "deterministic"))
     for name, gradient in plain[0].items():
         torch.testing.assert_close(ordered[0][name], gradient, rtol=1e-6, atol=1e-9)
 
 
-def test_one_ranks_undefined_loss_makes_all_skip(found):
+def test_all_ranks_skip_a_step_whose_loss_is_nan_on_one(found):
     assert [found[key]["not_a_number"]["skipped"] for key in ((1, 0), (2, 0), (2, 1))] == [1, 1, 1]
     weights = found[2, 0]["not_a_number"]["weights"]
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
-def test_one_ranks_wish_to_stop_stops_all(found):
+def test_all_ranks_stop_where_one_is_asked_to(found):
     assert [found[2, rank]["stop_on_one_rank"]["step"] for rank in range(2)] == [2, 2]
     assert found[2, 0]["stop_on_one_rank"]["saved"] == [2]
 
 
-def test_one_ranks_undefined_loss_ends_all_where_it_shall(found):
+def test_with_stop_a_non_finite_loss_on_one_rank_ends_all(found):
     for rank in range(2):
         assert "step 0: the gradient's norm is" in found[2, rank]["stop_for_good"]["error"]
 
 
-def test_a_checkpoint_that_rank_0_can_not_write_ends_all_where_it_shall(found):
+def test_with_stop_a_checkpoint_that_rank_0_can_not_write_ends_all(found):
     first, second = (found[2, rank]["broken_checkpoint"] for rank in range(2))
     assert first["step"] == second["step"] >= 2
     assert (first["error"], second["error"]) == ("UserError", "Stopped")  # one has the reason
 
 
-def test_an_epoch_whose_last_step_leaves_a_rank_without_rows_ends(found):
+def test_an_epoch_may_end_with_a_step_in_which_a_rank_has_no_rows(found):
     rows = Manifest.read(Folder(found["corpus"])).splits["train"]
     assert rows.rows % 2 == 1, "the scenario needs an odd number of rows"
     expected = found[1, 0]["whole_epoch"]
@@ -104,7 +104,7 @@ def test_an_epoch_whose_last_step_leaves_a_rank_without_rows_ends(found):
         assert got["loss"] == pytest.approx(expected["loss"], abs=0.05)
 
 
-def test_fine_tuning_on_two_ranks_goes_as_on_one(found):
+def test_fine_tuning_on_two_ranks_reads_the_same_tokens_as_on_one(found):
     expected = found[1, 0]["fine_tuning"]
     for rank in range(2):
         got = found[2, rank]["fine_tuning"]
@@ -112,7 +112,7 @@ def test_fine_tuning_on_two_ranks_goes_as_on_one(found):
 
 
 @pytest.mark.parametrize("key", [(1, 0), (2, 0), (2, 1)])
-def test_a_deterministic_run_is_the_same_after_a_restart(found, key):
+def test_a_resumed_deterministic_run_has_equal_weights(found, key):
     result = found[key]["resumed"]
     assert same_tensors(result["whole"], result["parted"])
 
@@ -120,7 +120,7 @@ def test_a_deterministic_run_is_the_same_after_a_restart(found, key):
 # One process -------------------------------------------------------------------------------------
 
 
-def test_a_group_of_one_says_nothing():
+def test_a_group_of_one_needs_no_collectives():
     group = Group()
     assert group.sum([1, 2.5, True]) == [1, 2.5, True]
     assert group.gather("x") == ["x"]
@@ -138,7 +138,7 @@ def test_shares_and_micro_batches_are_disjoint_and_complete(world_size):
     assert max(map(len, indices)) - min(map(len, indices)) <= 1
 
 
-def test_threads_are_given_or_a_fair_share():
+def test_threads_are_configured_or_the_cores_divided_by_the_workers():
     before = torch.get_num_threads()
     try:
         assert use_threads(3, 1) == torch.get_num_threads() == 3

@@ -1,4 +1,4 @@
-"""A disk that is really full: a small filesystem, mounted for a test, and a file that fills it."""
+"""Training on a full disk: a small filesystem is mounted, and a file fills it."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def disk(tmp_path):
 
 
 def fill(disk):
-    """Leave no page of the disk free."""
+    """Fill the disk to its last page."""
     with suppress(OSError), open(disk / "filler", "ab", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
@@ -55,15 +55,15 @@ def state(run):
     return CheckpointStore(run, 99, 2).load(10)
 
 
-def test_a_run_on_a_full_disk_says_so_and_goes_on(corpus, disk, tmp_path, monkeypatch):
+def test_a_run_on_a_full_disk_reports_it_and_continues(corpus, disk, tmp_path, monkeypatch):
     monkeypatch.setattr("raybert.train.line_log.RETRY_SECONDS", 0.0)
     settings = {"steps": 10, "checkpoint_steps": 2, "digests": True}
     job = pretrain_job(corpus, {"dropout": 0.1}, **settings)
-    run, told = Folder(disk) / "run", []
+    run, events_seen = Folder(disk) / "run", []
 
     def watch(record):
         if record["kind"] == "event":
-            told.append((record["event"], record["message"]))
+            events_seen.append((record["event"], record["message"]))
         if record["kind"] == "train" and record["step"] == 3:
             fill(disk)
         if record["kind"] == "train" and record["step"] == 6:  # the one of step 4 has failed
@@ -73,9 +73,9 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on(corpus, disk, tmp_path, monkey
 
     result = execute_bare(job, run, on_progress=watch)
     assert (result["step"], result["restarts"]) == (10, 0)
-    events = [event for event, _ in told]
+    events = [event for event, _ in events_seen]
     assert events.count("checkpoint failed") == events.count("checkpoint written") == 1
-    message = dict(told)["checkpoint failed"]
+    message = dict(events_seen)["checkpoint failed"]
     assert "No space left on device; that of step 2 is kept" in message
 
     undisturbed = Folder(tmp_path / "undisturbed")
@@ -90,7 +90,7 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on(corpus, disk, tmp_path, monkey
     }  # fmt: skip
 
 
-def test_a_command_on_a_full_disk_ends_in_one_line_and_goes_on(raybert, disk, tmp_path):
+def test_a_command_that_ends_on_a_full_disk_prints_one_line_and_resumes(raybert, disk, tmp_path):
     experiment = Experiment(tmp_path, folder=Folder(disk))
     command = ("pretrain", "-c", experiment.config, "--bare")
     stops = ("--set", "pretrain.on_checkpoint_failure=stop")
@@ -101,7 +101,7 @@ def test_a_command_on_a_full_disk_ends_in_one_line_and_goes_on(raybert, disk, tm
         wait_for(commits, process)
         end = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < end:
-            fill(disk)  # and what a checkpoint that gave way has left
+            fill(disk)  # again, where pruning has freed space
             time.sleep(0.01)
         out, err = process.communicate(timeout=60)
     finally:

@@ -1,19 +1,17 @@
-"""The loop, bare: exact resumption, global averages, what it does when things go wrong."""
+"""The training loop without Ray: exact resumption, accumulation, failures."""
 
-import contextlib
 import json
 import math
-import threading
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from making import (
     Attempt,
     Scripted,
+    committed,
     cut_batch,
+    damage,
     finetune_job,
     gradients_of,
     make_corpus,
@@ -22,13 +20,12 @@ from making import (
 )
 
 from raybert.data.masking import IGNORE_INDEX
-from raybert.errors import RaybertError, StorageError, Superseded, UserError
+from raybert.errors import RaybertError
 from raybert.storage.folder import Folder
-from raybert.train.attempts import begin_attempt
-from raybert.train.control import ControlSignals, Preempted, Stopped
+from raybert.train.control import ControlSignals, Stopped
 from raybert.train.distributed import Group
 from raybert.train.loop import MAX_SKIPPED_IN_A_ROW
-from raybert.train.metrics_log import MetricsLog, read_metrics
+from raybert.train.metrics_log import read_metrics
 from raybert.train.task import LoaderConfig
 
 
@@ -49,7 +46,7 @@ def first_batches(job, steps=1):
     return [next(stream) for _ in range(steps)]
 
 
-def test_one_batch_is_learned_by_heart(corpus, run):
+def test_one_batch_is_overfitted(corpus, run):
     job = pretrain_job(
         corpus,
         {"hidden_size": 32},
@@ -72,7 +69,7 @@ def test_one_batch_is_learned_by_heart(corpus, run):
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_a_resumed_pretraining_equals_an_undisturbed_one_bit_for_bit(corpus, tmp_path, stop_at):
+def test_a_resumed_pretraining_equals_an_uninterrupted_one_bit_for_bit(corpus, tmp_path, stop_at):
     job = pretrain_job(corpus, {"dropout": 0.2}, steps=8, evaluations=4)
     whole, parted = Folder(tmp_path / "whole"), Folder(tmp_path / "parted")
     once = Attempt(job, whole)
@@ -90,7 +87,7 @@ def test_a_resumed_pretraining_equals_an_undisturbed_one_bit_for_bit(corpus, tmp
 
 
 @pytest.mark.parametrize("stop_at", [3, 6, 12])  # frozen; where it thaws; thawed
-def test_a_resumed_fine_tuning_equals_an_undisturbed_one_bit_for_bit(tmp_path, stop_at):
+def test_a_resumed_fine_tuning_equals_an_uninterrupted_one_bit_for_bit(tmp_path, stop_at):
     job = finetune_job(Folder(tmp_path), steps=16, frozen_epochs=0.7, layer_decay=0.8)
     once = Attempt(job, Folder(tmp_path / "whole"))
     once.run()
@@ -105,7 +102,7 @@ def test_a_resumed_fine_tuning_equals_an_undisturbed_one_bit_for_bit(tmp_path, s
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])  # sgd has no state of its own
 @pytest.mark.parametrize("stop_at", [2, 5, 9])
-def test_a_resumed_run_of_averages_equals_an_undisturbed_one_bit_for_bit(
+def test_a_resumed_run_with_averages_equals_an_uninterrupted_one_bit_for_bit(
     tmp_path, optimizer, stop_at
 ):
     settings = {"steps": 12, "evaluations": 4, "average_decay": 0.9, "lr": 1e-2}
@@ -125,7 +122,7 @@ def test_a_resumed_run_of_averages_equals_an_undisturbed_one_bit_for_bit(
     assert same_tensors(once.task.model.state_dict(), again.task.model.state_dict())
 
 
-def test_what_is_evaluated_and_kept_are_the_averages(tmp_path):
+def test_the_averages_are_what_is_evaluated_and_kept(tmp_path):
     """The finished model scores what the best evaluation said, and is not the last step's."""
     job = finetune_job(Folder(tmp_path), steps=8, evaluations=4, average_decay=0.9, lr=1e-2)
     attempt = Attempt(job, Folder(tmp_path / "run"))
@@ -139,7 +136,7 @@ def test_what_is_evaluated_and_kept_are_the_averages(tmp_path):
     assert not same_tensors(attempt.task.model.state_dict(), best.model)
 
 
-def test_a_run_stands_still_at_every_evaluation(tmp_path):
+def test_a_run_pauses_at_every_evaluation(tmp_path):
     job = finetune_job(Folder(tmp_path), steps=6, evaluations=3)
     whole, parted = Attempt(job, Folder(tmp_path / "a")), Attempt(job, Folder(tmp_path / "b"))
     expected = whole.run()
@@ -160,7 +157,7 @@ def test_a_run_stands_still_at_every_evaluation(tmp_path):
     assert same_tensors(left.model, right.model)
 
 
-def test_a_run_that_is_left_goes_on_from_where_it_was_saved(tmp_path):
+def test_a_run_that_is_closed_resumes_where_it_was_saved(tmp_path):
     job = finetune_job(Folder(tmp_path), steps=6, evaluations=3)
     whole, run = Attempt(job, Folder(tmp_path / "whole")), Folder(tmp_path / "left")
     whole.run()
@@ -176,7 +173,7 @@ def test_a_run_that_is_left_goes_on_from_where_it_was_saved(tmp_path):
     assert same_tensors(whole.store.load(6).model, again.store.load(6).model)
 
 
-def test_frozen_layers_keep_their_weights_until_they_thaw(tmp_path):
+def test_frozen_layers_keep_their_weights(tmp_path):
     job = finetune_job(Folder(tmp_path), steps=4, frozen_epochs=10.0)
     attempt = Attempt(job, Folder(tmp_path / "run"))
     before = {k: v.clone() for k, v in attempt.task.model.state_dict().items()}
@@ -195,14 +192,14 @@ def test_another_seed_gives_other_weights(corpus, tmp_path):
     assert not same_tensors(*found)
 
 
-def test_fewer_steps_than_were_taken_end_the_run(corpus, run):
+def test_a_resumed_run_with_fewer_steps_than_it_took_ends(corpus, run):
     with pytest.raises(Stopped):
         Attempt(pretrain_job(corpus, steps=8), run, stop_at=5).run()
     result = Attempt(pretrain_job(corpus, steps=3), run).run()
     assert result["step"] == 5
 
 
-def test_more_steps_go_on_from_where_it_stood(corpus, run):
+def test_a_resumed_run_with_more_steps_takes_the_rest(corpus, run):
     with pytest.raises(Stopped):
         Attempt(pretrain_job(corpus, steps=4), run, stop_at=3).run()
     longer = Attempt(pretrain_job(corpus, steps=6), run)
@@ -210,7 +207,7 @@ def test_more_steps_go_on_from_where_it_stood(corpus, run):
     assert [record["step"] for record in longer.of_kind("train")] == [4, 5, 6]
 
 
-# Averages ----------------------------------------------------------------------------------------
+# Accumulation ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pieces", [2, 4, 8])
@@ -234,7 +231,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(corpus, tmp_path, pi
 
 
 def test_the_loss_is_divided_by_the_predicted_tokens_of_the_global_batch(corpus, run):
-    """Uneven counts: a mean of the micro-batches' means would be another number."""
+    """With uneven counts, where the mean of the micro-batches' means is another number."""
     job = pretrain_job(corpus, steps=1, max_grad_norm=1e9)
     [[first, second]] = first_batches(job)
     second.labels[1:] = IGNORE_INDEX
@@ -264,11 +261,11 @@ def test_gradients_are_clipped_to_the_configured_norm(corpus, run):
     assert attempt.of_kind("train")[0]["grad_norm"] > 0.1  # what is logged is the norm before
 
 
-def test_dropout_belongs_to_the_micro_batch_not_to_the_order_of_work(corpus, tmp_path):
+def test_dropout_depends_on_the_micro_batch_not_on_the_order_of_work(corpus, tmp_path):
     job = pretrain_job(corpus, {"dropout": 0.3}, steps=1, max_grad_norm=1e9)
     [batches] = first_batches(job)
     found = []
-    for name, order in (("as they come", batches), ("turned round", batches[::-1])):
+    for name, order in (("in order", batches), ("reversed", batches[::-1])):
         attempt = Attempt(
             job,
             Folder(tmp_path / name),
@@ -281,14 +278,14 @@ def test_dropout_belongs_to_the_micro_batch_not_to_the_order_of_work(corpus, tmp
         torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-4, atol=1e-6)
 
 
-# What is not finite ------------------------------------------------------------------------------
+# Non-finite gradients ----------------------------------------------------------------------------
 
 
 def infinite_at(*steps):
     return lambda task: Scripted(task, factor=lambda b: math.inf if b.step in steps else 1.0)
 
 
-def test_skip_leaves_the_weights_of_an_undefined_step_alone(corpus, tmp_path):
+def test_skip_keeps_the_weights_of_a_non_finite_step(corpus, tmp_path):
     job = pretrain_job(corpus, steps=4, schedule="constant", warmup_fraction=0.0)
     attempt = Attempt(job, Folder(tmp_path / "a"), change=infinite_at(0, 1, 2, 3))
     before = {k: v.clone() for k, v in attempt.task.model.state_dict().items()}
@@ -303,7 +300,7 @@ def test_skip_leaves_the_weights_of_an_undefined_step_alone(corpus, tmp_path):
     assert all(torch.isfinite(v).all() for v in attempt.task.model.state_dict().values())
 
 
-def test_an_undefined_loss_is_null_in_the_metrics(corpus, run):
+def test_a_non_finite_loss_is_null_in_the_metrics(corpus, run):
     Attempt(pretrain_job(corpus), run, change=infinite_at(1)).run()
     losses = [r["loss"] for r in read_metrics(run) if r["kind"] == "train"]
     assert losses[1] is None
@@ -312,7 +309,7 @@ def test_an_undefined_loss_is_null_in_the_metrics(corpus, run):
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_stop_ends_the_run_and_says_what_to_change(corpus, run):
+def test_stop_ends_the_run_and_names_the_key_to_change(corpus, run):
     job = pretrain_job(corpus, on_non_finite="stop")
     with pytest.raises(
         RaybertError, match=r"^step 2: the gradient's norm is .*; lower pretrain.lr=0.001"
@@ -320,7 +317,7 @@ def test_stop_ends_the_run_and_says_what_to_change(corpus, run):
         Attempt(job, run, change=infinite_at(2)).run()
 
 
-def test_rollback_puts_the_last_checkpoint_back(corpus, run):
+def test_rollback_restores_the_last_checkpoint(corpus, run):
     job = pretrain_job(corpus, steps=4, checkpoint_steps=2, on_non_finite="rollback")
     attempt = Attempt(job, run, change=infinite_at(3))  # a step was taken since the checkpoint
     attempt.run()
@@ -330,13 +327,13 @@ def test_rollback_puts_the_last_checkpoint_back(corpus, run):
     assert same_tensors(last.optimizer, before.optimizer)
 
 
-def test_weights_that_stay_broken_end_the_run(corpus, run):
+def test_too_many_non_finite_steps_in_a_row_end_the_run(corpus, run):
     job = pretrain_job(corpus, steps=100)
     with pytest.raises(RaybertError, match=f"for {MAX_SKIPPED_IN_A_ROW + 1} steps in a row"):
         Attempt(job, run, change=infinite_at(*range(100))).run()
 
 
-def test_an_undefined_first_score_is_not_the_best_for_ever(corpus, run):
+def test_a_first_score_of_nan_is_not_the_best(corpus, run):
     class Scores(Scripted):
         def evaluate(self):
             score = math.nan if attempt.loop.progress.step < 2 else 1.0
@@ -349,7 +346,7 @@ def test_an_undefined_first_score_is_not_the_best_for_ever(corpus, run):
 # Budget, evaluation, stopping --------------------------------------------------------------------
 
 
-def test_minutes_become_steps_once(corpus, run):
+def test_minutes_become_steps_once_and_resumption_keeps_them(corpus, run):
     job = pretrain_job(corpus, minutes=0.05, steps=None)
     first = Attempt(job, run)
     with pytest.raises(Stopped):
@@ -370,12 +367,12 @@ def test_minutes_become_steps_once(corpus, run):
     assert lrs[-1] == pytest.approx(job.config.lr / (total - result["warmup_steps"]))
 
 
-def test_other_minutes_on_resumption_are_turned_into_steps_by_the_speed_so_far(corpus, run):
+def test_other_minutes_on_resumption_become_steps_by_the_speed_so_far(corpus, run):
     begun = Attempt(pretrain_job(corpus, steps=1000), run, stop_at=20)
     with pytest.raises(Stopped):
         begun.run()
     seconds = begun.store.load(20).state["seconds"]
-    minutes = seconds * 2 / 60  # from steps to minutes: as long again as it took so far
+    minutes = seconds * 2 / 60  # from steps to minutes: twice the time so far
     timed = pretrain_job(corpus, minutes=minutes, steps=None)
     changed = Attempt(timed, run, stop_at=22)
     with pytest.raises(Stopped):
@@ -395,7 +392,7 @@ def test_other_minutes_on_resumption_are_turned_into_steps_by_the_speed_so_far(c
     assert back.loop.progress.minutes is None
 
 
-def test_a_change_to_minutes_before_there_is_a_speed_measures_it(corpus, run):
+def test_minutes_after_too_few_steps_are_measured_anew(corpus, run):
     with pytest.raises(Stopped):
         Attempt(pretrain_job(corpus, steps=1000), run, stop_at=1).run()
     attempt = Attempt(pretrain_job(corpus, minutes=0.01, steps=None), run)
@@ -416,8 +413,8 @@ def test_a_micro_batch_of_another_step_ends_the_run(corpus, run):
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_the_outcome_describes_the_weights_that_the_model_has(corpus, run, lost):
-    """The second of three evaluations is the best; its checkpoint may get lost."""
+def test_the_result_describes_the_weights_in_the_model(corpus, run, lost):
+    """The second of three evaluations is the best; its checkpoint may be damaged."""
 
     class Scores(Scripted):
         def evaluate(self):
@@ -443,7 +440,7 @@ def test_the_outcome_describes_the_weights_that_the_model_has(corpus, run, lost)
     assert all(message.endswith("has the weights of step 6 instead") for message in events)
 
 
-def test_evaluations_are_spread_evenly_and_the_end_is_evaluated(corpus, run):
+def test_evaluations_are_spread_evenly_and_include_the_end(corpus, run):
     attempt = Attempt(pretrain_job(corpus, steps=10, evaluations=4), run)
     attempt.run()
     assert [r["step"] for r in attempt.of_kind("eval")] == [2, 5, 8, 10]  # round(2.5) is 2
@@ -457,7 +454,7 @@ def test_without_a_number_evaluation_follows_every_epoch(corpus, run):
     assert [r["step"] for r in attempt.of_kind("eval")] == [epoch, 2 * epoch, round(2.5 * epoch)]
 
 
-def test_the_examples_fillings_come_with_each_evaluation(corpus, run):
+def test_each_evaluation_fills_the_masks_of_the_examples(corpus, run):
     job = pretrain_job(corpus, examples=["the [MASK] was wonderful"])
     attempt = Attempt(job, run)
     attempt.run()
@@ -468,13 +465,13 @@ def test_the_examples_fillings_come_with_each_evaluation(corpus, run):
     assert shares == sorted(shares, reverse=True)
 
 
-def test_the_tokens_of_a_whole_epoch_are_the_corpus(corpus, run):
+def test_an_epoch_reads_every_token_of_the_corpus_once(corpus, run):
     job = pretrain_job(corpus, steps=None, epochs=1)
     result = Attempt(job, run).run()
     assert result["tokens"] == job.manifest.splits["train"].rows * job.manifest.seq_len
 
 
-def test_a_falling_mask_rate_falls(corpus, tmp_path):
+def test_the_mask_rate_falls_over_the_run_where_configured(corpus, tmp_path):
     masking = {"mask_rate": 0.6, "mask_rate_end": 0.1}
     job = pretrain_job(corpus, steps=40, masking=masking)
     task = job.make_task(Group(), LoaderConfig())
@@ -487,329 +484,8 @@ def test_a_falling_mask_rate_falls(corpus, tmp_path):
     first, last = sum(shares[:8]) / 8, sum(shares[-8:]) / 8
     assert first > 0.4
     assert last < 0.2
-    # While a run limited by minutes measures its speed, the rate is that of the beginning.
+    # While a run limited by minutes measures its speed, the rate stays at its initial value.
     measuring = task.batches(0, None)
     early = [next(measuring) for _ in range(8)]
     found = [sum(b.count for b in s) / sum(b.labels.size for b in s) for s in early]
     assert sum(found) / 8 > 0.4
-
-
-# Checkpoints and attempts ------------------------------------------------------------------------
-
-
-def committed(run, step):
-    """The folder that a checkpoint's commit names."""
-    checkpoints = Path((run / "checkpoints").path)
-    commit = max(checkpoints.glob(f"step-{step:08d}-a*.json"))
-    return checkpoints / json.loads(commit.read_text())["folder"]
-
-
-def damage(path, how):
-    data = path.read_bytes()
-    if how == "bit":
-        path.write_bytes(data[:-5] + bytes([data[-5] ^ 4]) + data[-4:])
-    elif how == "cut":
-        path.write_bytes(data[: len(data) // 2])
-    else:
-        path.unlink()
-
-
-def four_steps(corpus, **settings):
-    values = {"checkpoint_steps": 1, "keep_checkpoints": 3, **settings}
-    return pretrain_job(corpus, {"dropout": 0.1}, steps=4, **values)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(corpus, tmp_path_factory):
-    """The last checkpoint of `four_steps` where nothing happens."""
-    attempt = Attempt(four_steps(corpus), Folder(tmp_path_factory.mktemp("undisturbed")))
-    attempt.run()
-    return attempt.store.load(4)
-
-
-def is_undisturbed(attempt, undisturbed):
-    found = attempt.store.load(4)
-    return same_tensors(found.model, undisturbed.model) and same_tensors(
-        found.optimizer, undisturbed.optimizer
-    )
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize(
-    ("how", "words"), [("bit", "is altered"), ("cut", "is cut short"), ("gone", "is missing")]
-)
-def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(
-    corpus, run, undisturbed, file, how, words
-):
-    with pytest.raises(Stopped):
-        Attempt(four_steps(corpus), run, stop_at=3).run()
-    damage(committed(run, 3) / file, how)
-    attempt = Attempt(four_steps(corpus), run)
-    attempt.run()
-    message = attempt.events()["damaged checkpoint"]
-    assert f"step-00000003-a0001/{file}" in message
-    assert words in message
-    logged = [r["message"] for r in read_metrics(run) if r.get("event") == "damaged checkpoint"]
-    assert logged == [message]
-    assert attempt.of_kind("train")[0]["step"] == 3  # step 2's state was taken
-    assert is_undisturbed(attempt, undisturbed)
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ("bit", "step-00000003-a0001.json is altered"),
-        ("cut", "step-00000003-a0001.json is damaged"),
-        ("gone", None),
-    ],
-)
-def test_a_checkpoint_without_a_whole_commit_gives_way(corpus, run, undisturbed, how, words):
-    """Without a commit its files are those of an upload that was cut: nobody misses them."""
-    with pytest.raises(Stopped):
-        Attempt(four_steps(corpus), run, stop_at=3).run()
-    damage(Path((run / "checkpoints").path) / "step-00000003-a0001.json", how)
-    attempt = Attempt(four_steps(corpus), run)
-    attempt.run()
-    message = attempt.events().get("damaged checkpoint")
-    assert message is None if words is None else words in message
-    assert attempt.of_kind("train")[0]["step"] == 3
-    assert is_undisturbed(attempt, undisturbed)
-    assert not (run / "checkpoints").exists("step-00000003-a0001")
-
-
-def test_resuming_at_a_step_that_is_due_keeps_its_checkpoint(corpus, run, monkeypatch):
-    job = pretrain_job(corpus, steps=8, checkpoint_steps=4, keep_checkpoints=1)
-    with pytest.raises(Stopped):
-        Attempt(job, run, stop_at=4).run()
-    assert committed(run, 4).name == "step-00000004-a0001"
-    again = Attempt(job, run, stop_at=5)
-    written = []
-    write = again.store._write
-
-    def notes(snapshot):
-        written.append(snapshot.step)
-        write(snapshot)
-
-    monkeypatch.setattr(again.store, "_write", notes)
-    with pytest.raises(Stopped):
-        again.run()
-    assert written == [5]
-    assert again.store.steps() == [5]
-
-
-def test_what_is_logged_is_on_the_storage_before_each_checkpoint(corpus, run, monkeypatch):
-    """The steps before it are not taken again, and nobody would log them again."""
-    done = []
-    attempt = Attempt(
-        pretrain_job(corpus, steps=6, checkpoint_steps=2),
-        run,
-        before_save=lambda: done.append(("digests", attempt.loop.progress.step)),
-    )
-    monkeypatch.setattr(
-        MetricsLog, "flush", lambda self: done.append(("metrics", attempt.loop.progress.step))
-    )
-    save = attempt.store.save
-    monkeypatch.setattr(
-        attempt.store,
-        "save",
-        lambda snapshot, **more: (done.append(("save", snapshot.step)), save(snapshot, **more)),
-    )
-    attempt.run()
-    for step in (2, 4, 6):
-        at = done.index(("save", step))
-        assert {("digests", step), ("metrics", step)} <= set(done[:at])
-
-
-def test_what_checkpoints_took_is_logged_once_by_the_training_thread(corpus, run):
-    """Over two attempts, the first of which is stopped between two checkpoints."""
-    job = pretrain_job(corpus, steps=6, checkpoint_steps=2, keep_checkpoints=9)
-    threads = []
-    for stop_at in (3, None):
-        attempt = Attempt(job, run, stop_at=stop_at)
-        note = attempt.loop.log.on_record
-        attempt.loop.log.on_record = lambda record, note=note: (
-            note(record),
-            threads.append(threading.current_thread()),
-        )
-        with pytest.raises(Stopped) if stop_at else contextlib.nullcontext():
-            attempt.run()
-    found = [r for r in read_metrics(run) if r["kind"] == "checkpoint"]
-    assert [r["step"] for r in found] == [2, 3, 4, 6]
-    for record in found:
-        files = committed(run, record["step"]).iterdir()
-        assert record["bytes"] == sum(file.stat().st_size for file in files)
-    assert set(threads) == {threading.current_thread()}
-
-
-def test_what_is_written_in_the_background_is_no_standstill(corpus, run, monkeypatch):
-    """Not even for the last checkpoint, whose writing the loop waits for."""
-    attempt = Attempt(pretrain_job(corpus, steps=2), run)
-    write = attempt.store._write
-
-    def write_when_counted(snapshot):
-        ends = time.monotonic() + 30
-        while not attempt.loop.saver._stalled:
-            assert time.monotonic() < ends, "the standstill lasts as long as the writing"
-            time.sleep(0.001)
-        write(snapshot)
-
-    monkeypatch.setattr(attempt.store, "_write", write_when_counted)
-    attempt.run()
-    [record] = attempt.of_kind("checkpoint")
-    assert record["step"] == 2 and record["stalled"] > 0
-
-
-def test_a_best_step_whose_checkpoint_is_gone_is_no_best_step(corpus, run):
-    job = pretrain_job(corpus, steps=6, evaluations=3, checkpoint_steps=1)
-    first = Attempt(job, run, stop_at=5)
-    with pytest.raises(Stopped):
-        first.run()
-    best = first.loop.progress.best_step
-    assert best is not None
-    (run / "checkpoints").delete(f"step-{best:08d}-a0001.json")
-    again = Attempt(job, run)
-    again.run()
-    assert again.loop.progress.best_step == 6
-
-
-def test_a_younger_attempt_ends_the_older_one(corpus, run):
-    old = Attempt(pretrain_job(corpus, checkpoint_steps=1), run)
-    younger = begin_attempt(run)
-    assert younger == 2
-    with pytest.raises(Superseded, match="attempt 2 has taken over; attempt 1 ends here"):
-        old.run()
-    assert old.store.steps() == []
-
-
-# A storage that refuses --------------------------------------------------------------------------
-
-
-def refusing(attempt, monkeypatch, at):
-    """Make the checkpoints of these steps fail, and let the loop hear of each at the next step.
-
-    Returns the steps whose checkpoints were tried.
-    """
-    tried, write, check = [], attempt.store._write, attempt.store.check
-
-    def fails(snapshot):
-        tried.append(snapshot.step)
-        if snapshot.step in at:
-            raise StorageError("writing it failed: No space left on device")
-        write(snapshot)
-
-    def hear():
-        if attempt.store._thread is not None:
-            attempt.store._thread.join()
-        check()
-
-    monkeypatch.setattr(attempt.store, "_write", fails)
-    monkeypatch.setattr(attempt.store, "check", hear)
-    return tried
-
-
-def test_a_failed_checkpoint_is_told_once_and_costs_the_run_nothing(
-    corpus, run, undisturbed, monkeypatch
-):
-    attempt = Attempt(four_steps(corpus), run)
-    tried = refusing(attempt, monkeypatch, at=[2, 3])
-    assert attempt.run()["step"] == 4
-    assert tried == [1, 2, 3, 4]
-    events = [r for r in attempt.of_kind("event") if r["event"].startswith("checkpoint")]
-    assert [r["event"] for r in events] == ["checkpoint failed", "checkpoint written"]
-    assert events[0]["message"] == (
-        "writing it failed: No space left on device; that of step 1 is kept; the next try is "
-        "within a minute"
-    )
-    assert events[1]["message"] == "the checkpoint of step 4 is written"
-    assert attempt.store.steps() == [1, 4]
-    assert is_undisturbed(attempt, undisturbed)
-
-
-@pytest.mark.parametrize(("pause", "expected"), [(0.0, [4, 5, 8]), (1e9, [4, 8])])
-def test_a_failed_checkpoint_is_tried_again_soon(corpus, run, monkeypatch, pause, expected):
-    monkeypatch.setattr("raybert.train.checkpoint_saver.RETRY_SECONDS", pause)
-    attempt = Attempt(pretrain_job(corpus, steps=8, checkpoint_steps=4), run)
-    tried = refusing(attempt, monkeypatch, at=[4])
-    attempt.run()
-    assert tried == expected
-
-
-def test_where_checkpoints_may_not_fail_the_run_ends_and_goes_on(
-    corpus, run, undisturbed, monkeypatch
-):
-    job = four_steps(corpus, on_checkpoint_failure="stop")
-    attempt = Attempt(job, run)
-    tried = refusing(attempt, monkeypatch, at=[2])
-    with pytest.raises(UserError) as ended:
-        attempt.run()
-    assert str(ended.value) == (
-        "writing it failed: No space left on device; the checkpoint of step 1 is whole: mend the "
-        "storage, and run it again to go on from there, or set "
-        "pretrain.on_checkpoint_failure=continue to train on without"
-    )
-    assert tried == [1, 2]
-    assert attempt.store.steps() == [1]
-    again = Attempt(job, run)
-    again.run()
-    assert again.of_kind("train")[0]["step"] == 2
-    assert is_undisturbed(again, undisturbed)
-
-
-@pytest.mark.parametrize("at", ["the end", "Ctrl-C"])
-def test_the_last_checkpoint_may_not_fail_either(corpus, run, monkeypatch, at):
-    job = pretrain_job(corpus, steps=4, on_checkpoint_failure="stop")
-    attempt = Attempt(job, run)
-    refusing(attempt, monkeypatch, at=[4 if at == "the end" else 2])
-    if at == "Ctrl-C":
-        attempt.loop.signals = ControlSignals(stop=lambda: attempt.loop.progress.step == 2)
-    with pytest.raises(UserError, match="there is no checkpoint yet: mend the storage, and run it"):
-        attempt.run()
-
-
-def test_weights_that_can_not_be_read_for_a_while_are_waited_for(corpus, run, monkeypatch):
-    """The best ones, at the end: others in their place would be another result."""
-
-    class Scores(Scripted):
-        def evaluate(self):
-            return {**self._task.evaluate(), "score": -float(attempt.loop.progress.step)}
-
-    attempt = Attempt(pretrain_job(corpus, steps=4, evaluations=2), run, change=Scores)
-    load, failures = attempt.store.load, [1, 1]
-
-    def fails_twice(step):
-        if failures:
-            failures.pop()
-            raise StorageError("reading it failed: no answer")
-        return load(step)
-
-    monkeypatch.setattr(attempt.store, "load", fails_twice)
-    monkeypatch.setattr("raybert.storage.retry.time.sleep", lambda seconds: None)
-    result = attempt.run()
-    assert (result["best_step"], failures) == (2, [])
-    assert same_tensors(attempt.task.model.state_dict(), load(2).model)
-    assert "no answer; it is tried again for 96 s" in attempt.events()["storage"]
-
-
-# Wishes from outside -----------------------------------------------------------------------------
-
-
-def test_a_checkpoint_that_is_asked_for_is_written_at_once(corpus, run):
-    attempt = Attempt(pretrain_job(corpus, steps=6, keep_checkpoints=9), run)
-    attempt.loop.signals = ControlSignals(save=lambda: attempt.loop.progress.step in (2, 3))
-    attempt.run()
-    assert {2, 3} <= set(attempt.store.steps())
-
-
-def test_whoever_must_leave_leaves_after_a_checkpoint_and_nothing_is_lost(corpus, tmp_path):
-    job = pretrain_job(corpus, {"dropout": 0.1}, steps=6)
-    once = Attempt(job, Folder(tmp_path / "whole"))
-    once.run()
-    first = Attempt(job, Folder(tmp_path / "parted"))
-    first.loop.signals = ControlSignals(preempt=lambda: first.loop.progress.step == 3)
-    with pytest.raises(Preempted):
-        first.run()
-    assert "a node is about to go" in first.events()["eviction"]
-    again = Attempt(job, Folder(tmp_path / "parted"))
-    again.run()
-    assert [record["step"] for record in again.of_kind("train")] == [4, 5, 6]
-    assert same_tensors(once.store.load(6).model, again.store.load(6).model)

@@ -1,4 +1,4 @@
-"""Runs: what a folder remembers, what may change, how a run ends and goes on."""
+"""Runs: what may change when one is resumed, Ctrl-C, and a storage that refuses."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def reopen(run, *overrides, stage="pretrain", sections=("corpus", "model")):
 # The configuration of a run ----------------------------------------------------------------------
 
 
-def test_a_changed_setting_is_refused_with_key_and_both_values(run):
+def test_a_changed_setting_is_refused_with_its_key_and_both_values(run):
     assert reopen(run, "pretrain.lr=0.001") is None
     with pytest.raises(ConfigError) as caught:
         reopen(run, "pretrain.lr=0.002", "pretrain.seed=7")
@@ -55,7 +55,7 @@ def test_a_changed_setting_is_refused_with_key_and_both_values(run):
     )
 
 
-def test_a_run_that_has_begun_keeps_to_its_inputs(run):
+def test_a_run_refuses_other_inputs_than_it_began_with(run):
     reopen_on(run, corpus="a", tokenizer="b")
     assert reopen_on(run, corpus="a", tokenizer="b") is None
     with pytest.raises(DataError, match="has begun on another corpus than is there now"):
@@ -66,16 +66,16 @@ def reopen_on(run, **inputs):
     return open_run(run, yaml(), "pretrain", ("corpus", "model"), inputs=inputs)
 
 
-def test_allowed_changes_are_told(run):
-    told = []
+def test_allowed_changes_are_logged(run):
+    messages = []
     reopen(run, "pretrain.steps=10")
-    open_run(run, yaml("pretrain.steps=20", "pretrain.workers=2"), "pretrain", log=told.append)
-    assert told == [
+    open_run(run, yaml("pretrain.steps=20", "pretrain.workers=2"), "pretrain", log=messages.append)
+    assert messages == [
         "goes on with other settings: pretrain.steps: 10 -> 20; pretrain.workers: 1 -> 2"
     ]
-    told.clear()
-    open_run(run, yaml("pretrain.steps=20", "pretrain.workers=2"), "pretrain", log=told.append)
-    assert told == []
+    messages.clear()
+    open_run(run, yaml("pretrain.steps=20", "pretrain.workers=2"), "pretrain", log=messages.append)
+    assert messages == []
 
 
 def test_a_run_from_before_a_setting_existed_had_its_default(run):
@@ -96,7 +96,7 @@ def test_a_run_from_before_a_setting_existed_had_its_default(run):
 @pytest.mark.parametrize(
     "override", ["corpus.seq_len=64", "model.num_layers=3", "pretrain.masking.mask_rate=0.3"]
 )
-def test_whatever_decides_the_result_is_refused(run, override):
+def test_a_change_that_affects_the_result_is_refused(run, override):
     reopen(run)
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         reopen(run, override)
@@ -219,7 +219,7 @@ def test_a_result_that_is_undefined_is_strict_json(corpus, run):
 
 
 class Interrupts:
-    """Presses Ctrl-C as soon as a step is logged."""
+    """Presses Ctrl-C when one of these steps is logged."""
 
     def __init__(self, at):
         self._at = at
@@ -229,7 +229,7 @@ class Interrupts:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_exactly(corpus, tmp_path):
+def test_ctrl_c_saves_and_the_run_resumes_bit_for_bit(corpus, tmp_path):
     job = pretrain_job(corpus, {"dropout": 0.1}, steps=6)
     whole, parted = Folder(tmp_path / "whole"), Folder(tmp_path / "parted")
     execute_bare(job, whole, on_progress=lambda record: None)
@@ -245,7 +245,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_exactly(corpus, tmp_path
     assert same_tensors(left.optimizer, right.optimizer)
 
 
-def test_ctrl_c_while_the_run_is_being_finished_is_not_swallowed(corpus, run):
+def test_ctrl_c_at_the_end_of_a_run_is_raised_after_the_result(corpus, run):
     def interrupt(record):
         if record["kind"] == "eval":  # the only one: all steps are taken
             os.kill(os.getpid(), signal.SIGINT)
@@ -258,7 +258,7 @@ def test_ctrl_c_while_the_run_is_being_finished_is_not_swallowed(corpus, run):
     assert run.read_json(RESULT)["step"] == 2
 
 
-def test_a_second_ctrl_c_does_not_wait(corpus, run):
+def test_a_second_ctrl_c_interrupts_at_once(corpus, run):
     def twice(record):
         if record["kind"] == "train" and record["step"] == 2:
             signal.raise_signal(signal.SIGINT)  # handled here and now: pending ones would be one
@@ -269,7 +269,7 @@ def test_a_second_ctrl_c_does_not_wait(corpus, run):
     assert CheckpointStore(run, 99, 2).steps() == []
 
 
-def test_a_run_in_another_thread_leaves_signals_alone(corpus, run):
+def test_a_run_in_another_thread_handles_no_signals(corpus, run):
     before = signal.getsignal(signal.SIGINT)
     results = []
     job = pretrain_job(corpus, steps=2)
@@ -285,8 +285,8 @@ def test_a_run_in_another_thread_leaves_signals_alone(corpus, run):
 # A storage that refuses --------------------------------------------------------------------------
 
 
-def in_the_way(run, name):
-    """Put a file where the run wants a folder: nothing can be written there."""
+def block(run, name):
+    """Put a file where the run needs a folder, so that nothing can be written there."""
     run.write_text(name, "a file where a folder should be")
 
 
@@ -296,65 +296,63 @@ def weights(run, step=4):
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
-    """A run of `pretrain_job` where nothing happens, and its digests."""
+    """An uninterrupted run of `pretrain_job`, with digests."""
     run = Folder(tmp_path_factory.mktemp("undisturbed"))
     execute_bare(pretrain_job(corpus, digests=True), run, on_progress=lambda record: None)
     return run
 
 
 @pytest.mark.parametrize("name", ["metrics", "digests"])
-def test_lines_that_can_not_be_written_for_a_while_cost_nothing(
-    corpus, run, undisturbed, monkeypatch, name
-):
+def test_no_line_is_lost_while_the_storage_refuses(corpus, run, undisturbed, monkeypatch, name):
     monkeypatch.setattr("raybert.train.line_log.RETRY_SECONDS", 0.0)
-    in_the_way(run, name)
-    told = []
+    block(run, name)
+    messages = []
 
     def watch(record):
         if record.get("event") == "storage":
-            told.append(record["message"])
+            messages.append(record["message"])
         if record["kind"] == "train" and record["step"] == 3:
             run.delete(name)
 
     result = execute_bare(pretrain_job(corpus, digests=True), run, on_progress=watch)
     assert result["step"] == 4
-    assert len(told) == 2
-    assert told[0].endswith("; its lines wait until it can be written")
-    assert told[1].endswith(" is written again")
+    assert len(messages) == 2
+    assert messages[0].endswith("; its lines wait until it can be written")
+    assert messages[1].endswith(" is written again")
     assert [r["step"] for r in read_metrics(run) if r["kind"] == "train"] == [1, 2, 3, 4]
     assert read_digests(run) == read_digests(undisturbed)
     assert same_tensors(weights(run), weights(undisturbed))
 
 
-def test_digests_that_never_can_be_written_do_not_end_a_run(corpus, run):
-    in_the_way(run, "digests")
-    told = []
+def test_digests_that_are_never_written_do_not_end_a_run(corpus, run):
+    block(run, "digests")
+    messages = []
     job = pretrain_job(corpus, digests=True)
     result = execute_bare(
-        job, run, on_progress=lambda r: told.append(r["message"]) if "message" in r else None
+        job, run, on_progress=lambda r: messages.append(r["message"]) if "message" in r else None
     )
     assert result["step"] == 4
-    assert told[-1] == f"{run}/digests/0001-0000.txt lacks the last 8 lines"
+    assert messages[-1] == f"{run}/digests/0001-0000.txt lacks the last 8 lines"
 
 
-def test_a_digest_cut_short_is_left_out(corpus, undisturbed, tmp_path):
+def test_a_digest_that_was_cut_off_is_left_out(corpus, undisturbed, tmp_path):
     run = Folder(tmp_path)
     text = (undisturbed / "digests").read_text("0001-0000.txt")
     (run / "digests").write_text("0001-0000.txt", text[:-5])
     assert len(read_digests(run)) == len(read_digests(undisturbed)) - 1
 
 
-def test_a_model_that_can_not_be_written_is_told_and_the_run_goes_on(corpus, run, undisturbed):
-    in_the_way(run, "model")
+def test_a_model_that_can_not_be_written_is_an_error_and_the_run_resumes(corpus, run, undisturbed):
+    block(run, "model")
     job = pretrain_job(corpus, collective_timeout_s=0.1)
-    told = []
+    messages = []
     with pytest.raises(
         StorageError,
         match="^writing .*/model/model.safetensors failed: .*; the checkpoint of step 4 is whole: "
         "mend the storage, and run it again to go on from there$",
     ):
-        execute_bare(job, run, on_progress=told.append)
-    assert "is tried again for" in told[-1]["message"]
+        execute_bare(job, run, on_progress=messages.append)
+    assert "is tried again for" in messages[-1]["message"]
     run.delete("model")
     result = execute_bare(job, run, on_progress=lambda record: None)
     assert (result["step"], result["restarts"]) == (4, 1)
@@ -363,8 +361,8 @@ def test_a_model_that_can_not_be_written_is_told_and_the_run_goes_on(corpus, run
     assert model == (undisturbed / "model").read_bytes("model.safetensors")
 
 
-def test_a_storage_that_is_back_in_time_gets_the_model(corpus, run, undisturbed):
-    in_the_way(run, "model")
+def test_writing_the_model_is_retried(corpus, run, undisturbed):
+    block(run, "model")
 
     def mend(record):
         if record.get("event") == "storage":
@@ -376,8 +374,8 @@ def test_a_storage_that_is_back_in_time_gets_the_model(corpus, run, undisturbed)
     assert model == (undisturbed / "model").read_bytes("model.safetensors")
 
 
-def test_an_attempt_that_was_overtaken_writes_no_model(corpus, run):
-    in_the_way(run, "model")
+def test_a_superseded_attempt_writes_no_model(corpus, run):
+    block(run, "model")
 
     def overtake(record):
         if record.get("event") == "storage":

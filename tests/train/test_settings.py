@@ -1,4 +1,4 @@
-"""Budgets, and settings that do not fit each other."""
+"""Budgets, ranges of workers, and settings that contradict each other."""
 
 import pytest
 from hypothesis import given
@@ -45,7 +45,7 @@ def test_two_limits_are_refused(config):
 
 
 @given(batch=st.integers(1, 5000), micro=st.integers(1, 5000))
-def test_sizes_that_do_not_divide_come_with_sizes_that_do(batch, micro):
+def test_batch_sizes_that_do_not_divide_are_refused_with_valid_ones(batch, micro):
     values = {"global_batch_size": batch, "micro_batch_size": micro, "steps": 1}
     if batch % micro == 0:
         assert build(TrainConfig, values, "x").micro_batches_per_step == batch // micro
@@ -63,11 +63,11 @@ def test_more_workers_than_micro_batches_are_refused():
         build(TrainConfig, values, "x")
 
 
-def test_what_may_change_exists():
+def test_every_setting_that_may_change_exists():
     assert set(TrainConfig.model_fields) >= MAY_CHANGE
 
 
-def test_what_decides_the_result_may_not_change():
+def test_settings_that_affect_the_result_may_not_change():
     decides = {"seed", "global_batch_size", "micro_batch_size", "lr", "schedule", "betas"}
     decides |= {"warmup_fraction", "weight_decay", "max_grad_norm", "precision", "deterministic"}
     assert decides <= set(TrainConfig.model_fields)
@@ -102,7 +102,7 @@ def test_a_number_of_workers_or_a_range(values, fewest, most):
         ({"max": 2, "mox": 3}, "x: unknown key workers.mox; did you mean workers.max?"),
     ],
 )
-def test_workers_that_can_not_be(workers, words):
+def test_impossible_workers_are_refused(workers, words):
     with pytest.raises(ConfigError) as caught:
         build(PretrainConfig, {"workers": workers}, "x")
     assert str(caught.value).startswith(words)
