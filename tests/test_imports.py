@@ -59,7 +59,6 @@ HOMES = {
         "raybert.cluster.internals.tune",
         "raybert.tune.schedulers.asha",
         "raybert.tune.schedulers.hyperband",
-        "raybert.tune.schedulers.none",
         "raybert.tune.schedulers.pbt",
         "raybert.tune.schedulers.resumable_hyperband",
         "raybert.tune.schedulers.scheduler",

@@ -37,13 +37,7 @@ _SCORES = ("accuracy", "loss", "f1_macro", "expected_calibration_error")
 def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict[str, Any]:
     """Fine-tune with several seeds, and measure each member and their ensemble.
 
-    Returns:
-        `members` (the scores of each), `mean` and `std` of their accuracies, `ensemble` (the scores
-        of their mean probabilities on the validation texts), `gain` in accuracy over the mean, and
-        `model` (the ensemble's folder).
-
-    Raises:
-        RaybertError: a member failed.
+    Returns the result of `measure`, and `model`, the ensemble's folder.
     """
     stage = experiment.folder / "ensemble"
     if stage.exists(RESULT):
@@ -83,11 +77,7 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
 
 
 def check_members(members: Sequence[TrialRecord]) -> None:
-    """Check that every member was trained.
-
-    Raises:
-        RaybertError: a member failed; the same command trains it again.
-    """
+    """Check that every member was trained; the same command trains one again that failed."""
     failed = [member for member in members if member.state != "finished"]
     if failed:
         names = ", ".join(member.name for member in failed)
@@ -111,7 +101,10 @@ def _open_ensemble(
 
 
 def measure(models: list[Folder], texts: TokenizedTexts, labels: list[str]) -> dict[str, Any]:
-    """Score each model and their ensemble on tokenized texts."""
+    """Score each model and their ensemble on tokenized texts.
+
+    `mean` and `std` are of the members' accuracies, `gain` is the ensemble's over their mean.
+    """
     from raybert.inference.classifier import TextClassifier
     from raybert.inference.ensemble import mean_logits
 
@@ -119,20 +112,16 @@ def measure(models: list[Folder], texts: TokenizedTexts, labels: list[str]) -> d
     members = [classification_scores(each, texts.labels, labels) for each in logits]
     ensemble = classification_scores(mean_logits(logits), texts.labels, labels)
     accuracies = [scores["accuracy"] for scores in members]
+    votes = np.stack([each.argmax(axis=1) for each in logits], axis=1)  # [n, models]
     return {
         "members": [{key: scores[key] for key in _SCORES} for scores in members],
         "mean": statistics.fmean(accuracies),
         "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "ensemble": {key: ensemble[key] for key in _SCORES},
         "gain": ensemble["accuracy"] - statistics.fmean(accuracies),
-        "agreement": float(np.mean([len({int(p) for p in row}) == 1 for row in _votes(logits)])),
+        "agreement": float(np.mean([len({int(p) for p in row}) == 1 for row in votes])),
         "n": ensemble["n"],
     }
-
-
-def _votes(logits: list[Any]) -> Any:
-    """The predicted labels of each text, [n, models]."""
-    return np.stack([each.argmax(axis=1) for each in logits], axis=1)
 
 
 def _format_result(result: dict[str, Any]) -> str:

@@ -18,12 +18,13 @@ from raybert.train.ray.driver_channel import DriverChannel
 from raybert.train.ray.placement import uses_gpus
 from raybert.tune.schedulers import SCHEDULERS
 from raybert.tune.search import run_trials
-from raybert.tune.search_session import SearchSession, TrialListener, TrialSource
+from raybert.tune.search_session import OnTrial, SearchSession
 from raybert.tune.settings import SchedulerConfig, TrialConfig
 from raybert.tune.space import Space
 from raybert.tune.trial import TrialContext
 from raybert.tune.trial_resources import trial_resources
-from raybert.tune.trial_store import TrialRecord, TrialStore
+from raybert.tune.trial_sources import TrialSource
+from raybert.tune.trial_store import TrialStore
 from raybert.tune.trial_table import format_end, format_progress, trial_table
 
 _DONOR_CHECKPOINTS = 4  # kept by each trial if others exploit it, which they do some steps later
@@ -71,33 +72,27 @@ class TrialRunner:
         space: Space | None = None,
         longest: float = 1.0,
         deadline: float | None = None,
-        listeners: Sequence[TrialListener] = (),
+        on_evaluation: Sequence[OnTrial] = (),
+        on_trial_end: Sequence[OnTrial] = (),
         retries: bool = False,
     ) -> None:
         """Run a source's trials to their ends and show their progress.
 
-        Args:
-            stage: the folder in which Ray Tune gets a temporary one.
-            store: of the trials.
-            source: gives the trials.
-            keys: of the values that the table shows.
-            limit: the number of trials in all.
-            scheduler: stops trials early; None: none does.
-            space: in which the scheduler may change values.
-            longest: epochs of the longest trial.
-            deadline: of time.monotonic, at which trials stop.
-            listeners: get the progress of each trial.
-            retries: whether failed trials keep their checkpoints for a later session.
+        Ray Tune gets a temporary folder in `stage`. The table shows the values of `keys`, and the
+        progress out of `limit` trials. Without a `scheduler` no trial is stopped early; `space` and
+        `longest` are as in `SearchScheduler.build`, `deadline` is one of time.monotonic. With
+        `retries`, failed trials keep their checkpoints for a later session.
         """
         scheduler = scheduler or SchedulerConfig(kind="none")
         search_scheduler = SCHEDULERS[scheduler.kind](scheduler)
-        ended = EndedTrials()
+        ended: deque[str] = deque()  # lines of ended trials, for the main thread to show
         session = SearchSession(
             source,
             store,
             self._trial_resources,
             deadline,
-            [*listeners, ended],
+            on_evaluation,
+            [*on_trial_end, lambda trial: ended.append(format_end(trial))],
             starts_all=search_scheduler.starts_all,
             keeps_checkpoints=search_scheduler.exploits,
             retries=retries,
@@ -116,8 +111,8 @@ class TrialRunner:
         )
 
         def show() -> None:
-            for line in ended.take():
-                self._display.say(line)
+            while ended:
+                self._display.say(ended.popleft())
             trials = list(source.trials)
             self._display.panel(trial_table(trials, keys), format_progress(trials, limit))
 
@@ -132,22 +127,3 @@ class TrialRunner:
             show=show,
         )
         show()
-
-
-class EndedTrials:
-    """Collects a line for each ended trial in Ray Tune's thread, for the main thread to show."""
-
-    def __init__(self) -> None:
-        """Start without lines."""
-        self._lines: deque[str] = deque()
-
-    def take(self) -> list[str]:
-        """The lines since the last call."""
-        return [self._lines.popleft() for _ in range(len(self._lines))]
-
-    def on_evaluation(self, trial: TrialRecord) -> None:
-        """Evaluations are shown in the table."""
-
-    def on_trial_end(self, trial: TrialRecord) -> None:
-        """Add a line."""
-        self._lines.append(format_end(trial))

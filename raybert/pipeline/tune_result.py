@@ -39,21 +39,15 @@ def finish_search(
 ) -> dict[str, Any]:
     """Write the winner's model, measure it on the test texts, write the report and the result.
 
-    Args:
-        experiment: the configuration.
-        display: shows the result.
-        stage: the search's folder.
-        space: what was searched.
-        trials: all trials of the search.
-        finalists: with their runs, the winner first.
-        cost: of all trials and runs.
-        seconds: of the search.
-        seen_in_training: whether trials were trained on test texts.
+    The first of the finalists is the winner; `seen_in_training` are test texts that trials read.
     """
     config = experiment.tune
     run = finalists[0].best_run()
     (stage / "seeds" / run.name / "model").copy_to(stage / "model", last="config.json")
-    stage.write_text(WINNER, dump(_winning_experiment(experiment, run)))
+    base = TrialConfig(model=experiment.model, finetune=experiment.finetune)
+    won = base.with_values({**run.values, "finetune.seed": run.seed})
+    winner = experiment.model_copy(update={"model": won.model, "finetune": won.finetune})
+    stage.write_text(WINNER, dump(winner))
     write_trials(stage, space, trials, finalists, cost, config.scheduler.kind, config.searcher)
     result = search_result(trials, finalists, cost, seconds)
     result |= {"model": (stage / "model").uri, "config": (stage / WINNER).uri, "run": run.name}
@@ -100,13 +94,6 @@ def format_best(result: dict[str, Any]) -> str:
     if "test" in result:
         parts.append(f"test accuracy {result['test']['accuracy']:.4f}")
     return f"{', '.join(parts)}, in {clock(result['seconds'])}"
-
-
-def _winning_experiment(experiment: Experiment, run: TrialRecord) -> Experiment:
-    """The experiment with the winner's values and seed."""
-    base = TrialConfig(model=experiment.model, finetune=experiment.finetune)
-    won = base.with_values({**run.values, "finetune.seed": run.seed})
-    return experiment.model_copy(update={"model": won.model, "finetune": won.finetune})
 
 
 def _format_spread(spread: dict[str, Any]) -> str:

@@ -40,15 +40,9 @@ _SECTIONS = ("model", "finetune")  # that affect the result of a search, beside 
 
 
 def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -> dict[str, Any]:
-    """Run the search and its finalists, and write the winner's model and the report.
+    """Run the search and its finalists; write the winner's model and the report.
 
-    Args:
-        experiment: the configuration.
-        display: shows the progress.
-        dashboard: whether to start Ray's dashboard and TensorBoard.
-
-    Returns:
-        The result, which is also in `result.json`.
+    `dashboard` starts Ray's dashboard and TensorBoard. Returns the content of `result.json`.
 
     Raises:
         ConfigError: an invalid search space, or a cluster that is too small for a trial.
@@ -74,7 +68,10 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
             experiment, display, stage / "data", has_begun=has_begun, whole=True
         )
         spec.check()
-        _check_input_lengths(experiment, space, spec)
+        for dimension in space.dimensions:
+            if dimension.key == "finetune.seq_len":  # rejects lengths that the model lacks
+                for value in dimension.ends:
+                    input_length(experiment, spec.start, value)
         search = Search(experiment, display, stage, space, spec, resources)
         search.check()
         # Only now: the name of a search that was rejected stays free.
@@ -122,14 +119,6 @@ def _finished_search(experiment: Experiment, stage: Folder, display: Display) ->
     return result
 
 
-def _check_input_lengths(experiment: Experiment, space: Space, spec: FinetuneSpec) -> None:
-    """Reject lengths in the space that the model does not support."""
-    for dimension in space.dimensions:
-        if dimension.key == "finetune.seq_len":
-            for value in dimension.ends:
-                input_length(experiment, spec.start, value)
-
-
 class Search:
     """One session of a search."""
 
@@ -142,7 +131,6 @@ class Search:
         spec: FinetuneSpec,
         resources: Resources,
     ) -> None:
-        """Divide the cluster among trials; nothing is written yet."""
         self._experiment, self._display, self._stage = experiment, display, stage
         self._config: TuneConfig = experiment.tune
         self._space, self._spec = space, spec
@@ -211,6 +199,7 @@ class Search:
         deadline = None
         if config.minutes is not None:
             deadline = time.monotonic() + config.minutes * 60 - self._clock.earlier
+        events = EventWriter(self._stage / "tensorboard")
         self._runner.run(
             self._stage,
             store,
@@ -221,7 +210,8 @@ class Search:
             space=self._space,
             longest=self._longest(),
             deadline=deadline,
-            listeners=[EventWriter(self._stage / "tensorboard"), self._clock],
+            on_evaluation=[events.on_evaluation],
+            on_trial_end=[events.on_trial_end, lambda trial: self._clock.write()],
         )
         for trial in source.trials:
             if trial.state == "waiting":  # the deadline came before it was resumed

@@ -72,11 +72,7 @@ class Finalist:
 
 
 def choose_finalists(trials: Sequence[TrialRecord], count: int) -> list[TrialRecord]:
-    """The best `count` trials of different values, and the configured values in any case.
-
-    Raises:
-        RaybertError: no trial has a score.
-    """
+    """The best `count` trials of different values, and the configured values in any case."""
     chosen: list[TrialRecord] = []
     ranking = rank_trials(trials)
     if not ranking:
@@ -120,13 +116,7 @@ def rank_finalists(
 ) -> list[Finalist]:
     """The finalists with their runs: the winner, then the others by their means.
 
-    Args:
-        finalists: the trials.
-        runs: of all finalists.
-        texts: the number of validation texts.
-
-    Raises:
-        RaybertError: no run has a score.
+    `texts` is the number of validation texts.
     """
     found = [
         Finalist(trial, [run for run in runs if run.name.startswith(f"{trial.name}-s")])

@@ -46,7 +46,6 @@ class RandomSampler(Sampler):
     """Draws each trial independently of all others."""
 
     def __init__(self, space: Space, seed: int, accepts: Accepts) -> None:
-        """Draw valid values from a space."""
         self._space, self._seed, self._accepts = space, seed, accepts
 
     def propose(self, number: int) -> Values | None:
@@ -63,7 +62,6 @@ class GridSampler(Sampler):
     """Proposes every combination of the dimensions' points once."""
 
     def __init__(self, space: Space, start: list[Values], accepts: Accepts) -> None:
-        """List the valid points of the grid, without the start values."""
         points = [values for values in space.grid() if accepts(values)]
         if not points:
             raise _no_valid_values()
@@ -87,7 +85,6 @@ class TpeSampler(Sampler):
     """
 
     def __init__(self, space: Space, seed: int, startup: int, accepts: Accepts) -> None:
-        """Draw the first `startup` trials at random, and learn from then on."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -42,15 +42,8 @@ def run_trials(
 ) -> None:
     """Run a session's trials to their ends.
 
-    Args:
-        context: what the trials have in common.
-        session: gives the trials and records their results.
-        scheduler: Ray Tune's.
-        metric: the key of the results that the scheduler compares.
-        max_failures: restarts of a trial whose worker is lost.
-        stage: the folder in which Ray Tune gets a temporary one.
-        logs: whether Ray Tune prints.
-        show: called twice a second, to show the progress.
+    The scheduler compares the `metric` of results. `stage` is the folder in which Ray Tune gets a
+    temporary one, `logs` lets it print, and `show` is called twice a second.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed; running trials have saved a checkpoint.
@@ -107,7 +100,6 @@ class SessionSearch(SearchAlgorithm):  # type: ignore[misc]  # of an untyped pac
     """Gives the session's trials to Ray Tune, one by one."""
 
     def __init__(self, session: SearchSession) -> None:
-        """Wait for Ray Tune to describe the experiment."""
         self._session = session
         self._spec: dict[str, Any] = {}
 
@@ -147,7 +139,6 @@ class SessionCallback(ray.tune.Callback):  # type: ignore[misc]
     """Passes Ray Tune's events to the session."""
 
     def __init__(self, session: SearchSession) -> None:
-        """Pass events to this session."""
         self._session = session
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:

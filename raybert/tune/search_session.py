@@ -6,38 +6,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from ray.tune.experiment import Trial
 
 from raybert.tune.trial_resources import TrialResources
+from raybert.tune.trial_sources import TrialSource
 from raybert.tune.trial_store import ENDED, Evaluation, TrialRecord, TrialStore
 
 OUT_OF_TIME = "the time was up"  # the reason of trials that were stopped at the deadline
 _LAST_WRITE_SECONDS = 60  # after the end of a trial, in which its worker may still write files
 
 
-class TrialSource(Protocol):
-    """Where the session's trials come from."""
-
-    trials: list[TrialRecord]  # those of earlier sessions, and those started since
-
-    def next(self) -> TrialRecord | None:
-        """The next trial to run; None: there are no more."""
-
-    def on_trial_end(self, trial: TrialRecord) -> None:
-        """Called when a trial has ended."""
-
-
-class TrialListener(Protocol):
-    """Gets the progress of trials; called in Ray Tune's thread."""
-
-    def on_evaluation(self, trial: TrialRecord) -> None:
-        """Called after each evaluation of a trial."""
-
-    def on_trial_end(self, trial: TrialRecord) -> None:
-        """Called when a trial has ended."""
+OnTrial = Callable[[TrialRecord], None]  # called in Ray Tune's thread
 
 
 @dataclass
@@ -48,7 +31,8 @@ class SearchSession:
     store: TrialStore
     resources: TrialResources
     deadline: float | None = None  # of time.monotonic
-    listeners: list[TrialListener] = field(default_factory=list)
+    on_evaluation: Sequence[OnTrial] = ()
+    on_trial_end: Sequence[OnTrial] = ()
     starts_all: bool = False  # the scheduler needs all trials started; they take turns
     keeps_checkpoints: bool = False  # of ended trials: others may continue from them
     retries: bool = False  # a later session resumes trials that have failed
@@ -102,8 +86,8 @@ class SearchSession:
         if "accuracy" in result and not {"failed", "interrupted"} & result.keys():
             evaluation = Evaluation.from_record({**result, "time": time.time()})
             record.evaluations.append(evaluation)
-            for listener in self.listeners:
-                listener.on_evaluation(record)
+            for call in self.on_evaluation:
+                call(record)
 
     def on_end(self, trial: Trial, error: str | None = None) -> None:
         """Record how a trial ended; one that was interrupted stays unfinished."""
@@ -124,8 +108,8 @@ class SearchSession:
             epoch = f"stopped at epoch {record.epoch:g}"
             self.store.close(record, "stopped", OUT_OF_TIME if self.is_out_of_time else epoch)
         self.source.on_trial_end(record)
-        for listener in self.listeners:
-            listener.on_trial_end(record)
+        for call in self.on_trial_end:
+            call(record)
         if not self.keeps_checkpoints:
             self.delete_checkpoints(_LAST_WRITE_SECONDS)
 

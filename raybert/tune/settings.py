@@ -140,11 +140,7 @@ class TrialConfig(Settings):
     finetune: FinetuneConfig = FinetuneConfig.model_validate({})
 
     def with_values(self, values: Mapping[str, Any], source: str = "tune.space") -> TrialConfig:
-        """Return a copy with other values at some dotted keys.
-
-        Raises:
-            ConfigError: an unknown key or an invalid value.
-        """
+        """A copy with other values at dotted keys; a ConfigError if one is unknown or invalid."""
         tree = self.model_dump(mode="json")
         for key, value in values.items():
             *parents, leaf = key.split(".")

@@ -102,11 +102,6 @@ class Space:
     """All dimensions, each after the keys of its conditions."""
 
     def __init__(self, dimensions: Sequence[Dimension]) -> None:
-        """Sort the dimensions.
-
-        Raises:
-            ConfigError: a condition names a key outside the space, or conditions are circular.
-        """
         left = list(dimensions)
         known = {dimension.key for dimension in left}
         self.dimensions: list[Dimension] = []
@@ -120,11 +115,7 @@ class Space:
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Space:
-        """Parse the space of a configuration.
-
-        Raises:
-            ConfigError: an invalid range, an empty list of choices, an unknown kind.
-        """
+        """Parse the space of a configuration; a ConfigError names an invalid key or range."""
         return cls([_dimension(key, value) for key, value in _leaves(raw)])
 
     def __len__(self) -> int:

@@ -32,11 +32,7 @@ _FIXED = {
 
 
 def read_space(config: TuneConfig, base: TrialConfig) -> Space:
-    """Parse and check the search space, the start values and the scheduler.
-
-    Args:
-        config: the search.
-        base: the configured values of the trials.
+    """Parse the search space; check it, the start values and the scheduler against the `base`.
 
     Raises:
         ConfigError: an unknown key, one that can't be searched, an empty range, an invalid value.

@@ -21,7 +21,6 @@ class SearchClock:
     """The seconds of a search over all its sessions; stored whenever a trial ends."""
 
     def __init__(self, stage: Folder) -> None:
-        """Read the seconds of earlier sessions and start to count."""
         found = stage.read_json(CLOCK)["seconds"] if stage.exists(CLOCK) else 0.0
         self.earlier = float(found)  # seconds of earlier sessions
         self._stage, self._started = stage, time.monotonic()
@@ -34,13 +33,6 @@ class SearchClock:
     def write(self) -> None:
         """Store the seconds."""
         self._stage.write_json(CLOCK, {"seconds": round(self.seconds, 1)})
-
-    def on_evaluation(self, trial: TrialRecord) -> None:
-        """Nothing to store."""
-
-    def on_trial_end(self, trial: TrialRecord) -> None:
-        """Store the seconds."""
-        self.write()
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,7 @@ class EventWriter:
 
 
 def check_tensorboard(folder: Folder) -> None:
-    """Check that TensorBoard can be started on a folder.
-
-    Raises:
-        UserError: TensorBoard is not installed, or the folder is not on a disk.
-    """
+    """Check that TensorBoard is installed and that the folder is on a disk."""
     if not folder.is_local:
         raise UserError(
             f"--dashboard: TensorBoard reads local folders, not {folder}; set run.storage to one"

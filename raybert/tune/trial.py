@@ -26,8 +26,7 @@ from raybert.train.metrics_log import read_metrics
 from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel
 from raybert.train.run_folder import CONFIG
 from raybert.tune.schedulers.pbt import EXPLOIT_ID
-from raybert.tune.schedulers.pbt_evidence import lacks_evidence
-from raybert.tune.schedulers.pbt_exploit import copy_donor, record_evidence
+from raybert.tune.schedulers.pbt_exploit import copy_donor, lacks_evidence, record_evidence
 from raybert.tune.settings import TrialConfig
 from raybert.tune.space import Values
 from raybert.tune.trial_store import TRIAL
@@ -53,11 +52,7 @@ class TrialContext:
     channel: DriverChannel
 
     def trial_spec(self, values: Values, seed: int) -> FinetuneSpec:
-        """The fine-tuning run of a trial, without its shared inputs.
-
-        Raises:
-            ConfigError: the values are invalid.
-        """
+        """The fine-tuning run of a trial, without its shared inputs."""
         trial = self.base.with_values(values)
         config = trial.finetune
         config = config.model_copy(

@@ -36,17 +36,7 @@ class TrialResources:
 def trial_resources(
     config: TuneConfig, training: TrainConfig, gpu: bool, resources: Resources
 ) -> TrialResources:
-    """Divide the cluster among trials.
-
-    Args:
-        config: the search.
-        training: the configuration of a trial, for its number of workers.
-        gpu: whether trials train on GPUs.
-        resources: of the cluster.
-
-    Raises:
-        ConfigError: not even one trial fits; it would wait forever.
-    """
+    """Divide the cluster among trials; a ConfigError if none fits: it would wait forever."""
     if training.max_workers > 1:
         found, requested = _for_several_workers(training, gpu, resources)
     else:

@@ -101,7 +101,6 @@ class TrialStore:
     """The trials in a folder, each in a folder of its own."""
 
     def __init__(self, folder: Folder) -> None:
-        """Open the folder that the trials' folders are in."""
         self.folder = folder
 
     def read_all(self) -> list[TrialRecord]:

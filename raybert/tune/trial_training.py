@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -31,22 +31,6 @@ _POLL_SECONDS = 0.5
 OnProgress = Callable[[dict[str, Any]], None]
 
 
-class TrialRun(Protocol):
-    """A trial's training run that can be advanced from evaluation to evaluation."""
-
-    def advance(self) -> dict[str, Any] | None:
-        """Train up to the next evaluation and return its record; None: the run has ended."""
-
-    def save(self) -> int:
-        """Save a checkpoint; returns its step."""
-
-    def hash_weights(self) -> str:
-        """A hash of the weights as they were saved."""
-
-    def close(self) -> None:
-        """End the run where it is."""
-
-
 def start_run(
     spec: FinetuneSpec,
     folder: Folder,
@@ -58,18 +42,9 @@ def start_run(
     on_progress: OnProgress,
     is_stopping: Callable[[], bool],
 ) -> TrialRun:
-    """Start or resume a trial's run.
+    """Start or resume a trial's run; `on_progress` gets every logged record.
 
-    Args:
-        spec: what is trained.
-        folder: of the run.
-        attempt: its number.
-        shared_inputs: texts and weights in this process's memory; Ray Train's workers read them
-            from the storage.
-        gpu: whether this process has a GPU.
-        resources: of the cluster.
-        on_progress: gets every logged record.
-        is_stopping: whether all trials must stop.
+    The shared inputs are in this process's memory; Ray Train's workers read them from the storage.
     """
     if spec.config.max_workers > 1:
         return RayTrainTrialRun(spec, folder, resources, on_progress, is_stopping)
@@ -98,11 +73,11 @@ class InProcessTrialRun:
         self._run.loop.resume()
 
     def advance(self) -> dict[str, Any] | None:
-        """Train up to the next evaluation."""
+        """Train up to the next evaluation and return its record; None: the run has ended."""
         return self._run.advance()
 
     def save(self) -> int:
-        """Save a checkpoint of the current step."""
+        """Save a checkpoint of the current step, and return the step."""
         self._run.loop.save()
         return self._run.loop.progress.step
 
@@ -185,3 +160,6 @@ class RayTrainTrialRun:
             evaluations.put(None)
         except Exception as error:  # raised by `advance`, in the trial's own thread
             evaluations.put(error)
+
+
+TrialRun = InProcessTrialRun | RayTrainTrialRun

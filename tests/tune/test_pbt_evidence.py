@@ -9,7 +9,7 @@ from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import read_metrics
 from raybert.train.run import execute_bare
 from raybert.train.tensor_file import hash_tensors
-from raybert.tune.schedulers.pbt_evidence import FRESH, find_evidence, lacks_evidence
+from raybert.tune.schedulers.pbt_exploit import FRESH, find_evidence, lacks_evidence
 
 STEP, TOTAL, MUTATED = 4, 10, 3e-3
 

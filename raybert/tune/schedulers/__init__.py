@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from raybert.tune.schedulers.asha import Asha
 from raybert.tune.schedulers.hyperband import HyperBand
-from raybert.tune.schedulers.none import NoScheduler
 from raybert.tune.schedulers.pbt import PopulationBasedTraining
-from raybert.tune.schedulers.scheduler import SearchScheduler
+from raybert.tune.schedulers.scheduler import NoScheduler, SearchScheduler
 
 SCHEDULERS: dict[str, type[SearchScheduler]] = {
     "none": NoScheduler,

@@ -36,7 +36,6 @@ class ResumableHyperBand(BracketHyperBand):
     """HyperBand that knows the trials of earlier sessions."""
 
     def __init__(self, records: Sequence[TrialRecord], **settings: Any) -> None:
-        """Set up the scheduler; `records` are the trials so far, in their order."""
         super().__init__(**settings)
         self._records = list(records)
         self._placeholders: dict[str, _Placeholder] = {}

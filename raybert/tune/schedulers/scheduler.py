@@ -26,35 +26,30 @@ class SearchScheduler:
     exploits: ClassVar[bool] = False  # trials continue from other trials' checkpoints
 
     def __init__(self, config: SchedulerConfig) -> None:
-        """Keep the configuration."""
         self.config = config
 
     def check_space(self, space: Space) -> None:
-        """Reject a search space that the scheduler can't work on.
-
-        Raises:
-            ConfigError: names the key.
-        """
+        """Reject a search space that the scheduler can't work on; the ConfigError names the key."""
 
     def check_epochs(self, longest: float) -> None:
-        """Reject a configuration in which the scheduler could not stop any trial.
-
-        Args:
-            longest: epochs of the longest trial.
-
-        Raises:
-            ConfigError: the scheduler's first decision comes after the end of all trials.
-        """
+        """Reject a configuration in which even the longest trial ends before any decision."""
 
     def build(self, space: Space | None, longest: float, session: SearchSession) -> TrialScheduler:
         """Build Ray Tune's scheduler; it learns the results of the session's earlier trials.
 
-        Args:
-            space: in which the scheduler may change values; only pbt does.
-            longest: epochs of the longest trial.
-            session: the search.
+        Only pbt changes values, inside the `space`; `longest` is in epochs.
         """
         raise NotImplementedError
+
+
+class NoScheduler(SearchScheduler):
+    """Every trial is trained to its end, in the order in which they were proposed."""
+
+    def build(self, space: Space | None, longest: float, session: SearchSession) -> TrialScheduler:
+        """Build Ray Tune's first-in, first-out scheduler."""
+        from ray.tune.schedulers import FIFOScheduler
+
+        return limited(FIFOScheduler, session)()
 
 
 def limited(kind: type[TrialScheduler], session: SearchSession) -> type[TrialScheduler]:
