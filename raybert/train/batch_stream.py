@@ -18,13 +18,7 @@ class BatchStream:
     """
 
     def __init__(self, task: Task, progress: Progress, meter: ThroughputMeter) -> None:
-        """Set up a stream that opens at the first call of `next`, at the run's step then.
-
-        Args:
-            task: gives the batches.
-            progress: the run's.
-            meter: is restarted with the first batch.
-        """
+        """Set up; the stream opens at the first `next`, which also restarts the meter."""
         self._task, self._progress, self._meter = task, progress, meter
         self._batches: Iterator[Sequence[Batch]] | None = None
         self._began = 0.0

@@ -28,14 +28,7 @@ class CheckpointSaver:
     def __init__(
         self, store: CheckpointStore, group: Group, config: TrainConfig, log: RunLog
     ) -> None:
-        """Begin an attempt.
-
-        Args:
-            store: the run's checkpoints.
-            group: the processes that train together.
-            config: when checkpoints are due, and whether a run may go on without them.
-            log: gets a record for each checkpoint, and events of failures.
-        """
+        """Begin an attempt; `log` gets a record of each checkpoint, and events of failures."""
         self._store = store if group.rank == 0 else None
         self._group, self._config, self._log = group, config, log
         self._last_began = time.perf_counter()

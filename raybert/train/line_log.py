@@ -31,13 +31,7 @@ class LineLog:
     def __init__(
         self, folder: Folder, name: str, on_event: Callable[[str], None] = lambda message: None
     ) -> None:
-        """Set up the log; its first line starts the file.
-
-        Args:
-            folder: the file's folder.
-            name: the file's name.
-            on_event: gets a message when writing begins to fail, and when it succeeds again.
-        """
+        """Set up; `on_event` gets a message when writing begins to fail, and when it succeeds."""
         self._folder, self._name, self._on_event = folder, name, on_event
         self._chunk = 0  # the index of the last file on an object store
         self._lines: deque[bytes] = deque()  # on a disk: those that are not written yet

@@ -15,13 +15,7 @@ class RunLog:
     def __init__(
         self, progress: Progress, *, is_first: bool, on_record: Callable[[dict[str, Any]], None]
     ) -> None:
-        """Set up the log.
-
-        Args:
-            progress: gives events their step, and every record the run's length.
-            is_first: whether this is rank 0.
-            on_record: gets every record with `total_steps`.
-        """
+        """Set up; `is_first`: this is rank 0. `on_record` gets every record with `total_steps`."""
         self._progress, self._is_first = progress, is_first
         self.on_record = on_record
         self._metrics: MetricsLog | None = None

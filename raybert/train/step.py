@@ -33,15 +33,7 @@ class TrainStep:
         state: TrainState,
         on_batch: Callable[[Batch], None] | None = None,
     ) -> None:
-        """Set up.
-
-        Args:
-            task: gives the loss.
-            config: the run's settings.
-            group: the processes that train together.
-            state: the weights, the optimizer and the averages, which each step changes.
-            on_batch: gets every micro-batch before it is trained on, for digests.
-        """
+        """Set up; `on_batch` gets every micro-batch before it is trained on, for digests."""
         self._task, self._config, self._group = task, config, group
         self._state, self._on_batch = state, on_batch
         self._module: nn.Module = task.model
