@@ -1,6 +1,6 @@
-"""A Ray pod, and a cluster of them, for `render.py`.
+"""Manifests of a Ray pod and a Ray cluster, for `render.py`.
 
-Why a value is what it is stands here, beside it; the files that come out are for `kubectl`.
+The reasons for values are comments here; the rendered files have none.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 
 Values = Mapping[str, Any]
 Manifest = dict[str, Any]
-Volumes = Mapping[str, tuple[str, Manifest]]  # name -> (where it is mounted, what it is)
+Volumes = Mapping[str, tuple[str, Manifest]]  # name -> (mount path, source)
 
 REDIS = "raybert-redis"
-ENDING_SECONDS = 20  # of the grace: Ray ends its own processes once its tasks have left
+ENDING_SECONDS = 20  # of the grace period, in which Ray stops its processes after its tasks
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-# KubeRay's own label: it stands on every pod of Ray, whichever cluster that belongs to.
+# KubeRay's label of every Ray pod, in any cluster.
 RAY_POD = {"matchLabels": {"ray.io/is-ray-node": "yes"}}
 
-# A Ray pod takes a node's memory and cores; two of them would each believe they had all of it.
-ALONE = {
+# One Ray pod per node, because its requests are nearly a whole node.
+ONE_POD_PER_NODE = {
     "podAntiAffinity": {
         "requiredDuringSchedulingIgnoredDuringExecution": [
             {"labelSelector": RAY_POD, "topologyKey": "kubernetes.io/hostname"}
@@ -29,18 +29,18 @@ ALONE = {
     }
 }
 GPU_NODES = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-SMALL = {"cpu": "500m", "memory": "1Gi"}  # of what is no Ray node
+SMALL = {"cpu": "500m", "memory": "1Gi"}  # resources of pods other than Ray nodes
 LOCKED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
 def pod_security(user: int, group: int) -> Manifest:
-    """Nobody is root, and volumes belong to the group."""
+    """Run as a user other than root, with volumes owned by the group."""
     return {
         "runAsNonRoot": True,
         "runAsUser": user,
         "runAsGroup": group,
         "fsGroup": group,
-        "fsGroupChangePolicy": "OnRootMismatch",  # a chown of every file at every start takes long
+        "fsGroupChangePolicy": "OnRootMismatch",  # a recursive chown at every start is slow
         "seccompProfile": {"type": "RuntimeDefault"},
     }
 
@@ -49,18 +49,18 @@ RAYBERT_USER = pod_security(1000, 1000)  # the Dockerfile's
 
 
 def manifest(v: Values, version: str, kind: str, name: str, **content: Any) -> Manifest:
-    """An object of the namespace."""
+    """Return an object in the namespace."""
     metadata = {"name": name, "namespace": v["namespace"]}
     return {"apiVersion": version, "kind": kind, "metadata": metadata, **content}
 
 
-def alike(resources: Manifest) -> Manifest:
-    """Requests that equal the limits: what Ray is told that it has is never taken from it."""
+def guaranteed(resources: Manifest) -> Manifest:
+    """Requests equal to the limits, so that the resources that Ray counts are reserved."""
     return {"requests": resources, "limits": resources}
 
 
 def secret_key(name: str, key: str) -> Manifest:
-    """The value of an environment variable that comes from a Secret."""
+    """The value of an environment variable, from a Secret."""
     return {"valueFrom": {"secretKeyRef": {"name": name, "key": key}}}
 
 
@@ -71,34 +71,34 @@ def ray_pod(
     extra: Volumes = NOTHING,
     environment: Mapping[str, str] = NOTHING,
 ) -> Manifest:
-    """The template of a Ray pod: a node of the kind that `values.yaml` describes."""
+    """Return the pod template of a kind of node in `values.yaml`."""
     node, storage = v["nodes"][kind], v["storage"]
     gpus = {"nvidia.com/gpu": node["gpus"]} if "gpus" in node else {}
     volumes: Volumes = {
-        # The object store. It counts as memory of the container, within its limit.
+        # The object store; it counts towards the memory limit of the container.
         "shm": ("/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": node["shm"]}}),
         "storage": (storage["path"], {"persistentVolumeClaim": {"claimName": storage["claim"]}}),
         **extra,
     }
     environment = {
-        # How long a node that is told to end waits for its tasks; by itself Ray gives them 30
-        # seconds. The head waits as long, for it leads the others' checkpoints.
+        # How long a terminating node waits for its tasks; Ray's default is 30 seconds. The head
+        # waits as long, because the driver on it coordinates the checkpoints.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(v["grace_seconds"] - ENDING_SECONDS),
         **environment,
     }
     container = {
         "name": "ray",
         "image": v["images"][node["image"]],
-        "resources": alike({"cpu": node["cpu"], "memory": node["memory"], **gpus}),
+        "resources": guaranteed({"cpu": node["cpu"], "memory": node["memory"], **gpus}),
         "ports": [{"name": name, "containerPort": port} for name, port in ports.items()],
         "env": [{"name": name, "value": value} for name, value in environment.items()],
         "volumeMounts": [{"name": name, "mountPath": at} for name, (at, _) in volumes.items()],
         "securityContext": LOCKED,
     }
     spec = {
-        "affinity": ALONE,
+        "affinity": ONE_POD_PER_NODE,
         "tolerations": GPU_NODES if gpus else [],
-        "automountServiceAccountToken": kind == "head",  # its autoscaler asks Kubernetes for nodes
+        "automountServiceAccountToken": kind == "head",  # its autoscaler calls the Kubernetes API
         "terminationGracePeriodSeconds": v["grace_seconds"],
         "securityContext": RAYBERT_USER,
         "containers": [container],
@@ -119,16 +119,16 @@ def ray_cluster(
     """The spec of a cluster.
 
     Args:
-        v: what `values.yaml` says.
-        workers: the kinds of its workers, and how many there are at least.
+        v: the content of `values.yaml`.
+        workers: the kinds of worker nodes and their minimum numbers.
         outlives_its_head: whether the cluster's state is kept in Redis.
-        on_head: more volumes of the head.
-        everywhere: more volumes of every pod.
-        environment: variables that every pod has before Ray starts.
+        on_head: further volumes of the head.
+        everywhere: further volumes of every pod.
+        environment: variables that are set before Ray starts, in every pod.
     """
     ports = v["ports"]
-    of_workers = {"metrics": ports["metrics"], "serve": ports["serve"]}
-    of_head = {"gcs-server": ports["gcs"], "dashboard": ports["dashboard"], **of_workers}
+    worker_ports = {"metrics": ports["metrics"], "serve": ports["serve"]}
+    head_ports = {"gcs-server": ports["gcs"], "dashboard": ports["dashboard"], **worker_ports}
     in_redis = {
         "gcsFaultToleranceOptions": {
             "redisAddress": f"{REDIS}:{ports['redis']}",
@@ -137,23 +137,23 @@ def ray_cluster(
     }
     return {
         "rayVersion": v["ray_version"],
-        # One token for all clusters of the namespace: retries and upgrades make new clusters, and
-        # whoever submits would have to look for each one's own.
+        # One token for all clusters of the namespace: retries and upgrades create new clusters, and
+        # clients would need the token of each.
         "authOptions": {"mode": "token", "secretName": v["secrets"]["token"]},
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {
             "version": "v2",
             "idleTimeoutSeconds": v["idle_seconds"],
-            "resources": alike(SMALL),
+            "resources": guaranteed(SMALL),
             "securityContext": LOCKED,
         },
         **(in_redis if outlives_its_head else {}),
         "headGroupSpec": {
-            # No task may crowd out the driver and the cluster's state. KubeRay adds
-            # dashboard-host=0.0.0.0: operator and submitter come to the pod's address from outside
-            # it. The token and base.yaml's NetworkPolicy say who may.
+            # No tasks on the head, which runs the driver and the GCS. KubeRay adds
+            # dashboard-host=0.0.0.0, because operator and submitter connect to the pod's address.
+            # The token and the NetworkPolicy of base.yaml restrict access.
             "rayStartParams": {"num-cpus": "0"},
-            "template": ray_pod(v, "head", of_head, {**everywhere, **on_head}, environment),
+            "template": ray_pod(v, "head", head_ports, {**everywhere, **on_head}, environment),
         },
         "workerGroupSpecs": [
             {
@@ -162,7 +162,7 @@ def ray_cluster(
                 "minReplicas": least,
                 "maxReplicas": max(least, v["nodes"][kind]["max"]),
                 "rayStartParams": {},
-                "template": ray_pod(v, kind, of_workers, everywhere, environment),
+                "template": ray_pod(v, kind, worker_ports, everywhere, environment),
             }
             for kind, least in workers.items()
         ],

@@ -1,10 +1,10 @@
 """Write `cluster/kuberay/` and `cluster/serve.yaml` from `cluster/values.yaml`.
 
     python cluster/render.py            # write
-    python cluster/render.py --check    # exit 1 where a committed file is another one
+    python cluster/render.py --check    # exit 1 if a committed file differs
 
-Every manifest is a dictionary that a few functions build: a Ray pod is described ten times there,
-and once in `pods.py`. YAML's anchors end with their document, and a template is a language more.
+Python functions build every manifest as a dictionary, because the manifests contain ten similar Ray
+pods: YAML anchors do not cross documents, and templates would add a language.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pods import (
     SMALL,
     Manifest,
     Values,
-    alike,
+    guaranteed,
     manifest,
     pod_security,
     ray_cluster,
@@ -37,13 +37,13 @@ from raybert.serve.deploy.haproxy import haproxy_environment
 from raybert.serve.settings import ServeConfig
 
 HERE = Path(__file__).resolve().parent
-CONFIG = "/etc/raybert/experiment.yaml"  # in a job's head
-# KubeRay's label of the pod that hands a RayJob's entrypoint to the head.
+CONFIG = "/etc/raybert/experiment.yaml"  # on the head of a job
+# KubeRay's label of the pod that submits the entrypoint of a RayJob to the head.
 SUBMITTER = {"matchLabels": {"ray.io/originated-from-crd": "RayJob"}}
 
 
 def shared_storage(v: Values) -> list[Manifest]:
-    """The volume that every node reads and writes: runs, corpora, models."""
+    """The volume for runs, corpora and models that every node mounts."""
     spec = {
         "accessModes": ["ReadWriteMany"],
         "resources": {"requests": {"storage": v["storage"]["size"]}},
@@ -52,31 +52,31 @@ def shared_storage(v: Values) -> list[Manifest]:
 
 
 def redis(v: Values) -> list[Manifest]:
-    """Where a cluster's state outlives its head: one Redis that writes to a disk."""
+    """One Redis with a persistent disk, which keeps a cluster's state when its head is replaced."""
     labels = {"app.kubernetes.io/name": REDIS}
     port = v["ports"]["redis"]
     container = {
         "name": "redis",
         "image": v["images"]["redis"],
-        # Redis replaces its command line, and with it the password, as soon as it runs.
+        # Redis overwrites its command line, and so hides the password, when it starts.
         "args": ["--requirepass", "$(REDIS_PASSWORD)", "--appendonly", "yes"],
         "env": [{"name": "REDIS_PASSWORD", **secret_key(v["secrets"]["redis"], "password")}],
         "ports": [{"name": "redis", "containerPort": port}],
         "readinessProbe": {"tcpSocket": {"port": "redis"}},
-        "resources": alike(SMALL),
+        "resources": guaranteed(SMALL),
         "volumeMounts": [{"name": "data", "mountPath": "/data"}],
         "securityContext": LOCKED,
     }
     pod = {
         "automountServiceAccountToken": False,
-        "securityContext": pod_security(999, 1000),  # the image's own
+        "securityContext": pod_security(999, 1000),  # user and group of the image
         "containers": [container],
         "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": REDIS}}],
     }
     disk = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
     deployment = {
         "replicas": 1,
-        "strategy": {"type": "Recreate"},  # the disk is one pod's at a time
+        "strategy": {"type": "Recreate"},  # two pods cannot mount the disk
         "selector": {"matchLabels": labels},
         "template": {"metadata": {"labels": labels}, "spec": pod},
     }
@@ -89,20 +89,22 @@ def redis(v: Values) -> list[Manifest]:
 
 
 def network_policies(v: Values) -> list[Manifest]:
-    """Who may come in: Ray among itself, and a few guests, each to its own ports.
+    """Allowed connections: between Ray pods, and from a few clients to certain ports.
 
-    Metrics ask for no token, and HAProxy binds its statistics (8404) and metrics (9101) to all
-    interfaces: Prometheus alone sees metrics, nobody the statistics. Serve asks for a key itself.
+    Metrics need no token, and HAProxy binds its statistics (8404) and metrics (9101) to all
+    interfaces: only Prometheus may read metrics, and no client the statistics. Serve checks keys.
     """
 
     def tcp(*names: str) -> list[Manifest]:
         return [{"protocol": "TCP", "port": v["ports"][name]} for name in names]
 
-    def guest(name: str) -> Manifest:
-        who = v["guests"][name]
+    def client(name: str) -> Manifest:
+        labels = v["clients"][name]
         return {
-            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": who["namespace"]}},
-            "podSelector": {"matchLabels": {"app.kubernetes.io/name": who["label"]}},
+            "namespaceSelector": {
+                "matchLabels": {"kubernetes.io/metadata.name": labels["namespace"]}
+            },
+            "podSelector": {"matchLabels": {"app.kubernetes.io/name": labels["label"]}},
         }
 
     def policy(name: str, pods: Manifest, ingress: list[Manifest]) -> Manifest:
@@ -111,9 +113,9 @@ def network_policies(v: Values) -> list[Manifest]:
 
     ray = [
         {"from": [{"podSelector": RAY_POD}]},
-        {"from": [guest("operator"), {"podSelector": SUBMITTER}], "ports": tcp("dashboard")},
+        {"from": [client("operator"), {"podSelector": SUBMITTER}], "ports": tcp("dashboard")},
         {
-            "from": [guest("prometheus")],
+            "from": [client("prometheus")],
             "ports": tcp("metrics", "autoscaler_metrics", "dashboard_metrics", "haproxy_metrics"),
         },
         {"ports": tcp("serve")},
@@ -126,15 +128,15 @@ def network_policies(v: Values) -> list[Manifest]:
 
 
 def ray_job(v: Values, command: str, entrypoint: str, experiment: str) -> list[Manifest]:
-    """A command in a cluster of its own, with as many GPUs as its training processes.
+    """A command in its own cluster, with a GPU for each training process.
 
-    It starts with all its workers: raybert refuses a cluster that lacks them, rather than wait.
-    No Redis: the driver runs on the head, and does not outlive it.
+    The cluster starts with all workers, because raybert rejects a cluster with too few. It needs no
+    Redis, because the driver runs on the head and ends with it.
     """
     name = f"raybert-{command}"
     section = "finetune" if command == "tune" else command
     processes = yaml.safe_load(experiment)[section]["workers"]
-    if isinstance(processes, dict):  # a range: it grows as the autoscaler brings nodes
+    if isinstance(processes, dict):  # a range grows as the autoscaler adds nodes
         processes = processes.get("min", 1)
     workers = {
         "cpu": v["nodes"]["cpu"]["min"],
@@ -149,7 +151,7 @@ def ray_job(v: Values, command: str, entrypoint: str, experiment: str) -> list[M
             {
                 "name": "ray-job-submitter",
                 "image": v["images"][v["nodes"]["head"]["image"]],
-                "resources": alike(SMALL),
+                "resources": guaranteed(SMALL),
                 "securityContext": LOCKED,
             }
         ],
@@ -162,8 +164,8 @@ def ray_job(v: Values, command: str, entrypoint: str, experiment: str) -> list[M
         "submissionMode": "K8sJobMode",
         "entrypoint": entrypoint,
         "backoffLimit": 3,
-        # The cluster stays a while, for its logs. KubeRay can't take its workers away earlier where
-        # there is an autoscaler.
+        # The cluster is kept for some time for its logs. With an autoscaler KubeRay can't delete
+        # the workers earlier.
         "deletionStrategy": {
             "deletionRules": [
                 delete_cluster(600, jobStatus="SUCCEEDED"),
@@ -182,13 +184,13 @@ def ray_job(v: Values, command: str, entrypoint: str, experiment: str) -> list[M
 
 
 def serve_config(v: Values, host: str) -> Manifest:
-    """What `serve deploy` reads, and a RayService in its `serveConfigV2`.
+    """The configuration for `serve deploy`, and for `serveConfigV2` of a RayService.
 
-    The deployment's options follow from the arguments, in `raybert/serve/deploy/deployment.py`:
-    written down here, too, they would be replaced as a whole.
+    `raybert/serve/deploy/deployment.py` derives the deployment's options from the arguments;
+    options in this file would replace all of them.
 
     Raises:
-        ConfigError: an unknown key in `serve`, or a value that does not fit.
+        ConfigError: an unknown key in `serve`, or an invalid value.
     """
     build(ServeConfig, v["serve"], "serve")
     application = {
@@ -205,7 +207,7 @@ def serve_config(v: Values, host: str) -> Manifest:
 
 
 def ray_service(v: Values) -> Manifest:
-    """The classifier behind HTTP, upgraded step by step into a second cluster."""
+    """The HTTP service, with incremental upgrades to a second cluster."""
     keys = {"secret": {"secretName": v["secrets"]["keys"], "defaultMode": 0o440}}
     cluster = ray_cluster(
         v,
@@ -215,7 +217,7 @@ def ray_service(v: Values) -> Manifest:
         environment=haproxy_environment(build(ServeConfig, v["serve"], "serve")),
     )
     spec = {
-        # Half as many nodes again while it lasts; a plain new cluster takes twice as many.
+        # An upgrade needs 50% more nodes; a plain new cluster needs 100% more.
         "upgradeStrategy": {
             "type": "NewClusterWithIncrementalUpgrade",
             "clusterUpgradeOptions": {
@@ -225,9 +227,9 @@ def ray_service(v: Values) -> Manifest:
                 "intervalSeconds": 30,
             },
         },
-        "rayClusterDeletionDelaySeconds": v["grace_seconds"],  # the old one's last answers
-        "excludeHeadPodFromServeSvc": True,  # it has no replica: a detour for every request
-        # The Service comes to the pods' addresses. Nobody is answered without a key.
+        "rayClusterDeletionDelaySeconds": v["grace_seconds"],  # for the last responses
+        "excludeHeadPodFromServeSvc": True,  # it has no replica and would forward every request
+        # The Service connects to the pods' addresses; every request needs a key.
         "serveConfigV2": as_yaml(serve_config(v, "0.0.0.0")),
         "rayClusterConfig": cluster,
     }
@@ -235,55 +237,55 @@ def ray_service(v: Values) -> Manifest:
 
 
 def files(v: Values, experiment: str) -> dict[str, str]:
-    """Every file that is written, by its path under `cluster/`."""
+    """Return the text of every file by its path under `cluster/`."""
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": v["namespace"]}}
     least = {kind: v["nodes"][kind]["min"] for kind in ("cpu", "gpu")}
     cluster = ray_cluster(v, least, outlives_its_head=True)
     run = f"python -m raybert {{}} -c {CONFIG}".format
     pretrain = f"sh -c '{run('corpus')} && exec {run('pretrain')} --json'"
-    # A trial has one worker: many at a time, and no process group to start. It is not limited by
-    # minutes, for how many steps they are would depend on its neighbours.
+    # Trials have one worker: many run at once, without a process group. They have no time limit,
+    # because concurrent trials would change the number of steps in it.
     each = "--set finetune.workers=1 --set finetune.minutes=null --set finetune.epochs=2"
-    each += " --set finetune.evaluations=null"  # after every epoch, where ASHA compares trials
+    each += " --set finetune.evaluations=null"  # after every epoch, for ASHA
     tune = f"{run('tune')} --trials {v['trials']} {each} --json"
     again = (
-        "A retry makes a new cluster, and two attempts can overlap: raybert's runs fence their\n"
-        "writers themselves, and go on from the last checkpoint."
+        "A retry creates a new cluster, and two attempts can overlap: raybert fences the writers\n"
+        "of a run, and resumes from its last checkpoint."
     )
     return {
         "kuberay/base.yaml": as_file(
-            "What the other files stand on: namespace, shared storage, Redis, network policies.",
+            "Required by the other files: namespace, shared storage, Redis, network policies.",
             *(namespace, *shared_storage(v), *redis(v), *network_policies(v)),
         ),
         "kuberay/raycluster.yaml": as_file(
-            "A cluster that stays, for `raybert submit`.",
+            "A permanent cluster for `raybert submit`.",
             manifest(v, "ray.io/v1", "RayCluster", "raybert", spec=cluster),
         ),
         "kuberay/rayjob-pretrain.yaml": as_file(
-            f"Corpus and pretraining in a cluster of their own.\n{again}",
+            f"Corpus and pretraining in their own cluster.\n{again}",
             *ray_job(v, "pretrain", pretrain, experiment),
         ),
         "kuberay/rayjob-tune.yaml": as_file(
-            f"A search over fine-tuning, once there is a pretrained model.\n{again}",
+            f"A search over fine-tuning; needs a pretrained model.\n{again}",
             *ray_job(v, "tune", tune, experiment),
         ),
         "kuberay/rayservice.yaml": as_file(
-            "The classifier behind HTTP. Its upgrade needs KubeRay 1.7 and Istio's Gateway class.",
+            "The HTTP service. Its upgrade needs KubeRay 1.7 and Istio's Gateway class.",
             ray_service(v),
         ),
         "serve.yaml": as_file(
-            "For `serve deploy` to a cluster that is there; the application of rayservice.yaml.\n"
-            "On 127.0.0.1: set http_options.host to 0.0.0.0 to answer others, who need a key.",
+            "For `serve deploy` to an existing cluster; the application of rayservice.yaml.\n"
+            "Listens on 127.0.0.1: set http_options.host to 0.0.0.0 for others, who need a key.",
             serve_config(v, "127.0.0.1"),
         ),
     }
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's, without aliases, and with texts of many lines as they are."""
+    """PyYAML's, without aliases, and with multi-line texts in block style."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Never write `&id001`: nobody reads it gladly, and `kubectl diff` neither."""
+        """Never write aliases such as `&id001`, which obscure `kubectl diff`."""
         return True
 
 
@@ -296,7 +298,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def as_yaml(content: Manifest) -> str:
-    """A manifest's text; what is empty is left out."""
+    """Return a manifest as YAML, without empty lists."""
     return yaml.dump(_without_empty_lists(content), Dumper=_Dumper, sort_keys=False, width=1000)
 
 
@@ -307,16 +309,16 @@ def _without_empty_lists(content: Any) -> Any:
 
 
 def as_file(comment: str, *documents: Manifest) -> str:
-    """A file of manifests, with what it is for on top."""
-    told = f"{comment}\nWritten by cluster/render.py: change cluster/values.yaml."
-    head = "".join(f"# {line}\n" for line in told.splitlines())
+    """Return a file of manifests that begins with a comment."""
+    comment = f"{comment}\nWritten by cluster/render.py: change cluster/values.yaml."
+    head = "".join(f"# {line}\n" for line in comment.splitlines())
     return head + "---\n".join(map(as_yaml, documents))
 
 
 def main() -> None:
-    """Write the files, or say which are not what they should be."""
+    """Write the files, or report those that differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, and compare")
+    parser.add_argument("--check", action="store_true", help="compare without writing")
     check = parser.parse_args().check
     values = yaml.safe_load((HERE / "values.yaml").read_text(encoding="utf-8"))
     experiment = (HERE / values["experiment"]).read_text(encoding="utf-8")
@@ -328,7 +330,7 @@ def main() -> None:
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(f"cluster/{name}")
     if stale:
-        sys.exit(f"{', '.join(stale)}: not what values.yaml says; run python cluster/render.py")
+        sys.exit(f"{', '.join(stale)}: differ from values.yaml; run python cluster/render.py")
 
 
 if __name__ == "__main__":

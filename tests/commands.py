@@ -1,4 +1,4 @@
-"""The command line in tests: an experiment, a command in this process or its own, its one line."""
+"""The command line in tests: an experiment, and commands in this process or a new one."""
 
 import io
 import json
@@ -20,7 +20,7 @@ _SCRIPT = Path(sys.executable).with_name("raybert")
 
 
 class Result:
-    """What a command printed, and its exit code."""
+    """Exit code and output of a command."""
 
     def __init__(self, code, out, err):
         self.code, self.out, self.err = code, out, err
@@ -59,24 +59,24 @@ def wait_for(path, process, seconds=120):
     end = time.monotonic() + seconds
     while not list(path.parent.glob(path.name)):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"{path} does not come"
+        assert time.monotonic() < end, f"{path} does not appear"
         time.sleep(0.05)
 
 
 def refused(result):
-    """The one line that a mistake ends in; what progress said before it does not count."""
+    """Return the one line of a user error, the last one after any progress."""
     lines = [line for line in result.err.splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("raybert: ")]
+    errors = [line for line in lines if line.startswith("raybert: ")]
     assert result.code == 2, result.err
     assert "Traceback" not in result.err
-    assert len(said) == 1 and lines[-1] == said[0], result.err
-    return said[0].removeprefix("raybert: ")
+    assert len(errors) == 1 and lines[-1] == errors[0], result.err
+    return errors[0].removeprefix("raybert: ")
 
 
 class Experiment:
-    """An experiment's configuration at a path, and a corpus that was made without Ray.
+    """An experiment's configuration in a folder, and a corpus that was built without Ray.
 
-    Texts and runs lie beside it, or in another folder.
+    Texts and runs are in the same folder, or in `folder`.
     """
 
     def __init__(self, path, corpus=True, folder=None, **finetune):

@@ -1,4 +1,4 @@
-"""What tests share."""
+"""Shared fixtures."""
 
 import importlib.util
 import os
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c():
-    """A shell makes what it starts in the background deaf to Ctrl-C, which tests press."""
+    """Restore Ctrl-C, which shells disable for background processes and tests send."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -65,7 +65,7 @@ def _ctrl_c():
 
 @pytest.fixture(scope="session", autouse=True)
 def credentials():
-    """What S3 asks for, where users put it: in the environment, which Ray's processes inherit."""
+    """Credentials of S3 in the environment, which Ray's processes inherit."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CREDENTIALS.items():
             patch.setenv(name, value)
@@ -74,7 +74,7 @@ def credentials():
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """A classifier that tells good reviews from bad ones; its longest text has 32 tokens."""
+    """A classifier of good and bad reviews; its input length is 32 tokens."""
     torch.set_num_threads(1)
     folder = Folder(tmp_path_factory.mktemp("classifier"))
     job = finetune_job(folder, rows=reviews(200), steps=None, epochs=5, lr=1e-2)
@@ -84,7 +84,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory):
-    """A model that fills masks, badly."""
+    """A barely trained masked language model."""
     torch.set_num_threads(1)
     folder = Folder(tmp_path_factory.mktemp("pretrained"))
     make_corpus(folder / "corpus")
@@ -110,9 +110,9 @@ def ray_session(credentials):
 
 @pytest.fixture(scope="session")
 def s3_server(credentials):
-    """The address, host:port, of a server on this machine that speaks S3 and has a bucket."""
+    """The address (host:port) of a local S3 server with a bucket."""
     if importlib.util.find_spec("moto") is None:
-        pytest.skip("moto is not installed: nothing here speaks S3")
+        pytest.skip("moto, the S3 server, is not installed")
     with subprocess.Popen(
         [sys.executable, "-c", _S3],
         stdin=subprocess.PIPE,
@@ -128,7 +128,7 @@ def s3_server(credentials):
 
 @pytest.fixture
 def s3_path():
-    """A path in the bucket that no other test has."""
+    """A path in the bucket for one test."""
     return uuid.uuid4().hex[:8]
 
 
@@ -140,8 +140,8 @@ def bucket(s3_server, s3_path):
 
 @pytest.fixture
 def proxy(s3_server, s3_path, monkeypatch):
-    """The same folder through a connection that breaks when it is told to; and that connection."""
-    monkeypatch.setattr(address, "_TRIES", 1)  # Arrow's own patience would only take time
+    """The same folder through a connection that can be broken, and that connection."""
+    monkeypatch.setattr(address, "_TRIES", 1)  # Arrow's retries would only take time
     with Proxy(s3_server) as proxy:
         yield Folder(s3_uri(proxy.address, s3_path)), proxy
 

@@ -41,7 +41,7 @@ def test_a_file_that_was_changed_by_hand_is_named_and_written_again(tmp_path):
     (folder / "serve.yaml").unlink()
     done = render(folder, "--check")
     assert done.returncode == 1
-    assert done.stderr.startswith("cluster/kuberay/raycluster.yaml, cluster/serve.yaml: not what")
+    assert done.stderr.startswith("cluster/kuberay/raycluster.yaml, cluster/serve.yaml: differ")
     assert edited.read_text() != before  # it only looked
     assert render(folder).returncode == 0
     assert edited.read_text() == before
