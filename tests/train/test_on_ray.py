@@ -107,9 +107,9 @@ class DeadlyJob(PretrainSpec):
 class DeadlyTask(MaskedLMTask):
     def batches(self, first_step, total_steps):
         for batches in super().batches(first_step, total_steps):
-            marker = Path(self._job.marker)
+            marker = Path(self._spec.marker)
             last = self._group.rank == self._group.world_size - 1
-            if last and batches[0].step == self._job.at and not marker.exists():
+            if last and batches[0].step == self._spec.at and not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             yield batches
