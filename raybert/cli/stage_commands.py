@@ -157,7 +157,7 @@ def evaluate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Evaluate a classifier on labelled texts that no choice was made on.
+    """Evaluate a classifier on a held-out test set.
 
     Example: `raybert evaluate -m runs/mine --set evaluate.source.path=test.csv`
     """

@@ -36,7 +36,9 @@ class ModelConfig(Settings):
         description="after the embeddings and each sublayer; 0: in pretraining on a fixed budget "
         "it only slows learning (arXiv 2212.14034, section 4.3)",
     )
-    initializer_range: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
+    initializer_range: float = Field(
+        0.02, gt=0, description="standard deviation of randomly initialized weights"
+    )
     norm_eps: float | None = Field(
         None, gt=0, description="added to variances; null: 1e-5 (modern), 1e-12 (classic)"
     )
@@ -118,7 +120,7 @@ class HeadConfig(Settings):
         "cls (classic: BERT's, with its pooler), max (keras)",
     )
     dropout: float = Field(
-        0.1, ge=0, lt=1, description="before the last layer; fine-tuning sees few texts often"
+        0.1, ge=0, lt=1, description="dropout probability before the output layer"
     )
 
     def pooling_for(self, model: ModelConfig) -> Literal["cls", "mean", "max"]:

@@ -2,7 +2,7 @@
 
 stage_files.py     reads a run's files, as far as they exist
 elements.py        what the template renders: tables, tiles, figures, values as text
-training.py        plots and tiles of a training run
+plots.py, tiles.py plots and tiles of a training run
 classification.py  confusion matrix, scores per class, confident mistakes
 search.py          tiles and tables of a hyperparameter search
 search_plots.py    its plots

@@ -79,7 +79,7 @@ class FinetuneSpec:
         train, validation = (TokenizedTexts.load(self.data, file) for file in files)
         return train, validation
 
-    def make_task(self, group: Group, feed: LoaderConfig) -> TextTask:
+    def make_task(self, group: Group, loader: LoaderConfig) -> TextTask:
         """Build the task on a worker."""
         config, labels = self.config, self.prepared.labels
         tokenizer = Tokenizer.load(self.tokenizer)

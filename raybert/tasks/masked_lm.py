@@ -122,9 +122,9 @@ class PretrainSpec:
         """The hash of the corpus: its manifest contains those of its parts."""
         return {"corpus": self.manifest.digest}
 
-    def make_task(self, group: Group, feed: LoaderConfig) -> MaskedLMTask:
+    def make_task(self, group: Group, loader: LoaderConfig) -> MaskedLMTask:
         """Build the task on a worker."""
-        return MaskedLMTask(self, group, feed)
+        return MaskedLMTask(self, group, loader)
 
     def finish(self, task: Any, run: Folder) -> dict[str, Any]:
         """Write `model/` from the weights in the task."""

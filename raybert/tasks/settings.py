@@ -99,7 +99,13 @@ class FinetuneConfig(TextsConfig, TrainConfig):
         "or a folder with a model/ of raybert's or of Hugging Face's",
     )
     head: HeadConfig = HeadConfig()
-    dropout: float = Field(0.1, ge=0, lt=1, description="in the encoder: texts are seen often")
+    dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="dropout probability in the encoder; higher than in pretraining, because "
+        "each text is seen in several epochs",
+    )
     frozen_epochs: float = Field(0, ge=0, description="epochs in which only the head learns")
     layer_decay: float = Field(
         1.0,

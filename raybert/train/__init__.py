@@ -1,1 +1,1 @@
-"""The one training loop, its tasks, and the Ray Train worker around it."""
+"""The training loop, and the Ray Train worker around it."""

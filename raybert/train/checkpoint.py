@@ -253,7 +253,7 @@ class CheckpointStore:
                 digest.update(piece)
             files[file] = {"bytes": sum(map(len, pieces)), "sha256": digest.hexdigest()}
         commit = {
-            # What earlier versions can read, they may read.
+            # Without averages the file equals format 1, which older releases read.
             "format_version": FORMAT_VERSION if snapshot.averages else 1,
             "step": snapshot.step,
             "attempt": self.attempt,

@@ -166,7 +166,7 @@ class Loop:
         if self.progress.best_step not in self.store.steps():  # it was damaged
             self.progress.forget_best()
         self.state.restore(snapshot)
-        if self.group.rank == 0:  # of the model itself, which is what the log vouches for
+        if self.group.rank == 0:  # of the loaded model, for the log
             self._loaded = hash_tensors(self.task.model.state_dict())
 
     def snapshot(self) -> Snapshot:
@@ -215,8 +215,8 @@ class Loop:
         for batch in batches:
             if batch.step != step:
                 raise RaybertError(
-                    f"step {step} was given a micro-batch of step {batch.step}: the stream of "
-                    "batches has lost its place; run it again to go on from the last checkpoint"
+                    f"the loader returned a micro-batch of step {batch.step}, expected {step}; "
+                    "run it again to resume from the last checkpoint"
                 )
         count, tokens, self.progress.seconds, has_failed, save, stop, preempt = self.group.sum(
             [
@@ -235,9 +235,9 @@ class Loop:
             self.saver.raise_if_failed(self.saver.has_failed)
             raise Stopped(f"stopped at step {step}; run it again to go on from there")
         if preempt:
-            self.log.event("eviction", "a node is about to go: a checkpoint, and on without it")
+            self.log.event("preempted", "a node is being preempted: saving, then going on")
             self.save()
-            raise Preempted(f"a node goes away at step {step}")
+            raise Preempted(f"a node is preempted at step {step}")
         return count, tokens, bool(save)
 
     def _handle_non_finite(self) -> None:

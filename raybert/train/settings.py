@@ -81,7 +81,7 @@ class TrainConfig(Settings):
         False, description="equal bit for bit for the same number of workers, restarts included"
     )
     on_non_finite: Literal["skip", "rollback", "stop"] = Field(
-        "skip", description="what an infinite or undefined gradient does to its step"
+        "skip", description="what to do when a gradient is NaN or infinite"
     )
 
     evaluations: int | None = Field(
@@ -94,7 +94,7 @@ class TrainConfig(Settings):
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, beside the best one")
     on_checkpoint_failure: Literal["continue", "stop"] = Field(
-        "continue", description="what a checkpoint that can't be written does to the run"
+        "continue", description="what to do when a checkpoint cannot be written"
     )
 
     workers: Workers = Field(
@@ -110,7 +110,7 @@ class TrainConfig(Settings):
         8, ge=0, description="restarts without a new checkpoint in between, before giving up"
     )
     collective_timeout_s: float = Field(
-        120, gt=0, description="seconds after which a silent worker counts as lost"
+        120, gt=0, description="seconds after which an unresponsive worker counts as lost"
     )
     digests: bool = Field(False, description="write a digest of every micro-batch, to compare runs")
 

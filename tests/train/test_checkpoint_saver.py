@@ -329,7 +329,7 @@ def test_a_preempted_run_saves_and_resumes_bit_for_bit(corpus, tmp_path):
     first.loop.signals = ControlSignals(preempt=lambda: first.loop.progress.step == 3)
     with pytest.raises(Preempted):
         first.run()
-    assert "a node is about to go" in first.events()["eviction"]
+    assert "a node is being preempted" in first.events()["preempted"]
     again = Attempt(job, Folder(tmp_path / "parted"))
     again.run()
     assert [record["step"] for record in again.of_kind("train")] == [4, 5, 6]

@@ -27,7 +27,7 @@ from raybert.train.ray.failures import find_causes, format_failure, to_user_erro
 
 LOST = WorkerGroupError("lost", {1: RuntimeError("Connection closed by peer"), 2: RayActorError()})
 NO_PLACE = ControllerError(WorkerGroupStartupTimeoutError(3))
-PREEMPTED = WorkerGroupError("left", {0: Preempted("a node goes away at step 7")})
+PREEMPTED = WorkerGroupError("left", {0: Preempted("a node is preempted at step 7")})
 TAKEN = PreemptionError(PreemptionInfo(None, {"a": [1]}))
 
 
@@ -96,7 +96,7 @@ def test_a_failure_while_workers_start_counts():
     [
         (LOST, "a worker was lost"),
         (NO_PLACE, "not all workers found a place in time"),
-        (PREEMPTED, "a node goes away at step 7"),
+        (PREEMPTED, "a node is preempted at step 7"),
         (TAKEN, "a node is taken away"),
         (WorkerGroupError("", {0: ValueError("first\nlast line")}), "last line"),
         (

@@ -25,7 +25,7 @@ GAUGES = {
     "lr": "learning rate",
     "grad_norm": "norm of the gradient, before it is clipped",
     "tokens_per_second": "tokens that all workers together train on",
-    "mfu": "share of the devices' peak that the model's operations are",
+    "mfu": "model FLOPs utilization (0 to 1)",
     "step_seconds": "seconds of a step",
     "data_wait_share": "share of a step that waits for data",
     "heldout": "the last evaluation; `measure` says what was measured",
