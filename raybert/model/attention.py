@@ -22,17 +22,10 @@ CHUNK_SCORES = 1 << 21  # scores computed at once: 4 MiB of bf16, so that they s
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention.
+    """Scaled dot-product attention of queries, keys and values [B, N, T, H] -> [B, N, T, H].
 
-    Args:
-        q: queries [B, N, T, H].
-        k: keys [B, N, T, H].
-        v: values [B, N, T, H].
-        mask: bool [B or 1, 1, T or 1, T], True: the query may attend to the key; None: each query
-            attends to every key.
-
-    Returns:
-        [B, N, T, H].
+    `mask` is bool [B or 1, 1, T or 1, T], True: the query may attend to the key; None: each query
+    attends to every key.
     """
     fused_is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
     if fused_is_slow and q.shape[2] <= MAX_MATMUL_TOKENS:

@@ -38,14 +38,10 @@ def plan_attention(
     lengths: Sequence[int] | None,
     half_window: int | None,
 ) -> AttentionPlan:
-    """Plan the attention of the global layers, or of the local ones.
+    """Plan the attention of the global layers, or of the local ones (`half_window` is not None).
 
-    Args:
-        mask: `visibility_mask` of the batch.
-        angles: rotary angles, fp32 [T, H/2] or [B, T, H/2]; None: no rotary positions.
-        seq_len: tokens of the longest text.
-        lengths: tokens of each text where texts are concatenated in one row.
-        half_window: tokens to either side that local layers attend to; None: global layers.
+    `mask` is the batch's `visibility_mask`; `angles` are fp32 [T, H/2] or [B, T, H/2], None without
+    rotary positions; `seq_len` is the number of tokens of the longest text.
     """
     cos = sin = None
     if angles is not None:

@@ -21,13 +21,7 @@ def flops_per_token(
     in all. Attention adds two products of T x H a head and token: 4 T D a layer forward, 12 with
     backward (PaLM, arXiv 2204.02311, appendix B, without its causal half). The prediction head,
     D^2 + D V weights, runs on the masked positions only. Embedding look-ups, norms and activations
-    are not counted.
-
-    Args:
-        config: the encoder.
-        seq_len: tokens in a row.
-        vocab_size: V of the masked-language-model head; 0: there is no such head.
-        masked_fraction: share of the tokens that are predicted.
+    are not counted. `vocab_size` is V of that head, 0 without it.
     """
     hidden, feed_forward = config.hidden_size, config.feed_forward_size
     matrices = 3 if config.layout == "modern" else 2

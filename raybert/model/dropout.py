@@ -25,14 +25,7 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """In training, zero each element of `x` with probability `p` and divide the rest by 1 - p.
-
-        Args:
-            x: any shape, floating point.
-
-        Returns:
-            A tensor of the shape and dtype of `x`; outside of training, `x` itself.
-        """
+        """In training, zero each element of `x` with probability `p`, divide the rest by 1 - p."""
         if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu" or torch.compiler.is_compiling():  # which can't trace random_

@@ -80,12 +80,8 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor | None, AttentionPlan, AttentionPlan]:
         """Compute what `transform` needs besides the token ids; arguments as in `forward`.
 
-        Returns:
-            Positions, int64 [B or 1, T], or None where each row counts from 0; the plan of the
-            global layers; the plan of the local layers.
-
-        Raises:
-            ConfigError: a text is longer than max_seq_len.
+        Returns positions, int64 [B or 1, T], or None where each row counts from 0, and the plans of
+        the global and of the local layers.
         """
         seq_len = input_ids.shape[1] if lengths is None else max(lengths)
         if seq_len > self.config.max_seq_len:

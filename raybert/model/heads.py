@@ -58,14 +58,9 @@ class MaskedLM(nn.Module):
     ) -> tuple[Tensor, int]:
         """Sum the cross-entropy over the predicted tokens; a step divides by its global count.
 
-        Args:
-            input_ids: int64 [B, T].
-            labels: int64 [B, T]; negative where nothing is predicted.
-            attention_mask: bool [B, T] or None, as in `Encoder.forward`.
-            document_ids: int64 [B, T] or None, as in `Encoder.forward`.
-
-        Returns:
-            The sum in nats, an fp32 scalar, and the number of predicted tokens.
+        `labels` are int64 [B, T], negative where nothing is predicted; the other arguments are as
+        in `Encoder.forward`. Returns the sum in nats, an fp32 scalar, and the number of predicted
+        tokens.
         """
         x = self.encoder(input_ids, attention_mask, document_ids)  # [B, T, D]
         labels = labels.flatten()  # [B T]
@@ -76,15 +71,9 @@ class MaskedLM(nn.Module):
         return total, positions.numel()
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
-        """Compute the logits of the vocabulary at some positions.
+        """Compute the logits of the vocabulary, fp32 [M, V], for input ids int64 [B, T].
 
-        Args:
-            input_ids: int64 [B, T].
-            attention_mask: bool [B, T] or None.
-            positions: bool [B, T], or int64 [M] into the flattened batch.
-
-        Returns:
-            Logits, fp32 [M, V].
+        `positions` are bool [B, T], or int64 [M] into the flattened batch.
         """
         x = self.encoder(input_ids, attention_mask).flatten(0, 1)  # [B T, D]
         x = self.head(x[positions.flatten()])  # [M, D]
@@ -148,15 +137,9 @@ class Classifier(nn.Module):
 
 
 def pool(x: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
-    """Pool hidden states over the tokens of each text.
+    """Pool hidden states over the tokens of each text: [B, T, D] -> [B, D].
 
-    Args:
-        x: hidden states [B, T, D].
-        attention_mask: bool [B, T], False at padding; None: no padding.
-        pooling: cls, mean or max.
-
-    Returns:
-        [B, D].
+    `attention_mask` is bool [B, T], False at padding; `pooling` is cls, mean or max.
     """
     if pooling == "cls":
         return x[:, 0]

@@ -69,14 +69,9 @@ class Embeddings(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, positions: Tensor | None) -> Tensor:
-        """Embed token ids.
+        """Embed token ids, int64 [B, T] -> [B, T, D].
 
-        Args:
-            input_ids: int64 [B, T].
-            positions: int64 [B or 1, T]; None: 0 .. T-1 in each row.
-
-        Returns:
-            [B, T, D].
+        `positions` are int64 [B or 1, T]; None: 0 .. T-1 in each row.
         """
         x: Tensor = self.tokens(input_ids)  # [B, T, D]
         if self.positions is not None:

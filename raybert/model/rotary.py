@@ -20,16 +20,10 @@ def rotary_angles(config: ModelConfig, theta: float) -> Tensor:
 
 
 def apply_rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the queries and keys by their positions; the values stay as they are.
+    """Rotate the queries and keys in [B, T, 3, N, H]; the values stay as they are.
 
-    Args:
-        qkv: [B, T, 3, N, H].
-        cos: [B or 1, T, 1, 1, H/2], in any floating-point dtype.
-        sin: as `cos`.
-
-    Returns:
-        [B, T, 3, N, H] in the dtype of `qkv`, to which the angles are rounded as in transformers:
-        mixed dtypes would cost as much again.
+    `cos` and `sin` [B or 1, T, 1, 1, H/2] are rounded to the dtype of `qkv`, as in transformers:
+    mixed dtypes would cost as much again.
     """
     rotate = _Rotary.apply if qkv.requires_grad else _rotate
     rotated: Tensor = rotate(qkv, cos.to(qkv.dtype), sin.to(qkv.dtype))

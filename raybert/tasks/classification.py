@@ -36,13 +36,7 @@ class Classification:
     def loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         """Sum the cross-entropy over the labelled texts, and the divergence from a teacher.
 
-        Args:
-            logits: fp32 [B, L].
-            labels: int64 [B]; NO_LABEL where a text has none.
-            teacher: the teacher's logits, fp32 [B, L]; None: there is no teacher.
-
-        Returns:
-            An fp32 scalar, in nats.
+        In nats; shapes as in `Objective`. A label is NO_LABEL where a text has none.
         """
         label_loss = F.cross_entropy(
             logits,
@@ -66,15 +60,7 @@ class Classification:
     def evaluate(
         self, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
     ) -> dict[str, Any]:
-        """Score the validation texts.
-
-        Args:
-            logits: fp32 [rows, L].
-            labels: int64 [rows].
-
-        Returns:
-            `score` (higher is better), accuracy, loss, f1_macro, and the fitted `temperature`.
-        """
+        """Compute score (higher is better), accuracy, loss, f1_macro, and fit the temperature."""
         scores = classification_scores(logits, labels, self.label_names)
         return {
             # The loss breaks ties of the accuracy: its weight is below that of one text.

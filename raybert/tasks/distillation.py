@@ -24,13 +24,8 @@ def distillation_loss(
 ) -> Tensor:
     """Combine the labels' loss with the divergence from the teacher, summed over the texts.
 
-    Args:
-        label_loss: the loss against the labels, summed over the texts that have one.
-        logits: fp32 [B, L].
-        teacher: the teacher's logits, fp32 [B, L].
-        has_label: bool [B]; texts without a label are learned from the teacher alone.
-        share: share of the teacher in the loss of a labelled text.
-        temperature: divisor of both models' logits.
+    Both models' logits, fp32 [B, L], are divided by the temperature. The teacher has a `share` in
+    the loss of a labelled text; texts without a label (`has_label` [B]) learn from it alone.
     """
     divergence = kl_divergence(
         (teacher / temperature).log_softmax(-1), (logits / temperature).log_softmax(-1)

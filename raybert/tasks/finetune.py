@@ -51,11 +51,7 @@ class FinetuneSpec:
     shared: SharedInputs | None = None
 
     def check(self) -> None:
-        """Check the settings against the data, before any worker starts.
-
-        Raises:
-            ConfigError: settings that don't fit each other or the data.
-        """
+        """Check the settings against the data, before any worker starts."""
         weights = self.config.class_weights
         names = self.prepared.labels
         if isinstance(weights, list) and len(weights) != len(names):

@@ -19,14 +19,10 @@ from raybert.model.heads import MaskedLM
 def predict_masks(
     model: MaskedLM, tokenizer: Tokenizer, text: str, top: int = 5
 ) -> list[list[dict[str, Any]]]:
-    """Predict the tokens of each mask of a text.
+    """Predict the tokens of each mask, in the order of the text.
 
-    Returns:
-        For each mask, in the order of the text, the `top` most probable tokens as
-        {"token", "probability"}, the most probable first.
-
-    Raises:
-        DataError: the text has no mask, or is longer than the model reads.
+    Returns for each the `top` most probable tokens as {"token", "probability"}, the first the most
+    probable.
     """
     ids, positions = encode_masked(tokenizer, text, model.encoder.config.max_seq_len)
     device = next(model.parameters()).device

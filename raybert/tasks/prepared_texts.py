@@ -56,19 +56,9 @@ def prepare_texts(
 ) -> PreparedTexts:
     """Read, split and tokenize labelled texts, or return what an earlier call has prepared.
 
-    Tokenization runs in Ray Data where Ray is connected.
-
-    Args:
-        config: the texts.
-        tokenizer: the model's.
-        seq_len: tokens of a text at most.
-        seed: decides which texts are set apart for validation, where none are given for it.
-        folder: where the files are written.
-        teach: computes the teacher's logits; None: there is no teacher.
-        teacher: a hash of the teacher.
-
-    Raises:
-        DataError: a file, row or label can't be used.
+    Tokenization runs in Ray Data where Ray is connected. The seed decides which texts are set apart
+    for validation, where none are given for it. `teach` computes the teacher's logits, and
+    `teacher` is its hash. A DataError names a file, row or label that can't be used.
     """
     made_from = {**_made_from(config, tokenizer, seq_len), "seed": seed}
     if teach is not None:

@@ -50,18 +50,10 @@ class RegularizedLoss:
         labels: Tensor,
         teacher: Tensor | None = None,
     ) -> Tensor:
-        """Run the model and sum the loss.
+        """Run the model and sum the loss; zero where there is neither a label nor a teacher.
 
-        Args:
-            module: the model, or its DDP wrapper.
-            model: the model itself.
-            input_ids: int64 [B, T].
-            attention_mask: bool [B, T] or None, as in `Classifier.forward`.
-            labels: int64 [B]; NO_LABEL where a text has none.
-            teacher: fp32 [B, L], the teacher's logits; None: there is no teacher.
-
-        Returns:
-            An fp32 scalar; zero where there is neither a label nor a teacher.
+        `module` is the model or its DDP wrapper. Input ids int64 [B, T], labels int64 [B] and the
+        teacher's logits fp32 [B, L] -> an fp32 scalar.
         """
         counts = labels != NO_LABEL  # [B]: texts that contribute
         if teacher is not None:
@@ -100,13 +92,8 @@ def adversarial_shift(
 
     One step of the power method from a random direction (arXiv 1605.07725, section 3.2), without
     dropout. The shift is added after the embeddings' LayerNorm, so that the model can't evade it
-    by larger embeddings.
-
-    Args:
-        model: the model itself, not its wrapper.
-        input_ids: int64 [B, T].
-        attention_mask: bool [B, T] or None.
-        size: norm of a text's shift, as a share of the norm of all its embeddings.
+    by larger embeddings. `size` is the norm of a text's shift, as a share of the norm of all its
+    embeddings.
 
     Returns:
         The log-probabilities without a shift, [B, L], and the shift, [B, T, D], which is zero at

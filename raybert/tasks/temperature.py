@@ -19,14 +19,8 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 
     Targets are smoothed as by Platt (1999): the label's is (n + 1) / (n + L), each other one
     1 / (n + L). Without that, a model that makes no mistake on n rows would get the lowest
-    temperature.
-
-    Args:
-        logits: [n, L] float, finite.
-        labels: [n] int.
-
-    Returns:
-        The temperature, within RANGE; 1.0 where n is 0.
+    temperature. Finite logits [n, L] and labels [n] -> the temperature, within RANGE; 1.0 where n
+    is 0.
     """
     scores = np.asarray(logits, np.float64)
     truth = np.asarray(labels)

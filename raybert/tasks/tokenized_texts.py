@@ -88,11 +88,7 @@ class TokenizedTexts:
 
     @classmethod
     def load(cls, folder: Folder, file: TextFile) -> TokenizedTexts:
-        """Read a file that `save` wrote.
-
-        Raises:
-            DamagedError: the file is missing, cut short or altered.
-        """
+        """Read a file that `save` wrote; a DamagedError if it is missing, cut short or altered."""
         try:
             data = folder.read_bytes(file.name)
         except FileNotFoundError:

@@ -5,6 +5,10 @@ the model card, `README.md`. `transformers` loads it as ModernBERT or BERT, with
 `raybert` section of `config.json` holds the preprocessing of raw texts, the temperature, and the
 head where `transformers` has no equal one. Weights are read from safetensors only: unpickling a
 `pytorch_model.bin` can run any code.
+
+What reads a directory raises UserError where there is no such model, or one of another
+architecture, head or problem type, and DamagedError where a file is cut short, lacks a value or
+does not fit the others.
 """
 
 from raybert.model.huggingface.architectures import unsupported_by_transformers

@@ -85,12 +85,7 @@ def _modern_values(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config_json(folder: Folder) -> dict[str, Any]:
-    """Read `config.json`.
-
-    Raises:
-        UserError: no model there, or one in a newer format.
-        DamagedError: the file holds no JSON object.
-    """
+    """Read `config.json`; a UserError for one in a newer format."""
     try:
         config = folder.read_json(CONFIG_JSON)
     except FileNotFoundError:
@@ -110,32 +105,18 @@ def read_config_json(folder: Folder) -> dict[str, Any]:
 
 
 def read_model_config(folder: Folder) -> tuple[ModelConfig, int]:
-    """Read an encoder's configuration and the size of its vocabulary; the weights are not read.
-
-    Raises:
-        UserError: no model there, or one of another architecture.
-        DamagedError: `config.json` lacks a value.
-    """
+    """Read an encoder's configuration and the size of its vocabulary; the weights are not read."""
     model, vocab_size, _ = from_config_json(folder, read_config_json(folder))
     return model, vocab_size
 
 
 def read_preprocessing(folder: Folder) -> dict[str, Any]:
-    """Read what was saved as `preprocessing`; empty for models that raybert did not write.
-
-    Raises:
-        UserError: no model there.
-    """
+    """Read what was saved as `preprocessing`; empty for models that raybert did not write."""
     return dict(read_config_json(folder).get("raybert", {}).get("preprocessing", {}))
 
 
 def read_temperature(folder: Folder) -> float:
-    """Read the number that a classifier's logits are divided by; 1.0 where none was saved.
-
-    Raises:
-        UserError: no model there.
-        DamagedError: it is no positive number.
-    """
+    """Read the number that a classifier's logits are divided by; 1.0 where none was saved."""
     value = read_config_json(folder).get("raybert", {}).get("temperature", 1.0)
     if not isinstance(value, int | float) or not 0 < value < math.inf:
         raise DamagedError(
@@ -145,12 +126,7 @@ def read_temperature(folder: Folder) -> float:
 
 
 def read_label_names(folder: Folder) -> list[str]:
-    """Read the names of a classifier's labels, in the order of its logits; weights are not read.
-
-    Raises:
-        UserError: no model there, no classifier, or one of another problem type.
-        DamagedError: the labels are not numbered from 0.
-    """
+    """Read the names of a classifier's labels, in the order of its logits; weights are not read."""
     config = read_config_json(folder)
     classifiers = ("ForSequenceClassification", RAYBERT_CLASSIFIER)
     named = [str(name).endswith(classifiers) for name in config.get("architectures") or []]
@@ -168,12 +144,7 @@ def no_classification_head(folder: Folder, config: Mapping[str, Any]) -> UserErr
 
 
 def label_names(folder: Folder, config: Mapping[str, Any], num_labels: int) -> list[str]:
-    """The label of each logit; transformers' default names where `config.json` has none.
-
-    Raises:
-        UserError: the classifier was trained for another problem type.
-        DamagedError: the labels are not numbered 0 .. num_labels - 1.
-    """
+    """The label of each logit; transformers' default names where `config.json` has none."""
     if config.get("problem_type") not in (None, PROBLEM_TYPE):
         raise UserError(
             f"{folder} was trained for problem_type={config['problem_type']}; "
@@ -194,15 +165,7 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 
 def from_config_json(folder: Folder, config: Mapping[str, Any]) -> tuple[ModelConfig, int, int]:
-    """Translate `config.json`.
-
-    Returns:
-        The encoder's configuration, the size of its vocabulary, and the id of the padding token.
-
-    Raises:
-        UserError: another architecture, or a value that raybert does not compute.
-        DamagedError: a value is missing.
-    """
+    """The encoder's configuration, the size of its vocabulary, and the id of the padding token."""
     try:
         model = _model_config(folder, config)
         return model, int(config["vocab_size"]), config.get("pad_token_id") or 0

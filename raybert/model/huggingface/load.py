@@ -24,12 +24,7 @@ from raybert.storage.folder import Folder
 
 
 def load_masked_lm(folder: Folder, dropout: float | None = None) -> MaskedLM:
-    """Read a masked language model; `dropout` replaces the one it was trained with.
-
-    Raises:
-        UserError: no model there, one of another architecture, or one without this head.
-        DamagedError: a file is cut short or does not fit the others.
-    """
+    """Read a masked language model; `dropout` replaces the one it was trained with."""
     config = read_config_json(folder)
     tensors = read_tensors(folder)
     model = MaskedLM(_fresh_encoder(folder, config, dropout))
@@ -44,12 +39,7 @@ def load_masked_lm(folder: Folder, dropout: float | None = None) -> MaskedLM:
 
 
 def load_classifier(folder: Folder) -> tuple[Classifier, list[str]]:
-    """Read a classifier and the names of its labels, in the order of its logits.
-
-    Raises:
-        UserError: no model there, one of another architecture, or one without this head.
-        DamagedError: a file is cut short or does not fit the others.
-    """
+    """Read a classifier and the names of its labels, in the order of its logits."""
     config = read_config_json(folder)
     tensors = read_tensors(folder)
     if "classifier.weight" not in tensors:
@@ -75,17 +65,8 @@ def load_encoder_into(
     The dense layer of its head starts from the pretrained one where there is such: ModernBERT's
     prediction head, BERT's pooler. The last layer is always fresh.
 
-    Args:
-        folder: a model directory of raybert, or of any BERT or ModernBERT.
-        num_labels: labels of the new classifier.
-        head: the configuration of its head.
-        dropout: replaces the encoder's, which pretraining mostly does without.
-        vocab_size: tokens of the tokenizer that will feed it.
-        weights: the result of `read_weights` for the folder; None: they are read now.
-
-    Raises:
-        UserError: no model there, one of another architecture, or of a smaller vocabulary.
-        DamagedError: a file is cut short or does not fit the others.
+    `dropout` replaces the encoder's, which pretraining mostly does without; `vocab_size` is that of
+    the tokenizer that will feed it; `weights` are those of the folder if they were read before.
     """
     config = read_config_json(folder)
     if weights is None:

@@ -25,15 +25,10 @@ def save_masked_lm(
     card: str,
     preprocessing: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a masked language model.
+    """Write a masked language model to `folder`, with the files of the folder `tokenizer`.
 
-    Args:
-        model: the model.
-        tokenizer: the folder from which the two files of the tokenizer are copied.
-        folder: the directory to write.
-        card: the model card, Markdown.
-        preprocessing: how raw texts become tokens (lengths, cleaning), plain JSON;
-            `read_preprocessing` returns it.
+    `card` is the model card, Markdown; `preprocessing` is how raw texts become tokens (lengths,
+    cleaning), plain JSON, which `read_preprocessing` returns.
     """
     config = to_config_json(model.encoder, preprocessing)
     classic = model.encoder.config.layout == "classic"

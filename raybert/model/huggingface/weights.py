@@ -64,12 +64,7 @@ def serialize(model: MaskedLM | Classifier) -> bytes:
 
 
 def read_tensors(folder: Folder) -> dict[str, Tensor]:
-    """Read `model.safetensors` as fp32, under the names that transformers uses today.
-
-    Raises:
-        UserError: there are no weights, or only a pickle file.
-        DamagedError: the file is cut short.
-    """
+    """Read `model.safetensors` as fp32, under the names that transformers uses today."""
     try:
         tensors = safetensors.torch.load(folder.read_bytes(WEIGHTS_FILE))
     except FileNotFoundError:
@@ -94,12 +89,7 @@ def read_tensors(folder: Folder) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Folder) -> Weights:
-    """Read a model's weights as arrays, which many processes can share.
-
-    Raises:
-        UserError: there are no weights.
-        DamagedError: the file is cut short.
-    """
+    """Read a model's weights as arrays, which many processes can share."""
     return {name: tensor.numpy() for name, tensor in read_tensors(folder).items()}
 
 
@@ -117,17 +107,10 @@ def copy_into(
     folder: Folder,
     fresh: tuple[str, ...] = (),
 ) -> None:
-    """Copy tensors into a model, in place.
+    """Copy tensors, by the names of transformers, into a model, in place.
 
-    Args:
-        model: every parameter of it must be among the tensors, in the same shape.
-        tensors: by the names of transformers.
-        folder: where they were read, for messages.
-        fresh: prefixes of parameters that keep their fresh values where no tensor fits them; a
-            `classifier.` among them always does.
-
-    Raises:
-        DamagedError: a tensor is missing or has another shape.
+    Every parameter must be among them, in the same shape. Those with a prefix in `fresh` keep their
+    fresh values where no tensor fits; `classifier.` among these always does.
     """
     layout = model.encoder.config.layout
     base = "model." if layout == "modern" else "bert."
