@@ -29,20 +29,11 @@ from raybert.storage.folder import Folder
 from raybert.storage.model_folders import find_model
 from raybert.tasks.prepared_texts import read_prepared_texts
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
-from raybert.terminal.display import size
 from raybert.train.metrics_log import read_metrics
 from raybert.train.ray.placement import uses_gpus
-from raybert.train.run_folder import RESULT
 from raybert.train.settings import TrainConfig
 from raybert.train.throughput import gpu_peak_flops
 
-#: The commands that train, and the stages of each.
-TRAINS = {
-    "pretrain": ("pretrain",),
-    "finetune": ("finetune",),
-    "run": ("pretrain", "finetune"),
-    "tune": ("tune",),
-}
 #: Assumed share of a GPU's peak. NVIDIA's BERT-large reaches 43% on an A100; small encoders less.
 GPU_SHARE = 0.3
 #: Assumed operations a second and core. On cores with bf16 in hardware 127e9 were measured
@@ -122,55 +113,6 @@ class Estimate:
     workers: int
     basis: str  # the measurement or assumption behind the time, or why it is unknown
 
-    def lines(self) -> list[str]:
-        """Format two lines: storage, and computation."""
-        stored = "parameters and checkpoints unknown"
-        if self.size is not None:
-            stored = (
-                f"{_format_count(self.size.parameters)} parameters; "
-                f"at most {self.size.checkpoints} checkpoints of {size(self.size.checkpoint)} "
-                f"and a model of {size(self.size.model)}, {size(self.size.total)} in all"
-            )
-        work = [
-            *([f"{self.steps:,} steps"] if self.steps is not None else []),
-            *([f"up to {_format_count(self.tokens)} tokens"] if self.tokens is not None else []),
-            *([f"{self.flops:.1e} FLOP"] if self.flops is not None else []),
-        ]
-        time = f"time unknown: {self.basis}"
-        if self.seconds is not None:
-            devices = "worker" if self.gpu is not True else "GPU"
-            time = f"about {_format_duration(self.seconds)} on {self.workers} {devices}"
-            time += "s" if self.workers > 1 else ""
-            if self.gpu:
-                time += f" = {self.workers * self.seconds / 3600:.1f} GPU-hours"
-            time += f" ({self.basis})"
-        return [stored, ", ".join([*work, time])]
-
-
-def estimate_lines(experiment: Experiment, command: str, machines: Machines | None) -> list[str]:
-    """Estimate the stages that a command trains, as lines; none where it trains nothing."""
-    stages = TRAINS.get(command, ())
-    reason = _unreachable(experiment) if stages else None
-    lines = [] if reason is None else [f"without what {experiment.run.storage} holds: {reason}"]
-    for stage in stages:
-        if reason is None and _is_finished(experiment, stage):
-            lines.append(f"{stage}: finished already")
-            continue
-        if stage == "tune":
-            lines.append(f"tune: {_format_search(experiment)}; each of them as configured:")
-        made = estimate(experiment, stage, machines, reads=reason is None)
-        lines += [f"{stage}: {line}" for line in made.lines()]
-    return lines
-
-
-def _format_search(experiment: Experiment) -> str:
-    """Format the number of fine-tuning runs of a search."""
-    config = experiment.tune
-    finals = (config.finalists + 1) * config.seeds
-    minutes = f" in {config.minutes:g} minutes" if config.minutes is not None else ""
-    trials = "a grid of trials" if config.searcher == "grid" else f"{config.trials} trials"
-    return f"{trials}{minutes}, then up to {finals} runs of the finalists"
-
 
 def training_of(experiment: Experiment, stage: str) -> PretrainConfig | FinetuneConfig:
     """Return the training settings of a stage; trials of a search are fine-tuning runs."""
@@ -193,9 +135,9 @@ def estimate(
     """
     config = training_of(experiment, stage)
     shape = shape_of(experiment, stage, reads=reads)
-    measured = _read_or_none(lambda: measured_of(experiment.folder / stage), reads)
+    measured = read_or_none(lambda: measured_of(experiment.folder / stage), reads)
     done = measured.step if measured else 0
-    epoch = _read_or_none(lambda: _epoch(experiment, stage), reads)
+    epoch = read_or_none(lambda: _epoch(experiment, stage), reads)
     seq_len = _seq_len(experiment, stage)
     steps = _steps(config, epoch, seq_len)
     left = None if steps is None else max(0, steps - done)
@@ -227,18 +169,18 @@ def shape_of(
     """Return a stage's encoder settings and vocabulary size (at most); None where unknown."""
     start = training_of(experiment, stage).initialize_from
     if start in (None, "scratch"):
-        made = _read_or_none(lambda: Manifest.read(experiment.folder / "corpus"), reads)
+        made = read_or_none(lambda: Manifest.read(experiment.folder / "corpus"), reads)
         tokenizer = experiment.corpus.tokenizer
         if made is None and tokenizer.kind == "file":
             return None
         return experiment.model, tokenizer.vocab_size if made is None else made.vocab_size
     own = start == "pretrain"
-    found = _read_or_none(
+    found = read_or_none(
         lambda: find_model(experiment.folder / start if own else Folder(start), "pretrain"),
         reads,
     )
     if found is not None:
-        return _read_or_none(lambda: huggingface.read_model_config(found))
+        return read_or_none(lambda: huggingface.read_model_config(found))
     return shape_of(experiment, "pretrain", reads=reads) if own else None
 
 
@@ -276,20 +218,7 @@ def measured_of(run: Folder) -> Measured | None:
     )
 
 
-def _is_finished(experiment: Experiment, stage: str) -> bool:
-    return bool(_read_or_none(lambda: (experiment.folder / stage).exists(RESULT)))
-
-
-def _unreachable(experiment: Experiment) -> str | None:
-    """Return why this machine cannot read the storage; None where it can."""
-    try:
-        experiment.folder.exists()
-    except RaybertError as error:
-        return str(error)
-    return None
-
-
-def _read_or_none(read: Callable[[], T], reads: bool = True) -> T | None:
+def read_or_none(read: Callable[[], T], reads: bool = True) -> T | None:
     """Call `read`; None where the file is missing or unreadable, or nothing may be read."""
     try:
         return read() if reads else None
@@ -375,22 +304,3 @@ def _time(
     each = "a core" if cores == 1 else f"each of {cores} cores"
     assumed = f"assumed {CORE_FLOPS / 1e9:.0f} GFLOP/s on {each}"
     return flops / (cores * CORE_FLOPS), assumed
-
-
-def _format_count(number: float) -> str:
-    """Format a large number as 12.4M or 1.2B."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if number >= unit:
-            return f"{number / unit:.1f}{name}"
-    return f"{number:,.0f}"
-
-
-def _format_duration(seconds: float) -> str:
-    """Format a duration as 40 s, 12 min, 2 h 10 min or 3 d 4 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

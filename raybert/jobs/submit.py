@@ -13,7 +13,8 @@ from raybert.data.sources.settings import SourceConfig
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import check_request
-from raybert.jobs.estimate import TRAINS, Machines, estimate_lines
+from raybert.jobs.estimate import Machines
+from raybert.jobs.estimate_lines import TRAINS, estimate_lines
 from raybert.jobs.ray_jobs import CHECK_COMMAND, Cluster, ClusterJob, result_of
 from raybert.terminal.display import FOLLOWED, Display, clock, size
 from raybert.tune.settings import TrialConfig

@@ -11,7 +11,8 @@ from raybert.config import build
 from raybert.data.corpus.manifest import Manifest
 from raybert.errors import StorageError
 from raybert.experiment import Experiment
-from raybert.jobs.estimate import Machines, estimate, estimate_lines, measured_of, shape_of, size_of
+from raybert.jobs.estimate import Machines, estimate, measured_of, shape_of, size_of
+from raybert.jobs.estimate_lines import estimate_lines, format_estimate
 from raybert.model.cost import flops_per_token, num_parameters
 from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier, MaskedLM
@@ -146,7 +147,7 @@ def test_cpus_are_divided_among_workers():
         assert made.gpu is False
         assert made.basis == f"assumed 50 GFLOP/s on each of {cores} cores"
         assert made.seconds == pytest.approx(made.flops / (cores * 50e9))
-        assert "GPU" not in made.lines()[1]
+        assert "GPU" not in format_estimate(made)[1]
 
 
 @pytest.mark.parametrize(
@@ -162,8 +163,8 @@ def test_an_unknown_time_is_reported_with_its_reason(pretrain, machines, reason)
     made = estimate(experiment_of("/nonexistent", pretrain=pretrain), "pretrain", machines)
     assert made.seconds is None
     assert made.size is not None
-    assert reason in made.lines()[1]
-    assert "time unknown" in made.lines()[1]
+    assert reason in format_estimate(made)[1]
+    assert "time unknown" in format_estimate(made)[1]
 
 
 def test_a_model_that_cannot_be_read_is_unknown():
@@ -173,7 +174,7 @@ def test_a_model_that_cannot_be_read_is_unknown():
     ):
         made = estimate(experiment_of("/nonexistent", **sections), "pretrain", H100)
         assert (made.size, made.flops) == (None, None)
-        assert "unknown" in made.lines()[0]
+        assert "unknown" in format_estimate(made)[0]
 
 
 def test_a_storage_that_only_the_cluster_reads_gives_an_estimate_without_it():
@@ -181,7 +182,7 @@ def test_a_storage_that_only_the_cluster_reads_gives_an_estimate_without_it():
         experiment_of("hdfs://nowhere:1/runs", pretrain={"steps": 5}), "pretrain", CPUS
     )
     assert len(lines) == 3
-    assert lines[0].startswith("without what hdfs://nowhere:1/runs holds: ")
+    assert lines[0].startswith("hdfs://nowhere:1/runs cannot be read here: ")
     assert "parameters" in lines[1] and "5 steps" in lines[2]
 
 
@@ -201,7 +202,7 @@ def test_an_unreachable_storage_is_tried_once(monkeypatch, start):
     )
     lines = estimate_lines(experiment, "run", CPUS)
     assert asked == ["/nonexistent/e"]
-    assert lines[0] == "without what /nonexistent holds: looking up /e failed: no connection"
+    assert lines[0] == "/nonexistent cannot be read here: looking up /e failed: no connection"
     assert len(lines) == 5
     assert estimate_lines(experiment, "corpus", CPUS) == []
     assert len(asked) == 1
@@ -211,7 +212,10 @@ def test_remaining_minutes_are_the_limit_less_the_time_trained():
     experiment = experiment_of("/nonexistent", pretrain={"minutes": 90, "gpu": "yes", "workers": 2})
     made = estimate(experiment, "pretrain", None)
     assert made.seconds == 5400
-    assert "about 1 h 30 min on 2 GPUs = 3.0 GPU-hours (pretrain.minutes=90)" in made.lines()[1]
+    assert (
+        "about 1 h 30 min on 2 GPUs = 3.0 GPU-hours (pretrain.minutes=90)"
+        in format_estimate(made)[1]
+    )
 
 
 def test_the_measured_speed_of_a_begun_run_replaces_the_assumed_one(tmp_path):
