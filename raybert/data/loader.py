@@ -9,6 +9,7 @@ number of workers only decide which items there are.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def ray_micro_batches(
             num_cpus=min(1.0, math.floor(cpus * 1e4) / 1e4),  # Ray counts CPUs in units of 1e-4
         )
         blocks = dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow")
-        yield from _check_complete(_split_by_step(blocks), plan.order, indices, steps)
+        yield from _check_complete(_from_tables(blocks), plan.order, indices, steps)
 
 
 def _mask_steps(
@@ -172,26 +173,38 @@ def _mask_steps(
 
 
 def _to_table(batches: list[MicroBatch]) -> pa.Table:
-    counts = [len(batch.row_ids) for batch in batches]
-    width = batches[0].input_ids.shape[1]
+    """Put micro-batches into a table, one per row, so that no block holds a part of one."""
 
-    def rows(arrays: list[npt.NDArray[np.int32]]) -> pa.Array:
-        flat = pa.array(np.concatenate(arrays).ravel())
-        return pa.FixedSizeListArray.from_arrays(flat, width)
+    def lists(arrays: list[npt.NDArray[Any]]) -> pa.Array:
+        offsets = np.cumsum([0, *(array.size for array in arrays)]).astype(np.int32)
+        values = np.concatenate([array.ravel() for array in arrays])
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
     return pa.table(
         {
-            "step": np.repeat([batch.step for batch in batches], counts),
-            "index": np.repeat([batch.micro_batch_index for batch in batches], counts),
-            "row_id": np.concatenate([batch.row_ids for batch in batches]),
-            "input_ids": rows([batch.input_ids for batch in batches]),
-            "labels": rows([batch.labels for batch in batches]),
+            "step": [batch.step for batch in batches],
+            "index": [batch.micro_batch_index for batch in batches],
+            "row_ids": lists([batch.row_ids for batch in batches]),
+            "input_ids": lists([batch.input_ids for batch in batches]),
+            "labels": lists([batch.labels for batch in batches]),
         }
     )
 
 
+def _from_tables(tables: Iterable[pa.Table]) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of tables that `_to_table` made."""
+    for table in tables:
+        for number in range(len(table)):
+            step, index = table["step"][number].as_py(), table["index"][number].as_py()
+            row_ids, input_ids, labels = (
+                table[name][number].values.to_numpy() for name in ("row_ids", "input_ids", "labels")
+            )
+            shape = len(row_ids), -1
+            yield MicroBatch(step, index, row_ids, input_ids.reshape(shape), labels.reshape(shape))
+
+
 def _check_complete(
-    made: Iterator[list[MicroBatch]], order: CorpusOrder, indices: Sequence[int], steps: range
+    made: Iterator[MicroBatch], order: CorpusOrder, indices: Sequence[int], steps: range
 ) -> Iterator[list[MicroBatch]]:
     """Yield one list of micro-batches for every step, empty where the rank has no row in it.
 
@@ -199,50 +212,12 @@ def _check_complete(
         RaybertError: micro-batches are missing, come twice or out of order.
     """
     for step in steps:
-        expected = order.indices_with_rows(step, indices)
-        batches = next(made, []) if expected else []
+        expected = [(step, index) for index in order.indices_with_rows(step, indices)]
+        batches = list(itertools.islice(made, len(expected)))
         found = [(batch.step, batch.micro_batch_index) for batch in batches]
-        if found != [(step, index) for index in expected]:
+        if found != expected:
             raise RaybertError(
-                f"Ray Data returned the micro-batches (step, index) {found}; expected those of "
-                f"step {step}, indices {expected}; run the command again to continue from the last "
-                "checkpoint"
+                f"Ray Data returned the micro-batches (step, index) {found}, expected {expected}; "
+                "run the command again to continue from the last checkpoint"
             )
         yield batches
-
-
-def _split_by_step(tables: Iterable[pa.Table]) -> Iterator[list[MicroBatch]]:
-    """Split tables into steps. The last step of a table waits: the next table may continue it."""
-    held: pa.Table | None = None
-    for table in tables:
-        joined = table if held is None else pa.concat_tables([held, table])
-        step = joined["step"].to_numpy()
-        whole = int(np.searchsorted(step, step[-1]))
-        yield from _to_micro_batches(joined.slice(0, whole))
-        held = joined.slice(whole)
-    if held is not None:
-        yield from _to_micro_batches(held)
-
-
-def _to_micro_batches(table: pa.Table) -> Iterator[list[MicroBatch]]:
-    """Yield the micro-batches of each step of a table that holds whole steps."""
-    if not len(table):
-        return
-    step, index, row_id = (table[name].to_numpy() for name in ("step", "index", "row_id"))
-    inputs, labels = (
-        column.combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-        for column in (table["input_ids"], table["labels"])
-    )
-    ends = [*np.flatnonzero(np.diff(step) | np.diff(index)) + 1, len(table)]
-    batches: list[MicroBatch] = []
-    begin = 0
-    for end in ends:
-        if batches and batches[0].step != step[begin]:
-            yield batches
-            batches = []
-        at = slice(begin, end)
-        batches.append(
-            MicroBatch(int(step[begin]), int(index[begin]), row_id[at], inputs[at], labels[at])
-        )
-        begin = end
-    yield batches

@@ -16,7 +16,6 @@ so that little padding is computed.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -34,8 +33,8 @@ WINDOW_GROUPS_PER_ROW = 8
 _BATCHES_SORTED_TOGETHER = 50
 
 
-class DataOrder(ABC):
-    """The rows of every micro-batch of a training run."""
+class _MicroBatches:
+    """The division of a global batch, common to both orders."""
 
     global_batch_size: int  # rows in an optimizer step
     micro_batch_size: int  # rows in a micro-batch
@@ -45,18 +44,9 @@ class DataOrder(ABC):
         """How many micro-batches make up a global batch."""
         return self.global_batch_size // self.micro_batch_size
 
-    @property
-    @abstractmethod
-    def steps_per_epoch(self) -> int:
-        """Steps that it takes to see every row once; the last one may be smaller."""
-
-    @abstractmethod
-    def micro_batch(self, step: int, index: int) -> I64:
-        """The row ids of a step's micro-batch `index`, int64 [up to micro_batch_size]."""
-
 
 @dataclass(frozen=True)
-class CorpusOrder(DataOrder):
+class CorpusOrder(_MicroBatches):
     """The order of pretraining over a split of a corpus."""
 
     rows: int
@@ -161,7 +151,7 @@ def _position_of(count: int, key: int, value: int) -> int:
 
 
 @dataclass
-class LengthGroupedOrder(DataOrder):
+class LengthGroupedOrder(_MicroBatches):
     """The order of fine-tuning: shuffled by a key, texts of similar length in one batch."""
 
     lengths: I64  # [rows], tokens of each text

@@ -19,12 +19,6 @@ class DigestSet:
     def __init__(self) -> None:
         self._runs: list[U64] = []
 
-    def __len__(self) -> int:
-        return sum(len(run) for run in self._runs)
-
-    def __contains__(self, digest: int) -> bool:
-        return bool(self.holds(np.array([digest], np.uint64))[0])
-
     def holds(self, digests: U64) -> Bools:
         """Return which of the digests [n] are in the set, bool [n]."""
         found = np.zeros(len(digests), np.bool_)

@@ -195,7 +195,7 @@ FORMATS = {
     "jsonl": Format(read_jsonl, (".jsonl", ".ndjson", ".json")),
     "text": Format(read_text, (".txt", ".text")),
 }
-# Data sets with a layout of their own, which `find_shards` recognizes.
+# Data sets with a layout of their own, which `documents` recognizes.
 _DATASETS: dict[str, Reader] = {
     "imdb-archive": imdb.read_archive,
     "imdb-file": imdb.read_file,
