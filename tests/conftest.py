@@ -38,20 +38,21 @@ server.stop()
 """
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items):
-    """Group the tests that start Ray, for pytest-xdist, and run them first: they take longest.
+def pytest_itemcollected(item):
+    """Group the tests that share a process: one Ray, head, server or browser for all of a group.
 
-    Tests of one group run in one process and share what it starts: one Ray for the search, one for
-    all other tests in this process, and one head or server a module.
+    One Ray serves the search, another one all other tests that start Ray in this process.
     """
-    for item in items:
-        if item.get_closest_marker("ray"):
-            shared = "tune" if "tune" in item.path.parts else "session"
-            group = shared if "ray_session" in item.fixturenames else item.module.__name__
-            item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
-        elif item.get_closest_marker("browser"):
-            item.add_marker(pytest.mark.xdist_group("browser"))  # one browser is enough
+    if item.get_closest_marker("ray"):
+        shared = "tune" if "tune" in item.path.parts else "session"
+        group = shared if "ray_session" in item.fixturenames else item.module.__name__
+        item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
+    elif item.get_closest_marker("browser"):
+        item.add_marker(pytest.mark.xdist_group("browser"))
+
+
+def pytest_collection_modifyitems(items):
+    """Run the tests that start Ray first: they take longest."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
