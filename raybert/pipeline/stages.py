@@ -203,6 +203,7 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
     source = experiment.evaluate.source
     inputs = _evaluation_inputs(experiment, model)
     names = huggingface.read_label_names(model)
+    huggingface.read_tensors(model)  # missing or damaged weights are an error before Ray starts
     with display.stage("evaluate"), ray_session(experiment.ray) as resources:
         metrics = evaluation.evaluate(
             source,

@@ -20,7 +20,7 @@ from raybert.model.huggingface.config_json import (
 )
 from raybert.model.huggingface.load import load_classifier, load_encoder_into, load_masked_lm
 from raybert.model.huggingface.save import save_classifier, save_masked_lm
-from raybert.model.huggingface.weights import Weights, read_weights, weights_hash
+from raybert.model.huggingface.weights import Weights, read_tensors, read_weights, weights_hash
 
 __all__ = [
     "Weights",
@@ -28,6 +28,7 @@ __all__ = [
     "load_encoder_into",
     "load_masked_lm",
     "read_label_names",
+    "read_tensors",
     "read_model_config",
     "read_preprocessing",
     "read_temperature",
