@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Much of the tests' time is waiting for Ray's processes, so more of them than two cores pay.
-TEST_PROCESSES ?= 4
+# Tests without Ray run in so many processes; those that start Ray share one.
+TEST_PROCESSES ?= 2
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
 .PHONY: demo test test-slow lint bench clean
@@ -12,7 +12,8 @@ demo: $(VENV)/.demo
 	$(BIN)/raybert demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not peers"
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not ray and not slow and not peers"
+	$(BIN)/python -m pytest -m "ray and not slow and not peers"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow"
