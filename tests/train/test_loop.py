@@ -408,7 +408,7 @@ def test_a_micro_batch_of_another_step_ends_the_run(corpus, run):
     attempt = Attempt(
         job, run, change=lambda task: Scripted(task, batches=[batches[0], batches[2], batches[1]])
     )
-    with pytest.raises(RaybertError, match="step 1 was given a micro-batch of step 2"):
+    with pytest.raises(RaybertError, match="a micro-batch of step 2, expected 1"):
         attempt.run()
 
 
