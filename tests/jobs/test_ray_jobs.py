@@ -530,7 +530,7 @@ def test_a_run_has_one_job_which_can_be_followed_and_stopped(head, config):
     stopped = call(head, "stop", "tiny-1", "--json")
     assert json.loads(stopped.stdout) == {"job": job, "stopped": True}
     ended = call(head, "logs", "tiny-1")  # follows it to its end, or shows it after that
-    assert "go on" in ended.stdout + ended.stderr
+    assert "again to resume" in ended.stdout + ended.stderr
     listed = json.loads(call(head, "jobs", "--json").stdout)["jobs"]
     assert [one["status"] for one in listed if one["id"] == job] == ["STOPPED"]
     checkpoints = config.parent / "runs/tiny-1/pretrain/checkpoints"
