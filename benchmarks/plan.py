@@ -30,7 +30,7 @@ from typing import Any
 from origin import origin
 
 from raybert.data.corpus.manifest import MANIFEST, Manifest, PartFile
-from raybert.data.corpus.part_reader import PartReader
+from raybert.data.corpus.parts import PartReader
 from raybert.data.loader import BatchPlan
 from raybert.data.masking import MaskingConfig, Vocabulary
 from raybert.data.order import CorpusOrder, assign_to_ranks

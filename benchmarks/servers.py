@@ -24,7 +24,7 @@ from typing import IO, Any, Self
 import psutil
 from meter import plasma_in_use, private_pss
 
-from raybert.data.sources.labelled import labelled
+from raybert.data.sources.documents import labelled
 from raybert.data.sources.settings import EvaluationSource
 from raybert.model import huggingface
 from raybert.storage.folder import Folder

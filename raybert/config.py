@@ -1,7 +1,7 @@
 """Configuration: pydantic models next to the code that they configure, one YAML file, overrides.
 
-`Settings` is the base of every section. An unknown key is rejected with the nearest known one, and
-every error is one line that names key, value and remedy.
+An unknown key is rejected with the nearest known one, and every error is one line that names key,
+value and remedy.
 """
 
 from __future__ import annotations
@@ -105,16 +105,10 @@ def load(
     *,
     options: str = "--set",
 ) -> S:
-    """Read a configuration file, apply `key.path=value` overrides, and validate the result.
+    """Read a configuration file, if any, apply `key.path=value` overrides, and validate the result.
 
-    Args:
-        root: the type of the configuration.
-        path: the file; None: the defaults.
-        overrides: replace values of the file.
-        options: the command-line options of the overrides, for errors.
-
-    Raises:
-        ConfigError: a missing file, a syntax error, an unknown key or an invalid value.
+    A missing file, a syntax error, an unknown key or an invalid value is a ConfigError, which names
+    the file or `options`, the command-line options of the overrides.
     """
     values: Any = {}
     source = str(path) if path else "the defaults"
@@ -145,11 +139,7 @@ def load(
 
 
 def build(root: type[S], values: Mapping[str, Any], source: str) -> S:
-    """Validate a mapping as `root`.
-
-    Raises:
-        ConfigError: the first error in one line, which begins with `source` unless that is empty.
-    """
+    """Validate a mapping as `root`; a ConfigError begins with `source` unless that is empty."""
     try:
         return root.model_validate(values)
     except ValidationError as error:

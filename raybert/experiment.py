@@ -14,8 +14,7 @@ from raybert.data.sources.settings import EvaluationSource
 from raybert.errors import UserError
 from raybert.model.settings import ModelConfig
 from raybert.serve.settings import ServeConfig
-from raybert.storage.address import check_address
-from raybert.storage.folder import Folder
+from raybert.storage.folder import Folder, check_address
 from raybert.storage.registry import REGISTRY
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
 from raybert.tune.settings import TuneConfig

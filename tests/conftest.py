@@ -15,7 +15,6 @@ from proxy import Proxy, s3_uri
 
 from raybert.cluster.session import RayConfig
 from raybert.cluster.session import ray_session as session
-from raybert.storage import address
 from raybert.storage.folder import Folder
 from raybert.train.run import execute_bare
 
@@ -142,7 +141,7 @@ def bucket(s3_server, s3_path):
 @pytest.fixture
 def proxy(s3_server, s3_path, monkeypatch):
     """The same folder through a connection that can be broken, and that connection."""
-    monkeypatch.setattr(address, "_TRIES", 1)  # Arrow's retries would only take time
+    monkeypatch.setattr("raybert.storage.folder._TRIES", 1)  # Arrow's retries would only take time
     with Proxy(s3_server) as proxy:
         yield Folder(s3_uri(proxy.address, s3_path)), proxy
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from raybert.config import build
-from raybert.data.corpus.identity import inputs_of
+from raybert.data.corpus.build import inputs_of
+from raybert.data.corpus.corpus_writer import Packer, unigram_loss
 from raybert.data.corpus.manifest import FORMAT_VERSION, MANIFEST, Manifest
-from raybert.data.corpus.packing import Packer, unigram_loss
-from raybert.data.corpus.part_writer import PartWriter
+from raybert.data.corpus.parts import PartWriter
 from raybert.data.corpus.settings import CorpusConfig
 from raybert.data.encoding import id_dtype
 from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer

@@ -37,7 +37,7 @@ HOMES = {
         "raybert.cluster.internals.data",
         "raybert.data.loader",
         "raybert.data.corpus.tokenize_job",
-        "raybert.data.tokenize_on_ray",
+        "raybert.data.preprocess",
         "raybert.inference.bulk",
     },
     "ray.train": {

@@ -77,7 +77,7 @@ def print_result(result: Any, as_json: bool) -> None:
 
 def load_model_folder(path: str | None, experiment: Experiment, stage: str = "finetune") -> Folder:
     """Find the `model/` directory of `--model`, or that of the experiment's stage."""
-    from raybert.storage.model_folders import resolve_model
+    from raybert.storage.registry import resolve_model
 
     if path is None:
         return resolve_model((experiment.folder / stage).uri)

@@ -1,9 +1,9 @@
 """Masked micro-batches for a rank, step by step: in this process, or from Ray Data operators.
 
-One Ray Data execution serves a whole run. Its items are ranges of steps that each read one window
-of the order. An operator on any CPU of the cluster reads the rows of the rank's micro-batches in
-such a range and masks them; the blocks come back in order. The first step of a resumed run and the
-number of workers only decide which items there are.
+One Ray Data execution serves a run. Its items are ranges of steps that each read one window of the
+order. An operator on any CPU of the cluster reads the rows of the rank's micro-batches in such a
+range and masks them; the blocks come back in order. The first step of a resumed run and the number
+of workers only decide which items there are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raybert.data.corpus.part_reader import PartReader, Rows
+from raybert.data.corpus.parts import PartReader, Rows
 from raybert.data.masking import IGNORE_INDEX, MaskingConfig, Vocabulary, mask_rows
 from raybert.data.order import CorpusOrder
 from raybert.errors import RaybertError
@@ -97,8 +97,8 @@ class BatchPlan:
                     np.concatenate([r.word_starts[at] for r in rows]),
                 ),
                 ids,
-                np.full(len(ids), epoch),
-                np.full(len(ids), self.masking.rate(step / max(1, self.total_steps))),
+                epoch,
+                self.masking.rate(step / max(1, self.total_steps)),
                 config=self.masking,
                 vocabulary=self.vocabulary,
                 seed=self.order.seed,
@@ -116,15 +116,8 @@ def ray_micro_batches(
 ) -> Iterator[list[MicroBatch]]:
     """Yield what `plan.micro_batches` yields, computed by Ray Data on the cluster's CPUs.
 
-    Args:
-        plan: the run's plan.
-        indices: this rank's micro-batch indices.
-        steps: the steps, from any first step.
-        cpus: logical CPUs that this execution may use; less than one is allowed.
-        memory: bytes of the object store that its blocks may fill.
-
-    Raises:
-        RaybertError: micro-batches are missing, come twice or out of order.
+    The execution may use `cpus` logical CPUs, also less than one, and its blocks `memory` bytes of
+    the object store. A RaybertError if micro-batches are missing, come twice or out of order.
     """
     import ray
     from ray.data import DataContext, ExecutionResources
@@ -158,7 +151,7 @@ def ray_micro_batches(
 def _mask_steps(
     items: dict[str, npt.NDArray[np.int64]], plan: BatchPlan, indices: list[int]
 ) -> Iterator[pa.Table]:
-    """The operator: ranges of steps in, tables of masked rows out, several whole steps a table."""
+    """The operator: ranges of steps in, tables of the masked rows of several complete steps out."""
     for begin, end in zip(items["begin"], items["end"], strict=True):
         pending: list[MicroBatch] = []
         size = 0
@@ -206,11 +199,7 @@ def _from_tables(tables: Iterable[pa.Table]) -> Iterator[MicroBatch]:
 def _check_complete(
     made: Iterator[MicroBatch], order: CorpusOrder, indices: Sequence[int], steps: range
 ) -> Iterator[list[MicroBatch]]:
-    """Yield one list of micro-batches for every step, empty where the rank has no row in it.
-
-    Raises:
-        RaybertError: micro-batches are missing, come twice or out of order.
-    """
+    """Yield one list of micro-batches for every step, empty where the rank has no row in it."""
     for step in steps:
         expected = [(step, index) for index in order.indices_with_rows(step, indices)]
         batches = list(itertools.islice(made, len(expected)))

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from raybert.config import Settings
-from raybert.data.corpus.part_reader import Rows
-from raybert.data.keyed import key_of, keyed_uniform
+from raybert.data.corpus.parts import Rows
+from raybert.data.keyed import I64, key_of, keyed_uniform
 
 IGNORE_INDEX = -100
 
@@ -81,42 +81,41 @@ class Vocabulary:
 
 def mask_rows(
     rows: Rows,
-    row_ids: npt.NDArray[np.int64],
-    epochs: npt.NDArray[np.int64],
-    rates: npt.NDArray[np.float64],
+    row_ids: I64,
+    epoch: int,
+    rate: float,
     *,
     config: MaskingConfig,
     vocabulary: Vocabulary,
     seed: int,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Mask rows [n, T], each with its row id, epoch and mask rate [n].
+    """Mask rows [n, T] with the ids `row_ids` [n]; `rate` is the share of predicted tokens.
 
-    Returns:
-        input_ids: int32 [n, T], with the chosen tokens replaced.
-        labels: int32 [n, T], the true ids where a token was chosen, IGNORE_INDEX elsewhere.
+    Returns input_ids, int32 [n, T], with the chosen tokens replaced, and labels, int32 [n, T]: the
+    true ids where a token was chosen, IGNORE_INDEX elsewhere.
     """
     ids = rows.input_ids.astype(np.int32)  # [n, T]
-    at = (np.asarray(epochs)[:, None], np.asarray(row_ids)[:, None], np.arange(ids.shape[1]))
-    rate = np.asarray(rates, np.float32)[:, None]  # [n, 1]
+    at = ([[epoch]], row_ids[:, None], np.arange(ids.shape[1]))
     draw = keyed_uniform(key_of("choose", seed), *at)  # [n, T]
     if config.strategy == "tokens":
-        chosen = draw < rate
+        chosen = draw < np.float32(rate)
     elif config.strategy == "words":
-        chosen = np.take_along_axis(draw, _first_of_word(rows.word_starts), axis=1) < rate
+        of_word = np.take_along_axis(draw, _first_of_word(rows.word_starts), axis=1)
+        chosen = of_word < np.float32(rate)
     else:
         length = keyed_uniform(key_of("length", seed), *at)
-        chosen = _spans(rows.word_starts, draw, length, np.asarray(rates))
+        chosen = _spans(rows.word_starts, draw, length, rate)
     chosen &= ~vocabulary.special[ids]  # [n, T]
 
     labels = np.where(chosen, ids, np.int32(IGNORE_INDEX))  # [n, T]
     n, t = np.nonzero(chosen)  # [M] each: the chosen positions
-    where = (np.asarray(epochs)[n], np.asarray(row_ids)[n], t)
+    where = ([epoch], row_ids[n], t)
     action = keyed_uniform(key_of("replace", seed), *where)
     ordinary = vocabulary.ordinary
     drawn = keyed_uniform(key_of("random", seed), *where)
     random_ids = ordinary[(drawn * np.float32(len(ordinary))).astype(np.int64) % len(ordinary)]
-    kept = np.where(action < config.mask_share + config.random_share, random_ids, ids[n, t])
-    ids[n, t] = np.where(action < config.mask_share, vocabulary.mask_id, kept)
+    unmasked = np.where(action < config.mask_share + config.random_share, random_ids, ids[n, t])
+    ids[n, t] = np.where(action < config.mask_share, vocabulary.mask_id, unmasked)
     return ids, labels
 
 
@@ -130,9 +129,9 @@ def _spans(
     word_starts: npt.NDArray[np.bool_],
     draw: npt.NDArray[np.float32],
     length: npt.NDArray[np.float32],
-    rates: npt.NDArray[np.float64],
+    rate: float,
 ) -> npt.NDArray[np.bool_]:
-    """Choose spans of whole words, bool [n, T], that cover a share `rates` [n] on average."""
+    """Choose spans of whole words, bool [n, T], that cover a share `rate` on average."""
     starts = word_starts.copy()
     starts[:, 0] = True
     # [n, T], the number of each token's word in its row
@@ -141,7 +140,7 @@ def _spans(
     # A span starts at each word with the probability that covers the wanted share. It is
     # 1 + floor(log(1 - u) / log(1 - p)) words long, at most 10.
     lengths = 1 + np.floor(np.log1p(-length[n, t]) / np.log1p(-_SPAN_P)).astype(np.int64)
-    begins = draw[n, t] < _start_probability(rates)[n]
+    begins = draw[n, t] < _start_probability(rate)
     span: npt.NDArray[np.int64] = np.zeros(starts.shape, np.int64)
     span[n, word[n, t]] = np.where(begins, np.minimum(lengths, _MAX_SPAN), 0)
     covered = span > 0
@@ -150,16 +149,12 @@ def _spans(
     return np.take_along_axis(covered, word, axis=1)
 
 
-def _start_probability(rates: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Solve 1 - prod_d (1 - q P(length > d)) = rate for q by bisection, for each rate [n]."""
-    unique, inverse = np.unique(rates, return_inverse=True)
+def _start_probability(rate: float) -> np.float64:
+    """Solve 1 - prod_d (1 - q P(length > d)) = rate for q by bisection."""
     longer = (1 - _SPAN_P) ** np.arange(_MAX_SPAN)  # P(length > d)
-    low, high = np.zeros_like(unique), np.ones_like(unique)
+    low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        covered = 1 - np.prod(1 - np.outer(middle, longer), axis=1)
-        low, high = (
-            np.where(covered < unique, middle, low),
-            np.where(covered < unique, high, middle),
-        )
-    return np.asarray(high[inverse])
+        is_low = 1 - np.prod(1 - middle * longer) < rate
+        low, high = (middle, high) if is_low else (low, middle)
+    return np.float64(high)

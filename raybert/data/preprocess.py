@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from raybert.data.keyed import I64
 from raybert.data.text import replace_line_breaks
@@ -54,11 +55,9 @@ class Preprocessing:
 
 
 def pad(rows: Sequence[npt.NDArray[Any]], pad_id: int) -> tuple[I64, npt.NDArray[np.bool_] | None]:
-    """Stack rows of ids, padded to the longest one.
+    """Stack rows of ids, padded to the longest one: int64 [n, longest], at least one column.
 
-    Returns:
-        input_ids: int64 [n, longest], at least one column.
-        attention_mask: bool [n, longest], False at padding; None where there is no padding.
+    The second result is the attention mask, bool [n, longest], False at padding; None: no padding.
     """
     lengths = np.array([len(row) for row in rows])
     width = int(lengths.max(initial=1))
@@ -66,3 +65,42 @@ def pad(rows: Sequence[npt.NDArray[Any]], pad_id: int) -> tuple[I64, npt.NDArray
     mask = np.arange(width) < lengths[:, None]
     ids[mask] = np.concatenate(rows)
     return ids, None if mask.all() else mask
+
+
+_BATCH_TEXTS = 1000
+
+
+def tokenize(
+    texts: pa.ChunkedArray, tokenizer: Tokenizer, how: Preprocessing
+) -> list[npt.NDArray[Any]]:
+    """Turn texts into ids, one array per text, in their order."""
+    import ray
+
+    if not ray.is_initialized() or len(texts) < 2 * _BATCH_TEXTS:
+        return how.encode(tokenizer, texts.to_pylist())
+    from ray.data import DataContext
+
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    with DataContext.current(context):
+        # The read tasks contain their rows, so no block waits in the object store.
+        tables = [
+            pa.table({"text": texts.slice(begin, _BATCH_TEXTS).combine_chunks()})
+            for begin in range(0, len(texts), _BATCH_TEXTS)
+        ]
+        dataset = ray.data.from_arrow(tables).map_batches(
+            _encode, fn_args=(tokenizer, how), batch_size=None, batch_format="pyarrow"
+        )
+        return [
+            ids.values.to_numpy()
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+            for column in table["input_ids"].chunks
+            for ids in column
+        ]
+
+
+def _encode(table: pa.Table, tokenizer: Tokenizer, how: Preprocessing) -> pa.Table:
+    rows = how.encode(tokenizer, table["text"].to_pylist())
+    return pa.table({"input_ids": pa.array(rows, pa.list_(pa.uint32()))})

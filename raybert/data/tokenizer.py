@@ -19,13 +19,14 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from raybert.data.encoding import (
     Ragged,
+    WordCache,
     encode_plain,
     id_dtype,
     offsets_of,
+    splits_at_spaces,
     template_ids,
     word_start_table,
 )
-from raybert.data.word_cache import WordCache, splits_at_spaces
 from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.storage.folder import Folder
 
@@ -47,11 +48,7 @@ class Tokenizer:
     """A Hugging Face tokenizer with the roles of its special tokens. Picklable."""
 
     def __init__(self, spec: str, config: dict[str, Any] | None = None, name: str = "") -> None:
-        """Wrap the content of a `tokenizer.json` and of a `tokenizer_config.json`.
-
-        Raises:
-            DamagedError: it can't be parsed.
-        """
+        """Wrap the content of a `tokenizer.json` and of a `tokenizer_config.json`."""
         self.name = name or TOKENIZER_FILE
         try:
             self.hf = HfTokenizer.from_str(spec)
@@ -70,12 +67,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Folder) -> Tokenizer:
-        """Read the tokenizer of a corpus or model folder.
-
-        Raises:
-            DataError: the folder has none.
-            DamagedError: it can't be parsed.
-        """
+        """Read the tokenizer of a corpus or model folder; a DataError where there is none."""
         name = folder.join(TOKENIZER_FILE)
         try:
             spec = folder.read_text(TOKENIZER_FILE)
@@ -89,22 +81,16 @@ class Tokenizer:
     def save(self, folder: Folder) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`."""
         folder.write_text(TOKENIZER_FILE, self.to_json())
-        folder.write_json(CONFIG_FILE, self.to_config())
-
-    def to_json(self) -> str:
-        """The content of `tokenizer.json` in a canonical form."""
-        return json.dumps(self.spec, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
-
-    def to_config(self, max_length: int | None = None) -> dict[str, Any]:
-        """The content of `tokenizer_config.json`; `max_length` is a model's limit in tokens."""
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **{role: token for role, token in self._roles.items() if token is not None},
         }
-        if max_length is not None:
-            config["model_max_length"] = max_length
-        return config
+        folder.write_json(CONFIG_FILE, config)
+
+    def to_json(self) -> str:
+        """The content of `tokenizer.json` in a canonical form."""
+        return json.dumps(self.spec, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -130,11 +116,6 @@ class Tokenizer:
     def pad_id(self) -> int:
         """The id of padding."""
         return self._id("pad_token")
-
-    @property
-    def unk_id(self) -> int:
-        """The id of words that are not in the vocabulary."""
-        return self._id("unk_token")
 
     @property
     def cls_id(self) -> int:
@@ -174,24 +155,12 @@ class Tokenizer:
         """For each id, bool [V], whether it starts a word; None where that depends on the text."""
         return word_start_table(self.spec, self.vocab_size)
 
-    def encode_batch(
-        self, texts: Sequence[str], *, special: bool = True
-    ) -> list[npt.NDArray[np.int32]]:
-        """Turn texts into ids, int32 [length] each, neither truncated nor padded.
-
-        Args:
-            texts: raw strings.
-            special: whether to add the special tokens of the file's template.
-        """
-        ragged = self.encode(texts, special=special)
-        return ragged._replace(values=ragged.values.astype(np.int32)).split()
-
-    def encode(self, texts: Sequence[str], *, special: bool = True) -> Ragged:
-        """Turn texts into ids and word starts, concatenated."""
+    def encode(self, texts: Sequence[str]) -> Ragged:
+        """Turn texts into ids, special tokens included, and word starts, concatenated."""
         starts = self.starts_by_id
         if self._cache is None or starts is None:
-            return encode_plain(self.hf, texts, special, self.dtype, starts)
-        before, after = self._template if special else (b"", b"")
+            return encode_plain(self.hf, texts, self.dtype, starts)
+        before, after = self._template
         joined = [before + ids + after for ids in self._cache.encode(texts)]
         values = np.frombuffer(b"".join(joined), self.dtype)
         lengths = np.fromiter(map(len, joined), np.int64, len(joined)) // self.dtype.itemsize

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
 from raybert.config import Settings
+from raybert.data.encoding import STRIP_PATTERN
 from raybert.data.text import text_hash
 from raybert.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_FILE, Tokenizer
-from raybert.data.word_cache import STRIP_PATTERN
 from raybert.errors import DataError
 from raybert.storage.folder import Folder
 
@@ -66,8 +66,7 @@ class TokenizerConfig(Settings):
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """Train the configured tokenizer on texts, or load it.
 
-    Raises:
-        DataError: there is no text, or `vocab_size` is smaller than the alphabet.
+    A DataError if there is no text, or `vocab_size` is smaller than the alphabet.
     """
     if config.kind == "file":
         assert config.path is not None  # TokenizerConfig requires it
@@ -196,12 +195,7 @@ def _finish(tokenizer: HfTokenizer) -> Tokenizer:
 
 
 def load_file(path: str) -> Tokenizer:
-    """Load a tokenizer from a `tokenizer.json`, or from a folder that has one.
-
-    Raises:
-        DataError: there is none.
-        DamagedError: it can't be parsed.
-    """
+    """Load a tokenizer from a `tokenizer.json`, or from a folder that has one."""
     folder = Folder(path)
     if folder.path.endswith(".json"):
         parent, name = Folder.of_file(folder.uri)

@@ -8,6 +8,7 @@ scores do not depend on the other texts of its batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,43 @@ import torch
 
 from raybert.data.preprocess import Preprocessing, pad
 from raybert.data.tokenizer import Tokenizer
-from raybert.inference.precision import build_model
-from raybert.inference.precision_store import resolve_precision
-from raybert.inference.windows import Row, windows
+from raybert.inference.precision import build_model, resolve_precision
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
+
+Row = npt.NDArray[Any]  # token ids of a text or of a window, [tokens]
+
+#: A quarter of a window is also in the next one: a phrase that one of them cuts is whole in the
+#: other.
+OVERLAP = 4
+
+
+def windows(ids: Row, seq_len: int) -> list[Row]:
+    """Split a text's ids into windows of at most `seq_len` tokens that cover it.
+
+    Each window begins and ends with the text's first and last id, the special tokens. A text that
+    fits is one window; all windows of a longer text have `seq_len` tokens, at least 8.
+    """
+    if len(ids) <= seq_len:
+        return [ids]
+    first, inner, last = ids[:1], ids[1:-1], ids[-1:]
+    size = seq_len - 2
+    stride = size - size // OVERLAP
+    starts = [*range(0, len(inner) - size, stride), len(inner) - size]
+    return [np.concatenate([first, inner[a : a + size], last]) for a in starts]
+
+
+def pool(logits: npt.NDArray[np.float32], counts: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Average logits [windows, labels] over each text's windows: [texts, labels].
+
+    `counts` has their number by text, 1 or more.
+    """
+    if len(counts) == len(logits):  # one window a text
+        return logits
+    starts = np.cumsum([0, *counts[:-1]])
+    sums = np.add.reduceat(logits, starts, axis=0)
+    return np.asarray(sums / np.array(counts, np.float32)[:, None], np.float32)
+
 
 #: Of one forward pass: enough that matrix products take most of the time, and on CPUs few enough
 #: that the activations between two products stay in the cache.
@@ -30,12 +63,7 @@ class TextClassifier:
     """A fine-tuned model with its tokenizer and its preprocessing."""
 
     def __init__(self, folder: Folder, *, device: str = "cpu", precision: str = "auto") -> None:
-        """Load a `model/` directory; `precision` is as in `resolve_precision`.
-
-        Raises:
-            UserError: there is no classifier, or no such precision on this machine.
-            DamagedError: a file is cut short or altered.
-        """
+        """Load a `model/` directory; `precision` is as in `resolve_precision`."""
         model, self.labels = huggingface.load_classifier(folder)
         self.tokenizer = Tokenizer.load(folder)
         self.preprocessing = Preprocessing.read(

@@ -56,11 +56,7 @@ class Teacher:
         return hashlib.sha256(hashes.encode()).hexdigest()
 
     def logits(self, texts: pa.ChunkedArray, names: list[str]) -> npt.NDArray[np.float32]:
-        """The logits [n, labels] of n strings, in the order of the student's labels, `names`.
-
-        Raises:
-            DataError: a model has other labels.
-        """
+        """The logits [n, labels] of n strings, in the order of the student's labels, `names`."""
         found, done = [], 0
         for folder in self._models:
             classifier = TextClassifier(folder)

@@ -68,7 +68,7 @@ class Explainer:
         """Compute the attributions of a text's words.
 
         The middle of a text that is longer than the model is left out; words in it have no weight.
-        `label` is an index; None: the likeliest one.
+        `label` is an index; None: the most probable one.
         """
         tokens = _tokenize(self._classifier, text)
         ids = torch.tensor(tokens.ids, dtype=torch.int64, device=self._device)  # [T]

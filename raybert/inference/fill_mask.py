@@ -1,4 +1,4 @@
-"""A pretrained masked language model for inference: texts with masks in, likely tokens out."""
+"""A pretrained masked language model for inference: texts with masks in, probable tokens out."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ class MaskFiller:
     """A masked language model with its tokenizer."""
 
     def __init__(self, folder: Folder, *, device: str = "cpu") -> None:
-        """Load a `model/` directory.
-
-        Raises:
-            UserError: there is no masked language model there.
-            DamagedError: a file is cut short or altered.
-        """
+        """Load a `model/` directory; a UserError if it has no masked language model."""
         self._model = huggingface.load_masked_lm(folder).to(device).eval()
         self._tokenizer = Tokenizer.load(folder)
         limit = self._model.encoder.config.max_seq_len
@@ -37,10 +32,9 @@ class MaskFiller:
         return self._model.encoder.config.max_seq_len
 
     def fill(self, text: str, top: int) -> list[list[dict[str, Any]]]:
-        """Predict each mask of a text: `top` of {"token", "probability"}, the likeliest first.
+        """Predict each mask of a text: `top` of {"token", "probability"}, the most probable first.
 
-        Raises:
-            DataError: the text has no mask, or is longer than the model reads.
+        A DataError if the text has no mask, or is longer than the model reads.
         """
         return predict_masks(self._model, self._tokenizer, self._preprocessing.clean(text), top)
 

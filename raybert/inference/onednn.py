@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybert.model.attention import attend, attend_varlen
-from raybert.model.attention_plan import AttentionPlan
+from raybert.model.attention import AttentionPlan, attend, attend_varlen
 from raybert.model.encoder import Encoder
 from raybert.model.layers import Attention, EncoderLayer, FeedForward
 

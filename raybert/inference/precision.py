@@ -1,8 +1,10 @@
-"""The registry of precisions that a classifier runs in: fp32, bf16, int8, compiled.
+"""The registry of precisions that a classifier runs in, and the one selected for a machine type.
 
 An entry builds the module that computes in a precision, and says where that is available. A new
 precision is one more entry (and one more value of the setting `serve.precision`). The encoder
-changes; the classification head stays in fp32.
+changes; the classification head stays in fp32. `precision_choice` measures and selects; the choice
+is one file per machine type beside the weights, written once, so that all replicas on such machines
+take the same precision.
 
 Shapes: B batch, T tokens, D hidden.
 """
@@ -11,28 +13,32 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raybert.cluster.machine import has_fast_bf16
+from raybert.cluster.machine import cores, device_name, has_fast_bf16
+from raybert.errors import StorageError, UserError
 from raybert.inference.compiled import can_compile, compile_modules
 from raybert.inference.int8 import has_int8, to_int8
 from raybert.inference.onednn import has_onednn, pack, replace_modules
+from raybert.model import huggingface
 from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
+from raybert.storage.exclusive import create_json
+from raybert.storage.folder import Folder
+from raybert.storage.registry import CHOICES
 
 _FP32_BUFFERS = ("global_angles", "local_angles")  # bf16 represents integers up to 256 only
 
 
 def build_model(model: Classifier, precision: str) -> nn.Module:
-    """Make a module that computes an fp32 classifier's logits in a precision, on its device.
-
-    It is called as the classifier, which is not changed.
-    """
+    """Make a module that is called as an fp32 classifier and computes in a precision."""
     return PRECISIONS[precision].build(model, next(model.parameters()).device)
 
 
@@ -140,3 +146,66 @@ class _FP32Output(nn.Module):
             far = far._replace(lengths=None, cu_seqlens=cu_seqlens)
             near = near._replace(lengths=None, cu_seqlens=cu_seqlens)
         return self.encoder.transform(input_ids, positions, far, near).float()  # [B, T, D]
+
+
+def resolve_precision(precision: str, folder: Folder, device: torch.device) -> str:
+    """The precision that a setting stands for; auto is the stored choice or the device's default.
+
+    A UserError if there is no such precision, or this machine can't compute in it.
+    """
+    if precision == "auto":
+        choice = read_choice(folder, device)
+        return str(choice["precision"]) if choice else default_precision(device)
+    if precision not in PRECISIONS:
+        raise UserError(f"serve.precision={precision}: use auto, {', '.join(PRECISIONS)}")
+    if precision not in available_precisions(device):
+        needs = PRECISIONS[precision].requirement
+        raise UserError(f"serve.precision={precision} needs {needs}; use bf16, fp32 or auto")
+    return precision
+
+
+def machine_type(device: torch.device) -> str:
+    """What a choice depends on: the GPU's name, or the CPU's name and its number of cores."""
+    name = device_name(device)
+    return name if device.type == "cuda" else f"{name}, {cores()} cores"
+
+
+def read_choice(folder: Folder, device: torch.device) -> dict[str, Any] | None:
+    """The choice stored for these weights and this machine type; None if there is none."""
+    ending = f"-{_short_hash(machine_type(device))}.json"
+    names = [n for n in folder.names() if n.startswith(CHOICES) and n.endswith(ending)]
+    if not names:  # before all weights are read for their hash
+        return None
+    name = _file_name(folder, device)
+    if name not in names:
+        return None
+    found = folder.read_json(name)
+    return found if isinstance(found, dict) and found.get("precision") in PRECISIONS else None
+
+
+def store_choice(
+    folder: Folder, device: torch.device, choice: dict[str, Any], *, replace: bool = False
+) -> dict[str, Any] | None:
+    """Store a choice measured on a device, or, unless `replace`, keep what is stored.
+
+    Returns the choice that is stored now; None if the folder can't be written.
+    """
+    name = _file_name(folder, device)
+    content = {"machine": machine_type(device), **choice}
+    try:
+        if replace:
+            folder.write_json(name, content)
+        else:
+            create_json(folder, name, content)
+    except (OSError, StorageError):
+        return None
+    return read_choice(folder, device)
+
+
+def _file_name(folder: Folder, device: torch.device) -> str:
+    weights, machine = huggingface.weights_hash(folder)[:8], _short_hash(machine_type(device))
+    return f"{CHOICES}{weights}-{machine}.json"
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

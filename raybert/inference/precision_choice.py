@@ -15,8 +15,13 @@ import numpy.typing as npt
 import torch
 
 from raybert.inference.classifier import TextClassifier, softmax
-from raybert.inference.precision import available_precisions, default_precision
-from raybert.inference.precision_store import machine_type, read_choice, store_choice
+from raybert.inference.precision import (
+    available_precisions,
+    default_precision,
+    machine_type,
+    read_choice,
+    store_choice,
+)
 from raybert.storage.folder import Folder
 from raybert.tasks.classification_metrics import classification_scores
 
@@ -65,10 +70,9 @@ def _machine_lock() -> Iterator[None]:
 def benchmark(folder: Folder, device: str) -> dict[str, Any]:
     """Measure the speed of each precision, and the difference of its scores, on random words.
 
-    Returns:
-        precision: the fastest one whose probabilities are within MAX_DIFFERENCE of fp32's.
-        measured: by precision, tokens_per_second; max_difference from fp32's probabilities;
-            company: the largest difference of a text's probabilities alone and in a batch.
+    Returns `precision`, the fastest one whose probabilities are within MAX_DIFFERENCE of fp32's,
+    and `measured`: by precision tokens_per_second, max_difference from fp32's probabilities, and
+    batch_difference, the largest one between a text's probabilities alone and in a batch.
     """
     reference: npt.NDArray[np.float32] | None = None
     measured: dict[str, dict[str, float]] = {}
@@ -81,7 +85,7 @@ def benchmark(folder: Folder, device: str) -> dict[str, Any]:
         measured[name] = {
             "tokens_per_second": _tokens_per_second(classifier, rows),
             "max_difference": float(np.abs(scores - reference).max()),
-            "company": float(np.abs(scores - alone).max()),
+            "batch_difference": float(np.abs(scores - alone).max()),
         }
     close = [n for n, found in measured.items() if found["max_difference"] <= MAX_DIFFERENCE]
     speeds = {name: measured[name]["tokens_per_second"] for name in close}
@@ -98,15 +102,10 @@ def compare(
 ) -> dict[str, Any]:
     """Measure each precision on labelled texts, and store the best one for this machine type.
 
-    `labels` [texts] are indices into the model's. `on_progress` gets a line about each precision
-    before it is measured.
-
-    Returns:
-        precision: the fastest one that loses at most MAX_POINTS_LOST of accuracy.
-        measured: by precision, texts_per_second, accuracy, loss, and points_lost of accuracy.
-        texts: how many.
-        machine: the machine type.
-        stored: whether the choice could be written to the model's folder.
+    `labels` [texts] are indices into the model's. `on_progress` gets a line before each precision.
+    Returns `precision`, the fastest one that loses at most MAX_POINTS_LOST of accuracy; `measured`:
+    by precision texts_per_second, accuracy, loss and points_lost of accuracy; `texts`; `machine`;
+    and `stored`, whether the choice could be written to the model's folder.
     """
     where = torch.device(device)
     measured: dict[str, dict[str, float]] = {}

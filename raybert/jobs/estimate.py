@@ -26,7 +26,7 @@ from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
-from raybert.storage.model_folders import find_model
+from raybert.storage.registry import find_model
 from raybert.tasks.prepared_texts import read_prepared_texts
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
 from raybert.train.metrics_log import read_metrics

@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from raybert.errors import ConfigError
-from raybert.model.attention_plan import (
+from raybert.model.attention import (
     AttentionPlan,
     concatenated_positions,
     document_positions,
     plan_attention,
     visibility_mask,
 )
-from raybert.model.layers import Embeddings, EncoderLayer, make_layer_norm
-from raybert.model.rotary import rotary_angles
+from raybert.model.layers import Embeddings, EncoderLayer, make_layer_norm, rotary_angles
 from raybert.model.settings import ModelConfig
 
 
@@ -51,7 +50,7 @@ class Encoder(nn.Module):
         document_ids: Tensor | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Encode a batch.
+        """Encode a batch to hidden states [B, T, D], which are undefined at padding.
 
         Args:
             input_ids: int64 [B, T].
@@ -61,12 +60,6 @@ class Encoder(nn.Module):
                 their own document only, and its positions start at 0. None: a row is one document.
             lengths: tokens of each text where B is 1 and texts are concatenated in the row, which
                 may then have any length: inference without padding. None: a row is one text.
-
-        Returns:
-            Hidden states [B, T, D]. Those at padding are undefined.
-
-        Raises:
-            ConfigError: a text is longer than max_seq_len.
         """
         plans = self.plan(input_ids, attention_mask, document_ids, lengths)
         return self.transform(input_ids, *plans)

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybert.model.dropout import Dropout
 from raybert.model.encoder import Encoder
-from raybert.model.layers import initialize, make_layer_norm, make_linear
+from raybert.model.layers import Dropout, initialize, make_layer_norm, make_linear
 from raybert.model.losses import linear_cross_entropy
 from raybert.model.settings import HeadConfig, ModelConfig
 
@@ -115,16 +114,10 @@ class Classifier(nn.Module):
         attention_mask: Tensor | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Compute the logits of the labels.
+        """Compute the logits of the labels, fp32 [B, L], for `input_ids` int64 [B, T].
 
-        Args:
-            input_ids: int64 [B, T], or [1, T] with `lengths`.
-            attention_mask: bool [B, T], False at padding; None: no padding.
-            lengths: tokens of each of B texts that are concatenated in one row; None: a row is a
-                text.
-
-        Returns:
-            Logits, fp32 [B, L].
+        `attention_mask` is bool [B, T], False at padding; None: no padding. `lengths` are the
+        tokens of B texts that are concatenated in one row, `input_ids` [1, T].
         """
         x: Tensor = self.encoder(input_ids, attention_mask, lengths=lengths)  # [B, T, D]
         if lengths is None:

@@ -22,21 +22,15 @@ OTHER_BIAS_COLUMNS = 8
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """Sum the cross-entropy of `softmax(x weight^T + bias)` against `targets`.
+    """Sum the cross-entropy of `softmax(x weight^T + bias)`, in nats, against `targets`.
+
+    `x` are hidden states [M, D], `weight` is the embedding matrix [V, D], `bias` is [V], `targets`
+    are int64 [M] in 0 .. V-1. The sum is a scalar, fp32, or fp64 where `x` is.
 
     Logits and their softmax have autocast's dtype where it is on, else that of `x`; sums over
     chunks, of the loss and of the gradients of `weight` and `bias`, are fp32. In bf16 the relative
     error of the sum is about 1e-4, and that of the gradients 1% of their norm, as with any bf16
     matrix product. Gradients are computed in the forward pass, and only if gradients are enabled.
-
-    Args:
-        x: hidden states [M, D].
-        weight: the embedding matrix [V, D].
-        bias: [V].
-        targets: int64 [M], each in 0 .. V-1.
-
-    Returns:
-        The sum in nats: a scalar, fp32, or fp64 where `x` is.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

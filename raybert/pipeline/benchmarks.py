@@ -14,9 +14,9 @@ import torch
 
 from raybert.cluster.session import ray_session
 from raybert.data.corpus.manifest import FORMAT_VERSION, MANIFEST, Manifest
-from raybert.data.corpus.part_writer import PartWriter
+from raybert.data.corpus.parts import PartWriter
 from raybert.data.encoding import id_dtype
-from raybert.data.sources.labelled import labelled
+from raybert.data.sources.documents import labelled
 from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment

@@ -14,7 +14,7 @@ from raybert.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
-from raybert.storage.model_folders import resolve_model
+from raybert.storage.registry import resolve_model
 from raybert.terminal.display import Display
 
 if TYPE_CHECKING:

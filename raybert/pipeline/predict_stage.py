@@ -100,7 +100,7 @@ def predict_file(
     from raybert.model import huggingface
 
     names = huggingface.read_label_names(model)
-    huggingface.read_tensors(model)  # missing or damaged weights are an error before Ray starts
+    huggingface.check_weights(model)  # missing or damaged weights are an error before Ray starts
     columns = experiment.evaluate.source.model_dump(
         include={"text_column", "on_bad_row", "document", "format"}
     )

@@ -12,7 +12,6 @@ from typing import Any
 from raybert.cluster.session import ray_session
 from raybert.config import build, dump, parse_yaml
 from raybert.data.corpus import build as corpus
-from raybert.data.corpus import identity
 from raybert.data.corpus.manifest import Manifest
 from raybert.data.sources import documents
 from raybert.data.sources.settings import SourceConfig
@@ -20,7 +19,7 @@ from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.pipeline.finetune_setup import format_skipped, prepare_finetune, teachers
 from raybert.storage.folder import Folder
-from raybert.storage.model_folders import resolve_model
+from raybert.storage.registry import resolve_model
 from raybert.terminal.display import Display, clock
 
 METRICS = "metrics.json"
@@ -30,7 +29,7 @@ MASK = "[MASK]"  # in every tokenizer that raybert trains
 def make_corpus(experiment: Experiment, display: Display, *, force: bool = False) -> dict[str, Any]:
     """Build the tokenizer and the corpus from raw text."""
     folder = experiment.folder / "corpus"
-    manifest = None if force else identity.existing(experiment.corpus, folder)
+    manifest = None if force else corpus.existing(experiment.corpus, folder)
     if manifest is not None:
         display.say(f"corpus    {folder} is built already: {_format_corpus(manifest)}")
         return _corpus_result(folder, manifest)
@@ -82,7 +81,7 @@ def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) ->
     folder = experiment.folder / "corpus"
     manifest = Manifest.read(folder)
     # Only settings are compared: the text may have been deleted since.
-    identity.check_config(experiment.corpus, manifest, folder)
+    corpus.check_config(experiment.corpus, manifest, folder)
     model, start, path = experiment.model, None, experiment.pretrain.initialize_from
     if path is not None:
         start = resolve_model(path, "pretrain", key="pretrain.initialize_from")
@@ -188,24 +187,27 @@ def evaluate(experiment: Experiment, display: Display) -> dict[str, Any]:
 
 def stored_metrics(experiment: Experiment, run: Folder) -> dict[str, Any] | None:
     """Return a run's stored metrics; None where its model or the evaluation source has changed."""
+    from raybert.model.huggingface import weights_hash
+
     if not (run.exists(METRICS) and run.exists("model/config.json")):
         return None
     metrics = run.read_json(METRICS)
-    is_current = metrics.get("made_from") == _evaluation_inputs(experiment, run / "model")
+    inputs = _evaluation_inputs(experiment, weights_hash(run / "model"))
+    is_current = metrics.get("made_from") == inputs
     return dict(metrics) if is_current else None
 
 
 def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> dict[str, Any]:
     """Evaluate any classifier on the experiment's evaluation source."""
-    from raybert.inference import evaluation
+    from raybert.inference import bulk
     from raybert.model import huggingface
 
     source = experiment.evaluate.source
-    inputs = _evaluation_inputs(experiment, model)
     names = huggingface.read_label_names(model)
-    huggingface.read_tensors(model)  # missing or damaged weights are an error before Ray starts
+    # Missing or damaged weights are an error before Ray starts.
+    inputs = _evaluation_inputs(experiment, huggingface.check_weights(model))
     with display.stage("evaluate"), ray_session(experiment.ray) as resources:
-        metrics = evaluation.evaluate(
+        metrics = bulk.evaluate(
             source,
             model,
             names,
@@ -224,15 +226,13 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
     }
 
 
-def _evaluation_inputs(experiment: Experiment, model: Folder) -> dict[str, Any]:
+def _evaluation_inputs(experiment: Experiment, weights_hash: str) -> dict[str, Any]:
     """Return everything that the metrics depend on: the source, its files, the weights."""
-    from raybert.model.huggingface import weights_hash
-
     source = experiment.evaluate.source
     return {
         "source": source.model_dump(mode="json"),
         "files": documents.fingerprint(source, labels=True),
-        "weights": weights_hash(model),
+        "weights": weights_hash,
     }
 
 

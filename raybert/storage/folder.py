@@ -1,16 +1,19 @@
 """A folder at any path or URI that pyarrow's filesystems read: local, `s3://`, `gs://`, `hdfs://`.
 
-Object stores neither append nor rename, so nothing here offers either: a file is written whole, and
-on a local disk it appears whole.
+Object stores neither append nor rename, so a file is always written as a whole, and on a local disk
+it appears as a whole. A URI never holds credentials: they come from where the store's own tools
+look for them, and are not written anywhere.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -19,7 +22,63 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raybert.errors import DamagedError, StorageError, UserError, one_line
-from raybert.storage.address import check_address, open_filesystem, split_query
+
+# Time limits of S3. A request without any answer ends after 47 s at most, one that is refused (503,
+# no connection) after 7 s; other ranks may wait for two of them in a row.
+_CONNECT_SECONDS = 5
+_SILENT_SECONDS = 10  # without a byte in either direction
+_TRIES = 4
+
+_SECRET_PARAMETER = re.compile(r"[?&][^=&]*(key|secret|password|token)[^=&]*=", re.IGNORECASE)
+
+
+def check_address(address: str) -> None:
+    """Raise UserError if a URI holds credentials: files, logs and messages would show them."""
+    scheme, mark, rest = address.partition("://")
+    host = re.split("[/?]", rest, maxsplit=1)[0]
+    # An S3 bucket's name has neither sign, and a secret may have a slash, which ends a host.
+    holds = ("@" in host or ":" in host) if scheme == "s3" else ":" in host.rpartition("@")[0]
+    if mark and (holds or _SECRET_PARAMETER.search(rest)):
+        raise UserError(
+            f"{scheme}://... holds a key or a password, which would be written wherever this "
+            "address is; leave it out, and give it to every node by AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, by ~/.aws/credentials, or as its store's own tools take it"
+        )
+
+
+def split_query(address: str) -> tuple[str, str]:
+    """Split a URI into its base and its query, which carries an object store's endpoint."""
+    base, _, query = address.partition("?") if "://" in address else (address, "", "")
+    return base, query
+
+
+def open_filesystem(address: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of an address, and the path on it; a UserError if it can't be opened."""
+    check_address(address)
+    try:
+        if address.startswith("s3://"):
+            base, query = split_query(address)
+            bucket, _, inside = base.removeprefix("s3://").partition("/")
+            return _s3(bucket, query), unquote(f"{bucket}/{inside}").rstrip("/")
+        if "://" in address:
+            filesystem, path = pafs.FileSystem.from_uri(address)
+            return filesystem, path
+        return pafs.LocalFileSystem(), str(Path(address).expanduser().resolve())
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{address}: can't be opened: {one_line(error)}") from None
+
+
+@lru_cache(maxsize=64)
+def _s3(bucket: str, query: str) -> pafs.FileSystem:
+    """The filesystem of a bucket: one client for all folders in it, with time limits."""
+    opened, _ = pafs.FileSystem.from_uri(f"s3://{bucket}" + (f"?{query}" if query else ""))
+    if not bucket:
+        raise pa.ArrowInvalid("it names no bucket")
+    # A URI can't set the limits: a new client gets the options that the URI's one pickles as.
+    _, (options,) = opened.__reduce__()
+    options["connect_timeout"], options["request_timeout"] = _CONNECT_SECONDS, _SILENT_SECONDS
+    options["retry_strategy"] = pafs.AwsStandardS3RetryStrategy(max_attempts=_TRIES)
+    return pafs.S3FileSystem(**options)
 
 
 class File(NamedTuple):
@@ -34,22 +93,14 @@ class Folder:
     """A folder of files, by name. Picklable: it is sent to workers as its URI."""
 
     def __init__(self, uri: str | Path) -> None:
-        """Open a local path or a URI.
-
-        Raises:
-            UserError: the URI's scheme or bucket can't be opened, or it holds credentials.
-        """
+        """Open a local path or a URI; a UserError if it can't be opened or holds credentials."""
         address = os.fspath(uri)
         self._fs, self.path = open_filesystem(address)
         self._base, self._query = split_query(address)
 
     @classmethod
     def of_file(cls, address: str) -> tuple[Folder, str]:
-        """The folder that a file is in, and the file's name.
-
-        Raises:
-            UserError: as for a folder, or the address is that of a bucket.
-        """
+        """The folder that a file is in, and the file's name; a UserError for a bucket's address."""
         check_address(address)
         base, query = split_query(address)
         parent, slash, name = base.rpartition("/")
@@ -137,12 +188,7 @@ class Folder:
         )
 
     def read_bytes(self, name: str) -> bytes:
-        """Read a whole file.
-
-        Raises:
-            FileNotFoundError: no file of that name.
-            StorageError: the storage does not answer.
-        """
+        """Read a file; FileNotFoundError if there is none, StorageError if the storage fails."""
         with self.storage_errors("reading", self.join(name)):
             with self._fs.open_input_stream(self.join(name)) as stream:
                 return bytes(stream.read())

@@ -1,9 +1,9 @@
-"""The registry: finished models by name, with numbered versions and a pointer to the current one.
+"""Find a model by its path, and the registry: models by name, with versions and a current one.
 
 `<storage>/registry/<name>/v<number>/` is a model directory. `version.json` in it is written last:
 without it there is no such version. `current.json` names the current version and its predecessors,
-which a rollback returns to. Every write is one whole file, so that it works on object stores, and a
-reader sees the pointer either before or after a change.
+which a rollback returns to. Each file is written as a whole, so that this works on object stores,
+and a reader sees the pointer either before or after a change.
 """
 
 from __future__ import annotations
@@ -70,9 +70,6 @@ class Registry:
 
         Of a model whose weights and configuration are registered already, only the chosen
         precisions are copied; servers use them after a restart.
-
-        Raises:
-            UserError: `model` is no model directory, or `name` can't be a folder's.
         """
         if not model.exists("config.json"):
             raise UserError(f"{model}: no model here (config.json is missing); name a model/")
@@ -92,11 +89,7 @@ class Registry:
         return version
 
     def rollback(self, name: str, version: int | None = None) -> int:
-        """Make an earlier version, the one before or a given one, current, and return its number.
-
-        Raises:
-            UserError: there is no earlier one, or none of that number.
-        """
+        """Make a version, by default the one before, the current one; return its number."""
         pointer = self._read_pointer(name)
         history = list(pointer["history"])
         if version is None:
@@ -171,3 +164,26 @@ def _copy_choices(model: Folder, version: Folder) -> None:
         if name in existing and "texts" not in choice and "texts" in version.read_json(name):
             continue
         version.write_json(name, choice)
+
+
+_STAGES = ("pretrain", "finetune", "tune")  # whose runs have a model
+
+
+def find_model(folder: Folder, stage: str) -> Folder | None:
+    """The model directory in a folder: itself, `model/`, or that of its run `stage`; or None."""
+    candidates = (folder, folder / "model", folder / f"{stage}/model")
+    return next((candidate for candidate in candidates if candidate.exists("config.json")), None)
+
+
+def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
+    """The model directory of a path, else a UserError, which names `key` that gave the path."""
+    found = find_model(Folder(path), stage)
+    if found is None:
+        named = f"{key}={path}" if key else path
+        for other in _STAGES:  # an experiment may lack the stage
+            if (Folder(path) / other).exists("model/config.json"):
+                raise UserError(
+                    f"{named}: no model of {stage} here, but one of {other}; name {path}/{other}"
+                )
+        raise UserError(f"{named}: no model here (config.json is missing); name a model/ or a run")
+    return found

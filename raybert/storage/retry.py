@@ -23,11 +23,8 @@ def retry(
 ) -> T:
     """Call `action` until it raises no StorageError, with pauses that double; return its result.
 
-    `seconds` are not exceeded if the next try takes as long as the last one; 0 is one try.
-    `on_event` gets a line about the first failure.
-
-    Raises:
-        StorageError: the last try failed, too.
+    `seconds` are not exceeded if the next try takes as long as the last one; 0 is one try. The last
+    StorageError is raised. `on_event` gets a line about the first failure.
     """
     until, pause = time.monotonic() + seconds, _FIRST_PAUSE
     while True:

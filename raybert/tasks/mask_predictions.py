@@ -47,7 +47,7 @@ def encode_masked(
     Raises:
         DataError: the text has no mask, or more than `max_seq_len` tokens.
     """
-    ids = tokenizer.encode_batch([text])[0].astype(np.int64)
+    ids = tokenizer.encode([text]).values.astype(np.int64)
     positions = np.flatnonzero(ids == tokenizer.mask_id).astype(np.int64)
     if not len(positions):
         raise DataError(

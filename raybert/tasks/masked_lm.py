@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raybert.data.corpus.manifest import Manifest
-from raybert.data.corpus.part_reader import PartReader
+from raybert.data.corpus.parts import PartReader
 from raybert.data.loader import BatchPlan, MicroBatch, ray_micro_batches
 from raybert.data.masking import EVALUATION, IGNORE_INDEX, Vocabulary, mask_rows
 from raybert.data.order import CorpusOrder, assign_to_ranks
@@ -254,8 +254,8 @@ class MaskedLMTask:
         return mask_rows(
             reader.read_rows(ids),
             ids,
-            np.zeros(len(ids), np.int64),
-            np.full(len(ids), EVALUATION.mask_rate),
+            0,
+            EVALUATION.mask_rate,
             config=EVALUATION,
             vocabulary=self._vocabulary,
             seed=EVALUATION_SEED,

@@ -16,10 +16,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raybert.config import Settings
-from raybert.data.preprocess import Preprocessing
+from raybert.data.preprocess import Preprocessing, tokenize
 from raybert.data.sources import documents
-from raybert.data.sources.labelled import Labelled, labelled, split_rows
-from raybert.data.tokenize_on_ray import tokenize
+from raybert.data.sources.documents import Labelled, labelled, split_rows
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import DataError
 from raybert.storage.folder import Folder

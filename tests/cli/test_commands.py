@@ -315,6 +315,7 @@ def test_pretraining_starts_from_a_model_wherever_the_workers_run(
 def test_a_measurement_counts_for_its_texts_and_weights_alone(
     raybert, trained, tmp_path, monkeypatch
 ):
+    from raybert.model.huggingface import weights_hash
     from raybert.pipeline import stages
 
     shutil.copytree(trained.run, tmp_path / "tiny")
@@ -323,7 +324,8 @@ def test_a_measurement_counts_for_its_texts_and_weights_alone(
 
     def measure(experiment, model, display):
         measured.append(1)
-        return {"accuracy": 0.5, "n": 1, "made_from": stages._evaluation_inputs(experiment, model)}
+        inputs = stages._evaluation_inputs(experiment, weights_hash(model))
+        return {"accuracy": 0.5, "n": 1, "made_from": inputs}
 
     monkeypatch.setattr(stages, "evaluate_model", measure)
     at = ("-c", trained.config, "--set", f"run.storage={tmp_path}", "--json")

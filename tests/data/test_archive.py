@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from source_files import imdb_files, texts_of, write_tar
 
 from raybert.data.sources import archive
-from raybert.data.sources.documents import documents, shards
-from raybert.data.sources.labelled import labelled
+from raybert.data.sources.documents import documents, labelled, shards
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 

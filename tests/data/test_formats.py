@@ -21,8 +21,8 @@ from source_files import (
     write_tar,
 )
 
+from raybert.data.sources.documents import labelled
 from raybert.data.sources.formats import FORMATS, lines, reader_of, suffixes
-from raybert.data.sources.labelled import labelled
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from source_files import csv_bytes, texts_of, write, write_parquet
 
-from raybert.data.sources.documents import peek
-from raybert.data.sources.labelled import labelled, split_rows
+from raybert.data.sources.documents import labelled, peek, split_rows
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 

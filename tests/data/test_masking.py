@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raybert.config import build
-from raybert.data.corpus.part_reader import Rows
+from raybert.data.corpus.parts import Rows
 from raybert.data.masking import IGNORE_INDEX, MaskingConfig, Vocabulary, mask_rows
 from raybert.errors import ConfigError
 
@@ -27,12 +27,11 @@ def mask(
     rows: Rows, config: MaskingConfig, rate: float | None = None, epoch: int = 0, seed: int = 7
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     n = len(rows.input_ids)
-    rates = np.full(n, config.mask_rate if rate is None else rate)
     return mask_rows(
         rows,
         np.arange(n),
-        np.full(n, epoch),
-        rates,
+        epoch,
+        config.mask_rate if rate is None else rate,
         config=config,
         vocabulary=VOCABULARY,
         seed=seed,
@@ -87,8 +86,8 @@ def test_a_row_has_the_same_mask_in_any_batch(order: list[int], strategy: str) -
     moved = mask_rows(
         Rows(rows.input_ids[at], rows.word_starts[at]),
         at,
-        np.zeros(12, np.int64),
-        np.full(12, config.mask_rate),
+        0,
+        config.mask_rate,
         config=config,
         vocabulary=VOCABULARY,
         seed=7,

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raybert.data.corpus.manifest import Manifest, PartFile
-from raybert.data.corpus.part_reader import PartReader
-from raybert.data.corpus.part_writer import PartWriter
+from raybert.data.corpus.parts import PartReader, PartWriter
 from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.storage.folder import Folder
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from source_files import csv_bytes, texts_of, write
 
 from raybert.config import build
-from raybert.data.sources import sample
-from raybert.data.sources.documents import fingerprint, read, shards
-from raybert.data.sources.labelled import labelled
+from raybert.data.sources import datasets
+from raybert.data.sources.documents import fingerprint, labelled, read, shards
 from raybert.data.sources.row_table import first_good
 from raybert.data.sources.settings import EvaluationSource, SourceConfig
 from raybert.errors import ConfigError, DataError, UserError
@@ -107,7 +106,7 @@ def test_missing_files_columns_and_labels_are_named(tmp_path):
 
 
 def test_a_missing_sample_package_names_the_command(monkeypatch):
-    monkeypatch.setattr(sample.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"run `pip install 'raybert\[sample\]'`"):
         shards(SourceConfig())
 

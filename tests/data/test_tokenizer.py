@@ -16,9 +16,9 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from raybert.config import build
+from raybert.data.encoding import WordCache, splits_at_spaces
 from raybert.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from raybert.data.tokenizer_training import TokenizerConfig, draw_texts, load_file, make_tokenizer
-from raybert.data.word_cache import WordCache, splits_at_spaces
 from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.storage.folder import Folder
 
@@ -77,12 +77,12 @@ PIECES = st.sampled_from(
 @settings(max_examples=150, deadline=None)
 def test_the_word_cache_gives_the_plain_ids(tokenizer, texts):
     assert tokenizer._cache is not None
-    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == plain(tokenizer, texts)
+    assert [ids.tolist() for ids in tokenizer.encode(texts).split()] == plain(tokenizer, texts)
     assert [e.ids for e in tokenizer.hf.encode_batch_fast(texts)] == plain(tokenizer, texts)
 
 
 def test_the_word_cache_drops_old_words_and_stays_exact(monkeypatch):
-    monkeypatch.setattr("raybert.data.word_cache._MAX_ENTRIES", 20)
+    monkeypatch.setattr("raybert.data.encoding._MAX_ENTRIES", 20)
     cache = WordCache(WORDPIECE.hf, np.uint16)
     texts = corpus(60)
     for begin in range(0, 60, 3):
@@ -117,7 +117,7 @@ def test_the_word_cache_is_thread_safe():
     expected = plain(WORDPIECE, texts)
 
     def work(begin):
-        got = fresh.encode_batch(texts[begin : begin + 50])
+        got = fresh.encode(texts[begin : begin + 50]).split()
         if [ids.tolist() for ids in got] != expected[begin : begin + 50]:
             failures.append(begin)
 
@@ -176,8 +176,8 @@ def test_drawn_texts_are_bounded_and_independent_of_the_order(texts, chars, rand
 def test_ids_come_from_the_file():
     for tokenizer in (WORDPIECE, WORD_LEVEL):
         vocab = tokenizer.hf.get_vocab()
-        roles = ("pad_id", "unk_id", "cls_id", "sep_id", "mask_id")
-        assert [getattr(tokenizer, r) for r in roles] == [vocab[t] for t in SPECIAL_TOKENS]
+        roles = {"[PAD]": "pad_id", "[CLS]": "cls_id", "[SEP]": "sep_id", "[MASK]": "mask_id"}
+        assert [getattr(tokenizer, r) for r in roles.values()] == [vocab[t] for t in roles]
         assert np.flatnonzero(tokenizer.is_special).tolist() == sorted(
             vocab[t] for t in SPECIAL_TOKENS
         )
@@ -191,7 +191,7 @@ def test_a_tokenizer_without_a_mask_token_says_so():
     bare = Tokenizer(
         HfTokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).to_str()
     )
-    assert bare.unk_id == 1
+    assert bare._id("unk_token") == 1
     with pytest.raises(
         ConfigError, match=r"the tokenizer has no mask_token \(\[MASK\] or <mask>\)"
     ):
@@ -199,7 +199,7 @@ def test_a_tokenizer_without_a_mask_token_says_so():
 
 
 def test_wordpiece_case_and_vocabulary():
-    ids = WORDPIECE.encode_batch(["Good [MASK] unfilm"])[0]
+    ids = WORDPIECE.encode(["Good [MASK] unfilm"]).split()[0]
     tokens = [WORDPIECE.hf.id_to_token(i) for i in ids]
     assert tokens[:3] == ["[CLS]", "good", "[MASK]"] and tokens[-1] == "[SEP]"
     assert "G" in CASED.hf.get_vocab() and "G" not in WORDPIECE.hf.get_vocab()
@@ -218,8 +218,9 @@ def test_words_standardize_as_keras_does():
     assert kept == [
         *SPECIAL_TOKENS, "good", "film", "ab", "brackets", "dont", "newline", "next", "rare", "tab",
     ]  # fmt: skip
-    ids = tokenizer.encode_batch(["This [MASK] is GOOD."], special=False)[0].tolist()
-    assert ids == [tokenizer.unk_id, tokenizer.mask_id, tokenizer.unk_id, 5]
+    ids = tokenizer.encode(["This [MASK] is GOOD."]).values.tolist()[1:-1]
+    unknown = tokenizer.hf.token_to_id("[UNK]")
+    assert ids == [unknown, tokenizer.mask_id, unknown, 5]
     small = make_tokenizer(TokenizerConfig(kind="words", vocab_size=16), texts)
     assert set(small.hf.get_vocab()) == {*SPECIAL_TOKENS, "good", "film"}  # min_frequency is 2
 
@@ -249,19 +250,19 @@ def test_save_load_pickle_and_transformers_give_the_same_ids(tmp_path):
     for number, tokenizer in enumerate((WORDPIECE, CASED, WORD_LEVEL, byte_level())):
         folder = Folder(tmp_path / str(number))
         tokenizer.save(folder)
-        expected = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+        expected = [ids.tolist() for ids in tokenizer.encode(texts).split()]
         again = Tokenizer.load(folder)
         assert again.hash == tokenizer.hash
         assert again.to_json() == folder.read_text("tokenizer.json")
         for other in (again, pickle.loads(pickle.dumps(tokenizer)), load_file(folder.path)):
-            assert [ids.tolist() for ids in other.encode_batch(texts)] == expected
+            assert [ids.tolist() for ids in other.encode(texts).split()] == expected
             assert other.mask_id == tokenizer.mask_id
         theirs = transformers.AutoTokenizer.from_pretrained(folder.path)
         assert theirs(texts)["input_ids"] == expected
         assert (theirs.mask_token_id, theirs.pad_token_id) == (tokenizer.mask_id, tokenizer.pad_id)
         theirs.save_pretrained(tmp_path / "theirs")
         back = load_file(str(tmp_path / "theirs"))
-        assert [ids.tolist() for ids in back.encode_batch(texts)] == expected
+        assert [ids.tolist() for ids in back.encode(texts).split()] == expected
 
 
 def test_a_files_truncation_and_padding_are_ignored():
@@ -270,7 +271,7 @@ def test_a_files_truncation_and_padding_are_ignored():
     hf.enable_padding(length=9)
     tokenizer = Tokenizer(hf.to_str())
     assert tokenizer.hash == WORDPIECE.hash
-    assert len(tokenizer.encode_batch(["a b c d e f g"])[0]) == 9
+    assert len(tokenizer.encode(["a b c d e f g"]).split()[0]) == 9
 
 
 def test_missing_and_damaged_tokenizers_are_named(tmp_path):

@@ -10,10 +10,8 @@ from making import reviews, write_csv
 
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError, StorageError, UserError
-from raybert.inference.bulk import predict_source
+from raybert.inference.bulk import PredictionWriter, evaluate, predict_source
 from raybert.inference.classifier import TextClassifier, softmax
-from raybert.inference.evaluation import evaluate
-from raybert.inference.prediction_file import PredictionWriter
 from raybert.storage.folder import Folder
 
 PROBABILITIES = np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)

@@ -15,10 +15,15 @@ import torch
 from making import reviews
 
 from raybert.errors import UserError
-from raybert.inference import compiled, onednn, precision, precision_choice, precision_store
+from raybert.inference import compiled, onednn, precision, precision_choice
 from raybert.inference.classifier import TextClassifier
-from raybert.inference.precision import PRECISIONS, available_precisions, build_model
-from raybert.inference.precision_store import read_choice, store_choice
+from raybert.inference.precision import (
+    PRECISIONS,
+    available_precisions,
+    build_model,
+    read_choice,
+    store_choice,
+)
 from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
 from raybert.model.layers import Embeddings
@@ -282,8 +287,8 @@ def test_without_a_lock_file_the_choice_is_made_all_the_same(own, monkeypatch, t
 
 def test_a_choice_applies_to_its_weights_and_machine_type_only(own, monkeypatch):
     store_choice(own, CPU, {"precision": "fp32"})
-    assert read_choice(own, CPU)["machine"] == precision_store.machine_type(CPU)
-    monkeypatch.setattr(precision_store, "machine_type", lambda device: "another one")
+    assert read_choice(own, CPU)["machine"] == precision.machine_type(CPU)
+    monkeypatch.setattr(precision, "machine_type", lambda device: "another one")
     assert read_choice(own, CPU) is None
     monkeypatch.undo()
     own.write_bytes("model.safetensors", own.read_bytes("model.safetensors") + b" ")
@@ -310,7 +315,7 @@ def test_the_benchmark_selects_among_precisions_close_to_fp32(own, monkeypatch):
     found = precision_choice.benchmark(own, "cpu")
     assert set(found["measured"]) == set(UNCOMPILED)
     assert found["measured"]["fp32"]["max_difference"] == 0
-    assert found["measured"]["fp32"]["company"] < 1e-5
+    assert found["measured"]["fp32"]["batch_difference"] < 1e-5
     assert all(one["tokens_per_second"] > 0 for one in found["measured"].values())
     assert found["precision"] in UNCOMPILED
     monkeypatch.setattr(precision_choice, "MAX_DIFFERENCE", 0.0)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raybert.inference.windows import OVERLAP, pool, windows
+from raybert.inference.classifier import OVERLAP, pool, windows
 
 CLS, SEP = 1, 2
 

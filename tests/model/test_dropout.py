@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raybert.model.dropout import Dropout
+from raybert.model.layers import Dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

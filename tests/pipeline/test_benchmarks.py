@@ -10,7 +10,7 @@ from making import MODEL
 from raybert.cli import commands
 from raybert.config import build
 from raybert.data.corpus.manifest import Manifest
-from raybert.data.corpus.part_reader import PartReader
+from raybert.data.corpus.parts import PartReader
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment

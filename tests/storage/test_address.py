@@ -3,8 +3,7 @@
 import pytest
 
 from raybert.errors import UserError
-from raybert.storage.address import check_address
-from raybert.storage.folder import Folder
+from raybert.storage.folder import Folder, check_address
 
 
 @pytest.mark.parametrize("address", ["nope://bucket/x", "://x"])

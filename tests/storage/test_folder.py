@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from raybert.errors import DamagedError, StorageError, UserError
-from raybert.storage import address
 from raybert.storage.exclusive import numbers_taken, take_number
 from raybert.storage.folder import Folder
 
@@ -200,8 +199,8 @@ def test_of_many_who_take_a_number_at_once_each_gets_its_own(anywhere):
 
 
 def at(port, monkeypatch, tries=1):
-    monkeypatch.setattr(address, "_TRIES", tries)
-    monkeypatch.setattr(address, "_SILENT_SECONDS", 1)
+    monkeypatch.setattr("raybert.storage.folder._TRIES", tries)
+    monkeypatch.setattr("raybert.storage.folder._SILENT_SECONDS", 1)
     query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
     return Folder(f"s3://bucket/x?{query}")
 

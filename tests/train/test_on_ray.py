@@ -12,7 +12,7 @@ from proxy import s3_uri
 
 from raybert.cluster.session import Resources
 from raybert.data.corpus.manifest import Manifest
-from raybert.data.corpus.part_reader import PartReader
+from raybert.data.corpus.parts import PartReader
 from raybert.data.loader import BatchPlan, ray_micro_batches
 from raybert.data.masking import MaskingConfig, Vocabulary
 from raybert.data.order import CorpusOrder, assign_to_ranks

@@ -14,18 +14,17 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from raybert.data.corpus.corpus_writer import HELDOUT, TRAIN, CorpusWriter
-from raybert.data.corpus.digest_set import DigestSet
-from raybert.data.corpus.identity import existing, inputs_of
+from raybert.config import differences
+from raybert.data.corpus.corpus_writer import HELDOUT, TRAIN, CorpusWriter, DigestSet
 from raybert.data.corpus.manifest import FORMAT_VERSION, MANIFEST, Manifest
-from raybert.data.corpus.part_writer import check_row_groups
+from raybert.data.corpus.parts import check_row_groups
 from raybert.data.corpus.settings import CorpusConfig
 from raybert.data.corpus.tokenize_job import tokenized_blocks
-from raybert.data.sources.documents import documents
+from raybert.data.sources.documents import documents, fingerprint
 from raybert.data.text import text_digest
 from raybert.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from raybert.data.tokenizer_training import make_tokenizer
@@ -56,14 +55,8 @@ def build(
 ) -> Manifest:
     """Make a corpus in `folder`, unless it is there already; Ray must be initialized.
 
-    Args:
-        config: the corpus.
-        folder: its folder; the files of an unfinished build there are deleted.
-        progress: called after every block.
-        force: make the corpus again even if it is there.
-
-    Raises:
-        UserError: a source, row, tokenizer or folder that can't be used.
+    `progress` is called after every block. `force` makes the corpus again even if it is there. The
+    files of an unfinished build are deleted.
     """
     made = None if force else existing(config, folder)
     if made is not None:
@@ -162,3 +155,66 @@ def _overlap_digests(config: CorpusConfig) -> DigestSet | None:
         words = np.frombuffer(b"".join(text_digest(t, config.seed) for t in texts), np.uint64)
         digests.add(words[::2])  # the first 64 of 128 bits, as in `tokenize_job.tokenize`
     return digests
+
+
+_REMEDY = "name another folder, or pass --force to make this corpus again"
+
+
+def existing(config: CorpusConfig, folder: Folder) -> Manifest | None:
+    """Return the manifest of the corpus in `folder`; None where it holds no finished corpus.
+
+    A UserError if another configuration or other source files made it.
+    """
+    if not folder.exists(MANIFEST):
+        return None
+    manifest = Manifest.read(folder)
+    check_config(config, manifest, folder)
+    for name, was, now in _changes(manifest.info.get("inputs", {}), inputs_of(config)):
+        raise UserError(f"{folder}: its corpus was made from {name} {was}, now {now}; {_REMEDY}")
+    return manifest
+
+
+def check_config(config: CorpusConfig, manifest: Manifest, folder: Folder) -> None:
+    """Raise UserError if another configuration than `config` made a corpus; reads no source."""
+    changed = differences(manifest.info.get("config", {}), config.model_dump(mode="json"))
+    if changed:
+        key, (old, new) = next(iter(changed.items()))
+        more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
+        raise UserError(
+            f"{folder}: its corpus was made with corpus.{key}={old!r}, now it is {new!r}{more}; "
+            f"{_REMEDY}"
+        )
+
+
+def inputs_of(config: CorpusConfig) -> dict[str, list[list[Any]]]:
+    """Identify every file that goes into the corpus: `fingerprint`s, a tokenizer file's hash."""
+    inputs = {"source": fingerprint(config.source)}
+    if config.overlap is not None:
+        inputs["overlap"] = fingerprint(config.overlap)
+    if config.tokenizer.kind == "file":
+        inputs["tokenizer"] = [["hash", make_tokenizer(config.tokenizer, ()).hash, None]]
+    return inputs
+
+
+def _changes(
+    old: dict[str, list[list[Any]]], new: dict[str, list[list[Any]]]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield (file, description before, description now) for every input that differs."""
+    for key in new:
+        before = {name: rest for name, *rest in old.get(key, [])}
+        after = {name: rest for name, *rest in new[key]}
+        for name in [*before, *(name for name in after if name not in before)]:
+            if before.get(name) != after.get(name):
+                yield name, _describe(before.get(name)), _describe(after.get(name))
+
+
+def _describe(values: list[Any] | None) -> str:
+    if values is None:
+        return "(not there)"
+    size, mtime = values
+    if isinstance(size, str):  # a tokenizer's hash
+        return size[:12]
+    if mtime is None:
+        return f"of {size:,} bytes"
+    when = datetime.datetime.fromtimestamp(mtime / 1e9, datetime.UTC)
+    return f"of {size:,} bytes from {when:%Y-%m-%d %H:%M:%S} UTC"

@@ -7,40 +7,108 @@ work before it was divided.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raybert.data.corpus import tokenize_job
-from raybert.data.corpus.digest_set import DigestSet
 from raybert.data.corpus.manifest import SplitManifest
-from raybert.data.corpus.packing import Packer, unigram_loss
-from raybert.data.corpus.part_writer import PartWriter
+from raybert.data.corpus.parts import PartWriter
 from raybert.data.corpus.settings import CorpusConfig
+from raybert.data.keyed import U64
 from raybert.data.sources.documents import no_documents
-from raybert.data.sources.row_table import first_good
+from raybert.data.sources.row_table import accept, first_good
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import DataError
 from raybert.storage.folder import Folder
 
+Bools = npt.NDArray[np.bool_]
+
+
+class DigestSet:
+    """A set of digests, stored as sorted runs of decreasing length (a log-structured merge)."""
+
+    def __init__(self) -> None:
+        self._runs: list[U64] = []
+
+    def holds(self, digests: U64) -> Bools:
+        """Return which of the digests [n] are in the set, bool [n]."""
+        found = np.zeros(len(digests), np.bool_)
+        for run in self._runs:
+            at = np.minimum(np.searchsorted(run, digests), len(run) - 1)
+            found |= run[at] == digests
+        return found
+
+    def add(self, digests: U64) -> Bools:
+        """Add digests [n]; return which are new, bool [n] (of equal ones, the first)."""
+        values, first = np.unique(digests, return_index=True)
+        unseen = ~self.holds(values)
+        new = np.zeros(len(digests), np.bool_)
+        new[first[unseen]] = True
+        if unseen.any():
+            run = values[unseen]
+            while self._runs and len(self._runs[-1]) <= 2 * len(run):
+                run = np.sort(np.concatenate([self._runs.pop(), run]))
+            self._runs.append(run)
+        return new
+
+
+class Packer:
+    """Packs a stream of tokens into rows, which do not depend on how `add` divides the stream."""
+
+    def __init__(self, writer: PartWriter, *, seq_len: int, pad_id: int, vocab_size: int) -> None:
+        """Start with no tokens; `writer` receives full rows as soon as there are any."""
+        self._writer, self._seq_len, self._pad_id = writer, seq_len, pad_id
+        self._ids: npt.NDArray[Any] = np.zeros(0, np.uint16)
+        self._starts = np.zeros(0, np.bool_)
+        self.documents = 0
+        self.tokens = 0  # without padding
+        self.counts = np.zeros(vocab_size, np.int64)  # [V], of every id, without padding
+
+    def add(
+        self, ids: npt.NDArray[Any], word_starts: npt.NDArray[np.bool_], documents: int
+    ) -> None:
+        """Append the tokens of complete documents: ids [n], word_starts [n]."""
+        self.documents += documents
+        self.tokens += len(ids)
+        self.counts += np.bincount(ids, minlength=len(self.counts))
+        if len(self._ids):
+            ids = np.concatenate([self._ids, ids])
+            word_starts = np.concatenate([self._starts, word_starts])
+        whole = len(ids) - len(ids) % self._seq_len
+        if whole:
+            shape = (-1, self._seq_len)
+            self._writer.append(ids[:whole].reshape(shape), word_starts[:whole].reshape(shape))
+        # Copies, because a view would keep the whole block in memory.
+        self._ids, self._starts = ids[whole:].copy(), word_starts[whole:].copy()
+
+    def close(self) -> None:
+        """Write the last row, padded."""
+        if not len(self._ids):
+            return
+        fill = self._seq_len - len(self._ids)
+        ids = np.concatenate([self._ids, np.full(fill, self._pad_id, self._ids.dtype)])
+        starts = np.concatenate([self._starts, np.ones(fill, np.bool_)])
+        self._writer.append(ids[None], starts[None])
+        self._ids, self._starts = self._ids[:0], self._starts[:0]
+
+
+def unigram_loss(
+    train: npt.NDArray[np.int64], heldout: npt.NDArray[np.int64], special: npt.NDArray[np.bool_]
+) -> float | None:
+    """The loss in nats per token of a model that predicts each token by its frequency.
+
+    `train` and `heldout` are counts by id [V]: the first give the add-one smoothed distribution,
+    the second are predicted. `special` ids, bool [V], are left out. None if there is no token.
+    """
+    smoothed, scored = train[~special] + 1.0, heldout[~special]
+    if not scored.sum():
+        return None
+    return float(-(scored * np.log(smoothed / smoothed.sum())).sum() / scored.sum())
+
+
 TRAIN, HELDOUT = "train", "heldout"
-
-
-class _Documents(NamedTuple):
-    """The documents of one block: ids and word starts, concatenated, and lengths [n]."""
-
-    ids: npt.NDArray[Any]
-    starts: npt.NDArray[np.bool_]
-    lengths: npt.NDArray[np.int64]
-
-    def select(self, chosen: npt.NDArray[np.bool_]) -> tuple[Any, Any, int]:
-        """Return ids, word starts and number of the documents where `chosen`, bool [n]."""
-        if chosen.all():
-            return self.ids, self.starts, len(chosen)
-        tokens = np.repeat(chosen, self.lengths)
-        return self.ids[tokens], self.starts[tokens], int(chosen.sum())
 
 
 class CorpusWriter:
@@ -76,7 +144,7 @@ class CorpusWriter:
         }
         self._threshold = round(config.heldout_fraction * 2.0**64)
         self._seen = DigestSet()
-        self._held: set[int] = set()  # digests, so that copies of a held-out text are held out
+        self._heldout_digests: set[int] = set()  # copies of a held-out text are held out, too
         self._skipped: Counter[str] = Counter()
         self._duplicates = self._overlapping = 0
         self.documents_read = 0  # without bad rows
@@ -94,13 +162,12 @@ class CorpusWriter:
     def add(self, block: pa.Table) -> None:
         """Add a table of `tokenize_job.tokenize`.
 
-        Raises:
-            DataError: a file could not be read, or a bad row with `on_bad_row: fail`.
+        A DataError for an unreadable file, or a bad row with `on_bad_row: fail`.
         """
         source = self._config.source
         if source.limit is not None:
             block = first_good(block, source.limit - self.documents_read)
-        block = tokenize_job.accept_rows(block, source.on_bad_row, self._skipped)
+        block = accept(block, source.on_bad_row, self._skipped)
         self.documents_read += block.num_rows
         if block.num_rows:
             self._pack(block)
@@ -118,38 +185,32 @@ class CorpusWriter:
             self._overlapping += int((overlapping & keep).sum())
             if config.overlap_drop:
                 keep &= ~overlapping
-        held = self._held_out(digests, block["lot"].to_numpy(), keep)
-        documents = self._documents(block)
-        for split, chosen in ((TRAIN, keep & ~held), (HELDOUT, held)):
-            if chosen.any():
-                self._packers[split].add(*documents.select(chosen))
-
-    def _held_out(
-        self, digests: npt.NDArray[np.uint64], lots: npt.NDArray[np.uint64], keep: Any
-    ) -> npt.NDArray[np.bool_]:
-        """Choose the held-out documents of a block, bool [n]."""
-        held = np.zeros(len(lots), np.bool_)
-        below = lots < np.uint64(min(self._threshold, 2**64 - 1))
-        for index in np.flatnonzero(below & keep).tolist():
-            digest = int(digests[index])
-            if digest not in self._held:
-                if len(self._held) >= self._config.heldout_max_documents:
-                    continue
-                self._held.add(digest)
-            held[index] = True
-        return held
-
-    def _documents(self, block: pa.Table) -> _Documents:
+        heldout = self._choose_heldout(digests, block["split_hash"].to_numpy(), keep)
         ids, offsets = _flat(block["ids"])
         by_id = self._tokenizer.starts_by_id
         starts = _flat(block["starts"])[0] if by_id is None else by_id[ids]
-        return _Documents(ids, starts, np.diff(offsets))
+        for split, chosen in ((TRAIN, keep & ~heldout), (HELDOUT, heldout)):
+            if chosen.any():
+                tokens = slice(None) if chosen.all() else np.repeat(chosen, np.diff(offsets))
+                self._packers[split].add(ids[tokens], starts[tokens], int(chosen.sum()))
+
+    def _choose_heldout(self, digests: U64, hashes: U64, keep: Bools) -> Bools:
+        """Choose the held-out documents of a block, bool [n]."""
+        heldout = np.zeros(len(hashes), np.bool_)
+        below = hashes < np.uint64(min(self._threshold, 2**64 - 1))
+        for index in np.flatnonzero(below & keep).tolist():
+            digest = int(digests[index])
+            if digest not in self._heldout_digests:
+                if len(self._heldout_digests) >= self._config.heldout_max_documents:
+                    continue
+                self._heldout_digests.add(digest)
+            heldout[index] = True
+        return heldout
 
     def close(self) -> tuple[dict[str, SplitManifest], dict[str, Any]]:
         """Write the last rows; return the manifests of the splits and the counts.
 
-        Raises:
-            DataError: a split has no document.
+        A DataError if a split has no document.
         """
         config = self._config
         if not self.documents_read:

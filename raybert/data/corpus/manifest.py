@@ -56,11 +56,7 @@ class Manifest(Settings):
 
     @classmethod
     def read(cls, folder: Folder) -> Manifest:
-        """Read a corpus's manifest.
-
-        Raises:
-            DataError: there is no corpus, or a newer raybert made it.
-        """
+        """Read a corpus's manifest; a DataError where there is none, or a newer raybert made it."""
         try:
             values = folder.read_json(MANIFEST)
         except FileNotFoundError:

@@ -21,14 +21,9 @@ _REGULAR = (b"0", b"\0", b"7")
 
 
 def members(stream: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (path, content) of every regular file, in the order of the archive.
+    """Yield (path, content) of every regular file of a decompressed tar, in the archive's order.
 
-    Args:
-        stream: the decompressed tar; only `read` is used.
-        name: the archive's name, for messages.
-
-    Raises:
-        DataError: the archive is cut short, or is no tar archive.
+    A DataError, which has the archive's `name`, if it is cut short or no tar archive.
     """
     window = _Window(stream, name)
     long_name: str | None = None
@@ -93,11 +88,7 @@ class _Window:
 
 
 def read_all(stream: BinaryIO, name: str) -> bytes:
-    """Read a stream to its end.
-
-    Raises:
-        DataError: it is cut short or damaged.
-    """
+    """Read a stream to its end; a DataError if it is cut short or damaged."""
     try:
         return stream.read()
     except (OSError, EOFError) as error:

@@ -1,4 +1,4 @@
-"""Read a source as a stream of documents: files, archives, URIs or the embedded sample.
+"""Read a source as a stream of documents, or its labelled documents into memory.
 
 A source is a list of shards, each readable on any machine. Their order is that of the
 configuration, then of the files' addresses.
@@ -6,31 +6,30 @@ configuration, then of the files' addresses.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute
 
-from raybert.data.sources import imdb, sample
+from raybert.data.sources import datasets
+from raybert.data.sources.files import Columns, File, Purpose, Shard, group_small_files, list_files
 from raybert.data.sources.formats import FORMATS, format_of, reader_of, suffixes
-from raybert.data.sources.listing import list_files
 from raybert.data.sources.row_table import RowTable, accept, first_good
 from raybert.data.sources.settings import SourceConfig
-from raybert.data.sources.shard import Columns, File, Purpose, Shard, group_small_files
+from raybert.data.text import text_hash
 from raybert.errors import DataError
 
 
 def shards(config: SourceConfig, *, labels: bool = False) -> list[Shard]:
     """List the shards of a source, in the order of its documents.
 
-    Args:
-        config: the source.
-        labels: whether labels are wanted; with the source's class it decides the default split.
-
-    Raises:
-        DataError: a missing file, an empty glob or folder, an unknown format or split.
-        UserError: `sample:` without the package that holds it.
+    `labels` and the source's class decide the default split. A DataError for a missing file, an
+    empty glob or folder, an unknown format or split; a UserError for `sample:` without its package.
     """
     purpose: Purpose = "train" if labels else "corpus"
     if config.is_for_evaluation:
@@ -45,21 +44,12 @@ def shards(config: SourceConfig, *, labels: bool = False) -> list[Shard]:
 def _find_shards(
     path: str, format: str, document: str, splits: list[str] | None, purpose: Purpose
 ) -> list[Shard]:
-    """List the shards of one configured path.
+    """List the shards of one configured path; `document` is what one document is in plain text.
 
-    Args:
-        path: a file, folder, glob, URI or `sample:` name.
-        format: auto, or the files' format.
-        document: what one document is, in plain text: line or file.
-        splits: the splits to read; None: those of the purpose, where the source has splits.
-        purpose: what the texts are read for.
-
-    Raises:
-        DataError: nothing is there, an unknown format, a split that the source does not have.
-        UserError: `sample:` without the package that holds it.
+    Without `splits` those of the purpose are read, where the source has splits.
     """
     if path.startswith("sample:"):
-        return [sample.find_shard(path, splits, purpose)]
+        return [datasets.sample_shard(path, splits, purpose)]
     if "{split}" in path:
         if not splits:
             raise DataError(f"{path}: set split to the names that replace {{split}}")
@@ -68,8 +58,8 @@ def _find_shards(
     files, folder = list_files(path)
     if not files:
         raise DataError(f"{path}: no files here; name a file, or a glob such as {path}/*.txt")
-    if format == "imdb" or (format == "auto" and imdb.is_imdb(files)):
-        return imdb.find_shards(path, files, splits, purpose)
+    if format == "imdb" or (format == "auto" and datasets.is_imdb(files)):
+        return datasets.imdb_shards(path, files, splits, purpose)
     if splits:
         raise DataError(
             f"{path}: split={', '.join(splits)} is for IMDB's archive and the sample; for other "
@@ -81,11 +71,7 @@ def _find_shards(
 
 
 def _recognized(path: str, files: list[File], is_folder: bool) -> list[tuple[str, File]]:
-    """Pair files with their formats. In a folder or glob, other files (a README) are left out.
-
-    Raises:
-        DataError: no file has a known suffix.
-    """
+    """Pair files with their formats. In a folder or glob, other files (a README) are left out."""
     found = [(format, file) for file in files if (format := format_of(file)) is not None]
     if found:
         return found
@@ -112,14 +98,9 @@ def fingerprint(config: SourceConfig, *, labels: bool = False) -> list[list[Any]
 
 
 def read(shard: Shard, config: SourceConfig, *, labels: bool = False) -> Iterator[pa.Table]:
-    """Read a shard in batches of bounded size, good rows and bad ones, in a fixed order.
+    """Read a shard in batches of bounded size, good rows and bad ones, in a fixed order: `SCHEMA`.
 
-    Returns:
-        Tables with the string columns text, label, problem and place; for a good row problem and
-        place are null, for a bad one text is. `label` is null unless `labels` is set.
-
-    Raises:
-        DataError: the whole file is unreadable: cut short, a column is missing.
+    `label` is null unless `labels` is set. A DataError if the file is cut short or lacks a column.
     """
     table = RowTable(config, labels)
     columns = Columns(config.text_column, config.label_column if labels else None)
@@ -136,11 +117,7 @@ def read(shard: Shard, config: SourceConfig, *, labels: bool = False) -> Iterato
 
 
 def peek(config: SourceConfig) -> None:
-    """Read the first document of a labelled source, to find mistakes that all rows share.
-
-    Raises:
-        DataError: as `documents`, for the rows up to the first document.
-    """
+    """Read the first document of a labelled source, to find mistakes that all rows share."""
     one = config.model_copy(update={"limit": 1})
     next(documents(one, labels=True))
 
@@ -148,18 +125,11 @@ def peek(config: SourceConfig) -> None:
 def documents(
     config: SourceConfig, *, labels: bool = False, skipped: Counter[str] | None = None
 ) -> Iterator[pa.Table]:
-    """Read a whole source in this process, in batches of bounded size and in a fixed order.
+    """Read a source in this process: tables of text and label, of bounded size, in a fixed order.
 
-    Args:
-        config: the source.
-        labels: whether every row must have a label.
-        skipped: receives the number of rows left out, by problem (`on_bad_row: skip`).
-
-    Returns:
-        Tables with the string columns text and label (null unless `labels`).
-
-    Raises:
-        DataError: the first bad row (`on_bad_row: fail`), an unreadable file, no documents at all.
+    With `labels` every row must have one; otherwise they are null. `skipped` receives the number of
+    rows left out, by problem. A DataError for the first bad row (`on_bad_row: fail`), an unreadable
+    file, or no documents at all.
     """
     left = config.limit
     skipped = Counter() if skipped is None else skipped
@@ -183,3 +153,80 @@ def no_documents(config: SourceConfig, skipped: Mapping[str, int]) -> DataError:
     return DataError(
         f"{', '.join(config.paths)}: no documents" + (f" (skipped: {counts})" if counts else "")
     )
+
+
+class Labelled(NamedTuple):
+    """Labelled documents in memory: the texts are Arrow arrays, so that millions fit."""
+
+    texts: pa.ChunkedArray  # [rows] string
+    labels: npt.NDArray[np.int64]  # [rows], positions in `names`
+    names: list[str]
+    skipped: dict[str, int]  # rows left out, by problem
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Labelled:
+        """Select rows [n] by their numbers."""
+        return self._replace(texts=self.texts.take(pa.array(rows)), labels=self.labels[rows])
+
+
+def labelled(
+    config: SourceConfig,
+    *,
+    split: str | list[str] | None = None,
+    names: list[str] | None = None,
+) -> Labelled:
+    """Read labelled documents and number their labels.
+
+    `split` replaces the configured split; `names`, a model's labels in the order of their ids,
+    replace the configured labels. A DataError as in `documents`, and for less than two labels.
+    """
+    update: dict[str, Any] = {}
+    if split is not None:
+        update["split"] = split
+    if names is not None:
+        update["labels"] = names
+    config = config.model_copy(update=update)
+    skipped: Counter[str] = Counter()
+    table = pa.concat_tables(documents(config, labels=True, skipped=skipped))
+    if config.labels is not None:
+        found = config.labels
+    else:
+        found = sorted(table.column("label").unique().to_pylist(), key=_sort_key)
+        if len(found) < 2:
+            raise DataError(
+                f"{', '.join(config.paths)}: every row has the label {found[0]!r}; a classifier "
+                "needs two, so check label_column and split"
+            )
+    ids = pa.compute.index_in(table.column("label"), value_set=pa.array(found, pa.string()))
+    return Labelled(table.column("text"), ids.to_numpy().astype(np.int64), found, dict(skipped))
+
+
+def _sort_key(label: str) -> tuple[int, int, str]:
+    """Sort integers first and by value, then names alphabetically."""
+    return (0, int(label), "") if re.fullmatch(r"-?\d+", label) else (1, 0, label)
+
+
+class Split(NamedTuple):
+    """The row numbers of two parts of one set, ascending."""
+
+    rest: npt.NDArray[np.int64]
+    held: npt.NDArray[np.int64]
+
+
+def split_rows(texts: Iterable[str | None], rows: int, *, seed: int = 0) -> Split:
+    """Hold out `rows` rows by a keyed hash of their text; copies of a text stay in one part.
+
+    The choice does not depend on the order of the rows. Where copies make an exact split
+    impossible, fewer rows are held out.
+    """
+    hashes = np.fromiter((text_hash(str(text), seed) for text in texts), np.uint64)
+    _, inverse, copies = np.unique(hashes, return_inverse=True, return_counts=True)
+    held_groups = np.zeros(len(copies), np.bool_)
+    left = rows
+    for group, count in enumerate(copies.tolist()):
+        if count <= left:
+            held_groups[group] = True
+            left -= count
+        if not left:
+            break
+    held = held_groups[inverse] if len(hashes) else np.zeros(0, np.bool_)
+    return Split(np.flatnonzero(~held), np.flatnonzero(held))

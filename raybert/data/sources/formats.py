@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raybert.data.sources import archive, imdb, sample
-from raybert.data.sources.shard import Columns, File, Row, Shard
+from raybert.data.sources import archive, datasets
+from raybert.data.sources.files import Columns, File, Row, Shard
 from raybert.errors import DataError
 
 _CSV_FIELD_BYTES = 1 << 30  # at most; csv's own limit of 128 KiB is shorter than a book
@@ -42,10 +42,8 @@ def read_parquet(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
             raise DataError(
                 f"{name} is no Parquet file, or is cut short: {_first_line(error)}"
             ) from None
+        _check_columns(name, columns, parquet.schema_arrow.names)
         wanted = [column for column in columns if column is not None]
-        for column in wanted:
-            if column not in parquet.schema_arrow.names:
-                raise _missing_column(name, column, columns, parquet.schema_arrow.names)
         number = 0
         try:
             for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
@@ -87,10 +85,9 @@ def read_csv(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
             header = next(reader, None)
             if header is None:
                 return
-            at = _position(header, columns.text, columns, file.name)
-            label_at = (
-                _position(header, columns.label, columns, file.name) if columns.label else None
-            )
+            _check_columns(file.name, columns, header)
+            at = header.index(columns.text)
+            label_at = header.index(columns.label) if columns.label else None
             last = max(at, label_at or 0)
             for fields in reader:
                 if not fields:
@@ -107,14 +104,8 @@ def read_csv(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
             raise archive.truncated(file.name, str(error)) from None
 
 
-def _position(header: Sequence[str], column: str, columns: Columns, name: str) -> int:
-    if column not in header:
-        raise _missing_column(name, column, columns, header)
-    return header.index(column)
-
-
 def read_jsonl(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
-    """Read one JSON object a line; empty lines are skipped."""
+    """Read one JSON object per line; empty lines are skipped."""
     is_first = True
     with file.open_stream() as stream:
         for number, line in enumerate(lines(stream, file.name), 1):
@@ -132,9 +123,8 @@ def read_jsonl(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
             if not isinstance(value, dict):
                 yield Row(None, None, place, "not a JSON object")
                 continue
-            for column in columns if is_first else ():
-                if column is not None and column not in value:
-                    raise _missing_column(file.name, column, columns, list(value))
+            if is_first:
+                _check_columns(file.name, columns, list(value))
             is_first = False
             if columns.text not in value:
                 yield Row(None, None, place, "no text column")
@@ -144,7 +134,7 @@ def read_jsonl(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
 
 
 def read_text(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
-    """Read plain text: a document a line (empty lines are skipped), or the file as one document."""
+    """Read plain text: a document per line (empty lines are skipped), or one per file."""
     if columns.label is not None:
         raise DataError(
             f"{file.name}: plain text has no labels; use csv, jsonl or parquet, or a folder laid "
@@ -160,11 +150,7 @@ def read_text(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
 
 
 def lines(stream: Any, name: str) -> Iterator[bytes]:
-    """Yield a stream's lines without their line feeds.
-
-    Raises:
-        DataError: the stream is cut short or damaged.
-    """
+    """Yield a stream's lines without their line feeds; a DataError if it is damaged."""
     try:
         for line in io.BufferedReader(stream, 1 << 20):
             yield line.removesuffix(b"\n")
@@ -172,10 +158,12 @@ def lines(stream: Any, name: str) -> Iterator[bytes]:
         raise archive.truncated(name, str(error)) from None
 
 
-def _missing_column(name: str, column: str, columns: Columns, present: Sequence[str]) -> DataError:
-    key = "text_column" if column == columns.text else "label_column"
-    shown = ", ".join(present[:12]) + (", ..." if len(present) > 12 else "")
-    return DataError(f"{name}: no column {column!r}; set {key} to one of: {shown}")
+def _check_columns(name: str, columns: Columns, present: Sequence[str]) -> None:
+    for column in columns:
+        if column is not None and column not in present:
+            key = "text_column" if column == columns.text else "label_column"
+            shown = ", ".join(present[:12]) + (", ..." if len(present) > 12 else "")
+            raise DataError(f"{name}: no column {column!r}; set {key} to one of: {shown}")
 
 
 def _first_line(error: BaseException) -> str:
@@ -197,9 +185,9 @@ FORMATS = {
 }
 # Data sets with a layout of their own, which `documents` recognizes.
 _DATASETS: dict[str, Reader] = {
-    "imdb-archive": imdb.read_archive,
-    "imdb-file": imdb.read_file,
-    "sample": sample.read,
+    "imdb-archive": datasets.read_imdb_archive,
+    "imdb-file": datasets.read_imdb_file,
+    "sample": datasets.read_sample,
 }
 
 

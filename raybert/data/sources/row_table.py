@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raybert.data.sources.files import Row
 from raybert.data.sources.settings import SourceConfig
-from raybert.data.sources.shard import Row
 from raybert.data.text import replace_line_breaks
 from raybert.errors import DataError
 
@@ -129,10 +129,10 @@ class RowTable:
 
 
 def accept(table: pa.Table, on_bad_row: str, skipped: Counter[str]) -> pa.Table:
-    """Drop and count a table's bad rows, or raise for the first one.
+    """Drop and count a table's bad rows.
 
-    Raises:
-        DataError: `on_bad_row` is fail and there is a bad row.
+    A DataError for the first one if `on_bad_row` is fail, and for an unreadable file, which is a
+    row without a place.
     """
     problems = table.column("problem")
     if problems.null_count == len(problems):
@@ -140,6 +140,8 @@ def accept(table: pa.Table, on_bad_row: str, skipped: Counter[str]) -> pa.Table:
     for row in table.select(["problem", "place"]).to_pylist():
         if row["problem"] is None:
             continue
+        if row["place"] is None:
+            raise DataError(row["problem"])
         if on_bad_row == "fail":
             raise DataError(
                 f"{row['place']}: {row['problem']}; fix the row, or set on_bad_row: skip "

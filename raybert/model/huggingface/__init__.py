@@ -11,24 +11,29 @@ architecture, head or problem type, and DamagedError where a file is cut short, 
 does not fit the others.
 """
 
-from raybert.model.huggingface.architectures import unsupported_by_transformers
 from raybert.model.huggingface.config_json import (
     read_label_names,
     read_model_config,
     read_preprocessing,
     read_temperature,
+    unsupported_by_transformers,
 )
-from raybert.model.huggingface.load import load_classifier, load_encoder_into, load_masked_lm
-from raybert.model.huggingface.save import save_classifier, save_masked_lm
-from raybert.model.huggingface.weights import Weights, read_tensors, read_weights, weights_hash
+from raybert.model.huggingface.directory import (
+    load_classifier,
+    load_encoder_into,
+    load_masked_lm,
+    save_classifier,
+    save_masked_lm,
+)
+from raybert.model.huggingface.weights import Weights, check_weights, read_weights, weights_hash
 
 __all__ = [
     "Weights",
+    "check_weights",
     "load_classifier",
     "load_encoder_into",
     "load_masked_lm",
     "read_label_names",
-    "read_tensors",
     "read_model_config",
     "read_preprocessing",
     "read_temperature",

@@ -65,8 +65,24 @@ def serialize(model: MaskedLM | Classifier) -> bytes:
 
 def read_tensors(folder: Folder) -> dict[str, Tensor]:
     """Read `model.safetensors` as fp32, under the names that transformers uses today."""
+
+    def modern(name: str) -> str:  # BERT's first checkpoints have TensorFlow's names here
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        return name.replace("LayerNorm.beta", "LayerNorm.bias")
+
+    return {modern(name): tensor.float() for name, tensor in _load(folder)[0].items()}
+
+
+def check_weights(folder: Folder) -> str:
+    """Raise for missing or damaged weights; return the `weights_hash` of the same bytes."""
+    return _load(folder)[1]
+
+
+def _load(folder: Folder) -> tuple[dict[str, Tensor], str]:
+    """The tensors of `model.safetensors`, and the SHA-256 of the file."""
     try:
-        tensors = safetensors.torch.load(folder.read_bytes(WEIGHTS_FILE))
+        data = folder.read_bytes(WEIGHTS_FILE)
+        return safetensors.torch.load(data), hashlib.sha256(data).hexdigest()
     except FileNotFoundError:
         if folder.exists("pytorch_model.bin"):
             raise UserError(
@@ -79,13 +95,6 @@ def read_tensors(folder: Folder) -> dict[str, Tensor]:
         ) from None
     except SafetensorError as error:
         raise DamagedError(f"{folder.join(WEIGHTS_FILE)} is damaged: {error}") from None
-    # BERT's first checkpoints still have TensorFlow's names for the parameters of a LayerNorm.
-    return {
-        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-            "LayerNorm.beta", "LayerNorm.bias"
-        ): tensor.float()
-        for name, tensor in tensors.items()
-    }
 
 
 def read_weights(folder: Folder) -> Weights:

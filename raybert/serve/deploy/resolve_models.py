@@ -12,7 +12,7 @@ from raybert.inference.fill_mask import MaskFiller
 from raybert.serve.runtime.model_sources import find_source, is_masked_lm, is_registered_name
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder
-from raybert.storage.model_folders import resolve_model
+from raybert.storage.registry import resolve_model
 
 
 def resolve(config: ServeConfig) -> ServeConfig:

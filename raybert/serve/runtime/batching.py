@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from raybert.inference.windows import Row
+from raybert.inference.classifier import Row
 
 Scores = npt.NDArray[np.float32]
 

@@ -12,10 +12,9 @@ import numpy.typing as npt
 
 from raybert.errors import ConfigError, RaybertError, StorageError
 from raybert.inference import precision_choice
-from raybert.inference.classifier import TextClassifier
+from raybert.inference.classifier import Row, TextClassifier, pool
 from raybert.inference.explanations import Explainer
 from raybert.inference.fill_mask import MaskFiller
-from raybert.inference.windows import Row, pool
 from raybert.model import huggingface
 from raybert.serve.runtime.batching import Batcher, ModelFailed
 from raybert.serve.runtime.metrics import Metrics

@@ -8,8 +8,7 @@ from raybert.errors import UserError
 from raybert.inference.classifier import TextClassifier
 from raybert.inference.fill_mask import MaskFiller
 from raybert.storage.folder import Folder
-from raybert.storage.model_folders import resolve_model
-from raybert.storage.registry import NAME, Registry
+from raybert.storage.registry import NAME, Registry, resolve_model
 
 _GENERIC = ("model", "finetune", "pretrain")  # folders of a run, which do not name the model
 

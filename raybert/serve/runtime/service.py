@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
+from raybert.inference.classifier import Row
 from raybert.inference.explanations import Explanation
-from raybert.inference.windows import Row
 from raybert.serve import request_errors
 from raybert.serve.runtime import mask_requests
 from raybert.serve.runtime.batching import Overloaded

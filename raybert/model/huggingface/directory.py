@@ -1,0 +1,180 @@
+"""Write model directories, and read them: those of raybert, and other BERT or ModernBERT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from raybert.errors import UserError
+from raybert.model.encoder import Encoder
+from raybert.model.heads import Classifier, MaskedLM
+from raybert.model.huggingface.config_json import (
+    CONFIG_JSON,
+    PROBLEM_TYPE,
+    RAYBERT_CLASSIFIER,
+    RAYBERT_ONLY,
+    architecture_of,
+    from_config_json,
+    head_config,
+    label_names,
+    no_classification_head,
+    read_config_json,
+    to_config_json,
+    unsupported_by_transformers,
+)
+from raybert.model.huggingface.weights import (
+    WEIGHTS_FILE,
+    Weights,
+    copy_into,
+    read_tensors,
+    serialize,
+)
+from raybert.model.settings import HeadConfig
+from raybert.storage.folder import Folder
+
+
+def load_masked_lm(folder: Folder, dropout: float | None = None) -> MaskedLM:
+    """Read a masked language model; `dropout` replaces the one it was trained with."""
+    config = read_config_json(folder)
+    tensors = read_tensors(folder)
+    model = MaskedLM(_fresh_encoder(folder, config, dropout))
+    if not any("decoder" in name or "predictions" in name for name in tensors):
+        raise UserError(
+            f"{folder} has no head that predicts masked tokens (it holds "
+            f"{architecture_of(config)}); give a model that was pretrained as a masked language "
+            "model"
+        )
+    copy_into(model, tensors, folder)
+    return model
+
+
+def load_classifier(folder: Folder) -> tuple[Classifier, list[str]]:
+    """Read a classifier and the names of its labels, in the order of its logits."""
+    config = read_config_json(folder)
+    tensors = read_tensors(folder)
+    if "classifier.weight" not in tensors:
+        raise no_classification_head(folder, config)
+    num_labels = len(tensors["classifier.weight"])
+    names = label_names(folder, config, num_labels)
+    encoder = _fresh_encoder(folder, config)
+    model = Classifier(encoder, num_labels, head_config(folder, config, encoder.config))
+    copy_into(model, tensors, folder)
+    return model, names
+
+
+def load_encoder_into(
+    folder: Folder,
+    num_labels: int,
+    head: HeadConfig,
+    dropout: float | None = None,
+    vocab_size: int | None = None,
+    weights: Weights | None = None,
+) -> Classifier:
+    """Make a classifier on a pretrained encoder, with a randomly initialized output layer.
+
+    The dense layer of its head starts from the pretrained one where there is such: ModernBERT's
+    prediction head, BERT's pooler.
+
+    `dropout` replaces the encoder's, which pretraining mostly does without; `vocab_size` is that of
+    the tokenizer that will feed it; `weights` are those of the folder if they were read before.
+    """
+    config = read_config_json(folder)
+    if weights is None:
+        tensors = read_tensors(folder)
+    else:
+        tensors = {name: torch.tensor(array) for name, array in weights.items()}
+    encoder = _fresh_encoder(folder, config, dropout)
+    if vocab_size is not None and vocab_size > encoder.vocab_size:
+        raise UserError(
+            f"the tokenizer has {vocab_size} tokens and the model in {folder} knows "
+            f"{encoder.vocab_size}; use the tokenizer that lies beside the model"
+        )
+    model = Classifier(encoder, num_labels, head)
+    copy_into(model, tensors, folder, fresh=("transform.", "classifier."))
+    return model
+
+
+def _fresh_encoder(
+    folder: Folder, config: Mapping[str, Any], dropout: float | None = None
+) -> Encoder:
+    """Make the encoder that `config.json` describes, with fresh weights."""
+    model, vocab_size, pad_id = from_config_json(folder, config)
+    if dropout is not None:
+        model = model.model_copy(update={"dropout": dropout})
+    return Encoder(model, vocab_size, pad_id)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def save_masked_lm(
+    model: MaskedLM,
+    tokenizer: Folder,
+    folder: Folder,
+    card: str,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a masked language model to `folder`, with the files of the folder `tokenizer`.
+
+    `card` is the model card, Markdown; `preprocessing` is how raw texts become tokens (lengths,
+    cleaning), plain JSON, which `read_preprocessing` returns.
+    """
+    config = to_config_json(model.encoder, preprocessing)
+    classic = model.encoder.config.layout == "classic"
+    config["architectures"] = ["BertForMaskedLM" if classic else "ModernBertForMaskedLM"]
+    _write(model, config, tokenizer, folder, card)
+
+
+def save_classifier(
+    model: Classifier,
+    label_names: Sequence[str],
+    tokenizer: Folder,
+    folder: Folder,
+    card: str,
+    preprocessing: Mapping[str, Any] | None = None,
+    temperature: float | None = None,
+) -> None:
+    """Write a classifier; arguments as in `save_masked_lm`, and `label_names` of the logits.
+
+    `temperature` is the divisor of the logits before the softmax. Where `transformers` can't load
+    the model, `config.json` and the card contain the reason.
+    """
+    if len(label_names) != model.num_labels:
+        raise ValueError(f"{len(label_names)} label names for {model.num_labels} labels")
+    config = to_config_json(model.encoder, preprocessing)
+    config["id2label"] = {str(index): name for index, name in enumerate(label_names)}
+    config["label2id"] = {name: index for index, name in enumerate(label_names)}
+    config["problem_type"] = PROBLEM_TYPE
+    config["classifier_dropout"] = model.config.dropout
+    if temperature is not None:
+        config["raybert"]["temperature"] = temperature
+    unsupported = unsupported_by_transformers(model.config, model.encoder.config)
+    if unsupported is not None:
+        config["architectures"] = [RAYBERT_CLASSIFIER]
+        config["model_type"] = RAYBERT_ONLY + config["model_type"]
+        config["raybert"]["only_raybert"] = unsupported
+        config["raybert"]["head"] = {"kind": model.config.kind, "pooling": model.pooling}
+        if unsupported not in card:
+            card = f"{card.rstrip()}\n\n**Note:** {unsupported}.\n"
+    elif model.encoder.config.layout == "modern":
+        config["architectures"] = ["ModernBertForSequenceClassification"]
+        config["classifier_pooling"] = model.pooling
+    else:
+        config["architectures"] = ["BertForSequenceClassification"]
+    _write(model, config, tokenizer, folder, card)
+
+
+def _write(
+    model: MaskedLM | Classifier,
+    config: dict[str, Any],
+    tokenizer: Folder,
+    folder: Folder,
+    card: str,
+) -> None:
+    folder.write_bytes(WEIGHTS_FILE, serialize(model))
+    for name in TOKENIZER_FILES:
+        folder.write_bytes(name, tokenizer.read_bytes(name))
+    folder.write_text("README.md", card)
+    folder.write_json(CONFIG_JSON, config)  # last: a directory with it is complete
