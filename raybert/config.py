@@ -1,7 +1,6 @@
 """Configuration: pydantic models next to the code that they configure, one YAML file, overrides.
 
-An unknown key is rejected with the nearest known one, and every error is one line that names key,
-value and remedy.
+Every error is one line that names key, value and remedy; an unknown key, the nearest known one.
 """
 
 from __future__ import annotations
@@ -127,15 +126,14 @@ def load(
     for override in overrides:
         _override(values, override)
     try:
-        return root.model_validate(values)
-    except ValidationError as error:
-        message = _format_error(root, error)
-    try:  # the same error without the overrides comes from the file
-        root.model_validate(before)
-        in_file = False
-    except ValidationError as error:
-        in_file = message == _format_error(root, error)
-    raise ConfigError(f"{source if in_file else options}: {message}")
+        return build(root, values, "")
+    except ConfigError as error:
+        message = str(error)
+    try:
+        build(root, before, "")
+    except ConfigError as error:  # the same error without the overrides comes from the file
+        options = source if str(error) == message else options
+    raise ConfigError(f"{options}: {message}")
 
 
 def build(root: type[S], values: Mapping[str, Any], source: str) -> S:
@@ -208,8 +206,7 @@ def _format_error(root: type[Settings], error: ValidationError) -> str:
 def _hint(root: type[BaseModel], path: Sequence[str], value: Any) -> str:
     """Suggest known keys for an unknown one.
 
-    In this order: a similar key of the same section; keys of the same name below that section, or
-    in any; a less similar key of the section; all keys of the section.
+    A similar key of the section, keys of the same name below it or anywhere, a less similar one.
     """
     prefix, known = "".join(f"{part}." for part in path[:-1]), _known_keys(root, path[:-1])
     leaf = path[-1]

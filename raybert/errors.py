@@ -1,13 +1,4 @@
-"""The exceptions of raybert.
-
-RaybertError
-├── UserError          a mistake that the user can fix: one line, exit code 2
-│   ├── ConfigError    an invalid key or value of the configuration
-│   └── DataError      an unusable file, row, column or label
-├── StorageError       the storage cannot be read or written: exit code 2
-├── DamagedError       a truncated or altered checkpoint, corpus part or model: exit code 2
-└── Superseded         a newer attempt at the same run owns its storage
-"""
+"""The exceptions of raybert; all but Superseded and RaybertError end a command with exit code 2."""
 
 INTERRUPTED = 130  # the exit code after Ctrl-C or SIGTERM
 

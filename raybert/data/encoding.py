@@ -1,11 +1,10 @@
 """Token ids and word starts of many texts, concatenated: by `tokenizers`, or from a cache of words.
 
-The cache gives the same ids many times faster. If normalizer and pre-tokenizer never depend on text
-across a space, the ids of a text are the ids of its space-separated pieces, concatenated. Words
-repeat (a million words of reviews have some forty thousand different pieces), so nearly every piece
-is a dictionary look-up, and only new ones go through `tokenizers`, whose WordPiece has no cache.
-The components with this property are a closed list; any other tokenizer takes the plain path. A
-property test compares both on arbitrary Unicode.
+If normalizer and pre-tokenizer never depend on text across a space, the ids of a text are the ids
+of its space-separated pieces, concatenated. Words repeat (a million words of reviews have some
+forty thousand different pieces), so nearly every piece is a dictionary look-up, and only new ones
+go through `tokenizers`, whose WordPiece has no cache: the same ids, many times faster. The
+components with this property are a closed list; any other tokenizer takes the plain path.
 """
 
 from __future__ import annotations
@@ -44,10 +43,7 @@ def offsets_of(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def word_start_table(spec: dict[str, Any], vocab_size: int) -> npt.NDArray[np.bool_] | None:
-    """For each id, bool [V], whether it starts a word; None where that depends on the text.
-
-    `spec` is a parsed `tokenizer.json`.
-    """
+    """For each id, bool [V], whether it starts a word; None where that depends on the text."""
     model = spec["model"]
     if model.get("type") == "WordLevel":
         return np.ones(vocab_size, np.bool_)
@@ -62,25 +58,13 @@ def word_start_table(spec: dict[str, Any], vocab_size: int) -> npt.NDArray[np.bo
     return table
 
 
-def template_ids(hf: HfTokenizer) -> tuple[list[int], list[int]]:
-    """The special ids that a tokenizer's template sets before and after a text."""
-    empty = hf.encode("").ids
-    with_text = hf.encode("a").ids
-    text = hf.encode("a", add_special_tokens=False).ids
-    before = next(n for n in range(len(empty) + 1) if with_text == empty[:n] + text + empty[n:])
-    return empty[:before], empty[before:]
-
-
 def encode_plain(
     hf: HfTokenizer,
     texts: Sequence[str],
     dtype: npt.DTypeLike,
     starts_by_id: npt.NDArray[np.bool_] | None,
 ) -> Ragged:
-    """Turn texts into ids, of `dtype`, and word starts by `tokenizers`, without a cache.
-
-    `starts_by_id` is the `word_start_table`; without one, the encodings' word numbers are used.
-    """
+    """Turn texts into ids and word starts by `tokenizers`, without a cache."""
     ids: list[npt.NDArray[Any]] = []
     starts: list[npt.NDArray[np.bool_]] = []
     if starts_by_id is not None:

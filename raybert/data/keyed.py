@@ -1,10 +1,12 @@
-"""Random draws as pure functions of a key: hashes, uniform numbers and permutations.
+"""Pure functions of a key: hashes of numbers and texts, uniform numbers and permutations.
 
 Nothing here has state, so any worker can compute any draw of any step, in any order. The mixing
 function is the finalizer of SplitMix64 (Steele, Lea and Flood, 2014, doi:10.1145/2660193.2660195).
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +43,17 @@ def keyed_hash(key: int, *coordinates: npt.ArrayLike) -> U64:
 def keyed_uniform(key: int, *coordinates: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """Uniform float32 numbers in [0, 1) with 24 bits, one for each combination of coordinates."""
     return (keyed_hash(key, *coordinates) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
+def text_hash(text: str, key: int) -> int:
+    """A keyed 64-bit hash of a text, the same on every machine."""
+    return int.from_bytes(text_digest(text, key)[:8], "little")
+
+
+def text_digest(text: str, key: int) -> bytes:
+    """A keyed digest of 16 bytes, equal for texts that differ only in white space."""
+    secret = key.to_bytes(16, "little", signed=True)
+    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16, key=secret).digest()
 
 
 class Permutation:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raybert.cluster.internals.data import ordered_execution, throttle
 from raybert.data.corpus.parts import PartReader, Rows
 from raybert.data.masking import IGNORE_INDEX, MaskingConfig, Vocabulary, mask_rows
 from raybert.data.order import CorpusOrder
@@ -79,7 +80,7 @@ class BatchPlan:
             yield from self._in_window(indices, part)
 
     def _in_window(self, indices: Sequence[int], steps: range) -> Iterator[list[MicroBatch]]:
-        """Yield the micro-batches of steps that share a window, whose rows are read once."""
+        # The rows of all steps that share a window are read at once.
         epoch, _ = self.order.window_of(steps.start)
         row_ids = [self.order.micro_batches(steps, index) for index in indices]
         rows = [self.reader.read_rows(np.concatenate(ids)) for ids in row_ids]
@@ -120,21 +121,13 @@ def ray_micro_batches(
     the object store. A RaybertError if micro-batches are missing, come twice or out of order.
     """
     import ray
-    from ray.data import DataContext, ExecutionResources
+    from ray.data import ExecutionResources
 
-    from raybert.cluster.internals.data import throttle
-
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = BLOCK_BYTES
-    throttle(context)
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(
-        cpu=cpus, object_store_memory=memory
-    )
     items = [{"begin": s.start, "end": s.stop} for s in plan.order.split_at_windows(steps)]
-    with DataContext.current(context):
+    limits = ExecutionResources(cpu=cpus, object_store_memory=memory)
+    with ordered_execution(BLOCK_BYTES) as context:
+        throttle(context)
+        context.execution_options.resource_limits = limits
         # Not `ray.data.range`: it reads in tasks of its own, hundreds before the first steps.
         dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_TASKS))
         dataset = dataset.map_batches(

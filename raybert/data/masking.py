@@ -73,11 +73,6 @@ class Vocabulary:
     mask_id: int
     special: npt.NDArray[np.bool_]  # [V], True for ids that are neither predicted nor drawn
 
-    @property
-    def ordinary(self) -> npt.NDArray[np.int64]:
-        """The ids that random replacement draws from, [number of ordinary ids]."""
-        return np.flatnonzero(~self.special)
-
 
 def mask_rows(
     rows: Rows,
@@ -111,7 +106,7 @@ def mask_rows(
     n, t = np.nonzero(chosen)  # [M] each: the chosen positions
     where = ([epoch], row_ids[n], t)
     action = keyed_uniform(key_of("replace", seed), *where)
-    ordinary = vocabulary.ordinary
+    ordinary = np.flatnonzero(~vocabulary.special)  # the ids of random replacement
     drawn = keyed_uniform(key_of("random", seed), *where)
     random_ids = ordinary[(drawn * np.float32(len(ordinary))).astype(np.int64) % len(ordinary)]
     unmasked = np.where(action < config.mask_share + config.random_share, random_ids, ids[n, t])

@@ -1,14 +1,14 @@
 """Which rows make up the global batch of a step, in pretraining and in fine-tuning.
 
 Both orders are pure functions of (seed, data, step), so a run resumes at any step. A global batch
-is a fixed list of micro-batches, numbered by the micro-batch index. Whole micro-batches are
+is a fixed list of micro-batches, numbered by the micro-batch index. Complete micro-batches are
 assigned to ranks, so any number of workers computes the same steps.
 
-`CorpusOrder` (pretraining) scales to any corpus. Each micro-batch index owns an equal share of the
-epoch: the split's row groups in a keyed permutation, divided into shares, each share divided into
-*windows*, and the rows of a window shuffled. So a rank reads no row group for another rank, holds
-one window in memory however large the corpus is, and starts at any step by reading the window of
-that step. MosaicML Streaming's canonical nodes with py1s shuffling are a related design.
+`CorpusOrder` (pretraining) scales to any corpus. An epoch is the split's row groups in a keyed
+permutation. It is divided into equal shares, one per micro-batch index, each share into *windows*,
+and the rows of a window are shuffled. So a rank reads no row group for another rank, holds one
+window in memory however large the corpus is, and starts at any step by reading that step's window.
+MosaicML Streaming's canonical nodes with py1s shuffling are a related design.
 
 `LengthGroupedOrder` (fine-tuning) permutes all texts and puts texts of similar length in one batch,
 so that little padding is computed.
@@ -24,9 +24,8 @@ import numpy as np
 
 from raybert.data.keyed import I64, Permutation, key_of
 
-# A window spans eight row groups for each row of a micro-batch. When b rows are drawn from 8 b
-# groups, one row in sixteen shares its group with an earlier one: a batch mixes nearly as many
-# parts as a free draw.
+# A window spans eight row groups for each row of a micro-batch. Of b rows drawn from 8 b groups,
+# about 1/16 repeat a group, so that the shuffle is close to uniform.
 WINDOW_GROUPS_PER_ROW = 8
 
 # Long enough that the texts of a batch have equal lengths, short enough that an epoch is shuffled.
@@ -107,21 +106,18 @@ class CorpusOrder(_MicroBatches):
         return batches
 
     def indices_with_rows(self, step: int, indices: Sequence[int]) -> list[int]:
-        """Those of the micro-batch indices that have a row in a step.
-
-        These are all of them except in the last step of an epoch.
-        """
+        """Those of the micro-batch indices that have a row in a step: all but in the last ones."""
         used = step % self.steps_per_epoch * self.micro_batch_size
-        return [i for i in indices if used < self._share(i + 1) - self._share(i)]
+        return [i for i in indices if used < self._share_begin(i + 1) - self._share_begin(i)]
 
     def window(self, epoch: int, window: int, index: int) -> I64:
         """The row ids of one micro-batch index in a window, int64 [up to window_rows], in order."""
-        first = self._share(index) + window * self.window_rows
-        count = max(0, min(self.window_rows, self._share(index + 1) - first))
+        first = self._share_begin(index) + window * self.window_rows
+        count = max(0, min(self.window_rows, self._share_begin(index + 1) - first))
         shuffled = Permutation(count, key_of("window", self.seed, epoch, index, window))
         return self._row_ids(epoch, first + shuffled(np.arange(count)))
 
-    def _share(self, index: int) -> int:
+    def _share_begin(self, index: int) -> int:
         """The position in an epoch at which the share of a micro-batch index begins."""
         return self.rows * index // self.micro_batches_per_step
 

@@ -6,6 +6,7 @@ at the beginning and their verdict at the end (Sun et al., arXiv 1905.05583, sec
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raybert.cluster.internals.data import ordered_execution
 from raybert.data.keyed import I64
-from raybert.data.text import replace_line_breaks
 from raybert.data.tokenizer import Tokenizer
+
+_BATCH_TEXTS = 1000
+# Only one way to match any run of spaces: with two, a text of spaces alone would take minutes.
+LINE_BREAK = re.compile(r"<\s*br\s*(?:/\s*)?>", re.IGNORECASE)
+
+
+def replace_line_breaks(text: str, html_breaks: str) -> str:
+    """Replace HTML line breaks by spaces if `html_breaks` is "space"; "keep" changes nothing."""
+    return LINE_BREAK.sub(" ", text) if html_breaks == "space" and "<" in text else text
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Preprocessing:
 def pad(rows: Sequence[npt.NDArray[Any]], pad_id: int) -> tuple[I64, npt.NDArray[np.bool_] | None]:
     """Stack rows of ids, padded to the longest one: int64 [n, longest], at least one column.
 
-    The second result is the attention mask, bool [n, longest], False at padding; None: no padding.
+    The second result is the attention mask, bool, False at padding; None: no padding.
     """
     lengths = np.array([len(row) for row in rows])
     width = int(lengths.max(initial=1))
@@ -65,9 +75,6 @@ def pad(rows: Sequence[npt.NDArray[Any]], pad_id: int) -> tuple[I64, npt.NDArray
     mask = np.arange(width) < lengths[:, None]
     ids[mask] = np.concatenate(rows)
     return ids, None if mask.all() else mask
-
-
-_BATCH_TEXTS = 1000
 
 
 def tokenize(
@@ -78,13 +85,7 @@ def tokenize(
 
     if not ray.is_initialized() or len(texts) < 2 * _BATCH_TEXTS:
         return how.encode(tokenizer, texts.to_pylist())
-    from ray.data import DataContext
-
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
-    with DataContext.current(context):
+    with ordered_execution():
         # The read tasks contain their rows, so no block waits in the object store.
         tables = [
             pa.table({"text": texts.slice(begin, _BATCH_TEXTS).combine_chunks()})

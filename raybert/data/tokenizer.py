@@ -1,8 +1,7 @@
 """The tokenizer of a corpus or model: load and save it, and turn texts into ids.
 
-The vocabulary, the special ids and where words start are read from `tokenizer.json` (of Hugging
-Face's `tokenizers`). `tokenizer_config.json` only assigns roles to special tokens, so that
-`transformers.AutoTokenizer` gives the same ids.
+`tokenizer.json`, of Hugging Face's `tokenizers`, is all that ids depend on; `tokenizer_config.json`
+assigns roles to special tokens, so that `transformers.AutoTokenizer` gives the same ids.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from raybert.data.encoding import (
     id_dtype,
     offsets_of,
     splits_at_spaces,
-    template_ids,
     word_start_table,
 )
 from raybert.errors import ConfigError, DamagedError, DataError
@@ -58,8 +56,9 @@ class Tokenizer:
         self.hf.no_truncation()
         self.hf.no_padding()
         self._roles = {
-            role: _content((config or {}).get(role)) or self._default_token(role)
-            for role in _USUAL_NAMES
+            role: _content((config or {}).get(role))
+            or next((name for name in names if self.hf.token_to_id(name) is not None), None)
+            for role, names in _USUAL_NAMES.items()
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -174,11 +173,11 @@ class Tokenizer:
     @cached_property
     def _template(self) -> tuple[bytes, bytes]:
         """The special ids before and after a text, as bytes."""
-        before, after = template_ids(self.hf)
-        return np.array(before, self.dtype).tobytes(), np.array(after, self.dtype).tobytes()
-
-    def _default_token(self, role: str) -> str | None:
-        return next((t for t in _USUAL_NAMES[role] if self.hf.token_to_id(t) is not None), None)
+        empty, with_text = self.hf.encode("").ids, self.hf.encode("a").ids
+        text = self.hf.encode("a", add_special_tokens=False).ids
+        split = next(n for n in range(len(empty) + 1) if with_text == empty[:n] + text + empty[n:])
+        before, after = np.array(empty[:split], self.dtype), np.array(empty[split:], self.dtype)
+        return before.tobytes(), after.tobytes()
 
     def _id(self, role: str) -> int:
         token = self._roles[role]

@@ -21,7 +21,7 @@ from tokenizers.trainers import WordPieceTrainer
 
 from raybert.config import Settings
 from raybert.data.encoding import STRIP_PATTERN
-from raybert.data.text import text_hash
+from raybert.data.keyed import text_hash
 from raybert.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_FILE, Tokenizer
 from raybert.errors import DataError
 from raybert.storage.folder import Folder
@@ -64,10 +64,7 @@ class TokenizerConfig(Settings):
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """Train the configured tokenizer on texts, or load it.
-
-    A DataError if there is no text, or `vocab_size` is smaller than the alphabet.
-    """
+    """Train the configured tokenizer on texts (DataError if there are none), or load it."""
     if config.kind == "file":
         assert config.path is not None  # TokenizerConfig requires it
         return load_file(config.path)
@@ -80,8 +77,8 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 def draw_texts(texts: Iterable[str], chars: int | None) -> list[str]:
     """Draw texts with at most `chars` characters in all; None draws all of them.
 
-    The texts with the smallest hashes are taken, until the next one would not fit. So the draw and
-    its order depend only on the set of texts, and one pass in bounded memory computes it.
+    The texts with the smallest hashes, until the next one would not fit: so the draw and its order
+    depend only on the set of texts, and one pass in bounded memory computes it.
     """
     if chars is None:
         return sorted(texts)
@@ -101,9 +98,9 @@ def draw_texts(texts: Iterable[str], chars: int | None) -> list[str]:
 
 
 def _wordpiece(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
-    bare = _bare_wordpiece(config, {"[UNK]": 0})
-    alphabet = _alphabet(bare, texts)
-    continuing = [_PREFIX + c for c in alphabet if _continues(bare, c)]
+    untrained = _untrained_wordpiece(config, {"[UNK]": 0})
+    alphabet = _alphabet(untrained, texts)
+    continuing = [_PREFIX + c for c in alphabet if _continues(untrained, c)]
     fixed = [*SPECIAL_TOKENS, *continuing]
     if len(fixed) + len(alphabet) > config.vocab_size:
         raise DataError(
@@ -119,15 +116,15 @@ def _wordpiece(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
         continuing_subword_prefix=_PREFIX,
         show_progress=False,
     )
-    bare.train_from_iterator(texts, trainer, length=len(texts))
-    vocab = bare.get_vocab(with_added_tokens=True)
+    untrained.train_from_iterator(texts, trainer, length=len(texts))
+    vocab = untrained.get_vocab(with_added_tokens=True)
     # Built anew, because the trainer made special tokens of the continuing characters.
-    trained = _bare_wordpiece(config, dict(sorted(vocab.items(), key=lambda item: item[1])))
+    trained = _untrained_wordpiece(config, dict(sorted(vocab.items(), key=lambda item: item[1])))
     trained.decoder = decoders.WordPiece(prefix=_PREFIX)
     return _finish(trained)
 
 
-def _bare_wordpiece(config: TokenizerConfig, vocab: dict[str, int]) -> HfTokenizer:
+def _untrained_wordpiece(config: TokenizerConfig, vocab: dict[str, int]) -> HfTokenizer:
     model = models.WordPiece(
         vocab=vocab,
         unk_token="[UNK]",

@@ -20,8 +20,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raybert.cluster.internals.data import ordered_execution
 from raybert.cluster.machine import cores
-from raybert.data.corpus import tokenize_job
+from raybert.data.corpus.tokenize_job import read_dataset
 from raybert.data.sources import documents
 from raybert.data.sources.row_table import accept
 from raybert.data.sources.settings import SourceConfig
@@ -32,6 +33,7 @@ from raybert.storage.folder import Folder
 from raybert.tasks.classification_metrics import classification_scores
 
 _BLOCK_BYTES = 1 << 20  # of Ray Data's blocks
+_WRONG_EXAMPLES, _RIGHT_EXAMPLES = 8, 4  # for the report, the most confident ones
 _ROWS_PER_CALL = 512  # enough texts to sort by length, few enough to show progress
 
 
@@ -67,26 +69,12 @@ def score(
     updated. With `labels` every row must have one. `workers` actors hold the classifier in `model`.
     A DataError for the first bad row, or an unreadable file.
     """
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy
 
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = _BLOCK_BYTES
     shards = documents.shards(source, labels=labels)
     left, rows = source.limit, 0
-    with DataContext.current(context):
-        texts = ray.data.from_arrow(
-            [tokenize_job.shard_table(shard) for shard in shards]
-        ).map_batches(
-            tokenize_job.read_rows,
-            fn_kwargs={"config": source, "labels": labels},
-            batch_format="pyarrow",
-            num_cpus=0,  # mostly waits for its file
-            compute=TaskPoolStrategy(size=min(workers, len(shards))),
-        )
+    with ordered_execution(_BLOCK_BYTES):
+        texts = read_dataset(source, shards, readers=workers, labels=labels)
         with warnings.catch_warnings():
             # Ray 2.60 deprecates `max_restarts` here, and has no named parameter for it yet.
             warnings.simplefilter("ignore")
@@ -128,8 +116,8 @@ def predict_source(
 ) -> dict[str, Any]:
     """Write a source's predictions to the file `output`; return the counts.
 
-    The other arguments are those of `score`; `names` are the classifier's labels, and `on_progress`
-    gets the number of texts so far. A DataError also if there is no text at all.
+    `names` are the classifier's labels; `on_progress` gets the number of texts so far. A DataError
+    as in `score`, and if there is no text at all.
     """
     skipped: Counter[str] = Counter()
     done, temperature = 0, np.float32(huggingface.read_temperature(model))
@@ -151,10 +139,7 @@ class PredictionWriter:
     """Writes predictions to a JSONL or Parquet file, which exists only once it is complete."""
 
     def __init__(self, path: str, names: list[str]) -> None:
-        """Open a path or URI that ends in .jsonl or .parquet, for a classifier's labels.
-
-        A UserError if the name has another ending, or the folder can't be written.
-        """
+        """Open a .jsonl or .parquet path or URI (else a UserError), for a classifier's labels."""
         self._folder, self._name = Folder.of_file(path)
         if not self._name.endswith((".jsonl", ".parquet")):
             raise UserError(f"--output {path}: name a .jsonl or a .parquet file")
@@ -187,13 +172,12 @@ class PredictionWriter:
             }
             for row, text, top, scores in zip(rows, texts, best, probabilities, strict=True)
         ]
-        if self._name.endswith(".jsonl"):
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records)
-            with self._folder.storage_errors("writing", self._folder.join(self._name)):
-                self._stream.write(lines.encode())
-            return
-        table = pa.Table.from_pylist(records)
         with self._folder.storage_errors("writing", self._folder.join(self._name)):
+            if self._name.endswith(".jsonl"):
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records)
+                self._stream.write(lines.encode())
+                return
+            table = pa.Table.from_pylist(records)
             if self._parquet is None:
                 self._parquet = pq.ParquetWriter(self._stream, table.schema)
             self._parquet.write_table(table)
@@ -205,23 +189,21 @@ class PredictionWriter:
         """Complete the file; after an error, remove it."""
         if kind is not None:
             with suppress(OSError, StorageError):
-                if self._parquet is not None:
-                    self._parquet.close()
-                self._stream.close()
+                self._close()
                 if not self._folder.is_local:  # closing has created it
                     self._folder.delete(self._name)
             if self._folder.is_local:
                 self._folder.delete(f".{self._name}.unfinished")
             return
         with self._folder.storage_errors("writing", self._folder.join(self._name)):
-            if self._parquet is not None:
-                self._parquet.close()
-            self._stream.close()
+            self._close()
             if self._folder.is_local:
                 os.replace(self._unfinished, self._folder.join(self._name))
 
-
-_WRONG_EXAMPLES, _RIGHT_EXAMPLES = 8, 4  # for the report, the most confident ones
+    def _close(self) -> None:
+        if self._parquet is not None:
+            self._parquet.close()
+        self._stream.close()
 
 
 def evaluate(
@@ -234,9 +216,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score labelled texts with the classifier in `model`, whose labels are `names`.
 
-    `workers` actors compute; `on_progress` gets the number of texts so far. Returns
-    `classification_scores`, with `texts_per_second`, `skipped` and `examples`. A DataError for any
-    bad row, and for a label that the classifier does not know.
+    `on_progress` gets the number of texts so far. Returns `classification_scores`, with
+    `texts_per_second`, `skipped` and `examples`. A DataError as in `score`.
     """
     # The model's own preprocessing, as in training and in serving.
     breaks = huggingface.read_preprocessing(model).get("html_breaks", "space")

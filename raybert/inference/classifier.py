@@ -22,8 +22,7 @@ from raybert.storage.folder import Folder
 
 Row = npt.NDArray[Any]  # token ids of a text or of a window, [tokens]
 
-#: A quarter of a window is also in the next one: a phrase that one of them cuts is whole in the
-#: other.
+#: A quarter of a window is also in the next one, so that no phrase is cut in both.
 OVERLAP = 4
 
 
@@ -47,7 +46,7 @@ def pool(logits: npt.NDArray[np.float32], counts: Sequence[int]) -> npt.NDArray[
 
     `counts` has their number by text, 1 or more.
     """
-    if len(counts) == len(logits):  # one window a text
+    if len(counts) == len(logits):  # one window per text
         return logits
     starts = np.cumsum([0, *counts[:-1]])
     sums = np.add.reduceat(logits, starts, axis=0)
@@ -71,6 +70,7 @@ class TextClassifier:
         )
         self.temperature = huggingface.read_temperature(folder)
         self._device = torch.device(device)
+        self._concatenates = self._device.type == "cpu"  # into one row per batch, without padding
         self.precision = resolve_precision(precision, folder, self._device)
         #: The fp32 model, for explanations; `precision` applies to scores.
         self.model = model.to(self._device).eval().requires_grad_(False)
@@ -131,11 +131,6 @@ class TextClassifier:
                 begin, total = end, length
         if len(order):
             yield order[begin:]
-
-    @property
-    def _concatenates(self) -> bool:
-        """Whether a batch is one row of concatenated texts, in place of padded rows."""
-        return self._device.type == "cpu"
 
     def _forward(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
         # An empty text has no state to pool.

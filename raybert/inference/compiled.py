@@ -33,10 +33,7 @@ def can_compile() -> bool:
 
 
 def compile_modules(modules: Sequence[nn.Module]) -> None:
-    """Compile modules at their first call; if that fails, all of them run uncompiled.
-
-    Modules that differ in their weights only share one compiled function.
-    """
+    """Compile modules at their first call; if that fails, all of them run uncompiled."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # otherwise it keeps processes
     _release_gil_in_compiled_loops()
     # One function for any number of threads: another number takes a new trace only, 2.8 s instead
@@ -75,8 +72,7 @@ def _release_gil_in_compiled_loops() -> None:
     """Let compiled loops run without the GIL, as PyTorch's own operators do.
 
     Otherwise two computing threads, and the one that reads requests, wait for each other's loops:
-    1.5 of two cores were busy. PyTorch has no setting for it; a version that calls loops in another
-    way is left unchanged.
+    1.5 of two cores were busy. PyTorch has no setting; another way of calling is left unchanged.
     """
     from torch._inductor.codecache import CppPythonBindingsCodeCache as Bindings
 

@@ -43,10 +43,7 @@ class Teacher:
     def __init__(
         self, models: Sequence[Folder], on_progress: Callable[[int], None] = lambda done: None
     ) -> None:
-        """Take the models' folders; `logits` loads one at a time.
-
-        `on_progress` gets the number of texts scored so far, over all models.
-        """
+        """Take the models' folders; `on_progress` gets the number of texts scored so far."""
         self._models, self._on_progress = models, on_progress
 
     @property

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raybert.data.text import LINE_BREAK
+from raybert.data.preprocess import LINE_BREAK
 from raybert.errors import ConfigError
 from raybert.inference.classifier import TextClassifier
 
 STEPS = (24, 48, 96)  # of the Gauss-Legendre quadrature, in turn until its error is small
 TOLERANCE = 0.02  # relative to the margin's difference, or to 1 if that is less
 _MAX_TOKENS = 16_384  # of a text times steps: a bound on the time of a request
-_TOKENS_PER_BATCH = 2048  # backward keeps all layers' activations, about 20 KB a token and layer
+_TOKENS_PER_BATCH = 2048  # backward keeps all layers' activations, about 20 KB per token and layer
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,22 @@ class Explainer:
         tensors = itertools.chain(model.parameters(), model.buffers())
         self._model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         self._device = next(self._model.parameters()).device
+        try:
+            self._mask_id = classifier.tokenizer.mask_id
+        except ConfigError:  # the tokenizer has no mask
+            self._mask_id = classifier.tokenizer.pad_id
 
     def explain(self, text: str, label: int | None = None) -> Explanation:
-        """Compute the attributions of a text's words.
+        """Compute the attributions of a text's words for a label, by default the most probable one.
 
         The middle of a text that is longer than the model is left out; words in it have no weight.
-        `label` is an index; None: the most probable one.
         """
         tokens = _tokenize(self._classifier, text)
         ids = torch.tensor(tokens.ids, dtype=torch.int64, device=self._device)  # [T]
         with torch.no_grad():
             embed = self._model.encoder.embeddings
             is_special = torch.tensor(tokens.is_special, device=self._device)  # [T]
-            masked = torch.where(is_special, ids, tokens.mask_id)
+            masked = torch.where(is_special, ids, self._mask_id)
             baseline, target = embed(torch.stack([masked, ids]), None)  # [T, D] each
             ends = self._logits(ids, torch.stack([baseline, target]))  # [2, L]
         chosen = int(ends[1].argmax()) if label is None else label
@@ -134,7 +137,6 @@ class _Tokens:
     is_special: list[bool]  # [T] added around the text by the tokenizer's template
     words: list[int | None]  # [T] index of the token's word in the text; None: of no word
     spans: list[tuple[int, int]]  # [T] in characters of the text
-    mask_id: int
 
 
 def _tokenize(classifier: TextClassifier, text: str) -> _Tokens:
@@ -142,38 +144,25 @@ def _tokenize(classifier: TextClassifier, text: str) -> _Tokens:
     encoding = classifier.tokenizer.hf.encode(cleaned)
     kept = classifier.preprocessing.shorten(np.arange(len(encoding.ids))).tolist()
     offsets = _character_offsets(text, cleaned)
-    ids = [encoding.ids[i] for i in kept]
+    spans = [(offsets[start], offsets[end]) for start, end in encoding.offsets]
     return _Tokens(
-        ids=ids or [classifier.tokenizer.pad_id],
+        ids=[encoding.ids[i] for i in kept] or [classifier.tokenizer.pad_id],
         is_special=[bool(encoding.special_tokens_mask[i]) for i in kept] or [True],
         words=[encoding.word_ids[i] for i in kept] or [None],
-        spans=[_raw_span(offsets, *encoding.offsets[i]) for i in kept] or [(0, 0)],
-        mask_id=_mask_id(classifier),
+        spans=[spans[i] for i in kept] or [(0, 0)],
     )
 
 
-def _mask_id(classifier: TextClassifier) -> int:
-    """The baseline's token: the mask, or padding for tokenizers without one."""
-    try:
-        return classifier.tokenizer.mask_id
-    except ConfigError:
-        return classifier.tokenizer.pad_id
-
-
-def _character_offsets(text: str, cleaned: str) -> list[int] | None:
-    """The offset in `text` of each character of the cleaned text and of its end; None: the same."""
+def _character_offsets(text: str, cleaned: str) -> list[int]:
+    """The offset in `text` of each character of the cleaned text and of its end."""
     if cleaned == text:
-        return None
+        return list(range(len(text) + 1))
     offsets: list[int] = []
     at = 0
     for match in LINE_BREAK.finditer(text):  # each became one space
         offsets += [*range(at, match.start()), match.start()]
         at = match.end()
     return [*offsets, *range(at, len(text) + 1)]
-
-
-def _raw_span(offsets: list[int] | None, start: int, end: int) -> tuple[int, int]:
-    return (start, end) if offsets is None else (offsets[start], offsets[end])
 
 
 def _by_word(text: str, tokens: _Tokens, weights: Sequence[float]) -> list[Word]:

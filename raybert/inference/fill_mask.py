@@ -32,10 +32,7 @@ class MaskFiller:
         return self._model.encoder.config.max_seq_len
 
     def fill(self, text: str, top: int) -> list[list[dict[str, Any]]]:
-        """Predict each mask of a text: `top` of {"token", "probability"}, the most probable first.
-
-        A DataError if the text has no mask, or is longer than the model reads.
-        """
+        """Predict each mask of a text: `top` of {"token", "probability"}, best first."""
         return predict_masks(self._model, self._tokenizer, self._preprocessing.clean(text), top)
 
     def count(self, text: str) -> int:

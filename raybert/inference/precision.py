@@ -1,12 +1,8 @@
 """The registry of precisions that a classifier runs in, and the one selected for a machine type.
 
-An entry builds the module that computes in a precision, and says where that is available. A new
-precision is one more entry (and one more value of the setting `serve.precision`). The encoder
-changes; the classification head stays in fp32. `precision_choice` measures and selects; the choice
-is one file per machine type beside the weights, written once, so that all replicas on such machines
-take the same precision.
-
-Shapes: B batch, T tokens, D hidden.
+A new precision is one more entry (and one more value of the setting `serve.precision`). The encoder
+changes; the classification head stays in fp32. `precision_choice` selects; its choice is one file
+per machine type beside the weights, so that all replicas on such machines take the same precision.
 """
 
 from __future__ import annotations
@@ -61,23 +57,37 @@ def _build_fp32(model: Classifier, device: torch.device) -> nn.Module:
 
 
 def _build_bf16(model: Classifier, device: torch.device) -> nn.Module:
-    return _with_fp32_output(_copy(model, bf16=True))
+    return _build(model, bf16=True)
 
 
 def _build_int8(model: Classifier, device: torch.device) -> nn.Module:
-    bf16 = has_fast_bf16(device)
-    quantized = _copy(model, bf16=bf16)
-    convert = functools.partial(to_int8, bf16_products=bf16)
-    replace_modules(quantized.encoder, model.encoder, convert)
-    if can_compile():
-        _compile_layers(quantized.encoder, device)
-    return _with_fp32_output(quantized)
+    return _build(model, bf16=has_fast_bf16(device), int8=True, compiles=can_compile())
 
 
 def _build_compiled(model: Classifier, device: torch.device) -> nn.Module:
-    compiled = _copy(model, bf16=has_fast_bf16(device))
-    _compile_layers(compiled.encoder, device)
-    return _with_fp32_output(compiled)
+    return _build(model, bf16=has_fast_bf16(device), compiles=True)
+
+
+def _build(
+    model: Classifier, *, bf16: bool, int8: bool = False, compiles: bool = False
+) -> Classifier:
+    """Copy a classifier and change the copy's encoder."""
+    built = copy.deepcopy(model)
+    encoder = built.encoder
+    if bf16:
+        buffers = dict(encoder.named_buffers(recurse=False))
+        encoder.to(torch.bfloat16)
+        for name in buffers.keys() & _FP32_BUFFERS:
+            encoder.register_buffer(name, buffers[name], persistent=False)
+    if int8:
+        convert = functools.partial(to_int8, bf16_products=bf16)
+        replace_modules(encoder, model.encoder, convert)
+    if compiles:
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        layers = (x if on_cpu else x.get_submodule("feed_forward") for x in encoder.layers)
+        compile_modules(list(layers))
+    built.register_module("encoder", _FP32Output(encoder))
+    return built
 
 
 @dataclass(frozen=True)
@@ -100,28 +110,6 @@ PRECISIONS = {
         _build_compiled, lambda device: can_compile(), "a C++ compiler (g++, or CXX)"
     ),
 }
-
-
-def _copy(model: Classifier, *, bf16: bool) -> Classifier:
-    """Copy a classifier, its encoder in bf16 if asked for."""
-    copied = copy.deepcopy(model)
-    if bf16:
-        encoder = copied.encoder
-        buffers = dict(encoder.named_buffers(recurse=False))
-        encoder.to(torch.bfloat16)
-        for name in buffers.keys() & _FP32_BUFFERS:
-            encoder.register_buffer(name, buffers[name], persistent=False)
-    return copied
-
-
-def _compile_layers(encoder: Encoder, device: torch.device) -> None:
-    on_cpu = device.type == "cpu"
-    compile_modules([x if on_cpu else x.get_submodule("feed_forward") for x in encoder.layers])
-
-
-def _with_fp32_output(model: Classifier) -> Classifier:
-    model.register_module("encoder", _FP32Output(model.encoder))
-    return model
 
 
 class _FP32Output(nn.Module):
@@ -149,10 +137,7 @@ class _FP32Output(nn.Module):
 
 
 def resolve_precision(precision: str, folder: Folder, device: torch.device) -> str:
-    """The precision that a setting stands for; auto is the stored choice or the device's default.
-
-    A UserError if there is no such precision, or this machine can't compute in it.
-    """
+    """The precision that a setting stands for; auto: the stored choice or the default."""
     if precision == "auto":
         choice = read_choice(folder, device)
         return str(choice["precision"]) if choice else default_precision(device)
@@ -186,10 +171,7 @@ def read_choice(folder: Folder, device: torch.device) -> dict[str, Any] | None:
 def store_choice(
     folder: Folder, device: torch.device, choice: dict[str, Any], *, replace: bool = False
 ) -> dict[str, Any] | None:
-    """Store a choice measured on a device, or, unless `replace`, keep what is stored.
-
-    Returns the choice that is stored now; None if the folder can't be written.
-    """
+    """Store a choice unless there is one or `replace`; return the stored one, None if it failed."""
     name = _file_name(folder, device)
     content = {"machine": machine_type(device), **choice}
     try:

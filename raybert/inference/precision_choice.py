@@ -34,11 +34,10 @@ _SECONDS = 1.0  # of measuring each precision, after its first pass
 
 
 def select_precision(folder: Folder, device: str, preferred: str | None = None) -> str:
-    """Return the precision that all replicas on machines of this type use.
+    """Return the precision of all replicas on machines of this type, measured if none is stored.
 
-    Benchmarks the precisions unless a choice is stored, and stores the result. Where the model's
-    folder can't be written, replicas could measure different results: the default is used.
-    `preferred`, the precision of the version that this one replaces, is stored without a benchmark.
+    Where the model's folder can't be written, replicas could measure different results: the default
+    is used. `preferred`, of the version that this one replaces, is stored without a benchmark.
     """
     where = torch.device(device)
     choice = read_choice(folder, where)

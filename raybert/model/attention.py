@@ -184,8 +184,8 @@ def _chunks(shape: torch.Size) -> list[tuple[slice, slice]]:
 class AttentionPlan(NamedTuple):
     """The inputs of attention for the global layers of a batch, or for its local ones.
 
-    Where texts are concatenated in one row, `lengths` or `cu_seqlens` separates them and no mask is
-    needed; compiled layers take `cu_seqlens`.
+    Texts that are concatenated in one row are separated by `lengths`, or in compiled layers by
+    `cu_seqlens`, and need no mask.
     """
 
     mask: Tensor | None  # bool [B or 1, 1, T or 1, T], True: attend; None: attend to everything
@@ -193,7 +193,7 @@ class AttentionPlan(NamedTuple):
     sin: Tensor | None
     lengths: Sequence[int] | None = None  # tokens of each text
     cu_seqlens: Tensor | None = None  # int64 [texts + 1]: cumulative lengths
-    half_window: int | None = None  # of a local layer, where texts are concatenated
+    half_window: int | None = None  # of a local layer
 
 
 def plan_attention(
@@ -215,8 +215,6 @@ def plan_attention(
         if lengths is None and half_window is not None and seq_len > half_window + 1:
             near = local_mask(seq_len, half_window, angles.device)
             mask = near if mask is None else mask & near
-    if lengths is None:
-        return AttentionPlan(mask, cos, sin)
     return AttentionPlan(mask, cos, sin, lengths, half_window=half_window)
 
 

@@ -17,11 +17,11 @@ def flops_per_token(
 ) -> float:
     """Floating-point operations of training on one token, forward and backward, for MFU.
 
-    A matrix product costs 2 operations a weight and token, and its backward pass twice as much: 6
-    in all. Attention adds two products of T x H a head and token: 4 T D a layer forward, 12 with
-    backward (PaLM, arXiv 2204.02311, appendix B, without its causal half). The prediction head,
-    D^2 + D V weights, runs on the masked positions only. Embedding look-ups, norms and activations
-    are not counted. `vocab_size` is V of that head, 0 without it.
+    A matrix product costs 2 operations per weight and token, and its backward pass twice as much:
+    6 in all. Attention adds two products of T x H per head and token: 4 T D per layer forward, 12
+    with backward (PaLM, arXiv 2204.02311, appendix B, without its causal half). The prediction
+    head, D^2 + D V weights, runs on the masked positions only; `vocab_size` is V, 0 without that
+    head. Embedding look-ups, norms and activations are not counted.
     """
     hidden, feed_forward = config.hidden_size, config.feed_forward_size
     matrices = 3 if config.layout == "modern" else 2

@@ -1,9 +1,7 @@
 """The heads on the encoder: masked language model and classifier.
 
-Both have the architecture of the layout's classes in `transformers`, so that weights convert both
-ways: `modern` is ModernBertForMaskedLM and ModernBertForSequenceClassification, `classic` is
-BertForMaskedLM and BertForSequenceClassification. `huggingface.unsupported_by_transformers` names
-the classifiers that have no counterpart there.
+Both are the layout's classes in `transformers`, ModernBertFor... or BertFor..., so that weights
+convert both ways; `huggingface.unsupported_by_transformers` names the exceptions.
 
 Shapes: B batch, T tokens, D hidden, V vocabulary, M masked positions, L labels.
 """
@@ -130,10 +128,7 @@ class Classifier(nn.Module):
 
 
 def pool(x: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
-    """Pool hidden states over the tokens of each text: [B, T, D] -> [B, D].
-
-    `attention_mask` is bool [B, T], False at padding; `pooling` is cls, mean or max.
-    """
+    """Pool hidden states over the tokens of each text by cls, mean or max: [B, T, D] -> [B, D]."""
     if pooling == "cls":
         return x[:, 0]
     if attention_mask is None:

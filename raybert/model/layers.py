@@ -29,8 +29,7 @@ def rotary_angles(config: ModelConfig, theta: float) -> Tensor:
 def apply_rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the queries and keys in [B, T, 3, N, H]; the values stay as they are.
 
-    `cos` and `sin` [B or 1, T, 1, 1, H/2] are rounded to the dtype of `qkv`, as in transformers:
-    mixed dtypes would cost as much again.
+    `cos` and `sin` [B or 1, T, 1, 1, H/2] are rounded to the dtype of `qkv`, as in transformers.
     """
     rotate = _Rotary.apply if qkv.requires_grad else _rotate
     rotated: Tensor = rotate(qkv, cos.to(qkv.dtype), sin.to(qkv.dtype))
@@ -69,8 +68,7 @@ def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Dropout(nn.Module):
     """`nn.Dropout`, four times as fast on CPUs: every 64 random bits give four draws.
 
-    On CPUs `p` is rounded to a multiple of 1/65,536. On other devices, and in compiled models, it
-    is PyTorch's dropout.
+    There `p` is rounded to a multiple of 1/65,536. Compiled models use PyTorch's dropout.
     """
 
     def __init__(self, p: float) -> None:

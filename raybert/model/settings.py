@@ -20,7 +20,7 @@ class ModelConfig(Settings):
     hidden_size: int = Field(256, gt=0, description="width; a multiple of num_heads")
     num_layers: int = Field(4, gt=0, description="encoder layers")
     num_heads: int = Field(
-        4, gt=0, description="attention heads; BERT models of all sizes have 64 dimensions a head"
+        4, gt=0, description="attention heads; BERT models of all sizes have 64 dimensions per head"
     )
     intermediate_size: int | None = Field(
         None,

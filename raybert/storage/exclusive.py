@@ -1,7 +1,4 @@
-"""What only one process may create, on any storage: numbers of attempts and versions, and files.
-
-Object stores have no locks and no rename.
-"""
+"""What only one process may create, on storages without locks and rename: numbers and files."""
 
 from __future__ import annotations
 
@@ -24,8 +21,8 @@ _PROPOSAL_WAIT_SECONDS = 3.0
 def take_number(folder: Folder) -> int:
     """Take the next number of a folder, which no other process gets, and leave a file for it.
 
-    Two processes may ask at once. Each writes a file under a unique name and then lists the folder:
-    of those with one number, whoever wrote last sees the others, and takes a higher one.
+    Each process writes a file under a unique name and then lists the folder: of those with one
+    number, whoever wrote last sees the others, and takes a higher one.
     """
     number = 1 + max(numbers_taken(folder), default=0)
     while True:
@@ -44,10 +41,7 @@ def numbers_taken(folder: Folder) -> list[int]:
 
 
 def create_json(folder: Folder, name: str, value: Any) -> None:
-    """Write a JSON file unless there is one; of many writers at once, all find the same file.
-
-    Where it can't be written, a local folder raises OSError, an object store StorageError.
-    """
+    """Write a JSON file unless there is one; of many writers at once, all find the same file."""
     if folder.is_local:
         _create_local(Path(folder.join(name)), json.dumps(value, indent=2) + "\n")
     elif not folder.exists(name):
@@ -68,9 +62,8 @@ def _create_local(path: Path, text: str) -> None:
 def _create_remote(folder: Folder, name: str, value: Any) -> None:
     """Write a file on an object store, without locks, such that concurrent writers agree.
 
-    Each writer first writes a proposal under a name of its own and waits, so that every writer that
-    found no file has written a proposal by then. All of them list the same proposals and write the
-    first one's content.
+    Each writer writes a proposal under a name of its own and waits, so that all who found no file
+    have written one by then. All list the same proposals and write the first one's content.
     """
     proposals = f".{name}."
     own = proposals + uuid.uuid4().hex[:8]

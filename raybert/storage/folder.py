@@ -1,8 +1,7 @@
 """A folder at any path or URI that pyarrow's filesystems read: local, `s3://`, `gs://`, `hdfs://`.
 
-Object stores neither append nor rename, so a file is always written as a whole, and on a local disk
-it appears as a whole. A URI never holds credentials: they come from where the store's own tools
-look for them, and are not written anywhere.
+Object stores neither append nor rename, so a file is always written as a whole. A URI never holds
+credentials: they come from where the store's own tools look for them.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from raybert.errors import DamagedError, StorageError, UserError, one_line
 
 # Time limits of S3. A request without any answer ends after 47 s at most, one that is refused (503,
 # no connection) after 7 s; other ranks may wait for two of them in a row.
-_CONNECT_SECONDS = 5
-_SILENT_SECONDS = 10  # without a byte in either direction
+_CONNECT_TIMEOUT_S = 5
+_REQUEST_TIMEOUT_S = 10  # without a byte in either direction
 _TRIES = 4
 
 _SECRET_PARAMETER = re.compile(r"[?&][^=&]*(key|secret|password|token)[^=&]*=", re.IGNORECASE)
@@ -76,7 +75,7 @@ def _s3(bucket: str, query: str) -> pafs.FileSystem:
         raise pa.ArrowInvalid("it names no bucket")
     # A URI can't set the limits: a new client gets the options that the URI's one pickles as.
     _, (options,) = opened.__reduce__()
-    options["connect_timeout"], options["request_timeout"] = _CONNECT_SECONDS, _SILENT_SECONDS
+    options["connect_timeout"], options["request_timeout"] = _CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S
     options["retry_strategy"] = pafs.AwsStandardS3RetryStrategy(max_attempts=_TRIES)
     return pafs.S3FileSystem(**options)
 
@@ -95,7 +94,7 @@ class Folder:
     def __init__(self, uri: str | Path) -> None:
         """Open a local path or a URI; a UserError if it can't be opened or holds credentials."""
         address = os.fspath(uri)
-        self._fs, self.path = open_filesystem(address)
+        self.filesystem, self.path = open_filesystem(address)
         self._base, self._query = split_query(address)
 
     @classmethod
@@ -132,12 +131,7 @@ class Folder:
     @property
     def is_local(self) -> bool:
         """Whether the folder is on a local filesystem."""
-        return isinstance(self._fs, pafs.LocalFileSystem)
-
-    @property
-    def filesystem(self) -> pafs.FileSystem:
-        """The pyarrow filesystem that reads it."""
-        return self._fs
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def join(self, name: str) -> str:
         """The path of `name` on `filesystem`."""
@@ -147,12 +141,12 @@ class Folder:
         """Whether there is a file or folder of that name."""
         path = self.join(name) if name else self.path
         with self.storage_errors("looking up", path):
-            return bool(self._fs.get_file_info(path).type != pafs.FileType.NotFound)
+            return bool(self.filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
     def size(self, name: str) -> int | None:
         """The size of a file in bytes; None where there is none."""
         with self.storage_errors("looking up", self.join(name)):
-            info = self._fs.get_file_info(self.join(name))
+            info = self.filesystem.get_file_info(self.join(name))
         return int(info.size) if info.type == pafs.FileType.File else None
 
     def names(self, name: str = "", *, hidden: bool = False) -> list[str]:
@@ -170,16 +164,16 @@ class Folder:
         selector = pafs.FileSelector(path, allow_not_found=True)
         with self.storage_errors("listing", path):
             try:
-                infos = self._fs.get_file_info(selector)
+                infos = self.filesystem.get_file_info(selector)
             except FileNotFoundError:  # the folder was created just while Arrow looked for it
-                infos = self._fs.get_file_info(selector)
+                infos = self.filesystem.get_file_info(selector)
         return list(infos)
 
     def files(self) -> list[File]:
         """Every file inside, at any depth and hidden or not, by name."""
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
         with self.storage_errors("listing", self.path):
-            infos = self._fs.get_file_info(selector)
+            infos = self.filesystem.get_file_info(selector)
         base = self.join("")
         return sorted(
             File(info.path.removeprefix(base), info.size or 0, (info.mtime_ns or 0) / 1e9)
@@ -190,7 +184,7 @@ class Folder:
     def read_bytes(self, name: str) -> bytes:
         """Read a file; FileNotFoundError if there is none, StorageError if the storage fails."""
         with self.storage_errors("reading", self.join(name)):
-            with self._fs.open_input_stream(self.join(name)) as stream:
+            with self.filesystem.open_input_stream(self.join(name)) as stream:
                 return bytes(stream.read())
 
     def read_text(self, name: str) -> str:
@@ -207,7 +201,7 @@ class Folder:
     def open_input(self, name: str) -> pa.NativeFile:
         """Open a file for reads at any offset (`read_at`, safe from several threads)."""
         with self.storage_errors("opening", self.join(name)):
-            return self._fs.open_input_file(self.join(name))
+            return self.filesystem.open_input_file(self.join(name))
 
     def write_bytes(self, name: str, data: bytes | memoryview | Sequence[memoryview]) -> None:
         """Write a file, given whole or in pieces; no reader ever sees a part of it."""
@@ -218,7 +212,7 @@ class Folder:
             if self.is_local:
                 _write_local(Path(path), pieces)
             else:
-                with self._fs.open_output_stream(path) as stream:
+                with self.filesystem.open_output_stream(path) as stream:
                     for piece in pieces:
                         stream.write(piece)
 
@@ -240,19 +234,16 @@ class Folder:
         """Delete a file or a folder with its contents, if there is one."""
         path = self.join(name)
         with self.storage_errors("deleting", path):
-            info = self._fs.get_file_info(path)
+            info = self.filesystem.get_file_info(path)
             with suppress(FileNotFoundError):  # another process has deleted it
                 if info.type == pafs.FileType.Directory:
-                    self._fs.delete_dir(path)
+                    self.filesystem.delete_dir(path)
                 elif info.type == pafs.FileType.File:
-                    self._fs.delete_file(path)
+                    self.filesystem.delete_file(path)
 
     @contextmanager
     def storage_errors(self, doing: str, path: str) -> Iterator[None]:
-        """Raise the filesystem's errors, but for FileNotFoundError, as StorageError.
-
-        The message has what was being done (`doing`: "writing") and the path.
-        """
+        """Raise the filesystem's errors as StorageError, but not FileNotFoundError."""
         try:
             yield
         except FileNotFoundError:

@@ -1,9 +1,8 @@
 """Find a model by its path, and the registry: models by name, with versions and a current one.
 
-`<storage>/registry/<name>/v<number>/` is a model directory. `version.json` in it is written last:
-without it there is no such version. `current.json` names the current version and its predecessors,
-which a rollback returns to. Each file is written as a whole, so that this works on object stores,
-and a reader sees the pointer either before or after a change.
+`<storage>/registry/<name>/v<number>/` is a model directory; `version.json` in it is written last.
+`current.json` names the current version and its predecessors, which a rollback returns to. Each
+file is written as a whole, so that a reader sees the pointer either before or after a change.
 """
 
 from __future__ import annotations
@@ -55,11 +54,7 @@ class Registry:
 
     def current(self, name: str) -> Folder:
         """The model directory of the current version; UserError if there is no such model."""
-        return self.folder(name, self.current_version(name))
-
-    def current_version(self, name: str) -> int:
-        """The number of the current version; UserError if there is no such model."""
-        return int(self._read_pointer(name)["version"])
+        return self.folder(name, int(self._read_pointer(name)["version"]))
 
     def describe(self, name: str, version: int) -> dict[str, Any]:
         """The source, time and weights' hash of a version."""
@@ -68,8 +63,7 @@ class Registry:
     def promote(self, name: str, model: Folder) -> int:
         """Copy a model into the registry, make it the current one, and return its version.
 
-        Of a model whose weights and configuration are registered already, only the chosen
-        precisions are copied; servers use them after a restart.
+        If its weights and configuration are registered, only the chosen precisions are copied.
         """
         if not model.exists("config.json"):
             raise UserError(f"{model}: no model here (config.json is missing); name a model/")
@@ -152,10 +146,7 @@ def _digest(model: Folder) -> str:
 
 
 def _copy_choices(model: Folder, version: Folder) -> None:
-    """Copy the chosen precisions; one chosen by accuracy is not replaced by one by speed.
-
-    A choice by accuracy has the number of `texts` that it was measured on.
-    """
+    """Copy the chosen precisions; one by speed does not replace one by accuracy (with `texts`)."""
     existing = set(version.names())
     for name in model.names():
         if not name.startswith(CHOICES):

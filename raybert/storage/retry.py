@@ -1,8 +1,7 @@
 """Retry what fails because a storage fails for a while.
 
 Not tenacity: none of its stop conditions knows how long the last try took. Other ranks wait while
-this one retries, and take it for lost after a time of theirs, so the limit must hold even if the
-next try takes as long as the last one.
+this one retries, and time out, so the limit must hold even if the next try takes as long.
 """
 
 from __future__ import annotations

@@ -128,13 +128,13 @@ def _read_and_split(
         return texts, validation
     count = round(len(texts.labels) * config.validation_fraction)
     parts = split_rows((str(text) for text in texts.texts), count, seed=seed)
-    if not len(parts.held) or not len(parts.rest):
+    if not len(parts.heldout) or not len(parts.rest):
         raise DataError(
             f"finetune.validation_fraction={config.validation_fraction} sets "
-            f"{len(parts.held):,} of {len(texts.labels):,} labelled texts apart to choose by "
+            f"{len(parts.heldout):,} of {len(texts.labels):,} labelled texts apart to choose by "
             f"and leaves {len(parts.rest):,} to train on; change it, or give more texts"
         )
-    return texts.take(parts.rest), texts.take(parts.held)
+    return texts.take(parts.rest), texts.take(parts.heldout)
 
 
 def _add_unlabelled(

@@ -55,7 +55,7 @@ def test_the_official_archive_has_the_official_counts():
     for table in documents(SourceConfig(path=str(IMDB), split=["train", "test", "unsup"])):
         counts["rows"] += table.num_rows
     assert counts["rows"] == 100_000
-    test = labelled(SourceConfig(path=str(IMDB)), split="test")
+    test = labelled(SourceConfig(path=str(IMDB), split="test"))
     assert (len(test.texts), int(test.labels.sum()), test.names) == (25_000, 12_500, ["neg", "pos"])
 
 

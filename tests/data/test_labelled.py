@@ -75,15 +75,15 @@ def test_labels_found_in_the_data_sort_numbers_by_value(tmp_path):
 )
 def test_a_split_keeps_copies_together_for_any_order(texts, rows, seed):
     one = split_rows(texts, rows, seed=seed)
-    assert sorted([*one.rest.tolist(), *one.held.tolist()]) == list(range(len(texts)))
-    assert len(one.held) <= rows
-    held = {texts[row] for row in one.held}
+    assert sorted([*one.rest.tolist(), *one.heldout.tolist()]) == list(range(len(texts)))
+    assert len(one.heldout) <= rows
+    held = {texts[row] for row in one.heldout}
     assert not held & {texts[row] for row in one.rest}
     other = split_rows(texts[::-1], rows, seed=seed)
-    assert {texts[::-1][row] for row in other.held} == held
+    assert {texts[::-1][row] for row in other.heldout} == held
 
 
 def test_a_split_of_different_texts_is_exact():
-    held = split_rows([str(number) for number in range(1000)], 137).held
+    held = split_rows([str(number) for number in range(1000)], 137).heldout
     assert len(held) == 137
     assert np.all(np.diff(held) > 0)

@@ -36,7 +36,7 @@ def test_padded_and_concatenated_batches_have_equal_scores(model, monkeypatch):
     classifier = TextClassifier(model, precision="fp32")
     concatenated = classifier.logits(TEXTS)
     # As on GPUs.
-    monkeypatch.setattr(TextClassifier, "_concatenates", False)
+    monkeypatch.setattr(classifier, "_concatenates", False)
     np.testing.assert_allclose(classifier.logits(TEXTS), concatenated, atol=1e-5)
 
 
@@ -51,7 +51,7 @@ def test_batches_do_not_exceed_the_token_budget(model, monkeypatch, concatenates
         return forward(rows)
 
     monkeypatch.setattr(classifier, "_forward", record)
-    monkeypatch.setattr(TextClassifier, "_concatenates", concatenates)
+    monkeypatch.setattr(classifier, "_concatenates", concatenates)
     classifier.tokens_per_batch = 64
     classifier.logits(TEXTS)
     costs = [sum(b) if concatenates else len(b) * max(b) for b in batches]

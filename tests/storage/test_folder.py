@@ -200,7 +200,7 @@ def test_of_many_who_take_a_number_at_once_each_gets_its_own(anywhere):
 
 def at(port, monkeypatch, tries=1):
     monkeypatch.setattr("raybert.storage.folder._TRIES", tries)
-    monkeypatch.setattr("raybert.storage.folder._SILENT_SECONDS", 1)
+    monkeypatch.setattr("raybert.storage.folder._REQUEST_TIMEOUT_S", 1)
     query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
     return Folder(f"s3://bucket/x?{query}")
 

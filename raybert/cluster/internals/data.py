@@ -8,6 +8,8 @@ cost up to half of the training speed. A poll every 50 ms is enough for blocks t
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from raybert.cluster.internals.hooks import check
@@ -26,3 +28,20 @@ def throttle(context: Any) -> None:
             time.sleep(_SECONDS)
 
     context.custom_execution_callback_classes = [ThrottleCallback]
+
+
+@contextmanager
+def ordered_execution(block_bytes: int | None = None) -> Iterator[Any]:
+    """Make a DataContext the current one, whose executions keep the rows' order and print nothing.
+
+    `block_bytes` is the target size of the blocks between operators.
+    """
+    from ray.data import DataContext
+
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    if block_bytes is not None:
+        context.target_max_block_size = block_bytes
+    with DataContext.current(context):
+        yield context

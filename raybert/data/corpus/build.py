@@ -1,9 +1,8 @@
 """Build a corpus: text in, tokenized rows in Parquet parts out.
 
-`tokenize_job` reads and tokenizes on any CPU of the cluster. Its tables come back to this process
-in the order of the source, and `corpus_writer` splits, packs and writes them. So the bytes are the
-same for any number of CPUs; and since the blocks between operators are bounded, memory does not
-grow with the text. The manifest is written last: a folder without one holds no corpus.
+`tokenize_job` reads and tokenizes on any CPU of the cluster; this process receives its tables in
+the order of the source, and `corpus_writer` splits, packs and writes them. So the bytes are the
+same for any number of CPUs. The manifest is written last: a folder without one holds no corpus.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from raybert.data.corpus.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from raybert.data.corpus.parts import check_row_groups
 from raybert.data.corpus.settings import CorpusConfig
 from raybert.data.corpus.tokenize_job import tokenized_blocks
+from raybert.data.keyed import text_digest
 from raybert.data.sources.documents import documents, fingerprint
-from raybert.data.text import text_digest
 from raybert.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from raybert.data.tokenizer_training import make_tokenizer
 from raybert.errors import UserError
@@ -53,17 +52,18 @@ def build(
     progress: Callable[[Progress], None] = lambda progress: None,
     force: bool = False,
 ) -> Manifest:
-    """Make a corpus in `folder`, unless it is there already; Ray must be initialized.
+    """Make a corpus in `folder` unless it is there or `force` is set; Ray must be initialized.
 
-    `progress` is called after every block. `force` makes the corpus again even if it is there. The
-    files of an unfinished build are deleted.
+    `progress` is called after every block. The files of an unfinished build are deleted.
     """
     made = None if force else existing(config, folder)
     if made is not None:
         return made
     began = time.monotonic()
     inputs = inputs_of(config)
-    _check(config)
+    check_row_groups(config.rows_per_part, config.rows_per_group)
+    if config.tokenizer.kind == "file":  # before anything is read
+        _check_tokenizer(make_tokenizer(config.tokenizer, ()))
     overlap = _overlap_digests(config)
     tokenizer, total = _make_tokenizer(config, progress)
     _delete_earlier_build(folder)  # after training a tokenizer has read the source without error
@@ -107,12 +107,6 @@ def _delete_earlier_build(folder: Folder) -> None:
     for name in [MANIFEST, *folder.names(hidden=True)]:
         if _FILES.fullmatch(name) or _UNFINISHED.fullmatch(name):
             folder.delete(name)
-
-
-def _check(config: CorpusConfig) -> None:
-    check_row_groups(config.rows_per_part, config.rows_per_group)
-    if config.tokenizer.kind == "file":  # before anything is read
-        _check_tokenizer(make_tokenizer(config.tokenizer, ()))
 
 
 def _check_tokenizer(tokenizer: Tokenizer) -> None:
@@ -161,10 +155,7 @@ _REMEDY = "name another folder, or pass --force to make this corpus again"
 
 
 def existing(config: CorpusConfig, folder: Folder) -> Manifest | None:
-    """Return the manifest of the corpus in `folder`; None where it holds no finished corpus.
-
-    A UserError if another configuration or other source files made it.
-    """
+    """Return the manifest of the corpus in `folder`, if any; UserError if other inputs made it."""
     if not folder.exists(MANIFEST):
         return None
     manifest = Manifest.read(folder)

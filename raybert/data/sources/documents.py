@@ -1,7 +1,6 @@
 """Read a source as a stream of documents, or its labelled documents into memory.
 
-A source is a list of shards, each readable on any machine. Their order is that of the
-configuration, then of the files' addresses.
+A source is a list of shards in the order of the configuration, then of the files' addresses.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute
 
+from raybert.data.keyed import text_hash
 from raybert.data.sources import datasets
 from raybert.data.sources.files import Columns, File, Purpose, Shard, group_small_files, list_files
 from raybert.data.sources.formats import FORMATS, format_of, reader_of, suffixes
 from raybert.data.sources.row_table import RowTable, accept, first_good
 from raybert.data.sources.settings import SourceConfig
-from raybert.data.text import text_hash
 from raybert.errors import DataError
 
 
 def shards(config: SourceConfig, *, labels: bool = False) -> list[Shard]:
     """List the shards of a source, in the order of its documents.
 
-    `labels` and the source's class decide the default split. A DataError for a missing file, an
-    empty glob or folder, an unknown format or split; a UserError for `sample:` without its package.
+    `labels` and the source's class decide the default split. A DataError for a missing file or an
+    unknown format or split; a UserError for `sample:` without its package.
     """
     purpose: Purpose = "train" if labels else "corpus"
     if config.is_for_evaluation:
@@ -44,10 +43,7 @@ def shards(config: SourceConfig, *, labels: bool = False) -> list[Shard]:
 def _find_shards(
     path: str, format: str, document: str, splits: list[str] | None, purpose: Purpose
 ) -> list[Shard]:
-    """List the shards of one configured path; `document` is what one document is in plain text.
-
-    Without `splits` those of the purpose are read, where the source has splits.
-    """
+    """List the shards of one configured path; without `splits` those of the purpose are read."""
     if path.startswith("sample:"):
         return [datasets.sample_shard(path, splits, purpose)]
     if "{split}" in path:
@@ -75,21 +71,15 @@ def _recognized(path: str, files: list[File], is_folder: bool) -> list[tuple[str
     found = [(format, file) for file in files if (format := format_of(file)) is not None]
     if found:
         return found
-    if is_folder:
-        raise DataError(
-            f"{path}: holds no {', '.join(suffixes())} files; set format to what it holds"
-        )
-    raise DataError(
-        f"{path}: format=auto does not know this suffix; set format to one of "
-        f"{', '.join([*FORMATS, 'imdb'])}"
-    )
+    message = f"holds no {', '.join(suffixes())} files; set format to what it holds"
+    if not is_folder:
+        known = ", ".join([*FORMATS, "imdb"])
+        message = f"format=auto does not know this suffix; set format to one of {known}"
+    raise DataError(f"{path}: {message}")
 
 
 def fingerprint(config: SourceConfig, *, labels: bool = False) -> list[list[Any]]:
-    """Identify the source's content without reading it: [path, size, mtime in ns] of every file.
-
-    The mtime is None for `sample:`, whose file is written anew when its package is installed.
-    """
+    """Identify the source's content without reading it: [path, size, mtime in ns] of every file."""
     return [
         [file.name, file.size, file.mtime]
         for shard in shards(config, labels=labels)
@@ -127,9 +117,8 @@ def documents(
 ) -> Iterator[pa.Table]:
     """Read a source in this process: tables of text and label, of bounded size, in a fixed order.
 
-    With `labels` every row must have one; otherwise they are null. `skipped` receives the number of
-    rows left out, by problem. A DataError for the first bad row (`on_bad_row: fail`), an unreadable
-    file, or no documents at all.
+    With `labels` every row must have one; otherwise they are null. `skipped` counts the rows left
+    out, by problem. A DataError as in `accept`, and if there are no documents at all.
     """
     left = config.limit
     skipped = Counter() if skipped is None else skipped
@@ -168,23 +157,13 @@ class Labelled(NamedTuple):
         return self._replace(texts=self.texts.take(pa.array(rows)), labels=self.labels[rows])
 
 
-def labelled(
-    config: SourceConfig,
-    *,
-    split: str | list[str] | None = None,
-    names: list[str] | None = None,
-) -> Labelled:
-    """Read labelled documents and number their labels.
+def labelled(config: SourceConfig, *, names: list[str] | None = None) -> Labelled:
+    """Read labelled documents and number their labels, in the order of `names` if given.
 
-    `split` replaces the configured split; `names`, a model's labels in the order of their ids,
-    replace the configured labels. A DataError as in `documents`, and for less than two labels.
+    A DataError as in `documents`, and for less than two labels.
     """
-    update: dict[str, Any] = {}
-    if split is not None:
-        update["split"] = split
     if names is not None:
-        update["labels"] = names
-    config = config.model_copy(update=update)
+        config = config.model_copy(update={"labels": names})
     skipped: Counter[str] = Counter()
     table = pa.concat_tables(documents(config, labels=True, skipped=skipped))
     if config.labels is not None:
@@ -209,7 +188,7 @@ class Split(NamedTuple):
     """The row numbers of two parts of one set, ascending."""
 
     rest: npt.NDArray[np.int64]
-    held: npt.NDArray[np.int64]
+    heldout: npt.NDArray[np.int64]
 
 
 def split_rows(texts: Iterable[str | None], rows: int, *, seed: int = 0) -> Split:
@@ -228,5 +207,5 @@ def split_rows(texts: Iterable[str | None], rows: int, *, seed: int = 0) -> Spli
             left -= count
         if not left:
             break
-    held = held_groups[inverse] if len(hashes) else np.zeros(0, np.bool_)
-    return Split(np.flatnonzero(~held), np.flatnonzero(held))
+    heldout = held_groups[inverse] if len(hashes) else np.zeros(0, np.bool_)
+    return Split(np.flatnonzero(~heldout), np.flatnonzero(heldout))

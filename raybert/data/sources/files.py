@@ -1,15 +1,13 @@
 """The files of a path, a folder, a glob or a URI, and shards: files that one task reads.
 
-Shards are picklable and hold addresses only, so any machine can read one. One recursive request of
-pyarrow lists a folder, and fsspec translates the glob. fsspec's own `glob` over `ArrowFSWrapper` is
-not used: it sends one request per folder (201 for 20,000 files in 200 folders, in 0.27 s of CPU
-rather than 0.05 s), and it returns times in microseconds, while a corpus stores its sources'
-modification times in nanoseconds and compares them.
+One recursive request of pyarrow lists a folder. fsspec's `glob` over `ArrowFSWrapper` is not used:
+it sends one request per folder (201 for 20,000 files in 200 folders, in 0.27 s of CPU rather than
+0.05 s), and it returns times in microseconds, while a corpus stores its sources' modification times
+in nanoseconds and compares them.
 """
 
 from __future__ import annotations
 
-import os
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -20,13 +18,15 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from fsspec.utils import glob_translate
 
-from raybert.errors import DataError
+from raybert.errors import DataError, one_line
 from raybert.storage.folder import Folder
 
 Purpose = Literal["corpus", "train", "evaluate"]
 
 _COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
 _BUFFER_BYTES = 1 << 20
+# `**` as a part of a name, which fsspec does not accept: `a**b` is `a*b` or `a*/**/*b`.
+_PARTIAL_DOUBLE_STAR = re.compile(r"(?<=[^/*])\*\*|\*\*(?=[^/*])")
 _SHARD_FILES, _SHARD_BYTES = 2000, 16 << 20  # of small files in one shard, at most
 
 
@@ -58,12 +58,12 @@ class File:
         try:
             return getattr(folder.filesystem, method)(folder.path, **options)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{self.name}: can't be read: {error_text(error)}") from None
+            raise DataError(f"{self.name}: can't be read: {one_line(error)}") from None
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Files that one task reads, one after the other."""
+    """Files that one task reads, one after the other; only addresses, for any machine."""
 
     reader: str  # a name that `formats.reader_of` knows
     files: tuple[File, ...]
@@ -91,10 +91,7 @@ class Row(NamedTuple):
 def group_small_files(
     files: Iterable[tuple[str, File]], splits: tuple[str, ...], document: str
 ) -> Iterator[Shard]:
-    """Put small files of one reader into one shard: a folder of 100,000 is not 100,000 tasks.
-
-    `files` are (reader, file) pairs, whose order is kept.
-    """
+    """Put small files of one reader, (reader, file) pairs, into shards, in their order."""
     group: list[File] = []
     total, previous = 0, ""
     for reader, file in files:
@@ -108,22 +105,11 @@ def group_small_files(
         yield Shard(previous, tuple(group), splits, document)
 
 
-def error_text(error: BaseException) -> str:
-    """The first line of an error's message, without Python's error number."""
-    if isinstance(error, OSError) and error.errno and not error.strerror:
-        return os.strerror(error.errno)
-    return str(getattr(error, "strerror", None) or error).splitlines()[0]
-
-
-# `**` as a part of a name, which fsspec does not accept: `a**b` is `a*b` or `a*/**/*b`.
-_PARTIAL_DOUBLE_STAR = re.compile(r"(?<=[^/*])\*\*|\*\*(?=[^/*])")
-
-
 def list_files(path: str) -> tuple[list[File], str | None]:
     """List the files of a configured path, and the folder that holds them, None for one file.
 
-    Files and folders whose name begins with a dot or an underscore are left out. A DataError if
-    nothing is there, a glob matches nothing, or the storage can't be listed.
+    Names that begin with a dot or an underscore are left out. A DataError if nothing is there, a
+    glob matches nothing, or the storage can't be listed.
     """
     is_uri = "://" in path
     wildcards = "*[" if is_uri else "*?["  # in a URI, ? begins the query
@@ -132,7 +118,7 @@ def list_files(path: str) -> tuple[list[File], str | None]:
         folder = Folder(path)
         info = _info(folder, path)
         if info.type == pafs.FileType.File:
-            return [_file(path, folder.uri, info)], None
+            return [File(path, folder.uri, info.size, info.mtime_ns)], None
         if info.type == pafs.FileType.Directory:
             return _walk(folder, path, lambda relative: True), path
     if not is_glob:
@@ -153,7 +139,7 @@ def _walk(folder: Folder, shown: str, matches: Callable[[str], bool]) -> list[Fi
     try:
         infos = folder.filesystem.get_file_info(selector)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{shown}: can't be listed: {error_text(error)}") from None
+        raise DataError(f"{shown}: can't be listed: {one_line(error)}") from None
     shown = shown.partition("?")[0] if "://" in shown else shown
     found = []
     for info in infos:
@@ -163,7 +149,7 @@ def _walk(folder: Folder, shown: str, matches: Callable[[str], bool]) -> list[Fi
         is_hidden = any(part.startswith((".", "_")) for part in relative.split("/"))
         if not is_hidden and matches(relative):
             name = f"{shown.rstrip('/')}/{relative}" if shown else relative
-            found.append(_file(name, (folder / relative).uri, info))
+            found.append(File(name, (folder / relative).uri, info.size, info.mtime_ns))
     return sorted(found, key=lambda file: file.uri)
 
 
@@ -171,11 +157,7 @@ def _info(folder: Folder, shown: str) -> pafs.FileInfo:
     try:
         return folder.filesystem.get_file_info(folder.path)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{shown}: can't be read: {error_text(error)}") from None
-
-
-def _file(name: str, uri: str, info: pafs.FileInfo) -> File:
-    return File(name, uri, int(info.size), info.mtime_ns)
+        raise DataError(f"{shown}: can't be read: {one_line(error)}") from None
 
 
 def _split_glob(path: str, wildcards: str) -> tuple[str, str]:

@@ -1,10 +1,9 @@
 """The registry of source formats: which function reads files of which suffix.
 
 To add a format, write a generator that takes (file, shard, columns) and yields a `Row` for every
-document of the file, and add one entry to `FORMATS`: its name is then a value of the setting
-`format`, and `format: auto` recognizes its suffixes. A reader yields values as they are in the
-file, undecoded where they may not be UTF-8; `row_table` checks them. A reader raises DataError only
-for what makes the whole file unreadable; a row that can't be used is a `Row` with a problem.
+document of the file, and add an entry to `FORMATS`. A reader yields values as they are in the file,
+undecoded where they may not be UTF-8; `row_table` checks them. A row that can't be used is a `Row`
+with a problem, an unreadable file is a DataError.
 
 CSV and JSON are read by Python's own modules rather than by Arrow: they keep up with the tokenizer,
 stream in constant memory, name the row that is wrong, and continue with the next one.
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 
 from raybert.data.sources import archive, datasets
 from raybert.data.sources.files import Columns, File, Row, Shard
-from raybert.errors import DataError
+from raybert.errors import DataError, one_line
 
 _CSV_FIELD_BYTES = 1 << 30  # at most; csv's own limit of 128 KiB is shorter than a book
 
@@ -40,7 +39,7 @@ def read_parquet(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
             parquet = pq.ParquetFile(stream)
         except pa.ArrowException as error:
             raise DataError(
-                f"{name} is no Parquet file, or is cut short: {_first_line(error)}"
+                f"{name} is no Parquet file, or is cut short: {one_line(error)}"
             ) from None
         _check_columns(name, columns, parquet.schema_arrow.names)
         wanted = [column for column in columns if column is not None]
@@ -56,7 +55,7 @@ def read_parquet(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
                     yield Row(text, label, f"row {number}")
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{name}: damaged after row {number}: {_first_line(error)}; write the file again"
+                f"{name}: damaged after row {number}: {one_line(error)}; write the file again"
             ) from None
 
 
@@ -164,10 +163,6 @@ def _check_columns(name: str, columns: Columns, present: Sequence[str]) -> None:
             key = "text_column" if column == columns.text else "label_column"
             shown = ", ".join(present[:12]) + (", ..." if len(present) > 12 else "")
             raise DataError(f"{name}: no column {column!r}; set {key} to one of: {shown}")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
 
 
 class Format(NamedTuple):

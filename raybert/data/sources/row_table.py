@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raybert.data.preprocess import replace_line_breaks
 from raybert.data.sources.files import Row
 from raybert.data.sources.settings import SourceConfig
-from raybert.data.text import replace_line_breaks
 from raybert.errors import DataError
 
 _BATCH_ROWS = 2048
@@ -78,26 +78,23 @@ class RowTable:
 
     def _check_text(self, value: Any) -> tuple[str | None, str | None]:
         """Return (text, None), or (None, problem)."""
-        if isinstance(value, bytes):
-            try:
-                text = value.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return None, f"not UTF-8 (byte {error.start + 1} is 0x{value[error.start]:02x})"
-        elif isinstance(value, str):
-            text = value
-            if not text.isascii():
-                try:
-                    text.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    shown = f"character {error.start + 1}"
-                    escaped = ord(text[error.start]) - 0xDC00
-                    if 0x80 <= escaped <= 0xFF:  # a byte as surrogateescape encodes it
-                        shown += f" is byte 0x{escaped:02x}"
-                    return None, f"not UTF-8 ({shown})"
-        elif value is None:
+        if value is None:
             return None, "empty"
-        else:
+        if not isinstance(value, bytes | str):
             return None, f"not text ({type(value).__name__})"
+        try:
+            text = value.decode("utf-8") if isinstance(value, bytes) else value
+            if text is value and not text.isascii():
+                text.encode("utf-8")
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            return None, f"not UTF-8 (byte {error.start + 1} is 0x{byte:02x})"
+        except UnicodeEncodeError as error:
+            shown = f"character {error.start + 1}"
+            escaped = ord(error.object[error.start]) - 0xDC00
+            if 0x80 <= escaped <= 0xFF:  # a byte as surrogateescape encodes it
+                shown += f" is byte 0x{escaped:02x}"
+            return None, f"not UTF-8 ({shown})"
         text = replace_line_breaks(text, self._config.html_breaks).strip()
         return (text, None) if text else (None, "empty")
 
@@ -129,10 +126,9 @@ class RowTable:
 
 
 def accept(table: pa.Table, on_bad_row: str, skipped: Counter[str]) -> pa.Table:
-    """Drop and count a table's bad rows.
+    """Drop and count a table's bad rows, or raise for the first one if `on_bad_row` is fail.
 
-    A DataError for the first one if `on_bad_row` is fail, and for an unreadable file, which is a
-    row without a place.
+    A bad row without a place is an unreadable file, and always raises.
     """
     problems = table.column("problem")
     if problems.null_count == len(problems):

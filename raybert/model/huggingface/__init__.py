@@ -1,14 +1,10 @@
 """Models as Hugging Face directories, the only format of finished models.
 
-A directory holds `config.json`, `model.safetensors`, `tokenizer.json`, `tokenizer_config.json` and
-the model card, `README.md`. `transformers` loads it as ModernBERT or BERT, without custom code. The
-`raybert` section of `config.json` holds the preprocessing of raw texts, the temperature, and the
-head where `transformers` has no equal one. Weights are read from safetensors only: unpickling a
-`pytorch_model.bin` can run any code.
-
-What reads a directory raises UserError where there is no such model, or one of another
-architecture, head or problem type, and DamagedError where a file is cut short, lacks a value or
-does not fit the others.
+A directory holds `config.json`, `model.safetensors`, the two files of the tokenizer and the model
+card. `transformers` loads it as ModernBERT or BERT, without custom code; the `raybert` section of
+`config.json` holds what is ours. Weights are read from safetensors only: unpickling a
+`pytorch_model.bin` can run any code. What reads a directory raises UserError where there is no such
+model, and DamagedError where a file is cut short, lacks a value or does not fit the others.
 """
 
 from raybert.model.huggingface.config_json import (

@@ -76,21 +76,17 @@ def to_config_json(encoder: Encoder, preprocessing: Mapping[str, Any] | None) ->
         "pad_token_id": encoder.pad_id,
         "dtype": "float32",
         **IMPLIED_VALUES[config.layout],
-        **(_modern_values(config) if config.layout == "modern" else _classic_values(config)),
     }
-    values["raybert"] = {
-        "format_version": FORMAT_VERSION,
-        "preprocessing": dict(preprocessing or {}),
-    }
-    return values
-
-
-def _classic_values(config: ModelConfig) -> dict[str, Any]:
+    if config.layout == "modern":
+        values |= _modern_values(config)
+    else:
+        values["layer_norm_eps"] = config.eps
+        values["hidden_dropout_prob"] = config.dropout
+        values |= {"attention_probs_dropout_prob": 0.0, "type_vocab_size": 1}
+    preprocessing = dict(preprocessing or {})
     return {
-        "layer_norm_eps": config.eps,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": 0.0,
-        "type_vocab_size": 1,
+        **values,
+        "raybert": {"format_version": FORMAT_VERSION, "preprocessing": preprocessing},
     }
 
 

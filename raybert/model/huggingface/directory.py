@@ -34,12 +34,14 @@ from raybert.model.huggingface.weights import (
 from raybert.model.settings import HeadConfig
 from raybert.storage.folder import Folder
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
 
 def load_masked_lm(folder: Folder, dropout: float | None = None) -> MaskedLM:
     """Read a masked language model; `dropout` replaces the one it was trained with."""
     config = read_config_json(folder)
     tensors = read_tensors(folder)
-    model = MaskedLM(_fresh_encoder(folder, config, dropout))
+    model = MaskedLM(_make_encoder(folder, config, dropout))
     if not any("decoder" in name or "predictions" in name for name in tensors):
         raise UserError(
             f"{folder} has no head that predicts masked tokens (it holds "
@@ -58,7 +60,7 @@ def load_classifier(folder: Folder) -> tuple[Classifier, list[str]]:
         raise no_classification_head(folder, config)
     num_labels = len(tensors["classifier.weight"])
     names = label_names(folder, config, num_labels)
-    encoder = _fresh_encoder(folder, config)
+    encoder = _make_encoder(folder, config)
     model = Classifier(encoder, num_labels, head_config(folder, config, encoder.config))
     copy_into(model, tensors, folder)
     return model, names
@@ -74,39 +76,34 @@ def load_encoder_into(
 ) -> Classifier:
     """Make a classifier on a pretrained encoder, with a randomly initialized output layer.
 
-    The dense layer of its head starts from the pretrained one where there is such: ModernBERT's
-    prediction head, BERT's pooler.
-
-    `dropout` replaces the encoder's, which pretraining mostly does without; `vocab_size` is that of
-    the tokenizer that will feed it; `weights` are those of the folder if they were read before.
+    The dense layer of its head is the pretrained one where there is such: ModernBERT's prediction
+    head, BERT's pooler. `dropout` replaces the encoder's; `vocab_size` is the tokenizer's;
+    `weights` are those of the folder if they were read before.
     """
     config = read_config_json(folder)
     if weights is None:
         tensors = read_tensors(folder)
     else:
         tensors = {name: torch.tensor(array) for name, array in weights.items()}
-    encoder = _fresh_encoder(folder, config, dropout)
+    encoder = _make_encoder(folder, config, dropout)
     if vocab_size is not None and vocab_size > encoder.vocab_size:
         raise UserError(
             f"the tokenizer has {vocab_size} tokens and the model in {folder} knows "
             f"{encoder.vocab_size}; use the tokenizer that lies beside the model"
         )
     model = Classifier(encoder, num_labels, head)
-    copy_into(model, tensors, folder, fresh=("transform.", "classifier."))
+    copy_into(model, tensors, folder, optional=("transform.", "classifier."))
     return model
 
 
-def _fresh_encoder(
+def _make_encoder(
     folder: Folder, config: Mapping[str, Any], dropout: float | None = None
 ) -> Encoder:
-    """Make the encoder that `config.json` describes, with fresh weights."""
+    """Make the encoder that `config.json` describes, randomly initialized."""
     model, vocab_size, pad_id = from_config_json(folder, config)
     if dropout is not None:
         model = model.model_copy(update={"dropout": dropout})
     return Encoder(model, vocab_size, pad_id)
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def save_masked_lm(
@@ -118,8 +115,7 @@ def save_masked_lm(
 ) -> None:
     """Write a masked language model to `folder`, with the files of the folder `tokenizer`.
 
-    `card` is the model card, Markdown; `preprocessing` is how raw texts become tokens (lengths,
-    cleaning), plain JSON, which `read_preprocessing` returns.
+    `card` is the model card, Markdown; `read_preprocessing` returns `preprocessing`, plain JSON.
     """
     config = to_config_json(model.encoder, preprocessing)
     classic = model.encoder.config.layout == "classic"
@@ -136,10 +132,9 @@ def save_classifier(
     preprocessing: Mapping[str, Any] | None = None,
     temperature: float | None = None,
 ) -> None:
-    """Write a classifier; arguments as in `save_masked_lm`, and `label_names` of the logits.
+    """Write a classifier, as `save_masked_lm`; `temperature` divides the logits before the softmax.
 
-    `temperature` is the divisor of the logits before the softmax. Where `transformers` can't load
-    the model, `config.json` and the card contain the reason.
+    Where `transformers` can't load the model, `config.json` and the card contain the reason.
     """
     if len(label_names) != model.num_labels:
         raise ValueError(f"{len(label_names)} label names for {model.num_labels} labels")

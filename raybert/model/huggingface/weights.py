@@ -114,12 +114,11 @@ def copy_into(
     model: MaskedLM | Classifier,
     tensors: dict[str, Tensor],
     folder: Folder,
-    fresh: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
 ) -> None:
-    """Copy tensors, by the names of transformers, into a model, in place.
+    """Copy tensors, by the names of transformers, into a model; all must be there and fit.
 
-    Every parameter must be among them, in the same shape. Those with a prefix in `fresh` keep their
-    fresh values where no tensor fits; `classifier.` among these always does.
+    Parameters with a prefix in `optional` stay as they are where no tensor fits, `classifier.` always.
     """
     layout = model.encoder.config.layout
     base = "model." if layout == "modern" else "bert."
@@ -127,10 +126,10 @@ def copy_into(
         tensors = {base + name: tensor for name, tensor in tensors.items()}
     for name, target in model.state_dict().items():
         names = _transformers_names(name, layout)
-        if name.startswith("classifier.") and fresh:
+        if name.startswith("classifier.") and optional:
             continue
         missing = [part for part in names if part not in tensors]
-        if missing and name.startswith(fresh):
+        if missing and name.startswith(optional):
             continue
         if missing:
             raise DamagedError(f"{folder.join(WEIGHTS_FILE)} is damaged: {missing[0]} is missing")
@@ -138,7 +137,7 @@ def copy_into(
         if name == "encoder.embeddings.token_type":
             source = source[:1]  # of the first segment
         if source.shape != target.shape:
-            if name.startswith(fresh):
+            if name.startswith(optional):
                 continue
             raise DamagedError(
                 f"{folder.join(WEIGHTS_FILE)} does not fit config.json: {names[0]} has shape "
