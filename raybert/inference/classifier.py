@@ -68,6 +68,7 @@ class TextClassifier:
         self.preprocessing = Preprocessing.read(
             huggingface.read_preprocessing(folder), model.encoder.config.max_seq_len
         )
+        self.longest = self.preprocessing.seq_len  # tokens that the model reads at once, at most
         self.temperature = huggingface.read_temperature(folder)
         self._device = torch.device(device)
         self._concatenates = self._device.type == "cpu"  # into one row per batch, without padding
@@ -76,11 +77,6 @@ class TextClassifier:
         self.model = model.to(self._device).eval().requires_grad_(False)
         self._compute = build_model(self.model, self.precision)
         self.tokens_per_batch = TOKENS_PER_BATCH.get(self._device.type, TOKENS_PER_BATCH["cuda"])
-
-    @property
-    def longest(self) -> int:
-        """The most tokens of a text that the model reads at once, special ones included."""
-        return self.preprocessing.seq_len
 
     def warm(self) -> None:
         """Score a full batch, so that kernels are selected or compiled for that size."""

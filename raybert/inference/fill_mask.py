@@ -18,18 +18,14 @@ class MaskFiller:
         """Load a `model/` directory; a UserError if it has no masked language model."""
         self._model = huggingface.load_masked_lm(folder).to(device).eval()
         self._tokenizer = Tokenizer.load(folder)
-        limit = self._model.encoder.config.max_seq_len
-        self._preprocessing = Preprocessing.read(huggingface.read_preprocessing(folder), limit)
+        self.longest = self._model.encoder.config.max_seq_len  # tokens of a text, at most
+        settings = huggingface.read_preprocessing(folder)
+        self._preprocessing = Preprocessing.read(settings, self.longest)
 
     @property
     def mask_token(self) -> str:
         """The token to predict, as written in a text: `[MASK]` or similar."""
         return self._tokenizer.mask_token
-
-    @property
-    def longest(self) -> int:
-        """The most tokens of a text that the model reads."""
-        return self._model.encoder.config.max_seq_len
 
     def fill(self, text: str, top: int) -> list[list[dict[str, Any]]]:
         """Predict each mask of a text: `top` of {"token", "probability"}, best first."""

@@ -205,7 +205,7 @@ def test_filler_rows_have_no_scores_and_change_none(model, monkeypatch, count):
         return compute(ids, mask, lengths)
 
     monkeypatch.setattr(classifier, "_compute", record)
-    monkeypatch.setattr(TextClassifier, "longest", 7)  # shorter than the filler
+    monkeypatch.setattr(classifier, "longest", 7)  # shorter than the filler
     rows = classifier.encode(TEXTS[:count])
     np.testing.assert_allclose(classifier._forward(rows), expected, atol=1e-5)
     [(length, lengths)] = seen

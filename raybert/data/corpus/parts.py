@@ -181,6 +181,7 @@ class PartReader:
         self._dtype = np.dtype(manifest.dtype)
         described = manifest.splits[split]
         self._split = described.model_copy(update={"parts": []})
+        self.rows, self.rows_per_group = described.rows, described.rows_per_group
         self._names = [part.name for part in described.parts]
         self._sizes = [part.bytes for part in described.parts]
         self._files: OrderedDict[int, pa.NativeFile] = OrderedDict()
@@ -189,16 +190,6 @@ class PartReader:
         state = {**self.__dict__, "_files": OrderedDict()}
         state.pop("_pool", None)
         return state
-
-    @property
-    def rows(self) -> int:
-        """The number of rows in the split."""
-        return self._split.rows
-
-    @property
-    def rows_per_group(self) -> int:
-        """The number of rows in every row group except the last."""
-        return self._split.rows_per_group
 
     def check(self) -> None:
         """Raise DamagedError if a part is missing or has another size than in the manifest."""

@@ -135,11 +135,7 @@ def list_files(path: str) -> tuple[list[File], str | None]:
 
 def _walk(folder: Folder, shown: str, matches: Callable[[str], bool]) -> list[File]:
     """List the files below a folder whose path from there matches, named after `shown`."""
-    selector = pafs.FileSelector(folder.path, recursive=True)
-    try:
-        infos = folder.filesystem.get_file_info(selector)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{shown}: can't be listed: {one_line(error)}") from None
+    infos = _info(folder, shown, pafs.FileSelector(folder.path, recursive=True))
     shown = shown.partition("?")[0] if "://" in shown else shown
     found = []
     for info in infos:
@@ -153,9 +149,10 @@ def _walk(folder: Folder, shown: str, matches: Callable[[str], bool]) -> list[Fi
     return sorted(found, key=lambda file: file.uri)
 
 
-def _info(folder: Folder, shown: str) -> pafs.FileInfo:
+def _info(folder: Folder, shown: str, selector: pafs.FileSelector | None = None) -> Any:
+    """The information about a folder, or on the files that a selector selects."""
     try:
-        return folder.filesystem.get_file_info(folder.path)
+        return folder.filesystem.get_file_info(selector or folder.path)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{shown}: can't be read: {one_line(error)}") from None
 

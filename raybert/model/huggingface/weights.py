@@ -118,7 +118,7 @@ def copy_into(
 ) -> None:
     """Copy tensors, by the names of transformers, into a model; all must be there and fit.
 
-    Parameters with a prefix in `optional` stay as they are where no tensor fits, `classifier.` always.
+    Those with a prefix in `optional` stay as they are where no tensor fits, `classifier.` always.
     """
     layout = model.encoder.config.layout
     base = "model." if layout == "modern" else "bert."
