@@ -206,7 +206,8 @@ def _format_error(root: type[Settings], error: ValidationError) -> str:
 def _hint(root: type[BaseModel], path: Sequence[str], value: Any) -> str:
     """Suggest known keys for an unknown one.
 
-    A similar key of the section, keys of the same name below it or anywhere, a less similar one.
+    A similar key of the section, else keys of the same name below it or anywhere, else a less
+    similar one, else all keys of the section.
     """
     prefix, known = "".join(f"{part}." for part in path[:-1]), _known_keys(root, path[:-1])
     leaf = path[-1]

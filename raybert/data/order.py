@@ -106,7 +106,7 @@ class CorpusOrder(_MicroBatches):
         return batches
 
     def indices_with_rows(self, step: int, indices: Sequence[int]) -> list[int]:
-        """Those of the micro-batch indices that have a row in a step: all but in the last ones."""
+        """The micro-batch indices that have a row in a step; fewer in the last step of an epoch."""
         used = step % self.steps_per_epoch * self.micro_batch_size
         return [i for i in indices if used < self._share_begin(i + 1) - self._share_begin(i)]
 
