@@ -190,12 +190,12 @@ def _from_tables(tables: Iterable[pa.Table]) -> Iterator[MicroBatch]:
 
 
 def _check_complete(
-    made: Iterator[MicroBatch], order: CorpusOrder, indices: Sequence[int], steps: range
+    received: Iterator[MicroBatch], order: CorpusOrder, indices: Sequence[int], steps: range
 ) -> Iterator[list[MicroBatch]]:
     """Yield one list of micro-batches for every step, empty where the rank has no row in it."""
     for step in steps:
         expected = [(step, index) for index in order.indices_with_rows(step, indices)]
-        batches = list(itertools.islice(made, len(expected)))
+        batches = list(itertools.islice(received, len(expected)))
         found = [(batch.step, batch.micro_batch_index) for batch in batches]
         if found != expected:
             raise RaybertError(

@@ -101,7 +101,7 @@ class CorpusOrder(_MicroBatches):
         for part in self.split_at_windows(steps):
             epoch, window = self.window_of(part.start)
             first = self.steps_of(epoch, window).start
-            row_ids = self.window(epoch, window, index)
+            row_ids = self.rows_of_window(epoch, window, index)
             batches += [row_ids[(s - first) * size : (s - first + 1) * size] for s in part]
         return batches
 
@@ -110,7 +110,7 @@ class CorpusOrder(_MicroBatches):
         used = step % self.steps_per_epoch * self.micro_batch_size
         return [i for i in indices if used < self._share_begin(i + 1) - self._share_begin(i)]
 
-    def window(self, epoch: int, window: int, index: int) -> I64:
+    def rows_of_window(self, epoch: int, window: int, index: int) -> I64:
         """The row ids of one micro-batch index in a window, int64 [up to window_rows], in order."""
         first = self._share_begin(index) + window * self.window_rows
         count = max(0, min(self.window_rows, self._share_begin(index + 1) - first))

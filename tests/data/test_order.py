@@ -142,7 +142,7 @@ def test_windows_of_huge_corpora_share_no_row(
     windows = {order.window_of(step)[1] for step in (last.start - 1, last.start)}
     windows.add(data.draw(st.integers(0, max(windows))))
     chosen = {0, count - 1, data.draw(st.integers(0, count - 1))}
-    drawn = [order.window(epoch, window, index) for window in windows for index in chosen]
+    drawn = [order.rows_of_window(epoch, window, index) for window in windows for index in chosen]
     seen = np.concatenate(drawn)
     assert seen.min() >= 0 and seen.max() < rows
     assert len(np.unique(seen)) == len(seen)

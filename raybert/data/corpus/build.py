@@ -56,9 +56,9 @@ def build(
 
     `progress` is called after every block. The files of an unfinished build are deleted.
     """
-    made = None if force else existing(config, folder)
-    if made is not None:
-        return made
+    manifest = None if force else existing(config, folder)
+    if manifest is not None:
+        return manifest
     began = time.monotonic()
     inputs = inputs_of(config)
     check_row_groups(config.rows_per_part, config.rows_per_group)
