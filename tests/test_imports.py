@@ -78,7 +78,7 @@ CORE = {
     *(module for homes in HOMES.values() for module in homes),
     "raybert.cluster.session",
     "raybert.cluster.internals.core",
-    "raybert.cluster.internals.hooks",
+    "raybert.cluster.internals.private_names",
     "raybert.jobs.doctor.remote",
     "raybert.jobs.doctor.nodes",
     "raybert.jobs.doctor.all_reduce",

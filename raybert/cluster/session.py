@@ -48,10 +48,7 @@ _context: Any = None  # what `ray.init` returned
 
 @contextmanager
 def environment(values: Mapping[str, str], *, overwrite: bool = False) -> Iterator[None]:
-    """Set environment variables while the context lasts, then restore what was there.
-
-    Variables that are already set keep their values unless `overwrite` is true.
-    """
+    """Set environment variables for a context; existing ones are kept unless `overwrite` is true."""
     new = {name: value for name, value in values.items() if overwrite or name not in os.environ}
     before = {name: os.environ.get(name) for name in new}
     os.environ.update(new)
@@ -80,12 +77,8 @@ class Resources:
 def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     """Connect to Ray, or start it here for as long as the context lasts.
 
-    Started here, it gets a logical CPU for each worker and two more: workers occupy theirs for the
-    whole run, and Ray Data's operators would starve on the rest of a small machine.
-
-    Raises:
-        UserError: nothing listens at the cluster's address, or it doesn't answer, or it requires
-            another token.
+    Started here, it gets a logical CPU for each worker and two more for Ray Data: workers occupy
+    theirs for the whole run. UserError: the cluster does not answer, or requires another token.
     """
     global _started_here, _context
     for name, value in core.ENVIRONMENT.items():
@@ -99,7 +92,7 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     tracking = {ray_train.STATE_TRACKING: "1"} if address or config.dashboard else {}
-    # Nothing announces that this machine will be taken away: there is nothing to watch.
+    # No provider announces the preemption of this machine.
     watching = {} if address else {ray_train.PREEMPTION_WATCHER: "0"}
     with environment(tracking), environment(watching, overwrite=True):
         _context, _started_here = _connect(config, address, workers), not address
@@ -119,7 +112,6 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
 
 
 def _connect(config: RayConfig, address: str | None, workers: int) -> Any:
-    """Call `ray.init`; returns its context."""
     import ray
     from ray.exceptions import AuthenticationError
 

@@ -11,23 +11,29 @@ import pkgutil
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import raybert
-from raybert.cluster.internals import core, data, hooks, serve, train
+from raybert.cluster.internals import core, data, serve, train
 from raybert.cluster.internals import tune as ray_tune
-from raybert.cluster.internals.hooks import FALLBACKS, HOOKS, Hook, check, find_missing
+from raybert.cluster.internals.private_names import (
+    FALLBACKS,
+    PRIVATE_NAMES,
+    TESTED,
+    find_missing,
+    has_private_api,
+    is_present,
+)
 from raybert.cluster.session import Resources
 from raybert.errors import RaybertError
 
 PACKAGE = Path(raybert.__file__).parent
 INTERNALS = PACKAGE / "cluster" / "internals"
 FILES = sorted(set(PACKAGE.rglob("*.py")) - set(INTERNALS.glob("*.py")))
-ALL_HOOKS = [hook for group in HOOKS.values() for hook in group]
+ALL_NAMES = [name for group in PRIVATE_NAMES.values() for name in group]
 
 #: Variables in Ray's public documentation.
 DOCUMENTED = {
@@ -144,63 +150,63 @@ def test_no_class_overrides_a_private_method_of_ray_outside_internals():
 # They are there ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hook", ALL_HOOKS, ids=lambda hook: hook.path)
-def test_this_ray_has_every_hook(hook):
-    assert hook.is_present()
+@pytest.mark.parametrize("name", ALL_NAMES, ids=lambda name: name.partition("(")[0])
+def test_this_ray_has_every_private_name(name):
+    assert is_present(name)
 
 
 def test_the_tested_ray_is_the_pinned_one():
     import ray
 
     text = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'"ray[data,train,tune,serve]=={hooks.TESTED}.*"' in text
-    assert ray.__version__.startswith(f"{hooks.TESTED}.")
+    assert f'"ray[data,train,tune,serve]=={TESTED}.*"' in text
+    assert ray.__version__.startswith(f"{TESTED}.")
 
 
-def test_renamed_and_changed_hooks_are_missing():
-    present = next(hook for hook in ALL_HOOKS if hook.parameters)
+def test_renamed_names_and_changed_parameters_are_missing():
+    present = next(name for name in ALL_NAMES if "(" in name)
     changed = [
-        Hook("ray._no_such_module:name"),
-        Hook(f"{present.path}_renamed"),
-        replace(present, parameters=(*present.parameters, "more")),
-        Hook("ray.tune.schedulers.hyperband:_Bracket._no_such_attribute"),
+        "ray._no_such_module:name",
+        present.replace("(", "_renamed("),
+        present.replace(")", ", more)"),
+        "ray.tune.schedulers.hyperband:_Bracket._no_such_attribute",
     ]
     assert find_missing([present, *changed]) == changed
 
 
 @pytest.fixture
 def without(monkeypatch):
-    """Remove a hook of a group from this Ray."""
+    """Remove a private name of a group from this Ray."""
 
     def remove(group):
-        broken = (*HOOKS[group], Hook("ray._private:removed"))
-        monkeypatch.setitem(HOOKS, group, broken)
-        check.cache_clear()
+        broken = (*PRIVATE_NAMES[group], "ray._private:removed")
+        monkeypatch.setitem(PRIVATE_NAMES, group, broken)
+        has_private_api.cache_clear()
 
-    check.cache_clear()
+    has_private_api.cache_clear()
     yield remove
-    check.cache_clear()
+    has_private_api.cache_clear()
 
 
 @pytest.mark.parametrize("group", FALLBACKS)
-def test_a_missing_hook_is_warned_of_once(without, group, caplog):
+def test_a_missing_private_name_is_warned_of_once(without, group, caplog):
     without(group)
-    assert not check(group)
-    assert not check(group)
+    assert not has_private_api(group)
+    assert not has_private_api(group)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().endswith(f"{FALLBACKS[group]}; install ray==2.60.*")
     assert "ray._private:removed" in record.getMessage()
 
 
-@pytest.mark.parametrize("group", sorted(HOOKS.keys() - FALLBACKS.keys()))
-def test_a_missing_hook_without_a_substitute_is_an_error(without, group):
+@pytest.mark.parametrize("group", sorted(PRIVATE_NAMES.keys() - FALLBACKS.keys()))
+def test_a_missing_private_name_without_a_substitute_is_an_error(without, group):
     without(group)
     with pytest.raises(RaybertError, match="lacks ray._private:removed; install ray==2.60"):
-        check(group)
+        has_private_api(group)
 
 
-def test_without_its_hooks_training_uses_rays_own_policies(without, tmp_path):
+def test_without_its_private_names_training_uses_rays_own_policies(without, tmp_path):
     from ray.train.torch import TorchTrainer
 
     assert type(make_trainer(tmp_path)) is not TorchTrainer
@@ -209,7 +215,7 @@ def test_without_its_hooks_training_uses_rays_own_policies(without, tmp_path):
     assert not train.is_preempted()
 
 
-def test_without_its_hooks_hyperband_is_rays_own(without):
+def test_without_its_private_names_hyperband_is_rays_own(without):
     from raybert.cluster.internals.tune import BracketHyperBand
     from raybert.tune.schedulers.hyperband import HyperBand
     from raybert.tune.settings import SchedulerConfig
@@ -221,7 +227,7 @@ def test_without_its_hooks_hyperband_is_rays_own(without):
     assert not isinstance(scheduler.build(None, 9, session), BracketHyperBand)
 
 
-def test_without_its_hooks_ray_data_is_not_throttled(without):
+def test_without_its_private_names_ray_data_is_not_throttled(without):
     context = SimpleNamespace(custom_execution_callback_classes=[])
     without("data")
     data.throttle(context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raybert.cluster.internals.hooks import check
+from raybert.cluster.internals.private_names import has_private_api
 
 #: Set before Ray is imported. Ray waits 30 s for its first process; on a busy machine it needs
 #: more. The other one is Ray's advice in a warning that it prints without it.
@@ -39,7 +39,7 @@ def reload_environment() -> None:
     """Make Ray read its environment again: it has read it when it was imported."""
     import ray
 
-    if check("session"):
+    if has_private_api("session"):
         ray._raylet.Config.initialize("")
 
 
@@ -47,7 +47,7 @@ def silence_node_events() -> None:
     """Keep Ray from printing node events, such as lost workers, on this driver."""
     import ray
 
-    if check("session"):
+    if has_private_api("session"):
         ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
 
 
@@ -55,7 +55,7 @@ def stop_log_monitor() -> None:
     """End the log monitor of the Ray that this process started: its output is not read."""
     import ray
 
-    if check("session"):
+    if has_private_api("session"):
         ray._private.worker._global_node.kill_log_monitor(check_alive=False)
 
 
@@ -66,31 +66,29 @@ def draining_nodes() -> set[str]:
     return set(ray._private.state.state.get_draining_nodes())
 
 
-def kv_put(key: str, value: bytes, overwrite: bool = True) -> None:
-    """Write a value into the key-value store of Ray's head."""
+def _kv() -> Any:
     from ray.experimental import internal_kv
 
-    internal_kv._internal_kv_put(key, value, overwrite, namespace=_NAMESPACE)
+    return internal_kv
+
+
+def kv_put(key: str, value: bytes, overwrite: bool = True) -> None:
+    """Write a value into the key-value store of Ray's head."""
+    _kv()._internal_kv_put(key, value, overwrite, namespace=_NAMESPACE)
 
 
 def kv_get(key: str) -> bytes | None:
     """Read a value from the store; None where there is none."""
-    from ray.experimental import internal_kv
-
-    value: bytes | None = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+    value: bytes | None = _kv()._internal_kv_get(key, namespace=_NAMESPACE)
     return value
 
 
 def kv_list(prefix: str) -> list[str]:
     """The sorted keys with a prefix."""
-    from ray.experimental import internal_kv
-
-    keys: list[Any] = internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)
+    keys: list[Any] = _kv()._internal_kv_list(prefix, namespace=_NAMESPACE)
     return sorted(key.decode() for key in keys)
 
 
 def kv_delete(key: str, *, is_prefix: bool = False) -> None:
     """Delete a key, or all keys with a prefix."""
-    from ray.experimental import internal_kv
-
-    internal_kv._internal_kv_del(key, del_by_prefix=is_prefix, namespace=_NAMESPACE)
+    _kv()._internal_kv_del(key, del_by_prefix=is_prefix, namespace=_NAMESPACE)

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from raybert.cluster.internals.hooks import check
+from raybert.cluster.internals.private_names import has_private_api
 
 _SECONDS = 0.05
 
 
 def throttle(context: Any) -> None:
     """Make executions under a DataContext leave the processor to the training process."""
-    if not check("data"):
+    if not has_private_api("data"):
         return
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 

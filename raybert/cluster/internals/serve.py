@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raybert.cluster.internals.hooks import check
+from raybert.cluster.internals.private_names import has_private_api
 
 THROUGHPUT_OPTIMIZED = "RAY_SERVE_THROUGHPUT_OPTIMIZED"
 HTTP_MIDDLEWARE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # module:function
@@ -21,7 +21,7 @@ HAPROXY = "RAY_SERVE_HAPROXY_"  # how the names of HAProxy's own variables begin
 
 def http_options(*, must_run: bool = True) -> Any:
     """The HTTPOptions of Serve; if none runs, RayServeException, or None without `must_run`."""
-    check("serve")
+    has_private_api("serve")
     from ray.serve.context import _get_global_client
 
     client = _get_global_client(raise_if_no_controller_running=must_run)
@@ -30,7 +30,7 @@ def http_options(*, must_run: bool = True) -> Any:
 
 def haproxy_template() -> str:
     """The template of HAProxy's configuration, which Ray renders."""
-    check("haproxy")
+    has_private_api("haproxy")
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
     return str(HAPROXY_CONFIG_TEMPLATE)

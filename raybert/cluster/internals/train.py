@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from raybert.cluster.internals.hooks import check
+from raybert.cluster.internals.private_names import has_private_api
 
 #: Watches for nodes that are about to be taken away; 0 turns it off.
 PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
@@ -18,9 +18,9 @@ PROCESS_GROUP_SHUTDOWN = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10"}
 def controller_environment(collective_timeout_s: float, *, is_elastic: bool) -> dict[str, str]:
     """Variables for the controller: how soon it gives up on a worker or on a place for one.
 
-    A silent worker is lost after `collective_timeout_s`; Ray's own ten minutes are for GPUs that
-    compile. An elastic run, which may start with fewer workers, waits 20 s for a place, not 60: a
-    node that has just died stays on Ray's list for some seconds.
+    An unresponsive worker counts as lost after `collective_timeout_s`; Ray's own ten minutes are
+    for GPUs that compile. An elastic run, which may start with fewer workers, waits 20 s for a
+    place, not 60: a node that has just died stays on Ray's list for some seconds.
     """
     return {
         **({"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"} if is_elastic else {}),
@@ -36,7 +36,7 @@ def is_preempted() -> bool:
 
     Unlike `ray.train.get_preemption_info` this is no barrier of all workers.
     """
-    if not check("train"):
+    if not has_private_api("train"):
         return False
     from ray.train.v2._internal.execution.context import get_train_context
 

@@ -1,4 +1,4 @@
-"""Ray Train's controller with policies of our own; import it only where `check("train")` is true.
+"""Ray Train's controller with our policies; import it only if `has_private_api("train")` is true.
 
 The controller asks a failure policy after each failure and a scaling policy before each start and
 while workers run. Ray 2.60 has no public way to choose them.

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from raybert.cluster.allocator import KEEP_FREED_MEMORY
-from raybert.cluster.internals.hooks import check
+from raybert.cluster.internals.private_names import has_private_api
 from raybert.cluster.internals.train import controller_environment
 from raybert.cluster.session import Resources, environment
 from raybert.errors import RaybertError, StorageError
@@ -104,7 +104,7 @@ def _make_trainer(inputs: WorkerInputs, resources: Resources, ray_folder: Folder
             worker_runtime_env={"env_vars": {} if gpu else KEEP_FREED_MEMORY},
         ),
     }
-    if not check("train"):
+    if not has_private_api("train"):
         return TorchTrainer(train_worker, **options)
     from raybert.cluster.internals.train_controller import PolicyTrainer
     from raybert.train.ray.failure_policy import FailureContext, NoProgressFailurePolicy

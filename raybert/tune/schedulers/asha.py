@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from raybert.cluster.internals.hooks import check
+from raybert.cluster.internals.private_names import has_private_api
 from raybert.errors import ConfigError
 from raybert.tune.schedulers.scheduler import SearchScheduler, limited
 from raybert.tune.space import Space
@@ -45,7 +45,7 @@ class Asha(SearchScheduler):
             reduction_factor=self.config.reduction,
             stop_last_trials=False,
         )
-        if check("asha"):
+        if has_private_api("asha"):
             for record in session.source.trials:
                 _replay(scheduler, record)
         return scheduler

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from raybert.cluster.internals.hooks import check
+from raybert.cluster.internals.private_names import has_private_api
 from raybert.errors import ConfigError
 from raybert.tune.schedulers.scheduler import SearchScheduler, limited
 from raybert.tune.space import Space
@@ -43,6 +43,6 @@ class HyperBand(SearchScheduler):
             "reduction_factor": self.config.reduction,
             "stop_last_trials": False,
         }
-        if check("hyperband"):
+        if has_private_api("hyperband"):
             return limited(ResumableHyperBand, session)(session.source.trials, **settings)
         return limited(HyperBandScheduler, session)(**settings)
