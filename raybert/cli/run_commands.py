@@ -31,7 +31,7 @@ def list_runs(
     Example: `raybert runs ls --storage s3://bucket/runs`
     """
     from raybert.pipeline import runs
-    from raybert.terminal.display import size
+    from raybert.terminal.formats import size
 
     folder = _storage(storage, config)
     found = runs.list_runs(folder)
@@ -44,7 +44,7 @@ def list_runs(
         for stage in run.stages:
             print(f"  {stage.name:<18} {size(stage.bytes):>8}  {_format_stage(stage)}")
     if not found:
-        new_display().say(f"{folder} has no experiments")
+        new_display().print(f"{folder} has no experiments")
 
 
 @app.command("rm")
@@ -61,7 +61,7 @@ def remove_run(
     Example: `raybert runs rm mine --storage s3://bucket/runs`
     """
     from raybert.pipeline import runs
-    from raybert.terminal.display import size
+    from raybert.terminal.formats import size
 
     folder = _storage(storage, config)
     run = runs.find_run(folder, name)
@@ -72,7 +72,7 @@ def remove_run(
     confirmed = yes or _confirm(what)
     if confirmed:
         folder.delete(run.name)
-    new_display().say(f"deleted {what}" if confirmed else "nothing deleted")
+    new_display().print(f"deleted {what}" if confirmed else "nothing deleted")
     if as_json:
         print_json({"name": name, "deleted": confirmed, "bytes": run.bytes})
 

@@ -54,15 +54,15 @@ def serve(
     display = new_display()
     with (
         display.stage("serve"),
-        serving(serve_config, experiment.ray, on_progress=display.line) as url,
+        serving(serve_config, experiment.ray, on_progress=display.progress) as url,
     ):
-        display.say(f"serve     listening on {url}; API: {url}/docs; Ctrl-C stops it")
+        display.print(f"serve     listening on {url}; API: {url}/docs; Ctrl-C stops it")
         log = log_folder()
         if log is not None:
-            display.say(f"serve     log: {log}")
+            display.print(f"serve     log: {log}")
         if as_json:
             print_json({"url": url, "model": serve_config.model})
         try:
-            watch(read_state, lambda line: display.say(f"serve     {line}"))
+            watch(read_state, lambda line: display.print(f"serve     {line}"))
         except KeyboardInterrupt:
-            display.say("serve     stopping; Ctrl-C again to stop at once")
+            display.print("serve     stopping; Ctrl-C again to stop at once")

@@ -48,7 +48,7 @@ _context: Any = None  # what `ray.init` returned
 
 @contextmanager
 def environment(values: Mapping[str, str], *, overwrite: bool = False) -> Iterator[None]:
-    """Set environment variables for a context; existing ones are kept unless `overwrite` is true."""
+    """Set environment variables for a context; `overwrite` also those that are set already."""
     new = {name: value for name, value in values.items() if overwrite or name not in os.environ}
     before = {name: os.environ.get(name) for name in new}
     os.environ.update(new)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raybert.errors import RaybertError
 from raybert.experiment import Experiment
 from raybert.jobs.estimate import Estimate, Machines, estimate, read_or_none
-from raybert.terminal.display import size
+from raybert.terminal.formats import format_count, format_duration, size
 from raybert.train.run_folder import RESULT
 
 #: The commands that train, and the stages of each.
@@ -39,14 +39,14 @@ def format_estimate(estimated: Estimate) -> list[str]:
     sizes = estimated.size
     if sizes is not None:
         stored = (
-            f"{_format_count(sizes.parameters)} parameters; at most {sizes.checkpoints} "
+            f"{format_count(sizes.parameters)} parameters; at most {sizes.checkpoints} "
             f"checkpoints of {size(sizes.checkpoint)} and a model of {size(sizes.model)}, "
             f"{size(sizes.total)} in all"
         )
     work = [
         *([f"{estimated.steps:,} steps"] if estimated.steps is not None else []),
         *(
-            [f"up to {_format_count(estimated.tokens)} tokens"]
+            [f"up to {format_count(estimated.tokens)} tokens"]
             if estimated.tokens is not None
             else []
         ),
@@ -55,7 +55,9 @@ def format_estimate(estimated: Estimate) -> list[str]:
     time = f"time unknown: {estimated.basis}"
     if estimated.seconds is not None:
         devices = "worker" if estimated.gpu is not True else "GPU"
-        time = f"about {_format_duration(estimated.seconds)} on {estimated.workers} {devices}"
+        time = (
+            f"about {format_duration(_round(estimated.seconds))} on {estimated.workers} {devices}"
+        )
         time += "s" if estimated.workers > 1 else ""
         if estimated.gpu:
             time += f" = {estimated.workers * estimated.seconds / 3600:.1f} GPU-hours"
@@ -85,20 +87,6 @@ def _unreachable(experiment: Experiment) -> str | None:
     return None
 
 
-def _format_count(number: float) -> str:
-    """Format a large number as 12.4M or 1.2B."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if number >= unit:
-            return f"{number / unit:.1f}{name}"
-    return f"{number:,.0f}"
-
-
-def _format_duration(seconds: float) -> str:
-    """Format a duration as 40 s, 12 min, 2 h 10 min or 3 d 4 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+def _round(seconds: float) -> float:
+    """Round an estimate to seconds or, from two minutes on, to minutes."""
+    return seconds if seconds < 120 else 60 * round(seconds / 60)

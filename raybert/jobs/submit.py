@@ -16,7 +16,8 @@ from raybert.jobs.doctor.run_checks import check_request
 from raybert.jobs.estimate import Machines
 from raybert.jobs.estimate_lines import TRAINS, estimate_lines
 from raybert.jobs.ray_jobs import CHECK_COMMAND, Cluster, ClusterJob, result_of
-from raybert.terminal.display import FOLLOWED, Display, clock, size
+from raybert.terminal.display import FOLLOWED, Display
+from raybert.terminal.formats import clock, size
 from raybert.tune.settings import TrialConfig
 from raybert.tune.space_checks import read_space
 
@@ -117,16 +118,16 @@ def submit(
         with display.stage("estimate"):  # an unreachable storage takes seconds
             lines = estimate_lines(experiment, command, Machines.of(cluster.resources()))
         for line in lines:
-            display.say(f"estimate  {line}")
+            display.print(f"estimate  {line}")
     environment = {**_ENVIRONMENT, **(check_request() if checks and trains else {})}
     made = cluster.submit(command, name, remote, arguments, environment)
     job = made.job
     if made.package is not None:
-        display.say(f"submitted {job.id} to {cluster.address}, package {size(made.package)}")
+        display.print(f"submitted {job.id} to {cluster.address}, package {size(made.package)}")
     else:
-        display.say(f"{job.id} is already active: following it")
+        display.print(f"{job.id} is already active: following it")
     if made.ignored:
-        display.say(
+        display.print(
             f"warning   {job.id} has other settings ({_format_changes(made.ignored)}); "
             f"yours are not applied: `raybert stop {job.id} --address {cluster.address}`, "
             "then submit again"
@@ -183,9 +184,9 @@ def follow(cluster: Cluster, job: ClusterJob, display: Display) -> dict[str, Any
         for line in cluster.follow(job):
             tail = [*tail[-_TAIL:], line]
             if not line.startswith("{"):  # the result, for standard output
-                display.relay(line)
+                display.forward(line)
     except KeyboardInterrupt:
-        display.say(
+        display.print(
             f"detached; {job.id} continues. `raybert logs {job.run}` follows it, "
             f"`raybert stop {job.run}` stops it (--address {cluster.address})"
         )
@@ -193,7 +194,7 @@ def follow(cluster: Cluster, job: ClusterJob, display: Display) -> dict[str, Any
     ended, code = cluster.job(job.id), cluster.exit_code(job)
     seconds = (ended.ended or 0) - (ended.begun or 0) if ended.ended and ended.begun else None
     spent = f" after {clock(seconds)}" if seconds is not None else ""
-    display.say(f"{job.id} {ended.status.lower()}{spent}, exit code {code}")
+    display.print(f"{job.id} {ended.status.lower()}{spent}, exit code {code}")
     return {
         **dataclasses.asdict(ended),
         "exit_code": code,

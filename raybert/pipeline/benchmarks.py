@@ -98,7 +98,7 @@ def bench_serve(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with display.stage("bench"):
         texts = [str(text) for text in found.texts.to_pylist()]
-        return compare(model, texts, found.labels, device, on_progress=display.line)
+        return compare(model, texts, found.labels, device, on_progress=display.progress)
 
 
 def generate_corpus(folder: Folder, rows: int, seq_len: int, vocab_size: int) -> Manifest:

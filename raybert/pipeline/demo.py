@@ -12,7 +12,8 @@ from raybert.cluster.session import ray_session
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.pipeline import stages
-from raybert.terminal.display import Display, clock
+from raybert.terminal.display import Display
+from raybert.terminal.formats import clock
 
 
 def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
@@ -29,10 +30,10 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
         check_report()
     except UserError as error:  # the run is possible without it
         has_report = False
-        display.say(f"report    not written: {error}")
+        display.print(f"report    not written: {error}")
     begun, seconds, results = time.monotonic(), {}, {}
     workers = max(experiment.pretrain.max_workers, experiment.finetune.max_workers)
-    display.say("ray       starting")
+    display.print("ray       starting")
     with ray_session(experiment.ray, workers) as resources:
         run_requested_checks(experiment, resources, display, ("pretrain", "finetune"))
         for name, stage in (
@@ -70,7 +71,7 @@ def run_demo(experiment: Experiment, display: Display, text: str) -> dict[str, A
 
     # Both budgets, and what start-up, corpus and evaluation take besides.
     minutes = (experiment.pretrain.minutes or 5) + (experiment.finetune.minutes or 5) + 2.5
-    display.say(
+    display.print(
         "Pretrains a BERT on 25,000 movie reviews and fine-tunes it into a classifier: about "
         f"{minutes:.0f} minutes on two cores. Everything is written to {experiment.folder}; after "
         "Ctrl-C the same command resumes."

@@ -24,7 +24,8 @@ from raybert.storage.folder import Folder
 from raybert.tasks.classification_metrics import classification_scores
 from raybert.tasks.finetune import FinetuneSpec
 from raybert.tasks.tokenized_texts import TokenizedTexts
-from raybert.terminal.display import Display, clock
+from raybert.terminal.display import Display
+from raybert.terminal.formats import clock
 from raybert.train.run_folder import CONFIG, RESULT, dotted, open_run
 from raybert.train.settings import ALIKE_MAY_CHANGE
 from raybert.tune.space import Values
@@ -43,7 +44,7 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
     if stage.exists(RESULT):
         result = _open_ensemble(experiment, stage)
         if result is not None and len(result["members"]) == seeds:
-            display.say(f"ensemble  {stage} is finished already: {_format_result(result)}")
+            display.print(f"ensemble  {stage} is finished already: {_format_result(result)}")
             return result
         stage.delete(RESULT)  # the number of members has changed
     has_begun = stage.exists(CONFIG)
@@ -72,7 +73,7 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
     write_ensemble(stage, [f"members/{name}/model" for name in names])
     result |= {"model": stage.uri, "seconds": round(time.monotonic() - begun, 1)}
     stage.write_json(RESULT, result)
-    display.say(f"ensemble  {_format_result(result)}, in {clock(result['seconds'])}; {stage}")
+    display.print(f"ensemble  {_format_result(result)}, in {clock(result['seconds'])}; {stage}")
     return result
 
 

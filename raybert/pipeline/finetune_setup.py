@@ -60,14 +60,14 @@ def prepare_finetune(
         teacher = None
         if config.distill.teacher is not None:
             models = teachers(experiment)
-            teacher = Teacher(models, lambda done: display.line(f"teacher: {done:,} texts"))
+            teacher = Teacher(models, lambda done: display.progress(f"teacher: {done:,} texts"))
         session: AbstractContextManager[Resources | None] = (
             ray_session(experiment.ray) if on_ray else nullcontext()
         )
         with display.stage("texts"), session as resources:
             if resources is not None:
                 run_requested_checks(experiment, resources, display, ("finetune",))
-            display.line("reading and tokenizing labelled texts")
+            display.progress("reading and tokenizing labelled texts")
             prepared = prepare_texts(
                 config,
                 Tokenizer.load(tokenizer),
@@ -77,7 +77,7 @@ def prepare_finetune(
                 teach=None if teacher is None else teacher.logits,
                 teacher="" if teacher is None else teacher.identity,
             )
-        display.say(
+        display.print(
             f"texts     {prepared.train.rows:,} for training, {prepared.validation.rows:,} for "
             f"validation{format_skipped(prepared.skipped)}; labels {', '.join(prepared.labels)}"
         )

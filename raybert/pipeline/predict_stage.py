@@ -114,7 +114,7 @@ def predict_file(
             output,
             names,
             workers=max(1, int(resources.cpus) - 2),
-            on_progress=lambda done: display.line(f"{done:,} texts"),
+            on_progress=lambda done: display.progress(f"{done:,} texts"),
             precision=experiment.serve.precision,
         )
 

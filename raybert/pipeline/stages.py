@@ -20,7 +20,8 @@ from raybert.experiment import Experiment
 from raybert.pipeline.finetune_setup import format_skipped, prepare_finetune, teachers
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
-from raybert.terminal.display import Display, clock
+from raybert.terminal.display import Display
+from raybert.terminal.formats import clock
 
 METRICS = "metrics.json"
 MASK = "[MASK]"  # in every tokenizer that raybert trains
@@ -31,7 +32,7 @@ def make_corpus(experiment: Experiment, display: Display, *, force: bool = False
     folder = experiment.folder / "corpus"
     manifest = None if force else corpus.existing(experiment.corpus, folder)
     if manifest is not None:
-        display.say(f"corpus    {folder} is built already: {_format_corpus(manifest)}")
+        display.print(f"corpus    {folder} is built already: {_format_corpus(manifest)}")
         return _corpus_result(folder, manifest)
 
     def show(progress: corpus.Progress) -> None:
@@ -42,11 +43,12 @@ def make_corpus(experiment: Experiment, display: Display, *, force: bool = False
             eta = f"  ETA {clock(left * progress.seconds)}"
         tokens = f"  {progress.tokens:,} tokens  {rate:,.0f} tokens/s{eta}"
         prefix = "learning the vocabulary: " if progress.stage == "tokenizer" else ""
-        display.line(f"{prefix}{progress.documents:,} documents{tokens if progress.tokens else ''}")
+        tokens = tokens if progress.tokens else ""
+        display.progress(f"{prefix}{progress.documents:,} documents{tokens}")
 
     with display.stage("corpus"), ray_session(experiment.ray):
         manifest = corpus.build(experiment.corpus, folder, progress=show, force=force)
-    display.say(f"corpus    {_format_corpus(manifest)}")
+    display.print(f"corpus    {_format_corpus(manifest)}")
     return _corpus_result(folder, manifest)
 
 
@@ -122,7 +124,7 @@ def _stored_result(
     run = experiment.folder / stage
     result = open_run(run, dump(experiment), stage, sections) if run.exists(RESULT) else None
     if result is not None:
-        display.say(f"{stage:<9} {run} is finished already, at step {result['step']:,}")
+        display.print(f"{stage:<9} {run} is finished already, at step {result['step']:,}")
     return result
 
 
@@ -146,7 +148,7 @@ def _train(
         stage,
         sections,
         inputs=spec.inputs(),
-        log=lambda text: display.say(f"{stage:<9} {text}"),
+        log=lambda text: display.print(f"{stage:<9} {text}"),
     )
     begun = time.monotonic()
     with display.stage(stage):
@@ -159,7 +161,7 @@ def _train(
             with ray_session(experiment.ray, spec.config.max_workers) as resources:
                 run_requested_checks(experiment, resources, display, (stage,))
                 result = train_on_ray(spec, run, resources, on_progress=display.record)
-    display.say(
+    display.print(
         f"{stage:<9} {result['step']:,} steps, {result['tokens']:,.0f} tokens in "
         f"{clock(time.monotonic() - begun)}; model in {result['model']}"
     )
@@ -171,11 +173,11 @@ def evaluate(experiment: Experiment, display: Display) -> dict[str, Any]:
     run = experiment.folder / "finetune"
     stored = stored_metrics(experiment, run)
     if stored is not None:
-        display.say(f"evaluate  {run} is evaluated already: accuracy {stored['accuracy']:.4f}")
+        display.print(f"evaluate  {run} is evaluated already: accuracy {stored['accuracy']:.4f}")
         return stored
     shared = _find_training_file(run, experiment.evaluate.source)
     if shared is not None:
-        display.say(
+        display.print(
             f"evaluate  {shared} was used for training: the scores do not measure new texts; name "
             "other texts with --set evaluate.source.path=FILE"
         )
@@ -212,9 +214,9 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
             model,
             names,
             workers=max(1, int(resources.cpus) - 2),
-            on_progress=lambda done: display.line(f"{done:,} texts"),
+            on_progress=lambda done: display.progress(f"{done:,} texts"),
         )
-    display.say(
+    display.print(
         f"evaluate  accuracy {metrics['accuracy']:.4f} on {metrics['n']:,} texts"
         + format_skipped(metrics["skipped"])
     )

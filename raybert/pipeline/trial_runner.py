@@ -112,7 +112,7 @@ class TrialRunner:
 
         def show() -> None:
             while ended:
-                self._display.say(ended.popleft())
+                self._display.print(ended.popleft())
             trials = list(source.trials)
             self._display.panel(trial_table(trials, keys), format_progress(trials, limit))
 

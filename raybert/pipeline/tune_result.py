@@ -14,7 +14,8 @@ from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.pipeline.stages import METRICS, evaluate_model, stored_metrics
 from raybert.storage.folder import Folder
-from raybert.terminal.display import Display, clock
+from raybert.terminal.display import Display
+from raybert.terminal.formats import clock
 from raybert.train.run_folder import RESULT
 from raybert.tune.finalists import Finalist
 from raybert.tune.settings import TrialConfig
@@ -65,7 +66,7 @@ def finish_search(
         for folder, records in (("trials", trials), ("seeds", runs)):
             for record in records:
                 (stage / folder / record.name).delete("model")
-    display.say(f"tune      {format_best(result)}; model in {result['model']}")
+    display.print(f"tune      {format_best(result)}; model in {result['model']}")
     return result
 
 
@@ -80,7 +81,7 @@ def write_report_and_result(
         write_report(stage, result)
         result["report"] = (stage / "report.html").uri
     except UserError as error:  # the result is complete without it
-        display.say(f"report    none: {error}")
+        display.print(f"report    none: {error}")
     stage.write_json(RESULT, result)
     return result
 

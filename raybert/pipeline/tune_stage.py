@@ -79,7 +79,7 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
         search.warn()
         if dashboard:
             url = stack.enter_context(tensorboard(stage / "tensorboard"))
-            display.say(f"tune      dashboards: Ray {dashboard_url()}, TensorBoard {url}")
+            display.print(f"tune      dashboards: Ray {dashboard_url()}, TensorBoard {url}")
         return search.run()
 
 
@@ -98,7 +98,7 @@ def open_search(
         "tune",
         _SECTIONS,
         inputs=None if spec is None else spec.inputs(),
-        log=lambda text: display.say(f"tune      {text}"),
+        log=lambda text: display.print(f"tune      {text}"),
         may_change=MAY_CHANGE,
     )
 
@@ -107,12 +107,12 @@ def _finished_search(experiment: Experiment, stage: Folder, display: Display) ->
     """The result of a search that is finished; makes the report if it is missing."""
     result = open_search(experiment, stage, display)
     assert result is not None
-    display.say(f"tune      {stage} is finished already: {format_best(result)}")
+    display.print(f"tune      {stage} is finished already: {format_best(result)}")
     if result.get("report") is None:
         result = write_report_and_result(stage, result, display)
     config, done = experiment.tune, result["trials"]["all"]
     if config.searcher != "grid" and config.trials > done:
-        display.say(
+        display.print(
             f"tune      it had {done} trials, you ask for {config.trials}: choose another run.name "
             "for a longer search"
         )
@@ -156,13 +156,13 @@ class Search:
                 self._experiment.finetune.source, self._experiment.evaluate.source
             )
         if self._seen_file is not None:
-            self._display.say(
+            self._display.print(
                 f"tune      {self._seen_file} is trained on: the winner's test scores will say "
                 "little about new texts; name others with --set evaluate.source.path=FILE"
             )
         if has_unequal_rungs(self._config, self._space, self._runner.base):
             count = self._runner.base.finetune.evaluations
-            self._display.say(
+            self._display.print(
                 f"tune      finetune.evaluations={count} is spread over each trial's own length: "
                 "trials are compared after unequal epochs; null evaluates after every epoch"
             )
@@ -223,14 +223,14 @@ class Search:
         config = self._config
         finalists = choose_finalists(trials, config.finalists)
         names = ", ".join(finalist.name for finalist in finalists)
-        self._display.say(f"tune      {config.seeds} seeds of each finalist: {names}")
+        self._display.print(f"tune      {config.seeds} seeds of each finalist: {names}")
         store = TrialStore(self._stage / "seeds")
         wanted = finalist_runs(finalists, self._experiment.finetune.seed, config.seeds)
         source = FixedTrials(store, wanted)
         self._runner.run(self._stage, store, source, keys=self._keys, limit=len(wanted))
         ranking = rank_finalists(finalists, source.trials, self._spec.prepared.validation.rows)
         if any(other.mean > ranking[0].mean for other in ranking):
-            self._display.say(
+            self._display.print(
                 "tune      no finalist is better than the configured values by more than a "
                 "standard error of the seeds and the validation texts: they stay"
             )

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from raybert.config import flatten
 from raybert.report.stage_files import number
+from raybert.terminal.formats import format_duration
 
 
 class Tile(NamedTuple):
@@ -62,16 +63,6 @@ def key_value_table(title: str, values: Mapping[str, Any]) -> Table:
     return Table(title, rows, has_row_headers=True, css_class="facts")
 
 
-def format_duration(seconds: float) -> str:
-    """Format a duration: 45 s, 12 min 34 s, 3 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def format_value(value: Any, key: str = "") -> str:
     """Format a JSON value; numbers under the dotted key `seconds` are durations."""
     if value is None:
@@ -91,15 +82,6 @@ def format_value(value: Any, key: str = "") -> str:
             return f"{len(value):,} items"
         return ", ".join(format_value(item) for item in value) or "none"
     return str(value)
-
-
-def format_count(value: float) -> str:
-    """Format a count with three digits and a unit: 14.3M."""
-    if value < 1e4:
-        return f"{value:,.0f}"
-    size, unit = next(u for u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= u[0])
-    scaled = value / size
-    return f"{scaled:,.{0 if scaled >= 100 else 1 if scaled >= 10 else 2}f}{unit}"
 
 
 def format_time(seconds: Any) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from raybert.report.elements import Table, Tile, format_duration, format_value
+from raybert.report.elements import Table, Tile, format_value
 from raybert.report.search_plots import MAX_TRIALS, Trial, best_first, search_plots
 from raybert.report.stage_files import number
+from raybert.terminal.formats import format_duration
 
 STATES = ("finished", "stopped", "failed", "running", "waiting")
 

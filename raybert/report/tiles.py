@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from raybert.report.elements import Tile, format_count, format_duration, format_value
+from raybert.report.elements import Tile, format_value
 from raybert.report.search import search_tiles
 from raybert.report.stage_files import Stage, as_mapping, curve, last, number
+from raybert.terminal.formats import format_count, format_duration
 
 HARDWARE_KEYS = ("environment", "machine", "versions", "hardware")  # of a result
 

@@ -16,6 +16,8 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from raybert.terminal.formats import clock
+
 PLAIN_SECONDS = 10.0  # between lines of progress without a terminal
 FOLLOWED_SECONDS = 2.0  # the same in a submitted job, whose log is followed on a terminal
 #: Set in a submitted job: its progress lines are marked, and the follower rewrites them.
@@ -43,7 +45,7 @@ class Display:
         """Begin a stage; its name and duration precede its lines."""
         self._stage, self._begun = name, time.monotonic()
         self._last_plain = 0.0
-        self.line("starting")
+        self.progress("starting")
         try:
             yield
         finally:
@@ -53,17 +55,17 @@ class Display:
             self._clear()
             self._stage = ""
 
-    def line(self, text: str) -> None:
+    def progress(self, text: str) -> None:
         """Show progress: rewrite the live line; without a terminal, print it every few seconds."""
         if self._quiet:
             return
         spent = clock(time.monotonic() - self._begun)
-        self._progress(f"{self._stage:<9} {spent:>6}  {text}")
+        self._write_progress(f"{self._stage:<9} {spent:>6}  {text}")
 
     def panel(self, content: RenderableType, text: str) -> None:
         """Show a renderable that is rewritten; without a terminal, show `text` as progress."""
         if not self._live:
-            self.line(text)
+            self.progress(text)
             return
         if self._panel is None:
             self._clear()
@@ -79,14 +81,14 @@ class Display:
         self._panel.update(Group(Text(f"{self._stage:<9} {spent:>6}  {text}"), content))
         self._panel.refresh()
 
-    def relay(self, line: str) -> None:
+    def forward(self, line: str) -> None:
         """Show a line of a followed job's log: rewrite progress, print the rest."""
         if line.startswith(_PROGRESS):
-            self._progress(line.removeprefix(_PROGRESS))
+            self._write_progress(line.removeprefix(_PROGRESS))
         else:
-            self.say(line)
+            self.print(line)
 
-    def _progress(self, text: str) -> None:
+    def _write_progress(self, text: str) -> None:
         if self._live:
             shown = Text(text)
             shown.truncate(self._console.width - 1, overflow="ellipsis")
@@ -98,7 +100,7 @@ class Display:
             self._last_plain = time.monotonic()
             self._console.print((_PROGRESS if self._followed else "") + text)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a permanent line."""
         self._clear()
         if not self._quiet:
@@ -108,13 +110,13 @@ class Display:
         """Show a record of the training loop."""
         total = record.get("total_steps")
         if record["kind"] == "train":
-            self.line(_format_train(record, total))
+            self.progress(_format_train(record, total))
         elif record["kind"] == "eval":
-            self.say(f"{self._stage:<9} step {record['step']:>6,}  {_format_eval(record)}")
+            self.print(f"{self._stage:<9} step {record['step']:>6,}  {_format_eval(record)}")
             for example in record.get("fillings", []):
-                self.say(f"{'':<9} {example['text']}  ->  {_format_tokens(example['tokens'])}")
+                self.print(f"{'':<9} {example['text']}  ->  {_format_tokens(example['tokens'])}")
         elif record["kind"] == "event" and record["event"] != "start":
-            self.say(f"{self._stage:<9} step {record['step']:>6,}  {record.get('message', '')}")
+            self.print(f"{self._stage:<9} step {record['step']:>6,}  {record.get('message', '')}")
 
     def _clear(self) -> None:
         if self._live and self._panel is None:  # rich moves a panel below printed lines
@@ -150,21 +152,4 @@ def _format_eval(record: dict[str, Any]) -> str:
 
 
 def _format_tokens(tokens: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{guess['token']} {guess['probability']:.2f}" for guess in tokens)
-
-
-def clock(seconds: float) -> str:
-    """Format seconds as m:ss or h:mm:ss."""
-    whole = max(0, round(seconds))
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
-
-
-def size(count: float) -> str:
-    """Format bytes as 512 bytes, 3.4 kB, 149 MB or 1.2 GB."""
-    unit = "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if count < 1000:
-            break
-        count, unit = count / 1000, larger
-    return f"{count:.0f} {unit}" if count >= 10 or unit == "bytes" else f"{count:.1f} {unit}"
+    return ", ".join(f"{token['token']} {token['probability']:.2f}" for token in tokens)

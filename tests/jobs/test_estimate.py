@@ -18,7 +18,7 @@ from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
-from raybert.terminal.display import size
+from raybert.terminal.formats import size
 from raybert.train.control import Stopped
 from raybert.train.distributed import Group
 from raybert.train.run import execute_bare

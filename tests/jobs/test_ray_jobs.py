@@ -361,13 +361,13 @@ def test_progress_of_a_followed_job_rewrites_one_line(capsys, monkeypatch):
     monkeypatch.setenv(FOLLOWED, "1")
     far = Display()
     with far.stage("corpus"):
-        far.say("said")
+        far.print("said")
     log = capsys.readouterr().err.splitlines()
     monkeypatch.delenv(FOLLOWED)
     near = Display()
     near._live = True
     for line in log:
-        near.relay(line)
+        near.forward(line)
     shown = capsys.readouterr().err
     assert "starting" in shown and "\r\x1b[2K" in shown
     assert "\x1f" not in shown

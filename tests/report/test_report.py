@@ -11,11 +11,12 @@ from markupsafe import Markup
 
 from raybert.errors import UserError
 from raybert.report import write_report
-from raybert.report.elements import Figure, format_count, format_duration, format_value
+from raybert.report.elements import Figure, format_value
 from raybert.report.plots import smoothed
 from raybert.report.stage_files import spread
 from raybert.storage.folder import Folder
 from raybert.tasks.classification_metrics import classification_scores
+from raybert.terminal.formats import format_count, format_duration
 
 NASTY = '<br /><script>alert("1")</script> & <b>loved</b> it'
 
@@ -324,7 +325,7 @@ def test_spread_keeps_the_ends():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (59.6, "1 min 00 s"), (754, "12 min 34 s"), (11_100, "3 h 05 min")],
+    [(0.4, "0 s"), (59.6, "1 min"), (754, "12 min 34 s"), (11_100, "3 h 05 min")],
 )
 def test_durations(seconds, text):
     assert format_duration(seconds) == text

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from raybert.terminal import display as module
-from raybert.terminal.display import Display, clock
+from raybert.terminal.display import Display
+from raybert.terminal.formats import clock
 
 TRAIN = {
     "kind": "train",
@@ -67,7 +68,7 @@ def test_a_log_gets_a_line_every_few_seconds(capsys, monkeypatch):
     with display.stage("corpus"):
         for _ in range(100):
             now[0] += 1.0
-            display.line("working")
+            display.progress("working")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 + 100 // module.PLAIN_SECONDS
     assert re.fullmatch(r"corpus\s+1:40  working", lines[-1])
@@ -108,15 +109,15 @@ def test_records_of_checkpoints_are_not_shown(capsys):
 def test_a_quiet_display_writes_nothing(capsys):
     display = Display(quiet=True)
     with display.stage("corpus"):
-        display.line("working")
-        display.say("done")
+        display.progress("working")
+        display.print("done")
         display.record(TRAIN)
     assert capsys.readouterr() == ("", "")
 
 
 def test_markup_in_a_line_is_printed_as_text(capsys):
     display = Display()
-    display.say("I saw this [MASK] and [bold]it[/bold] was [/x] good")
+    display.print("I saw this [MASK] and [bold]it[/bold] was [/x] good")
     assert "this [MASK] and [bold]it[/bold] was [/x] good" in capsys.readouterr().err
 
 
@@ -137,7 +138,7 @@ def test_a_panel_is_rewritten_on_a_terminal_and_lines_stay(capsys, monkeypatch):
     assert display._live
     with display.stage("tune"):
         display.panel("first table", "1/12 trials")
-        display.say("trial 0000 is over")
+        display.print("trial 0000 is over")
         display.panel("second table", "2/12 trials")
     out, err = capsys.readouterr()
     assert out == ""

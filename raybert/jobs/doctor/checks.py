@@ -11,7 +11,7 @@ from raybert.cluster.session import Resources
 from raybert.errors import ConfigError
 from raybert.jobs.doctor.all_reduce import AllReduceResult
 from raybert.jobs.doctor.nodes import MISSING, NodeReport
-from raybert.terminal.display import size
+from raybert.terminal.formats import size
 from raybert.train.ray.placement import check_resources, operator_cpus, uses_gpus
 from raybert.train.settings import TrainConfig
 

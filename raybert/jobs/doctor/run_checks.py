@@ -42,7 +42,7 @@ def run_checks(experiment: Experiment, display: Display) -> dict[str, Any]:
     with display.stage("doctor"), ray_session(experiment.ray, workers) as resources:
         results = check_cluster(experiment, resources, display, STAGES)
     for result in results:
-        display.say(f"{result.status:<8} {result.name:<17} {result.line}")
+        display.print(f"{result.status:<8} {result.name:<17} {result.line}")
     return {
         "findings": [dataclasses.asdict(result) for result in results],
         "problem": next(_problems(results), None),
@@ -63,10 +63,10 @@ def run_requested_checks(
     del os.environ[CHECK]  # the stages of `raybert run` are one job
     for result in results:
         if result.status == "warning":
-            display.say(f"doctor    {result.name}: {result.line}")
+            display.print(f"doctor    {result.name}: {result.line}")
     for problem in _problems(results):
         raise UserError(f"{problem} (submit with --no-check to run without the checks)")
-    display.say(f"doctor    no problem in {len(results)} checks")
+    display.print(f"doctor    no problem in {len(results)} checks")
 
 
 def check_cluster(
@@ -83,8 +83,8 @@ def check_cluster(
     for _ in range(_ATTEMPTS):
         nodes = alive_nodes()
         with all_reduce.start_processes(nodes, count, gpu) as processes:
-            probe_nodes(nodes, storage.uri, display.line)
-            display.line(f"all-reduce over {len(processes)} processes")
+            probe_nodes(nodes, storage.uri, display.progress)
+            display.progress(f"all-reduce over {len(processes)} processes")
             reduced = all_reduce.run_all_reduce(processes, gpu)
         alive = {node.id for node in alive_nodes()}
         if all(node.id in alive for node in nodes if node.error):
