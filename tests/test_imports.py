@@ -240,7 +240,7 @@ def test_the_service_and_its_http_need_no_ray():
 
 
 def test_what_serves_proxies_import_is_light():
-    assert loaded_by("import raybert.serve.http.admission") == []
+    assert loaded_by("import raybert.serve.http.middleware") == []
 
 
 def test_the_client_needs_nothing():

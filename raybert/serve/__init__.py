@@ -2,16 +2,20 @@
 
 POST /predict from the socket to the logits, file by file:
 
-1. http/admission.py     LoadSheddingMiddleware in front of Serve, then AccessMiddleware: the key,
-                         and 429 while the queue is full
-2. http/json_route.py    BodyLimitMiddleware, JSONRoute: a bounded body, parsed as strict JSON
-3. http/schemas.py       PredictRequest: validation, and one line about a mistake
-4. http/text_routes.py   predict(): limits, time-out, ranking and response
-5. runtime/service.py    Service.score(): model, tokenization in its thread, canary
-6. runtime/loaded_models.py  LoadedModel: one version with its queue; averages windows
-7. runtime/batching.py   Batcher: batches by tokens, computed in the threads of threads.py
-8. raybert/inference/classifier.py  TextClassifier.score(): rows to logits
+1. deploy/haproxy.py     HAProxy accepts the connection. It responds 429 itself while all replicas
+                         report a full queue (deploy/templates/rules.cfg), else it chooses a replica
+2. http/middleware.py    In this order: LoadSheddingMiddleware in front of Serve (429), CORS,
+                         AccessMiddleware (401, 429, log and metrics), BodyLimitMiddleware (413)
+3. http/json_route.py    JSONRoute parses the body as strict JSON; RequestBody reports the first
+                         mistake in one line
+4. http/text_routes.py   PredictRequest and predict(): limits, time-out, ranking and response
+5. runtime/service.py    Service.score(): room in the queue, tokenization in its thread, model, and
+                         for a share of the requests the Canary
+6. runtime/loaded_models.py  LoadedModel: one version with its queue; averages the logits of windows
+7. runtime/batching.py   Batcher: batches by tokens; ModelThreads: the threads that compute them
+8. raybert/inference/classifier.py  TextClassifier.score(): rows to logits; windows() and pool()
+                         split long texts and average (raybert/inference/windows.py)
 
 http/api.py assembles the application, deploy/deployment.py makes it a deployment of Ray Serve,
-deploy/launch.py starts Serve for `raybert serve`, with HAProxy in front (deploy/haproxy.py).
+deploy/launch.py starts Serve for `raybert serve`.
 """

@@ -46,17 +46,14 @@ class Client:
         retry_timeout_s: float = 60,
         context: ssl.SSLContext | None = None,
     ) -> None:
-        """Set up without connecting.
+        """Set up without connecting; ValueError: the URL is invalid.
 
         Args:
             url: of the server, http or https.
             key: sent as a bearer key.
-            timeout_s: without a byte, after which an attempt ends.
-            retry_timeout_s: for which a request is repeated.
+            timeout_s: time without a byte after which an attempt ends.
+            retry_timeout_s: time for which a request is repeated.
             context: for https, in place of the system's certificates.
-
-        Raises:
-            ValueError: the URL is invalid.
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -77,22 +74,15 @@ class Client:
             )
 
     def predict(self, texts: str | Sequence[str], **options: Any) -> Any:
-        """Classify one text or several.
+        """Return for each text its labels with their scores, the most probable first.
 
-        Args:
-            texts: raw texts.
-            options: truncate, raw_scores, all_scores, explain, model.
-
-        Returns:
-            For each text its labels with their scores, the likeliest first.
-
-        Raises:
-            ServerError: the request is rejected, or not answered within `retry_timeout_s`.
+        Options: truncate, raw_scores, all_scores, explain, model. ServerError: the request is
+        rejected, or not answered within `retry_timeout_s`.
         """
         return self._post("/predict", texts, options)
 
     def fill_mask(self, texts: str | Sequence[str], **options: Any) -> Any:
-        """Return the likeliest tokens for each mask of one text or several; options: top_k."""
+        """Return the most probable tokens for each mask of one text or several; options: top_k."""
         return self._post("/fill-mask", texts, options)
 
     def info(self) -> Any:

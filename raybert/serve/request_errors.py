@@ -17,7 +17,7 @@ QUEUED_PATHS = ("/predict", "/infer")  # ends of the paths whose requests enter 
 class RequestError(HTTPException):
     """A request is rejected.
 
-    FastAPI replaces any exception that is raised while it reads a body, except HTTPException.
+    An HTTPException, since FastAPI replaces other exceptions that are raised while it reads a body.
     """
 
     def __init__(
@@ -66,20 +66,8 @@ def not_tokenizable(message: str) -> RequestError:
     return RequestError(422, "Tokenizer", message)
 
 
-def model_failed() -> RequestError:
-    """424: the model raised an exception or returned numbers that are not finite."""
-    return RequestError(
-        424, "Backend", "the model failed on this request; the server's log says why"
-    )
-
-
 def overloaded(wait_s: float) -> RequestError:
     """429: the queue is full; it empties in about `wait_s` seconds."""
     seconds = max(1, math.ceil(wait_s))
     message = f"the server is busy; try again in {seconds} s"
     return RequestError(429, "Overloaded", message, {"Retry-After": str(seconds)})
-
-
-def timed_out(seconds: float) -> RequestError:
-    """504: the response took too long."""
-    return RequestError(504, "Timeout", f"no answer within {seconds:g} s; shorten the request")

@@ -137,15 +137,9 @@ class ServeConfig(Settings):
         return self
 
     def changed(self, given: Mapping[str, object], *, model: str, registry: str) -> ServeConfig:
-        """Return the same with other values, and with defaults for null.
+        """Return the same with other values, and with defaults for null, or raise ConfigError.
 
-        Args:
-            given: new values, by key.
-            model: for `model`, where neither it nor `fill_mask` is set.
-            registry: for `registry`.
-
-        Raises:
-            ConfigError: a value is invalid.
+        `model` is the default where neither `model` nor `fill_mask` is set.
         """
         values = {**self.model_dump(), **given}
         if values["model"] is None and values["fill_mask"] is None:

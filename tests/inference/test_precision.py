@@ -28,7 +28,7 @@ from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
 from raybert.model.layers import Embeddings
 from raybert.model.settings import ModelConfig
-from raybert.serve.runtime.threads import ModelThreads
+from raybert.serve.runtime.batching import ModelThreads
 from raybert.serve.settings import ServeConfig
 from raybert.storage import exclusive
 from raybert.storage.folder import Folder

@@ -20,7 +20,7 @@ from making import reviews
 
 from raybert.inference.classifier import TextClassifier
 from raybert.pipeline.predict_stage import number_texts, predict_texts
-from raybert.serve.http import admission
+from raybert.serve.http import middleware
 from raybert.serve.http.api import make_api
 from raybert.serve.http.authentication import Keys, digest
 from raybert.serve.request_errors import QUEUE_FULL_HEADER
@@ -670,8 +670,8 @@ def shedding(closed, monkeypatch):
         await closed.app(scope, receive, send)
 
     made = copy.copy(closed)
-    made.app, made.passed = admission.LoadSheddingMiddleware(inside), passed
-    monkeypatch.setattr(admission, "_admission", closed.app.state.admission)
+    made.app, made.passed = middleware.LoadSheddingMiddleware(inside), passed
+    monkeypatch.setattr(middleware, "_admission", closed.app.state.admission)
     return made
 
 
@@ -699,14 +699,14 @@ def test_rejections_share_a_log_line(shedding, monkeypatch, caplog):
     batcher = shedding.service.find(None).batcher
     monkeypatch.setattr(batcher, "_speed", 1000.0)
     monkeypatch.setattr(batcher, "_queued", 5000)
-    monkeypatch.setattr(admission._admission, "_logged_at", -math.inf)
-    monkeypatch.setattr(admission, "_LOG_INTERVAL_S", 3600)
+    monkeypatch.setattr(middleware._admission, "_logged_at", -math.inf)
+    monkeypatch.setattr(middleware, "_LOG_INTERVAL_S", 3600)
     before = shedding.service.metrics.value("requests_total", route="-", status="429")
     answers = [shedding.post("/predict", {"inputs": "a"}, headers=headers) for _ in range(9)]
     assert {answer.status_code for answer in answers} == {429}
     assert len({answer.content for answer in answers}) == 1
     assert answers[-1].headers[QUEUE_FULL_HEADER] == "1"  # for HAProxy
-    monkeypatch.setattr(admission, "_LOG_INTERVAL_S", 0)
+    monkeypatch.setattr(middleware, "_LOG_INTERVAL_S", 0)
     shedding.ask("GET", "/health")
     counts = [r.requests for r in caplog.records if r.name == LOG.name and r.http_status == 429]
     assert counts == [1, 8]
@@ -722,12 +722,12 @@ def test_a_header_that_is_not_utf_8_is_rejected_in_front_of_serve(shedding):
 def test_a_slow_request_ends_with_504(model, pretrained):
     slow = Api(model, pretrained, timeout_s=0.05)
     block = Future()
-    slow.service._threads.whole.submit(block.result, 30)  # something else computes
+    slow.service._threads.all_cores.submit(block.result, 30)  # something else computes
     try:
         assert_error(slow.post("/predict", {"inputs": "superb"}), 504, "no answer within 0.05 s")
     finally:
         block.set_result(None)
-    slow.service._threads.whole.submit(int).result(30)
+    slow.service._threads.all_cores.submit(int).result(30)
     assert slow.service.find(None).batcher.queued == 0
     slow.service.close()
 

@@ -50,7 +50,7 @@ class Recorder:
 
 
 class Threads(NamedTuple):
-    whole: Executor
+    all_cores: Executor
     shares: Executor
     count: int
 
@@ -195,7 +195,8 @@ def test_a_request_that_would_wait_too_long_is_rejected_and_queued_ones_are_answ
         assert made.queued == 30
         assert made.full_for_s() == pytest.approx(2.0)
         with pytest.raises(Overloaded) as rejected:
-            made.check(1)
+            with made.reserve(1):
+                pass
         assert rejected.value.wait_s == pytest.approx(2.0)
         with pytest.raises(Overloaded):
             await made.score([np.ones(1)])
@@ -203,7 +204,8 @@ def test_a_request_that_would_wait_too_long_is_rejected_and_queued_ones_are_answ
         answers = await asyncio.gather(*tasks)
         assert [scores[0, 1] for scores in answers] == [10] * 4
         assert made.full_for_s() is None
-        made.check(1)
+        with made.reserve(1):
+            pass
 
     run(score_all())
 
@@ -211,13 +213,17 @@ def test_a_request_that_would_wait_too_long_is_rejected_and_queued_ones_are_answ
 def test_requests_reserve_room_while_they_are_tokenized(executor):
     made = batcher(Recorder(), executor, tokens_per_batch=10, queue_s=2.0)
     made._speed = 15.0  # 30 tokens may wait
-    made.check(1000)  # nothing waits
-    with made.expecting(25):
-        made.check(5)
+    with made.reserve(1000):  # nothing waits
+        pass
+    with made.reserve(25):
+        with made.reserve(5):
+            pass
         with pytest.raises(Overloaded) as rejected:
-            made.check(6)
+            with made.reserve(6):
+                pass
         assert rejected.value.wait_s == pytest.approx(25 / 15)
-    made.check(1000)
+    with made.reserve(1000):
+        pass
 
 
 def test_a_request_of_unknown_size_counts_like_the_others(executor):
@@ -226,11 +232,12 @@ def test_a_request_of_unknown_size_counts_like_the_others(executor):
         for _ in range(30):
             await made.score([np.ones(10)])
         made._speed = 15.0
-        with made.expecting(19):
+        with made.reserve(19):
             assert made.full_for_s() is None
-        with made.expecting(21):
+        with made.reserve(21):
             assert made.full_for_s() == pytest.approx(21 / 15)
-            made.check(9)
+            with made.reserve(9):
+                pass
 
     run(score_all())
 

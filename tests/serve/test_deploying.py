@@ -6,7 +6,7 @@ import pytest
 
 from raybert.errors import ConfigError
 from raybert.serve.deploy import deployment
-from raybert.serve.http.admission import LoadSheddingMiddleware
+from raybert.serve.http.middleware import LoadSheddingMiddleware
 from raybert.serve.settings import ServeConfig
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from raybert.serve.deploy import haproxy as ingress_module
 from raybert.serve.deploy.haproxy import serve_environment, uses_haproxy
-from raybert.serve.deploy.ports import find_listener
+from raybert.serve.deploy.launch import find_listener
 from raybert.serve.http.authentication import digest
 from raybert.serve.request_errors import QUEUE_FULL_HEADER
 from raybert.serve.settings import ServeConfig

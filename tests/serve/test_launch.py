@@ -22,8 +22,7 @@ from raybert.errors import ConfigError, DamagedError, RaybertError, UserError
 from raybert.serve.deploy import haproxy as ingress
 from raybert.serve.deploy import launch
 from raybert.serve.deploy.haproxy import SCRATCH_PREFIX, serve_environment, uses_haproxy
-from raybert.serve.deploy.launch import serving
-from raybert.serve.deploy.ports import check_port, find_listener
+from raybert.serve.deploy.launch import check_port, find_listener, serving
 from raybert.serve.http.authentication import VARIABLE
 from raybert.serve.runtime.service import Service
 from raybert.serve.settings import ServeConfig
@@ -70,7 +69,7 @@ def test_a_damaged_model_is_an_error_before_ray_is_started(model, tmp_path, brok
 
 def test_paths_become_absolute(model, pretrained, tmp_path, monkeypatch):
     """Replicas and proxies may run in another working directory."""
-    from raybert.serve.deploy.resolve_models import resolve
+    from raybert.serve.runtime.model_sources import resolve
 
     shutil.copytree(model.path, tmp_path / "run" / "model")
     shutil.copytree(pretrained.path, tmp_path / "mlm")

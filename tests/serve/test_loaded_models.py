@@ -12,9 +12,9 @@ from making import reviews
 
 from raybert.errors import ConfigError, UserError
 from raybert.serve.http.server_routes import server_info
+from raybert.serve.runtime.batching import ModelThreads
 from raybert.serve.runtime.model_sources import ModelSource, find_source
 from raybert.serve.runtime.service import Service
-from raybert.serve.runtime.threads import ModelThreads
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder
 from raybert.storage.registry import Registry
@@ -81,7 +81,7 @@ def test_running_requests_are_completed_by_the_version_that_they_began_with(stor
     block = Future()
 
     async def go():
-        service._threads.whole.submit(block.result, 30)
+        service._threads.all_cores.submit(block.result, 30)
         tasks = [asyncio.create_task(label(service)) for _ in range(20)]
         while service.models.default.batcher.queued < 19:  # one is running
             await asyncio.sleep(0.01)

@@ -6,7 +6,7 @@ import logging.handlers
 
 import pytest
 
-from raybert.serve.runtime import replica_log
+from raybert.serve.http import api
 
 
 @pytest.fixture
@@ -22,19 +22,19 @@ def log(tmp_path):
 
 
 def test_lines_are_written_regularly_and_at_the_end(log, tmp_path, monkeypatch):
-    monkeypatch.setattr(replica_log, "FLUSH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(api, "FLUSH_INTERVAL_S", 0.01)
 
     def lines():
         return (tmp_path / "log").read_text().splitlines()
 
     async def serve():
-        task = asyncio.create_task(replica_log.flush_regularly(log))
+        task = asyncio.create_task(api.flush_regularly(log))
         log.info("one")
         assert lines() == []
         async with asyncio.timeout(30):
             while not lines():
                 await asyncio.sleep(0.01)
-        monkeypatch.setattr(replica_log, "FLUSH_INTERVAL_S", 60)
+        monkeypatch.setattr(api, "FLUSH_INTERVAL_S", 60)
         await asyncio.sleep(0.05)
         log.info("two")
         task.cancel()

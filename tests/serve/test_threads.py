@@ -7,12 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from raybert.serve.runtime.threads import (
-    ModelThreads,
-    NewThreadExecutor,
-    run_in_new_thread,
-    use_threads,
-)
+from raybert.serve.runtime.batching import ModelThreads, run_in_new_thread, use_threads
+from raybert.serve.runtime.serial_executor import NewThreadExecutor
 
 
 def seen():

@@ -20,12 +20,11 @@ from raybert.cluster.allocator import KEEP_FREED_MEMORY, keep_freed_memory
 from raybert.cluster.internals.serve import http_options
 from raybert.config import build as build_settings
 from raybert.errors import ConfigError, UserError
-from raybert.serve.deploy.resolve_models import check_names, resolve
-from raybert.serve.http.admission import set_admission
-from raybert.serve.http.api import make_api
+from raybert.serve.http.api import flush, make_api
 from raybert.serve.http.authentication import VARIABLE, Keys, read_keys
-from raybert.serve.runtime import replica_log
+from raybert.serve.http.middleware import set_admission
 from raybert.serve.runtime.metrics import Metrics
+from raybert.serve.runtime.model_sources import check_names, resolve
 from raybert.serve.runtime.service import Service
 from raybert.serve.settings import ServeConfig, is_loopback
 
@@ -41,12 +40,7 @@ class Server:
     """A replica."""
 
     def __init__(self, settings: dict[str, Any], digests: list[str]) -> None:
-        """Load the models.
-
-        Args:
-            settings: the `serve` section, resolved.
-            digests: of the accepted keys.
-        """
+        """Load the models of the `serve` section, resolved; `digests` are of the accepted keys."""
         config = build_settings(ServeConfig, settings, "serve")
         context = ray.get_runtime_context()
         gpu = bool(context.get_accelerator_ids().get("GPU")) and torch.cuda.is_available()
@@ -78,16 +72,11 @@ class Server:
         """Stop the threads; Serve calls this when the replica has drained."""
         if hasattr(self, "_service"):  # the constructor may have failed
             self._service.close()
-            replica_log.flush(self._log)
+            flush(self._log)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Build the application from the keys of the `serve` section.
-
-    Raises:
-        ConfigError: an unknown key, an invalid value, or no key for a server that others can reach.
-        UserError: a model or the file of keys does not exist.
-    """
+    """Build the application from the keys of the `serve` section, or raise UserError."""
     config = build_settings(ServeConfig, args, "args")
     check_names(config)
     config = resolve(config)
@@ -125,11 +114,7 @@ def _gpus(config: ServeConfig) -> float:
 
 
 def check_access(host: str, digests: list[str]) -> None:
-    """Check that a server which others can reach has a key.
-
-    Raises:
-        ConfigError: it has none.
-    """
+    """Raise ConfigError for a server that others can reach without a key."""
     if not digests and not is_loopback(host):
         raise ConfigError(
             f"serve.host={host}: others can connect there, so it needs a key: name a file with "
@@ -138,12 +123,7 @@ def check_access(host: str, digests: list[str]) -> None:
 
 
 def application(config: ServeConfig, digests: list[str]) -> serve.Application:
-    """Bind the deployment to its arguments.
-
-    Args:
-        config: as `resolve` returns it.
-        digests: of the accepted keys.
-    """
+    """Bind the deployment to a resolved configuration and the digests of the accepted keys."""
     replicas: dict[str, Any] = {"num_replicas": config.replicas}
     if not isinstance(config.replicas, int):
         scaling = config.replicas

@@ -31,16 +31,10 @@ class TemplateChangedError(Exception):
 
 
 def adapt(text: str, *, defaults: str = "", rules: str = "", table: str = "") -> str:
-    """Return a configuration whose internal ports are bound to 127.0.0.1, with our rules in it.
+    """Bind the internal ports of Ray's configuration to 127.0.0.1, and insert our lines.
 
-    Args:
-        text: as Ray renders it.
-        defaults: lines for the section `defaults`; they replace Ray's `errorfile` lines.
-        rules: lines for each backend.
-        table: a section to append.
-
-    Raises:
-        TemplateChangedError: an expected line is missing, or a `bind` is unknown.
+    `defaults` replaces Ray's `errorfile` lines, `rules` is inserted into each backend, `table` is
+    appended. TemplateChangedError: an expected line is missing, or a `bind` is unknown.
     """
     lines: list[str] = []
     section, bound, sections = "", [], set()
@@ -80,11 +74,7 @@ def _adapt_bind(section: str, line: str) -> str:
 
 
 def check_template(template: str) -> None:
-    """Check Ray's template before anything is started.
-
-    Raises:
-        TemplateChangedError: it can't be adapted.
-    """
+    """Raise TemplateChangedError if Ray's template can't be adapted."""
     marker = "    # rules of raybert"
     if marker not in adapt(template, rules=marker):
         raise TemplateChangedError("there is no section `backend`")
@@ -93,14 +83,9 @@ def check_template(template: str) -> None:
 def main(arguments: list[str]) -> int:
     """Adapt FILE in place; return the exit status."""
     try:
-        file, defaults, rules, table = map(Path, arguments)
-        adapted = adapt(
-            file.read_text(encoding="utf-8"),
-            defaults=defaults.read_text(encoding="utf-8"),
-            rules=rules.read_text(encoding="utf-8"),
-            table=table.read_text(encoding="utf-8"),
-        )
-        file.write_text(adapted, encoding="utf-8")
+        text, defaults, rules, table = (Path(file).read_text("utf-8") for file in arguments)
+        adapted = adapt(text, defaults=defaults, rules=rules, table=table)
+        Path(arguments[0]).write_text(adapted, encoding="utf-8")
     except (TemplateChangedError, OSError, ValueError) as error:
         print(f"raybert: HAProxy is not started: {error}", file=sys.stderr)
         return 1

@@ -10,13 +10,16 @@ import logging
 import math
 import os
 import shutil
+import socket
 import ssl
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+import psutil
 
 from raybert.cluster.internals.serve import haproxy_template, http_options
 from raybert.cluster.machine import cores
@@ -25,7 +28,6 @@ from raybert.errors import RaybertError, UserError
 from raybert.serve.client import Client, ServerError
 from raybert.serve.deploy.haproxy import SCRATCH_PREFIX, serve_environment, uses_haproxy
 from raybert.serve.deploy.haproxy_config import TemplateChangedError, check_template
-from raybert.serve.deploy.ports import check_port
 from raybert.serve.deploy.status import State, extract_error
 from raybert.serve.http.authentication import read_keys
 from raybert.serve.settings import ServeConfig
@@ -38,15 +40,7 @@ _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # all addresses of the machi
 def serving(
     config: ServeConfig, ray_config: RayConfig, *, on_progress: Callable[[str], None]
 ) -> Iterator[str]:
-    """Serve while the context lasts; running requests are completed at its end.
-
-    Args:
-        config: `model` or `fill_mask` is set.
-        ray_config: the Ray to use.
-        on_progress: gets a line per step.
-
-    Yields:
-        The address, `http://127.0.0.1:8000`.
+    """Serve while the context lasts, and yield the URL; running requests are completed at its end.
 
     Raises:
         UserError: a model or certificate is missing or invalid, the port is taken, or Ray does not
@@ -58,17 +52,21 @@ def serving(
     if not on_cluster:
         check_port(config.host, config.port)
         check_certificate(config)
-        config = config.model_copy(update={"threads": config.threads or _threads(config)})
+        share = max(1, cores() // config.max_replicas)
+        config = config.model_copy(update={"threads": config.threads or share})
     # One replica more, since an update starts new ones first.
     workers = math.ceil(config.cpus * (config.max_replicas + 1))
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir="/"))
     try:
         with environment({} if on_cluster else serve_environment(config, scratch, digests)):
             from raybert.serve.deploy.deployment import check_access
-            from raybert.serve.deploy.resolve_models import check_models, resolve
+            from raybert.serve.runtime.model_sources import check_models, resolve
 
             if not on_cluster and uses_haproxy(config):
-                _check_haproxy_template()
+                try:
+                    check_template(haproxy_template())
+                except TemplateChangedError as error:
+                    raise UserError(str(error)) from None
             config = resolve(config)
             check_access(config.host, digests)
             check_models(config)
@@ -85,18 +83,6 @@ def serving(
                     _stop(on_cluster)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _check_haproxy_template() -> None:
-    """Check that Ray's HAProxy configuration can be adapted, before Ray is started.
-
-    Raises:
-        UserError: it has changed.
-    """
-    try:
-        check_template(haproxy_template())
-    except TemplateChangedError as error:
-        raise UserError(str(error)) from None
 
 
 def _deploy(config: ServeConfig, digests: list[str], on_progress: Callable[[str], None]) -> str:
@@ -124,11 +110,7 @@ def _deploy(config: ServeConfig, digests: list[str], on_progress: Callable[[str]
 
 
 def check_certificate(config: ServeConfig) -> None:
-    """Check the certificate: with an invalid one Serve reports success and does not answer.
-
-    Raises:
-        UserError: a file can't be read, or they are not a certificate and its key.
-    """
+    """Raise UserError for an invalid certificate: Serve would report success and not answer."""
     if config.tls_cert is None or config.tls_key is None:
         return
     files = {"tls_cert": config.tls_cert, "tls_key": config.tls_key}
@@ -153,11 +135,7 @@ def check_certificate(config: ServeConfig) -> None:
 
 
 def check_answers(url: str) -> None:
-    """Wait until the address answers: Serve reports on its replicas, and not on the ingress.
-
-    Raises:
-        RaybertError: it does not answer within ANSWER_S.
-    """
+    """Raise RaybertError unless a URL answers in ANSWER_S: Serve does not check the ingress."""
     parts = urlsplit(url)
     host = _url_host(_WILDCARDS.get(parts.hostname or "", parts.hostname or ""))
     context = ssl.create_default_context()
@@ -218,11 +196,58 @@ def _stop(on_cluster: bool) -> None:
         serve.shutdown()
 
 
-def _threads(config: ServeConfig) -> int:
-    """Return a replica's share of the machine's cores."""
-    return max(1, cores() // config.max_replicas)
-
-
 def _url_host(host: str) -> str:
     """Return a host as it is written in a URL."""
     return f"[{host}]" if ":" in host else host
+
+
+class Listener(NamedTuple):
+    """A process that listens on a port."""
+
+    pid: int
+    name: str
+    is_orphan: bool  # the HAProxy of a `raybert serve` that was killed
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise UserError if an address can't be bound; it names the listening process and a remedy."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            return
+        except OSError as error:
+            problem = f"{host}:{port} can't be listened on: {error.strerror or error}"
+    advice = ""
+    listener = find_listener(port)
+    if listener is not None:
+        problem += f" by process {listener.pid} ({listener.name})"
+        if listener.is_orphan:
+            advice = f"it was left by a `raybert serve` that was killed: `kill {listener.pid}`, or "
+    raise UserError(f"{problem}; {advice}choose another serve.port or serve.host")
+
+
+def find_listener(port: int) -> Listener | None:
+    """Find the process that listens on a TCP port; None: no process that this user may inspect."""
+    try:
+        pids = [
+            connection.pid
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        ]
+        for pid in pids:
+            if pid is not None:
+                process = psutil.Process(pid)
+                return Listener(pid, process.name(), _is_orphan(process))
+    except psutil.Error:  # it ended meanwhile, or macOS requires root
+        pass
+    return None
+
+
+def _is_orphan(process: psutil.Process) -> bool:
+    """Return whether a process is an HAProxy that we configured and whose Ray has ended."""
+    if not any(argument.startswith(SCRATCH_PREFIX) for argument in process.cmdline()):
+        return False
+    parent = process.parent()
+    return parent is None or not " ".join(parent.cmdline()).startswith("ray::")

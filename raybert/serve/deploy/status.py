@@ -1,7 +1,7 @@
 """Watch a served application from the command line, and log its changes.
 
-Serve replaces dead replicas silently. Where none can start again, for want of memory or because a
-storage is gone, a process that waited on would hide this from its supervisor: `watch` raises.
+Serve replaces dead replicas without a message. If none can start again, because memory or a storage
+is missing, `watch` raises, so that the supervisor of the process sees it.
 """
 
 from __future__ import annotations
@@ -33,26 +33,15 @@ class Monitor:
     """Logs changes of the state; `update` gets one state after another."""
 
     def __init__(self, log: Callable[[str], None], *, give_up_s: float = GIVE_UP_S) -> None:
-        """Set up.
-
-        Args:
-            log: gets a line for each change.
-            give_up_s: seconds without a replica until `update` raises.
-        """
         self._log, self._give_up_s = log, give_up_s
         self._logged, self._logged_at = State(1, ""), 0.0
         self._down_since: float | None = None
         self._missing = 0  # polls in a row
 
     def update(self, state: State | None, now: float) -> None:
-        """Process a state.
+        """Process a state, None: the application was not found, at `now` of a monotonic clock.
 
-        Args:
-            state: None: the application was not found.
-            now: seconds of a monotonic clock.
-
-        Raises:
-            RaybertError: there has been no replica for too long, or the application was deleted.
+        RaybertError: there has been no replica for too long, or the application was deleted.
         """
         self._missing = self._missing + 1 if state is None else 0
         if self._missing >= _MAX_MISSING:
@@ -81,15 +70,7 @@ class Monitor:
 
 
 def watch(read_state: Callable[[], State | None], log: Callable[[str], None]) -> None:
-    """Poll an application until it fails.
-
-    Args:
-        read_state: asks Serve; it may raise any exception, or hang.
-        log: gets a line for each change.
-
-    Raises:
-        RaybertError: there has been no replica for too long, or the application was deleted.
-    """
+    """Poll an application until `Monitor.update` raises; `read_state` may raise or hang."""
     monitor = Monitor(log)
     while True:
         time.sleep(POLL_S)

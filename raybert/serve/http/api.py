@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI, Request
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -22,38 +21,40 @@ from starlette.routing import Route
 from raybert import __version__
 from raybert.errors import DataError
 from raybert.serve import request_errors
-from raybert.serve.http.admission import AccessMiddleware, AdmissionControl
 from raybert.serve.http.authentication import Keys
-from raybert.serve.http.json_route import BodyLimitMiddleware, JSONRoute
+from raybert.serve.http.json_route import JSONRoute
+from raybert.serve.http.middleware import AdmissionControl, application_middleware
 from raybert.serve.http.open_inference import add_open_inference_routes
 from raybert.serve.http.openapi import openapi
 from raybert.serve.http.server_routes import OPEN_PATHS, add_server_routes
 from raybert.serve.http.text_routes import add_text_routes
 from raybert.serve.request_errors import RequestError
-from raybert.serve.runtime import replica_log
 from raybert.serve.runtime.batching import ModelFailed, Overloaded
 from raybert.serve.runtime.service import Service
 
 PAGE = Path(__file__).with_name("page")
+#: Serve buffers a thousand log lines in memory, and loses them at the end. The buffer saves a write
+#: per request; a write per second costs no more, and keeps the log current.
+FLUSH_INTERVAL_S = 1.0
 
 
 def make_api(
     service: Service, keys: Keys, *, log: logging.Logger, page: Path | None = PAGE
 ) -> FastAPI:
-    """Make the application.
+    """Make the application of a service that has loaded its models.
 
-    Args:
-        service: has loaded its models.
-        keys: that are accepted.
-        log: gets a record for each request.
-        page: a folder whose files are served at `/`; None, or without index.html: no page.
+    `log` gets a record for each request. The files of the folder `page` are served at `/`, unless
+    it is None or has no index.html.
     """
+    page_routes = _page_routes(page)
+    open_paths = [*OPEN_PATHS, *(route.path for route in page_routes)]
+    admission = AdmissionControl(service, keys, open_paths, log)
 
     @asynccontextmanager
     async def background_tasks(app: FastAPI) -> AsyncIterator[None]:
         tasks = [
             asyncio.create_task(service.models.watch()),
-            asyncio.create_task(replica_log.flush_regularly(log)),
+            asyncio.create_task(flush_regularly(log)),
         ]
         try:
             yield
@@ -63,6 +64,7 @@ def make_api(
 
     app = FastAPI(
         lifespan=background_tasks,
+        middleware=application_middleware(service.config, admission),
         title="raybert",
         version=__version__,
         docs_url=None,  # FastAPI's page loads scripts from a public address
@@ -76,38 +78,40 @@ def make_api(
     add_text_routes(app, service)
     add_open_inference_routes(app, service)
     add_server_routes(app, service)
-    page_paths = _add_page(app, page)
+    app.router.routes.extend(page_routes)
     _add_exception_handlers(app, service, log)
-    app.state.admission = AdmissionControl(service, keys, [*OPEN_PATHS, *page_paths], log)
-    config = service.config
-    app.add_middleware(
-        BodyLimitMiddleware, max_bytes=1024 * config.max_body_kb, timeout_s=config.timeout_s
-    )
-    app.add_middleware(AccessMiddleware, admission=app.state.admission)
-    if config.cors:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.cors,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-            expose_headers=["Retry-After"],
-        )
+    app.state.admission = admission
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
     return app
 
 
-def _add_page(app: FastAPI, page: Path | None) -> list[str]:
-    """Serve a folder at `/`, one route per file; return the paths.
+def _page_routes(page: Path | None) -> list[Route]:
+    """Return a route for each file of a folder.
 
     A mounted folder would match every path, and answer GET /predict with 404 in place of 405.
     """
     if page is None or not page.joinpath("index.html").exists():
         return []
     files = (file.relative_to(page) for file in page.rglob("*") if file.is_file())
-    paths = ["/", *(f"/{file.as_posix()}" for file in files)]
     static = StaticFiles(directory=page, html=True)
-    app.router.routes.extend(Route(path, static, methods=["GET"]) for path in paths)
-    return paths
+    paths = ["/", *(f"/{file.as_posix()}" for file in files)]
+    return [Route(path, static, methods=["GET"]) for path in paths]
+
+
+def flush(log: logging.Logger) -> None:
+    """Write what the log's handlers have buffered."""
+    for handler in log.handlers:
+        handler.flush()
+
+
+async def flush_regularly(log: logging.Logger) -> None:
+    """Flush a log every FLUSH_INTERVAL_S, and when this task is cancelled."""
+    try:
+        while True:
+            await asyncio.sleep(FLUSH_INTERVAL_S)
+            flush(log)
+    finally:
+        flush(log)
 
 
 def _add_exception_handlers(app: FastAPI, service: Service, log: logging.Logger) -> None:
@@ -123,7 +127,8 @@ def _add_exception_handlers(app: FastAPI, service: Service, log: logging.Logger)
 
     @app.exception_handler(TimeoutError)
     async def timed_out(request: Request, error: TimeoutError) -> Response:
-        return request_errors.timed_out(service.config.timeout_s).response()
+        message = f"no answer within {service.config.timeout_s:g} s; shorten the request"
+        return RequestError(504, "Timeout", message).response()
 
     @app.exception_handler(DataError)  # of a text with masks
     async def not_tokenizable(request: Request, error: DataError) -> Response:
@@ -132,7 +137,8 @@ def _add_exception_handlers(app: FastAPI, service: Service, log: logging.Logger)
     @app.exception_handler(ModelFailed)
     async def model_failed(request: Request, error: ModelFailed) -> Response:
         log.error("%s", error, exc_info=error.__cause__)
-        return request_errors.model_failed().response()
+        message = "the model failed on this request; the server's log says why"
+        return RequestError(424, "Backend", message).response()
 
     @app.exception_handler(HTTPException)  # of Starlette's router
     async def no_route(request: Request, error: HTTPException) -> Response:

@@ -16,17 +16,11 @@ _SCHEME = b"bearer "
 
 
 def read_keys(path: str | None) -> list[str]:
-    """Read keys from a file, or else from the environment, and return their digests.
+    """Read keys from a file, or else from the environment; return the SHA-256 of each, hexadecimal.
 
     A file has one key per line; lines that begin with # are ignored. The variable's keys are
-    separated by commas or line breaks.
-
-    Returns:
-        SHA-256 of each key, hexadecimal; empty where neither is set.
-
-    Raises:
-        UserError: the file can't be read or has no key, or a key is too short or not printable
-            ASCII.
+    separated by commas or line breaks. UserError: the file can't be read or has no key, or a key is
+    too short or not printable ASCII.
     """
     if path is not None:
         where = f"serve.keys={path}"
@@ -34,7 +28,7 @@ def read_keys(path: str | None) -> list[str]:
             text = Path(path).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             problem = getattr(error, "strerror", None) or "not UTF-8"
-            raise UserError(f"{where}: {problem}; name a file with a key a line") from None
+            raise UserError(f"{where}: {problem}; name a file with one key per line") from None
         keys = [line.strip() for line in text.splitlines() if not line.startswith("#")]
     else:
         where = VARIABLE

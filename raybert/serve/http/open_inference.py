@@ -9,23 +9,28 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
+from pydantic import BeforeValidator, Field
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 
 from raybert import __version__
 from raybert.serve import request_errors
-from raybert.serve.http.admission import TEXT_COUNT
-from raybert.serve.http.json_route import JSONRoute, content_type
+from raybert.serve.http.json_route import (
+    ClosedModel,
+    JSONRoute,
+    RequestBody,
+    check_texts,
+    content_type,
+)
+from raybert.serve.http.middleware import TEXT_COUNT
 from raybert.serve.http.openapi import error_responses, example
-from raybert.serve.http.schemas import InferRequest, check_texts
 from raybert.serve.http.server_routes import check_ready
 from raybert.serve.request_errors import RequestError
-from raybert.serve.runtime.canary import Scored
 from raybert.serve.runtime.loaded_models import LoadedModel
-from raybert.serve.runtime.service import Service
+from raybert.serve.runtime.service import Scored, Service
 
 _MODEL = "/v2/models/{name}"
 _VERSION = _MODEL + "/versions/{version}"
@@ -44,6 +49,45 @@ _EXAMPLE = example(
         ],
     },
 )
+
+
+def _flatten(value: Any) -> Any:
+    """Return a tensor's elements in order; the protocol allows lists nested as its shape is."""
+    while isinstance(value, list) and value and all(isinstance(item, list) for item in value):
+        value = [inner for item in value for inner in item]
+    return value
+
+
+class InferInput(ClosedModel):
+    """A tensor of the Open Inference Protocol: texts."""
+
+    name: str = "text"
+    # Bounded, since the product of its elements is computed.
+    shape: Annotated[list[int], Field(fail_fast=True, max_length=8)]
+    datatype: Literal["BYTES"]
+    data: Annotated[
+        list[str],
+        Field(fail_fast=True, description="the texts, flat or nested as the shape is"),
+        BeforeValidator(_flatten, json_schema_input_type=list[Any]),
+    ]
+    parameters: dict[str, Any] | None = None
+
+
+class InferOutput(ClosedModel):
+    """A requested output."""
+
+    name: str = Field(description="label or scores")
+    parameters: dict[str, Any] | None = None
+
+
+class InferRequest(RequestBody):
+    """A request of the Open Inference Protocol, version 2."""
+
+    id: str | None = Field(None, max_length=256)
+    inputs: Annotated[list[InferInput], Field(fail_fast=True, max_length=1)]
+    # Bounded: each output is sent in full, and a small request would get a large response.
+    outputs: Annotated[list[InferOutput], Field(fail_fast=True, max_length=2)] | None = None
+    parameters: dict[str, Any] | None = Field(None, description="truncate: as in PredictRequest")
 
 
 class InferRoute(JSONRoute):
@@ -130,11 +174,7 @@ def add_open_inference_routes(app: FastAPI, service: Service) -> None:
 
 
 def _parse(body: InferRequest) -> tuple[list[str], Sequence[str], bool | None]:
-    """Return the texts, the names of the requested outputs, and the parameter truncate.
-
-    Raises:
-        RequestError: 422, the tensor's shape, an output or a parameter is invalid.
-    """
+    """Return texts, names of outputs, and the parameter truncate, or raise RequestError, 422."""
     if not body.inputs:
         raise request_errors.invalid("inputs: this model has one, text; got none")
     [tensor] = body.inputs

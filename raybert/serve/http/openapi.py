@@ -1,13 +1,19 @@
-"""The parts of the OpenAPI document that FastAPI does not derive from the routes."""
+"""The OpenAPI document: what FastAPI does not derive from the routes, and `/docs`.
+
+`/docs` shows it as an HTML page without scripts and without other servers.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from raybert.serve.http.schemas import Error
+from raybert.serve.http.json_route import Error
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -26,6 +32,20 @@ _ERRORS = {
 }
 _BODY_ERRORS = (400, 401, 404, 408, 413, 415, 422, 424, 429, 504)
 _FASTAPI_422 = "Validation Error"  # which FastAPI documents for every path parameter
+
+DOCS_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("raybert.serve.http"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
+_ENVIRONMENT.filters["json"] = json.dumps  # tojson marks its result as safe, unescaped
 
 
 def error_responses(*statuses: int) -> Responses:
@@ -57,3 +77,8 @@ def openapi(app: FastAPI) -> dict[str, Any]:
         document["security"] = [{"key": []}, {}]  # {}: for a server without keys
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def render_docs(document: Mapping[str, Any]) -> str:
+    """Render the document as HTML."""
+    return _ENVIRONMENT.get_template("docs.html").render(document)

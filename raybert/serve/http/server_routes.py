@@ -8,8 +8,7 @@ from fastapi import FastAPI
 from starlette.responses import HTMLResponse, PlainTextResponse
 
 from raybert import __version__
-from raybert.serve.http import docs_page
-from raybert.serve.http.openapi import error_responses
+from raybert.serve.http.openapi import DOCS_HEADERS, error_responses, render_docs
 from raybert.serve.request_errors import RequestError
 from raybert.serve.runtime.service import Service
 
@@ -50,15 +49,11 @@ def add_server_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(docs_page.render(app.openapi()), headers=docs_page.HEADERS)
+        return HTMLResponse(render_docs(app.openapi()), headers=DOCS_HEADERS)
 
 
 def check_ready(service: Service) -> dict[str, bool]:
-    """Return the body of a readiness check.
-
-    Raises:
-        RequestError: 503, a batch does not end.
-    """
+    """Return the body of a readiness check, or raise RequestError, 503: a batch does not end."""
     try:
         service.check_health()
     except RuntimeError as error:

@@ -1,28 +1,21 @@
-"""POST /predict and POST /fill-mask, in text-embeddings-inference's form."""
+"""POST /predict and POST /fill-mask, in text-embeddings-inference's form: bodies and routes."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from fastapi import FastAPI, Request
+from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
 from raybert.inference.explanations import Explanation
 from raybert.serve import request_errors
-from raybert.serve.http.admission import TEXT_COUNT
+from raybert.serve.http.json_route import RequestBody, Texts, check_texts
+from raybert.serve.http.middleware import TEXT_COUNT
 from raybert.serve.http.openapi import example
-from raybert.serve.http.schemas import (
-    Explained,
-    FillMaskRequest,
-    PredictRequest,
-    Score,
-    TokenScore,
-    check_texts,
-)
-from raybert.serve.runtime.canary import Scored
-from raybert.serve.runtime.service import Service
+from raybert.serve.runtime.service import Scored, Service
 
 _MAX_EXPLAINED = 8  # texts of a request
 
@@ -34,6 +27,74 @@ _FILL_MASK_EXAMPLE = example(
     request={"inputs": "I liked this [MASK].", "top_k": 1},
     response=[[{"token_str": "movie", "score": 0.5}]],
 )
+
+
+class PredictRequest(RequestBody):
+    """Texts to classify."""
+
+    inputs: Texts
+    truncate: bool | None = Field(
+        None,
+        description="true: a text past the model's length loses its middle, as in training; false: "
+        "it is read in windows whose scores are averaged; null: as the server is configured",
+    )
+    truncation_direction: Literal["Left", "Right", "left", "right"] | None = Field(
+        None,
+        description="accepted for text-embeddings-inference's clients and ignored: truncation "
+        "removes the middle",
+    )
+    parameters: dict[str, Any] | None = Field(
+        None, max_length=0, description="accepted, when empty, for huggingface_hub's client"
+    )
+    raw_scores: bool = Field(False, description="logits in place of probabilities")
+    all_scores: bool = Field(
+        True, description="all labels, the likeliest first; false: only the likeliest"
+    )
+    explain: bool = Field(False, description="add a weight for each word")
+    model: str | None = Field(
+        None, description="name of the model, where several are served; null: the first"
+    )
+
+
+class FillMaskRequest(RequestBody):
+    """Texts with masks to fill."""
+
+    inputs: Texts
+    top_k: int = Field(5, ge=1, le=100, description="predictions for each mask")
+
+
+class Score(BaseModel):
+    """A label with its probability."""
+
+    label: str
+    score: float
+
+
+class WordWeight(BaseModel):
+    """A word, its position in the text in characters, and its weight."""
+
+    text: str
+    start: int
+    end: int
+    weight: float = Field(description="positive: it supports the likeliest label")
+
+
+class Explained(BaseModel):
+    """Scores with the weights of words."""
+
+    predictions: list[Score] = Field(description="the likeliest first")
+    words: list[WordWeight] = Field(description="in the order of the text")
+    error: float = Field(
+        description="completeness error: |sum of the words' weights - (margin of the text - margin "
+        "with all words masked)|; margin: the label's logit minus the mean of the other logits"
+    )
+
+
+class TokenScore(BaseModel):
+    """A token with its probability in place of a mask."""
+
+    token_str: str
+    score: float
 
 
 def add_text_routes(app: FastAPI, service: Service) -> None:
@@ -77,7 +138,7 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
             filled = await service.fill_masks(texts, body.top_k)
         answers = [
             [
-                [{"token_str": guess["token"], "score": guess["probability"]} for guess in mask]
+                [{"token_str": one["token"], "score": one["probability"]} for one in mask]
                 for mask in masks
             ]
             for masks in filled

@@ -1,35 +1,42 @@
-"""Batches of texts by a budget of tokens, from requests that arrive at any time.
+"""Batches of texts by a budget of tokens, from requests that arrive at any time, and their threads.
 
 The texts of a request join the queue one by one, so that a long list shares batches with others.
-While batches are computed in threads, the next one gathers: under load batches fill by themselves,
-and a request on an idle server does not wait. Where more than one batch waits, several are computed
-at once, with a share of the cores each (`threads.py`). A request that would wait too long is
-rejected at once.
+Texts that arrive while batches are computed form the next batch, and a request on an idle server
+does not wait. A single batch is computed by all cores together, which takes the least time. Where
+more than one waits, several are computed at once, with a share of the cores each: throughput is
+higher, since cores that share a batch wait for each other after every matrix product.
 
-All methods belong to one event loop.
+A queue is full when its work would take longer than `queue_s`. That is decided here only:
+`full_for_s` before a request's body is read, `reserve` before its texts are tokenized, `score` by
+their tokens. All methods of Batcher belong to one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from raybert.inference.classifier import Row
 
+T = TypeVar("T")
 Scores = npt.NDArray[np.float32]
 
 _NEWEST_WEIGHT = 0.2  # of the last full batch in the moving averages of speed and request size
 _INITIAL_BATCHES = 16  # that may wait before the speed is known
 _MIN_BATCHES = 2  # that may wait at any speed
+_MAX_SHARES = 4  # with more, a request waits longer for its batch than throughput gains
+_SETTING = threading.Lock()
 
 
 class Overloaded(Exception):
@@ -46,14 +53,6 @@ class ModelFailed(Exception):
     def __init__(self, cause: BaseException) -> None:
         super().__init__(f"the model failed: {type(cause).__name__}")
         self.__cause__ = cause
-
-
-class Threads(Protocol):
-    """Executors: `whole` has one thread with all cores, `shares` has `count` with a share each."""
-
-    whole: Executor
-    shares: Executor
-    count: int
 
 
 class _Request:
@@ -89,7 +88,7 @@ class Batcher:
     def __init__(
         self,
         compute: Callable[[list[Row]], Scores],
-        threads: Threads,
+        threads: ModelThreads,
         *,
         tokens_per_batch: int,
         queue_s: float,
@@ -100,11 +99,11 @@ class Batcher:
 
         Args:
             compute: maps rows, sorted by length, to scores [rows, labels]; thread-safe.
-            threads: that call it.
+            threads: call `compute`.
             tokens_per_batch: maximum, unless a single row has more.
-            queue_s: seconds of work that may wait, at the speed of the last batches.
-            wait_s: for which a batch that is not full waits for more rows on an idle server.
-            on_batch: gets rows, tokens and seconds of every batch.
+            queue_s: maximum seconds of work in the queue, at the speed of the last batches.
+            wait_s: time that a batch which is not full waits for more rows on an idle server.
+            on_batch: called with rows, tokens and seconds of every batch.
         """
         self._compute, self._threads = compute, threads
         self._tokens_per_batch, self._queue_s, self._wait_s = tokens_per_batch, queue_s, wait_s
@@ -141,30 +140,21 @@ class Batcher:
         return 0.0 if begun is None else time.monotonic() - begun
 
     def full_for_s(self, tokens: float | None = None) -> float | None:
-        """Return the seconds until a full queue is empty; None: a request has room.
+        """Return the seconds until a full queue is empty; None: a request is accepted.
 
-        A request that nothing waits before has room, whatever its size.
-
-        Args:
-            tokens: of the request, estimated; None: as many as others have.
+        `tokens` of the request are an estimate; None: the mean of the last requests. While the
+        queue is empty, a request of any size is accepted.
         """
         waiting = self._queued + self._expected
         is_full = waiting + (self._typical if tokens is None else tokens) > self.capacity
         return self.expected_wait_s if waiting and is_full else None
 
-    def check(self, tokens: float) -> None:
-        """Check that a request has room.
-
-        Raises:
-            Overloaded: it has none.
-        """
+    @contextmanager
+    def reserve(self, tokens: int) -> Iterator[None]:
+        """Reserve room for a request while it is tokenized; Overloaded: the queue is full."""
         wait_s = self.full_for_s(tokens)
         if wait_s is not None:
             raise Overloaded(wait_s)
-
-    @contextmanager
-    def expecting(self, tokens: int) -> Iterator[None]:
-        """Reserve room for a request while it is tokenized."""
         self._expected += tokens
         try:
             yield
@@ -172,14 +162,9 @@ class Batcher:
             self._expected -= tokens
 
     async def score(self, rows: Sequence[Row]) -> Scores:
-        """Compute the scores [rows, labels] of at least one row.
+        """Return the scores [rows, labels] of at least one row, or raise Overloaded or ModelFailed.
 
-        A request that is larger than the whole queue is accepted when nothing waits. Cancelling
-        removes its rows from the queue.
-
-        Raises:
-            Overloaded: the queue is full.
-            ModelFailed: `compute` raised an exception.
+        While the queue is empty, a request of any size is accepted. Cancelling removes its rows.
         """
         tokens = sum(map(_cost, rows))
         if self._queued and self._queued + tokens > self.capacity:
@@ -200,8 +185,8 @@ class Batcher:
         if forced:
             self._timer = None
         while self._queued and (free := self._free_executor()) is not None:
-            lone = not self._running and self._queued < self._tokens_per_batch
-            if self._wait_s and not forced and lone:
+            is_idle = not self._running and self._queued < self._tokens_per_batch
+            if self._wait_s and not forced and is_idle:
                 if self._timer is None:
                     loop = asyncio.get_running_loop()
                     self._timer = loop.call_later(self._wait_s, lambda: self._start(forced=True))
@@ -223,7 +208,7 @@ class Batcher:
         """Return the executor for the next batch and its maximum tokens; None: all are busy."""
         threads, running = self._threads, len(self._running)
         if not running and (threads.count == 1 or self._queued <= self._tokens_per_batch):
-            return threads.whole, self._tokens_per_batch
+            return threads.all_cores, self._tokens_per_batch
         if running == threads.count or any(not b.in_share for b in self._running.values()):
             return None
         # Equal batches: a longer one would delay the others of a request.
@@ -250,6 +235,7 @@ class Batcher:
         return batch
 
     def _finish(self, future: asyncio.Future[Scores]) -> None:
+        """Distribute the scores of a batch, or its exception."""
         concurrent = len(self._running)  # batches, including this one
         items, begun, _ = self._running.pop(future)
         seconds = max(1e-9, time.monotonic() - begun)
@@ -283,3 +269,51 @@ class Batcher:
 def _cost(row: Row) -> int:
     """Return the tokens of a row; an empty one counts as 1."""
     return max(1, len(row))
+
+
+class ModelThreads:
+    """One thread that computes with all cores, and several with a share of them each."""
+
+    def __init__(self, threads: int | None = None, *, device: str = "cpu") -> None:
+        """Set up for `threads` in all, None: PyTorch's default; on cuda there is one share."""
+        self.threads = threads
+        cores = threads or torch.get_num_threads()
+        #: Batches that are computed at once, when enough wait.
+        self.count = min(_MAX_SHARES, cores) if device == "cpu" else 1
+        self._share = cores // self.count
+        self.all_cores: Executor = ThreadPoolExecutor(1, "compute", use_threads, (threads,))
+        self.shares: Executor = ThreadPoolExecutor(self.count, "share", use_threads, (self._share,))
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Run `work` once with all cores and once with a share, since it is traced for each.
+
+        In new threads, since those of the queue may be computing requests.
+        """
+        for threads in {self.threads, self._share if self.count > 1 else self.threads}:
+            run_in_new_thread(work, threads)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        for executor in (self.all_cores, self.shares):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def run_in_new_thread(work: Callable[[], T], threads: int | None) -> T:
+    """Run `work` in a new thread, which ends with OpenMP's threads that belong to it.
+
+    OpenMP starts threads for each thread that computes, and keeps them as long as that thread
+    lives. If more exist than there are cores, none waits actively between two products: being woken
+    a hundred times took a text of 200 tokens from 7.5 ms to 19 (int8, two cores). Occasional work
+    therefore runs in threads that end.
+    """
+    with ThreadPoolExecutor(1, "once", use_threads, (threads,)) as executor:
+        return executor.submit(work).result()
+
+
+def use_threads(threads: int | None) -> None:
+    """Set the number of threads that PyTorch uses for the calling thread."""
+    if threads is not None:
+        with _SETTING:
+            torch.set_num_threads(threads)
+            # A thread adopts the last number that any thread has set, when it first reads it.
+            torch.get_num_threads()

@@ -16,10 +16,14 @@ from raybert.inference.classifier import Row, TextClassifier, pool
 from raybert.inference.explanations import Explainer
 from raybert.inference.fill_mask import MaskFiller
 from raybert.model import huggingface
-from raybert.serve.runtime.batching import Batcher, ModelFailed
+from raybert.serve.runtime.batching import (
+    Batcher,
+    ModelFailed,
+    ModelThreads,
+    run_in_new_thread,
+)
 from raybert.serve.runtime.metrics import Metrics
 from raybert.serve.runtime.model_sources import ModelSource, find_source
-from raybert.serve.runtime.threads import ModelThreads, run_in_new_thread
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder
 
@@ -38,16 +42,7 @@ class LoadedModel:
         device: str,
         precision: str,
     ) -> None:
-        """Load it, and run it once for each number of threads that it will run with.
-
-        Args:
-            source: where the model comes from.
-            folder: the model directory of this version.
-            config: batch size and queue.
-            threads: that compute its batches.
-            metrics: count its batches.
-            device: cpu or cuda.
-            precision: as in `TextClassifier`.
+        """Load the version in `folder`, and run it once for each number of threads.
 
         Raises:
             UserError: there is no classifier in the folder.
@@ -97,11 +92,9 @@ class LoadedModel:
         return [row for rows in by_text for row in rows], [len(rows) for rows in by_text]
 
     async def score(self, rows: Sequence[Row], counts: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Compute the logits [texts, labels] of what `encode` returned.
+        """Compute the logits [texts, labels] of what `encode` returned, averaged over windows.
 
-        Raises:
-            Overloaded: the queue is full.
-            ModelFailed: the model raised an exception, or logits are not finite.
+        Raises Overloaded, or ModelFailed, also if logits are not finite.
         """
         logits = pool(await self.batcher.score(rows), counts)
         if not np.isfinite(logits).all():
@@ -120,7 +113,6 @@ class LoadedModels:
         log: logging.Logger,
         device: str,
     ) -> None:
-        """Start empty; the models will compute in `threads`."""
         self._config, self._threads, self._device = config, threads, device
         self._metrics, self._log = metrics, log
         self.classifiers: dict[str, LoadedModel] = {}  # by name; the first is the default
@@ -139,12 +131,7 @@ class LoadedModels:
         return [*self.classifiers.values(), *([self.canary] if self.canary else [])]
 
     def load(self) -> None:
-        """Load all configured models.
-
-        Raises:
-            UserError: a model does not exist or is of the wrong kind, or two have one name.
-            DamagedError: a file is cut short or altered.
-        """
+        """Load all configured models; ConfigError: two have the same name."""
         config = self._config
         if config.model is not None:
             self._add(find_source(config.model, config.registry))
@@ -171,14 +158,9 @@ class LoadedModels:
         precision: str = config.precision
         if precision == "auto":
             precision = precision_choice.select_precision(folder, device, like)
+        threads, metrics = self._threads, self._metrics
         return LoadedModel(
-            source,
-            folder,
-            config,
-            self._threads,
-            self._metrics,
-            device=device,
-            precision=precision,
+            source, folder, config, threads, metrics, device=device, precision=precision
         )
 
     async def watch(self) -> None:

@@ -1,7 +1,7 @@
 """A replica's work on a request, independent of HTTP and of Ray.
 
-Tokenization runs in one thread, models in others, explanations and masks in one more: the event
-loop only coordinates them.
+Tokenization runs in one thread, models in others, explanations and masks in one more; the event
+loop coordinates them. A canary may score a share of the requests.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Sequence
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,19 +22,36 @@ import numpy.typing as npt
 from raybert.inference.classifier import Row
 from raybert.inference.explanations import Explanation
 from raybert.serve import request_errors
-from raybert.serve.runtime import mask_requests
-from raybert.serve.runtime.batching import Overloaded
-from raybert.serve.runtime.canary import Canary, Scored
+from raybert.serve.request_errors import RequestError
+from raybert.serve.runtime.batching import (
+    ModelFailed,
+    ModelThreads,
+    Overloaded,
+    run_in_new_thread,
+)
 from raybert.serve.runtime.loaded_models import LoadedModel, LoadedModels
 from raybert.serve.runtime.metrics import Metrics
-from raybert.serve.runtime.serial_executor import SerialExecutor
-from raybert.serve.runtime.threads import ModelThreads, NewThreadExecutor, run_in_new_thread
+from raybert.serve.runtime.serial_executor import (
+    Filled,
+    NewThreadExecutor,
+    SerialExecutor,
+    fill_masks,
+)
 from raybert.serve.settings import ServeConfig
 
 _MAX_SERIAL_REQUESTS = 8  # for explanations or masks, waiting or running
 _MAX_UNTOKENIZED = 8 << 20  # characters that wait for tokenization: about a second
 _NEWEST_WEIGHT = 0.05  # of the last request in the moving average of tokens per character
 _STUCK_S = 120  # duration of a batch after which a replica is unhealthy
+_CANARY_TIME = 0.5  # share of a request's remaining time; the rest is for explaining and sending
+_LOG_INTERVAL_S = 10.0  # between two log lines about failures of the canary
+
+
+class Scored(NamedTuple):
+    """The logits of a request's texts, and the model that computed them."""
+
+    logits: npt.NDArray[np.float32]  # [texts, labels]
+    model: LoadedModel
 
 
 class Service:
@@ -45,15 +66,7 @@ class Service:
         metrics: Metrics | None = None,
         log: logging.Logger | None = None,
     ) -> None:
-        """Set up without loading anything.
-
-        Args:
-            config: at least one of `model` and `fill_mask` is set.
-            device: cpu or cuda.
-            threads: for a model's computation; None: PyTorch's default.
-            metrics: of this replica.
-            log: gets failures, without texts.
-        """
+        """Set up without loading anything; `threads` compute, None: PyTorch's default."""
         self.config, self.metrics = config, metrics or Metrics()
         self._log = log or logging.getLogger("raybert.serve")
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenize")
@@ -72,12 +85,7 @@ class Service:
         )
 
     def load(self) -> None:
-        """Load the models: seconds, or longer where the precision is chosen by measuring.
-
-        Raises:
-            UserError: a model does not exist or is of the wrong kind.
-            DamagedError: a file is cut short or altered.
-        """
+        """Load the models: seconds, or longer where the precision is chosen by measuring."""
         run_in_new_thread(self.models.load, self._threads.threads)
 
     def close(self) -> None:
@@ -87,11 +95,7 @@ class Service:
             executor.shutdown(wait=False, cancel_futures=True)
 
     def check_health(self) -> None:
-        """Check that no batch is stuck.
-
-        Raises:
-            RuntimeError: one is; the replica must be replaced.
-        """
+        """Raise RuntimeError if a batch does not end: the replica must be replaced."""
         for model in self.models.all():
             seconds = model.batcher.running_s
             if seconds > _STUCK_S:
@@ -107,11 +111,7 @@ class Service:
         return min(full) if full and len(full) == len(waits) else None
 
     def find(self, name: str | None) -> LoadedModel:
-        """Return a classifier by name; None: the default.
-
-        Raises:
-            RequestError: 404, there is none.
-        """
+        """Return a classifier by name, None: the default; or raise RequestError, 404."""
         models = self.models
         model = models.default if name is None else models.classifiers.get(name)
         if model is None:
@@ -120,12 +120,10 @@ class Service:
         return model
 
     async def score(self, texts: Sequence[str], name: str | None, truncate: bool | None) -> Scored:
-        """Compute the logits of texts.
+        """Compute the logits of at least one text.
 
-        Args:
-            texts: not empty.
-            name: of the model; None: the default, or for a share of the requests the canary.
-            truncate: True cuts long texts, False reads them in windows; None: as configured.
+        Without a model's name the default scores, and for a share of the requests the canary.
+        `truncate` cuts long texts, False reads them in windows; None: as configured.
 
         Raises:
             RequestError: 404, no such model; 413, too many tokens; 422, not tokenizable.
@@ -136,8 +134,7 @@ class Service:
         model, begun = self.find(name), loop.time()
         windows = self.config.long_texts == "windows" if truncate is None else not truncate
         expected = self._expected_tokens(model, texts, windows)
-        model.batcher.check(expected)
-        with model.batcher.expecting(expected):
+        with model.batcher.reserve(expected):
             rows, counts = await self._encode(model, texts, windows)
         scored, canary = Scored(await model.score(rows, counts), model), self.models.canary
         if canary is not None and name is None and self._canary.is_selected():
@@ -187,36 +184,81 @@ class Service:
         return rows, counts
 
     async def explain(self, texts: Sequence[str], scored: Scored) -> list[Explanation]:
-        """Explain the likeliest label of each text.
-
-        Raises:
-            Overloaded: too many requests wait.
-            ModelFailed: the model raised an exception.
-        """
+        """Explain the most probable label of each text, or raise Overloaded or ModelFailed."""
         model, labels = scored.model, scored.logits.argmax(axis=1).tolist()
 
-        def explain_one(text: str, label: int) -> Explanation:
+        def explain(text: str, label: int) -> Explanation:
             return model.explainer.explain(text, label)
 
         with self._serial.reserve() as slot:
             return [
-                await slot.run(functools.partial(explain_one, text, label))
+                await slot.run(functools.partial(explain, text, label))
                 for text, label in zip(texts, labels, strict=True)
             ]
 
-    async def fill_masks(self, texts: Sequence[str], top_k: int) -> list[mask_requests.Filled]:
-        """Return the `top_k` likeliest tokens for each mask of each text.
-
-        Raises:
-            RequestError: 404, no model fills masks here; 413, too many texts or guesses.
-            DataError: a text has no mask, or is too long.
-            Overloaded: too many requests wait.
-            ModelFailed: the model raised an exception.
-        """
+    async def fill_masks(self, texts: Sequence[str], top_k: int) -> list[Filled]:
+        """As `serial_executor.fill_masks`, or raise RequestError, 404, or Overloaded."""
         mask_filler = self.models.mask_filler
         if mask_filler is None:
             raise request_errors.not_found(
                 "no model that fills masks is served here (serve.fill_mask)"
             )
         with self._serial.reserve() as slot:
-            return await mask_requests.fill_masks(mask_filler, texts, top_k, slot)
+            return await fill_masks(mask_filler, texts, top_k, slot)
+
+
+class Canary:
+    """Selects requests for a new model, and compares it with the current one.
+
+    The current model has scored the texts first: its scores are used where the canary fails, is
+    full or is slow. All methods belong to one event loop.
+    """
+
+    def __init__(self, share: float, metrics: Metrics, log: logging.Logger) -> None:
+        self._share, self._metrics, self._log = share, metrics, log
+        self._unlogged, self._logged_at = 0, -math.inf  # failures
+
+    def is_selected(self) -> bool:
+        """Draw whether the canary scores a request."""
+        return self._share > 0 and random.random() < self._share
+
+    async def replace(
+        self,
+        current: Scored,
+        canary: LoadedModel,
+        score: Callable[[], Awaitable[npt.NDArray[np.float32]]],
+        remaining_s: float,
+    ) -> Scored:
+        """Return the canary's scores, or the current ones if it has none in time.
+
+        `score` computes the canary's logits; `remaining_s`: until the request's time-out.
+        """
+        try:
+            async with asyncio.timeout(_CANARY_TIME * remaining_s):
+                new = Scored(await score(), canary)
+        except (Overloaded, ModelFailed, RequestError, TimeoutError) as error:
+            self._count_failure(canary, error)
+            return current
+        self._compare(current, new)
+        return new
+
+    def _count_failure(self, canary: LoadedModel, error: Exception) -> None:
+        """Count a failure; the log gets one line per interval with their number."""
+        self._metrics.add("canary_missed_total", model=canary.name)
+        self._unlogged += 1
+        now = time.monotonic()
+        if now >= self._logged_at + _LOG_INTERVAL_S:
+            cause = "it took too long" if isinstance(error, TimeoutError) else error
+            self._log.error("the canary failed: %s (requests: %d)", cause, self._unlogged)
+            self._unlogged, self._logged_at = 0, now
+
+    def _compare(self, current: Scored, new: Scored) -> None:
+        """Count equal labels, and add up the difference of the scores of the current label."""
+        before, after = (s.model.classifier.calibrated(s.logits) for s in (current, new))
+        for old_scores, new_scores in zip(before, after, strict=True):
+            label = current.model.labels[int(old_scores.argmax())]
+            agree = label == new.model.labels[int(new_scores.argmax())]
+            by_label = dict(zip(new.model.labels, new_scores.tolist(), strict=True))
+            difference = abs(float(old_scores.max()) - by_label.get(label, 0.0))
+            self._metrics.add("canary_total", model=new.model.name, agree=str(agree).lower())
+            self._metrics.add("canary_difference_total", difference, model=new.model.name)

@@ -1,12 +1,13 @@
-"""Decide whether a request is accepted before its body is read, and record its outcome.
+"""The middleware of POST /predict and all other paths, in the order in which a request meets it.
 
-Plain ASGI, since it runs for every request. LoadSheddingMiddleware stands in front of Ray Serve:
-Serve's bookkeeping for a request costs a multiple of rejecting it, and in an overload the
-difference remains for the requests that are answered. AccessMiddleware is part of the application.
-Both use the replica's AdmissionControl, whose responses are made once and sent many times.
+1. LoadSheddingMiddleware, in front of Ray Serve: rejects a request while the queue is full, since
+   Serve's own work for a request takes several times longer than this rejection.
+2. CORSMiddleware of Starlette, if `serve.cors` is set.
+3. AccessMiddleware: checks the key and the queue, and records the request in log and metrics.
+4. BodyLimitMiddleware: limits the bytes of a body and the seconds in which it must arrive.
 
 The log gets a route's pattern, and never a path, a query, a header or a text. Serve's proxies
-import this module too: it does not import PyTorch.
+import this module: it is plain ASGI and does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,6 +31,7 @@ from raybert.serve.request_errors import QUEUE_FULL_HEADER, QUEUED_PATHS, Reques
 
 if TYPE_CHECKING:
     from raybert.serve.runtime.service import Service
+    from raybert.serve.settings import ServeConfig
 
 TEXT_COUNT = "raybert.text_count"  # key in the scope: texts of the request
 _NO_ROUTE = "-"
@@ -37,11 +40,33 @@ _CLIENT_CLOSED_REQUEST = 499  # as Serve counts clients that did not wait
 _LOG_INTERVAL_S = 1.0  # between two log lines about rejections by a full queue
 
 
+def middlewares() -> list[Middleware]:
+    """The middleware in front of Serve; `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names this."""
+    return [Middleware(LoadSheddingMiddleware)]
+
+
+def application_middleware(config: ServeConfig, admission: AdmissionControl) -> list[Middleware]:
+    """The middleware of the application."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=config.cors,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type"],
+        expose_headers=["Retry-After"],
+    )
+    return [
+        *([cors] if config.cors else []),
+        Middleware(AccessMiddleware, admission=admission),
+        Middleware(
+            BodyLimitMiddleware, max_bytes=1024 * config.max_body_kb, timeout_s=config.timeout_s
+        ),
+    ]
+
+
 class CachedResponse:
     """A response as bytes, which can be sent any number of times."""
 
     def __init__(self, response: JSONResponse) -> None:
-        """Keep the status, the headers and the body."""
         self.status = response.status_code
         self._headers, self._body = response.raw_headers, bytes(response.body)
 
@@ -68,14 +93,7 @@ class AdmissionControl:
     def __init__(
         self, service: Service, keys: Keys, open_paths: Collection[str], log: logging.Logger
     ) -> None:
-        """Set up.
-
-        Args:
-            service: its queue is checked, and its metrics count requests.
-            keys: that are accepted.
-            open_paths: paths that need no key.
-            log: gets a record for each request, with its fields in `extra`.
-        """
+        """Set up; `open_paths` need no key, and `log` gets a record for each request."""
         self._service, self._keys, self._log = service, keys, log
         self._open_paths = frozenset(open_paths)
         self._unlogged, self._logged_at = 0, -math.inf  # rejections by a full queue
@@ -110,8 +128,9 @@ class AdmissionControl:
             if wait_s is not None:
                 raise request_errors.overloaded(wait_s)
 
-    def record(self, scope: Scope, status: int, seconds: float) -> None:
-        """Count a request, and log it."""
+    def record(self, scope: Scope, status: int, begun: float) -> None:
+        """Count and log a request that began at `begun` of `time.perf_counter`."""
+        seconds = time.perf_counter() - begun
         route = getattr(scope.get("route"), "path", _NO_ROUTE)
         metrics = self._service.metrics
         metrics.add("requests_total", route=route, status=str(status))
@@ -129,10 +148,6 @@ class AdmissionControl:
                     "texts": scope.get(TEXT_COUNT, 0),
                 },
             )
-        self._log_rejections()
-
-    def _log_rejections(self) -> None:
-        """Log the rejections by a full queue: a line per interval with their number."""
         now = time.monotonic()
         if self._unlogged and now >= self._logged_at + _LOG_INTERVAL_S:
             extra = {"http_status": _TOO_MANY_REQUESTS, "requests": self._unlogged}
@@ -140,11 +155,53 @@ class AdmissionControl:
             self._unlogged, self._logged_at = 0, now
 
 
+_admission: AdmissionControl | None = None  # of the replica in this process
+
+
+def set_admission(admission: AdmissionControl) -> None:
+    """Let LoadSheddingMiddleware use a replica's AdmissionControl."""
+    global _admission
+    _admission = admission
+
+
+class LoadSheddingMiddleware:
+    """Rejects requests while the queue is full, and headers to which Serve would respond 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        if scope["type"] == "http":
+            begun = time.perf_counter()
+            if not _has_utf8_headers(scope):
+                error = request_errors.bad_request("a header is not UTF-8")
+                await error.response()(scope, receive, send)
+                return
+            if _admission is not None and _admission.is_queued(scope):
+                rejection = _admission.reject(scope)
+                if rejection is not None:
+                    await rejection(scope, receive, send)
+                    _admission.record(scope, rejection.status, begun)
+                    return
+        await self._app(scope, receive, send)
+
+
+def _has_utf8_headers(scope: Scope) -> bool:
+    try:
+        for name, value in scope["headers"]:
+            if not value.isascii():
+                value.decode("utf-8")
+            name.decode("ascii")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 class AccessMiddleware:
     """Rejects or passes on each request to the application, and records it."""
 
     def __init__(self, app: ASGIApp, *, admission: AdmissionControl) -> None:
-        """Wrap an application."""
         self._app, self._admission = app, admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -170,53 +227,55 @@ class AccessMiddleware:
             status = status or _CLIENT_CLOSED_REQUEST
             raise
         finally:
-            self._admission.record(scope, status or 500, time.perf_counter() - begun)
+            self._admission.record(scope, status or 500, begun)
 
 
-_admission: AdmissionControl | None = None  # of the replica in this process
+class BodyLimitMiddleware:
+    """Makes reading a body raise RequestError: 400 cut short, 408 too slow, or 413 too large."""
 
-
-def set_admission(admission: AdmissionControl) -> None:
-    """Let LoadSheddingMiddleware use a replica's AdmissionControl."""
-    global _admission
-    _admission = admission
-
-
-class LoadSheddingMiddleware:
-    """In front of Ray Serve: rejects headers that Serve answers with 500, and sheds load."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        """Wrap Serve's application."""
-        self._app = app
+    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float) -> None:
+        self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
-        if scope["type"] == "http":
-            begun = time.perf_counter()
-            if not _has_utf8_headers(scope):
-                error = request_errors.bad_request("a header is not UTF-8")
-                await error.response()(scope, receive, send)
-                return
-            if _admission is not None and _admission.is_queued(scope):
-                rejection = _admission.reject(scope)
-                if rejection is not None:
-                    await rejection(scope, receive, send)
-                    _admission.record(scope, rejection.status, time.perf_counter() - begun)
-                    return
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        size, complete = 0, False
+        deadline: float | None = None
+
+        async def limited() -> Message:
+            nonlocal size, deadline, complete
+            if complete:
+                return await receive()
+            if deadline is None:
+                deadline = asyncio.get_running_loop().time() + self._timeout_s
+                self._check(_content_length(scope))
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                late = f"the body did not come within {self._timeout_s:g} s"
+                raise RequestError(408, "Timeout", late) from None
+            if message["type"] == "http.disconnect":
+                raise request_errors.bad_request("the body was cut short")
+            size += len(message.get("body", b""))
+            self._check(size)
+            complete = not message.get("more_body", False)
+            return message
+
+        await self._app(scope, limited, send)
+
+    def _check(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise request_errors.too_large(
+                f"the body has more than {self._max_bytes:,} bytes; send less at once"
+            )
 
 
-def _has_utf8_headers(scope: Scope) -> bool:
-    try:
-        for name, value in scope["headers"]:
-            if not value.isascii():
-                value.decode("utf-8")
-            name.decode("ascii")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def middlewares() -> list[Middleware]:
-    """Return the middleware; RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names this function."""
-    return [Middleware(LoadSheddingMiddleware)]
+def _content_length(scope: Scope) -> int:
+    """Return the declared length; 0 where there is none or it is no number."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value[:20])
+    return 0
