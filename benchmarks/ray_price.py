@@ -123,7 +123,9 @@ def train(name: str, config: Path) -> None:
     """Run one of the three in this process, until it is killed."""
     given = {"global_batch_size": ROWS, "micro_batch_size": 32, "steps": ENDLESS, **SETTINGS[name]}
     overrides = [f"pretrain.{key}={value}" for key, value in given.items()]
-    bench_train(load(Experiment, config, overrides), bare=name == "bare", display=Steps(quiet=True))
+    bench_train(
+        load(Experiment, config, overrides), in_process=name == "bare", display=Steps(quiet=True)
+    )
 
 
 def measure(config: Path, rounds: int, seconds: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from proxy import Proxy, s3_uri
 from raybert.cluster.session import RayConfig
 from raybert.cluster.session import ray_session as session
 from raybert.storage.folder import Folder
-from raybert.train.run import execute_bare
+from raybert.train.run import train_in_process
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "a-key-for-tests",
@@ -78,7 +78,7 @@ def model(tmp_path_factory):
     torch.set_num_threads(1)
     folder = Folder(tmp_path_factory.mktemp("classifier"))
     job = finetune_job(folder, rows=reviews(200), steps=None, epochs=5, lr=1e-2)
-    execute_bare(job, folder / "run", on_progress=lambda record: None)
+    train_in_process(job, folder / "run", on_progress=lambda record: None)
     return folder / "run" / "model"
 
 
@@ -89,7 +89,7 @@ def pretrained(tmp_path_factory):
     folder = Folder(tmp_path_factory.mktemp("pretrained"))
     make_corpus(folder / "corpus")
     job = pretrain_job(folder / "corpus", steps=2)
-    result = execute_bare(job, folder / "run", on_progress=lambda record: None)
+    result = train_in_process(job, folder / "run", on_progress=lambda record: None)
     return Folder(result["model"])
 
 

@@ -190,7 +190,7 @@ class Scripted:
 
 
 class Attempt:
-    """One attempt at a run with the bare loop; its logged records are in `records`."""
+    """One attempt at a run in this process; its logged records are in `records`."""
 
     def __init__(self, job, run, *, group=None, stop_at=None, task=None, change=None, **options):
         torch.set_num_threads(1)

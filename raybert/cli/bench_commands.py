@@ -8,6 +8,7 @@ import typer
 
 from raybert.cli.options import (
     ConfigOption,
+    InProcessOption,
     JsonOption,
     ModelOption,
     NameOption,
@@ -17,7 +18,6 @@ from raybert.cli.options import (
     new_display,
     print_result,
 )
-from raybert.cli.stage_commands import BareOption
 
 app = typer.Typer(help="Measure raybert on this machine.", no_args_is_help=True)
 
@@ -26,12 +26,12 @@ app = typer.Typer(help="Measure raybert on this machine.", no_args_is_help=True)
 def bench_train(
     config: ConfigOption = None,
     overrides: SetOption = None,
-    bare: BareOption = False,
+    in_process: InProcessOption = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Training workers.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads a worker.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads per worker.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the training loop on generated words, under Ray or bare.
+    """Measure the training loop on generated words, under Ray or in this process.
 
     Example: `raybert bench train -c configs/bench-keras.yaml --workers 2 --threads 1`
     """
@@ -40,7 +40,7 @@ def bench_train(
     given = {"pretrain.workers": workers, "pretrain.threads": threads}
     more = [f"{key}={value}" for key, value in given.items() if value is not None]
     experiment = load_experiment(config, [*(overrides or []), *more], None)
-    result = benchmarks.bench_train(experiment, bare=bare, display=new_display())
+    result = benchmarks.bench_train(experiment, in_process=in_process, display=new_display())
     if as_json:
         print_result(result, as_json)
     else:

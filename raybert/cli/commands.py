@@ -11,23 +11,8 @@ from typing import Annotated
 
 import typer
 
-from raybert.cli import (
-    bench_commands,
-    inference_commands,
-    job_commands,
-    registry_commands,
-    run_commands,
-    serve_commands,
-    stage_commands,
-    tune_commands,
-)
-from raybert.cli.options import (
-    ConfigOption,
-    JsonOption,
-    SetOption,
-    load_experiment,
-    print_result,
-)
+from raybert.cli import bench_commands, job_commands, model_commands, run_commands, stage_commands
+from raybert.cli.options import ConfigOption, JsonOption, SetOption, load_experiment, print_result
 from raybert.errors import INTERRUPTED, DamagedError, RaybertError, StorageError, UserError
 
 # Errors that a user can correct: the input, the storage, a damaged file. They exit with 2.
@@ -42,10 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(stage_commands.app)
-app.add_typer(tune_commands.app)
-app.add_typer(inference_commands.app)
-app.add_typer(serve_commands.app)
-app.add_typer(registry_commands.app)
+app.add_typer(model_commands.app)
 app.add_typer(run_commands.app, name="runs")
 app.add_typer(job_commands.app)
 app.add_typer(bench_commands.app, name="bench")

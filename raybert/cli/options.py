@@ -31,6 +31,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="A `model/` folder, a run or an experiment.")
 ]
+InProcessOption = Annotated[
+    bool, typer.Option("--bare", help="Train in this process, without Ray: to debug, to measure.")
+]
 
 
 def load_experiment(

@@ -1,4 +1,4 @@
-"""Commands of the stages: demo, run, corpus, pretrain, finetune, evaluate, report."""
+"""Commands of the stages: demo, run, corpus, pretrain, finetune, evaluate, report, tune."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from raybert.cli.options import (
     ConfigOption,
     DataOption,
+    InProcessOption,
     JsonOption,
     ModelOption,
     NameOption,
@@ -24,9 +25,6 @@ from raybert.errors import UserError
 
 app = typer.Typer()
 
-BareOption = Annotated[
-    bool, typer.Option("--bare", help="Train in this process, without Ray: to debug, to measure.")
-]
 _MATRIX_LABELS = 12  # the largest confusion matrix that is printed
 
 
@@ -93,7 +91,7 @@ def pretrain(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
-    bare: BareOption = False,
+    in_process: InProcessOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Pretrain an encoder on a corpus. Running the same name again resumes it.
@@ -103,7 +101,7 @@ def pretrain(
     from raybert.pipeline import stages
 
     experiment = load_experiment(config, overrides, name, data)
-    print_result(stages.pretrain(experiment, new_display(), bare=bare), as_json)
+    print_result(stages.pretrain(experiment, new_display(), in_process=in_process), as_json)
 
 
 @app.command()
@@ -112,7 +110,7 @@ def finetune(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
-    bare: BareOption = False,
+    in_process: InProcessOption = False,
     seeds: Annotated[
         int | None, typer.Option(min=2, help="Train an ensemble of so many seeds.")
     ] = None,
@@ -135,9 +133,9 @@ def finetune(
     distill = [f"finetune.distill.teacher={json.dumps(teacher)}"] if teacher is not None else []
     experiment = load_experiment(config, [*(overrides or []), *distill], name, data)
     if seeds is None:
-        print_result(stages.finetune(experiment, new_display(), bare=bare), as_json)
+        print_result(stages.finetune(experiment, new_display(), in_process=in_process), as_json)
         return
-    if bare:
+    if in_process:
         raise UserError("--seeds trains several seeds at a time on Ray; leave --bare out")
     from raybert.pipeline.ensemble_stage import finetune_seeds
 
@@ -199,6 +197,37 @@ def report(
         print(written)
 
 
+@app.command()
+def tune(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    data: DataOption = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Sets tune.trials.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Minutes of the search; sets tune.minutes.")
+    ] = None,
+    dashboard: Annotated[
+        bool,
+        typer.Option("--dashboard", help="Serve Ray's and TensorBoard's pages meanwhile."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Search fine-tuning hyperparameters. Running the same name again resumes the search.
+
+    Example: `raybert tune -c configs/tune.yaml --trials 40 --minutes 120`
+    """
+    from raybert.pipeline.tune_stage import tune as search
+
+    given = {"tune.trials": trials, "tune.minutes": minutes}
+    more = [f"{key}={value}" for key, value in given.items() if value is not None]
+    experiment = load_experiment(config, [*(overrides or []), *more], name, data)
+    result = search(experiment, new_display(), dashboard=dashboard)
+    print_result(result, as_json)
+    if not as_json:
+        print(_format_search(result))
+
+
 def _print_scores(metrics: dict[str, Any]) -> None:
     for key in ("accuracy", "loss", "f1_macro", "expected_calibration_error"):
         print(f"{key:<28}{metrics[key]:.4f}")
@@ -220,3 +249,29 @@ def _format_matrix(names: list[str], counts: list[list[int]]) -> str:
         aligned = (cell.rjust(width) for cell, width in zip(cells, rest, strict=True))
         lines.append("  ".join([name.ljust(first), *aligned]))
     return "\n".join(lines)
+
+
+def _format_search(result: dict[str, Any]) -> str:
+    """Format the winner's scores beside those of the configured values."""
+    best, default = result["best"], result["default"]
+    lines = [f"{'':<22}{'validation accuracy':<28}values"]
+    for title, found in (("winner", best), ("configured values", default)):
+        if found is not None:
+            lines.append(f"{title:<22}{_format_spread(found):<28}{json.dumps(found['config'])}")
+    if "test" in result:
+        lines.append(
+            f"{'winner on the test':<22}{result['test']['accuracy']:.4f} "
+            f"({result['test']['n']:,} texts)"
+        )
+    lines += ["", f"Model: {result['model']}", f"Configuration: {result['config']}"]
+    if result.get("report"):
+        lines.append(f"Report: {result['report']}")
+    return "\n".join(lines)
+
+
+def _format_spread(found: dict[str, Any]) -> str:
+    spread = found["seeds"]["accuracy"]
+    if spread["mean"] is None:
+        return "none"
+    deviation = "" if spread["std"] is None else f" ± {spread['std']:.4f}"
+    return f"{spread['mean']:.4f}{deviation}, {found['seeds']['n']} seeds"

@@ -1,8 +1,7 @@
 """Estimate parameters, storage, steps and time of a run before it is submitted.
 
-Nothing is measured and Ray is not called: the estimate uses the corpus' manifest, the run's metrics
-and the resources of the cluster, and names what is unknown. An unreachable storage is tried once,
-because each attempt takes Arrow's full timeout.
+The estimate uses the corpus' manifest, the run's metrics and the resources of the cluster; nothing
+is measured. An unreachable storage is tried once: each attempt takes Arrow's full timeout.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -29,17 +27,27 @@ from raybert.storage.folder import Folder
 from raybert.storage.registry import find_model
 from raybert.tasks.prepared_texts import read_prepared_texts
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
+from raybert.terminal.formats import format_count, format_duration, size
 from raybert.train.metrics_log import read_metrics
 from raybert.train.ray.placement import uses_gpus
+from raybert.train.run_folder import RESULT
 from raybert.train.settings import TrainConfig
 from raybert.train.throughput import gpu_peak_flops
 
+#: The commands that train, and the stages of each.
+TRAINING_STAGES = {
+    "pretrain": ("pretrain",),
+    "finetune": ("finetune",),
+    "run": ("pretrain", "finetune"),
+    "tune": ("tune",),
+}
 #: Assumed share of a GPU's peak. NVIDIA's BERT-large reaches 43% on an A100; small encoders less.
 GPU_SHARE = 0.3
-#: Assumed operations a second and core. On cores with bf16 in hardware 127e9 were measured
+#: Assumed operations per second and core. On cores with bf16 in hardware 127e9 were measured
 #: (benchmarks/results/peers-small-20261125.json); without, it is a third of that.
 CORE_FLOPS = 50e9
 
+_GPU_TYPE = "accelerator_type:"  # of a resource's name, before the type of a GPU: H100
 _COPIES = 3  # fp32 copies of the weights in a checkpoint: weights and AdamW's two moments
 _TENSOR_BYTES = 450  # metadata of a tensor and its moments: names, shapes, step
 _RECENT = 20  # logged intervals whose median is the measured speed
@@ -47,26 +55,7 @@ _RECENT = 20  # logged intervals whose median is the measured speed
 T = TypeVar("T")
 
 
-class Machines(NamedTuple):
-    """Total resources of a cluster."""
-
-    cpus: float
-    gpus: float
-    gpu: str = ""  # the accelerator type by Ray's name: H100
-
-    @classmethod
-    def of(cls, resources: Mapping[str, float]) -> Machines | None:
-        """Read them from Ray's resources; None where these are empty."""
-        prefix = "accelerator_type:"
-        kinds = [name.removeprefix(prefix) for name in resources if name.startswith(prefix)]
-        if not resources:
-            return None
-        gpus = resources.get("GPU", 0)
-        return cls(resources.get("CPU", 0), gpus, kinds[0] if gpus and kinds else "")
-
-
-@dataclass(frozen=True)
-class Size:
+class StorageEstimate(NamedTuple):
     """Storage of a run."""
 
     parameters: int
@@ -89,8 +78,7 @@ class Size:
         return self.checkpoints * self.checkpoint + self.model
 
 
-@dataclass(frozen=True)
-class Measured:
+class MeasuredSpeed(NamedTuple):
     """Progress and speed of a run that has begun."""
 
     step: int
@@ -99,12 +87,11 @@ class Measured:
     workers: int | None  # None where its log does not say
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """The remaining work of a run; unknown figures are None."""
 
     stage: str
-    size: Size | None
+    size: StorageEstimate | None
     steps: int | None
     tokens: float | None  # an upper bound: texts may be shorter than a row
     flops: float | None
@@ -123,36 +110,32 @@ def training_of(experiment: Experiment, stage: str) -> PretrainConfig | Finetune
 
 
 def estimate(
-    experiment: Experiment, stage: str, machines: Machines | None, *, reads: bool = True
+    experiment: Experiment, stage: str, resources: Mapping[str, float], *, reads: bool = True
 ) -> Estimate:
-    """Estimate the remaining work of a stage.
+    """Estimate the remaining work of pretrain, finetune or tune.
 
-    Args:
-        experiment: the configuration.
-        stage: pretrain, finetune or tune.
-        machines: the cluster's resources; None where they are unknown.
-        reads: whether storages may be read.
+    `resources` are the cluster's, by Ray's names; empty: unknown. `reads`: storages may be read.
     """
     config = training_of(experiment, stage)
     shape = shape_of(experiment, stage, reads=reads)
-    measured = read_or_none(lambda: measured_of(experiment.folder / stage), reads)
+    measured = read_or_none(lambda: measured_speed(experiment.folder / stage), reads)
     done = measured.step if measured else 0
     epoch = read_or_none(lambda: _epoch(experiment, stage), reads)
     seq_len = _seq_len(experiment, stage)
     steps = _steps(config, epoch, seq_len)
     left = None if steps is None else max(0, steps - done)
-    tokens_a_step = config.global_batch_size * seq_len if epoch is None else epoch[1] / epoch[0]
-    tokens = None if left is None else left * tokens_a_step
+    step_tokens = config.global_batch_size * seq_len if epoch is None else epoch[1] / epoch[0]
+    tokens = None if left is None else left * step_tokens
     flops = None
     if tokens is not None and shape is not None:
         flops = tokens * _flops_per_token(config, *shape, seq_len)
     gpu: bool | None = {"yes": True, "no": False, "auto": None}[config.gpu]
-    if machines is not None:
-        gpu = uses_gpus(config, machines.gpus)
-    seconds, basis = _time(config, left, flops, measured, gpu, machines)
+    if resources:
+        gpu = uses_gpus(config, resources.get("GPU", 0))
+    seconds, basis = _time(config, left, flops, measured, gpu, resources)
     return Estimate(
         stage=stage,
-        size=size_of(experiment, stage, shape),
+        size=estimate_storage(experiment, stage, shape),
         steps=left,
         tokens=tokens,
         flops=flops,
@@ -169,24 +152,24 @@ def shape_of(
     """Return a stage's encoder settings and vocabulary size (at most); None where unknown."""
     start = training_of(experiment, stage).initialize_from
     if start in (None, "scratch"):
-        made = read_or_none(lambda: Manifest.read(experiment.folder / "corpus"), reads)
+        manifest = read_or_none(lambda: Manifest.read(experiment.folder / "corpus"), reads)
         tokenizer = experiment.corpus.tokenizer
-        if made is None and tokenizer.kind == "file":
+        if manifest is None and tokenizer.kind == "file":
             return None
-        return experiment.model, tokenizer.vocab_size if made is None else made.vocab_size
-    own = start == "pretrain"
-    found = read_or_none(
-        lambda: find_model(experiment.folder / start if own else Folder(start), "pretrain"),
+        return experiment.model, manifest.vocab_size if manifest else tokenizer.vocab_size
+    is_own = start == "pretrain"
+    folder = read_or_none(
+        lambda: find_model(experiment.folder / start if is_own else Folder(start), "pretrain"),
         reads,
     )
-    if found is not None:
-        return read_or_none(lambda: huggingface.read_model_config(found))
-    return shape_of(experiment, "pretrain", reads=reads) if own else None
+    if folder is not None:
+        return read_or_none(lambda: huggingface.read_model_config(folder))
+    return shape_of(experiment, "pretrain", reads=reads) if is_own else None
 
 
-def size_of(
+def estimate_storage(
     experiment: Experiment, stage: str, shape: tuple[ModelConfig, int] | None
-) -> Size | None:
+) -> StorageEstimate | None:
     """Estimate the storage of a stage's run from its encoder; None where that is unknown."""
     if shape is None:
         return None
@@ -196,21 +179,21 @@ def size_of(
         module: nn.Module = MaskedLM(encoder)
         if stage != "pretrain":
             module = Classifier(encoder, num_labels=2, config=experiment.finetune.head)
-    return Size(
+    return StorageEstimate(
         parameters=num_parameters(module),
         tensors=len(list(module.parameters())),
         checkpoints=training_of(experiment, stage).keep_checkpoints + 2,
     )
 
 
-def measured_of(run: Folder) -> Measured | None:
+def measured_speed(run: Folder) -> MeasuredSpeed | None:
     """Read the latest speed of a run from its metrics; None where there are none."""
     records = read_metrics(run)
     trained = [record for record in records if record["kind"] == "train"]
     if not trained:
         return None
     workers = [record["workers"] for record in records if "workers" in record]  # of each attempt
-    return Measured(
+    return MeasuredSpeed(
         step=trained[-1]["step"],
         seconds=trained[-1]["seconds"],
         step_seconds=statistics.median(record["step_seconds"] for record in trained[-_RECENT:]),
@@ -227,9 +210,9 @@ def read_or_none(read: Callable[[], T], reads: bool = True) -> T | None:
 
 
 def _seq_len(experiment: Experiment, stage: str) -> int:
-    """Return the tokens in a row, at most."""
-    given = None if stage == "pretrain" else experiment.finetune.seq_len
-    return given or experiment.corpus.seq_len
+    """Return the maximum tokens of a row."""
+    configured = None if stage == "pretrain" else experiment.finetune.seq_len
+    return configured or experiment.corpus.seq_len
 
 
 def _epoch(experiment: Experiment, stage: str) -> tuple[int, int] | None:
@@ -275,9 +258,9 @@ def _time(
     config: TrainConfig,
     left: int | None,
     flops: float | None,
-    measured: Measured | None,
+    measured: MeasuredSpeed | None,
     gpu: bool | None,
-    machines: Machines | None,
+    resources: Mapping[str, float],
 ) -> tuple[float | None, str]:
     """Return seconds of training and their basis, or None and why they are unknown."""
     workers = config.max_workers
@@ -287,20 +270,87 @@ def _time(
     if left is None:
         return None, "the data are not prepared yet, so an epoch's steps are not known"
     if measured is not None:
-        then = measured.workers or workers
-        on = f" on {then} worker{'s' if then > 1 else ''}" if measured.workers else ""
-        return left * measured.step_seconds * then / workers, f"measured by an earlier attempt{on}"
+        count = measured.workers or workers
+        on = f" on {count} worker{'s' if count > 1 else ''}" if measured.workers else ""
+        seconds = left * measured.step_seconds * count / workers
+        return seconds, f"measured by an earlier attempt{on}"
     if flops is None:
         return None, "this machine cannot read the model"
-    if gpu is None or machines is None:
+    if gpu is None or not resources:
         return None, "the cluster's resources are unknown"
     if gpu:
-        peak = gpu_peak_flops(machines.gpu)
+        kinds = [name.removeprefix(_GPU_TYPE) for name in resources if name.startswith(_GPU_TYPE)]
+        kind = kinds[0] if kinds else ""
+        peak = gpu_peak_flops(kind)
         if not peak:
-            return None, f"the peak of GPUs of type {machines.gpu or 'unknown'} is unknown"
-        assumed = f"assumed {GPU_SHARE:.0%} of the {peak / 1e12:.0f} TFLOP/s of an {machines.gpu}"
-        return flops / (workers * peak * GPU_SHARE), assumed
-    cores = workers * (config.threads or max(1, int(machines.cpus) // workers))
-    each = "a core" if cores == 1 else f"each of {cores} cores"
-    assumed = f"assumed {CORE_FLOPS / 1e9:.0f} GFLOP/s on {each}"
-    return flops / (cores * CORE_FLOPS), assumed
+            return None, f"the peak of GPUs of type {kind or 'unknown'} is unknown"
+        basis = f"assumed {GPU_SHARE:.0%} of the {peak / 1e12:.0f} TFLOP/s of an {kind}"
+        return flops / (workers * peak * GPU_SHARE), basis
+    cores = workers * (config.threads or max(1, int(resources.get("CPU", 0)) // workers))
+    on = "a core" if cores == 1 else f"each of {cores} cores"
+    return flops / (cores * CORE_FLOPS), f"assumed {CORE_FLOPS / 1e9:.0f} GFLOP/s on {on}"
+
+
+def estimate_lines(
+    experiment: Experiment, command: str, resources: Mapping[str, float]
+) -> list[str]:
+    """Estimate the stages that a command trains, as lines; none where it trains nothing."""
+    stages = TRAINING_STAGES.get(command, ())
+    lines, can_read = [], True
+    if stages:
+        try:
+            experiment.folder.exists()
+        except RaybertError as error:
+            lines, can_read = [f"{experiment.run.storage} cannot be read here: {error}"], False
+    for stage in stages:
+        if can_read and _is_finished(experiment, stage):
+            lines.append(f"{stage}: finished already")
+            continue
+        if stage == "tune":
+            lines.append(f"tune: {_format_search(experiment)}; each of them as configured:")
+        estimated = estimate(experiment, stage, resources, reads=can_read)
+        lines += [f"{stage}: {line}" for line in format_estimate(estimated)]
+    return lines
+
+
+def format_estimate(estimated: Estimate) -> list[str]:
+    """Format two lines: storage, and computation."""
+    stored = "parameters and checkpoints unknown"
+    sizes = estimated.size
+    if sizes is not None:
+        stored = (
+            f"{format_count(sizes.parameters)} parameters; at most {sizes.checkpoints} "
+            f"checkpoints of {size(sizes.checkpoint)} and a model of {size(sizes.model)}, "
+            f"{size(sizes.total)} in all"
+        )
+    work = []
+    if estimated.steps is not None:
+        work.append(f"{estimated.steps:,} steps")
+    if estimated.tokens is not None:
+        work.append(f"up to {format_count(estimated.tokens)} tokens")
+    if estimated.flops is not None:
+        work.append(f"{estimated.flops:.1e} FLOP")
+    time = f"time unknown: {estimated.basis}"
+    if estimated.seconds is not None:
+        devices = "worker" if estimated.gpu is not True else "GPU"
+        seconds = estimated.seconds
+        rounded = seconds if seconds < 120 else 60 * round(seconds / 60)
+        time = f"about {format_duration(rounded)} on {estimated.workers} {devices}"
+        time += "s" if estimated.workers > 1 else ""
+        if estimated.gpu:
+            time += f" = {estimated.workers * seconds / 3600:.1f} GPU-hours"
+        time += f" ({estimated.basis})"
+    return [stored, ", ".join([*work, time])]
+
+
+def _format_search(experiment: Experiment) -> str:
+    """Format the number of fine-tuning runs of a search."""
+    config = experiment.tune
+    finals = (config.finalists + 1) * config.seeds
+    minutes = f" in {config.minutes:g} minutes" if config.minutes is not None else ""
+    trials = "a grid of trials" if config.searcher == "grid" else f"{config.trials} trials"
+    return f"{trials}{minutes}, then up to {finals} runs of the finalists"
+
+
+def _is_finished(experiment: Experiment, stage: str) -> bool:
+    return bool(read_or_none(lambda: (experiment.folder / stage).exists(RESULT)))

@@ -17,15 +17,12 @@ _JOIN_SECONDS = 5.0  # the thread closes its connection in this time
 
 
 def read_stream(
-    open_stream: Callable[[], AsyncIterator[str]], silence_s: float
+    open_stream: Callable[[], AsyncIterator[str]], timeout_s: float
 ) -> Iterator[str | None]:
-    """Yield the chunks of a stream, and None after the last one.
+    """Yield the chunks of a stream, and None after the last one; raises what the stream raises.
 
-    Ends without None when no chunk has arrived for `silence_s` seconds: after a laptop has slept, a
+    Ends without None when no chunk has arrived for `timeout_s` seconds: after a laptop has slept, a
     dead connection gives no error.
-
-    Raises:
-        Exception: whatever the stream raises.
     """
     chunks: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
     loop = asyncio.new_event_loop()
@@ -52,7 +49,7 @@ def read_stream(
     try:
         while True:
             try:
-                chunk = chunks.get(timeout=silence_s)
+                chunk = chunks.get(timeout=timeout_s)
             except queue.Empty:
                 return
             if isinstance(chunk, Exception):

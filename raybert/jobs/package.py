@@ -14,11 +14,7 @@ _EXCLUDED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
 def write_package(folder: Path, settings: Settings) -> int:
-    """Write the package and a configuration into an empty folder; return its bytes.
-
-    Raises:
-        UserError: the package is too large; the message names the largest file.
-    """
+    """Write the package and a configuration into an empty folder; return its bytes."""
     source = Path(__file__).resolve().parents[1]
     shutil.copytree(source, folder / "raybert", ignore=_EXCLUDED)
     (folder / CONFIG).write_text(dump(settings), encoding="utf-8")

@@ -37,7 +37,7 @@ from raybert.jobs.package import CONFIG, write_package
 PORT = 8265  # Ray's dashboard, which accepts jobs
 CHECK_COMMAND = "doctor"
 #: The stages that a command writes into its run; default: the stage of its own name.
-_WRITES = {
+_WRITTEN_STAGES = {
     "run": frozenset(("corpus", "pretrain", "finetune", "evaluate")),
     "predict": frozenset[str](),
     CHECK_COMMAND: frozenset[str](),
@@ -45,9 +45,9 @@ _WRITES = {
 _CONNECT_SECONDS = 4
 _RETRY_SECONDS = 1.0
 _AGENT_SECONDS = 60.0
-_HEAD_SILENCE_SECONDS = 300  # a head may be replaced in this time
-_STREAM_SILENCE_SECONDS = 60  # without a line: then the connection is opened again
-_REQUESTED = "raybert.wanted"  # key of a job's metadata: what was asked for
+_HEAD_TIMEOUT_S = 300  # a head may be replaced in this time
+_STREAM_TIMEOUT_S = 60  # without a line, after which the connection is opened again
+_REQUESTED = "raybert.wanted"  # key of a job's metadata: the requested settings
 _ID = re.compile(r"raybert-(?P<run>.+)-(?P<command>[a-z]+)-(?P<number>\d+)")
 
 
@@ -83,18 +83,14 @@ class Cluster:
     """The jobs of a Ray cluster, through the address of its dashboard."""
 
     def __init__(self, address: str | None) -> None:
-        """Connect.
+        """Connect to `http://head:8265`; None: RAY_API_SERVER_ADDRESS, or a Ray on this machine.
 
-        Args:
-            address: `http://head:8265`; None: RAY_API_SERVER_ADDRESS, or a Ray on this machine.
-
-        Raises:
-            UserError: the address does not answer, or the token is missing or wrong.
+        UserError: the address does not answer, or the token is missing or wrong.
         """
         from ray.job_submission import JobSubmissionClient
 
-        given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or f"http://127.0.0.1:{PORT}"
-        self.address = _check_address(given)
+        address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or f"http://127.0.0.1:{PORT}"
+        self.address = _check_address(address)
         for name in JOB_CLIENT_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         token.use_token()
@@ -114,20 +110,12 @@ class Cluster:
     ) -> Submission:
         """Submit a command of a run, or return the active job of the same run and command.
 
-        Args:
-            command: a command of the command line, such as `pretrain`.
-            run: the run's name.
-            settings: the resolved configuration.
-            arguments: further arguments of the command.
-            environment: variables of the job, visible to everybody who can list jobs.
-
-        Raises:
-            UserError: an active job of another command writes the same stages, the package is
-                too large, or the cluster refuses it.
+        `environment` has variables of the job, visible to everybody who can list jobs. UserError:
+        an active job of another command writes the same stages, or the package is too large.
         """
-        found = self.active_job(command, run, settings, arguments)
-        if found is not None:
-            return found
+        active = self.active_job(command, run, settings, arguments)
+        if active is not None:
+            return active
         mine = [job for job in self.jobs() if (job.command, job.run) == (command, run)]
         number = 1 + max((_number(job.id) for job in mine), default=0)
         identity = f"raybert-{run}-{command}-{number}"
@@ -153,17 +141,16 @@ class Cluster:
         """Return the active job of a command and run; None where there is none to follow.
 
         A command that writes nothing into its run may be active twice, with different settings.
-
-        Raises:
-            UserError: an active job of another command writes the same stages.
+        UserError: an active job of another command writes the same stages.
         """
-        stages = _writes(command)
+        stages = _written_stages(command)
         alive = [job for job in self.jobs() if job.is_alive and job.run == run]
         for job in alive:
-            if job.command != command and stages & _writes(job.command):
-                both = " and ".join(sorted(stages & _writes(job.command)))
+            shared = stages & _written_stages(job.command)
+            if job.command != command and shared:
+                written = " and ".join(sorted(shared))
                 raise UserError(
-                    f"{job.id} is writing {both} of {run}; wait for it, or stop it with "
+                    f"{job.id} is writing {written} of {run}; wait for it, or stop it with "
                     f"`raybert stop {job.id} --address {self.address}`, and submit {command} again"
                 )
         for job in alive:
@@ -181,10 +168,10 @@ class Cluster:
         theirs = json.loads(metadata.get(_REQUESTED, "null"))
         if theirs is None:  # an earlier version did not store it
             return {}
-        standard = dict(flatten(type(settings)().model_dump(mode="json")))
+        defaults = dict(flatten(type(settings)().model_dump(mode="json")))
         mine = json.loads(json.dumps(_requested(settings, arguments)))
         return {
-            key: (theirs.get(key, standard.get(key)), mine.get(key, standard.get(key)))
+            key: (theirs.get(key, defaults.get(key)), mine.get(key, defaults.get(key)))
             for key in differences(theirs, mine)
         }
 
@@ -216,11 +203,7 @@ class Cluster:
             return _job(self._client.get_job_info(identity))
 
     def latest(self, run: str) -> ClusterJob:
-        """Return the active job of a run, or its last one.
-
-        Raises:
-            UserError: the cluster knows no job of that run.
-        """
+        """Return the active job of a run, or its last one; UserError: there is none."""
         ours = self.jobs()
         # Jobs that check the cluster are not part of the run.
         mine = [j for j in ours if run == j.id or (run == j.run and j.command != CHECK_COMMAND)]
@@ -251,20 +234,20 @@ class Cluster:
     def follow(self, job: ClusterJob) -> Iterator[str]:
         """Yield the lines of a job's output, from the first one, until the job ends.
 
-        A connection that breaks or falls silent is opened again, and lines that were yielded
+        A connection that breaks or is unresponsive is opened again, and lines that were yielded
         before are skipped: following survives a replaced head and a laptop that slept.
 
         Raises:
             StorageError: the cluster has not answered for minutes.
             RaybertError: the head was replaced, and the job is lost.
         """
-        shown, heard = 0, time.monotonic()
+        shown, last_response = 0, time.monotonic()
         while True:
             try:
-                number, rest, is_whole = 0, "", False
+                number, rest, is_complete = 0, "", False
                 for chunk in self._chunks(job):
-                    heard = time.monotonic()
-                    is_whole = chunk is None
+                    last_response = time.monotonic()
+                    is_complete = chunk is None
                     *lines, rest = (rest + (chunk or "")).split("\n")
                     for line in lines:
                         number += 1
@@ -272,8 +255,8 @@ class Cluster:
                             shown = number
                             yield line
                 has_ended = not self.job(job.id).is_alive
-                heard = time.monotonic()
-                if has_ended and is_whole:
+                last_response = time.monotonic()
+                if has_ended and is_complete:
                     if rest and number == shown:  # a last line without a line break
                         yield rest
                     return
@@ -283,7 +266,7 @@ class Cluster:
                         f"{self.address} does not know {job.id} any more: its head was replaced; "
                         "submit it again, and the run resumes from its last checkpoint"
                     ) from None
-                if time.monotonic() - heard > _HEAD_SILENCE_SECONDS:
+                if time.monotonic() - last_response > _HEAD_TIMEOUT_S:
                     raise StorageError(f"{self.address} has stopped answering: {error}") from None
             time.sleep(_RETRY_SECONDS)
 
@@ -308,11 +291,9 @@ class Cluster:
             return bool(self._client.stop_job(job.id))
 
     def _chunks(self, job: ClusterJob) -> Iterator[str | None]:
-        """Yield the log in chunks, and None after the last one; ends early after silence."""
+        """Yield the log in chunks, and None after the last one unless the stream times out."""
         with self._client_errors():
-            yield from read_stream(
-                lambda: self._client.tail_job_logs(job.id), _STREAM_SILENCE_SECONDS
-            )
+            yield from read_stream(lambda: self._client.tail_job_logs(job.id), _STREAM_TIMEOUT_S)
 
     @contextmanager
     def _client_errors(self) -> Iterator[None]:
@@ -356,16 +337,16 @@ def _job(details: Any) -> ClusterJob:
     )
 
 
-def _writes(command: str) -> frozenset[str]:
-    return _WRITES.get(command, frozenset((command,)))
+def _written_stages(command: str) -> frozenset[str]:
+    return _WRITTEN_STAGES.get(command, frozenset((command,)))
 
 
 def _requested(settings: Settings, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the settings that differ from the defaults, by key, to compare submissions."""
     chosen = settings.model_dump(mode="json")
     changed = differences(type(settings)().model_dump(mode="json"), chosen)
-    wanted = {key: value for key, (_, value) in changed.items()}
-    return wanted | ({"arguments": shlex.join(arguments)} if arguments else {})
+    values = {key: value for key, (_, value) in changed.items()}
+    return values | ({"arguments": shlex.join(arguments)} if arguments else {})
 
 
 def _number(identity: str) -> int:
@@ -376,8 +357,7 @@ def _number(identity: str) -> int:
 def _check_address(address: str) -> str:
     """Return the address in the form of Ray's client, after a connection has succeeded.
 
-    Raises:
-        UserError: the address is malformed or does not answer; Ray's client would wait minutes.
+    UserError: it is malformed or does not answer, for which Ray's client would wait minutes.
     """
     try:
         url = urlsplit(address if "://" in address else f"http://{address}")
@@ -392,8 +372,7 @@ def _check_address(address: str) -> str:
     if port is None:  # TLS and a path belong to a proxy in front of the dashboard
         port = 443 if url.scheme == "https" else 80 if path else PORT
     try:
-        with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
-            pass
+        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
         raise UserError(
             f"--address {address}: nobody answers ({one_line(error)}); start Ray's head with its "

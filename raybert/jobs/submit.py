@@ -13,16 +13,15 @@ from raybert.data.sources.settings import SourceConfig
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import check_request
-from raybert.jobs.estimate import Machines
-from raybert.jobs.estimate_lines import TRAINS, estimate_lines
+from raybert.jobs.estimate import TRAINING_STAGES, estimate_lines
 from raybert.jobs.ray_jobs import CHECK_COMMAND, Cluster, ClusterJob, result_of
 from raybert.terminal.display import FOLLOWED, Display
 from raybert.terminal.formats import clock, size
 from raybert.tune.settings import TrialConfig
 from raybert.tune.space_checks import read_space
 
-#: The commands that can be submitted, and the keys of what each reads from outside its storage.
-READS = {
+#: The commands that can be submitted, and the keys of each command's inputs outside its storage.
+INPUT_KEYS = {
     "corpus": ("corpus.source", "corpus.overlap", "corpus.tokenizer.path"),
     "pretrain": ("pretrain.initialize_from",),
     "finetune": (
@@ -32,8 +31,8 @@ READS = {
     "evaluate": ("evaluate.source",),
     "predict": (),
 }
-READS["run"] = tuple(key for keys in READS.values() for key in keys)
-READS["tune"] = (*READS["finetune"], *READS["evaluate"])
+INPUT_KEYS["run"] = tuple(key for keys in INPUT_KEYS.values() for key in keys)
+INPUT_KEYS["tune"] = (*INPUT_KEYS["finetune"], *INPUT_KEYS["evaluate"])
 #: Variables of every job.
 _ENVIRONMENT = {
     FOLLOWED: "1",
@@ -50,18 +49,12 @@ _MAX_SHOWN = 3  # differing settings in a message
 def check(
     experiment: Experiment, command: str, options: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """Refuse paths that only this machine can read, and mistakes that the job would fail on.
+    """Raise ConfigError for paths that only this machine can read, and other mistakes.
 
-    Args:
-        experiment: the configuration.
-        command: a command of the command line, such as `predict`.
-        options: its further options, by parameter: `{"output": "out.jsonl"}`.
-
-    Raises:
-        ConfigError: an unknown command, a relative path, or an invalid search space.
+    `options` are further options of the command, by parameter: `{"output": "out.jsonl"}`.
     """
-    if command not in READS:
-        raise ConfigError(f"submit {command}: choose one of {', '.join(READS)}")
+    if command not in INPUT_KEYS:
+        raise ConfigError(f"submit {command}: choose one of {', '.join(INPUT_KEYS)}")
     check_storage(experiment)
     for name, option in _PATH_OPTIONS.items():
         path = options.get(name)
@@ -70,7 +63,7 @@ def check(
                 f"{command} {option} {path}: a job has a folder of its own, which is gone when it "
                 "ends; name it as the cluster's nodes read it: an absolute path, or a URI"
             )
-    for key in READS[command]:
+    for key in INPUT_KEYS[command]:
         for path in _paths(experiment, key):
             if not _is_shared_path(path):
                 raise ConfigError(
@@ -83,11 +76,7 @@ def check(
 
 
 def check_storage(experiment: Experiment) -> None:
-    """Refuse a storage that is not shared by the nodes.
-
-    Raises:
-        ConfigError: the path is relative.
-    """
+    """Raise ConfigError for a relative path, which the nodes do not share."""
     storage = experiment.run.storage
     if not _is_shared_path(storage):
         raise ConfigError(
@@ -105,30 +94,29 @@ def submit(
     *,
     checks: bool = True,
 ) -> ClusterJob:
-    """Submit a command, or find its active job, and show which.
+    """Submit a command, or find its active job, and show which, after an estimate.
 
-    Shows an estimate first. With `checks`, a job that trains begins with the checks of the cluster.
-
-    Raises:
-        UserError: an active job of another command writes the same stages.
+    With `checks`, a job that trains begins with the checks of the cluster. UserError: an active job
+    of another command writes the same stages.
     """
-    name, trains = experiment.run.name, command in TRAINS
+    name, is_training = experiment.run.name, command in TRAINING_STAGES
     remote = _for_cluster(experiment)
-    if trains and cluster.active_job(command, name, remote, arguments) is None:
+    if is_training and cluster.active_job(command, name, remote, arguments) is None:
         with display.stage("estimate"):  # an unreachable storage takes seconds
-            lines = estimate_lines(experiment, command, Machines.of(cluster.resources()))
+            lines = estimate_lines(experiment, command, cluster.resources())
         for line in lines:
             display.print(f"estimate  {line}")
-    environment = {**_ENVIRONMENT, **(check_request() if checks and trains else {})}
-    made = cluster.submit(command, name, remote, arguments, environment)
-    job = made.job
-    if made.package is not None:
-        display.print(f"submitted {job.id} to {cluster.address}, package {size(made.package)}")
+    environment = {**_ENVIRONMENT, **(check_request() if checks and is_training else {})}
+    submission = cluster.submit(command, name, remote, arguments, environment)
+    job = submission.job
+    if submission.package is not None:
+        package = size(submission.package)
+        display.print(f"submitted {job.id} to {cluster.address}, package {package}")
     else:
         display.print(f"{job.id} is already active: following it")
-    if made.ignored:
+    if submission.ignored:
         display.print(
-            f"warning   {job.id} has other settings ({_format_changes(made.ignored)}); "
+            f"warning   {job.id} has other settings ({_format_changes(submission.ignored)}); "
             f"yours are not applied: `raybert stop {job.id} --address {cluster.address}`, "
             "then submit again"
         )
@@ -143,15 +131,7 @@ def _format_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def diagnose(cluster: Cluster, experiment: Experiment, display: Display) -> dict[str, Any]:
-    """Run the checks of a cluster as a job, and show their results.
-
-    Returns:
-        The result of `run_checks`.
-
-    Raises:
-        ConfigError: the storage is not shared by the nodes.
-        UserError: the checks did not start.
-    """
+    """Run the checks of a cluster as a job, and return the result of `run_checks`."""
     check_storage(experiment)
     environment = {**_ENVIRONMENT, **check_request()}
     name = experiment.run.name
@@ -174,10 +154,9 @@ def _for_cluster(experiment: Experiment) -> Experiment:
 
 
 def follow(cluster: Cluster, job: ClusterJob, display: Display) -> dict[str, Any]:
-    """Show a job's output until the job ends; Ctrl-C detaches and leaves it running.
+    """Show a job's output until it ends, and return its fields, exit code and result.
 
-    Returns:
-        The job's id, status, exit code and seconds, and the result of its command.
+    Ctrl-C detaches and leaves the job running.
     """
     tail: list[str] = []
     try:
@@ -195,11 +174,7 @@ def follow(cluster: Cluster, job: ClusterJob, display: Display) -> dict[str, Any
     seconds = (ended.ended or 0) - (ended.begun or 0) if ended.ended and ended.begun else None
     spent = f" after {clock(seconds)}" if seconds is not None else ""
     display.print(f"{job.id} {ended.status.lower()}{spent}, exit code {code}")
-    return {
-        **dataclasses.asdict(ended),
-        "exit_code": code,
-        "result": result_of(tail),
-    }
+    return {**dataclasses.asdict(ended), "exit_code": code, "result": result_of(tail)}
 
 
 def _paths(experiment: Experiment, key: str) -> list[str]:
@@ -208,8 +183,8 @@ def _paths(experiment: Experiment, key: str) -> list[str]:
         value = getattr(value, part)
     if isinstance(value, SourceConfig):
         return value.paths
-    given = value if isinstance(value, list) else [value]
-    return [path for path in given if path is not None and path not in _NO_PATHS]
+    paths = value if isinstance(value, list) else [value]
+    return [path for path in paths if path is not None and path not in _NO_PATHS]
 
 
 def _is_shared_path(path: str) -> bool:

@@ -1,7 +1,7 @@
 """Measure the training loop on generated words, and a classifier's precisions on labelled texts.
 
-Training runs bare or under Ray. The result is the loop's tokens per second without the first steps,
-in which libraries select their kernels.
+Training runs in this process or under Ray. The result is the loop's tokens per second without the
+first steps, in which libraries select their kernels.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import PretrainSpec
 from raybert.terminal.display import Display
 from raybert.train.ray.driver import train_on_ray
-from raybert.train.run import execute_bare
+from raybert.train.run import train_in_process
 
 WARMUP_STEPS = 10
 _ROWS = 8192
 
 
-def bench_train(experiment: Experiment, *, bare: bool, display: Display) -> dict[str, Any]:
+def bench_train(experiment: Experiment, *, in_process: bool, display: Display) -> dict[str, Any]:
     """Run the configured pretraining on generated words; time the steps after the warm-up.
 
     Raises:
@@ -57,8 +57,8 @@ def bench_train(experiment: Experiment, *, bare: bool, display: Display) -> dict
         corpus = experiment.corpus
         manifest = generate_corpus(folder, _ROWS, corpus.seq_len, corpus.tokenizer.vocab_size)
         spec = PretrainSpec(config, experiment.model, folder, manifest, "generated words")
-        if bare:
-            result = execute_bare(spec, run, on_progress=on_progress)
+        if in_process:
+            result = train_in_process(spec, run, on_progress=on_progress)
         else:
             with ray_session(experiment.ray, config.max_workers) as resources:
                 result = train_on_ray(spec, run, resources, on_progress=on_progress)
@@ -70,7 +70,7 @@ def bench_train(experiment: Experiment, *, bare: bool, display: Display) -> dict
     return {
         "tokens_per_second": round(tokens * len(seconds) / max(1e-9, sum(seconds)), 1),
         "steps": len(seconds),
-        "bare": bare,
+        "bare": in_process,
         "machine": result["machine"],
     }
 

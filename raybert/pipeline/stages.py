@@ -71,7 +71,9 @@ def _corpus_result(folder: Folder, manifest: Manifest) -> dict[str, Any]:
     return {"corpus": folder.uri, "rows": rows, "vocab_size": manifest.vocab_size, **info}
 
 
-def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) -> dict[str, Any]:
+def pretrain(
+    experiment: Experiment, display: Display, *, in_process: bool = False
+) -> dict[str, Any]:
     """Pretrain on the corpus; the run directory then holds `model/`."""
     from raybert.model import huggingface
     from raybert.tasks.masked_lm import PretrainSpec
@@ -98,10 +100,12 @@ def pretrain(experiment: Experiment, display: Display, *, bare: bool = False) ->
         source=", ".join(experiment.corpus.source.paths),
         start=start,
     )
-    return _train("pretrain", spec, experiment, display, sections, bare)
+    return _train("pretrain", spec, experiment, display, sections, in_process)
 
 
-def finetune(experiment: Experiment, display: Display, *, bare: bool = False) -> dict[str, Any]:
+def finetune(
+    experiment: Experiment, display: Display, *, in_process: bool = False
+) -> dict[str, Any]:
     """Fine-tune a classifier on labelled texts; the run directory then holds `model/`."""
     from raybert.train.run_folder import CONFIG
 
@@ -110,9 +114,9 @@ def finetune(experiment: Experiment, display: Display, *, bare: bool = False) ->
         return result
     run = experiment.folder / "finetune"
     spec = prepare_finetune(
-        experiment, display, run / "data", has_begun=run.exists(CONFIG), on_ray=not bare
+        experiment, display, run / "data", has_begun=run.exists(CONFIG), on_ray=not in_process
     )
-    return _train("finetune", spec, experiment, display, ("model",), bare)
+    return _train("finetune", spec, experiment, display, ("model",), in_process)
 
 
 def _stored_result(
@@ -134,10 +138,10 @@ def _train(
     experiment: Experiment,
     display: Display,
     sections: tuple[str, ...],
-    bare: bool,
+    in_process: bool,
 ) -> dict[str, Any]:
     """Train until the run is finished."""
-    from raybert.train.run import execute_bare
+    from raybert.train.run import train_in_process
     from raybert.train.run_folder import open_run
 
     run = experiment.folder / stage
@@ -152,8 +156,8 @@ def _train(
     )
     begun = time.monotonic()
     with display.stage(stage):
-        if bare:
-            result = execute_bare(spec, run, on_progress=display.record)
+        if in_process:
+            result = train_in_process(spec, run, on_progress=display.record)
         else:
             from raybert.jobs.doctor.run_checks import run_requested_checks
             from raybert.train.ray.driver import train_on_ray

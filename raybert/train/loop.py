@@ -1,6 +1,6 @@
 """The one training loop: pretraining and fine-tuning each give it a task.
 
-It knows nothing of Ray: one process runs it bare, and a Ray Train worker is a thin adapter around
+It knows nothing of Ray: it runs in one process, and a Ray Train worker is a thin adapter around
 it. Ranks decide only by numbers that all of them have summed, so they take the same branches.
 """
 

@@ -140,7 +140,7 @@ class TrainingRun:
         return result
 
 
-def execute_bare(
+def train_in_process(
     spec: TrainSpec, run: Folder, *, on_progress: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Train in this process, without Ray, and return the result.

@@ -25,7 +25,7 @@ def experiment(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """An experiment that is pretrained and fine-tuned, bare."""
+    """An experiment that is pretrained and fine-tuned in this process."""
     from raybert.config import load
     from raybert.experiment import Experiment as Configured
     from raybert.pipeline import stages
@@ -34,8 +34,8 @@ def trained(tmp_path_factory):
     torch.set_num_threads(1)
     experiment = Experiment(tmp_path_factory.mktemp("trained"))
     configured = load(Configured, experiment.config)
-    stages.pretrain(configured, Display(quiet=True), bare=True)
-    stages.finetune(configured, Display(quiet=True), bare=True)
+    stages.pretrain(configured, Display(quiet=True), in_process=True)
+    stages.finetune(configured, Display(quiet=True), in_process=True)
     return experiment
 
 

@@ -11,8 +11,14 @@ from raybert.config import build
 from raybert.data.corpus.manifest import Manifest
 from raybert.errors import StorageError
 from raybert.experiment import Experiment
-from raybert.jobs.estimate import Machines, estimate, measured_of, shape_of, size_of
-from raybert.jobs.estimate_lines import estimate_lines, format_estimate
+from raybert.jobs.estimate import (
+    estimate,
+    estimate_lines,
+    estimate_storage,
+    format_estimate,
+    measured_speed,
+    shape_of,
+)
 from raybert.model.cost import flops_per_token, num_parameters
 from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier, MaskedLM
@@ -21,12 +27,12 @@ from raybert.storage.folder import Folder
 from raybert.terminal.formats import size
 from raybert.train.control import Stopped
 from raybert.train.distributed import Group
-from raybert.train.run import execute_bare
+from raybert.train.run import train_in_process
 from raybert.train.task import LoaderConfig
 from raybert.train.throughput import gpu_peak_flops
 
-H100 = Machines(cpus=256, gpus=8, gpu="H100")
-CPUS = Machines(cpus=16, gpus=0)
+H100 = {"CPU": 256, "GPU": 8, "accelerator_type:H100": 8}
+CPUS = {"CPU": 16}
 
 SHAPES = [
     {"hidden_size": 64, "num_layers": 2, "num_heads": 4},
@@ -63,7 +69,7 @@ def test_parameters_equal_those_of_the_model(tmp_path, shape, kind):
         ("pretrain", MaskedLM(encoder)),
         ("finetune", Classifier(encoder, 2, experiment.finetune.head)),
     ):
-        found = size_of(experiment, stage, shape_of(experiment, stage))
+        found = estimate_storage(experiment, stage, shape_of(experiment, stage))
         assert found.parameters == num_parameters(module)
         assert found.model == sum(p.numel() * p.element_size() for p in module.parameters())
 
@@ -74,7 +80,7 @@ def test_the_size_of_a_checkpoint_is_estimated_closely(tmp_path, corpus, shape):
     run = Folder(tmp_path)
     Attempt(job, run).run()
     written = sum(file.bytes for file in (run / "checkpoints").files())
-    said = size_of(
+    said = estimate_storage(
         experiment_of(tmp_path), "pretrain", (job.model, job.manifest.vocab_size)
     ).checkpoint
     assert said == pytest.approx(written, rel=0.01)
@@ -98,7 +104,7 @@ def test_the_number_of_checkpoints_at_once_is_the_estimate(tmp_path, corpus):
 
     attempt.store._prune = look
     attempt.run()
-    said = size_of(experiment_of(tmp_path), "pretrain", (job.model, 100)).checkpoints
+    said = estimate_storage(experiment_of(tmp_path), "pretrain", (job.model, 100)).checkpoints
     assert most == said == 4
 
 
@@ -133,8 +139,8 @@ def test_gpu_hours_do_not_depend_on_the_number_of_gpus(workers):
     alone = experiment_of(
         "/nonexistent", pretrain={"steps": 1000, "global_batch_size": 2048, "gpu": "yes"}
     )
-    many = estimate(experiment, "pretrain", Machines(1000, 64, "A100"))
-    one = estimate(alone, "pretrain", Machines(1000, 64, "A100"))
+    many = estimate(experiment, "pretrain", {"CPU": 1000, "GPU": 64, "accelerator_type:A100": 64})
+    one = estimate(alone, "pretrain", {"CPU": 1000, "GPU": 64, "accelerator_type:A100": 64})
     assert many.gpu and one.gpu
     assert many.seconds * workers == pytest.approx(one.seconds)
     assert many.seconds > many.flops / (workers * gpu_peak_flops("A100"))
@@ -151,16 +157,20 @@ def test_cpus_are_divided_among_workers():
 
 
 @pytest.mark.parametrize(
-    ("pretrain", "machines", "reason"),
+    ("pretrain", "resources", "reason"),
     [
         ({"epochs": 2}, H100, "an epoch's steps are not known"),
-        ({"steps": 2}, None, "the cluster's resources are unknown"),
-        ({"steps": 2, "gpu": "yes"}, Machines(8, 8, "H20x"), "of type H20x"),
-        ({"steps": 2, "gpu": "yes"}, Machines(8, 8), "of type unknown"),
+        ({"steps": 2}, {}, "the cluster's resources are unknown"),
+        (
+            {"steps": 2, "gpu": "yes"},
+            {"CPU": 8, "GPU": 8, "accelerator_type:H20x": 8},
+            "of type H20x",
+        ),
+        ({"steps": 2, "gpu": "yes"}, {"CPU": 8, "GPU": 8}, "of type unknown"),
     ],
 )
-def test_an_unknown_time_is_reported_with_its_reason(pretrain, machines, reason):
-    made = estimate(experiment_of("/nonexistent", pretrain=pretrain), "pretrain", machines)
+def test_an_unknown_time_is_reported_with_its_reason(pretrain, resources, reason):
+    made = estimate(experiment_of("/nonexistent", pretrain=pretrain), "pretrain", resources)
     assert made.seconds is None
     assert made.size is not None
     assert reason in format_estimate(made)[1]
@@ -210,7 +220,7 @@ def test_an_unreachable_storage_is_tried_once(monkeypatch, start):
 
 def test_remaining_minutes_are_the_limit_less_the_time_trained():
     experiment = experiment_of("/nonexistent", pretrain={"minutes": 90, "gpu": "yes", "workers": 2})
-    made = estimate(experiment, "pretrain", None)
+    made = estimate(experiment, "pretrain", {})
     assert made.seconds == 5400
     assert (
         "about 1 h 30 min on 2 GPUs = 3.0 GPU-hours (pretrain.minutes=90)"
@@ -226,14 +236,14 @@ def test_the_measured_speed_of_a_begun_run_replaces_the_assumed_one(tmp_path):
     job = pretrain_job(experiment.folder / "corpus", checkpoint_steps=1, **values)
     with pytest.raises(Stopped):
         Attempt(job, run, stop_at=8).run()
-    was = measured_of(run)
+    was = measured_speed(run)
     assert was.step == 8
     made = estimate(experiment, "pretrain", H100)
     assert made.steps == 12
     assert made.basis.startswith("measured by an earlier attempt")
     assert made.seconds == pytest.approx(12 * was.step_seconds)
 
-    execute_bare(job, run, on_progress=lambda record: None)
+    train_in_process(job, run, on_progress=lambda record: None)
     assert estimate_lines(experiment, "pretrain", H100) == ["pretrain: finished already"]
 
 
@@ -266,11 +276,11 @@ def test_formatted_sizes_are_short_and_within_rounding(count):
     assert len(number) <= 4
 
 
-def test_machines_are_read_from_the_resources_of_ray():
-    assert Machines.of({}) is None
-    assert Machines.of({"CPU": 4.0}) == Machines(4.0, 0)
-    found = Machines.of({"CPU": 8.0, "GPU": 2.0, "accelerator_type:L4": 2.0})
-    assert found == Machines(8.0, 2.0, "L4")
+def test_the_type_of_the_gpus_is_read_from_the_resources_of_ray():
+    experiment = experiment_of("/nonexistent", pretrain={"steps": 2})
+    resources = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:L4": 2.0}
+    assert "121 TFLOP/s of an L4" in estimate(experiment, "pretrain", resources).basis
+    assert estimate(experiment, "pretrain", {"CPU": 4.0}).gpu is False
     assert math.isclose(gpu_peak_flops("NVIDIA L40S"), 181e12)
     assert math.isclose(gpu_peak_flops("L4"), 121e12)
 
@@ -279,7 +289,7 @@ def test_the_shape_of_a_model_to_start_from_is_read(corpus, tmp_path):
     """Fine-tuning starts from the pretrained model's shape, not from the section `model`."""
     storage = Folder(tmp_path)
     job = pretrain_job(Folder(corpus) / "e" / "corpus", {"hidden_size": 32}, steps=1)
-    execute_bare(job, storage / "e" / "pretrain", on_progress=lambda record: None)
+    train_in_process(job, storage / "e" / "pretrain", on_progress=lambda record: None)
     shape, vocab_size = shape_of(experiment_of(tmp_path), "finetune")
     assert isinstance(shape, ModelConfig)
     assert (shape.hidden_size, vocab_size) == (32, job.manifest.vocab_size)

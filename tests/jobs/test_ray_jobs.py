@@ -296,7 +296,7 @@ class Log(Client):
 
 @pytest.fixture
 def hurry(monkeypatch):
-    monkeypatch.setattr(ray_jobs, "_STREAM_SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(ray_jobs, "_STREAM_TIMEOUT_S", 0.1)
     monkeypatch.setattr(ray_jobs, "_RETRY_SECONDS", 0.0)
 
 
@@ -320,14 +320,14 @@ def test_a_job_that_ends_while_disconnected_is_read_to_its_end(hurry):
 
 def test_a_silent_job_does_not_count_as_a_silent_cluster(hurry, monkeypatch):
     """It prints nothing for longer than a head may be away, and then a connection breaks."""
-    monkeypatch.setattr(ray_jobs, "_HEAD_SILENCE_SECONDS", 0.15)
+    monkeypatch.setattr(ray_jobs, "_HEAD_TIMEOUT_S", 0.15)
     log = Log("done\n", *4 * [(0, "hangs")], (0, "breaks"), (5, "ends"))
     cluster = cluster_of(log)
     assert list(cluster.follow(cluster.job("raybert-x-pretrain-1"))) == ["done"]
 
 
 def test_a_cluster_that_stops_answering_is_an_error(hurry, monkeypatch):
-    monkeypatch.setattr(ray_jobs, "_HEAD_SILENCE_SECONDS", 0.15)
+    monkeypatch.setattr(ray_jobs, "_HEAD_TIMEOUT_S", 0.15)
     cluster = cluster_of(Log("", *4 * [(0, "hangs")]))
     job = cluster.job("raybert-x-pretrain-1")
 

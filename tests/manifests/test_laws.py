@@ -25,7 +25,7 @@ from manifests import (
 from raybert.cli.commands import app
 from raybert.config import load
 from raybert.experiment import Experiment
-from raybert.jobs.submit import READS
+from raybert.jobs.submit import INPUT_KEYS
 from raybert.tune.settings import TrialConfig
 from raybert.tune.space_checks import read_space
 
@@ -121,7 +121,7 @@ def check_command(words):
     context = COMMANDS[command].make_context(command, rest)
     options = context.params
     if command == "submit":
-        assert options["command"] in READS, options["command"]
+        assert options["command"] in INPUT_KEYS, options["command"]
     overrides = list(options.get("overrides") or ())
     load(Experiment, None, overrides)
     config = str(options.get("config") or "")

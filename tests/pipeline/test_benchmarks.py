@@ -48,7 +48,7 @@ def test_generated_rows_are_ordinary_words_of_uneven_frequency(tmp_path):
 
 
 def test_a_bare_measurement_times_the_steps_after_the_warm_ones():
-    result = bench_train(build(Experiment, TINY, "x"), bare=True, display=Display(quiet=True))
+    result = bench_train(build(Experiment, TINY, "x"), in_process=True, display=Display(quiet=True))
     assert result["steps"] == 3
     assert result["tokens_per_second"] > 0
     assert result["bare"] is True
@@ -58,7 +58,7 @@ def test_a_bare_measurement_times_the_steps_after_the_warm_ones():
 def test_a_measurement_without_a_timed_step_is_refused():
     values = TINY | {"pretrain": TINY["pretrain"] | {"steps": WARMUP_STEPS}}
     with pytest.raises(ConfigError, match=r"^pretrain\.steps=10: the first 10 are not timed"):
-        bench_train(build(Experiment, values, "x"), bare=True, display=Display(quiet=True))
+        bench_train(build(Experiment, values, "x"), in_process=True, display=Display(quiet=True))
 
 
 def test_the_command_prints_one_json_object_last(tmp_path, capsys, monkeypatch):

@@ -45,7 +45,7 @@ def test_an_ensemble_is_measured_and_can_be_a_teacher(ray_session, tmp_path):
     for name in experiment.folder.names("corpus"):
         data = (experiment.folder / "corpus").read_bytes(name)
         (student.folder / "corpus").write_bytes(name, data)
-    stages.finetune(student, QUIET, bare=True)
+    stages.finetune(student, QUIET, in_process=True)
     data = student.folder / "finetune" / "data"
     prepared = read_prepared_texts(data)
     teacher = TokenizedTexts.load(data, prepared.train).teacher

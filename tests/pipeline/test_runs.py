@@ -12,7 +12,7 @@ from raybert.errors import UserError
 from raybert.pipeline import runs
 from raybert.storage.folder import Folder
 from raybert.train.control import Stopped
-from raybert.train.run import execute_bare
+from raybert.train.run import train_in_process
 
 HOUR = 3600
 
@@ -32,7 +32,7 @@ def made(tmp_path_factory):
     storage = Folder(path)
     make_corpus(storage / "texts" / "corpus")
     job = pretrain_job(storage / "texts" / "corpus", checkpoint_steps=1)
-    execute_bare(job, storage / "done" / "pretrain", on_progress=lambda record: None)
+    train_in_process(job, storage / "done" / "pretrain", on_progress=lambda record: None)
     for stop_at in (1, 3):
         with pytest.raises(Stopped):
             Attempt(job, storage / "begun" / "pretrain", stop_at=stop_at).run()

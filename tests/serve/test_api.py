@@ -190,7 +190,7 @@ def test_too_many_masks_are_rejected(api, monkeypatch):
         models.mask_filler, "fill", lambda text, top: filled.append(text) or fill(text, top)
     )
     full = {"inputs": ["[MASK] " * 60] * 2, "top_k": 84}
-    assert_error(api.post("/fill-mask", full), 413, "10,080 guesses are more than the 10,000")
+    assert_error(api.post("/fill-mask", full), 413, "10,080 predictions are more than the 10,000")
     assert_error(
         api.post("/fill-mask", {"inputs": ["a [MASK]"] * 33}), 413, "33 texts are more than"
     )

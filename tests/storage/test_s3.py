@@ -18,7 +18,7 @@ from raybert.errors import UserError
 from raybert.storage.folder import Folder
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import read_metrics
-from raybert.train.run import execute_bare
+from raybert.train.run import train_in_process
 from raybert.train.run_folder import read_digests
 
 
@@ -164,7 +164,7 @@ def ten_steps(corpus, **settings):
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
     run = Folder(tmp_path_factory.mktemp("undisturbed"))
-    execute_bare(ten_steps(corpus), run, on_progress=lambda record: None)
+    train_in_process(ten_steps(corpus), run, on_progress=lambda record: None)
     return run
 
 
@@ -198,7 +198,7 @@ def test_a_run_survives_a_store_that_fails_for_a_while(
     monkeypatch.setattr("raybert.train.line_log.RETRY_SECONDS", 0.0)
     through, connection = proxy
     outage = Outage(bucket, connection, how)
-    result = execute_bare(ten_steps(corpus), through, on_progress=outage)
+    result = train_in_process(ten_steps(corpus), through, on_progress=outage)
     assert (result["step"], result["restarts"]) == (10, 0)
     events = [event for event, _ in outage.events]
     assert events.count("checkpoint failed") == events.count("checkpoint written") == 1
@@ -226,9 +226,9 @@ def test_an_attempt_that_dies_while_the_store_fails_loses_no_older_checkpoint(
             raise Died
 
     with pytest.raises(Died):
-        execute_bare(ten_steps(corpus), through, on_progress=until_6)
+        train_in_process(ten_steps(corpus), through, on_progress=until_6)
     assert CheckpointStore(bucket, 99, 2).load_latest(pytest.fail).step == 2
-    result = execute_bare(ten_steps(corpus), bucket, on_progress=lambda record: None)
+    result = train_in_process(ten_steps(corpus), bucket, on_progress=lambda record: None)
     assert (result["step"], result["restarts"]) == (10, 1)
     assert same_state(last_weights(bucket), last_weights(undisturbed))
 
@@ -239,8 +239,8 @@ def test_a_run_set_to_stop_at_a_failed_checkpoint_stops_and_resumes(
     through, connection = proxy
     job = ten_steps(corpus, on_checkpoint_failure="stop")
     with pytest.raises(UserError, match="the checkpoint of step 2 is whole: mend the storage"):
-        execute_bare(job, through, on_progress=Outage(bucket, connection, "busy"))
+        train_in_process(job, through, on_progress=Outage(bucket, connection, "busy"))
     connection.mend()
-    result = execute_bare(job, through, on_progress=lambda record: None)
+    result = train_in_process(job, through, on_progress=lambda record: None)
     assert (result["step"], result["restarts"]) == (10, 1)
     assert same_state(last_weights(bucket), last_weights(undisturbed))

@@ -22,7 +22,7 @@ from raybert.storage.folder import Folder
 from raybert.tasks.finetune import SharedInputs
 from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.distributed import Group
-from raybert.train.run import execute_bare
+from raybert.train.run import train_in_process
 from raybert.train.task import LoaderConfig
 
 
@@ -37,7 +37,7 @@ def task_of(job, rank=0, world_size=1):
 
 def test_a_classifier_learns_the_words_that_decide_the_label(folder):
     job = finetune_job(folder, rows=reviews(300), steps=None, epochs=6, lr=1e-2)
-    result = execute_bare(job, folder / "run", on_progress=lambda record: None)
+    result = train_in_process(job, folder / "run", on_progress=lambda record: None)
     assert result["accuracy"] > 0.9
     model, labels = huggingface.load_classifier(folder / "run" / "model")
     assert labels == ["neg", "pos"]
@@ -59,7 +59,7 @@ def test_runs_of_any_length_are_evaluated_at_the_same_epochs(folder, epochs, bat
 def test_training_starts_from_the_pretrained_encoder(folder):
     texts = [text for text, _ in reviews(80)]
     make_corpus(folder / "corpus", texts=texts)
-    result = execute_bare(
+    result = train_in_process(
         pretrain_job(folder / "corpus", steps=2), folder / "pre", on_progress=lambda record: None
     )
     model = Folder(result["model"])
@@ -72,7 +72,7 @@ def test_training_starts_from_the_pretrained_encoder(folder):
 def test_shared_inputs_give_the_same_weights_as_reading_them(folder):
     texts = [text for text, _ in reviews(80)]
     make_corpus(folder / "corpus", texts=texts)
-    start = execute_bare(
+    start = train_in_process(
         pretrain_job(folder / "corpus", steps=2), folder / "pre", on_progress=lambda record: None
     )
     model = Folder(start["model"])
@@ -91,7 +91,7 @@ def test_line_breaks_are_preprocessed_alike_in_training_and_serving(folder, brea
     source = {"path": write_csv(folder, "breaks.csv", rows), "html_breaks": breaks}
     job = finetune_job(folder, rows=rows, source=source)
     tokenizer = Tokenizer.load(job.tokenizer)
-    result = execute_bare(job, folder / "run", on_progress=lambda record: None)
+    result = train_in_process(job, folder / "run", on_progress=lambda record: None)
     kept = huggingface.read_preprocessing(Folder(result["model"]))
     served = Preprocessing.read(kept, 64).encode(tokenizer, [text for text, _ in rows])
     trained = [

@@ -15,7 +15,7 @@ from raybert.model import huggingface
 from raybert.storage.folder import Folder
 from raybert.tasks.mask_predictions import predict_masks
 from raybert.train.distributed import Group
-from raybert.train.run import execute_bare
+from raybert.train.run import train_in_process
 from raybert.train.task import LoaderConfig
 
 
@@ -96,7 +96,7 @@ def test_the_held_out_loss_depends_neither_on_batch_size_nor_on_mask_rate(corpus
 
 def test_training_starts_from_a_given_model(corpus, tmp_path):
     first = pretrain_job(corpus, steps=2)
-    result = execute_bare(first, Folder(tmp_path / "a"), on_progress=lambda record: None)
+    result = train_in_process(first, Folder(tmp_path / "a"), on_progress=lambda record: None)
     task = task_of(pretrain_job(corpus, initialize_from=result["model"]))
     expected = huggingface.load_masked_lm(Folder(result["model"])).state_dict()
     assert same_tensors(task.model.state_dict(), expected)
@@ -133,7 +133,7 @@ def test_checks_reject_rows_examples_and_parts_that_do_not_fit(corpus, tmp_path)
 
 
 def test_checks_reject_a_start_model_that_does_not_fit_the_corpus(corpus, tmp_path):
-    start = Folder(execute_bare(
+    start = Folder(train_in_process(
         pretrain_job(corpus, steps=1), Folder(tmp_path / "a"), on_progress=lambda record: None
     )["model"])  # fmt: skip
     assert huggingface.read_model_config(start)[0].hidden_size == 16
@@ -162,7 +162,7 @@ def test_the_model_keeps_line_breaks_and_omits_an_infinite_unigram_loss(corpus, 
     job = pretrain_job(corpus, steps=1)
     info = {"unigram_loss": None, "config": {"source": {"html_breaks": "keep"}}}
     job = replace(job, manifest=job.manifest.model_copy(update={"info": info}))
-    result = execute_bare(job, Folder(tmp_path), on_progress=lambda record: None)
+    result = train_in_process(job, Folder(tmp_path), on_progress=lambda record: None)
     assert "unigram_loss" not in result
     assert huggingface.read_preprocessing(Folder(result["model"]))["html_breaks"] == "keep"
     card = Folder(result["model"]).read_text("README.md")

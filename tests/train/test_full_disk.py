@@ -12,7 +12,7 @@ from making import make_corpus, pretrain_job, same_tensors
 from raybert.storage.folder import Folder
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import read_metrics
-from raybert.train.run import execute_bare
+from raybert.train.run import train_in_process
 from raybert.train.run_folder import read_digests
 
 
@@ -71,7 +71,7 @@ def test_a_run_on_a_full_disk_reports_it_and_continues(corpus, disk, tmp_path, m
         if record["kind"] == "train" and record["step"] == 7:
             os.remove(disk / "filler")
 
-    result = execute_bare(job, run, on_progress=watch)
+    result = train_in_process(job, run, on_progress=watch)
     assert (result["step"], result["restarts"]) == (10, 0)
     events = [event for event, _ in events_seen]
     assert events.count("checkpoint failed") == events.count("checkpoint written") == 1
@@ -79,7 +79,7 @@ def test_a_run_on_a_full_disk_reports_it_and_continues(corpus, disk, tmp_path, m
     assert "No space left on device; that of step 2 is kept" in message
 
     undisturbed = Folder(tmp_path / "undisturbed")
-    execute_bare(job, undisturbed, on_progress=lambda record: None)
+    train_in_process(job, undisturbed, on_progress=lambda record: None)
     assert same_tensors(state(run).model, state(undisturbed).model)
     assert same_tensors(state(run).optimizer, state(undisturbed).optimizer)
     assert read_digests(run) == read_digests(undisturbed)

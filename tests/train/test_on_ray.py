@@ -22,7 +22,7 @@ from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import MaskedLMTask, PretrainSpec
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import read_metrics
-from raybert.train.run import execute_bare
+from raybert.train.run import train_in_process
 from raybert.train.run_folder import read_digests
 
 pytestmark = pytest.mark.ray
@@ -158,7 +158,7 @@ def test_two_workers_on_an_object_store_train_as_one_process(together, tmp_path)
     """The run's results are there, and no files of Ray Train's own."""
     job, run, records = together
     result, alone = run.read_json("result.json"), Folder(tmp_path)
-    bare = execute_bare(job, alone, on_progress=lambda record: None)
+    bare = train_in_process(job, alone, on_progress=lambda record: None)
     assert len(read_digests(alone)) == 12 * 2
     assert read_digests(run) == read_digests(alone)
     assert CheckpointStore(run, 99, 2).load(12).step == result["step"] == bare["step"] == 12

@@ -17,7 +17,7 @@ from raybert.storage.folder import Folder
 from raybert.train.attempts import begin_attempt
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import MERGED, read_metrics
-from raybert.train.run import execute_bare
+from raybert.train.run import train_in_process
 from raybert.train.run_folder import CONFIG, RESULT, open_run, read_digests
 from raybert.train.settings import MAY_CHANGE
 
@@ -143,12 +143,12 @@ def test_a_finished_run_gives_its_result_and_still_refuses_changes(run):
         reopen(run, "pretrain.lr=0.5")
 
 
-# Running bare ------------------------------------------------------------------------------------
+# In one process ----------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_model_result_metrics_and_digests(corpus, run):
     job = pretrain_job(corpus, steps=3, digests=True)
-    result = execute_bare(job, run, on_progress=lambda record: None)
+    result = train_in_process(job, run, on_progress=lambda record: None)
     assert result["step"] == 3
     assert result == run.read_json(RESULT)
     assert (run / "model").exists("config.json")
@@ -177,7 +177,7 @@ def test_the_model_has_the_weights_of_the_best_evaluation(corpus, run):
     from raybert.model import huggingface
 
     job = worsening_job(corpus)
-    result = execute_bare(job, run, on_progress=lambda record: None)
+    result = train_in_process(job, run, on_progress=lambda record: None)
     evaluations = [r for r in read_metrics(run) if r["kind"] == "eval"]
     best = max(evaluations, key=lambda record: record["score"])["step"]
     assert result["best_step"] == best
@@ -192,7 +192,7 @@ def test_the_model_has_the_weights_of_the_best_evaluation(corpus, run):
 
 def test_the_result_and_the_card_have_the_figures_of_the_best_evaluation(corpus, run):
     job = worsening_job(corpus)
-    result = execute_bare(job, run, on_progress=lambda record: None)
+    result = train_in_process(job, run, on_progress=lambda record: None)
     evaluations = [r for r in read_metrics(run) if r["kind"] == "eval"]
     best = max(evaluations, key=lambda record: record["score"])
     assert best["step"] < 6
@@ -213,7 +213,7 @@ def test_a_result_that_is_undefined_is_strict_json(corpus, run):
             return {"undefined": math.nan, "nested": [math.inf, 1.5]}
 
     job = Undefined(pretrain_job(corpus, steps=1))
-    result = execute_bare(job, run, on_progress=lambda record: None)
+    result = train_in_process(job, run, on_progress=lambda record: None)
     assert (result["undefined"], result["nested"]) == (None, [None, 1.5])
     json.loads(run.read_text(RESULT), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
@@ -232,14 +232,14 @@ class Interrupts:
 def test_ctrl_c_saves_and_the_run_resumes_bit_for_bit(corpus, tmp_path):
     job = pretrain_job(corpus, {"dropout": 0.1}, steps=6)
     whole, parted = Folder(tmp_path / "whole"), Folder(tmp_path / "parted")
-    execute_bare(job, whole, on_progress=lambda record: None)
+    train_in_process(job, whole, on_progress=lambda record: None)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        execute_bare(job, parted, on_progress=Interrupts([4]))
+        train_in_process(job, parted, on_progress=Interrupts([4]))
     assert signal.getsignal(signal.SIGINT) == before
     assert CheckpointStore(parted, 99, 2).steps() == [4]
     assert not parted.exists(RESULT)
-    assert execute_bare(job, parted, on_progress=lambda record: None)["step"] == 6
+    assert train_in_process(job, parted, on_progress=lambda record: None)["step"] == 6
     left, right = (CheckpointStore(run, 99, 2).load(6) for run in (whole, parted))
     assert same_tensors(left.model, right.model)
     assert same_tensors(left.optimizer, right.optimizer)
@@ -253,7 +253,7 @@ def test_ctrl_c_at_the_end_of_a_run_is_raised_after_the_result(corpus, run):
     job = pretrain_job(corpus, steps=2)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        execute_bare(job, run, on_progress=interrupt)
+        train_in_process(job, run, on_progress=interrupt)
     assert signal.getsignal(signal.SIGINT) == before
     assert run.read_json(RESULT)["step"] == 2
 
@@ -265,7 +265,7 @@ def test_a_second_ctrl_c_interrupts_at_once(corpus, run):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        execute_bare(pretrain_job(corpus), run, on_progress=twice)
+        train_in_process(pretrain_job(corpus), run, on_progress=twice)
     assert CheckpointStore(run, 99, 2).steps() == []
 
 
@@ -274,7 +274,7 @@ def test_a_run_in_another_thread_handles_no_signals(corpus, run):
     results = []
     job = pretrain_job(corpus, steps=2)
     thread = threading.Thread(
-        target=lambda: results.append(execute_bare(job, run, on_progress=lambda record: None))
+        target=lambda: results.append(train_in_process(job, run, on_progress=lambda record: None))
     )
     thread.start()
     thread.join()
@@ -298,7 +298,7 @@ def weights(run, step=4):
 def undisturbed(corpus, tmp_path_factory):
     """An uninterrupted run of `pretrain_job`, with digests."""
     run = Folder(tmp_path_factory.mktemp("undisturbed"))
-    execute_bare(pretrain_job(corpus, digests=True), run, on_progress=lambda record: None)
+    train_in_process(pretrain_job(corpus, digests=True), run, on_progress=lambda record: None)
     return run
 
 
@@ -314,7 +314,7 @@ def test_no_line_is_lost_while_the_storage_refuses(corpus, run, undisturbed, mon
         if record["kind"] == "train" and record["step"] == 3:
             run.delete(name)
 
-    result = execute_bare(pretrain_job(corpus, digests=True), run, on_progress=watch)
+    result = train_in_process(pretrain_job(corpus, digests=True), run, on_progress=watch)
     assert result["step"] == 4
     assert len(messages) == 2
     assert messages[0].endswith("; its lines wait until it can be written")
@@ -328,7 +328,7 @@ def test_digests_that_are_never_written_do_not_end_a_run(corpus, run):
     block(run, "digests")
     messages = []
     job = pretrain_job(corpus, digests=True)
-    result = execute_bare(
+    result = train_in_process(
         job, run, on_progress=lambda r: messages.append(r["message"]) if "message" in r else None
     )
     assert result["step"] == 4
@@ -351,10 +351,10 @@ def test_a_model_that_can_not_be_written_is_an_error_and_the_run_resumes(corpus,
         match="^writing .*/model/model.safetensors failed: .*; the checkpoint of step 4 is whole: "
         "mend the storage, and run it again to go on from there$",
     ):
-        execute_bare(job, run, on_progress=messages.append)
+        train_in_process(job, run, on_progress=messages.append)
     assert "is tried again for" in messages[-1]["message"]
     run.delete("model")
-    result = execute_bare(job, run, on_progress=lambda record: None)
+    result = train_in_process(job, run, on_progress=lambda record: None)
     assert (result["step"], result["restarts"]) == (4, 1)
     assert same_tensors(weights(run), weights(undisturbed))
     model = (run / "model").read_bytes("model.safetensors")
@@ -368,7 +368,7 @@ def test_writing_the_model_is_retried(corpus, run, undisturbed):
         if record.get("event") == "storage":
             run.delete("model")
 
-    result = execute_bare(pretrain_job(corpus), run, on_progress=mend)
+    result = train_in_process(pretrain_job(corpus), run, on_progress=mend)
     assert (result["step"], result["restarts"]) == (4, 0)
     model = (run / "model").read_bytes("model.safetensors")
     assert model == (undisturbed / "model").read_bytes("model.safetensors")
@@ -383,5 +383,5 @@ def test_a_superseded_attempt_writes_no_model(corpus, run):
             begin_attempt(run)
 
     with pytest.raises(Superseded):
-        execute_bare(pretrain_job(corpus), run, on_progress=overtake)
+        train_in_process(pretrain_job(corpus), run, on_progress=overtake)
     assert not run.exists("model")

@@ -7,7 +7,7 @@ from raybert.storage.folder import Folder
 from raybert.train.attempts import begin_attempt
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import read_metrics
-from raybert.train.run import execute_bare
+from raybert.train.run import train_in_process
 from raybert.train.tensor_file import hash_tensors
 from raybert.tune.schedulers.pbt_exploit import FRESH, find_evidence, lacks_evidence
 
@@ -37,7 +37,7 @@ def exploit_donor(root, snapshot, **settings):
     store.save(snapshot, best_step=None, wait=True)
     exploit = {"step": STEP, "attempt": attempt, "weights": hash_tensors(snapshot.model)}
     job = job_of(root, seed=1, **settings)
-    execute_bare(job, root / "child", on_progress=lambda record: None)
+    train_in_process(job, root / "child", on_progress=lambda record: None)
     return exploit, read_metrics(root / "child")
 
 

@@ -79,7 +79,7 @@ def test_a_trial_equals_a_fine_tuning_run(ray_session, tmp_path):
     """The trial of the configured values gives the weights of `raybert finetune`."""
     experiment = searchable(tmp_path, tune={"trials": 1, "keep_models": True, "test": False})
     tune(experiment, QUIET)
-    alone = stages.finetune(experiment, QUIET, bare=True)
+    alone = stages.finetune(experiment, QUIET, in_process=True)
     one = huggingface.load_classifier(Folder(alone["model"]))[0].state_dict()
     trial = experiment.folder / "tune" / "trials" / "0000" / "model"
     other = huggingface.load_classifier(trial)[0].state_dict()

@@ -56,9 +56,7 @@ def check_nodes(nodes: Sequence[NodeReport]) -> CheckResult:
 def check_versions(nodes: Sequence[NodeReport], client: Mapping[str, str] | None) -> CheckResult:
     """Check that all nodes have the required packages, in the same versions.
 
-    Args:
-        nodes: the working nodes, at least one.
-        client: the versions of the machine that submitted the job; None without submission.
+    `client` has the versions of the machine that submitted the job; None without submission.
     """
     for package in nodes[0].versions:
         lacking = [node for node in nodes if node.versions[package] == MISSING]
@@ -129,13 +127,7 @@ def check_storage(nodes: Sequence[NodeReport], storage: str) -> CheckResult:
 
 
 def check_space(nodes: Sequence[NodeReport], storage: str, needed: int | None) -> CheckResult:
-    """Check that the storage has room for the checkpoints.
-
-    Args:
-        nodes: the working nodes.
-        storage: its path or URI.
-        needed: bytes that will be written, at most; None where unknown.
-    """
+    """Check that the storage has room for at most `needed` bytes; None: unknown."""
     free = min((node.free for node in nodes if node.free is not None), default=None)
     space = f"the free space of {storage} is unknown" if free is None else f"{size(free)} are free"
     if needed is None:

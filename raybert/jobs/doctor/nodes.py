@@ -89,12 +89,9 @@ def alive_nodes() -> list[NodeReport]:
 
 
 def probe_nodes(nodes: Sequence[NodeReport], storage: str, log: Callable[[str], None]) -> None:
-    """Complete the reports with an actor on each node.
+    """Complete the reports of all live nodes with an actor on each.
 
-    Args:
-        nodes: all live nodes.
-        storage: the shared path or URI; a hidden folder is created in it and deleted.
-        log: receives a line for each step.
+    In the storage, a path or URI, a hidden folder is created and deleted.
     """
     log(f"probing {len(nodes)} node{'s' if len(nodes) != 1 else ''}")
     with start_actors(_Probe, [on_node(node.id) for node in nodes]) as actors:

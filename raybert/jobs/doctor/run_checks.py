@@ -15,7 +15,7 @@ from raybert.experiment import Experiment
 from raybert.jobs.doctor import all_reduce, checks
 from raybert.jobs.doctor.checks import CheckResult
 from raybert.jobs.doctor.nodes import alive_nodes, probe_nodes, versions
-from raybert.jobs.estimate import shape_of, size_of, training_of
+from raybert.jobs.estimate import estimate_storage, shape_of, training_of
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
 from raybert.train.ray.placement import uses_gpus
@@ -33,10 +33,9 @@ def check_request() -> dict[str, str]:
 
 
 def run_checks(experiment: Experiment, display: Display) -> dict[str, Any]:
-    """Check the cluster that an experiment is configured for, and show the results.
+    """Check the cluster of an experiment and show the results.
 
-    Returns:
-        `findings`, the results, and `problem`, the line of the first one that would stop a run.
+    Returns `findings`, the results, and `problem`, the line of the first that would stop a run.
     """
     workers = max(training_of(experiment, stage).max_workers for stage in STAGES)
     with display.stage("doctor"), ray_session(experiment.ray, workers) as resources:
@@ -52,11 +51,7 @@ def run_checks(experiment: Experiment, display: Display) -> dict[str, Any]:
 def run_requested_checks(
     experiment: Experiment, resources: Resources, display: Display, stages: Sequence[str]
 ) -> None:
-    """Check the connected cluster once, if this job was submitted with checks.
-
-    Raises:
-        UserError: the first problem, which would stop the run.
-    """
+    """Check the cluster once if this job was submitted with checks; UserError: a problem."""
     if CHECK not in os.environ:
         return
     results = check_cluster(experiment, resources, display, stages)
@@ -119,7 +114,7 @@ def _needed_bytes(experiment: Experiment, stage: str) -> int | None:
         files = []
     if RESULT in {file.name for file in files}:
         return 0
-    stored = size_of(experiment, stage, shape_of(experiment, stage))
+    stored = estimate_storage(experiment, stage, shape_of(experiment, stage))
     if stored is None:
         return None
     # A run writes a checkpoint before it deletes an old one, however much it has written.
