@@ -29,8 +29,7 @@ from typing import Any
 
 from origin import origin
 
-from raybert.cluster.allocator import keep_freed_memory
-from raybert.cluster.machine import describe_machine
+from raybert.cluster.machine import describe_machine, keep_freed_memory
 from raybert.config import build
 from raybert.model.settings import ModelConfig
 from raybert.pipeline.benchmarks import generate_corpus

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from raybert.cluster.allocator import keep_freed_memory
+from raybert.cluster.machine import keep_freed_memory
 from raybert.data.masking import IGNORE_INDEX
 from raybert.model.cost import flops_per_token
 from raybert.model.encoder import Encoder

@@ -79,7 +79,6 @@ CORE = {
     "raybert.cluster.session",
     "raybert.cluster.internals.core",
     "raybert.cluster.internals.private_names",
-    "raybert.jobs.doctor.remote",
     "raybert.jobs.doctor.nodes",
     "raybert.jobs.doctor.all_reduce",
     "raybert.train.ray.driver_channel",

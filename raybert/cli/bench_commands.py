@@ -41,10 +41,8 @@ def bench_train(
     more = [f"{key}={value}" for key, value in given.items() if value is not None]
     experiment = load_experiment(config, [*(overrides or []), *more], None)
     result = benchmarks.bench_train(experiment, in_process=in_process, display=new_display())
-    if as_json:
-        print_result(result, as_json)
-    else:
-        print(f"{result['tokens_per_second']:,.0f} tokens/s over {result['steps']} steps")
+    speed = f"{result['tokens_per_second']:,.0f} tokens/s over {result['steps']} steps"
+    print_result(result, as_json, speed)
 
 
 @app.command("serve")
@@ -65,13 +63,11 @@ def bench_serve(
     experiment = load_experiment(config, overrides, name)
     folder = load_model_folder(model, experiment)
     result = benchmarks.bench_serve(experiment, folder, texts, new_display())
-    if as_json:
-        print_result(result, as_json)
-        return
-    for precision, found in result["measured"].items():
-        print(
-            f"{precision:<10}{found['texts_per_second']:>10,.1f} texts/s  "
-            f"accuracy {found['accuracy']:.4f} ({0.0 - found['points_lost']:+.2f} points)"
-        )
     stored = "stored with the model" if result["stored"] else "not stored: the model is read-only"
-    print(f"{result['precision']} for {result['machine']}: {stored}")
+    lines = [
+        f"{precision:<10}{found['texts_per_second']:>10,.1f} texts/s  "
+        f"accuracy {found['accuracy']:.4f} ({0.0 - found['points_lost']:+.2f} points)"
+        for precision, found in result["measured"].items()
+    ]
+    lines.append(f"{result['precision']} for {result['machine']}: {stored}")
+    print_result(result, as_json, "\n".join(lines))

@@ -96,11 +96,8 @@ def version(as_json: JsonOption = False) -> None:
     """Print the versions of raybert and its dependencies."""
     from raybert.jobs.doctor.nodes import versions
 
-    if as_json:
-        print_result(versions(), as_json)
-    else:
-        for package, number in versions().items():
-            print(f"{package} {number}")
+    found = versions()
+    print_result(found, as_json, "\n".join(" ".join(item) for item in found.items()))
 
 
 def _print_error(text: str) -> None:

@@ -17,7 +17,6 @@ from raybert.cli.options import (
     SetOption,
     load_experiment,
     new_display,
-    print_json,
     print_result,
 )
 from raybert.errors import UserError
@@ -111,10 +110,9 @@ def jobs(address: AddressOption = None, as_json: JsonOption = False) -> None:
     from raybert.jobs.ray_jobs import Cluster
 
     found = Cluster(address).jobs()
-    if as_json:
-        print_json({"jobs": [dataclasses.asdict(job) for job in found]})
-    for job in [] if as_json else found:
-        print(f"{job.status:<10} {job.run:<20} {job.command:<10} {job.id}")
+    lines = [f"{job.status:<10} {job.run:<20} {job.command:<10} {job.id}" for job in found]
+    result = {"jobs": [dataclasses.asdict(job) for job in found]}
+    print_result(result, as_json, "\n".join(lines) if found else None)
 
 
 @app.command()
@@ -151,9 +149,8 @@ def stop(run: RunArgument, address: AddressOption = None, as_json: JsonOption = 
     cluster = Cluster(address)
     job = cluster.latest(run)
     stopped = cluster.stop(job)
-    print_result({"job": job.id, "stopped": stopped}, as_json)
-    if not as_json:
-        print(f"{job.id} {'is stopping' if stopped else 'has already ended'}")
+    text = f"{job.id} {'is stopping' if stopped else 'has already ended'}"
+    print_result({"job": job.id, "stopped": stopped}, as_json, text)
 
 
 def _parse_arguments(context: typer.Context, command: str, arguments: list[str]) -> dict[str, Any]:

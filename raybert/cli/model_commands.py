@@ -93,12 +93,12 @@ def fill_mask(
 
     experiment = load_experiment(config, overrides, name)
     found = predict_stage.fill_mask(load_model_folder(model, experiment, "pretrain"), text, top)
-    if as_json:
-        print_result({"text": text, "masks": found}, as_json)
-    else:
-        for number, tokens in enumerate(found, 1):
-            for token in tokens:
-                print(f"{number}  {token['probability']:.4f}  {token['token']}")
+    lines = [
+        f"{number}  {token['probability']:.4f}  {token['token']}"
+        for number, tokens in enumerate(found, 1)
+        for token in tokens
+    ]
+    print_result({"text": text, "masks": found}, as_json, "\n".join(lines))
 
 
 @app.command()
@@ -204,8 +204,6 @@ def rollback(
 
 def _print_current(registry: Registry, name: str, version: int, as_json: bool) -> None:
     folder, versions = registry.folder(name, version), registry.versions(name)
-    if as_json:
-        about = {"name": name, "version": version, "versions": versions, "model": folder.uri}
-        print_json({**registry.describe(name, version), **about})
-    else:
-        print(f"{name}: version {version} of {len(versions)} is current: {folder}")
+    about = {"name": name, "version": version, "versions": versions, "model": folder.uri}
+    text = f"{name}: version {version} of {len(versions)} is current: {folder}"
+    print_result({**registry.describe(name, version), **about}, as_json, text)

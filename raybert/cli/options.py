@@ -72,10 +72,12 @@ def print_json(result: Any) -> None:
     print(text, flush=True)
 
 
-def print_result(result: Any, as_json: bool) -> None:
-    """Print a result as JSON where `--json` asks for it; otherwise the display has shown it."""
+def print_result(result: Any, as_json: bool, text: str | None = None) -> None:
+    """Print a result as JSON with `--json`; otherwise `text`, None: the display has shown it."""
     if as_json:
         print_json(result)
+    elif text is not None:
+        print(text)
 
 
 def load_model_folder(path: str | None, experiment: Experiment, stage: str = "finetune") -> Folder:

@@ -40,7 +40,8 @@ def list_runs(
         print_json({"storage": folder.uri, "runs": listed})
         return
     for run in found:
-        print(f"{run.name:<20} {size(run.bytes):>8}  {_format_time(run.changed)}")
+        changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
+        print(f"{run.name:<20} {size(run.bytes):>8}  {changed}")
         for stage in run.stages:
             print(f"  {stage.name:<18} {size(stage.bytes):>8}  {_format_stage(stage)}")
     if not found:
@@ -78,11 +79,7 @@ def remove_run(
 
 
 def _confirm(what: str) -> bool:
-    """Ask for confirmation, on standard error: standard output is for the result.
-
-    Raises:
-        UserError: standard input gives no answer.
-    """
+    """Ask for confirmation, on standard error: standard output is for the result."""
     try:
         return typer.confirm(f"Delete {what}?", err=True)
     except typer.Abort:
@@ -98,14 +95,9 @@ def _storage(storage: str | None, config: ConfigOption) -> Folder:
 def _format_stage(stage: Stage) -> str:
     steps = "" if stage.step is None else f" step {stage.step:,}"
     steps += f"/{stage.total_steps:,}" if stage.total_steps and stage.state != "finished" else ""
-    figures = "".join(f", {key} {_format_number(value)}" for key, value in stage.figures.items())
+    figures = "".join(
+        f", {key} {value:,}" if isinstance(value, int) else f", {key} {value:.4f}"
+        for key, value in stage.figures.items()
+    )
     attempts = f", {stage.attempts} attempts" if stage.attempts > 1 else ""
     return f"{stage.state}{steps}{figures}{attempts}"
-
-
-def _format_number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
-def _format_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

@@ -168,10 +168,7 @@ def evaluate(
     else:
         folder = load_model_folder(model, experiment)
         metrics = stages.evaluate_model(experiment, folder, new_display())
-    if as_json:
-        print_result(metrics, as_json)
-    else:
-        _print_scores(metrics)
+    print_result(metrics, as_json, _format_scores(metrics))
 
 
 @app.command()
@@ -191,10 +188,7 @@ def report(
         raise UserError(f"{path}: no such folder; name a run or an experiment")
     write_report(folder)
     written = (folder / "report.html").uri
-    if as_json:
-        print_result({"report": written}, as_json)
-    else:
-        print(written)
+    print_result({"report": written}, as_json, written)
 
 
 @app.command()
@@ -223,19 +217,18 @@ def tune(
     more = [f"{key}={value}" for key, value in given.items() if value is not None]
     experiment = load_experiment(config, [*(overrides or []), *more], name, data)
     result = search(experiment, new_display(), dashboard=dashboard)
-    print_result(result, as_json)
-    if not as_json:
-        print(_format_search(result))
+    print_result(result, as_json, _format_search(result))
 
 
-def _print_scores(metrics: dict[str, Any]) -> None:
-    for key in ("accuracy", "loss", "f1_macro", "expected_calibration_error"):
-        print(f"{key:<28}{metrics[key]:.4f}")
+def _format_scores(metrics: dict[str, Any]) -> str:
+    keys = ("accuracy", "loss", "f1_macro", "expected_calibration_error")
+    lines = [f"{key:<28}{metrics[key]:.4f}" for key in keys]
     for label, scores in metrics["per_class"].items():
         shown = "  ".join(f"{k} {v:.4f}" if k != "support" else f"n {v}" for k, v in scores.items())
-        print(f"{label:<28}{shown}")
+        lines.append(f"{label:<28}{shown}")
     if len(metrics["confusion"]) <= _MATRIX_LABELS:
-        print(_format_matrix(list(metrics["per_class"]), metrics["confusion"]))
+        lines.append(_format_matrix(list(metrics["per_class"]), metrics["confusion"]))
+    return "\n".join(lines)
 
 
 def _format_matrix(names: list[str], counts: list[list[int]]) -> str:

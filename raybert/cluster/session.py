@@ -100,7 +100,9 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
             token.close_token()
             if threading.current_thread() is threading.main_thread():  # Ray's would just exit
                 signal.signal(signal.SIGTERM, on_sigterm)
-            _set_log_level(_level(config))
+            importlib.import_module("ray.data")  # configures its logger when it is first imported
+            for name in ("ray", "ray.data", "ray.train"):
+                logging.getLogger(name).setLevel(_level(config))
             if not config.logs:
                 core.silence_node_events()  # a run reports lost workers itself
             if _started_here and not config.logs:
@@ -171,13 +173,6 @@ def dashboard_url() -> str | None:
 def logs_folder() -> Path | None:
     """Where the Ray that was started here writes its logs; None for any other Ray."""
     return Path(_context.address_info["session_dir"]) / "logs" if _started_here else None
-
-
-def _set_log_level(level: int) -> None:
-    """Set the level of Ray's loggers; Ray Data configures its own when it is first imported."""
-    importlib.import_module("ray.data")
-    for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(level)
 
 
 def _resources() -> Resources:

@@ -98,11 +98,10 @@ def make_token() -> None:
 
 
 def close_token() -> Privacy:
-    """Remove the permissions of others on the token's file, if it is the user's own.
+    """Remove the permissions of others on the token's file, and return what was found.
 
-    Returns:
-        none: there is no such file; private: others had none; closed: they were removed; open:
-        others can read it, and only its owner may change that.
+    none: there is no file; private: others had no permissions; closed: they were removed; open:
+    others can read it, and only its owner may change that.
     """
     path = token_file()
     try:

@@ -103,10 +103,7 @@ class Estimate(NamedTuple):
 
 def training_of(experiment: Experiment, stage: str) -> PretrainConfig | FinetuneConfig:
     """Return the training settings of a stage; trials of a search are fine-tuning runs."""
-    config: PretrainConfig | FinetuneConfig = (
-        experiment.pretrain if stage == "pretrain" else experiment.finetune
-    )
-    return config
+    return experiment.pretrain if stage == "pretrain" else experiment.finetune
 
 
 def estimate(
@@ -128,7 +125,8 @@ def estimate(
     tokens = None if left is None else left * step_tokens
     flops = None
     if tokens is not None and shape is not None:
-        flops = tokens * _flops_per_token(config, *shape, seq_len)
+        head = (shape[1], config.masking.mask_rate) if isinstance(config, PretrainConfig) else ()
+        flops = tokens * flops_per_token(shape[0], seq_len, *head)
     gpu: bool | None = {"yes": True, "no": False, "auto": None}[config.gpu]
     if resources:
         gpu = uses_gpus(config, resources.get("GPU", 0))
@@ -244,14 +242,6 @@ def _steps(config: TrainConfig, epoch: tuple[int, int] | None, seq_len: int) -> 
     if config.tokens is not None:
         return math.ceil(config.tokens / (config.global_batch_size * seq_len))
     return config.steps
-
-
-def _flops_per_token(
-    config: PretrainConfig | FinetuneConfig, model: ModelConfig, vocab_size: int, seq_len: int
-) -> float:
-    if isinstance(config, PretrainConfig):
-        return flops_per_token(model, seq_len, vocab_size, config.masking.mask_rate)
-    return flops_per_token(model, seq_len)
 
 
 def _time(

@@ -117,8 +117,8 @@ class Cluster:
         if active is not None:
             return active
         mine = [job for job in self.jobs() if (job.command, job.run) == (command, run)]
-        number = 1 + max((_number(job.id) for job in mine), default=0)
-        identity = f"raybert-{run}-{command}-{number}"
+        numbers = [int(match["number"]) for job in mine if (match := _ID.fullmatch(job.id))]
+        identity = f"raybert-{run}-{command}-{1 + max(numbers, default=0)}"
         with tempfile.TemporaryDirectory(prefix="raybert-job-") as folder:
             size = write_package(Path(folder), settings)
             words = ["python", "-u", "-m", "raybert", command, "-c", CONFIG, *arguments, "--json"]
@@ -181,14 +181,13 @@ class Cluster:
         while True:
             try:
                 self._client.submit_job(**job)
+                return
             except RuntimeError as error:
                 if "already exists" in str(error):  # a concurrent submission won: follow it
                     return
                 if "No available agent" not in str(error) or time.monotonic() > until:
                     raise
-                time.sleep(_RETRY_SECONDS)
-            else:
-                return
+            time.sleep(_RETRY_SECONDS)
 
     def jobs(self) -> list[ClusterJob]:
         """List the jobs that raybert submitted, the newest last."""
@@ -313,13 +312,10 @@ class Cluster:
 
 def result_of(lines: list[str]) -> dict[str, Any] | None:
     """Return the JSON result that a command printed last; None where there is none."""
-    for line in reversed(lines):
-        if line.startswith("{"):
-            try:
-                value = json.loads(line)
-            except ValueError:
-                return None
-            return value if isinstance(value, dict) else None
+    last = next((line for line in reversed(lines) if line.startswith("{")), "null")
+    with suppress(ValueError):
+        value: dict[str, Any] | None = json.loads(last)
+        return value
     return None
 
 
@@ -347,11 +343,6 @@ def _requested(settings: Settings, arguments: Sequence[str]) -> dict[str, Any]:
     changed = differences(type(settings)().model_dump(mode="json"), chosen)
     values = {key: value for key, (_, value) in changed.items()}
     return values | ({"arguments": shlex.join(arguments)} if arguments else {})
-
-
-def _number(identity: str) -> int:
-    match = _ID.fullmatch(identity)
-    return int(match["number"]) if match else 0
 
 
 def _check_address(address: str) -> str:

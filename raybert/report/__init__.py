@@ -3,10 +3,8 @@
 stage_files.py     reads a run's files, as far as they exist
 elements.py        what the template renders: tables, tiles, figures, values as text
 plots.py, tiles.py plots and tiles of a training run
-classification.py  confusion matrix, scores per class, confident mistakes
-search.py          tiles and tables of a hyperparameter search
-search_plots.py    its plots
-page.py            collects a section for each stage and renders them
+search.py          tiles, tables and plots of a hyperparameter search
+page.py            a section for each stage, with scores, events and mistakes
 templates/         the page's HTML and CSS
 """
 

@@ -8,18 +8,25 @@ from __future__ import annotations
 import datetime
 import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import yaml
 
 from raybert import __version__
 from raybert.errors import UserError
-from raybert.report.classification import class_table, confident_mistakes, confusion_table
 from raybert.report.elements import Cell, Table, format_time, format_value, key_value_table
 from raybert.report.plots import training_plots
 from raybert.report.search import search_section
-from raybert.report.stage_files import TRACES, Stage, as_mapping, last, number, read_stages, spread
+from raybert.report.stage_files import (
+    STAGE_FILES,
+    Stage,
+    as_mapping,
+    last,
+    number,
+    read_stages,
+    spread,
+)
 from raybert.report.tiles import HARDWARE_KEYS, corpus_facts, stage_tiles
 from raybert.storage.folder import Folder
 
@@ -32,8 +39,11 @@ TITLES = {
     "ensemble": "Ensemble",
     "evaluate": "Evaluation",
 }
-HEADLINES = ("Accuracy", "Macro F1", "Masked-token loss", "First guess")
+HEADLINES = ("Accuracy", "Macro F1", "Masked-token loss", "First prediction")
 MAX_EVALUATIONS = 10  # rows of a table of predicted tokens
+MAX_LABELS = 20  # of a confusion matrix; with more labels, as many of the most frequent confusions
+MAX_MISTAKES = 12
+MAX_TEXT = 700  # characters of an example
 
 
 def check_report() -> None:
@@ -47,17 +57,15 @@ def check_report() -> None:
 def write_report(run: Folder, result: Mapping[str, Any] | None = None) -> None:
     """Write `report.html` into the folder of a run, or of a pipeline with a run in each subfolder.
 
-    `result` is the run's if it is not written yet: it is written after the report.
-
-    Raises:
-        UserError: matplotlib is not installed, or the folder holds nothing to report on.
+    `result` is the run's if it is not written yet: it is written after the report. UserError:
+    matplotlib is not installed, or the folder holds nothing to report on.
     """
     check_report()
     stages = read_stages(run)
     if not stages:
         raise UserError(
-            f"{run}: there is nothing to report on: no {', '.join(sorted(TRACES))}, here or in a "
-            "folder inside; name the folder of a run"
+            f"{run}: there is nothing to report on: no {', '.join(sorted(STAGE_FILES))}, here or "
+            "in a folder inside; name the folder of a run"
         )
     if result is not None:
         stages[0].result = dict(result)
@@ -89,6 +97,8 @@ def _section(stage: Stage, alone: bool) -> dict[str, Any]:
     status, is_finished = _status(stage)
     hidden = ("fillings", *HARDWARE_KEYS)  # shown in tables of their own
     result = {key: value for key, value in stage.result.items() if key not in hidden}
+    sources = (stage.result, as_mapping(stage.manifest.get("info")))
+    hardware = {key: source[key] for source in sources for key in HARDWARE_KEYS if source.get(key)}
     return dict(
         id=stage.name or "summary",
         title=TITLES.get(stage.name, stage.name) or ("Run" if alone else "Summary"),
@@ -99,14 +109,14 @@ def _section(stage: Stage, alone: bool) -> dict[str, Any]:
         figures=training_plots(stage),
         search=search_section(stage.search),
         predicted_tokens=_predicted_tokens(stage),
-        confusion=confusion_table(stage.scores),
-        classes=class_table(stage.scores),
-        mistakes=confident_mistakes(stage.scores),
+        confusion=_confusion_table(stage.scores),
+        classes=_class_table(stage.scores),
+        mistakes=_confident_mistakes(stage.scores),
         events=_events(stage),
         corpus=key_value_table("Corpus facts", corpus_facts(stage.manifest)),
         result=key_value_table("Result", result),
         configuration=_configuration(stage),
-        hardware=key_value_table("Versions and hardware", _hardware(stage)),
+        hardware=key_value_table("Versions and hardware", hardware),
     )
 
 
@@ -137,7 +147,7 @@ def _predicted_tokens(stage: Stage) -> list[Table]:
             for step, tokens in spread(history, MAX_EVALUATIONS)
         ]
         width = max(len(tokens) for _, tokens in history)
-        head = ("step", *(f"guess {i + 1}" for i in range(width)))
+        head = ("step", *(f"prediction {i + 1}" for i in range(width)))
         tables.append(Table(f"“{text}”", rows, head, has_row_headers=True))
     return tables
 
@@ -163,6 +173,80 @@ def _configuration(stage: Stage) -> str:
     return stage.config or (yaml.safe_dump(config, sort_keys=False) if config else "")
 
 
-def _hardware(stage: Stage) -> dict[str, Any]:
-    sources = (stage.result, as_mapping(stage.manifest.get("info")))
-    return {key: source[key] for source in sources for key in HARDWARE_KEYS if source.get(key)}
+class _Mistake(NamedTuple):
+    """A wrong prediction."""
+
+    predicted: str
+    probability: str
+    label: str
+    text: str
+
+
+def _confusion_table(scores: Mapping[str, Any]) -> Table:
+    """The confusion matrix, shaded by the share of the true label; empty if there is none."""
+    matrix, names = scores.get("confusion"), _label_names(scores)
+    if not matrix or len(names) != len(matrix):
+        return Table("Confusion matrix", ())
+    if len(names) > MAX_LABELS:
+        return _most_frequent_confusions(matrix, names)
+    rows: list[list[str | Cell]] = []
+    for name, counts in zip(names, matrix, strict=True):
+        shares = [count / max(1, sum(counts)) for count in counts]
+        cells = (
+            Cell(format_value(count), f"{share:.1%}", share)
+            for count, share in zip(counts, shares, strict=True)
+        )
+        rows.append([name, *cells])
+    head = ("label \\ predicted", *names)
+    return Table("Confusion matrix", rows, head, has_row_headers=True)
+
+
+def _most_frequent_confusions(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Table:
+    pairs = sorted(
+        ((c, i, j) for i, row in enumerate(matrix) for j, c in enumerate(row) if i != j and c),
+        reverse=True,
+    )[:MAX_LABELS]
+    rows = [(names[i], names[j], format_value(count)) for count, i, j in pairs]
+    return Table("Most frequent confusions", rows, ("label", "predicted", "rows"))
+
+
+def _class_table(scores: Mapping[str, Any]) -> Table:
+    """Precision, recall and F1 of each class."""
+    ratios = ("precision", "recall", "f1")
+    rows = [
+        (name, *(f"{found[ratio]:.4f}" for ratio in ratios), format_value(found["support"]))
+        for name, found in scores.get("per_class", {}).items()
+    ]
+    head = ("label", *ratios, "rows")
+    return Table("Scores per class", rows, head, has_row_headers=True)
+
+
+def _confident_mistakes(scores: Mapping[str, Any]) -> list[_Mistake]:
+    """The wrong predictions with the highest probabilities."""
+    names = _label_names(scores)
+
+    def name(label: Any) -> str:
+        is_index = isinstance(label, int) and 0 <= label < len(names)
+        return names[label] if is_index else str(label)
+
+    def probability(example: Mapping[str, Any]) -> float:
+        return number(example.get("probability")) or 0.0
+
+    found = [
+        (probability(e), name(e.get("predicted")), name(e.get("label")), str(e.get("text", "")))
+        for e in scores.get("examples") or []
+    ]
+    wrong = [example for example in found if example[1] != example[2]]
+    wrong.sort(key=lambda example: example[0], reverse=True)
+    return [
+        _Mistake(predicted, f"{share:.1%}", label, _shorten(text))
+        for share, predicted, label, text in wrong[:MAX_MISTAKES]
+    ]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT].rsplit(" ", 1)[0] + " …"
+
+
+def _label_names(scores: Mapping[str, Any]) -> list[str]:
+    return [str(name) for name in scores.get("label_names") or scores.get("per_class") or []]

@@ -12,7 +12,7 @@ from raybert.storage.folder import Folder
 from raybert.train.metrics_log import read_metrics
 
 #: The report has a section for each folder that holds one of these.
-TRACES = {
+STAGE_FILES = {
     "config.yaml", "manifest.json", "metrics", "metrics.jsonl", "metrics.json", "result.json",
     "trials.json",
 }  # fmt: skip
@@ -47,11 +47,11 @@ class Stage:
 def read_stages(run: Folder) -> list[Stage]:
     """Read the folder itself, and the folders inside in the order of their sections."""
     names = run.names()
-    stages = [_read_stage(run, "", set(names))] if TRACES & set(names) else []
-    inner = [name for name in names if name not in TRACES and run.size(name) is None]
+    stages = [_read_stage(run, "", set(names))] if STAGE_FILES & set(names) else []
+    inner = [name for name in names if name not in STAGE_FILES and run.size(name) is None]
     for name in sorted(inner, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)):
         inside = set((run / name).names())
-        if TRACES & inside:
+        if STAGE_FILES & inside:
             stages.append(_read_stage(run / name, name, inside))
     return stages
 

@@ -62,7 +62,7 @@ def _training_tiles(stage: Stage) -> Iterator[Tile]:
     if example := next((e for r in reversed(evals) for e in r.get("fillings") or []), None):
         if example.get("tokens"):
             token = str(example["tokens"][0].get("token", ""))
-            yield Tile("First guess", token, str(example.get("text", "")))
+            yield Tile("First prediction", token, str(example.get("text", "")))
     if accuracies := curve(evals, "accuracy")[1]:
         yield Tile("Validation accuracy", f"{max(accuracies):.2%}", "best evaluation")
     if speeds := curve(train, "tokens_per_second")[1]:
@@ -75,7 +75,7 @@ def _training_tiles(stage: Stage) -> Iterator[Tile]:
             f"{waited:.1%} waiting for data" if waited is not None else "",
         ]
         median = f"{statistics.median(speeds):,.0f}"
-        yield Tile("Tokens a second", median, ", ".join(filter(None, notes)))
+        yield Tile("Tokens per second", median, ", ".join(filter(None, notes)))
     if (seconds := last(train, "seconds")) is not None:
         tokens = last(train, "tokens")
         note = f"{format_count(tokens)} tokens" if tokens else ""

@@ -13,8 +13,8 @@ POST /predict from the socket to the logits, file by file:
                          for a share of the requests the Canary
 6. runtime/loaded_models.py  LoadedModel: one version with its queue; averages the logits of windows
 7. runtime/batching.py   Batcher: batches by tokens; ModelThreads: the threads that compute them
-8. raybert/inference/classifier.py  TextClassifier.score(): rows to logits; windows() and pool()
-                         split long texts and average (raybert/inference/windows.py)
+8. raybert/inference/classifier.py  TextClassifier: texts to rows, windows of long texts; score():
+                         rows to logits
 
 http/api.py assembles the application, deploy/deployment.py makes it a deployment of Ray Serve,
 deploy/launch.py starts Serve for `raybert serve`.

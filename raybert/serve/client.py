@@ -10,6 +10,7 @@ or an invalid certificate; a request that took too long is sent once more.
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import math
@@ -17,7 +18,7 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -62,16 +63,11 @@ class Client:
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
-        self._connection: http.client.HTTPConnection
+        connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if parts.scheme == "https":
             context = context or ssl.create_default_context()
-            self._connection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=timeout_s, context=context
-            )
-        else:
-            self._connection = http.client.HTTPConnection(
-                parts.hostname, parts.port, timeout=timeout_s
-            )
+            connect = functools.partial(http.client.HTTPSConnection, context=context)
+        self._connection = connect(parts.hostname, parts.port, timeout=timeout_s)
 
     def predict(self, texts: str | Sequence[str], **options: Any) -> Any:
         """Return for each text its labels with their scores, the most probable first.

@@ -5,6 +5,7 @@ Serve's proxies and the configuration of HAProxy need them too: this module impo
 
 from __future__ import annotations
 
+import functools
 import math
 
 from starlette.exceptions import HTTPException
@@ -36,34 +37,12 @@ class RequestError(HTTPException):
         return JSONResponse(self.body, self.status_code, self.headers)
 
 
-def empty(key: str) -> RequestError:
-    """400: there is no text."""
-    return RequestError(400, "Empty", f"{key} is empty; give it a text")
-
-
-def bad_request(message: str) -> RequestError:
-    """400: the request can't be read."""
-    return RequestError(400, "Validation", message)
-
-
-def not_found(message: str) -> RequestError:
-    """404: there is no such model or path."""
-    return RequestError(404, "NotFound", message)
-
-
-def too_large(message: str) -> RequestError:
-    """413: a limit of the request's size is exceeded."""
-    return RequestError(413, "Validation", message)
-
-
-def invalid(message: str) -> RequestError:
-    """422: the body does not have the expected form."""
-    return RequestError(422, "Validation", message)
-
-
-def not_tokenizable(message: str) -> RequestError:
-    """422: a text can't be tokenized as requested."""
-    return RequestError(422, "Tokenizer", message)
+empty = functools.partial(RequestError, 400, "Empty")
+bad_request = functools.partial(RequestError, 400, "Validation")  # it can't be read
+not_found = functools.partial(RequestError, 404, "NotFound")  # no such model or path
+too_large = functools.partial(RequestError, 413, "Validation")  # a limit is exceeded
+invalid = functools.partial(RequestError, 422, "Validation")  # it lacks the expected form
+not_tokenizable = functools.partial(RequestError, 422, "Tokenizer")
 
 
 def overloaded(wait_s: float) -> RequestError:

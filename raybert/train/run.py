@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from raybert.cluster.allocator import keep_freed_memory
-from raybert.cluster.machine import describe_machine
+from raybert.cluster.machine import describe_machine, keep_freed_memory
 from raybert.errors import StorageError
 from raybert.storage.folder import Folder
 from raybert.storage.retry import retry

@@ -1,4 +1,4 @@
-from raybert.cluster.allocator import keep_freed_memory
+from raybert.cluster.machine import keep_freed_memory
 
 
 def test_freed_memory_is_kept_on_glibc_only(monkeypatch):

@@ -159,7 +159,7 @@ def test_the_page_has_a_section_and_the_numbers_of_each_stage(full):
 
 def test_the_header_has_the_headline_numbers(full):
     header = Page(full[full.index("<header") : full.index("</header>") + len("</header>")]).text
-    for expected in ("75.00%", "Masked-token loss4.250", "First guess<movie>"):
+    for expected in ("75.00%", "Masked-token loss4.250", "First prediction<movie>"):
         assert expected in header
 
 
@@ -222,7 +222,7 @@ FILES = (
 def undrawn(monkeypatch):
     """Skip the drawing, which takes seconds, in tests of the text."""
     empty = Figure("", Markup())
-    for module in ("plots", "search_plots"):
+    for module in ("plots", "search"):
         monkeypatch.setattr(f"raybert.report.{module}.draw_figure", lambda *args, **kwargs: empty)
 
 

@@ -14,8 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from raybert.errors import RaybertError
-from raybert.jobs.doctor.nodes import NodeReport
-from raybert.jobs.doctor.remote import format_error, gather, on_node, start_actors
+from raybert.jobs.doctor.nodes import NodeReport, format_error, gather, on_node, start_actors
 from raybert.train.distributed import use_interface_of
 
 _START_SECONDS = 60.0  # importing torch takes long

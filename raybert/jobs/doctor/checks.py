@@ -40,12 +40,9 @@ def check_nodes(nodes: Sequence[NodeReport]) -> CheckResult:
     """Check that a process of raybert runs on every node."""
     failed = [node for node in nodes if node.error]
     if failed:
-        return CheckResult(
-            "nodes",
-            "problem",
-            f"{_names(failed)} can't run raybert: {failed[0].error}",
-            "install raybert's dependencies on every node, and look at `ray status`",
-        )
+        message = f"{_names(failed)} can't run raybert: {failed[0].error}"
+        remedy = "install raybert's dependencies on every node, and look at `ray status`"
+        return CheckResult("nodes", "problem", message, remedy)
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     kinds = sorted({node.gpu for node in nodes if node.gpu})
     total = f"{cpus:g} CPUs, {gpus:g} GPUs{f' ({_first(kinds)})' if kinds else ''}"
@@ -76,12 +73,9 @@ def check_versions(nodes: Sequence[NodeReport], client: Mapping[str, str] | None
     for package, version in cluster.items():
         local = _series(package, (client or cluster).get(package, MISSING))
         if local != version:
-            return CheckResult(
-                "versions",
-                "warning",
-                f"{package} is {version} on the cluster and {local} on the submitting machine",
-                "install the cluster's version there before you use the run's results",
-            )
+            message = f"{package} is {version} on the cluster and {local} on the submitting machine"
+            remedy = "install the cluster's version there before you use the run's results"
+            return CheckResult("versions", "warning", message, remedy)
     found = ", ".join(f"{package} {version}" for package, version in cluster.items())
     return CheckResult("versions", "ok", f"{found} on {_count(nodes)}")
 
@@ -91,13 +85,12 @@ def check_memory(nodes: Sequence[NodeReport]) -> CheckResult:
     shared = {node.name: node.shared_memory for node in nodes if node.shared_memory is not None}
     small = [node for node in nodes if shared.get(node.name, node.object_store) < node.object_store]
     if small:
-        return CheckResult(
-            "memory",
-            "warning",
+        message = (
             f"{_names(small)}: {size(shared[small[0].name])} in /dev/shm for an object store of "
-            f"{size(small[0].object_store)}, so Ray keeps it on the disk, and NCCL may fail",
-            "start the container with --shm-size, or mount an emptyDir of medium Memory there",
+            f"{size(small[0].object_store)}, so Ray keeps it on the disk, and NCCL may fail"
         )
+        remedy = "start the container with --shm-size, or mount an emptyDir of medium Memory there"
+        return CheckResult("memory", "warning", message, remedy)
     store = min((node.object_store for node in nodes), default=0)
     memory = f" and {size(min(shared.values()))} in /dev/shm" if shared else ""
     return CheckResult("memory", "ok", f"at least {size(store)} of object store{memory} per node")
@@ -107,22 +100,19 @@ def check_storage(nodes: Sequence[NodeReport], storage: str) -> CheckResult:
     """Check that every node writes the storage and reads the files of the others."""
     failed = [node for node in nodes if node.storage_error]
     if failed:
-        return CheckResult(
-            "storage",
-            "problem",
-            f"{_names(failed)} can't use it: {failed[0].storage_error}",
-            f"let every node write to {storage}, or choose another run.storage",
-        )
+        message = f"{_names(failed)} can't use it: {failed[0].storage_error}"
+        remedy = f"let every node write to {storage}, or choose another run.storage"
+        return CheckResult("storage", "problem", message, remedy)
     for node in nodes:
         if node.unseen:
-            return CheckResult(
-                "storage",
-                "problem",
+            message = (
                 f"{node.name} does not see the files of {_first(node.unseen)} in {storage}: it is "
-                "not the same folder on every node",
-                "mount one filesystem on every node, or set run.storage to a URI "
-                "(s3://bucket/runs)",
+                "not the same folder on every node"
             )
+            remedy = (
+                "mount one filesystem on every node, or set run.storage to a URI (s3://bucket/runs)"
+            )
+            return CheckResult("storage", "problem", message, remedy)
     return CheckResult("storage", "ok", f"{_count(nodes)} can write and read {storage}")
 
 
@@ -134,12 +124,9 @@ def check_space(nodes: Sequence[NodeReport], storage: str, needed: int | None) -
         return CheckResult("space", "ok", f"{space}; the size of the model is not known yet")
     written = f"checkpoints and model take up to {size(needed)}"
     if free is not None and free < needed:
-        return CheckResult(
-            "space",
-            "problem",
-            f"{size(free)} are free in {storage}, {written}",
-            "free some, lower keep_checkpoints, or choose another run.storage",
-        )
+        message = f"{size(free)} are free in {storage}, {written}"
+        remedy = "free some, lower keep_checkpoints, or choose another run.storage"
+        return CheckResult("space", "problem", message, remedy)
     return CheckResult("space", "ok", f"{space}, {written}")
 
 
@@ -194,12 +181,9 @@ def check_clocks(nodes: Sequence[NodeReport]) -> CheckResult:
     wrong = [name for name, seconds in offsets.items() if abs(seconds) > _CLOCK_SECONDS]
     if wrong:
         offset = offsets[wrong[0]]
-        return CheckResult(
-            "clocks",
-            "warning",
-            f"{_first(wrong)}: {abs(offset):.1f} s {'ahead' if offset > 0 else 'behind'}",
-            "synchronize every node's clock by NTP (chrony)",
-        )
+        message = f"{_first(wrong)}: {abs(offset):.1f} s {'ahead' if offset > 0 else 'behind'}"
+        remedy = "synchronize every node's clock by NTP (chrony)"
+        return CheckResult("clocks", "warning", message, remedy)
     most = max((abs(seconds) for seconds in offsets.values()), default=0.0)
     return CheckResult("clocks", "ok", f"at most {most * 1000:.0f} ms apart")
 

@@ -16,8 +16,8 @@ import torch
 from fastapi import FastAPI
 from ray import serve
 
-from raybert.cluster.allocator import KEEP_FREED_MEMORY, keep_freed_memory
 from raybert.cluster.internals.serve import http_options
+from raybert.cluster.machine import KEEP_FREED_MEMORY, keep_freed_memory
 from raybert.config import build as build_settings
 from raybert.errors import ConfigError, UserError
 from raybert.serve.http.api import flush, make_api

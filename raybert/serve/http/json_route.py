@@ -103,14 +103,12 @@ def _describe(error: ValidationError, keys: Sequence[str]) -> RequestError:
     union_member = str(location[1]) if len(location) > 1 else ""
     if location[:1] == ("inputs",) and union_member.startswith(("str", "list")):
         return request_errors.invalid("inputs: give a text, or a list of texts")
-    path = ".".join(_shorten(str(part)) for part in location) or "the body"
+    most = _MAX_KEY_LENGTH
+    parts = (key if len(key) <= most else f"{key[:most]}..." for key in map(str, location))
+    path = ".".join(parts) or "the body"
     if first["type"] == "extra_forbidden":
         return request_errors.invalid(f"unknown key {path}; known are {known}")
     return request_errors.invalid(f"{path}: {message[0].lower()}{message[1:]}")
-
-
-def _shorten(key: str) -> str:
-    return key if len(key) <= _MAX_KEY_LENGTH else f"{key[:_MAX_KEY_LENGTH]}..."
 
 
 def _unwrap(value: Any) -> Any:
@@ -144,12 +142,13 @@ def check_texts(inputs: str | Sequence[str], max_texts: int) -> Sequence[str]:
     """Return the texts of a request as a list, or raise RequestError, 400 or 413."""
     texts = [inputs] if isinstance(inputs, str) else inputs
     if not texts:
-        raise request_errors.empty("inputs")
+        raise request_errors.empty("inputs is empty; give it a text")
     if len(texts) > max_texts:
         raise request_errors.too_large(
             f"{len(texts):,} texts are more than the {max_texts:,} that are read in a request"
         )
     for index, text in enumerate(texts):
         if not text.strip():
-            raise request_errors.empty("inputs" if len(texts) == 1 else f"inputs.{index}")
+            key = "inputs" if len(texts) == 1 else f"inputs.{index}"
+            raise request_errors.empty(f"{key} is empty; give it a text")
     return texts

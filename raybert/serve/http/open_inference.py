@@ -191,20 +191,15 @@ def _parse(body: InferRequest) -> tuple[list[str], Sequence[str], bool | None]:
 
 
 def _output_tensors(scored: Scored) -> dict[str, dict[str, Any]]:
-    """Return `label` [n], the likeliest, and `scores` [n, labels], calibrated probabilities."""
+    """Return `label` [n], the most probable, and `scores` [n, labels], calibrated probabilities."""
     scores = scored.model.classifier.calibrated(scored.logits)
-    best = scores.argmax(axis=1)
+    labels = [scored.model.labels[i] for i in scores.argmax(axis=1)]
+    rounded = [round(float(score), 6) for score in scores.ravel()]
     return {
-        "label": {
-            "name": "label",
-            "datatype": "BYTES",
-            "shape": [len(scores)],
-            "data": [scored.model.labels[i] for i in best],
-        },
-        "scores": {
-            "name": "scores",
-            "datatype": "FP32",
-            "shape": list(scores.shape),
-            "data": [round(float(score), 6) for score in scores.ravel()],
-        },
+        "label": _tensor("label", "BYTES", [len(scores)], labels),
+        "scores": _tensor("scores", "FP32", list(scores.shape), rounded),
     }
+
+
+def _tensor(name: str, datatype: str, shape: list[int], data: list[Any]) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": shape, "data": data}

@@ -44,9 +44,7 @@ class LoadedModel:
     ) -> None:
         """Load the version in `folder`, and run it once for each number of threads.
 
-        Raises:
-            UserError: there is no classifier in the folder.
-            DamagedError: a file is cut short or altered.
+        UserError: there is no classifier; DamagedError: a file is cut short or altered.
         """
         self.source, self.folder, self.name = source, folder, source.name
         self.classifier = TextClassifier(folder, device=device, precision=precision)

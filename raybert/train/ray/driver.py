@@ -12,9 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from raybert.cluster.allocator import KEEP_FREED_MEMORY
 from raybert.cluster.internals.private_names import has_private_api
 from raybert.cluster.internals.train import controller_environment
+from raybert.cluster.machine import KEEP_FREED_MEMORY
 from raybert.cluster.session import Resources, environment
 from raybert.errors import RaybertError, StorageError
 from raybert.storage.folder import Folder
