@@ -168,7 +168,7 @@ def evaluate(
     else:
         folder = load_model_folder(model, experiment)
         metrics = stages.evaluate_model(experiment, folder, new_display())
-    print_result(metrics, as_json, _format_scores(metrics))
+    print_result(metrics, as_json, None if as_json else _format_scores(metrics))
 
 
 @app.command()
@@ -217,7 +217,7 @@ def tune(
     more = [f"{key}={value}" for key, value in given.items() if value is not None]
     experiment = load_experiment(config, [*(overrides or []), *more], name, data)
     result = search(experiment, new_display(), dashboard=dashboard)
-    print_result(result, as_json, _format_search(result))
+    print_result(result, as_json, None if as_json else _format_search(result))
 
 
 def _format_scores(metrics: dict[str, Any]) -> str:

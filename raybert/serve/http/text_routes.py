@@ -48,7 +48,7 @@ class PredictRequest(RequestBody):
     )
     raw_scores: bool = Field(False, description="logits in place of probabilities")
     all_scores: bool = Field(
-        True, description="all labels, the likeliest first; false: only the likeliest"
+        True, description="all labels, the most probable first; false: only the first"
     )
     explain: bool = Field(False, description="add a weight for each word")
     model: str | None = Field(
@@ -76,13 +76,13 @@ class WordWeight(BaseModel):
     text: str
     start: int
     end: int
-    weight: float = Field(description="positive: it supports the likeliest label")
+    weight: float = Field(description="positive: it supports the most probable label")
 
 
 class Explained(BaseModel):
     """Scores with the weights of words."""
 
-    predictions: list[Score] = Field(description="the likeliest first")
+    predictions: list[Score] = Field(description="the most probable first")
     words: list[WordWeight] = Field(description="in the order of the text")
     error: float = Field(
         description="completeness error: |sum of the words' weights - (margin of the text - margin "
@@ -147,7 +147,7 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
 
 
 def _rank(scored: Scored, body: PredictRequest) -> list[list[dict[str, Any]]]:
-    """Return each text's labels with their scores, the likeliest first."""
+    """Return each text's labels with their scores, the most probable first."""
     logits, model = scored
     scores = logits if body.raw_scores else model.classifier.calibrated(logits)
     count = None if body.all_scores else 1

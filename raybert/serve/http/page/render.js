@@ -18,7 +18,7 @@ export function took(ms) {
   return make("p", { class: "quiet" }, `Answered in ${shown}`);
 }
 
-/** The likeliest label; the scores are sorted. */
+/** The most probable label; the scores are sorted. */
 export function verdict([{ label, score }]) {
   return make("p", {}, make("strong", {}, label), ` ${percent(score)} sure`);
 }
@@ -28,7 +28,7 @@ export function labelBars(scores) {
   return bars(scores.slice(0, MAX_LABELS).map(({ label, score }) => [label, score]));
 }
 
-/** The sentence with its masks replaced by the likeliest tokens. */
+/** The sentence with its masks replaced by the most probable tokens. */
 export function filled(text, mask, blanks) {
   const sentence = make("p", { class: "text" });
   text.split(mask).forEach((part, index) => {
