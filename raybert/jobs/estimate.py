@@ -90,7 +90,6 @@ class MeasuredSpeed(NamedTuple):
 class Estimate(NamedTuple):
     """The remaining work of a run; unknown figures are None."""
 
-    stage: str
     size: StorageEstimate | None
     steps: int | None
     tokens: float | None  # an upper bound: texts may be shorter than a row
@@ -132,7 +131,6 @@ def estimate(
         gpu = uses_gpus(config, resources.get("GPU", 0))
     seconds, basis = _time(config, left, flops, measured, gpu, resources)
     return Estimate(
-        stage=stage,
         size=estimate_storage(experiment, stage, shape),
         steps=left,
         tokens=tokens,

@@ -36,14 +36,8 @@ class AllReduceResult:
 
 def spread(slots: Mapping[str, float], count: int) -> list[str]:
     """Assign `count` processes to nodes round-robin, as far as their free slots reach."""
-    left = {node: int(free) for node, free in slots.items()}
-    chosen: list[str] = []
-    while len(chosen) < count and any(left.values()):
-        for node in left:
-            if left[node] and len(chosen) < count:
-                left[node] -= 1
-                chosen.append(node)
-    return chosen
+    turns = range(int(max(slots.values(), default=0)))
+    return [node for turn in turns for node, free in slots.items() if turn < int(free)][:count]
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
-from raybert.inference.explanations import Explanation
 from raybert.serve import request_errors
 from raybert.serve.http.json_route import RequestBody, Texts, check_texts
 from raybert.serve.http.middleware import TEXT_COUNT
@@ -122,7 +121,10 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
             answers: list[Any] = _rank(scored, body)
             if body.explain:
                 explanations = await service.explain(texts, scored)
-                answers = list(map(_with_words, answers, explanations))
+                answers = [
+                    {"predictions": scores, "words": list(map(vars, one.words)), "error": one.error}
+                    for scores, one in zip(answers, explanations, strict=True)
+                ]
         return JSONResponse(answers[0] if isinstance(body.inputs, str) else answers)
 
     @app.post(
@@ -158,8 +160,3 @@ def _rank(scored: Scored, body: PredictRequest) -> list[list[dict[str, Any]]]:
         ]
         for row in scores
     ]
-
-
-def _with_words(predictions: list[dict[str, Any]], explanation: Explanation) -> dict[str, Any]:
-    words = [vars(word) for word in explanation.words]
-    return {"predictions": predictions, "words": words, "error": explanation.error}
