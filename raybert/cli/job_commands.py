@@ -26,9 +26,7 @@ app = typer.Typer()
 AddressOption = Annotated[
     str | None,
     typer.Option(
-        "--address",
-        "-a",
-        help="Ray's dashboard, http://HEAD:8265; or RAY_API_SERVER_ADDRESS.",
+        "--address", "-a", help="Ray's dashboard, http://HEAD:8265; or RAY_API_SERVER_ADDRESS."
     ),
 ]
 RunArgument = Annotated[str, typer.Argument(help="A run's name, or a job's id.")]

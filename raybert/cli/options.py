@@ -37,10 +37,7 @@ InProcessOption = Annotated[
 
 
 def load_experiment(
-    path: Path | None,
-    overrides: list[str] | None,
-    name: str | None = None,
-    data: str | None = None,
+    path: Path | None, overrides: list[str] | None, name: str | None = None, data: str | None = None
 ) -> Experiment:
     """Read the configuration and apply `--data`, then `--set`, then `--name`."""
     from raybert.config import load

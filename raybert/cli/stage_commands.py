@@ -117,8 +117,7 @@ def finetune(
     teacher: Annotated[
         str | None,
         typer.Option(
-            "--distill-from",
-            help="A teacher model or ensemble; sets finetune.distill.teacher.",
+            "--distill-from", help="A teacher model or ensemble; sets finetune.distill.teacher."
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -150,8 +149,7 @@ def evaluate(
     data: DataOption = None,
     model: ModelOption = None,
     split: Annotated[
-        str | None,
-        typer.Option(help="train or test; sets evaluate.source.split."),
+        str | None, typer.Option(help="train or test; sets evaluate.source.split.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -202,8 +200,7 @@ def tune(
         float | None, typer.Option(min=0.01, help="Minutes of the search; sets tune.minutes.")
     ] = None,
     dashboard: Annotated[
-        bool,
-        typer.Option("--dashboard", help="Serve Ray's and TensorBoard's pages meanwhile."),
+        bool, typer.Option("--dashboard", help="Serve Ray's and TensorBoard's pages meanwhile.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -175,6 +175,12 @@ def logs_folder() -> Path | None:
     return Path(_context.address_info["session_dir"]) / "logs" if _started_here else None
 
 
+def gpu_type(resources: Mapping[str, float]) -> str:
+    """The type of the GPUs among Ray's resources, as H100; empty where Ray names none."""
+    prefix = "accelerator_type:"
+    return next((name.removeprefix(prefix) for name in resources if name.startswith(prefix)), "")
+
+
 def _resources() -> Resources:
     import ray
 

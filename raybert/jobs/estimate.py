@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from raybert.cluster.session import gpu_type
 from raybert.data.corpus.manifest import Manifest
 from raybert.data.order import CorpusOrder
 from raybert.errors import RaybertError
@@ -47,7 +48,6 @@ GPU_SHARE = 0.3
 #: (benchmarks/results/peers-small-20261125.json); without, it is a third of that.
 CORE_FLOPS = 50e9
 
-_GPU_TYPE = "accelerator_type:"  # of a resource's name, before the type of a GPU: H100
 _COPIES = 3  # fp32 copies of the weights in a checkpoint: weights and AdamW's two moments
 _TENSOR_BYTES = 450  # metadata of a tensor and its moments: names, shapes, step
 _RECENT = 20  # logged intervals whose median is the measured speed
@@ -267,8 +267,7 @@ def _time(
     if gpu is None or not resources:
         return None, "the cluster's resources are unknown"
     if gpu:
-        kinds = [name.removeprefix(_GPU_TYPE) for name in resources if name.startswith(_GPU_TYPE)]
-        kind = kinds[0] if kinds else ""
+        kind = gpu_type(resources)
         peak = gpu_peak_flops(kind)
         if not peak:
             return None, f"the peak of GPUs of type {kind or 'unknown'} is unknown"

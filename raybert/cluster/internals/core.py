@@ -8,10 +8,7 @@ from raybert.cluster.internals.private_names import has_private_api
 
 #: Set before Ray is imported. Ray waits 30 s for its first process; on a busy machine it needs
 #: more. The other one is Ray's advice in a warning that it prints without it.
-ENVIRONMENT = {
-    "RAY_gcs_server_port_wait_time_s": "120",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+ENVIRONMENT = {"RAY_gcs_server_port_wait_time_s": "120", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 #: Ray's niceness of 15 is for tasks beside a machine's other work.
 NICENESS = "RAY_worker_niceness"
 #: Ray gives a job three seconds between SIGTERM and SIGKILL; a checkpoint may take longer.

@@ -19,6 +19,7 @@ from typing import Any
 
 from raybert import __version__
 from raybert.cluster import token as auth
+from raybert.cluster.session import gpu_type
 from raybert.errors import RaybertError
 from raybert.storage.folder import Folder
 
@@ -73,14 +74,13 @@ def alive_nodes() -> list[NodeReport]:
     nodes = []
     for node in alive:
         address, identity, total = node["NodeManagerAddress"], node["NodeID"], node["Resources"]
-        kinds = [name.partition(":")[2] for name in total if name.startswith("accelerator_type:")]
         nodes.append(
             NodeReport(
                 id=identity,
                 name=address if count[address] == 1 else f"{address} ({identity[:6]})",
                 cpus=total.get("CPU", 0.0),
                 gpus=total.get("GPU", 0.0),
-                gpu=kinds[0] if kinds else "",
+                gpu=gpu_type(total),
                 object_store=int(total.get("object_store_memory", 0)),
             )
         )

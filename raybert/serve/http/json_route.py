@@ -1,10 +1,9 @@
 """Request bodies: JSON only, validated, with one line about the first mistake.
 
-FastAPI validates the parsed body against a route's parameter and documents it. It would accept more
-than JSON, though (UTF-16, lone surrogates, NaN), and answer a body of another type with 422: a
-custom request class reads the body. With models as parameters a small POST /predict takes
-118 µs in process, 117 with a body that the route itself parses from bytes; a dependency per route
-adds 130 µs, a validated response 50 (p50, one connection).
+FastAPI validates the parsed body against a route's parameter and documents it. A custom request
+class reads the body, since FastAPI would accept more than JSON (UTF-16, lone surrogates, NaN) and
+respond 422 to another content type. A model as parameter costs 1 µs of 118 for a small POST
+/predict; a dependency per route would cost 130 µs, a validated response 50 (p50, one connection).
 """
 
 from __future__ import annotations

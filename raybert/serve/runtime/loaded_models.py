@@ -16,12 +16,7 @@ from raybert.inference.classifier import Row, TextClassifier, pool
 from raybert.inference.explanations import Explainer
 from raybert.inference.fill_mask import MaskFiller
 from raybert.model import huggingface
-from raybert.serve.runtime.batching import (
-    Batcher,
-    ModelFailed,
-    ModelThreads,
-    run_in_new_thread,
-)
+from raybert.serve.runtime.batching import Batcher, ModelFailed, ModelThreads, run_in_new_thread
 from raybert.serve.runtime.metrics import Metrics
 from raybert.serve.runtime.model_sources import ModelSource, find_source
 from raybert.serve.settings import ServeConfig

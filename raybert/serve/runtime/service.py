@@ -23,12 +23,7 @@ from raybert.inference.classifier import Row
 from raybert.inference.explanations import Explanation
 from raybert.serve import request_errors
 from raybert.serve.request_errors import RequestError
-from raybert.serve.runtime.batching import (
-    ModelFailed,
-    ModelThreads,
-    Overloaded,
-    run_in_new_thread,
-)
+from raybert.serve.runtime.batching import ModelFailed, ModelThreads, Overloaded, run_in_new_thread
 from raybert.serve.runtime.loaded_models import LoadedModel, LoadedModels
 from raybert.serve.runtime.metrics import Metrics
 from raybert.serve.runtime.serial_executor import (
