@@ -166,8 +166,7 @@ def promote(
     Example: `raybert promote reviews -m runs/mine/tune`
     """
     from raybert.serve.runtime.model_sources import check_model
-    from raybert.storage.registry import resolve_model
-    from raybert.storage.registry import Registry
+    from raybert.storage.registry import Registry, resolve_model
 
     experiment = load_experiment(config, overrides, name)
     if model is None:
