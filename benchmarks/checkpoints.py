@@ -37,12 +37,11 @@ from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import PretrainSpec
 from raybert.tasks.settings import PretrainConfig
 from raybert.terminal.display import Display
-from raybert.train.attempts import begin_attempt
 from raybert.train.checkpoint import CheckpointStore, Snapshot
-from raybert.train.control import ControlSignals, Stopped
 from raybert.train.distributed import Group, use_threads
 from raybert.train.loop import Loop
-from raybert.train.task import LoaderConfig
+from raybert.train.run_folder import begin_attempt
+from raybert.train.task import ControlSignals, LoaderConfig, Stopped
 
 SEQ_LEN, VOCAB_SIZE, ROWS = 128, 21_504, 32  # rows a step
 SHAPE = {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "max_seq_len": SEQ_LEN}

@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError, core_schema
 
 from raybert.errors import ConfigError
 
@@ -43,6 +44,29 @@ class Range(Settings):
         if self.min > self.max:
             raise ValueError(f"min={self.min} is more than max={self.max}; lower min or raise max")
         return self
+
+
+class KeyOf:
+    """Annotates a string setting: a key of a registry, also one added later, or one of `others`."""
+
+    def __init__(self, registry: Mapping[str, Any], *others: str) -> None:
+        self._registry, self._others = registry, others
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"enum": self._known(), "type": "string"}
+
+    def _known(self) -> list[str]:
+        return [*self._others[:1], *self._registry, *self._others[1:]]
+
+    def _check(self, name: Any) -> Any:
+        if name not in self._known():
+            *others, last = map(repr, self._known())
+            known = f"{', '.join(others)} or {last}" if others else last
+            raise PydanticCustomError("unknown_name", "Input should be {known}", {"known": known})
+        return name
 
 
 S = TypeVar("S", bound=Settings)

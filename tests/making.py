@@ -23,12 +23,13 @@ from raybert.tasks.finetune import FinetuneSpec
 from raybert.tasks.masked_lm import PretrainSpec
 from raybert.tasks.prepared_texts import prepare_texts
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
-from raybert.train.attempts import begin_attempt
 from raybert.train.checkpoint import CheckpointStore
-from raybert.train.control import ControlSignals
 from raybert.train.distributed import Group
 from raybert.train.loop import Loop
-from raybert.train.task import LoaderConfig
+from raybert.train.metrics_log import MetricsLog
+from raybert.train.run_folder import begin_attempt
+from raybert.train.state import Progress
+from raybert.train.task import ControlSignals, LoaderConfig
 
 GOOD = "wonderful brilliant moving superb delightful".split()
 BAD = "awful boring dreadful clumsy tedious".split()
@@ -219,6 +220,13 @@ class Attempt:
 
     def events(self):
         return {record["event"]: record["message"] for record in self.of_kind("event")}
+
+
+def metrics_log(run, attempt, first_step, on_record=lambda record: None):
+    """The log of an attempt that starts at a step."""
+    log = MetricsLog(Progress(step=first_step), on_record)
+    log.open(run, attempt)
+    return log
 
 
 @contextmanager

@@ -89,10 +89,10 @@ def fill_mask(
 
     Example: `raybert fill-mask -m runs/demo "I have watched this [MASK] and it was awesome."`
     """
-    from raybert.pipeline import predict_stage
+    from raybert.inference.fill_mask import MaskFiller
 
     experiment = load_experiment(config, overrides, name)
-    found = predict_stage.fill_mask(load_model_folder(model, experiment, "pretrain"), text, top)
+    found = MaskFiller(load_model_folder(model, experiment, "pretrain")).fill(text, top)
     lines = [
         f"{number}  {token['probability']:.4f}  {token['token']}"
         for number, tokens in enumerate(found, 1)

@@ -63,7 +63,7 @@ def new_display() -> Display:
 
 def print_json(result: Any) -> None:
     """Print a result as one line of JSON; NaN and infinities become null."""
-    from raybert.train.metrics_log import finite
+    from raybert.records import finite
 
     text = json.dumps(finite(result), ensure_ascii=False, allow_nan=False, default=str)
     print(text, flush=True)

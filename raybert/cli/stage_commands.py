@@ -41,7 +41,7 @@ def demo(
 
     Example: `raybert demo --text "What a waste of two hours."`
     """
-    from raybert.pipeline.demo import run_demo
+    from raybert.pipeline.run_stages import run_demo
 
     if not text.strip():
         raise UserError("--text is empty; pass a sentence")
@@ -61,7 +61,7 @@ def run(
 
     Example: `raybert run -c configs/keras-mini.yaml`
     """
-    from raybert.pipeline.demo import run_stages
+    from raybert.pipeline.run_stages import run_stages
 
     print_result(run_stages(load_experiment(config, overrides, name, data), new_display()), as_json)
 
@@ -260,8 +260,7 @@ def _format_search(result: dict[str, Any]) -> str:
 
 
 def _format_spread(found: dict[str, Any]) -> str:
-    spread = found["seeds"]["accuracy"]
-    if spread["mean"] is None:
-        return "none"
-    deviation = "" if spread["std"] is None else f" ± {spread['std']:.4f}"
-    return f"{spread['mean']:.4f}{deviation}, {found['seeds']['n']} seeds"
+    from raybert.terminal.formats import mean_and_deviation
+
+    spread, seeds = found["seeds"]["accuracy"], found["seeds"]["n"]
+    return mean_and_deviation(spread) + (f", {seeds} seeds" if seeds else "")

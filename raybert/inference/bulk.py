@@ -30,7 +30,7 @@ from raybert.errors import DataError, StorageError, UserError
 from raybert.inference.classifier import TextClassifier, softmax
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
-from raybert.tasks.classification_metrics import classification_scores
+from raybert.tasks.classification import classification_scores
 
 _BLOCK_BYTES = 1 << 20  # of Ray Data's blocks
 _WRONG_EXAMPLES, _RIGHT_EXAMPLES = 8, 4  # for the report, the most confident ones

@@ -23,7 +23,7 @@ from raybert.inference.precision import (
     store_choice,
 )
 from raybert.storage.folder import Folder
-from raybert.tasks.classification_metrics import classification_scores
+from raybert.tasks.classification import classification_scores
 
 MAX_POINTS_LOST = 0.5  # of accuracy, for a faster precision
 MAX_DIFFERENCE = 0.05  # from fp32's probabilities, where no labels give an accuracy

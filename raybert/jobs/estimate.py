@@ -236,7 +236,7 @@ def _epoch(experiment: Experiment, stage: str) -> tuple[int, int] | None:
 def _steps(config: TrainConfig, epoch: tuple[int, int] | None, seq_len: int) -> int | None:
     """Return the steps of the run; None where a time or an epoch of unknown length limits it."""
     if epoch is not None:
-        return config.budget(*epoch).steps
+        return config.limit_in_steps(*epoch)
     if config.tokens is not None:
         return math.ceil(config.tokens / (config.global_batch_size * seq_len))
     return config.steps

@@ -20,6 +20,7 @@ from raybert.data.sources.documents import labelled
 from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
+from raybert.records import Record
 from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import PretrainSpec
 from raybert.terminal.display import Display
@@ -31,23 +32,12 @@ _ROWS = 8192
 
 
 def bench_train(experiment: Experiment, *, in_process: bool, display: Display) -> dict[str, Any]:
-    """Run the configured pretraining on generated words; time the steps after the warm-up.
-
-    Raises:
-        ConfigError: the run has no step after the warm-up.
-    """
-    config = experiment.pretrain.model_copy(
-        update={
-            "log_every": 1,
-            "evaluations": 1,
-            "evaluation_rows": 2,
-            "checkpoint_minutes": None,
-            "examples": [],
-        }
-    )
+    """Run the configured pretraining on generated words; time the steps after the warm-up."""
+    changed = {"log_every": 1, "evaluations": 1, "evaluation_rows": 2, "examples": []}
+    config = experiment.pretrain.model_copy(update={**changed, "checkpoint_minutes": None})
     seconds: list[float] = []
 
-    def on_progress(record: dict[str, Any]) -> None:
+    def on_progress(record: Record) -> None:
         display.record(record)
         if record["kind"] == "train" and record["step"] > WARMUP_STEPS:
             seconds.append(record["step_seconds"])
@@ -78,14 +68,7 @@ def bench_train(experiment: Experiment, *, in_process: bool, display: Display) -
 def bench_serve(
     experiment: Experiment, model: Folder, most: int, display: Display
 ) -> dict[str, Any]:
-    """Measure a classifier in every precision on the experiment's evaluation source.
-
-    Returns:
-        As `precision_choice.compare`: the selected precision, the measurements, and `stored`.
-
-    Raises:
-        DataError: an invalid row, or a label that the classifier does not have.
-    """
+    """Measure a classifier in every precision on the experiment's evaluation source."""
     from raybert.inference.precision_choice import compare
     from raybert.model import huggingface
 
@@ -112,14 +95,8 @@ def generate_corpus(folder: Folder, rows: int, seq_len: int, vocab_size: int) ->
     ordinary = np.flatnonzero(~tokenizer.is_special)
     splits = {}
     for split, count in (("train", rows), ("heldout", 64)):
-        writer = PartWriter(
-            folder,
-            split,
-            seq_len=seq_len,
-            vocab_size=vocab_size,
-            rows_per_part=2048,
-            rows_per_group=32,
-        )
+        sizes = {"seq_len": seq_len, "vocab_size": vocab_size}
+        writer = PartWriter(folder, split, **sizes, rows_per_part=2048, rows_per_group=32)
         for begin in range(0, count, 1024):
             size = (min(1024, count - begin), seq_len)
             ids = ordinary[np.minimum(rng.zipf(1.2, size), len(ordinary)) - 1]

@@ -18,28 +18,25 @@ from raybert.config import dump
 from raybert.errors import RaybertError
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
-from raybert.pipeline.finetune_setup import prepare_finetune
-from raybert.pipeline.trial_runner import TrialRunner
+from raybert.pipeline.finetune_setup import input_length, prepare_finetune
 from raybert.storage.folder import Folder
-from raybert.tasks.classification_metrics import classification_scores
+from raybert.tasks.classification import classification_scores
 from raybert.tasks.finetune import FinetuneSpec
-from raybert.tasks.tokenized_texts import TokenizedTexts
+from raybert.tasks.prepared_texts import TokenizedTexts
 from raybert.terminal.display import Display
-from raybert.terminal.formats import clock
+from raybert.terminal.formats import clock, mean_and_deviation
 from raybert.train.run_folder import CONFIG, RESULT, dotted, open_run
 from raybert.train.settings import ALIKE_MAY_CHANGE
+from raybert.tune.search import TrialRunner
+from raybert.tune.search_session import FixedTrials
 from raybert.tune.space import Values
-from raybert.tune.trial_sources import FixedTrials
 from raybert.tune.trial_store import TrialRecord, TrialStore
 
 _SCORES = ("accuracy", "loss", "f1_macro", "expected_calibration_error")
 
 
 def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict[str, Any]:
-    """Fine-tune with several seeds, and measure each member and their ensemble.
-
-    Returns the result of `measure`, and `model`, the ensemble's folder.
-    """
+    """Fine-tune with several seeds; measure each member and their ensemble."""
     stage = experiment.folder / "ensemble"
     if stage.exists(RESULT):
         result = _open_ensemble(experiment, stage)
@@ -55,7 +52,10 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
         _open_ensemble(experiment, stage, spec)
         begun = time.monotonic()
         with display.stage("ensemble"):
-            runner = TrialRunner(experiment, display, spec, resources)
+            seq_len = input_length(experiment, spec.start, spec.config.seq_len)
+            runner = TrialRunner(
+                experiment.tune, spec, resources, stage, display, seq_len, experiment.ray.logs
+            )
             store = TrialStore(stage / "members")
             first = experiment.finetune.seed
             names = [f"s{first + number}" for number in range(seeds)]
@@ -63,7 +63,7 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
                 (name, {}, first + n) for n, name in enumerate(names)
             ]
             source = FixedTrials(store, wanted, retry=True)
-            runner.run(stage, store, source, keys=[], limit=seeds, retries=True)
+            runner.run(source)
         check_members(source.trials)
         models = [stage / "members" / name / "model" for name in names]
         validation = TokenizedTexts.load(spec.data, spec.prepared.validation)
@@ -91,13 +91,10 @@ def check_members(members: Sequence[TrialRecord]) -> None:
 def _open_ensemble(
     experiment: Experiment, stage: Folder, spec: FinetuneSpec | None = None
 ) -> dict[str, Any] | None:
+    inputs = None if spec is None else spec.inputs()
+    may_change = dotted("finetune", ALIKE_MAY_CHANGE)
     return open_run(
-        stage,
-        dump(experiment),
-        "finetune",
-        ("model",),
-        inputs=None if spec is None else spec.inputs(),
-        may_change=dotted("finetune", ALIKE_MAY_CHANGE),
+        stage, dump(experiment), "finetune", ("model",), inputs=inputs, may_change=may_change
     )
 
 
@@ -126,9 +123,8 @@ def measure(models: list[Folder], texts: TokenizedTexts, labels: list[str]) -> d
 
 
 def _format_result(result: dict[str, Any]) -> str:
-    spread = "" if result["std"] is None else f" ± {result['std']:.4f}"
     ensemble = result["ensemble"]["accuracy"]
     return (
-        f"{len(result['members'])} members {result['mean']:.4f}{spread}, together {ensemble:.4f} "
+        f"{len(result['members'])} members {mean_and_deviation(result)}, together {ensemble:.4f} "
         f"({result['gain']:+.4f}) on {result['n']:,} validation texts"
     )

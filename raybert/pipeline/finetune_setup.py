@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from raybert.tasks.finetune import FinetuneSpec
 
 #: Input length of texts that several runs share: each run truncates them to its own.
-WHOLE = 1 << 20
+FULL_LENGTH = 1 << 20
 
 
 def prepare_finetune(
@@ -30,22 +30,12 @@ def prepare_finetune(
     data: Folder,
     *,
     has_begun: bool = False,
-    whole: bool = False,
+    full_length: bool = False,
     on_ray: bool = True,
 ) -> FinetuneSpec:
     """Tokenize the labelled texts, unless that is done, and return the run's specification.
 
-    Args:
-        experiment: the configuration.
-        display: shows the progress.
-        data: the folder of the prepared texts.
-        has_begun: whether runs use the texts in `data` already; they are then kept.
-        whole: whether the texts are kept at their full length.
-        on_ray: whether Ray may be used.
-
-    Raises:
-        UserError: there is no initial model, or `finetune.seq_len` exceeds its length.
-        DataError: a text or label is unusable.
+    `has_begun`: runs use the texts in `data` already; `full_length`: texts keep their full length.
     """
     from raybert.inference.ensemble import Teacher
     from raybert.jobs.doctor.run_checks import run_requested_checks
@@ -71,7 +61,7 @@ def prepare_finetune(
             prepared = prepare_texts(
                 config,
                 Tokenizer.load(tokenizer),
-                WHOLE if whole else seq_len,
+                FULL_LENGTH if full_length else seq_len,
                 config.seed,
                 data,
                 teach=None if teacher is None else teacher.logits,
@@ -81,14 +71,7 @@ def prepare_finetune(
             f"texts     {prepared.train.rows:,} for training, {prepared.validation.rows:,} for "
             f"validation{format_skipped(prepared.skipped)}; labels {', '.join(prepared.labels)}"
         )
-    return FinetuneSpec(
-        config=config,
-        model=experiment.model,
-        start=start,
-        tokenizer=tokenizer,
-        data=data,
-        prepared=prepared,
-    )
+    return FinetuneSpec(config, experiment.model, start, tokenizer, data, prepared)
 
 
 def format_skipped(skipped: Mapping[str, int]) -> str:
@@ -97,11 +80,7 @@ def format_skipped(skipped: Mapping[str, int]) -> str:
 
 
 def starting_point(experiment: Experiment) -> tuple[Folder | None, Folder]:
-    """Return the initial model's folder (None: from scratch) and the tokenizer's.
-
-    Raises:
-        UserError: one of them is missing.
-    """
+    """The folders of the initial model (None: from scratch) and of the tokenizer; they exist."""
     path = experiment.finetune.initialize_from
     pretrained = experiment.folder / "pretrain" / "model"
     if path == "scratch":
@@ -123,11 +102,7 @@ def starting_point(experiment: Experiment) -> tuple[Folder | None, Folder]:
 
 
 def input_length(experiment: Experiment, start: Folder | None, seq_len: int | None) -> int:
-    """Return the largest number of tokens of a text: `seq_len`, or the corpus's.
-
-    Raises:
-        UserError: `seq_len` exceeds the model's length.
-    """
+    """The largest number of tokens of a text: `seq_len`, or the corpus's."""
     longest = experiment.model.max_seq_len
     if start is not None:
         longest = int(start.read_json("config.json").get("max_position_embeddings", 512))
@@ -140,11 +115,7 @@ def input_length(experiment: Experiment, start: Folder | None, seq_len: int | No
 
 
 def teachers(experiment: Experiment) -> list[Folder]:
-    """Return the folders of the teacher models; an ensemble stands for its members.
-
-    Raises:
-        UserError: a path has no model.
-    """
+    """The folders of the teacher models; an ensemble stands for its members."""
     from raybert.inference.ensemble import members
 
     found: list[Folder] = []

@@ -15,8 +15,8 @@ from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
 
-_TEXTS_A_CALL = 256
-_BYTES_A_READ = 1 << 16
+_TEXTS_PER_CALL = 256
+_BYTES_PER_READ = 1 << 16
 
 
 class NumberedText(NamedTuple):
@@ -29,27 +29,23 @@ class NumberedText(NamedTuple):
 def number_texts(texts: Iterable[str]) -> Iterator[list[NumberedText]]:
     """Number texts and yield them in batches."""
     remaining = itertools.starmap(NumberedText, enumerate(texts))
-    while chunk := list(itertools.islice(remaining, _TEXTS_A_CALL)):
+    while chunk := list(itertools.islice(remaining, _TEXTS_PER_CALL)):
         yield chunk
 
 
 def read_lines(stream: io.BufferedIOBase) -> Iterator[list[NumberedText]]:
-    """Yield the lines of a stream as they arrive; empty lines are counted but not yielded.
-
-    Raises:
-        DataError: a line is not UTF-8; the lines before it have been yielded.
-    """
+    """Yield the lines of a stream as they arrive; empty lines are only counted."""
     number, pieces = 0, [b""]  # pieces of the incomplete line
     while True:
-        read = stream.read1(_BYTES_A_READ)  # blocks only while nothing has arrived
+        read = stream.read1(_BYTES_PER_READ)  # blocks only while nothing has arrived
         pieces.append(read)
         if read and b"\n" not in read:
             continue
-        *whole, last = b"".join(pieces).split(b"\n")
-        whole, pieces = (whole, [last]) if read else ([*whole, last], [])
-        for begin in range(0, len(whole), _TEXTS_A_CALL):
-            yield from _decode(whole[begin : begin + _TEXTS_A_CALL], number + begin)
-        number += len(whole)
+        *lines, last = b"".join(pieces).split(b"\n")
+        lines, pieces = (lines, [last]) if read else ([*lines, last], [])
+        for begin in range(0, len(lines), _TEXTS_PER_CALL):
+            yield from _decode(lines[begin : begin + _TEXTS_PER_CALL], number + begin)
+        number += len(lines)
         if not read:
             return
 
@@ -117,10 +113,3 @@ def predict_file(
             on_progress=lambda done: display.progress(f"{done:,} texts"),
             precision=experiment.serve.precision,
         )
-
-
-def fill_mask(model: Folder, text: str, top: int) -> list[list[dict[str, Any]]]:
-    """Return the `top` most probable tokens for each mask of a text."""
-    from raybert.inference.fill_mask import MaskFiller
-
-    return MaskFiller(model).fill(text, top)

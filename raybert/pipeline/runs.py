@@ -61,11 +61,7 @@ def list_runs(storage: Folder) -> list[Run]:
 
 
 def find_run(storage: Folder, name: str) -> Run:
-    """Return an experiment by its name.
-
-    Raises:
-        UserError: there is none, or it is a symbolic link.
-    """
+    """Return an experiment by its name; a UserError if there is none, or it is a symbolic link."""
     build(RunConfig, {"name": name}, "runs")
     # Its target is outside of the storage, which resolving the link would hide.
     if storage.is_local and Path(storage.join(name)).is_symlink():
@@ -78,11 +74,7 @@ def find_run(storage: Folder, name: str) -> Run:
 
 
 def check_idle(storage: Folder, run: Run) -> None:
-    """Refuse an experiment that a process may be writing to.
-
-    Raises:
-        UserError: one of its files was changed within the last minutes.
-    """
+    """Raise a UserError if one of the experiment's files was changed in the last minutes."""
     ago = time.time() - run.changed
     if ago < BUSY_SECONDS:
         raise UserError(
@@ -92,18 +84,14 @@ def check_idle(storage: Folder, run: Run) -> None:
 
 
 def _read(storage: Folder, name: str) -> Run | None:
-    """Read an experiment; None where the name is not one's."""
     if name == REGISTRY or not any(storage.exists(f"{name}/{stage}") for stage in STAGES):
         return None
     folder = storage / name
     files = folder.files()
-    stages = [_read_stage(folder / stage, stage, files) for stage in STAGES]
-    return Run(
-        name=name,
-        bytes=sum(file.bytes for file in files),
-        changed=max((file.changed for file in files), default=0.0),
-        stages=[stage for stage in stages if stage is not None],
-    )
+    read = [_read_stage(folder / stage, stage, files) for stage in STAGES]
+    stages = [stage for stage in read if stage is not None]
+    changed = max((file.changed for file in files), default=0.0)
+    return Run(name, sum(file.bytes for file in files), changed, stages)
 
 
 def _read_stage(folder: Folder, name: str, experiment_files: Sequence[File]) -> Stage | None:

@@ -15,16 +15,17 @@ from raybert.data.corpus import build as corpus
 from raybert.data.corpus.manifest import Manifest
 from raybert.data.sources import documents
 from raybert.data.sources.settings import SourceConfig
-from raybert.errors import ConfigError, UserError
+from raybert.errors import UserError
 from raybert.experiment import Experiment
-from raybert.pipeline.finetune_setup import format_skipped, prepare_finetune, teachers
+from raybert.model import huggingface
+from raybert.pipeline.finetune_setup import format_skipped, prepare_finetune
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
+from raybert.train.run_folder import CONFIG, RESULT, open_run
 
 METRICS = "metrics.json"
-MASK = "[MASK]"  # in every tokenizer that raybert trains
 
 
 def make_corpus(experiment: Experiment, display: Display, *, force: bool = False) -> dict[str, Any]:
@@ -75,7 +76,6 @@ def pretrain(
     experiment: Experiment, display: Display, *, in_process: bool = False
 ) -> dict[str, Any]:
     """Pretrain on the corpus; the run directory then holds `model/`."""
-    from raybert.model import huggingface
     from raybert.tasks.masked_lm import PretrainSpec
 
     sections = ("corpus", "model")
@@ -89,17 +89,10 @@ def pretrain(
     model, start, path = experiment.model, None, experiment.pretrain.initialize_from
     if path is not None:
         start = resolve_model(path, "pretrain", key="pretrain.initialize_from")
-        model = huggingface.read_model_config(start)[0].model_copy(
-            update={"dropout": model.dropout}
-        )
-    spec = PretrainSpec(
-        config=experiment.pretrain,
-        model=model,
-        corpus=folder,
-        manifest=manifest,
-        source=", ".join(experiment.corpus.source.paths),
-        start=start,
-    )
+        own = huggingface.read_model_config(start)[0]
+        model = own.model_copy(update={"dropout": model.dropout})
+    source = ", ".join(experiment.corpus.source.paths)
+    spec = PretrainSpec(experiment.pretrain, model, folder, manifest, source, start)
     return _train("pretrain", spec, experiment, display, sections, in_process)
 
 
@@ -107,8 +100,6 @@ def finetune(
     experiment: Experiment, display: Display, *, in_process: bool = False
 ) -> dict[str, Any]:
     """Fine-tune a classifier on labelled texts; the run directory then holds `model/`."""
-    from raybert.train.run_folder import CONFIG
-
     result = _stored_result("finetune", experiment, display, ("model",))
     if result is not None:
         return result
@@ -122,9 +113,6 @@ def finetune(
 def _stored_result(
     stage: str, experiment: Experiment, display: Display, sections: tuple[str, ...]
 ) -> dict[str, Any] | None:
-    """Return the result of a finished run; its inputs may be gone."""
-    from raybert.train.run_folder import RESULT, open_run
-
     run = experiment.folder / stage
     result = open_run(run, dump(experiment), stage, sections) if run.exists(RESULT) else None
     if result is not None:
@@ -140,9 +128,7 @@ def _train(
     sections: tuple[str, ...],
     in_process: bool,
 ) -> dict[str, Any]:
-    """Train until the run is finished."""
     from raybert.train.run import train_in_process
-    from raybert.train.run_folder import open_run
 
     run = experiment.folder / stage
     spec.check()
@@ -206,7 +192,6 @@ def stored_metrics(experiment: Experiment, run: Folder) -> dict[str, Any] | None
 def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> dict[str, Any]:
     """Evaluate any classifier on the experiment's evaluation source."""
     from raybert.inference import bulk
-    from raybert.model import huggingface
 
     source = experiment.evaluate.source
     names = huggingface.read_label_names(model)
@@ -244,8 +229,6 @@ def _evaluation_inputs(experiment: Experiment, weights_hash: str) -> dict[str, A
 
 def _find_training_file(run: Folder, source: SourceConfig) -> str | None:
     """Return a file that a run was trained on and that the source reads; None if there is none."""
-    from raybert.train.run_folder import CONFIG
-
     values = parse_yaml(run.read_text(CONFIG), run.join(CONFIG)) if run.exists(CONFIG) else {}
     try:
         config = build(SourceConfig, values.get("finetune", {}).get("source", {}), CONFIG)
@@ -267,48 +250,3 @@ def find_shared_file(training: SourceConfig, source: SourceConfig) -> str | None
             if splits is not None and (not splits or splits & set(shard.splits)):
                 return file.name
     return None
-
-
-def check_sources(experiment: Experiment) -> None:
-    """Check the inputs of later stages, so that a mistake is found before hours of training.
-
-    Raises:
-        ConfigError: incompatible lengths, or an example without a mask.
-        DataError: a source has no files, or its first row lacks the column or label.
-        UserError: the package of a `sample:` is not installed, or a teacher is missing.
-    """
-    from raybert.train.run_folder import CONFIG
-
-    _check_lengths(experiment)
-    documents.fingerprint(experiment.corpus.source)
-    if experiment.corpus.overlap is not None:
-        documents.fingerprint(experiment.corpus.overlap)
-    if not (experiment.folder / "finetune").exists(CONFIG):  # a begun run keeps its prepared texts
-        documents.peek(experiment.finetune.source)
-        if experiment.finetune.validation is not None:
-            documents.peek(experiment.finetune.validation)
-        teachers(experiment)
-        if experiment.finetune.distill.unlabelled is not None:
-            documents.fingerprint(experiment.finetune.distill.unlabelled)
-    documents.peek(experiment.evaluate.source)
-
-
-def _check_lengths(experiment: Experiment) -> None:
-    model = experiment.model.max_seq_len
-    if experiment.corpus.seq_len > model and experiment.pretrain.initialize_from is None:
-        raise ConfigError(
-            f"corpus.seq_len={experiment.corpus.seq_len} exceeds model.max_seq_len={model}; raise "
-            "model.max_seq_len, or lower corpus.seq_len"
-        )
-    seq_len, start = experiment.finetune.seq_len, experiment.finetune.initialize_from
-    own = experiment.pretrain.initialize_from is None and start in ("pretrain", "scratch")
-    if seq_len is not None and own and seq_len > model:
-        raise ConfigError(
-            f"finetune.seq_len={seq_len} exceeds model.max_seq_len={model}; raise "
-            "model.max_seq_len, or lower finetune.seq_len"
-        )
-    for text in experiment.pretrain.examples:
-        if experiment.corpus.tokenizer.kind != "file" and MASK not in text:
-            raise ConfigError(
-                f"pretrain.examples: {text!r} has no {MASK}; put it in place of a word"
-            )

@@ -6,30 +6,67 @@ resumed; only then are the other models deleted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from raybert.config import dump
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.pipeline.stages import METRICS, evaluate_model, stored_metrics
+from raybert.records import finite
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
-from raybert.terminal.formats import clock
+from raybert.terminal.formats import clock, mean_and_deviation
 from raybert.train.run_folder import RESULT
-from raybert.tune.finalists import Finalist
+from raybert.tune.finalists import Finalist, configured_trial
+from raybert.tune.importance import METHOD, importance
 from raybert.tune.settings import TrialConfig
 from raybert.tune.space import Space
-from raybert.tune.summary import Cost, search_result, write_trials
-from raybert.tune.trial_store import TrialRecord
+from raybert.tune.trial_store import TrialRecord, count_states
 
 WINNER = "winner.yaml"
+TRIALS, CLOCK = "trials.json", "search.json"
+
+
+class SearchClock:
+    """The seconds of a search over all its sessions; stored whenever a trial ends."""
+
+    def __init__(self, stage: Folder) -> None:
+        found = stage.read_json(CLOCK)["seconds"] if stage.exists(CLOCK) else 0.0
+        self.earlier = float(found)  # seconds of earlier sessions
+        self._stage, self._started = stage, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of all sessions so far."""
+        return self.earlier + time.monotonic() - self._started
+
+    def write(self) -> None:
+        """Store the seconds."""
+        self._stage.write_json(CLOCK, {"seconds": round(self.seconds, 1)})
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The compute that trials used."""
+
+    trial_seconds: float
+    core_hours: float
+    gpu_hours: float
+
+    @classmethod
+    def of(cls, trials: Sequence[TrialRecord], cores: float, gpus: float) -> Cost:
+        """Sum the trials' training seconds, times the cores and GPUs of each trial."""
+        seconds = sum(trial.seconds for trial in trials)
+        hours = seconds / 3600
+        return cls(round(seconds, 1), round(hours * cores, 4), round(hours * gpus, 4))
 
 
 def finish_search(
     experiment: Experiment,
     display: Display,
-    stage: Folder,
     space: Space,
     trials: Sequence[TrialRecord],
     finalists: Sequence[Finalist],
@@ -38,18 +75,24 @@ def finish_search(
     seconds: float,
     seen_in_training: bool,
 ) -> dict[str, Any]:
-    """Write the winner's model, measure it on the test texts, write the report and the result.
-
-    The first of the finalists is the winner; `seen_in_training` are test texts that trials read.
-    """
-    config = experiment.tune
+    """Write the first finalist's model, its test scores, the report and the result."""
+    config, stage = experiment.tune, experiment.folder / "tune"
     run = finalists[0].best_run()
     (stage / "seeds" / run.name / "model").copy_to(stage / "model", last="config.json")
     base = TrialConfig(model=experiment.model, finetune=experiment.finetune)
     won = base.with_values({**run.values, "finetune.seed": run.seed})
     winner = experiment.model_copy(update={"model": won.model, "finetune": won.finetune})
     stage.write_text(WINNER, dump(winner))
-    write_trials(stage, space, trials, finalists, cost, config.scheduler.kind, config.searcher)
+    content = {
+        "searcher": config.searcher,
+        "scheduler": config.scheduler.kind,
+        "dimensions": [asdict(dimension) for dimension in space.dimensions],
+        "trials": [trial.as_json() for trial in trials],
+        "finalists": [finalist.as_json() for finalist in finalists],
+        "importance": {"method": METHOD, "shares": importance(space, trials)},
+        "cost": asdict(cost),
+    }
+    stage.write_json(TRIALS, finite(content))  # the report is made from it
     result = search_result(trials, finalists, cost, seconds)
     result |= {"model": (stage / "model").uri, "config": (stage / WINNER).uri, "run": run.name}
     if config.test:
@@ -89,15 +132,28 @@ def write_report_and_result(
 def format_best(result: dict[str, Any]) -> str:
     """The winner's scores beside those of the configured values, in a line."""
     best, default = result["best"]["seeds"]["accuracy"], result["default"]
-    parts = [f"trial {result['best']['trial']}, validation accuracy {_format_spread(best)}"]
+    parts = [f"trial {result['best']['trial']}, validation accuracy {mean_and_deviation(best)}"]
     if default is not None:
-        parts.append(f"the configured values {_format_spread(default['seeds']['accuracy'])}")
+        accuracy = mean_and_deviation(default["seeds"]["accuracy"])
+        parts.append(f"the configured values {accuracy}")
     if "test" in result:
         parts.append(f"test accuracy {result['test']['accuracy']:.4f}")
     return f"{', '.join(parts)}, in {clock(result['seconds'])}"
 
 
-def _format_spread(spread: dict[str, Any]) -> str:
-    if spread["mean"] is None:
-        return "none"
-    return f"{spread['mean']:.4f}" + ("" if spread["std"] is None else f" ± {spread['std']:.4f}")
+def search_result(
+    trials: Sequence[TrialRecord], finalists: Sequence[Finalist], cost: Cost, seconds: float
+) -> dict[str, Any]:
+    """The result of `raybert tune --json`, without the keys of the winner's model."""
+    first = configured_trial(trials)
+    default = next(
+        (f for f in finalists if first is not None and f.trial.values == first.values), None
+    )
+    found = {
+        "trials": {"all": len(trials), **count_states(trials)},
+        "best": finalists[0].as_json(),
+        "default": None if default is None else default.as_json(),
+        "seconds": round(seconds, 1),
+        "cost": asdict(cost),
+    }
+    return dict(finite(found))

@@ -17,37 +17,36 @@ from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
 from raybert.pipeline.finetune_setup import input_length, prepare_finetune
 from raybert.pipeline.stages import find_shared_file
-from raybert.pipeline.trial_runner import TrialRunner
-from raybert.pipeline.tune_result import finish_search, format_best, write_report_and_result
+from raybert.pipeline.tune_result import (
+    Cost,
+    SearchClock,
+    finish_search,
+    format_best,
+    write_report_and_result,
+)
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
-from raybert.tasks.tokenized_texts import TokenizedTexts
+from raybert.tasks.prepared_texts import TokenizedTexts
 from raybert.terminal.display import Display
 from raybert.train.run_folder import CONFIG, RESULT, open_run
 from raybert.tune.finalists import Finalist, choose_finalists, finalist_runs, rank_finalists
 from raybert.tune.samplers import SAMPLERS, Sampler
 from raybert.tune.schedulers import SCHEDULERS
-from raybert.tune.search_session import OUT_OF_TIME
+from raybert.tune.search import TrialRunner
+from raybert.tune.search_session import OUT_OF_TIME, FixedTrials, SampledTrials
 from raybert.tune.settings import MAY_CHANGE, TrialConfig, TuneConfig
 from raybert.tune.space import Space, Values
 from raybert.tune.space_checks import has_unequal_rungs, longest_epochs, read_space
-from raybert.tune.summary import Cost, SearchClock
 from raybert.tune.tensorboard import EventWriter, check_tensorboard, tensorboard
-from raybert.tune.trial_sources import FixedTrials, SampledTrials
 from raybert.tune.trial_store import TrialRecord, TrialStore
 
 _SECTIONS = ("model", "finetune")  # that affect the result of a search, beside `tune`
 
 
 def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -> dict[str, Any]:
-    """Run the search and its finalists; write the winner's model and the report.
+    """Run the search and its finalists, write model and report; returns `result.json`.
 
-    `dashboard` starts Ray's dashboard and TensorBoard. Returns the content of `result.json`.
-
-    Raises:
-        ConfigError: an invalid search space, or a cluster that is too small for a trial.
-        UserError: the model or the texts that trials start from are missing.
-        RaybertError: no trial has a score.
+    `dashboard` starts Ray's dashboard and TensorBoard.
     """
     stage, config = experiment.folder / "tune", experiment.tune
     if stage.exists(RESULT):
@@ -65,7 +64,7 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
         run_requested_checks(experiment, resources, display, ("tune",))
         has_begun = stage.exists(CONFIG)
         spec = prepare_finetune(
-            experiment, display, stage / "data", has_begun=has_begun, whole=True
+            experiment, display, stage / "data", has_begun=has_begun, full_length=True
         )
         spec.check()
         for dimension in space.dimensions:
@@ -86,12 +85,7 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
 def open_search(
     experiment: Experiment, stage: Folder, display: Display, spec: FinetuneSpec | None = None
 ) -> dict[str, Any] | None:
-    """Create or reopen the search's folder; returns the result of a finished search.
-
-    Raises:
-        ConfigError: a setting that affects the trials has changed.
-        DataError: the inputs have changed.
-    """
+    """Create or reopen the search's folder, as `open_run`."""
     return open_run(
         stage,
         dump(experiment),
@@ -134,20 +128,19 @@ class Search:
         self._experiment, self._display, self._stage = experiment, display, stage
         self._config: TuneConfig = experiment.tune
         self._space, self._spec = space, spec
-        self._runner = TrialRunner(experiment, display, spec, resources)
-        self._keys = [dimension.key for dimension in space.dimensions]
+        seq_len = input_length(experiment, spec.start, spec.config.seq_len)
+        self._runner = TrialRunner(
+            self._config, spec, resources, stage, display, seq_len, experiment.ray.logs
+        )
+        kind = self._config.scheduler.kind
+        self._scheduler = SCHEDULERS[kind](self._config.scheduler)
         self._clock = SearchClock(stage)
         self._seen_file: str | None = None  # a file of the test texts that trials train on
 
     def check(self) -> None:
-        """Reject a search that can't work.
-
-        Raises:
-            ConfigError: no values of the space are valid, or the scheduler could stop no trial.
-        """
+        """Raise a ConfigError if no values of the space are valid or no trial could be stopped."""
         self._sampler(self._start_values())
-        scheduler = self._config.scheduler
-        SCHEDULERS[scheduler.kind](scheduler).check_epochs(self._longest())
+        self._scheduler.check_epochs(self._longest())
 
     def warn(self) -> None:
         """Warn of settings that make the results less meaningful."""
@@ -181,7 +174,6 @@ class Search:
         return finish_search(
             self._experiment,
             self._display,
-            self._stage,
             self._space,
             trials,
             finalists,
@@ -191,23 +183,18 @@ class Search:
         )
 
     def _run_trials(self) -> list[TrialRecord]:
-        """Run the trials of the search; returns all of them."""
         config, start = self._config, self._start_values()
         store, sampler = TrialStore(self._stage / "trials"), self._sampler(start)
-        limit = sampler.count(config.trials)
-        source = SampledTrials(store, sampler, start, limit, self._experiment.finetune.seed)
+        limit, seed = sampler.count(config.trials), self._experiment.finetune.seed
+        source = SampledTrials(store, sampler, start, limit, seed)
         deadline = None
         if config.minutes is not None:
             deadline = time.monotonic() + config.minutes * 60 - self._clock.earlier
         events = EventWriter(self._stage / "tensorboard")
         self._runner.run(
-            self._stage,
-            store,
             source,
-            keys=self._keys,
-            limit=limit,
-            scheduler=config.scheduler,
-            space=self._space,
+            self._scheduler,
+            self._space,
             longest=self._longest(),
             deadline=deadline,
             on_evaluation=[events.on_evaluation],
@@ -227,7 +214,7 @@ class Search:
         store = TrialStore(self._stage / "seeds")
         wanted = finalist_runs(finalists, self._experiment.finetune.seed, config.seeds)
         source = FixedTrials(store, wanted)
-        self._runner.run(self._stage, store, source, keys=self._keys, limit=len(wanted))
+        self._runner.run(source, space=self._space)
         ranking = rank_finalists(finalists, source.trials, self._spec.prepared.validation.rows)
         if any(other.mean > ranking[0].mean for other in ranking):
             self._display.print(
@@ -237,7 +224,6 @@ class Search:
         return ranking
 
     def _start_values(self) -> list[Values]:
-        """The values of the first trials: the configured ones, then those of `tune.start`."""
         settings = self._runner.base.flat()
         return [
             {**self._space.of({**settings, **values}), **values}
@@ -246,10 +232,11 @@ class Search:
 
     def _sampler(self, start: list[Values]) -> Sampler:
         config = self._config
-        return SAMPLERS[config.searcher](config, self._space, start, self._runner.base.accepts)
+        return SAMPLERS[config.searcher](
+            self._space, start, config.seed, config.trials, self._runner.base.accepts
+        )
 
     def _longest(self) -> float:
-        """The epochs of the longest trial."""
         finetune, train = self._experiment.finetune, self._spec.prepared.train
         steps_per_epoch = max(1, -(-train.rows // finetune.global_batch_size))
         tokens_per_epoch = 1

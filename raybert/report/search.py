@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from raybert.report.elements import Figure, Table, Tile, format_value
 from raybert.report.plots import GRID, MAIN, MUTED, PALE, SECOND, draw_figure
 from raybert.report.stage_files import number
-from raybert.terminal.formats import format_duration
+from raybert.terminal.formats import format_duration, mean_and_deviation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,10 +139,7 @@ def _values_of(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
 def _mean(finalist: Mapping[str, Any], key: str = "accuracy") -> str:
     """The mean of a finalist's runs, with its standard deviation."""
     spread = (finalist.get("seeds") or {}).get(key) or {}
-    mean, deviation = number(spread.get("mean")), number(spread.get("std"))
-    if mean is None:
-        return "none"
-    return f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+    return mean_and_deviation({key: number(spread.get(key)) for key in ("mean", "std")})
 
 
 def search_plots(search: Mapping[str, Any], trials: Sequence[Trial]) -> list[Figure]:

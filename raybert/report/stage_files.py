@@ -32,7 +32,7 @@ class Stage:
 
     name: str  # "" for the report's own folder
     config: str = ""
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)  # see `raybert.records`
     scores: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)

@@ -15,10 +15,9 @@ from raybert.model.heads import Classifier
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.tasks.classification import Classification, make_class_weights
-from raybert.tasks.prepared_texts import PreparedTexts
+from raybert.tasks.prepared_texts import PreparedTexts, TokenizedTexts
 from raybert.tasks.settings import FinetuneConfig
 from raybert.tasks.text_task import TextTask
-from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.distributed import Group
 from raybert.train.task import LoaderConfig
 
@@ -43,7 +42,7 @@ class FinetuneSpec:
     """A fine-tuning run, picklable: the driver sends it to the workers."""
 
     config: FinetuneConfig
-    model: ModelConfig  # of a fresh encoder
+    model: ModelConfig  # of an encoder from scratch
     start: Folder | None  # the model to start from; None: from scratch
     tokenizer: Folder  # the folder with the tokenizer's files
     data: Folder  # the folder of the prepared texts
@@ -98,16 +97,13 @@ class FinetuneSpec:
             shape = self.model.model_copy(update={"dropout": config.dropout})
             encoder = Encoder(shape, tokenizer.vocab_size, tokenizer.pad_id)
             return Classifier(encoder, num_labels, config.head)
+        weights = None if self.shared is None else self.shared.weights
+        size = tokenizer.vocab_size
         return huggingface.load_encoder_into(
-            self.start,
-            num_labels,
-            config.head,
-            config.dropout,
-            tokenizer.vocab_size,
-            weights=None if self.shared is None else self.shared.weights,
+            self.start, num_labels, config.head, config.dropout, size, weights=weights
         )
 
-    def finish(self, task: Any, run: Folder) -> dict[str, Any]:
+    def finish(self, task: Any, run: Folder, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write `model/` from the weights in the task."""
         folder = run / "model"
         huggingface.save_classifier(
@@ -115,13 +111,13 @@ class FinetuneSpec:
             self.prepared.labels,
             self.tokenizer,
             folder,
-            card=model_card(self, task.last),
+            card=model_card(self, metrics),
             preprocessing={
                 "seq_len": self.prepared.seq_len,
                 "head_tokens": self.prepared.head_tokens,
                 "html_breaks": self.config.source.html_breaks,
             },
-            temperature=task.last.get("temperature"),
+            temperature=metrics.get("temperature"),
         )
         return {"model": folder.uri}
 
@@ -138,9 +134,9 @@ tags: [raybert]
 
 Labels: {", ".join(spec.prepared.labels)}.
 
-- Texts: {source} ({spec.prepared.train.rows:,} to train on, {spec.prepared.validation.rows:,} to
-  choose by)
-- Started from: {spec.start or "fresh weights"}
+- Texts: {source} ({spec.prepared.train.rows:,} for training,
+  {spec.prepared.validation.rows:,} for validation)
+- Started from: {spec.start or "random weights"}
 - Validation accuracy: {metrics.get("accuracy", float("nan")):.4f}, texts of up to
   {spec.prepared.seq_len} tokens
 

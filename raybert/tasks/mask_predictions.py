@@ -19,11 +19,7 @@ from raybert.model.heads import MaskedLM
 def predict_masks(
     model: MaskedLM, tokenizer: Tokenizer, text: str, top: int = 5
 ) -> list[list[dict[str, Any]]]:
-    """Predict the tokens of each mask, in the order of the text.
-
-    Returns for each the `top` most probable tokens as {"token", "probability"}, the first the most
-    probable.
-    """
+    """The `top` tokens of each mask, {"token", "probability"}, the most probable first."""
     ids, positions = encode_masked(tokenizer, text, model.encoder.config.max_seq_len)
     device = next(model.parameters()).device
     batch = torch.from_numpy(ids)[None].to(device)  # [1, T]
@@ -42,11 +38,7 @@ def predict_masks(
 def encode_masked(
     tokenizer: Tokenizer, text: str, max_seq_len: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Tokenize a text with masks: its ids, int64 [T], and the positions of its masks, int64 [M].
-
-    Raises:
-        DataError: the text has no mask, or more than `max_seq_len` tokens.
-    """
+    """Tokenize a text: its ids, int64 [T], and the positions of its masks, int64 [M]."""
     ids = tokenizer.encode([text]).values.astype(np.int64)
     positions = np.flatnonzero(ids == tokenizer.mask_id).astype(np.int64)
     if not len(positions):

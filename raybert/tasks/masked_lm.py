@@ -27,6 +27,7 @@ from raybert.model.cost import flops_per_token
 from raybert.model.encoder import Encoder
 from raybert.model.heads import MaskedLM
 from raybert.model.settings import ModelConfig
+from raybert.records import Metrics
 from raybert.storage.folder import Folder
 from raybert.tasks.mask_predictions import encode_masked, predict_masks
 from raybert.tasks.settings import PretrainConfig
@@ -53,10 +54,8 @@ class PretrainSpec:
     def check(self) -> None:
         """Check the settings, the corpus and the model to start from, before any worker starts.
 
-        Raises:
-            ConfigError: settings that don't fit each other or the corpus.
-            DataError: the corpus has no rows, or another tokenizer than it was made with.
-            DamagedError: a part is missing or cut short.
+        A ConfigError for settings that don't fit, a DataError for a corpus without rows or with
+        another tokenizer, a DamagedError for a part that is missing or cut short.
         """
         self._check_length()
         tokenizer = self._check_corpus()
@@ -78,7 +77,6 @@ class PretrainSpec:
             )
 
     def _check_corpus(self) -> Tokenizer:
-        """Check that the corpus is complete; return its tokenizer."""
         manifest = self.manifest
         for split in ("train", "heldout"):
             if split not in manifest.splits or not manifest.splits[split].rows:
@@ -126,26 +124,18 @@ class PretrainSpec:
         """Build the task on a worker."""
         return MaskedLMTask(self, group, loader)
 
-    def finish(self, task: Any, run: Folder) -> dict[str, Any]:
+    def finish(self, task: Any, run: Folder, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write `model/` from the weights in the task."""
-        metrics = {key: task.last[key] for key in ("loss", "unigram_loss") if key in task.last}
-        folder = run / "model"
+        folder, config = run / "model", self.manifest.info.get("config", {})
+        html_breaks = str(config.get("source", {}).get("html_breaks", "space"))
         huggingface.save_masked_lm(
             task.model,
             self.corpus,
             folder,
             card=model_card(self, metrics),
-            preprocessing={
-                "seq_len": self.manifest.seq_len,
-                "html_breaks": self._html_breaks(),
-            },
+            preprocessing={"seq_len": self.manifest.seq_len, "html_breaks": html_breaks},
         )
         return {"model": folder.uri}
-
-    def _html_breaks(self) -> str:
-        """How line breaks were read, from the configuration of the corpus in its manifest."""
-        config = self.manifest.info.get("config", {})
-        return str(config.get("source", {}).get("html_breaks", "space"))
 
 
 class MaskedLMTask:
@@ -171,14 +161,10 @@ class MaskedLMTask:
             encoder = Encoder(spec.model, self._tokenizer.vocab_size, self._tokenizer.pad_id)
             model = MaskedLM(encoder)
         self.model = model.to(group.device)
-        self.last: dict[str, Any] = {}  # the last evaluation
         self.steps_per_epoch = self._order.steps_per_epoch
         self.tokens_per_epoch = self._reader.rows * spec.manifest.seq_len
         self.flops_per_token = flops_per_token(
-            spec.model,
-            spec.manifest.seq_len,
-            self._tokenizer.vocab_size,
-            config.masking.mask_rate,
+            spec.model, spec.manifest.seq_len, self._tokenizer.vocab_size, config.masking.mask_rate
         )
         self.needs_total = config.masking.mask_rate_end is not None
 
@@ -194,7 +180,7 @@ class MaskedLMTask:
             total_steps or 1 << 62,  # not yet known: a decaying mask rate is at its start
         )
         while True:
-            # One execution of Ray Data lasts 65,536 steps, a whole run for most.
+            # One execution of Ray Data lasts 65,536 steps: most runs are shorter.
             last = min(first_step + (1 << 16), max(total_steps or 1 << 62, first_step + 1))
             steps = range(first_step, last)
             if self._loader.on_ray:
@@ -261,8 +247,8 @@ class MaskedLMTask:
             seed=EVALUATION_SEED,
         )
 
-    def evaluate(self) -> dict[str, Any]:
-        """Compute the held-out loss in nats a predicted token; predict the examples' masks."""
+    def evaluate(self) -> Metrics:
+        """Compute the held-out loss in nats per predicted token; predict the examples' masks."""
         inputs, labels = self._heldout
         size = 2 * self._spec.config.micro_batch_size
         total, count = 0.0, 0.0
@@ -272,22 +258,22 @@ class MaskedLMTask:
             total, count = total + float(loss), count + predicted
         total, count = self._group.sum([total, count])
         loss_mean = total / max(1.0, count)
-        self.last = {"score": -loss_mean, "loss": round(loss_mean, 5)}
+        metrics: Metrics = {"score": -loss_mean, "loss": round(loss_mean, 5)}
         unigram = self._spec.manifest.info.get("unigram_loss")
         if unigram is not None:  # null where held-out text has tokens that training text lacks
-            self.last["unigram_loss"] = round(unigram, 5)
+            metrics["unigram_loss"] = round(unigram, 5)
         if self._group.rank == 0:
-            self.last["fillings"] = [
+            metrics["fillings"] = [
                 {"text": text, "tokens": predict_masks(self.model, self._tokenizer, text)[0]}
                 for text in self._spec.config.examples
             ]
-        return self.last
+        return metrics
 
 
 def model_card(spec: PretrainSpec, metrics: dict[str, Any]) -> str:
     """The model card of a pretrained model, Markdown."""
     shape = spec.model
-    loss = f"{metrics['loss']:.4f} nats a masked token" if "loss" in metrics else "not measured"
+    loss = f"{metrics['loss']:.4f} nats per masked token" if "loss" in metrics else "not measured"
     if "unigram_loss" in metrics:
         loss += f"\n  (a unigram model: {metrics['unigram_loss']:.4f})"
     start = f"\n- Started from: {spec.start}" if spec.start is not None else ""

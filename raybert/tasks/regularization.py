@@ -1,11 +1,12 @@
-"""Regularisation of fine-tuning: R-Drop and virtual adversarial training, for any loss on texts.
+"""Regularisation of fine-tuning: R-Drop, virtual adversarial training and distillation.
 
-R-Drop (arXiv 2106.14448) penalises the divergence between two passes with different dropout.
-Virtual adversarial training (arXiv 1605.07725) penalises the divergence that the worst small shift
-of the embeddings causes.
+Distillation (arXiv 1503.02531) adds the divergence from a teacher's probabilities. R-Drop (arXiv
+2106.14448) penalises the divergence between two passes with different dropout. Virtual adversarial
+training (arXiv 1605.07725) penalises the divergence that an adversarial perturbation of the
+embeddings causes.
 
 All passes that contribute gradients go through the model as one batch, because a DDP module is
-called once a backward pass.
+called once per backward pass.
 
 Shapes: B texts, T tokens, D hidden, L labels.
 """
@@ -21,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from raybert.model.heads import Classifier
-from raybert.tasks.distillation import kl_divergence
-from raybert.tasks.tokenized_texts import NO_LABEL
+from raybert.tasks.prepared_texts import NO_LABEL
 
 #: Size of the random probe by which the adversarial direction is found, relative to the shift. At a
 #: shift of zero the gradient is zero, too; in bf16 a far smaller one drowns in rounding.
@@ -30,6 +30,32 @@ _PROBE_SIZE = 0.5
 
 #: Logits fp32 [B, L], labels int64 [B], the teacher's logits fp32 [B, L] or None -> the sum.
 SupervisedLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def kl_divergence(expected: Tensor, found: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence of each row, in nats: log-probabilities [B, L] -> [B]."""
+    return (expected.exp() * (expected - found)).sum(-1)
+
+
+def distillation_loss(
+    label_loss: Tensor,
+    logits: Tensor,
+    teacher: Tensor,
+    has_label: Tensor,
+    share: float,
+    temperature: float,
+) -> Tensor:
+    """Combine the labels' loss with the divergence from the teacher, summed over the texts.
+
+    Both models' logits, fp32 [B, L], are divided by the temperature. The teacher has a `share` in
+    the loss of a labelled text; texts without a label (`has_label` [B]) learn from it alone.
+    """
+    divergence = kl_divergence(
+        (teacher / temperature).log_softmax(-1), (logits / temperature).log_softmax(-1)
+    )  # [B]
+    weights = torch.where(has_label, share, 1.0)  # [B]
+    # Dividing logits by the temperature divides the gradients by its square.
+    return (1 - share) * label_loss + temperature**2 * (weights * divergence).sum()
 
 
 @dataclass(frozen=True)
@@ -91,13 +117,10 @@ def adversarial_shift(
     """Find the shift of the embeddings, of a given norm, that changes the predictions most.
 
     One step of the power method from a random direction (arXiv 1605.07725, section 3.2), without
-    dropout. The shift is added after the embeddings' LayerNorm, so that the model can't evade it
-    by larger embeddings. `size` is the norm of a text's shift, as a share of the norm of all its
-    embeddings.
-
-    Returns:
-        The log-probabilities without a shift, [B, L], and the shift, [B, T, D], which is zero at
-        padding.
+    dropout. The shift is added after the embeddings' LayerNorm, so that the model can't evade it by
+    larger embeddings. `size` is the norm of a text's shift, as a share of that of its embeddings.
+    Returns the log-probabilities without a shift, [B, L], and the shift, [B, T, D], zero at
+    padding.
     """
     is_training = model.training
     model.eval()

@@ -27,12 +27,12 @@ class PretrainConfig(TrainConfig):
         "separate ones end 0.07 nats lower (benchmarks/results/packed-20261125.json)",
     )
     initialize_from: str | None = Field(
-        None, description="a model/ folder whose weights training starts from; null: fresh ones"
+        None, description="a model/ folder whose weights training starts from; null: random"
     )
     evaluation_rows: int = Field(2048, ge=1, description="held-out rows that are evaluated on")
     examples: list[str] = Field(
         ["I have watched this [MASK] and it was awesome."],
-        description="sentences whose five likeliest fillings are logged at every evaluation",
+        description="sentences whose five most probable fillings are logged at every evaluation",
     )
 
 
@@ -78,9 +78,7 @@ class TextsConfig(Settings):
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="share of the source that is set apart for validation"
     )
-    seq_len: int | None = Field(
-        None, ge=8, description="tokens of a text; null: those of the corpus's rows"
-    )
+    seq_len: int | None = Field(None, ge=8, description="tokens of a text; null: of a corpus row")
     head_share: float = Field(
         0.25, gt=0, le=1, description="share of the tokens that a longer text keeps from its start"
     )
@@ -95,8 +93,8 @@ class FinetuneConfig(TextsConfig, TrainConfig):
 
     initialize_from: str = Field(
         "pretrain",
-        description="pretrain: the model of this experiment's pretraining; scratch: fresh weights; "
-        "or a folder with a model/ of raybert's or of Hugging Face's",
+        description="pretrain: the model of this experiment's pretraining; scratch: random "
+        "weights; or a folder with a model/ of raybert's or of Hugging Face's",
     )
     head: HeadConfig = HeadConfig()
     dropout: float = Field(
@@ -129,7 +127,7 @@ class FinetuneConfig(TextsConfig, TrainConfig):
         0.0,
         ge=0,
         description="virtual adversarial training (arXiv 1605.07725): weight of the divergence "
-        "that the worst small shift of the embeddings causes, 1 for instance; a step takes three "
+        "that an adversarial shift of the embeddings causes, 1 for instance; a step takes three "
         "times as long",
     )
     adversarial_size: float = Field(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,10 @@ from raybert.data.preprocess import pad
 from raybert.data.tokenizer import Tokenizer
 from raybert.model.cost import flops_per_token
 from raybert.model.heads import Classifier
+from raybert.records import Metrics
+from raybert.tasks.prepared_texts import NO_LABEL, TextBatch, TokenizedTexts
 from raybert.tasks.regularization import RegularizedLoss
 from raybert.tasks.settings import FinetuneConfig
-from raybert.tasks.tokenized_texts import NO_LABEL, TextBatch, TokenizedTexts
 from raybert.train.distributed import Group
 from raybert.train.task import Batch
 
@@ -37,10 +38,8 @@ class Objective(Protocol):
     def loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         """Sum the loss: fp32 [B, L], int64 [B], fp32 [B, L] or None -> fp32 scalar."""
 
-    def evaluate(
-        self, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
-    ) -> dict[str, Any]:
-        """Compute the metrics of fp32 [rows, L] and int64 [rows]; `score`: higher is better."""
+    def evaluate(self, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> Metrics:
+        """Compute the metrics of fp32 [rows, L] and int64 [rows]."""
 
 
 class TextTask:
@@ -68,7 +67,6 @@ class TextTask:
             objective.loss, config.r_drop, config.adversarial, config.adversarial_size
         )
         self._is_frozen = False
-        self.last: dict[str, Any] = {}  # the last evaluation
         self.steps_per_epoch = self._order.steps_per_epoch
         self.tokens_per_epoch = int(lengths.sum())
         self.flops_per_token = flops_per_token(model.encoder.config, round(float(lengths.mean())))
@@ -88,14 +86,10 @@ class TextTask:
         texts = [self._train.input_ids[i] for i in row_ids]
         input_ids, attention_mask = pad(texts, self._tokenizer.pad_id)
         teacher = self._train.teacher
+        labels = self._train.labels[row_ids]
+        logits = None if teacher is None else teacher[row_ids]
         return TextBatch(
-            step,
-            micro_batch_index,
-            row_ids,
-            input_ids,
-            attention_mask,
-            self._train.labels[row_ids],
-            None if teacher is None else teacher[row_ids],
+            step, micro_batch_index, row_ids, input_ids, attention_mask, labels, logits
         )
 
     def empty_batch(self) -> TextBatch:
@@ -142,7 +136,7 @@ class TextTask:
             self.model.encoder.requires_grad_(not is_frozen)
         return changed
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> Metrics:
         """Score the validation texts, each one once, with all ranks together."""
         by_length = np.argsort(self._validation.lengths, kind="stable")
         mine = by_length[self._group.rank :: self._group.world_size]
@@ -157,5 +151,4 @@ class TextTask:
         all_logits = np.empty((len(by_length), num_outputs), np.float32)  # [rows, L]
         for rows, values in self._group.gather((mine, local)):
             all_logits[rows] = values
-        self.last = self.objective.evaluate(all_logits, self._validation.labels)
-        return self.last
+        return self.objective.evaluate(all_logits, self._validation.labels)

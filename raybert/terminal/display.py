@@ -16,6 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from raybert.records import EvalRecord, Record, TrainRecord
 from raybert.terminal.formats import clock
 
 PLAIN_SECONDS = 10.0  # between lines of progress without a terminal
@@ -106,7 +107,7 @@ class Display:
         if not self._quiet:
             self._console.print(text)
 
-    def record(self, record: dict[str, Any]) -> None:
+    def record(self, record: Record) -> None:
         """Show a record of the training loop."""
         total = record.get("total_steps")
         if record["kind"] == "train":
@@ -124,7 +125,7 @@ class Display:
             sys.stderr.flush()
 
 
-def _format_train(record: dict[str, Any], total: int | None) -> str:
+def _format_train(record: TrainRecord, total: int | None) -> str:
     steps = f"{record['step']:,}" + (f"/{total:,}" if total else "")
     parts = [
         f"step {steps}",
@@ -142,7 +143,7 @@ def _format_train(record: dict[str, Any], total: int | None) -> str:
     return "  ".join(parts)
 
 
-def _format_eval(record: dict[str, Any]) -> str:
+def _format_eval(record: EvalRecord) -> str:
     parts = [f"held-out loss {record['loss']:.4f}"]
     if "unigram_loss" in record:
         parts.append(f"(unigram {record['unigram_loss']:.4f})")

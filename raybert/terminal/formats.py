@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def clock(seconds: float) -> str:
     """Format a duration as m:ss or h:mm:ss."""
@@ -41,3 +44,10 @@ def format_count(value: float) -> str:
     )
     scaled = value / divisor
     return f"{scaled:,.{0 if scaled >= 100 else 1 if scaled >= 10 else 2}f}{unit}"
+
+
+def mean_and_deviation(runs: Mapping[str, Any]) -> str:
+    """Format the `mean` of several runs with its standard deviation `std`: 0.9012 ± 0.0034."""
+    if runs["mean"] is None:
+        return "none"
+    return f"{runs['mean']:.4f}" + ("" if runs["std"] is None else f" ± {runs['std']:.4f}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated
 
 import torch
 
 from raybert.cluster.machine import has_fast_bf16
+from raybert.config import KeyOf
 
 #: The settings of `precision`: whether a device computes in bf16.
 PRECISIONS: dict[str, Callable[[torch.device], bool]] = {
@@ -17,10 +18,7 @@ PRECISIONS: dict[str, Callable[[torch.device], bool]] = {
     "fp32": lambda device: False,
 }
 
-if TYPE_CHECKING:
-    PrecisionName = str
-else:
-    PrecisionName = Literal[tuple(PRECISIONS)]
+PrecisionName = Annotated[str, KeyOf(PRECISIONS)]
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

@@ -1,8 +1,8 @@
-"""Exponential moving averages of the weights: what is evaluated and kept, where configured.
+"""Exponential moving averages of the weights: if configured, they are evaluated and kept.
 
 Not `torch.optim.swa_utils.AveragedModel`: it averages all parameters from its first update on. Here
-a parameter's average begins at its own first update, so that what a frozen layer was initialized
-with does not linger in it once it thaws.
+a parameter's average begins at its own first update, so the initial values of a frozen layer are
+not averaged in after it is unfrozen.
 """
 
 from __future__ import annotations
@@ -18,12 +18,7 @@ class WeightAverages:
     """The moving averages of a model's parameters; without a decay there are none."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Start without averages.
-
-        Args:
-            model: its parameters are averaged.
-            decay: the share of an average that an update keeps, 0 to 1; 0: nothing is averaged.
-        """
+        """Start without averages; an update keeps `decay` of them, 0 to 1; 0: there are none."""
         self._parameters = dict(model.named_parameters())
         self._decay = decay
         self._averages: dict[str, torch.Tensor] = {}

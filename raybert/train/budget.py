@@ -12,35 +12,30 @@ from raybert.train.state import Progress
 from raybert.train.task import Task
 
 MEASURED_SHARE = 0.02  # of a run's minutes, at least: the time over which its speed is measured
-SETTLING_STEPS = 3  # not measured: libraries choose their kernels, and memory is mapped
-SETTLING_SHARE = 0.5  # of that time, not measured: Ray Data fills its first blocks
+UNTIMED_STEPS = 3  # libraries choose their kernels, and memory is mapped
+UNTIMED_SHARE = 0.5  # of that time: Ray Data fills its first blocks
 TRAINING_SHARE = 0.98  # of the minutes left; the rest is for checkpoints and variations in speed
 
 
 class StepBudget:
-    """Sets `progress.total_steps` and `progress.warmup_steps`, and what follows from them."""
+    """Sets `progress.total_steps` and `progress.warmup_steps`; gives the learning rate by them."""
 
     def __init__(self, config: TrainConfig, task: Task, progress: Progress) -> None:
-        """Set up the budget of a run; `progress` is read and changed."""
         self._config, self._progress = config, progress
         self._steps_per_epoch = task.steps_per_epoch
         self._tokens_per_epoch = task.tokens_per_epoch
         self._began = (0, 0.0)  # steps and seconds at the start of this attempt
-        self._settled: tuple[int, float] | None = None  # the same, once its speed is steady
+        self._timing_start: tuple[int, float] | None = None  # the same, once its speed is steady
 
     def begin(self) -> bool:
-        """Apply the configured limit to a new or resumed run.
-
-        Returns:
-            Whether minutes that a resumed run was given anew became steps.
-        """
+        """Apply the limit to a new or resumed run; return whether other minutes became steps."""
         config, progress = self._config, self._progress
         self._began = (progress.step, progress.seconds)
-        limit = config.budget(self._steps_per_epoch, self._tokens_per_epoch)
-        if limit.steps is not None:
-            progress.total_steps, progress.minutes = limit.steps, None
-            progress.warmup_steps = round(limit.steps * config.warmup_fraction)
-        elif progress.total_steps is not None and progress.minutes != limit.minutes:
+        steps = config.limit_in_steps(self._steps_per_epoch, self._tokens_per_epoch)
+        if steps is not None:
+            progress.total_steps, progress.minutes = steps, None
+            progress.warmup_steps = round(steps * config.warmup_fraction)
+        elif progress.total_steps is not None and progress.minutes != config.minutes:
             return self._fix_by_speed_so_far()
         return False
 
@@ -78,16 +73,21 @@ class StepBudget:
         taken = self._taken()
         steps, seconds = taken - self._began[0], progress.seconds - self._began[1]
         needed = self._measured_seconds
-        is_settled = steps >= SETTLING_STEPS and seconds >= SETTLING_SHARE * needed
-        if self._settled is None and is_settled:
-            self._settled = (taken, progress.seconds)
-        return self._settled is not None and seconds >= needed and taken > self._settled[0]
+        is_steady = steps >= UNTIMED_STEPS and seconds >= UNTIMED_SHARE * needed
+        if self._timing_start is None and is_steady:
+            self._timing_start = (taken, progress.seconds)
+        return (
+            self._timing_start is not None and seconds >= needed and taken > self._timing_start[0]
+        )
 
-    def fix(self, evaluation_seconds: float) -> None:
+    def set_total_steps(self, evaluation_seconds: float) -> None:
         """Turn the minutes into steps by the measured speed and an evaluation's duration."""
-        assert self._settled is not None and self._config.minutes is not None
+        assert self._timing_start is not None and self._config.minutes is not None
         progress, minutes = self._progress, self._config.minutes
-        steps, seconds = self._taken() - self._settled[0], progress.seconds - self._settled[1]
+        steps, seconds = (
+            self._taken() - self._timing_start[0],
+            progress.seconds - self._timing_start[1],
+        )
         per_step = seconds / steps
         left = minutes * 60 - progress.seconds - evaluation_seconds
         if self._config.evaluations is None:

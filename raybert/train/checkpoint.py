@@ -2,12 +2,12 @@
 
 A checkpoint is a folder `checkpoints/step-<n>-a<attempt>/` of safetensors files and a `state.json`.
 It counts only once its commit object, `checkpoints/step-<n>-a<attempt>.json`, names it with the
-size and SHA-256 of every file, and its own. Object stores can't rename, so this order is the whole
-protocol: files first, commit last; where a file differs from its commit, a reader takes the
-checkpoint before. No two attempts share a folder or a commit: a write that arrives minutes late,
-when a younger attempt has committed the same step, overwrites nothing, and of a step's commits the
-youngest attempt's counts. No file that a commit names is ever overwritten: a step that an attempt
-saves again has two folders until the new commit is written.
+size and SHA-256 of every file, and its own. Object stores can't rename, so the order is the
+protocol: files first, commit last; if a file differs from its commit, the checkpoint before is
+read. Each attempt writes to its own folder and commit, so a late write of an earlier attempt
+overwrites nothing. If several attempts committed a step, the one with the highest number is used.
+No file that a commit names is overwritten: a step that an attempt saves again has two folders until
+the new commit is written.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ import safetensors
 import safetensors.torch
 
 from raybert.errors import DamagedError, StorageError, UserError
+from raybert.records import CheckpointRecord
 from raybert.storage.folder import Folder
-from raybert.train.attempts import check_attempt
+from raybert.train.run_folder import check_attempt
 from raybert.train.tensor_file import Tensors, safetensors_pieces
 
 #: 2 has the moving averages in a file of their own; without averages 1 and 2 are the same.
@@ -52,19 +53,11 @@ class Snapshot:
 
 
 class Commit(NamedTuple):
-    """A commit object, by its name; the greatest one counts."""
+    """A commit object, by its name; the highest (step, attempt) is used."""
 
     step: int
     attempt: int
     name: str
-
-
-class Committed(NamedTuple):
-    """What a committed checkpoint took to write."""
-
-    step: int
-    seconds: float  # in the background
-    size: int  # bytes of its files
 
 
 class CheckpointStore:
@@ -76,18 +69,13 @@ class CheckpointStore:
         self._folder, self._keep = run / "checkpoints", keep
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._committed: Committed | None = None
+        self._committed: CheckpointRecord | None = None
         self._swept = False  # False: there may be folders that no commit names
-        self.last: int | None = None  # the step of the last checkpoint that is known to be whole
+        self.last: int | None = None  # the step of the last complete checkpoint
         self.is_failing = False  # whether the last write failed
 
     def save(self, snapshot: Snapshot, *, best_step: int | None, wait: bool = False) -> None:
-        """Write a checkpoint in the background; a failure is raised by the next call.
-
-        Raises:
-            Superseded: a younger attempt at the run exists.
-            StorageError: the last checkpoint could not be written.
-        """
+        """Write a checkpoint in the background; Superseded, or the last write's StorageError."""
         self.wait()
 
         def write() -> None:
@@ -107,12 +95,7 @@ class CheckpointStore:
             self.wait()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait for the checkpoint that is being written, at most for some seconds.
-
-        Raises:
-            Superseded: a younger attempt at the run exists.
-            StorageError: it could not be written.
-        """
+        """Wait for the write, at most for some seconds; raises what `save` does."""
         if self._thread is not None:
             self._thread.join(seconds)
             if self._thread.is_alive():
@@ -122,8 +105,8 @@ class CheckpointStore:
             error, self._error = self._error, None
             raise error
 
-    def take_committed(self) -> Committed | None:
-        """The checkpoint that was committed since the last call, if there is one."""
+    def take_committed(self) -> CheckpointRecord | None:
+        """The record of the checkpoint that was committed since the last call, if there is one."""
         committed = self._committed
         if committed is not None:  # else the thread may set it between these lines
             self._committed = None
@@ -144,19 +127,11 @@ class CheckpointStore:
         return sorted({commit.step for commit in self._commits()})
 
     def _commits(self) -> list[Commit]:
-        """The commits in rising order of step and attempt."""
         matches = (_COMMIT.fullmatch(name) for name in self._folder.names())
         return sorted(Commit(int(m[1]), int(m[2] or 0), m[0]) for m in matches if m)
 
     def load_latest(self, on_damaged: Callable[[str], None]) -> Snapshot | None:
-        """Load the latest checkpoint that is whole.
-
-        Args:
-            on_damaged: gets a message for each checkpoint that is damaged.
-
-        Raises:
-            UserError: a newer raybert wrote it.
-        """
+        """Load the latest complete checkpoint; `on_damaged` gets a message for each damaged one."""
         for commit in reversed(self._commits()):
             try:
                 snapshot = self._load(commit)
@@ -167,12 +142,7 @@ class CheckpointStore:
         return None
 
     def load(self, step: int) -> Snapshot:
-        """Load and verify the checkpoint of a step.
-
-        Raises:
-            DamagedError: a file is missing, cut short or altered.
-            UserError: a newer raybert wrote it.
-        """
+        """Load and verify a step's checkpoint: DamagedError; UserError for a newer format."""
         commits = [commit for commit in self._commits() if commit.step == step]
         if not commits:
             name = self._folder.join(f"step-{step:08d}-a*.json")
@@ -192,7 +162,9 @@ class CheckpointStore:
                     f"checkpoint {name} has format {version}, this raybert reads up to "
                     f"{FORMAT_VERSION}; upgrade raybert"
                 )
-            folder = self._folder / _checked_folder_name(content["folder"])
+            if not _FOLDER.fullmatch(content["folder"]):  # such as a path out of the run
+                raise ValueError(content["folder"])
+            folder = self._folder / content["folder"]
             files = dict(content["files"])
             data = {file: _read_verified(folder, file, files[file]) for file in files}
         except FileNotFoundError:
@@ -204,23 +176,13 @@ class CheckpointStore:
             averages = safetensors.torch.load(data[_AVERAGES]) if _AVERAGES in data else {}
             for key in [key for key in optimizer if key.endswith(_OLD_AVERAGE)]:
                 averages[key.removesuffix(_OLD_AVERAGE)] = optimizer.pop(key)
-            return Snapshot(
-                step=commit.step,
-                model=safetensors.torch.load(data[_MODEL]),
-                optimizer=optimizer,
-                state=json.loads(data[_STATE]),
-                averages=averages,
-            )
+            model, state = safetensors.torch.load(data[_MODEL]), json.loads(data[_STATE])
+            return Snapshot(commit.step, model, optimizer, state, averages)
         except (KeyError, ValueError, safetensors.SafetensorError) as error:
             raise DamagedError(f"checkpoint {folder} can't be read: {error}") from None
 
     def _read_commit(self, commit: Commit) -> dict[str, Any]:
-        """Read and verify a commit object; its own checksum is left out.
-
-        Raises:
-            DamagedError: it is altered, or no JSON.
-            FileNotFoundError: there is none.
-        """
+        """Read a commit object without its own checksum; a DamagedError if it is altered."""
         content = dict(self._folder.read_json(commit.name))
         # The first versions wrote no checksum.
         if content.pop("sha256", None) not in (None, _commit_checksum(content)):
@@ -264,26 +226,29 @@ class CheckpointStore:
         commit["sha256"] = _commit_checksum(commit)
         self._folder.write_json(f"{commit_name}.json", commit)
         size = sum(file["bytes"] for file in files.values())
-        self._committed = Committed(snapshot.step, time.perf_counter() - begun, size)
+        took, step = round(time.perf_counter() - begun, 4), snapshot.step
+        self._committed = CheckpointRecord(
+            kind="checkpoint", step=step, stalled=0.0, written=took, bytes=size
+        )
         self.last = snapshot.step
 
     def _prune(self, written: int, best_step: int | None) -> None:
         """Delete all checkpoints but the last `keep` and the best; commits before their files.
 
         Checkpoints of later steps than the one just written are deleted, too: they were damaged,
-        or this attempt would have begun there. Those of younger attempts are left alone.
+        or this attempt would have begun there. Those of later attempts are left alone.
         """
         check_attempt(self.run, self.attempt)
-        youngest = {commit.step: commit for commit in self._commits()}
-        keep = {*[step for step in youngest if step <= written][-self._keep :], best_step}
+        latest = {commit.step: commit for commit in self._commits()}
+        keep = {*[step for step in latest if step <= written][-self._keep :], best_step}
         for commit in self._commits():
-            is_kept = commit.step in keep and commit == youngest[commit.step]
+            is_kept = commit.step in keep and commit == latest[commit.step]
             if not is_kept and commit.attempt <= self.attempt:
                 self._folder.delete(commit.name)
         self._sweep()
 
     def _sweep(self) -> None:
-        """Delete the folders that no commit names, except those of younger attempts."""
+        """Delete the folders that no commit names, except those of later attempts."""
         named = {self._folder_of(commit) for commit in self._commits()}
         for name in self._folder.names():
             match = _FOLDER.fullmatch(name)
@@ -300,19 +265,10 @@ class CheckpointStore:
 
 
 def _commit_checksum(commit: dict[str, Any]) -> str:
-    """The SHA-256 of a commit object without its `sha256`."""
     return hashlib.sha256(json.dumps(commit, sort_keys=True).encode()).hexdigest()
 
 
-def _checked_folder_name(name: str) -> str:
-    """Refuse anything but the name of a checkpoint's folder, such as a path out of the run."""
-    if not _FOLDER.fullmatch(name):
-        raise ValueError(name)
-    return name
-
-
 def _read_verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:
-    """Read a file and compare it with the size and SHA-256 in its commit."""
     try:
         data = folder.read_bytes(name)
     except FileNotFoundError:

@@ -13,11 +13,11 @@ from typing import Any
 
 from raybert.errors import StorageError, UserError
 from raybert.train.checkpoint import CheckpointStore, Snapshot
-from raybert.train.control import Stopped
 from raybert.train.distributed import Group
-from raybert.train.run_log import RunLog
+from raybert.train.metrics_log import MetricsLog
 from raybert.train.settings import TrainConfig
 from raybert.train.state import Progress
+from raybert.train.task import Stopped
 
 RETRY_SECONDS = 60.0  # after a failure, unless a checkpoint is due before
 
@@ -26,9 +26,8 @@ class CheckpointSaver:
     """Writes the checkpoints of a run; all ranks have one, rank 0's writes."""
 
     def __init__(
-        self, store: CheckpointStore, group: Group, config: TrainConfig, log: RunLog
+        self, store: CheckpointStore, group: Group, config: TrainConfig, log: MetricsLog
     ) -> None:
-        """Begin an attempt; `log` gets a record of each checkpoint, and events of failures."""
         self._store = store if group.rank == 0 else None
         self._group, self._config, self._log = group, config, log
         self._last_began = time.perf_counter()
@@ -60,21 +59,9 @@ class CheckpointSaver:
         return time.perf_counter() >= min(due, self._retry_at)
 
     def save(
-        self,
-        progress: Progress,
-        snapshot: Callable[[], Snapshot],
-        *,
-        began: float,
-        wait: bool,
+        self, progress: Progress, snapshot: Callable[[], Snapshot], *, began: float, wait: bool
     ) -> None:
-        """Write a checkpoint, unless the last one has the same state; called by all ranks.
-
-        Args:
-            progress: the run's.
-            snapshot: copies the run's state; training waits meanwhile.
-            began: since when training waits for this checkpoint, by `perf_counter`.
-            wait: return only when it is written, or has failed.
-        """
+        """Write a checkpoint unless the last is equal; training waits since `began`; all ranks."""
         self.wait_on_all_ranks()
         self._last_began = began
         self._begin_write(progress, snapshot)
@@ -97,11 +84,7 @@ class CheckpointSaver:
             self._note_failure(error)
 
     def wait(self) -> None:
-        """Wait for the last checkpoint, on rank 0 alone.
-
-        Raises:
-            StorageError: it could not be written.
-        """
+        """Wait for the last checkpoint on rank 0 alone; a StorageError if it can't be written."""
         if self._store is not None:
             self._store.wait()
             self.log_committed()
@@ -139,31 +122,16 @@ class CheckpointSaver:
         return self.has_failed
 
     def raise_if_failed(self, has_failed: float) -> None:
-        """End the run on all ranks if rank 0 could not write a checkpoint.
-
-        Args:
-            has_failed: what `check_last_save` returned, summed over the ranks.
-
-        Raises:
-            UserError: on rank 0, with the reason.
-            Stopped: on the others.
-        """
+        """End the run if any rank `has_failed`: UserError on rank 0, Stopped on the others."""
         if has_failed:
             raise self._fatal or Stopped("rank 0 could not write a checkpoint")
 
     def log_committed(self) -> None:
         """Log what the last checkpoint took, once it is committed; from the training thread."""
-        done = None if self._store is None else self._store.take_committed()
-        if done is not None:
-            self._log.write(
-                {
-                    "kind": "checkpoint",
-                    "step": done.step,
-                    "stalled": round(self._stalled, 4),
-                    "written": round(done.seconds, 4),
-                    "bytes": done.size,
-                }
-            )
+        record = None if self._store is None else self._store.take_committed()
+        if record is not None:
+            record["stalled"] = round(self._stalled, 4)
+            self._log.write(record)
 
     def _note_failure(self, error: StorageError) -> None:
         """Report a failure and schedule another try, or keep it as the error that ends the run."""
@@ -189,14 +157,7 @@ def _state_to_save(progress: Progress) -> tuple[Any, ...]:
 
 
 def resume_hint(last: int | None) -> str:
-    """The end of a message about the storage: what is saved, and how to go on.
-
-    Args:
-        last: the step of the last whole checkpoint.
-    """
+    """The end of a message about the storage: the last checkpoint's step, and how to go on."""
     if last is None:
-        return "there is no checkpoint yet: mend the storage, and run it again"
-    return (
-        f"the checkpoint of step {last:,} is whole: mend the storage, and run it again to go on "
-        "from there"
-    )
+        return "there is no checkpoint yet: fix the storage, and run it again"
+    return f"fix the storage, and run it again to resume from the checkpoint of step {last:,}"

@@ -57,12 +57,7 @@ class Group:
         return items[self.rank :: self.world_size]
 
     def wrap(self, module: nn.Module, *, deterministic: bool) -> nn.Module:
-        """Wrap a model in DDP, whose backward pass averages gradients over the ranks.
-
-        Args:
-            module: the model.
-            deterministic: add in the order of ranks, so that a restart changes no bit.
-        """
+        """Wrap a model in DDP; `deterministic` adds gradients in the order of ranks."""
         if self.world_size == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
@@ -112,12 +107,7 @@ def _interface_of(address: str) -> str | None:
 
 
 def use_threads(threads: int | None, workers_here: int) -> int:
-    """Set the number of threads of this process, and return it.
-
-    Args:
-        threads: the number; None: the machine's cores divided by its workers.
-        workers_here: the workers on this machine.
-    """
+    """Set and return the number of threads; None: the machine's cores divided by its workers."""
     count = threads or max(1, cores() // max(1, workers_here))
     torch.set_num_threads(count)
     return count

@@ -86,7 +86,6 @@ class LineLog:
             self._on_event(f"{self._path} is written again{lacks}")
 
     def _rewrite(self) -> None:
-        """Write the last file on an object store."""
         if not self._pending:
             return
         stem, dot, suffix = self._name.rpartition(".")
@@ -98,7 +97,6 @@ class LineLog:
             self._bytes, self._chunk = 0, self._chunk + 1
 
     def _append(self) -> None:
-        """Append the pending lines to the file on a disk."""
         with self._folder.storage_errors("writing", self._path):
             try:
                 while self._lines:

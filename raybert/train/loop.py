@@ -1,7 +1,7 @@
 """The one training loop: pretraining and fine-tuning each give it a task.
 
-It knows nothing of Ray: it runs in one process, and a Ray Train worker is a thin adapter around
-it. Ranks decide only by numbers that all of them have summed, so they take the same branches.
+It knows nothing of Ray: it runs in one process, or in the workers of Ray Train. Ranks decide only
+by sums over all of them (`StepTotals`), so they take the same branches.
 """
 
 from __future__ import annotations
@@ -10,28 +10,37 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from raybert.errors import RaybertError
+from raybert.records import EvalRecord, OnRecord, ignore_record
 from raybert.train.averages import WeightAverages
-from raybert.train.batch_stream import BatchStream
 from raybert.train.budget import StepBudget
 from raybert.train.checkpoint import CheckpointStore, Snapshot
 from raybert.train.checkpoint_saver import CheckpointSaver
-from raybert.train.control import NO_SIGNALS, ControlSignals, Preempted, Stopped
 from raybert.train.distributed import Group
-from raybert.train.evaluator import Evaluator
 from raybert.train.metrics_log import MetricsLog
 from raybert.train.optimizers import make_optimizer
-from raybert.train.run_log import RunLog
 from raybert.train.settings import TrainConfig
 from raybert.train.state import Progress, TrainState, load_latest_on_all_ranks
-from raybert.train.step import TrainStep
-from raybert.train.task import Batch, Task
+from raybert.train.step import Evaluator, TrainStep
+from raybert.train.task import NO_SIGNALS, Batch, ControlSignals, Preempted, Stopped, Task
 from raybert.train.tensor_file import hash_tensors
-from raybert.train.throughput import ThroughputMeter, peak_flops
+from raybert.train.throughput import BatchStream, ThroughputMeter, peak_flops
 
 MAX_SKIPPED_IN_A_ROW = 20  # after more steps that are not finite the weights are broken
+
+
+class StepTotals(NamedTuple):
+    """A step's numbers, summed over the ranks: by these sums all ranks take the same branches."""
+
+    global_count: float  # predicted tokens, or rows, of the global batch
+    tokens: float
+    seconds: float  # of training so far, by rank 0's clock
+    has_failed: float  # the last checkpoint could not be written, and the run must end
+    save: float  # a checkpoint is wanted before the step
+    stop: float
+    preempt: float
 
 
 class Loop:
@@ -44,23 +53,15 @@ class Loop:
         group: Group,
         store: CheckpointStore,
         *,
-        on_record: Callable[[dict[str, Any]], None] = lambda record: None,
+        on_record: OnRecord = ignore_record,
         signals: ControlSignals = NO_SIGNALS,
         on_batch: Callable[[Batch], None] | None = None,
         before_save: Callable[[], None] = lambda: None,
     ) -> None:
-        """Set up a run.
+        """Set up a run; rank 0's records go to `on_record`.
 
-        Args:
-            task: what is trained.
-            config: the run's settings.
-            group: the processes that train together.
-            store: the run's checkpoints, written under this attempt's number.
-            on_record: gets every logged record, on rank 0.
-            signals: requests to stop, to make room, to save.
-            on_batch: gets every micro-batch before it is trained on, for digests.
-            before_save: called on every rank before each checkpoint: steps before one are never
-                repeated.
+        `on_batch` gets every micro-batch before it is trained on. `before_save` is called on every
+        rank before each checkpoint: steps before one are never repeated.
         """
         self.task, self.config, self.group, self.store = task, config, group, store
         self.signals, self._before_save = signals, before_save
@@ -68,7 +69,7 @@ class Loop:
         averages = WeightAverages(task.model, config.average_decay)
         self.progress = Progress()
         self.state = TrainState(task.model, optimizer, averages, self.progress)
-        self.log = RunLog(self.progress, is_first=group.rank == 0, on_record=on_record)
+        self.log = MetricsLog(self.progress, on_record, is_first=group.rank == 0)
         self.saver = CheckpointSaver(store, group, config, self.log)
         self._step = TrainStep(task, config, group, self.state, on_batch)
         self._evaluator = Evaluator(task, config, group, self.state)
@@ -80,14 +81,11 @@ class Loop:
         self._loaded: str | None = None  # the hash of the weights resumed from, on rank 0
 
     def run(self) -> dict[str, Any]:
-        """Train until the budget is spent; leave the best weights in rank 0's model.
-
-        Returns:
-            The metrics of these weights, and how far the run came.
+        """Train to the end and leave the best weights in rank 0's model; returns their metrics.
 
         Raises:
-            Stopped: the run was asked to stop; run it again to go on.
-            Preempted: a node will be taken away; go on with the others.
+            Stopped: the run was asked to stop; run it again to resume.
+            Preempted: a node will be taken away; continue with the others.
             UserError: a checkpoint can't be written, and the run must stop for that; on rank 0.
             StorageError: the best weights can't be read for `retry_timeout_s`.
             RaybertError: the gradients are not finite for too many steps.
@@ -100,17 +98,16 @@ class Loop:
                 result: dict[str, Any] = end.value
                 return result
 
-    def evaluations(self) -> Generator[dict[str, Any], None, dict[str, Any]]:
-        """Run from evaluation to evaluation: yields the record of each, returns what `run` does.
+    def evaluations(self) -> Generator[EvalRecord, None, dict[str, Any]]:
+        """Run as `run` does, paused at each evaluation, whose record is yielded.
 
-        Between them the run is paused, and the generator may be closed: its checkpoints stay.
-
-        Raises:
-            As `run`.
+        The generator may be closed there: its checkpoints stay.
         """
         task, config, progress, budget = self.task, self.config, self.progress, self._budget
         self.resume()
-        self._open_log()
+        self.log.open(self.store.run, self.store.attempt, self.group.world_size, self._loaded)
+        for message in self._damaged:
+            self.log.event("damaged checkpoint", message)
         try:
             if budget.begin():
                 self.log.event("budget", str(budget))
@@ -119,18 +116,18 @@ class Loop:
             with contextlib.closing(BatchStream(task, progress, self._meter)) as stream:
                 while not budget.is_spent:
                     batches = stream.next()
-                    count, tokens, save = self._agree(batches, stream.seconds())
-                    if save:
+                    totals = self._sum_over_ranks(batches, stream.seconds())
+                    if totals.save:
                         self.save(wait=False)
                     if task.prepare(progress.step):
                         self._step.wrap()
-                    if self._step.run(batches, progress.step, count, budget.lr()):
+                    if self._step.run(batches, progress.step, totals.global_count, budget.lr()):
                         self._skipped_in_a_row = 0
                     else:
                         self._handle_non_finite()
                     progress.step += 1
-                    progress.tokens += tokens
-                    self._meter.add(tokens, stream.waited)
+                    progress.tokens += totals.tokens
+                    self._meter.add(totals.tokens, stream.waited)
                     is_measured = budget.is_measured()
                     if progress.step % config.log_every == 0:
                         self._log_step()
@@ -153,7 +150,7 @@ class Loop:
             self.log.close()
 
     def resume(self) -> None:
-        """Load the latest checkpoint that is whole, if there is one; only the first call does."""
+        """Load the latest complete checkpoint, if there is one; only the first call does."""
         if self._is_resumed:
             return
         self._is_resumed = True
@@ -174,43 +171,15 @@ class Loop:
         return self.state.snapshot()
 
     def save(self, wait: bool = True) -> None:
-        """Write a checkpoint of the current step; called by all ranks.
-
-        Args:
-            wait: return only when it is written; else it is written in the background.
-        """
+        """Write a checkpoint of the current step, on all ranks; in the background unless `wait`."""
         began = time.perf_counter()
         # A resumed run does not repeat the steps before a checkpoint, nor their records.
         self._before_save()
         self.log.flush()
         self.saver.save(self.progress, self.snapshot, began=began, wait=wait)
 
-    # Parts of a step ---------------------------------------------------------------------------
-
-    def _open_log(self) -> None:
-        if self.group.rank == 0:
-            self.log.open(
-                MetricsLog(
-                    self.store.run,
-                    self.store.attempt,
-                    self.progress.step,
-                    workers=self.group.world_size,
-                    weights=self._loaded,
-                    on_event=self.log.storage_event,
-                )
-            )
-            for message in self._damaged:
-                self.log.event("damaged checkpoint", message)
-
-    def _agree(self, batches: Sequence[Batch], seconds: float) -> tuple[float, float, bool]:
-        """Sum over the ranks what this step consists of, and whether to save or to end.
-
-        Returns:
-            The global batch's count and tokens, and whether to write a checkpoint before the step.
-
-        Raises:
-            Stopped, Preempted, UserError: as `run`; the run's state is saved.
-        """
+    def _sum_over_ranks(self, batches: Sequence[Batch], seconds: float) -> StepTotals:
+        """Sum what this step consists of; end the run, saved, where any rank wants that."""
         step, signals = self.progress.step, self.signals
         for batch in batches:
             if batch.step != step:
@@ -218,27 +187,27 @@ class Loop:
                     f"the loader returned a micro-batch of step {batch.step}, expected {step}; "
                     "run it again to resume from the last checkpoint"
                 )
-        count, tokens, self.progress.seconds, has_failed, save, stop, preempt = self.group.sum(
-            [
-                sum(batch.count for batch in batches),
-                sum(batch.tokens for batch in batches),
-                seconds if self.group.rank == 0 else 0.0,
-                self.saver.check_last_save(),
-                signals.save() or self.saver.is_due(step),
-                signals.stop(),
-                signals.preempt(),
-            ]
+        mine = StepTotals(
+            global_count=sum(batch.count for batch in batches),
+            tokens=sum(batch.tokens for batch in batches),
+            seconds=seconds if self.group.rank == 0 else 0.0,
+            has_failed=self.saver.check_last_save(),
+            save=signals.save() or self.saver.is_due(step),
+            stop=signals.stop(),
+            preempt=signals.preempt(),
         )
-        self.saver.raise_if_failed(has_failed)
-        if stop:
+        totals = StepTotals(*self.group.sum(mine))
+        self.progress.seconds = totals.seconds
+        self.saver.raise_if_failed(totals.has_failed)
+        if totals.stop:
             self.save()
             self.saver.raise_if_failed(self.saver.has_failed)
-            raise Stopped(f"stopped at step {step}; run it again to go on from there")
-        if preempt:
-            self.log.event("preempted", "a node is being preempted: saving, then going on")
+            raise Stopped(f"stopped at step {step}; run it again to resume")
+        if totals.preempt:
+            self.log.event("preempted", "a node is being preempted: saving, then continuing")
             self.save()
             raise Preempted(f"a node is preempted at step {step}")
-        return count, tokens, bool(save)
+        return totals
 
     def _handle_non_finite(self) -> None:
         """Do what the configuration says after a step whose gradient is not finite."""
@@ -259,36 +228,41 @@ class Loop:
                 message += f"; weights are those of step {snapshot.step} again"
         self.log.event("skipped step", message)
 
-    def _fix_budget(self, stream: BatchStream) -> dict[str, Any]:
+    def _fix_budget(self, stream: BatchStream) -> EvalRecord:
         """Evaluate, and turn minutes into steps: evaluations are part of the budget."""
         began = time.perf_counter()
         record = self._evaluate()
         seconds = time.perf_counter() - began if self.group.rank == 0 else 0.0
         [seconds] = self.group.sum([seconds])
-        self._budget.fix(seconds)
+        self._budget.set_total_steps(seconds)
         self.log.event("budget", str(self._budget))
         if self.task.needs_total:
             stream.close()  # the batches to come depend on the run's length
-        return {**record, "total_steps": self.progress.total_steps}
+        record["total_steps"] = self.progress.total_steps
+        return record
 
-    def _evaluate(self, is_last: bool = False) -> dict[str, Any]:
+    def _evaluate(self, is_last: bool = False) -> EvalRecord:
         """Evaluate, log it, and save the weights if they are the best; returns the record."""
         metrics, is_best = self._evaluator.evaluate()
         progress = self.progress
-        record = {
-            "kind": "eval",
-            "step": progress.step,
-            "epoch": self._epoch(),
-            "seconds": round(progress.seconds, 2),
-            **metrics,
-        }
+        record = cast(
+            EvalRecord,
+            {
+                "kind": "eval",
+                "step": progress.step,
+                "epoch": self._epoch(),
+                "seconds": round(progress.seconds, 2),
+                **metrics,
+            },
+        )
         self.log.write(record)
         if is_best and not is_last:  # the end is saved anyway
             self.save(wait=False)
         else:
             self.log.flush()
         self._meter.restart()
-        return {**record, "total_steps": progress.total_steps}
+        record["total_steps"] = progress.total_steps
+        return record
 
     def _log_step(self) -> None:
         self.saver.log_committed()
@@ -304,7 +278,9 @@ class Loop:
                 # The optimizer's own: layers that learn slower have a fraction of it.
                 "lr": max(group["lr"] for group in self.state.optimizer.param_groups),
                 "grad_norm": round(self._step.grad_norm, 4),
-                **rates,
+                "tokens_per_second": rates["tokens_per_second"],
+                "step_seconds": rates["step_seconds"],
+                "data_wait": rates["data_wait"],
                 "mfu": round(flops / peak, 4) if peak else None,
                 "epoch": self._epoch(),
                 "tokens": int(progress.tokens),

@@ -1,71 +1,88 @@
-"""A run's metrics: one JSON object a line, in one segment for each attempt.
+"""A run's log: the records of `raybert.records`, one JSON object per line.
 
 Object stores can't append, and an attempt that was killed may have logged steps that its successor
 computes again. So each attempt writes a segment of its own, `metrics/<attempt>.jsonl`, and readers
-merge them: from the step where a younger attempt starts, the older one's lines no longer count. A
+merge them: from the step where a later attempt starts, the earlier one's lines no longer count. A
 finished run has the merged lines in `metrics.jsonl`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
+from raybert.records import EventName, EventRecord, OnRecord, Record, finite
 from raybert.storage.folder import Folder
 from raybert.train.line_log import LineLog
+from raybert.train.state import Progress
 
 MERGED = "metrics.jsonl"
 SEGMENTS = "metrics"
 
 
 class MetricsLog:
-    """Writes the segment of an attempt."""
+    """The log of an attempt on rank 0: to its segment and to a callback; elsewhere nothing."""
 
-    def __init__(
-        self,
-        run: Folder,
-        attempt: int,
-        first_step: int,
-        *,
-        workers: int = 1,
-        weights: str | None = None,
-        on_event: Callable[[str], None] = lambda message: None,
-    ) -> None:
-        """Begin the segment with a `start` event.
+    def __init__(self, progress: Progress, on_record: OnRecord, *, is_first: bool = True) -> None:
+        """Set up; `is_first`: this is rank 0. `on_record` gets every record with `total_steps`."""
+        self._progress, self._is_first = progress, is_first
+        self.on_record = on_record
+        self._lines: LineLog | None = None
 
-        Args:
-            run: the run's folder.
-            attempt: the attempt's number.
-            first_step: the step that the attempt starts at.
-            workers: how many processes train.
-            weights: the hash of the weights that it resumes from; None: fresh ones.
-            on_event: gets a message when writing begins to fail, and when it succeeds again.
-        """
-        self._lines = LineLog(run / SEGMENTS, f"{attempt:04d}.jsonl", on_event)
-        start = {"kind": "event", "step": first_step, "event": "start"}
-        loaded = {} if weights is None else {"weights": weights}
-        self.write({**start, "attempt": attempt, "workers": workers, **loaded})
+    @property
+    def is_open(self) -> bool:
+        """Whether records are written to a segment."""
+        return self._lines is not None
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Write a record with the time; NaN and infinity become null, which JSON lacks."""
-        record = {"kind": record["kind"], "time": round(time.time(), 3), **record}
-        self._lines.write(json.dumps(finite(record), ensure_ascii=False))
+    def open(self, run: Folder, attempt: int, workers: int = 1, weights: str | None = None) -> None:
+        """Begin the segment of an attempt with a `start` event; `weights`: those resumed from."""
+        if not self._is_first:
+            return
+        name = f"{attempt:04d}.jsonl"
+        self._lines = LineLog(run / SEGMENTS, name, self.storage_event)
+        start: EventRecord = {"kind": "event", "step": self._progress.step, "event": "start"}
+        start |= {"attempt": attempt, "workers": workers}
+        if weights is not None:
+            start["weights"] = weights
+        self._write_line(start)
+
+    def write(self, record: Record) -> None:
+        """Log a record."""
+        if self._is_first:
+            self._write_line(record)
+            total = self._progress.total_steps
+            self.on_record(cast(Record, {**record, "total_steps": total}))
+
+    def _write_line(self, record: Record) -> None:
+        if self._lines is not None:
+            timed = {"kind": record["kind"], "time": round(time.time(), 3), **record}
+            self._lines.write(json.dumps(finite(timed), ensure_ascii=False))
+
+    def event(self, event: EventName, message: str) -> None:
+        """Log an event of the current step."""
+        step = self._progress.step
+        self.write({"kind": "event", "step": step, "event": event, "message": message})
+
+    def storage_event(self, message: str) -> None:
+        """Log a message about the storage."""
+        self.event("storage", message)
 
     def flush(self) -> None:
         """Store all records; called at evaluations and before checkpoints."""
-        self._lines.flush()
+        if self._lines is not None:
+            self._lines.flush()
 
     def close(self) -> None:
         """Store the remaining records."""
-        self._lines.close()
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
 
 
 def read_metrics(run: Folder) -> list[dict[str, Any]]:
-    """Read a run's records in the order of steps, each step as its youngest attempt logged it."""
+    """Read a run's records in the order of steps, each step as its last attempt logged it."""
     return parse_lines(run.read_text(MERGED)) if run.exists(MERGED) else _merged(run)
 
 
@@ -102,14 +119,3 @@ def parse_lines(text: str) -> list[dict[str, Any]]:
         except ValueError:  # the attempt was killed while it wrote its last line
             continue
     return records
-
-
-def finite(value: Any) -> Any:
-    """Replace NaN and infinity by None in a JSON value."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return value

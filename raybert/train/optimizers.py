@@ -1,70 +1,52 @@
 """Optimizers: a registry, the parameter groups they get, and their state as named tensors.
 
-A new optimizer is an entry in `OPTIMIZERS`, whose keys are what the configuration accepts.
+A new optimizer is an entry in `OPTIMIZERS`, whose keys the configuration accepts. A mixed one, as
+Muon for the encoder's matrices and AdamW for the rest, is one subclass of `torch.optim.Optimizer`:
+its function splits the groups by the names beside the parameters and marks each part, and `step`
+chooses the rule by the mark. Learning rates, averages and checkpoints read only `param_groups` and
+`state`, so they work unchanged. A new hyperparameter is a field of `TrainConfig`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
-Groups = list[dict[str, Any]]
+from raybert.config import KeyOf
+
+Groups = list[dict[str, Any]]  # `params` are pairs of a name and a parameter
+Config = Any  # TrainConfig, whose module imports this one
 
 
-class _Settings(Protocol):
-    """What optimizers read of the settings of a run."""
-
-    @property
-    def optimizer(self) -> str: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def betas(self) -> tuple[float, float]: ...
-    @property
-    def eps(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-
-
-def _adamw(groups: Groups, config: _Settings) -> torch.optim.Optimizer:
+def _adamw(groups: Groups, config: Config) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101)."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def _sgd(groups: Groups, config: _Settings) -> torch.optim.Optimizer:
-    """Plain SGD: a baseline, without momentum and thus without state."""
+def _sgd(groups: Groups, config: Config) -> torch.optim.Optimizer:
+    # A baseline, without momentum and thus without state.
     return torch.optim.SGD(groups, lr=config.lr)
 
 
 #: (parameter groups, settings) -> optimizer. Each group has its own `lr` and `weight_decay`.
-OPTIMIZERS: dict[str, Callable[[Groups, _Settings], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Groups, Config], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "sgd": _sgd,
 }
 
-if TYPE_CHECKING:
-    OptimizerName = str
-else:
-    OptimizerName = Literal[tuple(OPTIMIZERS)]
+OptimizerName = Annotated[str, KeyOf(OPTIMIZERS)]
 
 
 def make_optimizer(
-    model: nn.Module,
-    config: _Settings,
-    lr_scale: Callable[[str], float] = lambda name: 1.0,
+    model: nn.Module, config: Config, lr_scale: Callable[[str], float] = lambda name: 1.0
 ) -> torch.optim.Optimizer:
     """Build the configured optimizer over a model's parameters.
 
-    Weight decay applies to matrices, not to vectors (biases, norms).
-
-    Args:
-        model: the model.
-        config: the optimizer's settings.
-        lr_scale: gives the factor of the learning rate for a parameter's name, for layer-wise
-            decay.
+    Weight decay applies to matrices, not to vectors (biases, norms). `lr_scale` gives the factor of
+    the learning rate for a parameter's name, for layer-wise decay.
     """
     groups: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():

@@ -14,19 +14,18 @@ import torch
 
 from raybert.cluster.machine import describe_machine, keep_freed_memory
 from raybert.errors import StorageError
+from raybert.records import EvalRecord, OnRecord, finite, ignore_record
 from raybert.storage.folder import Folder
 from raybert.storage.retry import retry
-from raybert.train.attempts import begin_attempt, check_attempt
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.checkpoint_saver import resume_hint
-from raybert.train.control import NO_SIGNALS, ControlSignals, Stopped
 from raybert.train.distributed import Group, use_threads
 from raybert.train.line_log import LineLog
 from raybert.train.loop import Loop
-from raybert.train.metrics_log import finite, merge_metrics
-from raybert.train.run_folder import DIGESTS, RESULT
+from raybert.train.metrics_log import merge_metrics
+from raybert.train.run_folder import DIGESTS, RESULT, begin_attempt, check_attempt
 from raybert.train.settings import TrainConfig
-from raybert.train.task import Batch, LoaderConfig, TrainSpec
+from raybert.train.task import NO_SIGNALS, Batch, ControlSignals, LoaderConfig, Stopped, TrainSpec
 
 
 class TrainingRun:
@@ -38,24 +37,13 @@ class TrainingRun:
         run: Folder,
         attempt: int,
         group: Group,
-        loader: LoaderConfig,
+        loader: LoaderConfig = LoaderConfig(),  # noqa: B008 - immutable
         *,
         workers_here: int = 1,
-        on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
+        on_progress: OnRecord = ignore_record,
         signals: ControlSignals = NO_SIGNALS,
     ) -> None:
-        """Build the task and its loop.
-
-        Args:
-            spec: what is trained.
-            run: the run's folder.
-            attempt: the attempt's number, under which this run may commit.
-            group: the processes that train together.
-            loader: where batches are made.
-            workers_here: how many of the group share the cores of this machine.
-            on_progress: gets every logged record, on rank 0.
-            signals: requests to stop, to make room, to save.
-        """
+        """Build the task and its loop; `workers_here` of the group share this machine's cores."""
         config = spec.config
         self._spec, self._run, self._group = spec, run, group
         self._threads = use_threads(config.threads, workers_here)
@@ -80,23 +68,13 @@ class TrainingRun:
         self._evaluations = self._train()
 
     def run(self) -> dict[str, Any]:
-        """Train to the end; on rank 0 write the finished model, and return the result.
-
-        Raises:
-            StorageError: they could not be written for `retry_timeout_s`; the message says from
-                where the run goes on.
-            RaybertError: as `Loop.run`.
-        """
+        """Train to the end; rank 0 writes the model and returns the result. Raises as the loop."""
         while self.advance() is not None:
             pass
         return self.result
 
-    def advance(self) -> dict[str, Any] | None:
-        """Train up to the next evaluation and return its record; None: the run is finished.
-
-        Raises:
-            StorageError, RaybertError: as `run`.
-        """
+    def advance(self) -> EvalRecord | None:
+        """Train up to the next evaluation and return its record; None: the run is finished."""
         return next(self._evaluations, None)
 
     def close(self) -> None:
@@ -106,7 +84,7 @@ class TrainingRun:
     def _write_digest(self, batch: Batch) -> None:
         self._digests.write(f"{batch.step} {batch.micro_batch_index} {batch.digest()}")
 
-    def _train(self) -> Generator[dict[str, Any], None, None]:
+    def _train(self) -> Generator[EvalRecord, None, None]:
         with closing(self._digests):
             outcome = yield from self.loop.evaluations()
         if self._group.rank == 0:
@@ -118,14 +96,12 @@ class TrainingRun:
         self._group.gather(None)  # no rank ends before the result is written
 
     def _finish(self, outcome: dict[str, Any]) -> dict[str, Any]:
-        """Write the finished model and the result."""
         run, attempt = self._run, self._store.attempt
         check_attempt(run, attempt)  # training may have ended minutes ago, for want of the storage
-        self.task.last = outcome  # the metrics of the weights that the model has now
         result: dict[str, Any] = finite(
             {
                 **outcome,
-                **self._spec.finish(self.task, run),
+                **self._spec.finish(self.task, run, outcome),
                 "tokens_per_second": round(outcome["tokens"] / max(1e-9, outcome["seconds"]), 1),
                 "machine": describe_machine(
                     self._group.device, workers=self._group.world_size, threads=self._threads
@@ -139,30 +115,18 @@ class TrainingRun:
         return result
 
 
-def train_in_process(
-    spec: TrainSpec, run: Folder, *, on_progress: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
-    """Train in this process, without Ray, and return the result.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C; a checkpoint of the last step is written, or, where that
-            was the run's last one, the result.
-        RaybertError: as `TrainingRun.run`.
-    """
+def train_in_process(spec: TrainSpec, run: Folder, *, on_progress: OnRecord) -> dict[str, Any]:
+    """Train in this process, without Ray; KeyboardInterrupt after Ctrl-C and a checkpoint."""
     device = torch.device("cuda" if _wants_gpu(spec.config) else "cpu")
     attempt = begin_attempt(run, spec.config.retry_timeout_s)
     group = Group(device=device)
     try:
         with _interruptible() as is_interrupted:
-            result = TrainingRun(
-                spec,
-                run,
-                attempt,
-                group,
-                LoaderConfig(),
-                on_progress=on_progress,
-                signals=ControlSignals(stop=is_interrupted),
-            ).run()
+            signals = ControlSignals(stop=is_interrupted)
+            training = TrainingRun(
+                spec, run, attempt, group, on_progress=on_progress, signals=signals
+            )
+            result = training.run()
     except Stopped:
         raise KeyboardInterrupt from None
     if is_interrupted():

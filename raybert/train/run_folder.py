@@ -1,7 +1,8 @@
-"""A run's folder: which configuration and inputs it began with, and its result.
+"""A run's folder: the configuration and inputs that it began with, its attempts and its result.
 
 Running a name again resumes it; a finished run only returns its result. A resumed run must be the
-run that was begun: apart from its budget, its workers and its logging, no setting may differ.
+run that was begun: apart from its budget, its workers and its logging, no setting may differ. Each
+start is an attempt with a number of its own, and only the one with the highest number may commit.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from raybert.config import differences, parse_yaml
-from raybert.errors import ConfigError, DataError
+from raybert.errors import ConfigError, DataError, Superseded
+from raybert.storage.exclusive import numbers_taken, take_number
 from raybert.storage.folder import Folder
+from raybert.storage.retry import retry
 from raybert.train.settings import ADDED, MAY_CHANGE
 
 CONFIG, RESULT, INPUTS = "config.yaml", "result.json", "inputs.json"
@@ -30,17 +33,11 @@ def open_run(
 ) -> dict[str, Any] | None:
     """Create or reopen the run of a stage.
 
-    Args:
-        run: the run's folder.
-        config_yaml: the whole resolved configuration.
-        stage: the run's own section of the configuration.
-        sections: the other sections that the result depends on.
-        inputs: SHA-256 hashes of what the run reads, by name; None: they are not checked.
-        log: gets one line about settings that differ and may.
-        may_change: dotted keys that may differ; None: the stage's keys in `MAY_CHANGE`.
-
-    Returns:
-        The result of a finished run; None where there is work to do.
+    `config_yaml` is the complete configuration, `stage` the run's own section of it, and `sections`
+    are the others that the result depends on. `inputs` are hashes of what the run reads, by name;
+    without them nothing is compared. `may_change` are the dotted keys that may differ, by default
+    the stage's in `MAY_CHANGE`; `log` gets a line about those that do. Returns the result of a
+    finished run; None if there is work to do.
 
     Raises:
         ConfigError: the run exists, and a setting that must not change has changed.
@@ -51,7 +48,9 @@ def open_run(
     is_finished = run.exists(RESULT)
     if run.exists(CONFIG):
         changed = _changed_settings(run, config_yaml, {stage, *sections})
-        refused = {key: v for key, v in changed.items() if _setting(key) not in may_change}
+        # `finetune.workers.min` belongs to `finetune.workers`.
+        settings = {key: ".".join(key.split(".")[:2]) for key in changed}
+        refused = {key: v for key, v in changed.items() if settings[key] not in may_change}
         if refused:
             state = "is finished" if is_finished else "has begun"
             raise ConfigError(
@@ -61,10 +60,15 @@ def open_run(
         if changed and not is_finished:
             log(f"goes on with other settings: {_format_changes(changed)}")
     if inputs is not None and run.exists(INPUTS):
-        _check_inputs(run, inputs)
+        known = run.read_json(INPUTS)
+        for name, digest in inputs.items():
+            if known.get(name, digest) != digest:
+                raise DataError(
+                    f"{run} has begun on another {name} than is there now; put that one back, or "
+                    "choose another run.name"
+                )
     if is_finished:
-        result = run.read_json(RESULT)
-        return result if isinstance(result, dict) else {}
+        return dict(run.read_json(RESULT))
     if inputs is not None and not run.exists(INPUTS):
         run.write_json(INPUTS, dict(inputs))
     run.write_text(CONFIG, config_yaml)
@@ -86,23 +90,8 @@ def _changed_settings(
     return {key: values for key, values in changed.items() if key.partition(".")[0] in sections}
 
 
-def _check_inputs(run: Folder, inputs: Mapping[str, str]) -> None:
-    known = run.read_json(INPUTS)
-    for name, digest in inputs.items():
-        if known.get(name, digest) != digest:
-            raise DataError(
-                f"{run} has begun on another {name} than is there now; put that one back, or "
-                "choose another run.name"
-            )
-
-
 def _format_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
-
-
-def _setting(key: str) -> str:
-    """The setting of a dotted key: `finetune.workers.min` belongs to `finetune.workers`."""
-    return ".".join(key.split(".")[:2])
 
 
 def dotted(section: str, keys: Iterable[str]) -> set[str]:
@@ -110,12 +99,20 @@ def dotted(section: str, keys: Iterable[str]) -> set[str]:
     return {f"{section}.{key}" for key in keys}
 
 
-def read_digests(run: Folder) -> dict[tuple[int, int], set[str]]:
-    """Read the digests of all attempts and ranks.
+def begin_attempt(run: Folder, retry_timeout_s: float = 0.0) -> int:
+    """Register an attempt and return its number; earlier ones may not commit any more."""
+    return retry(lambda: take_number(run / "attempts"), retry_timeout_s)
 
-    Returns:
-        (step, micro-batch index) -> digests; equal runs have one digest for each.
-    """
+
+def check_attempt(run: Folder, attempt: int) -> None:
+    """Raise Superseded if there is a later attempt at the run."""
+    latest = max(numbers_taken(run / "attempts"), default=attempt)
+    if latest > attempt:
+        raise Superseded(f"{run}: attempt {latest} has taken over; attempt {attempt} ends here")
+
+
+def read_digests(run: Folder) -> dict[tuple[int, int], set[str]]:
+    """Read the digests of all ranks: (step, micro-batch index) -> one digest, where runs agree."""
     folder = run / DIGESTS
     found: dict[tuple[int, int], set[str]] = {}
     for name in folder.names():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,13 +11,6 @@ from raybert.config import NumberOrRange, Range, Settings
 from raybert.train.autocast import PrecisionName
 from raybert.train.optimizers import OptimizerName
 from raybert.train.schedules import ScheduleName
-
-
-class Budget(NamedTuple):
-    """How long a run lasts: in steps, or in minutes that become steps once its speed is known."""
-
-    steps: int | None
-    minutes: float | None
 
 
 class Elastic(Range):
@@ -58,9 +51,7 @@ class TrainConfig(Settings):
     decay_fraction: float = Field(
         0.3, gt=0, le=1, description="share of the run that `stable-decay` takes to decay"
     )
-    optimizer: OptimizerName = Field(
-        "adamw", description="adamw; sgd: without momentum, a baseline"
-    )
+    optimizer: OptimizerName = Field("adamw", description="adamw; sgd: a baseline without momentum")
     weight_decay: float = Field(0.01, ge=0, description="of matrices; never of biases and norms")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates")
     eps: float = Field(1e-6, gt=0, description="AdamW's epsilon")
@@ -69,19 +60,17 @@ class TrainConfig(Settings):
         0.0,
         ge=0,
         lt=1,
-        description="of a moving average of the weights, which is what is evaluated and kept, as "
-        "0.99; 0: the weights themselves",
+        description="decay of the exponential moving average of the weights, as 0.99; if set, the "
+        "average is evaluated and kept; 0: off",
     )
 
-    precision: PrecisionName = Field(
-        "auto", description="auto: bf16 where the processor or GPU multiplies it in hardware"
-    )
+    precision: PrecisionName = Field("auto", description="auto: bf16 if the hardware multiplies it")
     compile: bool = Field(False, description="run the model through torch.compile")
     deterministic: bool = Field(
         False, description="equal bit for bit for the same number of workers, restarts included"
     )
     on_non_finite: Literal["skip", "rollback", "stop"] = Field(
-        "skip", description="what to do when a gradient is NaN or infinite"
+        "skip", description="what to do with a step whose gradient is NaN or infinite"
     )
 
     evaluations: int | None = Field(
@@ -99,8 +88,8 @@ class TrainConfig(Settings):
 
     workers: Workers = Field(
         1,
-        description="processes that train; {min: 1, max: 8} follows a cluster whose nodes come "
-        "and go, with the same batches",
+        description="processes that train; {min: 1, max: 8} makes training elastic: it follows "
+        "the cluster, with the same batches",
     )
     gpu: Literal["auto", "yes", "no"] = Field("auto", description="whether each worker has a GPU")
     threads: int | None = Field(
@@ -176,15 +165,13 @@ class TrainConfig(Settings):
         """Seconds for which rank 0 retries a storage that refuses, while the others wait for it."""
         return 0.8 * self.collective_timeout_s
 
-    def budget(self, steps_per_epoch: int, tokens_per_epoch: int) -> Budget:
-        """The run's limit, in steps if it is not in minutes."""
-        if self.minutes is not None:
-            return Budget(None, self.minutes)
-        if self.steps is not None:
-            return Budget(self.steps, None)
+    def limit_in_steps(self, steps_per_epoch: int, tokens_per_epoch: int) -> int | None:
+        """The run's limit; None: it is in minutes, which become steps once the speed is known."""
+        if self.minutes is not None or self.steps is not None:
+            return self.steps
         if self.tokens is not None:
-            return Budget(math.ceil(self.tokens * steps_per_epoch / max(1, tokens_per_epoch)), None)
-        return Budget(max(1, round((self.epochs or 1) * steps_per_epoch)), None)
+            return math.ceil(self.tokens * steps_per_epoch / max(1, tokens_per_epoch))
+        return max(1, round((self.epochs or 1) * steps_per_epoch))
 
 
 #: Settings that the first versions lacked, with the values that their runs had.
@@ -192,25 +179,11 @@ ADDED = {"optimizer": "adamw"}
 
 #: Settings that may differ when a run is resumed: its length, its workers, its logging.
 MAY_CHANGE = frozenset(
-    {
-        "steps",
-        "tokens",
-        "epochs",
-        "minutes",
-        "evaluations",
-        "log_every",
-        "checkpoint_minutes",
-        "checkpoint_steps",
-        "keep_checkpoints",
-        "on_checkpoint_failure",
-        "workers",
-        "gpu",
-        "threads",
-        "max_failures",
-        "collective_timeout_s",
-        "digests",
-        "on_non_finite",
-    }
+    (
+        "steps tokens epochs minutes evaluations log_every checkpoint_minutes checkpoint_steps "
+        "keep_checkpoints on_checkpoint_failure workers gpu threads max_failures "
+        "collective_timeout_s digests on_non_finite"
+    ).split()
 )
 #: Settings that may differ between runs that are compared: all are as long and evaluated as often.
 ALIKE_MAY_CHANGE = MAY_CHANGE - {*LIMITS, "evaluations"}

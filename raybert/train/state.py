@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from raybert.errors import DamagedError, StorageError
+from raybert.records import Metrics, finite
 from raybert.train.averages import WeightAverages
 from raybert.train.checkpoint import CheckpointStore, Snapshot
 from raybert.train.distributed import Group
-from raybert.train.metrics_log import finite
 from raybert.train.optimizers import optimizer_tensors, restore_optimizer
 from raybert.train.tensor_file import Tensors
 
@@ -38,7 +38,7 @@ class Progress:
         """Take the values of a checkpoint."""
         vars(self).update(vars(Progress(**state)))
 
-    def note_best(self, metrics: dict[str, Any]) -> bool:
+    def note_best(self, metrics: Metrics) -> bool:
         """Note an evaluation; return whether its score is the best. NaN never is."""
         if not metrics["score"] > (-float("inf") if self.best_score is None else self.best_score):
             return False
@@ -63,11 +63,11 @@ class TrainState:
     def snapshot(self) -> Snapshot:
         """Copy everything to the CPU."""
         return Snapshot(
-            step=self.progress.step,
-            model=_copy(self.model.state_dict()),
-            optimizer=_copy(optimizer_tensors(self.optimizer)),
-            state=asdict(self.progress),
-            averages=_copy(self.averages.tensors()),
+            self.progress.step,
+            _copy(self.model.state_dict()),
+            _copy(optimizer_tensors(self.optimizer)),
+            asdict(self.progress),
+            _copy(self.averages.tensors()),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -84,15 +84,9 @@ def _copy(tensors: Tensors) -> Tensors:
 def load_latest_on_all_ranks(
     store: CheckpointStore, group: Group, on_damaged: Callable[[str], None]
 ) -> Snapshot | None:
-    """Load the latest checkpoint that is whole: rank 0 finds it, the others load the same.
+    """Load the latest complete checkpoint: rank 0 finds it, the others load the same.
 
-    Args:
-        store: the run's checkpoints.
-        group: the processes that train together; all of them call this.
-        on_damaged: gets a message for each checkpoint that is damaged, on rank 0.
-
-    Raises:
-        StorageError: a rank can't read the checkpoint that rank 0 found.
+    A StorageError if one of them can't read it.
     """
     is_first = group.rank == 0
     snapshot = store.load_latest(on_damaged) if is_first else None

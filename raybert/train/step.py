@@ -1,7 +1,7 @@
-"""One optimizer step: forward and backward over this rank's micro-batches, and the update.
+"""One optimizer step; one evaluation; the best weights at the end of a run.
 
-A step's loss is its sum over all micro-batches of all ranks, divided by what all of them predict:
-any number of ranks, with any number of micro-batches each, computes the same gradient.
+A step's loss is its sum over all micro-batches of all ranks, divided by the global count of
+predicted tokens (or rows): any number of ranks computes the same gradient.
 """
 
 from __future__ import annotations
@@ -9,13 +9,21 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from raybert.data.keyed import key_of
+from raybert.errors import DamagedError
+from raybert.records import Metrics
+from raybert.storage.retry import retry
 from raybert.train.autocast import autocast
+from raybert.train.checkpoint import CheckpointStore
 from raybert.train.distributed import Group
+from raybert.train.metrics_log import MetricsLog
 from raybert.train.optimizers import set_lr
 from raybert.train.settings import TrainConfig
 from raybert.train.state import TrainState
@@ -33,7 +41,6 @@ class TrainStep:
         state: TrainState,
         on_batch: Callable[[Batch], None] | None = None,
     ) -> None:
-        """Set up; `on_batch` gets every micro-batch before it is trained on, for digests."""
         self._task, self._config, self._group = task, config, group
         self._state, self._on_batch = state, on_batch
         self._module: nn.Module = task.model
@@ -48,19 +55,12 @@ class TrainStep:
             module = torch.compile(module)  # type: ignore[assignment]
         self._module = self._group.wrap(module, deterministic=self._config.deterministic)
 
-    def run(self, batches: Sequence[Batch], step: int, count: float, lr: float) -> bool:
-        """Take a step.
+    def run(self, batches: Sequence[Batch], step: int, global_count: float, lr: float) -> bool:
+        """Take a step over this rank's micro-batches; return whether the gradient was finite.
 
-        Args:
-            batches: this rank's micro-batches.
-            step: the step's number.
-            count: the predicted tokens, or rows, of the global batch.
-            lr: the learning rate.
-
-        Returns:
-            Whether the gradient was finite; if not, the weights are as they were.
+        `global_count` is the number of predicted tokens, or rows, of the global batch.
         """
-        self._backward(batches, step, count)
+        self._backward(batches, step, global_count)
         set_lr(self._state.optimizer, lr)
         parameters = [p for p in self._task.model.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm, foreach=True)
@@ -72,12 +72,11 @@ class TrainStep:
         self._state.optimizer.zero_grad(set_to_none=True)
         return is_finite
 
-    def _backward(self, batches: Sequence[Batch], step: int, count: float) -> None:
-        """Accumulate the gradient of the global batch's mean loss."""
+    def _backward(self, batches: Sequence[Batch], step: int, global_count: float) -> None:
         device = self._group.device
         work = [batch for batch in batches if batch.count] or [self._task.empty_batch()]
-        # DDP averages over ranks; a step's loss is the sum over all ranks by the global count.
-        scale = self._group.world_size / max(1.0, count)
+        # DDP averages over ranks; the loss is the sum over all ranks, divided by the global count.
+        scale = self._group.world_size / max(1.0, global_count)
         for index, batch in enumerate(work):
             if self._on_batch is not None and batch.count:
                 self._on_batch(batch)
@@ -99,3 +98,51 @@ class TrainStep:
         self._loss.zero_()
         self._count = 0
         return loss / max(1.0, count)
+
+
+class Evaluator:
+    """Evaluates a task's model, with the averages in the place of its weights if there are any."""
+
+    def __init__(self, task: Task, config: TrainConfig, group: Group, state: TrainState) -> None:
+        self._task, self._config, self._group, self._state = task, config, group, state
+        self._last: Metrics | None = None  # of the last evaluation
+
+    def evaluate(self) -> tuple[Metrics, bool]:
+        """Evaluate on all ranks; return the metrics, and whether they are the best so far."""
+        model = self._state.model
+        model.eval()
+        with (
+            self._state.averages.swapped_in(),
+            torch.inference_mode(),
+            autocast(self._config.precision, self._group.device),
+        ):
+            metrics = self._last = self._task.evaluate()
+        model.train()
+        return metrics, self._state.progress.note_best(metrics)
+
+    def load_best(self, store: CheckpointStore, log: MetricsLog) -> dict[str, Any]:
+        """Put the best weights into rank 0's model, or leave the last ones if those are lost.
+
+        Returns their metrics and the progress; `best_step` is their step, None if no evaluation
+        gave a score. A StorageError if they can't be read for `retry_timeout_s`.
+        """
+        state, progress = self._state, self._state.progress
+        metrics: dict[str, Any] = dict(self._last or {})
+        best, best_metrics = progress.best_step, progress.best_metrics
+        if best == progress.step:
+            metrics = best_metrics or metrics
+        elif best is not None and self._group.rank == 0:
+            timeout_s = self._config.retry_timeout_s
+            try:
+                state.restore(retry(partial(store.load, best), timeout_s, log.storage_event))
+                metrics = best_metrics or {}
+            except DamagedError as error:
+                message = f"{error}; the model has the weights of step {progress.step} instead"
+                log.event("best checkpoint lost", message)
+                progress = replace(progress, best_score=metrics["score"], best_step=progress.step)
+        state.averages.swap()
+        # The other ranks wait here: rank 0 may retry as long again for the model it writes next.
+        self._group.gather(None)
+        result = {**metrics, **asdict(progress)}
+        del result["best_metrics"]
+        return result

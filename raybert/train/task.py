@@ -1,16 +1,18 @@
-"""What the training loop needs of a task: its model, batches, loss and evaluation.
+"""What the training loop is given: a task (model, batches, loss, evaluation) and control signals.
 
-A task is built on every worker from its `TrainSpec`, which travels there.
+A task is built on every worker from its `TrainSpec`, which is pickled and sent there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from raybert.errors import RaybertError
+from raybert.records import Metrics
 from raybert.storage.folder import Folder
 from raybert.train.distributed import Group
 from raybert.train.settings import TrainConfig
@@ -41,8 +43,6 @@ class Batch(Protocol):
 
 class Task(Protocol):
     """A model with its batches, its loss and its evaluation, on one rank."""
-
-    last: dict[str, Any]  # the metrics of the last evaluation; at the end those of the best one
 
     @property
     def model(self) -> nn.Module:
@@ -79,8 +79,8 @@ class Task(Protocol):
     def prepare(self, step: int) -> bool:
         """Freeze or unfreeze parameters for a step; return whether anything changed."""
 
-    def evaluate(self) -> dict[str, Any]:
-        """Evaluate on all ranks together; the metrics include `score`: higher is better."""
+    def evaluate(self) -> Metrics:
+        """Evaluate on all ranks together."""
 
 
 @dataclass(frozen=True)
@@ -105,5 +105,25 @@ class TrainSpec(Protocol):
     def make_task(self, group: Group, loader: LoaderConfig) -> Task:
         """Build the task on a worker."""
 
-    def finish(self, task: Task, run: Folder) -> dict[str, Any]:
-        """Write the run's product from the best weights, on rank 0; return lines of the result."""
+    def finish(self, task: Task, run: Folder, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write the product of the best weights, on rank 0; returns lines of the result."""
+
+
+class Stopped(RaybertError):
+    """The run was asked to stop; its state is in a checkpoint."""
+
+
+class Preempted(RaybertError):
+    """A worker's node will be taken away; the run's state is in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class ControlSignals:
+    """Requests from outside, polled before every step; each may come from any rank."""
+
+    stop: Callable[[], bool] = lambda: False  # save and end the run
+    preempt: Callable[[], bool] = lambda: False  # save and end: this rank's node will be taken away
+    save: Callable[[], bool] = lambda: False  # write a checkpoint now
+
+
+NO_SIGNALS = ControlSignals()

@@ -1,14 +1,20 @@
-"""Throughput, and model FLOPs utilization (MFU): the share of the GPU's peak that a run reaches.
+"""The stream of a run's batches with its clock, and the throughput.
 
-MFU is defined as in PaLM (arXiv 2204.02311, appendix B): only the operations that the model itself
-needs count, so that recomputation does not raise it.
+Model FLOPs utilization (MFU) is defined as in PaLM (arXiv 2204.02311, appendix B): it counts only
+the operations that the model itself needs, so that recomputation does not raise it.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+
+from raybert.records import Rates
+from raybert.train.state import Progress
+from raybert.train.task import Batch, Task
 
 #: Dense bf16 operations per second by a part of the GPU's name, from the vendor's data sheets.
 #: V100 and T4 have no bf16: theirs are of fp16.
@@ -51,14 +57,57 @@ class ThroughputMeter:
         self._waited += waited
         self._steps += 1
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> Rates:
         """Return the interval's rates and begin the next interval."""
         seconds = max(1e-9, time.perf_counter() - self._began)
         steps = max(1, self._steps)
-        rates = {
+        rates: Rates = {
             "tokens_per_second": round(self._tokens / seconds, 1),
             "step_seconds": round(seconds / steps, 6),
             "data_wait": round(self._waited / steps, 6),
         }
         self.restart()
         return rates
+
+
+class BatchStream:
+    """This rank's micro-batches, step after step; the clock starts with the first one."""
+
+    def __init__(self, task: Task, progress: Progress, meter: ThroughputMeter) -> None:
+        self._task, self._progress, self._meter = task, progress, meter
+        self._batches: Iterator[Sequence[Batch]] | None = None
+        self._began = 0.0
+        self.waited = 0.0  # seconds for the last batch
+
+    def next(self) -> Sequence[Batch]:
+        """The micro-batches of the next step."""
+        progress = self._progress
+        if self._batches is None:
+            self._batches = self._task.batches(progress.step, progress.total_steps)
+            batches = next(self._batches)
+            self._meter.restart()
+            self._began, self.waited = time.perf_counter() - progress.seconds, 0.0
+        else:
+            asked = time.perf_counter()
+            batches = next(self._batches)
+            self.waited = time.perf_counter() - asked
+        return batches
+
+    def seconds(self) -> float:
+        """Seconds of training so far, over all attempts."""
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock for as long as the context lasts."""
+        paused = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - paused
+
+    def close(self) -> None:
+        """End the stream and what makes its batches; `next` would open it anew."""
+        if self._batches is not None:
+            self._batches.close()  # type: ignore[attr-defined]  # of a generator
+            self._batches = None

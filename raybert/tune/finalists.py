@@ -90,8 +90,8 @@ def choose_finalists(trials: Sequence[TrialRecord], count: int) -> list[TrialRec
 def configured_trial(trials: Sequence[TrialRecord]) -> TrialRecord | None:
     """The trial of the configured values.
 
-    After a PBT exploit that trial has other values. Then the configured values get a record of
-    their own, without results, and are trained to the end only as a finalist.
+    After a PBT exploit that trial has other values: then the configured ones get a record of their
+    own, without results, and are trained to the end only as a finalist.
     """
     first = next((trial for trial in trials if trial.name == DEFAULT), None)
     if first is None or not first.exploits:
@@ -114,10 +114,7 @@ def finalist_runs(
 def rank_finalists(
     finalists: Sequence[TrialRecord], runs: Sequence[TrialRecord], texts: int
 ) -> list[Finalist]:
-    """The finalists with their runs: the winner, then the others by their means.
-
-    `texts` is the number of validation texts.
-    """
+    """The finalists, the winner first, then by their means; `texts` were validated on."""
     found = [
         Finalist(trial, [run for run in runs if run.name.startswith(f"{trial.name}-s")])
         for trial in finalists

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from raybert.data.keyed import key_of
 from raybert.errors import ConfigError
-from raybert.tune.settings import TuneConfig
 from raybert.tune.space import Dimension, Space, Values
 from raybert.tune.trial_store import TrialRecord
 
@@ -79,10 +78,7 @@ class GridSampler(Sampler):
 
 
 class TpeSampler(Sampler):
-    """Optuna's tree-structured Parzen estimator (arXiv 2304.11127).
-
-    A stopped trial counts as Optuna's pruned trials do: with the best score that it reached.
-    """
+    """Optuna's tree-structured Parzen estimator (arXiv 2304.11127); stopped: pruned."""
 
     def __init__(self, space: Space, seed: int, startup: int, accepts: Accepts) -> None:
         import optuna
@@ -143,12 +139,12 @@ class TpeSampler(Sampler):
         )
 
 
-#: Samplers by their names in `tune.searcher`; a new one needs its name in `TuneConfig.searcher`.
-SAMPLERS: dict[str, Callable[[TuneConfig, Space, list[Values], Accepts], Sampler]] = {
-    "random": lambda config, space, start, accepts: RandomSampler(space, config.seed, accepts),
-    "grid": lambda config, space, start, accepts: GridSampler(space, start, accepts),
-    "tpe": lambda config, space, start, accepts: TpeSampler(
-        space, config.seed, max(4, min(10, config.trials // 3)), accepts
+#: By their names in `tune.searcher`: (space, start values, seed, trials, check) -> sampler.
+SAMPLERS: dict[str, Callable[[Space, list[Values], int, int, Accepts], Sampler]] = {
+    "random": lambda space, start, seed, trials, accepts: RandomSampler(space, seed, accepts),
+    "grid": lambda space, start, seed, trials, accepts: GridSampler(space, start, accepts),
+    "tpe": lambda space, start, seed, trials, accepts: TpeSampler(
+        space, seed, max(4, min(10, trials // 3)), accepts
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Run the trials of a search on Ray Tune.
+"""Run the trials of a search, or the members of an ensemble, on Ray Tune.
 
 Ray Tune starts the workers, reuses them for the next trials and applies the scheduler. Its own
 checkpoints of a search, pickles that lag behind the trials, are not used: a search that was killed
@@ -9,91 +9,161 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
+import ray
 import ray.tune
 from ray.tune.experiment import Experiment, Trial
-from ray.tune.schedulers import TrialScheduler
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
 from raybert.cluster.internals.tune import NEW_OUTPUT
-from raybert.cluster.session import environment
+from raybert.cluster.session import Resources, environment
 from raybert.errors import RaybertError, Superseded
 from raybert.storage.folder import Folder
-from raybert.train.ray.driver_channel import DriverChannel
-from raybert.train.ray.fit_thread import run_fit
-from raybert.tune.search_session import SearchSession
+from raybert.tasks.finetune import FinetuneSpec, SharedInputs
+from raybert.terminal.display import Display
+from raybert.train.ray.driver_channel import DriverChannel, run_fit
+from raybert.train.ray.placement import uses_gpus
+from raybert.tune.schedulers.scheduler import NoScheduler, SchedulerConfig, SearchScheduler
+from raybert.tune.search_session import OnTrial, SearchSession, TrialSource
+from raybert.tune.settings import TrialConfig, TuneConfig
+from raybert.tune.space import Space
 from raybert.tune.trial import FinetuneTrial, TrialContext
+from raybert.tune.trial_resources import trial_resources
 from raybert.tune.trial_store import TrialRecord
+from raybert.tune.trial_table import format_end, format_progress, trial_table
+
+_DONOR_CHECKPOINTS = 4  # kept by each trial if others exploit it, which they do some steps later
 
 
-def run_trials(
-    context: TrialContext,
-    session: SearchSession,
-    scheduler: TrialScheduler,
-    *,
-    metric: str,
-    max_failures: int,
-    stage: Folder,
-    logs: bool,
-    show: Callable[[], None],
-) -> None:
-    """Run a session's trials to their ends.
+class TrialRunner:
+    """Runs fine-tuning trials of one stage on the connected cluster and shows their progress."""
 
-    The scheduler compares the `metric` of results. `stage` is the folder in which Ray Tune gets a
-    temporary one, `logs` lets it print, and `show` is called twice a second.
+    def __init__(
+        self,
+        config: TuneConfig,
+        spec: FinetuneSpec,
+        resources: Resources,
+        stage: Folder,
+        display: Display,
+        seq_len: int,
+        logs: bool,
+    ) -> None:
+        """Put texts and pretrained weights into the object store, once for all trials.
 
-    Raises:
-        KeyboardInterrupt: Ctrl-C was pressed; running trials have saved a checkpoint.
-        Superseded: another driver runs the same search.
-        RaybertError: Ray Tune itself failed.
-    """
-    scratch, name = stage / "ray", f"attempt-{time.time_ns()}"
-    arguments: dict[str, Any] = {
-        "name": name,
-        "metric": metric,
-        "mode": "max",
-        "resources_per_trial": ray.tune.PlacementGroupFactory([session.resources.request]),
-        "storage_path": scratch.path,
-        "storage_filesystem": scratch.filesystem,
-        "search_alg": SessionSearch(session),
-        "scheduler": scheduler,
-        "checkpoint_config": ray.tune.CheckpointConfig(checkpoint_at_end=False),
-        "callbacks": [SessionCallback(session)],
-        "max_failures": max_failures,
-        "reuse_actors": True,
-        "raise_on_failed_trial": False,
-        "verbose": 0,
-    }
-    trainable = ray.tune.with_parameters(FinetuneTrial, context=context)
+        Ray Tune gets a temporary folder in `stage`; `seq_len` is that of trials that do not set it;
+        with `logs` Ray Tune prints. A ConfigError if not even one trial fits on the cluster.
+        """
+        training = spec.config
+        self.base = TrialConfig(model=spec.model, finetune=training)
+        gpu = uses_gpus(training, resources.gpus)
+        each = trial_resources(config, training, gpu, resources)
+        in_process, workers = training.max_workers == 1, training.max_workers
+        cpus = max(1, int(each.cpus)) if in_process else None
+        self._threads = training.threads or cpus
+        #: Cores and GPUs of a trial, for its cost.
+        self.cores = workers * float(self._threads or 1)
+        self.gpus = each.gpus if in_process else workers * float(gpu)
+        self._config, self._spec, self._gpu, self._each = config, spec, gpu, each
+        self._resources, self._stage, self._display = resources, stage, display
+        self._seq_len, self._logs = seq_len, logs
+        self._shared_inputs = ray.put(SharedInputs.read(spec))
 
-    def poll() -> None:
-        _read_progress(context.channel, session.source.trials)
-        show()
+    def run(
+        self,
+        source: TrialSource,
+        scheduler: SearchScheduler | None = None,
+        space: Space | None = None,
+        *,
+        longest: float = 1.0,
+        deadline: float | None = None,
+        on_evaluation: Sequence[OnTrial] = (),
+        on_trial_end: Sequence[OnTrial] = (),
+    ) -> None:
+        """Run a source's trials to their ends; without a scheduler none is stopped early.
 
-    def on_interrupt() -> None:
-        session.is_stopping = True
+        `space` and `longest` are as in `SearchScheduler.build`; `deadline` is of time.monotonic.
 
-    with _tune_settings(session.resources.trials, logs):
-        error = run_fit(
-            lambda: ray.tune.run(trainable, **arguments),
-            context.channel,
-            poll,
-            on_interrupt=on_interrupt,
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed; running trials have saved a checkpoint.
+            Superseded: another driver runs the same search.
+            RaybertError: Ray Tune itself failed.
+        """
+        scheduler = scheduler or NoScheduler(SchedulerConfig(kind="none"))
+        ended: deque[str] = deque()  # lines of ended trials, for the main thread to show
+        session = SearchSession(
+            source,
+            self._each.trials,
+            deadline,
+            on_evaluation,
+            [*on_trial_end, lambda trial: ended.append(format_end(trial))],
+            starts_all=scheduler.starts_all,
+            keeps_checkpoints=scheduler.exploits,
         )
-    if isinstance(error, RaybertError):
-        raise error
-    if error is not None:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RaybertError(f"the search failed: {lines[-1]}") from error
-    if session.superseded is not None:
-        raise Superseded(session.superseded)
-    session.delete_checkpoints()
-    scratch.delete(name)
-    if not scratch.names(hidden=True):  # another driver's attempt may be running there
-        stage.delete("ray")
+        context = TrialContext(
+            folder=source.store.folder,
+            base=self.base,
+            spec=self._spec,
+            shared_inputs=self._shared_inputs,
+            seq_len=self._seq_len,
+            keep_checkpoints=_DONOR_CHECKPOINTS if scheduler.exploits else 1,
+            threads=self._threads,
+            gpu=self._gpu,
+            resources=self._resources,
+            channel=DriverChannel(),
+        )
+        keys = [] if space is None else [dimension.key for dimension in space.dimensions]
+
+        def show() -> None:
+            while ended:
+                self._display.print(ended.popleft())
+            trials = list(source.trials)
+            self._display.panel(trial_table(trials, keys), format_progress(trials, source.limit))
+
+        def poll() -> None:
+            _read_progress(context.channel, source.trials)
+            show()
+
+        def on_interrupt() -> None:
+            session.is_stopping = True
+
+        scratch, name = self._stage / "ray", f"attempt-{time.time_ns()}"
+        arguments: dict[str, Any] = {
+            "name": name,
+            "metric": scheduler.metric,
+            "mode": "max",
+            "resources_per_trial": ray.tune.PlacementGroupFactory([self._each.request]),
+            "storage_path": scratch.path,
+            "storage_filesystem": scratch.filesystem,
+            "search_alg": SessionSearch(session),
+            "scheduler": scheduler.build(space, longest, session),
+            "checkpoint_config": ray.tune.CheckpointConfig(checkpoint_at_end=False),
+            "callbacks": [SessionCallback(session)],
+            "max_failures": self._config.max_failures,
+            "reuse_actors": True,
+            "raise_on_failed_trial": False,
+            "verbose": 0,
+        }
+        trainable = ray.tune.with_parameters(FinetuneTrial, context=context)
+        with _tune_settings(self._each.trials, self._logs):
+            fit = partial(ray.tune.run, trainable, **arguments)
+            error = run_fit(fit, context.channel, poll, on_interrupt=on_interrupt)
+        if isinstance(error, RaybertError):
+            raise error
+        if error is not None:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise RaybertError(f"the search failed: {lines[-1]}") from error
+        if session.superseded is not None:
+            raise Superseded(session.superseded)
+        session.delete_checkpoints()
+        scratch.delete(name)
+        if not scratch.names(hidden=True):  # another driver's attempt may be running there
+            self._stage.delete("ray")
+        show()
 
 
 class SessionSearch(SearchAlgorithm):  # type: ignore[misc]  # of an untyped package
@@ -141,23 +211,19 @@ class SessionCallback(ray.tune.Callback):  # type: ignore[misc]
     def __init__(self, session: SearchSession) -> None:
         self._session = session
 
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+    def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
         """Mark a trial as running."""
         self._session.record_of(trial).state = "running"
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
-    ) -> None:
+    def on_trial_result(self, *, trial: Trial, result: dict[str, Any], **_: Any) -> None:
         """Record an evaluation."""
         self._session.on_result(trial, result)
 
-    def on_trial_complete(
-        self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
-    ) -> None:
+    def on_trial_complete(self, *, trial: Trial, **_: Any) -> None:
         """Record the end of a trial."""
         self._session.on_end(trial)
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+    def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
         """Record the failure of a trial whose worker was lost `max_failures` times."""
         self._session.on_end(trial, _format_lost_worker(trial))
 
@@ -174,7 +240,6 @@ def _format_lost_worker(trial: Trial) -> str:
 
 
 def _read_progress(channel: DriverChannel, trials: Sequence[TrialRecord]) -> None:
-    """Update the trials' steps from the records that their workers sent."""
     with suppress(Exception):  # only the display needs them
         known = {trial.name: trial for trial in trials}
         for record in channel.receive():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from raybert.config import Settings, build, flatten
+from raybert.config import KeyOf, Settings, build, flatten
 from raybert.errors import ConfigError
 from raybert.model.settings import ModelConfig
 from raybert.tasks.settings import FinetuneConfig
 from raybert.train.settings import ALIKE_MAY_CHANGE
+from raybert.tune.samplers import SAMPLERS
+from raybert.tune.schedulers.scheduler import SchedulerConfig
 
 #: The first keys matter most; the last ones make every step slower.
 DEFAULT_SPACE: dict[str, Any] = {
@@ -37,33 +39,6 @@ DEFAULT_SPACE: dict[str, Any] = {
 }
 
 
-class SchedulerConfig(Settings):
-    """Which trials are stopped early."""
-
-    kind: Literal["none", "asha", "hyperband", "pbt"] = Field(
-        "asha",
-        description="none: trains every trial to its end; asha: stops the worse trials at each "
-        "rung (arXiv 1810.05934); hyperband: the same in brackets (arXiv 1603.06560); pbt: the "
-        "worst trials copy weights and settings of the best (arXiv 1711.09846)",
-    )
-    grace_epochs: float = Field(
-        1.0, gt=0, description="asha: epochs of the first rung; no trial is stopped before it"
-    )
-    reduction: float = Field(
-        3.0,
-        gt=1,
-        description="asha, hyperband: one in so many trials continues past a rung, and each rung "
-        "is so many times longer than the one before",
-    )
-    interval_epochs: float = Field(1.0, gt=0, description="pbt: epochs between two exploits")
-    quantile: float = Field(
-        0.25,
-        gt=0,
-        le=0.5,
-        description="pbt: share of trials that are replaced, and share that they copy from",
-    )
-
-
 class TuneConfig(Settings):
     """A search for the best fine-tuning."""
 
@@ -76,14 +51,12 @@ class TuneConfig(Settings):
     start: list[dict[str, Any]] = Field(
         [], description="values of the first trials, by dotted keys, after the configured ones"
     )
-    searcher: Literal["random", "grid", "tpe"] = Field(
+    searcher: Annotated[str, KeyOf(SAMPLERS)] = Field(
         "tpe", description="tpe: Optuna's, which learns from earlier trials (arXiv 2304.11127)"
     )
     scheduler: SchedulerConfig = SchedulerConfig()
     trials: int = Field(
-        30,
-        ge=1,
-        description="number of trials, including the configured values; a grid ignores it",
+        30, ge=1, description="number of trials, including the configured values; a grid ignores it"
     )
     minutes: float | None = Field(
         None,
@@ -106,9 +79,7 @@ class TuneConfig(Settings):
         3, ge=1, description="best trials that are run again; the configured values always are"
     )
     seeds: int = Field(3, ge=1, description="runs of each finalist, each with another seed")
-    test: bool = Field(
-        True, description="measure the winner on evaluate.source, once, after it was chosen"
-    )
+    test: bool = Field(True, description="measure the winner, once, on evaluate.source")
     keep_models: bool = Field(
         False, description="keep the model of every trial, not only the winner's"
     )

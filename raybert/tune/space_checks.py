@@ -32,11 +32,7 @@ _FIXED = {
 
 
 def read_space(config: TuneConfig, base: TrialConfig) -> Space:
-    """Parse the search space; check it, the start values and the scheduler against the `base`.
-
-    Raises:
-        ConfigError: an unknown key, one that can't be searched, an empty range, an invalid value.
-    """
+    """Parse the search space; a ConfigError for a space, start or scheduler that can't work."""
     space = Space.parse(config.space)
     if not len(space):
         raise ConfigError("tune.space is empty; name keys and their ranges, or leave it out")
@@ -85,7 +81,7 @@ def longest_epochs(
         return float(max(ends["epochs"]))
     if "steps" in ends:
         return float(max(ends["steps"])) / steps_per_epoch
-    steps = config.budget(steps_per_epoch, tokens_per_epoch).steps or steps_per_epoch
+    steps = config.limit_in_steps(steps_per_epoch, tokens_per_epoch) or steps_per_epoch
     return steps / steps_per_epoch
 
 

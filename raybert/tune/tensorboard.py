@@ -104,7 +104,6 @@ def tensorboard(folder: Folder) -> Iterator[str]:
 
 
 def _free_port() -> int:
-    """TensorBoard's default port, or another free one."""
     for port in (_PORT, 0):
         with socket.socket() as probe:
             try:

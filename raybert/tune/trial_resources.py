@@ -25,9 +25,9 @@ class TrialResources:
     def request(self) -> dict[str, float]:
         """The resources that Ray Tune requests for a trial's process.
 
-        Ray Tune rejects an empty request. A small fraction of a CPU would leave the node without
-        its last whole one, which a worker of Ray Train may wait for, so the request is one byte of
-        memory.
+        Ray Tune rejects an empty request, and a small fraction of a CPU would leave the node
+        without its last complete one, which a worker of Ray Train may wait for: so it is one byte
+        of memory.
         """
         needed = {"CPU": self.cpus, "GPU": self.gpus}
         return {name: count for name, count in needed.items() if count} or {"memory": 1}
@@ -43,10 +43,11 @@ def trial_resources(
         found, requested = _for_one_worker(config, gpu, resources)
     if found.trials < 1:
         spare = _SPARE_CPUS if resources.started_here else 0
+        cpus, gpus = max(_nodes(resources), key=lambda node: (node[1], node[0]))
         raise ConfigError(
             f"{requested}: the cluster has {resources.cpus - spare:g} CPUs and "
-            f"{resources.gpus:g} GPUs for trials, {_format_largest_node(resources, spare)} on its "
-            "largest node; lower that, or add nodes"
+            f"{resources.gpus:g} GPUs for trials, {cpus - spare:g} and {gpus:g} on its largest "
+            "node; lower that, or add nodes"
         )
     return replace(found, trials=min(found.trials, config.concurrency or found.trials))
 
@@ -54,7 +55,6 @@ def trial_resources(
 def _for_one_worker(
     config: TuneConfig, gpu: bool, resources: Resources
 ) -> tuple[TrialResources, str]:
-    """Resources of trials that train in their own process, each on one node."""
     cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
     gpus = float(gpu) if gpus is None else gpus
     requested = f"tune.cpus_per_trial={cpus:g}"
@@ -73,11 +73,7 @@ def _for_one_worker(
 def _for_several_workers(
     training: TrainConfig, gpu: bool, resources: Resources
 ) -> tuple[TrialResources, str]:
-    """Resources of trials whose workers Ray Train starts, each on any node.
-
-    Ray Train requests the workers' CPUs. One CPU stays free, as `check_resources` demands of every
-    run.
-    """
+    """Resources of trials whose workers Ray Train starts; one CPU stays free for Ray Data."""
     nodes = _nodes(resources)
     fits = sum(int(cpus) for cpus, _ in nodes) - 1
     if gpu:
@@ -90,8 +86,3 @@ def _for_several_workers(
 
 def _nodes(resources: Resources) -> Sequence[tuple[float, float]]:
     return resources.nodes or [(resources.cpus, resources.gpus)]
-
-
-def _format_largest_node(resources: Resources, spare: int) -> str:
-    cpus, gpus = max(_nodes(resources), key=lambda node: (node[1], node[0]))
-    return f"{cpus - spare:g} and {gpus:g}"

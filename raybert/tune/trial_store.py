@@ -142,12 +142,9 @@ class TrialStore:
     def _read(self, name: str) -> TrialRecord:
         run = self.folder_of(name)
         values = run.read_json(TRIAL)
+        started, exploits = float(values["begun"]), values["exchanges"]
         trial = TrialRecord(
-            name,
-            values["values"],
-            int(values["seed"]),
-            started=float(values["begun"]),
-            exploits=values["exchanges"],
+            name, values["values"], int(values["seed"]), started=started, exploits=exploits
         )
         # Evaluations before an exploit are of weights that the trial has given up.
         since = trial.exploits[-1]["step"] if trial.exploits else -1

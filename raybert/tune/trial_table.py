@@ -27,10 +27,12 @@ def trial_table(trials: Sequence[TrialRecord], keys: Sequence[str]) -> Table:
     others = [trial for trial in rank_trials(trials) if trial.state != "running"]
     failed = [trial for trial in trials if trial.state == "failed"]
     for trial in [*running, *others, *failed][:_ROWS]:
+        total = trial.total_steps if trial.state == "running" else None
+        progress = f" {trial.step / total:.0%}" if total else ""
         now = trial.evaluations[-1].accuracy if trial.evaluations else None
         table.add_row(
             trial.name,
-            _format_state(trial),
+            trial.state + progress,
             f"{trial.epoch:.2f}" if trial.evaluations else "",
             "" if trial.best is None else f"{trial.best.accuracy:.4f}",
             "" if now is None else f"{now:.4f}",
@@ -72,9 +74,3 @@ def format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return "null" if value is None else str(value)
-
-
-def _format_state(trial: TrialRecord) -> str:
-    if trial.state == "running" and trial.total_steps:
-        return f"running {trial.step / trial.total_steps:.0%}"
-    return trial.state

@@ -223,7 +223,7 @@ def test_a_stored_configuration_takes_other_texts(raybert, experiment, tmp_path)
     from raybert.config import load
     from raybert.data.sources import documents
     from raybert.experiment import Experiment as Configured
-    from raybert.pipeline import stages
+    from raybert.pipeline import run_stages
 
     (tmp_path / "mine.yaml").write_text(raybert("config").out)
 
@@ -236,7 +236,7 @@ def test_a_stored_configuration_takes_other_texts(raybert, experiment, tmp_path)
     assert splits("evaluate.source.path=sample:all") == [("test",)]
     given = load_experiment(None, None, None, "sample:rotten-tomatoes")
     assert [s.splits for s in documents.shards(given.evaluate.source, labels=True)] == [("test",)]
-    stages.check_sources(given)
+    run_stages.check_sources(given)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_a_measurement_counts_for_its_texts_and_weights_alone(
 
 def test_a_summary_without_a_unigram_loss():
     from raybert.experiment import Experiment as Configured
-    from raybert.pipeline.demo import _format_summary
+    from raybert.pipeline.run_stages import _format_summary
 
     result = {
         "masked_loss": 4.0, "unigram_loss": None, "fill_mask": [], "texts": 9, "accuracy": 0.5,
@@ -659,7 +659,7 @@ def test_a_full_disk_is_one_line(raybert, experiment, monkeypatch, name):
     assert message.startswith("writing ")
     assert f"{name} failed: No space left on device" in message
     if name == "model.safetensors":  # of the checkpoints, too
-        assert message.endswith("there is no checkpoint yet: mend the storage, and run it again")
+        assert message.endswith("there is no checkpoint yet: fix the storage, and run it again")
     monkeypatch.undo()
     assert raybert("pretrain", *at, "--bare").code == 0
 

@@ -218,7 +218,7 @@ def test_without_its_private_names_training_uses_rays_own_policies(without, tmp_
 def test_without_its_private_names_hyperband_is_rays_own(without):
     from raybert.cluster.internals.tune import BracketHyperBand
     from raybert.tune.schedulers.hyperband import HyperBand
-    from raybert.tune.settings import SchedulerConfig
+    from raybert.tune.schedulers.scheduler import SchedulerConfig
 
     session = SimpleNamespace(source=SimpleNamespace(trials=[]))
     scheduler = HyperBand(SchedulerConfig(kind="hyperband"))
@@ -290,8 +290,7 @@ def make_trainer(folder, started_here=True, workers=2):
 def test_the_controller_gets_our_policies(tmp_path, monkeypatch, workers):
     from ray.train.torch import TorchTrainer
 
-    from raybert.train.ray.failure_policy import NoProgressFailurePolicy
-    from raybert.train.ray.scaling_policy import ElasticPolicy
+    from raybert.train.ray.recovery import ElasticPolicy, NoProgressFailurePolicy
 
     given = {}
 

@@ -6,12 +6,15 @@ import pytest
 import torch
 from blocks import ROOT, blocks
 
+from raybert.config import build
 from raybert.data.sources import formats
 from raybert.data.sources.documents import documents
 from raybert.data.sources.settings import SourceConfig
+from raybert.errors import ConfigError
+from raybert.tasks.settings import PretrainConfig
 from raybert.train import optimizers, schedules
 from raybert.tune import schedulers
-from raybert.tune.settings import SchedulerConfig
+from raybert.tune.settings import TuneConfig
 
 
 @pytest.fixture
@@ -37,9 +40,7 @@ def examples(monkeypatch):
 
 def test_an_optimizer(examples):
     model = torch.nn.Linear(3, 2)
-    config = SimpleNamespace(
-        optimizer="rmsprop", lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0
-    )
+    config = build(PretrainConfig, {"optimizer": "rmsprop", "lr": 0.1}, "pretrain")
     optimizer = optimizers.make_optimizer(model, config)
     before = model.weight.detach().clone()
     model(torch.ones(1, 3)).sum().backward()
@@ -49,21 +50,29 @@ def test_an_optimizer(examples):
 
 
 def test_a_schedule(examples):
-    config = SimpleNamespace(schedule="inverse-square-root", decay_fraction=0.3)
+    config = build(PretrainConfig, {"schedule": "inverse-square-root"}, "pretrain")
     shares = [schedules.schedule_at(step, 100, 10, config) for step in range(100)]
     assert max(shares) <= 1 and shares[39] == pytest.approx((10 / 39) ** 0.5)
 
 
 def test_a_source_format(examples, tmp_path):
     (tmp_path / "a.records").write_text("one\ntwo\n\nthree\n")
-    config = SourceConfig(path=str(tmp_path / "a.records"))
-    texts = [text for table in documents(config) for text in table["text"].to_pylist()]
-    assert texts == ["one\ntwo", "three"]
+    for name in ("auto", "records"):
+        config = build(SourceConfig, {"path": str(tmp_path / "a.records"), "format": name}, "x")
+        texts = [text for table in documents(config) for text in table["text"].to_pylist()]
+        assert texts == ["one\ntwo", "three"]
 
 
 def test_a_scheduler(examples):
     from ray.tune.schedulers import MedianStoppingRule
 
     session = SimpleNamespace(is_ending=False, is_full=False, is_out_of_time=False)
-    built = schedulers.SCHEDULERS["median"](SchedulerConfig()).build(None, 3.0, session)
+    config = build(TuneConfig, {"scheduler": {"kind": "median"}}, "tune").scheduler
+    built = schedulers.SCHEDULERS[config.kind](config).build(None, 3.0, session)
     assert isinstance(built, MedianStoppingRule)
+
+
+def test_names_that_nobody_registered_are_refused():
+    for key, words in (("optimizer", "'adamw' or 'sgd'"), ("schedule", "'linear', 'cosine', .*")):
+        with pytest.raises(ConfigError, match=f"{key}='rmsprop': input should be {words}"):
+            build(PretrainConfig, {key: "rmsprop"}, "pretrain")

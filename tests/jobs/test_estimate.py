@@ -25,10 +25,9 @@ from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.terminal.formats import size
-from raybert.train.control import Stopped
 from raybert.train.distributed import Group
 from raybert.train.run import train_in_process
-from raybert.train.task import LoaderConfig
+from raybert.train.task import LoaderConfig, Stopped
 from raybert.train.throughput import gpu_peak_flops
 
 H100 = {"CPU": 256, "GPU": 8, "accelerator_type:H100": 8}

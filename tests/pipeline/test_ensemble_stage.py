@@ -11,8 +11,7 @@ from raybert.model import huggingface
 from raybert.pipeline import stages
 from raybert.pipeline.ensemble_stage import finetune_seeds
 from raybert.pipeline.finetune_setup import teachers
-from raybert.tasks.prepared_texts import read_prepared_texts
-from raybert.tasks.tokenized_texts import TokenizedTexts
+from raybert.tasks.prepared_texts import TokenizedTexts, read_prepared_texts
 from raybert.terminal.display import Display
 from raybert.tune.trial_store import TrialStore
 

@@ -11,8 +11,8 @@ from making import Attempt, make_corpus, pretrain_job, reviews
 from raybert.errors import UserError
 from raybert.pipeline import runs
 from raybert.storage.folder import Folder
-from raybert.train.control import Stopped
 from raybert.train.run import train_in_process
+from raybert.train.task import Stopped
 
 HOUR = 3600
 

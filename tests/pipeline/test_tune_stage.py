@@ -6,14 +6,13 @@ import pytest
 from making import searchable
 
 from raybert.config import dump
-from raybert.pipeline.tune_result import finish_search
+from raybert.pipeline.tune_result import Cost, finish_search
 from raybert.pipeline.tune_stage import tune
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
 from raybert.train.run_folder import CONFIG, RESULT
 from raybert.tune.finalists import Finalist
 from raybert.tune.space import Space
-from raybert.tune.summary import Cost
 from raybert.tune.trial_store import Evaluation, TrialRecord
 
 
@@ -43,7 +42,6 @@ def search(tmp_path):
         return finish_search(
             experiment,
             Display(quiet=True),
-            stage,
             Space.parse(experiment.tune.space),
             trials,
             finalists,
@@ -60,7 +58,7 @@ def remaining_models(search):
 
 
 @pytest.mark.parametrize(
-    "where", ["raybert.report.write_report", "raybert.pipeline.tune_result.write_trials"]
+    "where", ["raybert.report.write_report", "raybert.pipeline.tune_result.importance"]
 )
 def test_a_search_that_is_killed_at_its_end_finishes_when_it_is_run_again(
     search, monkeypatch, where

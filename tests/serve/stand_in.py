@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 import raybert.serve.http
 from raybert.inference.classifier import TextClassifier
-from raybert.pipeline.predict_stage import fill_mask
+from raybert.inference.fill_mask import MaskFiller
 
 PAGE = Path(raybert.serve.http.__file__).parent / "page"
 
@@ -147,7 +147,7 @@ class StandIn:
     def fill(self, asked: FillMask):
         return [
             [{"token_str": one["token"], "score": one["probability"]} for one in guesses]
-            for guesses in fill_mask(self.masked, asked.inputs, asked.top_k)
+            for guesses in MaskFiller(self.masked).fill(asked.inputs, asked.top_k)
         ]
 
     def _scores(self, row):

@@ -238,7 +238,7 @@ def test_a_run_set_to_stop_at_a_failed_checkpoint_stops_and_resumes(
 ):
     through, connection = proxy
     job = ten_steps(corpus, on_checkpoint_failure="stop")
-    with pytest.raises(UserError, match="the checkpoint of step 2 is whole: mend the storage"):
+    with pytest.raises(UserError, match="run it again to resume from the checkpoint of step 2"):
         train_in_process(job, through, on_progress=Outage(bucket, connection, "busy"))
     connection.mend()
     result = train_in_process(job, through, on_progress=lambda record: None)

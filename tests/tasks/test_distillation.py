@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from raybert.tasks.classification import Classification
-from raybert.tasks.distillation import kl_divergence
-from raybert.tasks.tokenized_texts import NO_LABEL
+from raybert.tasks.prepared_texts import NO_LABEL
+from raybert.tasks.regularization import kl_divergence
 
 TEXTS, LABELS = 4, 3
 

@@ -166,7 +166,7 @@ def test_the_model_keeps_line_breaks_and_omits_an_infinite_unigram_loss(corpus, 
     assert "unigram_loss" not in result
     assert huggingface.read_preprocessing(Folder(result["model"]))["html_breaks"] == "keep"
     card = Folder(result["model"]).read_text("README.md")
-    assert "nats a masked token\n" in card and "nan" not in card
+    assert "nats per masked token\n" in card and "nan" not in card
 
 
 def test_masks_are_predicted_in_the_order_of_the_text(corpus):

@@ -15,9 +15,8 @@ from making import (
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.storage.folder import Folder
-from raybert.tasks.prepared_texts import prepare_texts
+from raybert.tasks.prepared_texts import TokenizedTexts, prepare_texts
 from raybert.tasks.settings import DistillConfig
-from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.distributed import Group
 from raybert.train.task import LoaderConfig
 
@@ -94,7 +93,7 @@ def test_texts_are_prepared_again_only_when_their_inputs_change(folder):
 def test_too_few_texts_for_validation_or_training_are_rejected(folder):
     with pytest.raises(DataError, match=r"finetune.validation_fraction=0.1 sets 0 of 4 labelled"):
         finetune_job(folder, rows=reviews(4))
-    with pytest.raises(DataError, match="sets 4 of 4 .* and leaves 0 to train on; change it"):
+    with pytest.raises(DataError, match="sets 4 of 4 .* and leaves 0 for training; change it"):
         finetune_job(folder, rows=reviews(4), validation_fraction=0.99)
 
 

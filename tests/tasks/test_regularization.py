@@ -12,9 +12,13 @@ from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
 from raybert.model.settings import ModelConfig
 from raybert.tasks.classification import Classification
-from raybert.tasks.distillation import kl_divergence
-from raybert.tasks.regularization import RegularizedLoss, adversarial_shift, shifted_embeddings
-from raybert.tasks.tokenized_texts import NO_LABEL
+from raybert.tasks.prepared_texts import NO_LABEL
+from raybert.tasks.regularization import (
+    RegularizedLoss,
+    adversarial_shift,
+    kl_divergence,
+    shifted_embeddings,
+)
 
 VOCAB, LABELS = 40, 3
 

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raybert.tasks.classification_metrics import classification_scores
-from raybert.tasks.temperature import RANGE, fit_temperature
+from raybert.tasks.classification import RANGE, classification_scores, fit_temperature
 
 NAMES = ["a", "b", "c"]
 

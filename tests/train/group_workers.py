@@ -13,8 +13,8 @@ from making import Attempt, Scripted, finetune_job, gradients_of, pretrain_job
 from raybert.data.masking import IGNORE_INDEX
 from raybert.errors import RaybertError, UserError
 from raybert.storage.folder import Folder
-from raybert.train.control import Stopped
 from raybert.train.distributed import Group
+from raybert.train.task import Stopped
 
 
 class Uneven(Scripted):

@@ -30,7 +30,7 @@ def measure(step_seconds, *, slow_first=0.0, begin=None, **settings):
 def test_minutes_become_the_steps_that_fit_beside_the_evaluations():
     budget, progress = measure(0.1, minutes=1, warmup_fraction=0.1, evaluations=10)
     assert progress.seconds == pytest.approx(6.0)  # a tenth of the minute
-    budget.fix(evaluation_seconds=1.5)
+    budget.set_total_steps(evaluation_seconds=1.5)
     left = 60 - 6 - 1.5 - 10 * 1.5
     assert progress.total_steps == progress.step + int(0.98 * left / 0.1)
     assert (progress.warmup_steps, progress.minutes) == (progress.step, 1)
@@ -39,14 +39,14 @@ def test_minutes_become_the_steps_that_fit_beside_the_evaluations():
 
 def test_evaluations_after_every_epoch_make_each_step_longer():
     budget, progress = measure(0.1, minutes=1, warmup_fraction=0.1, evaluations=None)
-    budget.fix(evaluation_seconds=5.0)  # in 50 steps: as long again as a step each
+    budget.set_total_steps(evaluation_seconds=5.0)  # in 50 steps: as long again as a step each
     assert progress.total_steps == progress.step + int(0.98 * (60 - 6 - 5) / 0.2)
 
 
 def test_slow_first_steps_do_not_count():
     """The measurement begins in the second half of the warm-up."""
     budget, progress = measure(0.1, slow_first=2.0, minutes=1, warmup_fraction=0.1)
-    budget.fix(evaluation_seconds=0.0)
+    budget.set_total_steps(evaluation_seconds=0.0)
     steps = progress.total_steps - progress.step
     assert steps == pytest.approx(0.98 * (60 - progress.seconds) / 0.1, abs=1)
 

@@ -12,8 +12,8 @@ from making import same_tensors
 
 from raybert.errors import StorageError, Superseded, UserError
 from raybert.storage.folder import Folder
-from raybert.train.attempts import begin_attempt, check_attempt
 from raybert.train.checkpoint import FORMAT_VERSION, CheckpointStore, Snapshot, _commit_checksum
+from raybert.train.run_folder import begin_attempt, check_attempt
 from raybert.train.tensor_file import DTYPES
 
 
@@ -154,11 +154,11 @@ def test_a_committed_checkpoint_is_returned_once(run, monkeypatch):
     store = store_of(run)
     assert store.take_committed() is None
     store.save(snapshot(3), best_step=None, wait=True)
-    messages = store.take_committed()
+    record = store.take_committed()
     files = run / "checkpoints" / "step-00000003-a0001"
-    assert messages.step == 3
-    assert messages.size == sum(files.size(name) for name in files.names()) > 0
-    assert messages.seconds > 0
+    assert record["step"] == 3
+    assert record["bytes"] == sum(files.size(name) for name in files.names()) > 0
+    assert record["written"] > 0
     assert store.take_committed() is None
 
     def breaks(self, name, value):

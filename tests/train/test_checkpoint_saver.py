@@ -18,9 +18,9 @@ from making import (
 
 from raybert.errors import StorageError, Superseded, UserError
 from raybert.storage.folder import Folder
-from raybert.train.attempts import begin_attempt
-from raybert.train.control import ControlSignals, Preempted, Stopped
 from raybert.train.metrics_log import MetricsLog, read_metrics
+from raybert.train.run_folder import begin_attempt
+from raybert.train.task import ControlSignals, Preempted, Stopped
 
 
 @pytest.fixture(scope="module")
@@ -264,8 +264,8 @@ def test_with_stop_a_failed_checkpoint_ends_the_run_which_can_be_resumed(
     with pytest.raises(UserError) as ended:
         attempt.run()
     assert str(ended.value) == (
-        "writing it failed: No space left on device; the checkpoint of step 1 is whole: mend the "
-        "storage, and run it again to go on from there, or set "
+        "writing it failed: No space left on device; fix the storage, and run it again to resume "
+        "from the checkpoint of step 1, or set "
         "pretrain.on_checkpoint_failure=continue to train on without"
     )
     assert tried == [1, 2]
@@ -283,7 +283,7 @@ def test_with_stop_the_failure_of_the_last_checkpoint_is_an_error(corpus, run, m
     refusing(attempt, monkeypatch, at=[4 if at == "the end" else 2])
     if at == "Ctrl-C":
         attempt.loop.signals = ControlSignals(stop=lambda: attempt.loop.progress.step == 2)
-    with pytest.raises(UserError, match="there is no checkpoint yet: mend the storage, and run it"):
+    with pytest.raises(UserError, match="there is no checkpoint yet: fix the storage, and run it"):
         attempt.run()
 
 

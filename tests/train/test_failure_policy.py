@@ -20,10 +20,10 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from raybert.errors import RaybertError, StorageError
 from raybert.storage.folder import Folder
-from raybert.train.control import Preempted
 from raybert.train.ray.driver_channel import DriverChannel
-from raybert.train.ray.failure_policy import FailureContext, NoProgressFailurePolicy
 from raybert.train.ray.failures import find_causes, format_failure, to_user_error
+from raybert.train.ray.recovery import FailureContext, NoProgressFailurePolicy
+from raybert.train.task import Preempted
 
 LOST = WorkerGroupError("lost", {1: RuntimeError("Connection closed by peer"), 2: RayActorError()})
 NO_PLACE = ControllerError(WorkerGroupStartupTimeoutError(3))

@@ -111,7 +111,7 @@ def test_a_command_that_ends_on_a_full_disk_prints_one_line_and_resumes(raybert,
     message = refused(Result(process.returncode, out, err))
     last = CheckpointStore(run, 99, 2).load_latest(pytest.fail).step
     assert "No space left on device" in message
-    assert f"the checkpoint of step {last:,} is whole: mend the storage" in message
+    assert f"run it again to resume from the checkpoint of step {last:,}" in message
     assert "pretrain.on_checkpoint_failure=continue" in message
     os.remove(disk / "filler")
     done = raybert(*command, *stops, "--set", f"pretrain.steps={last + 2}", "--json")

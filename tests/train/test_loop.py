@@ -22,11 +22,10 @@ from making import (
 from raybert.data.masking import IGNORE_INDEX
 from raybert.errors import RaybertError
 from raybert.storage.folder import Folder
-from raybert.train.control import ControlSignals, Stopped
 from raybert.train.distributed import Group
 from raybert.train.loop import MAX_SKIPPED_IN_A_ROW
 from raybert.train.metrics_log import read_metrics
-from raybert.train.task import LoaderConfig
+from raybert.train.task import ControlSignals, LoaderConfig, Stopped
 
 
 @pytest.fixture(scope="module")

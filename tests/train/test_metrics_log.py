@@ -5,9 +5,10 @@ import tempfile
 
 from hypothesis import given
 from hypothesis import strategies as st
+from making import metrics_log
 
 from raybert.storage.folder import Folder
-from raybert.train.metrics_log import MERGED, MetricsLog, merge_metrics, read_metrics
+from raybert.train.metrics_log import MERGED, merge_metrics, read_metrics
 
 
 def train(step, **values):
@@ -20,11 +21,11 @@ def steps(records, kind="train"):
 
 def test_a_younger_attempt_replaces_the_steps_that_it_computed_again(tmp_path):
     run = Folder(tmp_path)
-    first = MetricsLog(run, 1, 0)
+    first = metrics_log(run, 1, 0)
     for step in range(1, 8):
         first.write(train(step, by=1))
     first.close()
-    second = MetricsLog(run, 2, 4)  # resumed from the checkpoint of step 4
+    second = metrics_log(run, 2, 4)  # resumed from the checkpoint of step 4
     for step in range(5, 10):
         second.write(train(step, by=2))
     second.close()
@@ -44,7 +45,7 @@ def test_merged_steps_increase_without_gaps(attempts):
         run, reached = Folder(path), 0
         for number, (start, lasts) in enumerate(attempts, 1):
             start = min(start, reached)
-            log = MetricsLog(run, number, start)
+            log = metrics_log(run, number, start)
             for step in range(start + 1, start + lasts + 1):
                 log.write(train(step))
             log.close()
@@ -54,7 +55,7 @@ def test_merged_steps_increase_without_gaps(attempts):
 
 def test_a_line_cut_short_is_left_out(tmp_path):
     run = Folder(tmp_path)
-    log = MetricsLog(run, 1, 0)
+    log = metrics_log(run, 1, 0)
     log.write(train(1))
     log.close()
     path = tmp_path / "metrics" / "0001.jsonl"
@@ -64,7 +65,7 @@ def test_a_line_cut_short_is_left_out(tmp_path):
 
 def test_records_are_written_at_once_as_strict_json(tmp_path):
     run = Folder(tmp_path)
-    log = MetricsLog(run, 1, 0)
+    log = metrics_log(run, 1, 0)
     log.write(train(1, loss=float("nan"), nested={"a": [float("inf"), 1.5]}))
     line = (tmp_path / "metrics" / "0001.jsonl").read_text().splitlines()[-1]
     log.close()
@@ -77,7 +78,7 @@ def test_metrics_are_merged_again_after_a_later_attempt(tmp_path):
     """The first attempt was killed between merging and writing the result."""
     run = Folder(tmp_path)
     for attempt in (1, 2):
-        log = MetricsLog(run, attempt, attempt)
+        log = metrics_log(run, attempt, attempt)
         log.write(train(attempt + 1))
         log.close()
         merge_metrics(run)
@@ -88,27 +89,24 @@ def test_a_message_about_the_log_may_be_written_to_it(tmp_path, monkeypatch):
     """As the loop does: a failure to write is an event among the others."""
     monkeypatch.setattr("raybert.train.line_log.RETRY_SECONDS", 0.0)
     (tmp_path / "metrics").write_text("in the way")
-    run, logs = Folder(tmp_path), []
-
-    def on_event(text):
-        if logs:
-            logs[0].write({"kind": "event", "step": 1, "event": "storage", "message": text})
-
-    logs.append(MetricsLog(run, 1, 0, on_event=on_event))
-    logs[0].write(train(1))
+    run, shown = Folder(tmp_path), []
+    log = metrics_log(run, 1, 0, on_record=shown.append)
+    log.write(train(1))
     (tmp_path / "metrics").unlink()
-    logs[0].write(train(2))
-    logs[0].close()
+    log.write(train(2))
+    log.close()
     found = read_metrics(run)
     assert steps(found) == [1, 2]
-    assert [r["message"][-10:] for r in found if r.get("event") == "storage"] == ["tten again"]
+    messages = [r["message"] for r in found if r.get("event") == "storage"]
+    assert [message[-10:] for message in messages] == ["be written", "tten again"]
+    assert [r["message"] for r in shown if r.get("event") == "storage"] == messages
 
 
 def test_on_an_object_store_a_segment_is_several_files(bucket, monkeypatch):
     """The records of a long run are neither kept in memory nor written again and again."""
     monkeypatch.setattr("raybert.train.line_log.CHUNK_BYTES", 500)
     for attempt, first in ((1, 0), (2, 40)):
-        log = MetricsLog(bucket, attempt, first)
+        log = metrics_log(bucket, attempt, first)
         for step in range(first + 1, first + 61):
             log.write(train(step))
             log.flush()

@@ -153,11 +153,11 @@ class ObservedJob(PretrainSpec):
         loop.peak_flops = lambda device: 1e10  # in the worker's process
         return ObservedTask(self, group, feed)
 
-    def finish(self, task, run):
+    def finish(self, task, run, metrics):
         ends = time.monotonic() + 120
         while not Path(self.marker).exists() and time.monotonic() < ends:
             time.sleep(0.1)
-        return super().finish(task, run)
+        return super().finish(task, run, metrics)
 
 
 class ObservedTask(MaskedLMTask):

@@ -14,11 +14,10 @@ from raybert.config import dump, load
 from raybert.errors import ConfigError, DataError, StorageError, Superseded
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
-from raybert.train.attempts import begin_attempt
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import MERGED, read_metrics
 from raybert.train.run import train_in_process
-from raybert.train.run_folder import CONFIG, RESULT, open_run, read_digests
+from raybert.train.run_folder import CONFIG, RESULT, begin_attempt, open_run, read_digests
 from raybert.train.settings import MAY_CHANGE
 
 
@@ -209,7 +208,7 @@ def test_a_result_that_is_undefined_is_strict_json(corpus, run):
         def __getattr__(self, name):
             return getattr(self._job, name)
 
-        def finish(self, task, run):
+        def finish(self, task, run, metrics):
             return {"undefined": math.nan, "nested": [math.inf, 1.5]}
 
     job = Undefined(pretrain_job(corpus, steps=1))
@@ -348,8 +347,8 @@ def test_a_model_that_can_not_be_written_is_an_error_and_the_run_resumes(corpus,
     messages = []
     with pytest.raises(
         StorageError,
-        match="^writing .*/model/model.safetensors failed: .*; the checkpoint of step 4 is whole: "
-        "mend the storage, and run it again to go on from there$",
+        match="^writing .*/model/model.safetensors failed: .*; fix the storage, and run it again "
+        "to resume from the checkpoint of step 4$",
     ):
         train_in_process(job, run, on_progress=messages.append)
     assert "is tried again for" in messages[-1]["message"]

@@ -8,8 +8,8 @@ from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
 from raybert.train.distributed import _interface_of
-from raybert.train.ray import scaling_policy
-from raybert.train.ray.scaling_policy import ElasticPolicy, accepts_connections
+from raybert.train.ray import recovery
+from raybert.train.ray.recovery import ElasticPolicy, accepts_connections
 
 
 class Context:
@@ -36,7 +36,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(scaling_policy, "time", clock)
+    monkeypatch.setattr(recovery, "time", clock)
     return clock
 
 

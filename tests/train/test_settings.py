@@ -23,12 +23,11 @@ from raybert.train.settings import MAY_CHANGE, TrainConfig
     ],
 )
 def test_a_budget_in_steps(limit, steps):
-    budget = TrainConfig(**limit).budget(steps_per_epoch=50, tokens_per_epoch=5000)
-    assert budget == (steps, None)
+    assert TrainConfig(**limit).limit_in_steps(50, tokens_per_epoch=5000) == steps
 
 
 def test_a_budget_in_minutes_has_no_steps_yet():
-    assert TrainConfig(minutes=3).budget(50, 5000) == (None, 3)
+    assert TrainConfig(minutes=3).limit_in_steps(50, 5000) is None
 
 
 def test_defaults_are_limits_in_epochs():

@@ -3,10 +3,10 @@
 import pytest
 
 from raybert.errors import RaybertError
+from raybert.pipeline.tune_result import Cost, search_result
 from raybert.tune.finalists import choose_finalists, finalist_runs, rank_finalists
 from raybert.tune.importance import importance
 from raybert.tune.space import Space
-from raybert.tune.summary import Cost, search_result
 from raybert.tune.trial_store import Evaluation, TrialRecord
 
 

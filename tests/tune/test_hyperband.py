@@ -5,9 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from raybert.tune.schedulers import SCHEDULERS
+from raybert.tune.schedulers.scheduler import SchedulerConfig
 from raybert.tune.search_session import SearchSession
-from raybert.tune.settings import SchedulerConfig
-from raybert.tune.trial_resources import TrialResources
 from raybert.tune.trial_store import Evaluation, TrialRecord
 
 #: The score of each trial, the same at every epoch.
@@ -39,8 +38,7 @@ class Search:
     def __init__(self, records, at_once=2, lost=0):
         self.records, self.trials = records, []
         source = SimpleNamespace(trials=list(records))
-        resources = TrialResources(at_once, 1.0, 0.0)
-        self.session = SearchSession(source, None, resources, starts_all=True)
+        self.session = SearchSession(source, at_once, starts_all=True)
         config = SchedulerConfig(kind="hyperband", reduction=3)
         self.scheduler = SCHEDULERS["hyperband"](config).build(None, float(EPOCHS), self.session)
         assert self.scheduler.set_search_properties("best", "max")

@@ -4,12 +4,12 @@ import pytest
 from making import Attempt, finetune_job
 
 from raybert.storage.folder import Folder
-from raybert.train.attempts import begin_attempt
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import read_metrics
 from raybert.train.run import train_in_process
+from raybert.train.run_folder import begin_attempt
 from raybert.train.tensor_file import hash_tensors
-from raybert.tune.schedulers.pbt_exploit import FRESH, find_evidence, lacks_evidence
+from raybert.tune.schedulers.pbt import FRESH, find_verification, lacks_verification
 
 STEP, TOTAL, MUTATED = 4, 10, 3e-3
 
@@ -42,7 +42,7 @@ def exploit_donor(root, snapshot, **settings):
 
 
 def evidence(exploit, records, root):
-    return find_evidence(exploit, records, job_of(root, lr=MUTATED).config)
+    return find_verification(exploit, records, job_of(root, lr=MUTATED).config)
 
 
 def test_the_log_shows_the_donors_weights_and_the_mutated_rate(family):
@@ -52,8 +52,8 @@ def test_the_log_shows_the_donors_weights_and_the_mutated_rate(family):
     assert found["weights_after"] == exploit["weights"]
     assert found["trained"]["step"] == STEP + 1
     assert found["trained"]["lr"] == found["trained"]["due"] == pytest.approx(MUTATED * 6 / 9)
-    assert lacks_evidence(exploit) and not lacks_evidence({**exploit, **found})
-    assert lacks_evidence({**exploit, "weights_after": found["weights_after"]})
+    assert lacks_verification(exploit) and not lacks_verification({**exploit, **found})
+    assert lacks_verification({**exploit, "weights_after": found["weights_after"]})
 
 
 def test_a_rate_that_was_not_mutated_shows(family):

@@ -3,16 +3,14 @@
 import math
 
 import pytest
+from making import metrics_log
 
 from raybert.errors import ConfigError, RaybertError
 from raybert.pipeline.ensemble_stage import check_members
 from raybert.storage.folder import Folder
-from raybert.train.metrics_log import MetricsLog
 from raybert.tune.samplers import GridSampler, RandomSampler, TpeSampler
-from raybert.tune.search_session import SearchSession
+from raybert.tune.search_session import FixedTrials, SampledTrials, SearchSession
 from raybert.tune.space import Space
-from raybert.tune.trial_resources import TrialResources
-from raybert.tune.trial_sources import FixedTrials, SampledTrials
 from raybert.tune.trial_store import TrialStore
 
 SPACE = Space.parse(
@@ -36,7 +34,7 @@ def store(tmp_path):
 
 def write_evaluations(store, name, scores, attempt=1):
     """Write the metrics log of a trial."""
-    log = MetricsLog(store.folder_of(name), attempt, 0)
+    log = metrics_log(store.folder_of(name), attempt, 0)
     for step, score in enumerate(scores, 1):
         log.write(
             {"kind": "eval", "step": step, "epoch": step / 2, "score": score, "accuracy": score}
@@ -201,11 +199,11 @@ def test_failed_fixed_trials_run_again_only_with_retry(store):
 
 @pytest.mark.parametrize("retries", [False, True])
 def test_failed_trials_keep_their_checkpoints_if_they_are_retried(store, retries):
-    source = FixedTrials(store, [("s0", {}, 0), ("s1", {}, 1)])
+    source = FixedTrials(store, [("s0", {}, 0), ("s1", {}, 1)], retry=retries)
     for state in ("finished", "failed"):
         trial = source.next()
         store.folder_of(trial.name).write_text("checkpoints/step.json", "x")
         store.close(trial, state)
-    SearchSession(source, store, TrialResources(1, 1.0, 0.0), retries=retries).delete_checkpoints()
+    SearchSession(source, 1).delete_checkpoints()
     kept = [e.name for e in source.trials if store.folder_of(e.name).names("checkpoints")]
     assert kept == (["s1"] if retries else [])

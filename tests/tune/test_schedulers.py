@@ -6,9 +6,8 @@ import pytest
 
 from raybert.errors import ConfigError
 from raybert.tune.schedulers import SCHEDULERS
+from raybert.tune.schedulers.scheduler import SchedulerConfig
 from raybert.tune.search_session import SearchSession
-from raybert.tune.settings import SchedulerConfig
-from raybert.tune.trial_resources import TrialResources
 from raybert.tune.trial_store import Evaluation, TrialRecord
 
 
@@ -22,7 +21,7 @@ def make_scheduler(session, **settings):
 def scheduler_after(trials, **settings):
     """A scheduler that has seen these trials in an earlier session."""
     source = SimpleNamespace(trials=list(trials))
-    return make_scheduler(SearchSession(source, None, TrialResources(2, 1.0, 0.0)), **settings)
+    return make_scheduler(SearchSession(source, 2), **settings)
 
 
 def check_epochs(longest, **settings):
@@ -68,5 +67,5 @@ def test_a_scheduler_that_could_stop_no_trial_is_rejected():
 def test_all_trials_are_stopped_at_the_deadline():
     for kind in ("none", "asha"):
         source = SimpleNamespace(trials=[])
-        session = SearchSession(source, None, TrialResources(1, 1.0, 0.0), deadline=0.0)
+        session = SearchSession(source, 1, deadline=0.0)
         assert decide(make_scheduler(session, kind=kind), 1.0, 0.9) == "STOP"

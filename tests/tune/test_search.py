@@ -361,7 +361,7 @@ def test_the_time_limit_ends_the_search(ray_session, tmp_path, monkeypatch):
     trials = TrialStore(experiment.folder / "tune" / "trials").read_all()
     assert 0 < len(trials) < 50
     assert {e.state for e in trials} <= {"stopped", "finished"}
-    assert any(e.reason == "the time was up" for e in trials)
+    assert any(e.reason == "time limit reached" for e in trials)
     assert (experiment.folder / "tune").read_json("search.json")["seconds"] > 0
 
 

@@ -4,9 +4,9 @@ import json
 import math
 
 import pytest
+from making import metrics_log
 
 from raybert.storage.folder import Folder
-from raybert.train.metrics_log import MetricsLog
 from raybert.tune.trial_store import (
     Evaluation,
     TrialRecord,
@@ -24,7 +24,7 @@ def store(tmp_path):
 
 def log(store, name, attempt, first, scores):
     """Write an attempt's segment of the metrics log, with one evaluation a step."""
-    metrics = MetricsLog(store.folder_of(name), attempt, first)
+    metrics = metrics_log(store.folder_of(name), attempt, first)
     for step, score in enumerate(scores, first + 1):
         metrics.write(
             {"kind": "eval", "step": step, "epoch": step / 2, "score": score, "accuracy": score}

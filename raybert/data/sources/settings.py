@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from raybert.config import Settings
+from raybert.config import KeyOf, Settings
 from raybert.data.sources.formats import FORMATS
 
-if TYPE_CHECKING:
-    FormatName = str
-else:  # the registry's names, so that a new format is a valid setting
-    FormatName = Literal["auto", *FORMATS, "imdb"]
+FormatName = Annotated[str, KeyOf(FORMATS, "auto", "imdb")]
 
 
 class SourceConfig(Settings):

@@ -2,6 +2,7 @@
 
 They are kept in the key-value store of Ray's head, not in an actor: an actor would be one more
 process that wakes a hundred times a second, and would be lost with the node that it is on.
+`run_fit` is the driver's side: it waits for the workers and handles Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,21 +12,22 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from raybert.cluster.internals import core
+from raybert.records import EventName, EventRecord
 
-_POLL_SECONDS = 0.5  # of a worker
+_POLL_SECONDS = 0.5
 _CLOSE_SECONDS = 5.0
+_GRACE_SECONDS = 60  # after Ctrl-C, for the current step and its checkpoint
 
 
 class DriverChannel:
     """A run's keys in the store. Picklable: it is sent to the workers."""
 
     def __init__(self) -> None:
-        """Choose a unique prefix; nothing is written yet."""
         self._prefix = f"channel-{uuid.uuid4().hex}/"
 
     def send(self, record: str, position: tuple[int, int]) -> None:
@@ -33,16 +35,16 @@ class DriverChannel:
         attempt, number = position
         self._put(f"record/{attempt:06d}-{number:09d}", record.encode())
 
-    def receive(self) -> Iterator[dict[str, Any]]:
+    def receive(self) -> Iterator[Any]:
         """Yield the records since the last call; each is removed before the next is read."""
         for key in core.kv_list(f"{self._prefix}record/"):
             record = json.loads(core.kv_get(key) or b"")
             core.kv_delete(key)
             yield record
 
-    def send_event(self, event: str, message: str, step: int) -> None:
+    def send_event(self, event: EventName, message: str, step: int) -> None:
         """Add an event after the current attempt's records and before those of the next."""
-        record = {"kind": "event", "step": step, "event": event, "message": message}
+        record: EventRecord = {"kind": "event", "step": step, "event": event, "message": message}
         self.send(json.dumps(record), (self.attempt(), 900_000_000 + int(time.time()) % 90_000_000))
 
     def begin(self, attempt: int) -> None:
@@ -54,7 +56,7 @@ class DriverChannel:
         return int(self._get("attempt") or 0)
 
     def fail(self, error: Exception) -> None:
-        """Report an error that no restart mends; the first one is kept."""
+        """Report an error that no restart fixes; the first one is kept."""
         from ray import cloudpickle
 
         self._put("error", cloudpickle.dumps(error), overwrite=False)
@@ -102,7 +104,6 @@ class WorkerChannel:
     """Rank 0's end of a DriverChannel: a thread sends and polls, so that no step waits for it."""
 
     def __init__(self, channel: DriverChannel, attempt: int) -> None:
-        """Start the thread."""
         self._channel, self._attempt = channel, attempt
         self._records: deque[str] = deque()
         self._sent = 0
@@ -112,7 +113,7 @@ class WorkerChannel:
         self._thread = threading.Thread(target=self._run, name="channel", daemon=True)
         self._thread.start()
 
-    def report(self, record: dict[str, Any]) -> None:
+    def report(self, record: Mapping[str, Any]) -> None:
         """Send a record of progress, within half a second."""
         self._records.append(json.dumps(record))
 
@@ -155,3 +156,49 @@ class WorkerChannel:
             self._channel.send(self._records[0], (self._attempt, self._sent))
             self._records.popleft()
             self._sent += 1
+
+
+def run_fit(
+    fit: Callable[[], Any],
+    channel: DriverChannel,
+    poll: Callable[[], None],
+    *,
+    on_interrupt: Callable[[], None] = lambda: None,
+) -> Exception | None:
+    """Run Ray Train's or Ray Tune's `fit` in a thread; return the exception that it raised, if any.
+
+    In the main thread both install their own SIGINT handler: Train's kills the workers without a
+    checkpoint, exits with status 0 and is never removed; Tune's gives the trials five seconds.
+    Here Ctrl-C calls `on_interrupt`, asks the workers to stop through `channel`, waits for their
+    checkpoint and raises KeyboardInterrupt. `poll` is called twice a second and once after `fit`
+    has returned; what it raises ends the wait, not the thread.
+    """
+    errors: list[Exception] = []
+    # An event, because a `join` that Ctrl-C interrupts marks the thread as ended (CPython 3.11).
+    finished = threading.Event()
+
+    def run() -> None:
+        try:
+            fit()
+        except Exception as error:
+            errors.append(error)
+        finally:
+            finished.set()
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    try:
+        is_finished = False
+        while not is_finished:
+            is_finished = finished.wait(_POLL_SECONDS)
+            poll()
+    except KeyboardInterrupt:
+        on_interrupt()
+        with suppress(Exception):  # if Ray's head is gone, so are the workers
+            channel.stop()
+        finished.wait(_GRACE_SECONDS)  # a second Ctrl-C ends this wait
+        raise
+    finally:
+        if finished.is_set():  # else remaining workers must still find the stop or the error
+            with suppress(Exception):
+                channel.clear()
+    return errors[0] if errors else None

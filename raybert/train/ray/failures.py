@@ -9,7 +9,7 @@ from ray.train import ControllerError, PreemptionError
 
 from raybert.cluster.internals.train import is_health_check_timeout, is_startup_timeout
 from raybert.errors import DamagedError, RaybertError, StorageError, UserError
-from raybert.train.control import Preempted
+from raybert.train.task import Preempted
 
 
 def find_causes(error: Exception) -> list[Exception]:

@@ -29,10 +29,7 @@ def operator_cpus(free: int, workers: int, gpu: bool) -> float:
 
 
 def check_resources(config: TrainConfig, gpu: bool, resources: Resources) -> None:
-    """Raise ConfigError where a run would wait for ever for its workers' or operators' devices.
-
-    A range of workers waits on purpose, for nodes that an autoscaler brings.
-    """
+    """Raise ConfigError where a run would wait for ever, unless for an autoscaler's nodes."""
     if not isinstance(config.workers, int) and not resources.started_here:
         return
     workers, name = config.min_workers, f"{config.section}.workers"

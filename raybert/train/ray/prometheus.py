@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from raybert.records import EventName, Record
 from raybert.storage.folder import Folder
 
 PREFIX = "raybert_"
@@ -50,12 +51,15 @@ _TIMES = {  # by kind of record
     "eval": "progress_timestamp_seconds",
     "checkpoint": "checkpoint_timestamp_seconds",
 }
-_COUNTED = {"skipped step": "skipped_steps", "checkpoint failed": "checkpoint_failures"}  # events
+_COUNTED: dict[EventName, str] = {
+    "skipped step": "skipped_steps",
+    "checkpoint failed": "checkpoint_failures",
+}
 
 Values = dict[tuple[str, str], float]  # of gauges, by name and the label `measure`, often ""
 
 
-def readings(record: dict[str, Any]) -> Values:
+def readings(record: Record) -> Values:
     """The gauges' values in a record, without those that are absent or not finite."""
     found: dict[tuple[str, str], Any] = {}
     if record["kind"] == "train":
@@ -78,7 +82,6 @@ class Telemetry:
     """The exported metrics of one attempt at a run, on rank 0."""
 
     def __init__(self, run: Folder, attempt: int, workers: int) -> None:
-        """Start the export, first of what is known before the first step."""
         from ray.util.metrics import Counter, Gauge
 
         label = {"run": "/".join(run.path.rstrip("/").split("/")[-2:])}  # experiment/stage
@@ -99,16 +102,15 @@ class Telemetry:
         self._thread = threading.Thread(target=self._export, name="telemetry", daemon=True)
         self._thread.start()
 
-    def report(self, record: dict[str, Any]) -> None:
+    def report(self, record: Record) -> None:
         """Update the metrics from a record; no error in here may end a run."""
         with suppress(Exception):
-            kind, event = record["kind"], record.get("event")
             self._values.update(readings(record))
-            if kind in _TIMES:
-                self._values[_TIMES[kind], ""] = time.time()
-            if event in _COUNTED:
-                self._values[_COUNTED[event], ""] += 1
-            if kind == "checkpoint":
+            if record["kind"] in _TIMES:
+                self._values[_TIMES[record["kind"]], ""] = time.time()
+            if record["kind"] == "event" and record["event"] in _COUNTED:
+                self._values[_COUNTED[record["event"]], ""] += 1
+            if record["kind"] == "checkpoint":
                 self._counters["stalled_seconds"].inc(record["stalled"])
 
     def close(self) -> None:

@@ -14,15 +14,15 @@ import torch
 
 from raybert.cluster.internals.train import is_preempted
 from raybert.errors import RaybertError, StorageError, Superseded
+from raybert.records import Record
 from raybert.storage.folder import Folder
-from raybert.train.attempts import begin_attempt
-from raybert.train.control import ControlSignals, Preempted, Stopped
 from raybert.train.distributed import Group
 from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel
 from raybert.train.ray.placement import operator_cpus
 from raybert.train.ray.prometheus import Telemetry
 from raybert.train.run import TrainingRun
-from raybert.train.task import LoaderConfig, TrainSpec
+from raybert.train.run_folder import begin_attempt
+from raybert.train.task import ControlSignals, LoaderConfig, Preempted, Stopped, TrainSpec
 
 
 @dataclass(frozen=True, repr=False)  # Ray's page of training runs shows it: URIs may hold keys
@@ -39,9 +39,12 @@ class WorkerInputs:
 def train_worker(config: dict[str, Any]) -> None:
     """Train as one of a run's workers, from the latest checkpoint on.
 
-    What no restart can mend is sent to the driver; what may pass is raised, and Ray restarts the
+    Permanent errors are sent to the driver; temporary ones are raised, so that Ray restarts the
     workers. `config` is `{"inputs": WorkerInputs}`.
     """
+    import ray
+    import ray.train
+
     inputs: WorkerInputs = config["inputs"]
     group = Group.current(
         torch.device("cuda", torch.cuda.current_device()) if inputs.gpu else torch.device("cpu")
@@ -50,17 +53,35 @@ def train_worker(config: dict[str, Any]) -> None:
     [is_over] = group.sum([inputs.channel.is_over()])
     if is_over:
         return  # a restart after a fatal error: the driver has the message
-    attempt = _begin_attempt(inputs, group)
-    channel = WorkerChannel(inputs.channel, attempt) if group.rank == 0 else None
-    telemetry = Telemetry(inputs.run, attempt, group.world_size) if group.rank == 0 else None
+    is_first = group.rank == 0
+    mine = begin_attempt(inputs.run, inputs.job.config.retry_timeout_s) if is_first else 0
+    attempt = int(group.sum([mine])[0])
+    if is_first:
+        inputs.channel.begin(attempt)
+    channel = WorkerChannel(inputs.channel, attempt) if is_first else None
+    telemetry = Telemetry(inputs.run, attempt, group.world_size) if is_first else None
+    signals = ControlSignals(preempt=is_preempted)
+    if channel is not None:
+        signals = ControlSignals(channel.is_stopping, is_preempted, channel.is_save_requested)
 
-    def on_progress(record: dict[str, Any]) -> None:
+    def on_progress(record: Record) -> None:
         if channel is not None and telemetry is not None:
             channel.report(record)
             telemetry.report(record)
 
     try:
-        _make_run(inputs, attempt, group, channel, on_progress).run()
+        free = int(ray.cluster_resources().get("CPU", 1)) - group.world_size  # as it is now
+        cpus = operator_cpus(free, group.world_size, inputs.gpu)
+        TrainingRun(
+            inputs.job,
+            inputs.run,
+            attempt,
+            group,
+            LoaderConfig(on_ray=True, cpus=cpus, memory=inputs.data_memory),
+            workers_here=ray.train.get_context().get_local_world_size(),
+            on_progress=on_progress,
+            signals=signals,
+        ).run()
     except Stopped:
         return
     except Superseded as error:
@@ -79,41 +100,3 @@ def train_worker(config: dict[str, Any]) -> None:
             channel.close()
         if telemetry is not None:
             telemetry.close()
-
-
-def _begin_attempt(inputs: WorkerInputs, group: Group) -> int:
-    """Take the next attempt number on rank 0 and share it."""
-    attempt = 0
-    if group.rank == 0:
-        attempt = begin_attempt(inputs.run, inputs.job.config.retry_timeout_s)
-    attempt = int(group.sum([attempt])[0])
-    if group.rank == 0:
-        inputs.channel.begin(attempt)
-    return attempt
-
-
-def _make_run(
-    inputs: WorkerInputs,
-    attempt: int,
-    group: Group,
-    channel: WorkerChannel | None,
-    on_progress: Any,
-) -> TrainingRun:
-    import ray
-    import ray.train
-
-    free = int(ray.cluster_resources().get("CPU", 1)) - group.world_size  # as the cluster is now
-    cpus = operator_cpus(free, group.world_size, inputs.gpu)
-    signals = ControlSignals(preempt=is_preempted)
-    if channel is not None:
-        signals = ControlSignals(channel.is_stopping, is_preempted, channel.is_save_requested)
-    return TrainingRun(
-        inputs.job,
-        inputs.run,
-        attempt,
-        group,
-        LoaderConfig(on_ray=True, cpus=cpus, memory=inputs.data_memory),
-        workers_here=ray.train.get_context().get_local_world_size(),
-        on_progress=on_progress,
-        signals=signals,
-    )

@@ -1,17 +1,15 @@
-"""The schedulers by their names in `tune.scheduler.kind`.
-
-A new scheduler is one file with a subclass of `SearchScheduler`, its entry here, and its name in
-`SchedulerConfig.kind`.
-"""
+"""The schedulers of a search; a new one is a file with a `SearchScheduler`, and its entry here."""
 
 from __future__ import annotations
 
 from raybert.tune.schedulers.asha import Asha
 from raybert.tune.schedulers.hyperband import HyperBand
 from raybert.tune.schedulers.pbt import PopulationBasedTraining
-from raybert.tune.schedulers.scheduler import NoScheduler, SearchScheduler
+from raybert.tune.schedulers.scheduler import SCHEDULERS, NoScheduler
 
-SCHEDULERS: dict[str, type[SearchScheduler]] = {
+__all__ = ["SCHEDULERS"]
+
+SCHEDULERS |= {
     "none": NoScheduler,
     "asha": Asha,
     "hyperband": HyperBand,

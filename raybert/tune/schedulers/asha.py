@@ -13,10 +13,9 @@ from raybert.cluster.internals.private_names import has_private_api
 from raybert.errors import ConfigError
 from raybert.tune.schedulers.scheduler import SearchScheduler, limited
 from raybert.tune.space import Space
-from raybert.tune.trial_store import TrialRecord
 
 if TYPE_CHECKING:
-    from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+    from ray.tune.schedulers import TrialScheduler
 
     from raybert.tune.search_session import SearchSession
 
@@ -46,16 +45,11 @@ class Asha(SearchScheduler):
             stop_last_trials=False,
         )
         if has_private_api("asha"):
+            from raybert.cluster.internals.tune import add_asha_result
+
             for record in session.source.trials:
-                _replay(scheduler, record)
+                best = -math.inf
+                for evaluation in record.evaluations:
+                    best = max(best, evaluation.score)
+                    add_asha_result(scheduler, record.name, evaluation.epoch, best)
         return scheduler
-
-
-def _replay(scheduler: AsyncHyperBandScheduler, record: TrialRecord) -> None:
-    """Pass the evaluations of an earlier session's trial to the scheduler."""
-    from raybert.cluster.internals.tune import add_asha_result
-
-    best = -math.inf
-    for evaluation in record.evaluations:
-        best = max(best, evaluation.score)
-        add_asha_result(scheduler, record.name, evaluation.epoch, best)

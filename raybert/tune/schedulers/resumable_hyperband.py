@@ -102,7 +102,6 @@ class ResumableHyperBand(BracketHyperBand):
         self.stop_filling()  # new trials would miss the first milestone
 
     def _replay_event(self, old: _Placeholder, evaluation: Evaluation | None) -> None:
-        """Replay an evaluation, or the end of a trial."""
         controller = SimpleNamespace(stop_trial=self.remove)
         if evaluation is None:
             self.on_trial_remove(controller, old)

@@ -5,9 +5,11 @@ Ray Tune is imported when a scheduler is built: a configuration is checked witho
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from raybert.tune.settings import SchedulerConfig
+from pydantic import Field
+
+from raybert.config import KeyOf, Settings
 from raybert.tune.space import Space
 
 if TYPE_CHECKING:
@@ -15,6 +17,37 @@ if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
     from raybert.tune.search_session import SearchSession
+
+
+#: The schedulers by their names in `tune.scheduler.kind`; the package's `__init__` fills it.
+SCHEDULERS: dict[str, type[SearchScheduler]] = {}
+
+
+class SchedulerConfig(Settings):
+    """Which trials are stopped early."""
+
+    kind: Annotated[str, KeyOf(SCHEDULERS)] = Field(
+        "asha",
+        description="none: trains every trial to its end; asha: stops the worse trials at each "
+        "rung (arXiv 1810.05934); hyperband: the same in brackets (arXiv 1603.06560); pbt: the "
+        "worst trials copy weights and settings of the best (arXiv 1711.09846)",
+    )
+    grace_epochs: float = Field(
+        1.0, gt=0, description="asha: epochs of the first rung; no trial is stopped before it"
+    )
+    reduction: float = Field(
+        3.0,
+        gt=1,
+        description="asha, hyperband: one in so many trials continues past a rung, and each rung "
+        "is so many times longer than the one before",
+    )
+    interval_epochs: float = Field(1.0, gt=0, description="pbt: epochs between two exploits")
+    quantile: float = Field(
+        0.25,
+        gt=0,
+        le=0.5,
+        description="pbt: share of trials that are replaced, and share that they copy from",
+    )
 
 
 class SearchScheduler:
@@ -53,10 +86,7 @@ class NoScheduler(SearchScheduler):
 
 
 def limited(kind: type[TrialScheduler], session: SearchSession) -> type[TrialScheduler]:
-    """Subclass a scheduler of Ray Tune: it keeps to the session's resources and its deadline.
-
-    It resumes no more trials than can run at a time, and stops all trials at the deadline.
-    """
+    """Subclass a Ray Tune scheduler: at most as many trials as fit, and until the deadline."""
     from ray.tune.experiment import Trial
     from ray.tune.schedulers import TrialScheduler
 

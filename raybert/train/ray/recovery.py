@@ -1,7 +1,17 @@
-"""How many workers a run has, where it may have a range of them.
+"""What happens when a worker dies, and how many workers a run has.
 
-Ray Train's own policy resizes the worker group without a checkpoint, so that every node that joins
-costs the minutes since the last one. This one saves first, and counts only nodes that stay.
+1. Ray Train's controller, an actor, notices: a worker's process ended, or it did not answer for
+   `collective_timeout_s`. The other workers' collectives time out after the same time; the
+   controller ends them and waits 10 s for their process group (`cluster/internals/train.py`).
+2. `NoProgressFailurePolicy` decides: the workers start again, or the run ends with the error.
+   `failures.py` finds the cause. Lost nodes that Ray had notice of do not count.
+3. `ElasticPolicy` chooses the number of workers, where the run has a range of them.
+4. Each new worker calls `train_worker`, whose loop loads the last checkpoint and repeats the steps
+   since then, with the same batches.
+
+The driver uses these policies if the installed Ray has the private names that they need, else Ray
+Train's own. Those end a run of weeks with its ninth lost node, because they count all failures, and
+resize the workers without a checkpoint, so that every node that joins costs minutes of work.
 """
 
 from __future__ import annotations
@@ -10,23 +20,82 @@ import socket
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.train import ScalingConfig
+from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
 
 from raybert.cluster.internals.core import draining_nodes
 from raybert.cluster.internals.train_controller import (
+    FailureDecision,
+    FailurePolicy,
     NodeScalingPolicy,
     NoopDecision,
     ResizeDecision,
 )
-from raybert.train.ray.failure_policy import FailureContext
+from raybert.errors import StorageError
+from raybert.records import EventName
+from raybert.storage.folder import Folder
+from raybert.train.checkpoint import CheckpointStore
+from raybert.train.ray.driver_channel import DriverChannel
+from raybert.train.ray.failures import format_failure, is_loss_of_nodes
 
 _SAVE_SECONDS = 60  # for the checkpoint before a resize; after that it is resized without one
 _REPORT_SECONDS = 30  # between two events that nodes are missing
 _CONNECT_SECONDS = 2.0  # for a node to accept a connection
 _CONNECTIONS = 32  # at a time
+
+
+class FailureContext:
+    """The run's last checkpoint and the channel to its workers and user, for the policies."""
+
+    def __init__(self, run: Folder, channel: DriverChannel) -> None:
+        self._run, self.channel = run, channel
+        self._step = 0
+
+    def last_step(self) -> int:
+        """The step of the latest checkpoint; the last known one while the storage fails."""
+        with suppress(StorageError):
+            self._step = max(CheckpointStore(self._run, 0, 1).steps(), default=0)
+        return self._step
+
+    def send_event(self, event: EventName, message: str) -> None:
+        """Show a line where the run is followed; a head that does not answer is no failure."""
+        with suppress(Exception):
+            self.channel.send_event(event, message, self._step)
+
+
+class NoProgressFailurePolicy(FailurePolicy):  # type: ignore[misc]  # of an untyped package
+    """Restarts the workers until `max_failures` restarts in a row reached no new checkpoint."""
+
+    def __init__(self, failure_config: FailureConfig, context: FailureContext) -> None:
+        super().__init__(failure_config)
+        self._context = context
+        self._failures = 0  # in a row
+        self._last_step = 0  # at the first of them
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Decide whether the workers are started again, and report it."""
+        step = self._context.last_step()
+        message = f"{format_failure(training_failed_error)}: starting again from step {step:,}"
+        if is_loss_of_nodes(training_failed_error):
+            self._context.send_event("restart", message)
+            return FailureDecision.RETRY
+        if step > self._last_step:
+            self._failures, self._last_step = 0, step
+        self._failures += 1
+        limit = self.failure_config.max_failures
+        if self._failures > limit:
+            return FailureDecision.RAISE
+        if self._failures > 1:
+            message += f", for the {_ordinal(self._failures)} time of at most {limit}"
+        self._context.send_event("restart", message)
+        return FailureDecision.RETRY
+
+
+def _ordinal(number: int) -> str:
+    return {1: "1st", 2: "2nd", 3: "3rd"}.get(number, f"{number}th")
 
 
 class ElasticPolicy(NodeScalingPolicy):

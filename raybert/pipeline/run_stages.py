@@ -1,4 +1,7 @@
-"""Run all stages: `raybert run`, and `raybert demo` on the embedded movie reviews."""
+"""Run all stages: `raybert run`, and `raybert demo` on the embedded movie reviews.
+
+Sources and lengths are checked first, so that a mistake is found before hours of training.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from raybert.cluster.session import ray_session
-from raybert.errors import UserError
+from raybert.data.sources import documents
+from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.pipeline import stages
+from raybert.pipeline.finetune_setup import teachers
+from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
+from raybert.train.run_folder import CONFIG
+
+MASK = "[MASK]"  # in every tokenizer that raybert trains
 
 
 def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
-    """Build the corpus, pretrain, fine-tune, evaluate and report in one Ray session.
-
-    Finished stages are skipped.
-    """
+    """Run all stages that are not finished, and the report, in one Ray session."""
     from raybert.jobs.doctor.run_checks import run_requested_checks
     from raybert.report import check_report, write_report
 
-    stages.check_sources(experiment)
+    check_sources(experiment)
     has_report = True
     try:
         check_report()
@@ -64,10 +70,46 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
     }
 
 
+def check_sources(experiment: Experiment) -> None:
+    """Raise a UserError if a source, a length, an example or a teacher can't be used."""
+    _check_lengths(experiment)
+    documents.fingerprint(experiment.corpus.source)
+    if experiment.corpus.overlap is not None:
+        documents.fingerprint(experiment.corpus.overlap)
+    if not (experiment.folder / "finetune").exists(CONFIG):  # a begun run keeps its prepared texts
+        documents.peek(experiment.finetune.source)
+        if experiment.finetune.validation is not None:
+            documents.peek(experiment.finetune.validation)
+        teachers(experiment)
+        if experiment.finetune.distill.unlabelled is not None:
+            documents.fingerprint(experiment.finetune.distill.unlabelled)
+    documents.peek(experiment.evaluate.source)
+
+
+def _check_lengths(experiment: Experiment) -> None:
+    model = experiment.model.max_seq_len
+    if experiment.corpus.seq_len > model and experiment.pretrain.initialize_from is None:
+        raise ConfigError(
+            f"corpus.seq_len={experiment.corpus.seq_len} exceeds model.max_seq_len={model}; raise "
+            "model.max_seq_len, or lower corpus.seq_len"
+        )
+    seq_len, start = experiment.finetune.seq_len, experiment.finetune.initialize_from
+    own = experiment.pretrain.initialize_from is None and start in ("pretrain", "scratch")
+    if seq_len is not None and own and seq_len > model:
+        raise ConfigError(
+            f"finetune.seq_len={seq_len} exceeds model.max_seq_len={model}; raise "
+            "model.max_seq_len, or lower finetune.seq_len"
+        )
+    for text in experiment.pretrain.examples:
+        if experiment.corpus.tokenizer.kind != "file" and MASK not in text:
+            raise ConfigError(
+                f"pretrain.examples: {text!r} has no {MASK}; put it in place of a word"
+            )
+
+
 def run_demo(experiment: Experiment, display: Display, text: str) -> dict[str, Any]:
     """Run all stages on the embedded reviews, classify a sentence, and print a summary."""
     from raybert.pipeline.predict_stage import number_texts, predict_texts
-    from raybert.storage.folder import Folder
 
     # Both budgets, and what start-up, corpus and evaluation take besides.
     minutes = (experiment.pretrain.minutes or 5) + (experiment.finetune.minutes or 5) + 2.5

@@ -1,0 +1,112 @@
+"""The records of `metrics.jsonl`: their kinds, keys and events, with units.
+
+The loop, the tasks and the checkpoint saver write them; the terminal, Prometheus, the search and
+the report read them. Files of earlier versions may lack keys. In files NaN and infinity are null.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NotRequired, TypedDict
+
+EventName = Literal[
+    "start",  # of an attempt
+    "budget",  # minutes became steps
+    "skipped step",  # its gradient was not finite
+    "checkpoint failed",
+    "checkpoint written",  # after one that failed
+    "damaged checkpoint",
+    "best checkpoint lost",
+    "storage",  # it refuses, or works again
+    "preempted",  # a node will be taken away
+    "restart",  # of the workers
+    "resize",  # to another number of workers
+    "waiting",  # for nodes
+]
+
+
+class _Record(TypedDict):
+    step: int  # optimizer steps taken
+    time: NotRequired[float]  # seconds since 1970, of writing
+    total_steps: NotRequired[int | None]  # of the run; None: not known yet
+
+
+class Rates(TypedDict):
+    """The speed since the last record."""
+
+    tokens_per_second: float  # of all workers together
+    step_seconds: float  # seconds per step
+    data_wait: float  # seconds per step that training waited for data
+
+
+class TrainRecord(_Record, Rates):
+    """The steps since the last record."""
+
+    kind: Literal["train"]
+    loss: float  # mean, nats
+    lr: float  # the highest of the layers
+    grad_norm: float  # of the last step, before clipping
+    mfu: float | None  # model FLOPs utilization, 0 to 1; None: the device's peak is unknown
+    epoch: float
+    tokens: int  # since the start of the run
+    seconds: float  # of training, over all attempts
+
+
+class Metrics(TypedDict):
+    """What a task measures on held-out data."""
+
+    score: float  # selects the best weights: higher is better
+    loss: float  # nats
+    unigram_loss: NotRequired[float]  # of a unigram model on the same rows, nats
+    fillings: NotRequired[list[dict[str, Any]]]  # the examples' masks, predicted: text, tokens
+    accuracy: NotRequired[float]
+    f1_macro: NotRequired[float]
+    temperature: NotRequired[float]  # divisor of the logits that calibrates them
+
+
+class EvalRecord(_Record, Metrics):
+    """An evaluation."""
+
+    kind: Literal["eval"]
+    epoch: float
+    seconds: float  # of training, over all attempts
+
+
+class CheckpointRecord(_Record):
+    """A committed checkpoint."""
+
+    kind: Literal["checkpoint"]
+    stalled: float  # seconds that training stood still
+    written: float  # seconds in the background
+    bytes: int
+
+
+class EventRecord(_Record):
+    """Anything else that the user should know of."""
+
+    kind: Literal["event"]
+    event: EventName
+    message: NotRequired[str]
+    attempt: NotRequired[int]  # these three: of `start`
+    workers: NotRequired[int]
+    weights: NotRequired[str]  # SHA-256 of those that the attempt resumed from
+
+
+Record = TrainRecord | EvalRecord | CheckpointRecord | EventRecord
+OnRecord = Callable[[Record], None]
+
+
+def ignore_record(record: Record) -> None:
+    """Do nothing: the default of `OnRecord`."""
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinity by None in a JSON value."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
