@@ -181,7 +181,7 @@ def test_a_search_resumes_with_settings_that_do_not_affect_its_trials(tmp_path, 
     stage, messages = Folder(tmp_path) / "tune", []
     for overrides in ([], [override]):
         experiment = load(Experiment, None, overrides)
-        assert open_search(experiment, stage, SimpleNamespace(say=messages.append)) is None
+        assert open_search(experiment, stage, SimpleNamespace(print=messages.append)) is None
     words = [] if override.startswith("ray.") else [f"{override.partition('=')[0]}: "]
     assert len(messages) == len(words) and all(
         w in line for w, line in zip(words, messages, strict=True)
@@ -197,7 +197,7 @@ def test_a_search_resumes_with_settings_that_do_not_affect_its_trials(tmp_path, 
     ],
 )
 def test_a_search_does_not_resume_with_settings_that_affect_its_trials(tmp_path, override):
-    stage, quiet = Folder(tmp_path) / "tune", SimpleNamespace(say=lambda text: None)
+    stage, quiet = Folder(tmp_path) / "tune", SimpleNamespace(print=lambda text: None)
     open_search(load(Experiment, None, []), stage, quiet)
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         open_search(load(Experiment, None, [override]), stage, quiet)
