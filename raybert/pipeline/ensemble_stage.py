@@ -99,10 +99,7 @@ def _open_ensemble(
 
 
 def measure(models: list[Folder], texts: TokenizedTexts, labels: list[str]) -> dict[str, Any]:
-    """Score each model and their ensemble on tokenized texts.
-
-    `mean` and `std` are of the members' accuracies, `gain` is the ensemble's over their mean.
-    """
+    """Score each model and their ensemble; `mean` and `std` are of the members' accuracies."""
     from raybert.inference.classifier import TextClassifier
     from raybert.inference.ensemble import mean_logits
 

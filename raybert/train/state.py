@@ -84,10 +84,7 @@ def _copy(tensors: Tensors) -> Tensors:
 def load_latest_on_all_ranks(
     store: CheckpointStore, group: Group, on_damaged: Callable[[str], None]
 ) -> Snapshot | None:
-    """Load the latest complete checkpoint: rank 0 finds it, the others load the same.
-
-    A StorageError if one of them can't read it.
-    """
+    """Load the latest complete checkpoint that rank 0 finds; StorageError if a rank can't."""
     is_first = group.rank == 0
     snapshot = store.load_latest(on_damaged) if is_first else None
     found = -1 if snapshot is None else snapshot.step
