@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Tests without Ray run in so many processes; those that start Ray share one.
 TEST_PROCESSES ?= 2
+# pip compiles nothing, so the first import of a module has to store its bytecode: otherwise each of
+# the many processes that tests start compiles torch again, which doubles their time.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
 .PHONY: demo test test-slow lint bench clean
