@@ -228,15 +228,18 @@ def test_the_key_of_a_missing_model_is_named(model, tmp_path, changes, key):
         start(config_of(model=model.uri, **json.loads(text)))
 
 
-def test_a_failed_start_leaves_no_variable_and_no_file():
+def test_a_failed_start_leaves_no_variable_and_no_file(monkeypatch):
+    # Other tests start servers at the same time.
+    monkeypatch.setattr(launch, "SCRATCH_PREFIX", f"{SCRATCH_PREFIX}{os.getpid()}-")
+
     def variables():
         return {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE")}
 
-    before, here = variables(), set(os.listdir("/tmp"))
+    before = variables()
     with pytest.raises(UserError):
         start(config_of(model="/nowhere"))
     assert variables() == before
-    assert not [name for name in set(os.listdir("/tmp")) - here if name.startswith("rbs-")]
+    assert not list(Path("/tmp").glob(f"rbs-{os.getpid()}-*"))
 
 
 def test_with_tls_serves_own_proxy_is_the_ingress(tmp_path):
