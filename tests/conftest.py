@@ -38,13 +38,13 @@ server.stop()
 
 
 def pytest_itemcollected(item):
-    """Group the tests that share a process: one Ray, head, server or browser for all of a group.
+    """Group the tests that start Ray: no more than two Rays run at a time.
 
-    One Ray serves the search, another one all other tests that start Ray in this process.
+    Those that share the session's Ray are one group; those that start one of their own, with its
+    jobs or servers, are another.
     """
     if item.get_closest_marker("ray"):
-        shared = "tune" if "tune" in item.path.parts else "session"
-        group = shared if "ray_session" in item.fixturenames else item.module.__name__
+        group = "session" if "ray_session" in item.fixturenames else "own"
         item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
     elif item.get_closest_marker("browser"):
         item.add_marker(pytest.mark.xdist_group("browser"))

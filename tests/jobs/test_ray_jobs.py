@@ -482,6 +482,7 @@ def test_a_driver_sends_the_token_of_its_home_directory(started, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_corpus_is_made_by_a_job(head, config):
     done = call(head, "submit", "corpus", "-c", config, "-n", "made", "--json")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -89,6 +89,7 @@ def test_a_trial_equals_a_fine_tuning_run(ray_session, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_resumed_search_keeps_the_test_scores(ray_session, tmp_path, monkeypatch):
     experiment = searchable(tmp_path, tune={"trials": 1, "keep_models": True})
     result = tune(experiment, QUIET)
@@ -119,6 +120,7 @@ def test_a_search_over_input_lengths_prepares_the_texts_once(ray_session, tmp_pa
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_asha_stops_the_worse_trials_early(ray_session, tmp_path):
     experiment = searchable(
         tmp_path,
@@ -141,6 +143,7 @@ def test_asha_stops_the_worse_trials_early(ray_session, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_search_continues_after_a_trial_that_diverges(ray_session, tmp_path):
     space = {"finetune.lr": {"choice": [1e38, 2e-2]}}
     experiment = searchable(tmp_path, tune={"space": space, "searcher": "grid", "test": False})
@@ -261,6 +264,7 @@ def test_a_trial_resumes_from_its_checkpoint_after_its_worker_is_lost(ray_sessio
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_pbt_copies_weights_and_mutates_the_learning_rate(ray_session, tmp_path):
     experiment = searchable(
         tmp_path,
