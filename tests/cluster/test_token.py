@@ -168,6 +168,7 @@ with ray_session(RayConfig(object_store_gb=0.2)):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_ray_that_is_started_here_requires_a_private_token(home):
     done = subprocess.run(
         [sys.executable, "-c", _STARTED], capture_output=True, text=True, timeout=120

@@ -105,6 +105,7 @@ def test_scores_are_in_order_and_equal_those_of_one_process(ray_session, model, 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_bad_row_raises_and_leaves_no_file(ray_session, model, tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes(b"text,label\n" + b"a superb film,pos\n" * 20 + b"f\xfflm,pos\n")

@@ -245,6 +245,7 @@ def test_all_checks_pass_on_a_local_ray(raybert, ray_session, config, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_problem_is_the_last_line_and_exits_with_2(raybert, ray_session, config, tmp_path):
     (tmp_path / "file").touch()
     storage = f"run.storage={tmp_path}/file/runs"
@@ -259,6 +260,7 @@ def test_a_problem_is_the_last_line_and_exits_with_2(raybert, ray_session, confi
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_submitted_job_is_checked_once(ray_session, tmp_path, monkeypatch, capsys):
     experiment = build(Experiment, {"run": {"storage": str(tmp_path)}}, "test")
     has = Resources(cpus=4, gpus=0, object_store=1 << 30, started_here=True)
@@ -289,6 +291,7 @@ def test_a_submitted_job_is_checked_once(ray_session, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_unreachable_node_is_reported_as_an_error(ray_session, tmp_path):
     there = nodes.alive_nodes()
     gone = NodeReport(id="a" * 56, name="gone")

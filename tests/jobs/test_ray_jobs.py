@@ -494,6 +494,7 @@ def test_a_corpus_is_made_by_a_job(head, config):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_has_one_job_which_can_be_followed_and_stopped(head, config):
     first = call(head, "submit", "pretrain", "-c", config, "--no-wait", "--json")
     assert first.returncode == 0, first.stderr

@@ -121,6 +121,7 @@ def train(job, run):
     return train_on_ray(job, run, RESOURCES)
 
 
+@pytest.mark.slow
 def test_a_workers_error_reaches_the_user_unchanged(ray_session, corpus, tmp_path):
     job = pretrain_job(corpus, workers=2)
     job = FatalJob(**job.__dict__)
