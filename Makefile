@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two of them may hold a Ray; a third one, since many tests wait for processes of their own.
+# Tests without Ray run in so many processes, since many wait for processes of their own; those that
+# start Ray run one after the other.
 TEST_PROCESSES ?= 3
 # pip compiles nothing, so the first import of a module has to store its bytecode: otherwise each of
 # the many processes that tests start compiles torch again, which doubles their time.
@@ -15,7 +16,8 @@ demo: $(VENV)/.demo
 	$(BIN)/raybert demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not peers"
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not ray and not slow and not peers"
+	$(BIN)/python -m pytest -m "ray and not slow and not peers"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow"
