@@ -7,12 +7,13 @@ the report read them. Files of earlier versions may lack keys. In files NaN and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NotRequired, TypedDict
 
 EventName = Literal[
     "start",  # of an attempt
     "budget",  # minutes became steps
+    "stopped early",  # `patience` evaluations brought no better score
     "skipped step",  # its gradient was not finite
     "checkpoint failed",
     "checkpoint written",  # after one that failed
@@ -60,9 +61,22 @@ class Metrics(TypedDict):
     loss: float  # nats
     unigram_loss: NotRequired[float]  # of a unigram model on the same rows, nats
     fillings: NotRequired[list[dict[str, Any]]]  # the examples' masks, predicted: text, tokens
+    metric: NotRequired[str]  # the name of the one that selects; tasks add others beside it
     accuracy: NotRequired[float]
     f1_macro: NotRequired[float]
     temperature: NotRequired[float]  # divisor of the logits that calibrates them
+
+
+def selected(metrics: Mapping[str, Any]) -> tuple[str, float]:
+    """The name and value of the metric of a task; of older files, the accuracy."""
+    name = str(metrics.get("metric", "accuracy"))
+    return name, float(metrics[name])
+
+
+def headline(metrics: Mapping[str, Any]) -> str:
+    """That metric in words, as `accuracy 0.8440`."""
+    name, value = selected(metrics)
+    return f"{name} {value:.4f}"
 
 
 class EvalRecord(_Record, Metrics):

@@ -5,6 +5,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -20,9 +21,11 @@ from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
+from raybert.tasks.labelled import read_labelled
 from raybert.tasks.masked_lm import PretrainSpec
 from raybert.tasks.prepared_texts import prepare_texts
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
+from raybert.tasks.single_label import SingleLabel
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.distributed import Group
 from raybert.train.loop import Loop
@@ -156,6 +159,18 @@ def finetune_job(folder, *, rows=None, model=(), **settings):
         tokenizer=folder / "tokenizer",
         data=data,
         prepared=prepare_texts(config, tokenizer, 32, config.seed, data),
+    )
+
+
+def labelled(config, names=None, split=None):
+    """Labelled documents of a single-label source, with the numbers of their labels and `names`."""
+    if split is not None:
+        config = config.model_copy(update={"split": split})
+    found = read_labelled(config, SingleLabel, names)
+    names = names or SingleLabel.find_labels(found.labels.unique().to_pylist(), config)
+    targets = SingleLabel(names).targets(found.labels.to_pylist())
+    return SimpleNamespace(
+        texts=found.texts, labels=targets, names=names, skipped=found.skipped, take=found.take
     )
 
 

@@ -58,6 +58,32 @@ def word_start_table(spec: dict[str, Any], vocab_size: int) -> npt.NDArray[np.bo
     return table
 
 
+class PairTemplate(NamedTuple):
+    """The special ids that a tokenizer's template sets around two texts."""
+
+    before: list[int]
+    between: list[int]
+    after: list[int]
+
+    @property
+    def length(self) -> int:
+        """All special tokens of a pair."""
+        return len(self.before) + len(self.between) + len(self.after)
+
+
+def pair_template(hf: HfTokenizer) -> PairTemplate | None:
+    """The template of a pair; None where the tokenizer sets nothing between its texts."""
+    encoding = hf.encode("a", "a")
+    texts = [encoding.sequence_ids.index(i) for i in (0, 1) if i in encoding.sequence_ids]
+    if len(texts) < 2:
+        return None
+    count = encoding.sequence_ids.count(0)
+    before, second = texts
+    parts = encoding.ids[:before], encoding.ids[before + count : second]
+    template = PairTemplate(*parts, encoding.ids[second + encoding.sequence_ids.count(1) :])
+    return template if template.between else None
+
+
 def encode_plain(
     hf: HfTokenizer,
     texts: Sequence[str],

@@ -29,6 +29,9 @@ def replace_line_breaks(text: str, html_breaks: str) -> str:
     return LINE_BREAK.sub(" ", text) if html_breaks == "space" and "<" in text else text
 
 
+Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # ids of two texts, without special tokens
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How a raw text becomes a model's input; stored in the model's directory."""
@@ -52,6 +55,26 @@ class Preprocessing:
         cleaned = [self.clean(text) for text in texts]
         return [self.shorten(ids) for ids in tokenizer.encode(cleaned).split()]
 
+    def encode_pairs(
+        self, tokenizer: Tokenizer, firsts: Sequence[str], seconds: Sequence[str]
+    ) -> list[Pair]:
+        """Turn pairs of raw texts into their ids without special tokens, not shortened."""
+        texts = [self.clean(text) for text in (*firsts, *seconds)]
+        before, after = map(len, tokenizer.template)
+        ids = [ids[before : len(ids) - after] for ids in tokenizer.encode(texts).split()]
+        return list(zip(ids[: len(firsts)], ids[len(firsts) :], strict=True))
+
+    def join_pair(self, tokenizer: Tokenizer, pair: Pair) -> npt.NDArray[Any]:
+        """The input ids of a pair, [up to seq_len]: `[CLS] a [SEP] b [SEP]`.
+
+        The end of the longer text is removed, as `tokenizers` does it with longest_first.
+        """
+        template = tokenizer.pair_template
+        kept = kept_of_pair(len(pair[0]), len(pair[1]), self.seq_len - template.length)
+        first, second = pair[0][: kept[0]], pair[1][: kept[1]]
+        parts = (template.before, first, template.between, second, template.after)
+        return np.concatenate([np.asarray(part, first.dtype) for part in parts])
+
     def clean(self, text: str) -> str:
         """Return a text as the tokenizer reads it."""
         return replace_line_breaks(text, self.html_breaks)
@@ -62,6 +85,17 @@ class Preprocessing:
             return ids
         head = min(max(1, self.head_tokens), self.seq_len - 1)
         return np.concatenate([ids[:head], ids[len(ids) - (self.seq_len - head) :]])
+
+
+def kept_of_pair(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens of two texts fit into `room` tokens."""
+    if first + second <= room:
+        return first, second
+    shorter = min(first, second)
+    if shorter <= room // 2:
+        return (shorter, room - shorter) if first <= second else (room - shorter, shorter)
+    half = room // 2
+    return (half, room - half) if first <= second else (room - half, half)
 
 
 def pad(rows: Sequence[npt.NDArray[Any]], pad_id: int) -> tuple[I64, npt.NDArray[np.bool_] | None]:

@@ -17,11 +17,13 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as HfTokenizer
 
 from raybert.data.encoding import (
+    PairTemplate,
     Ragged,
     WordCache,
     encode_plain,
     id_dtype,
     offsets_of,
+    pair_template,
     splits_at_spaces,
     word_start_table,
 )
@@ -159,11 +161,17 @@ class Tokenizer:
         starts = self.starts_by_id
         if self._cache is None or starts is None:
             return encode_plain(self.hf, texts, self.dtype, starts)
-        before, after = self._template
+        before, after = (np.array(ids, self.dtype).tobytes() for ids in self.template)
         joined = [before + ids + after for ids in self._cache.encode(texts)]
         values = np.frombuffer(b"".join(joined), self.dtype)
         lengths = np.fromiter(map(len, joined), np.int64, len(joined)) // self.dtype.itemsize
         return Ragged(values, offsets_of(lengths), starts[values])
+
+    @cached_property
+    def pair_template(self) -> PairTemplate:
+        """The special ids around two texts: `[CLS] a [SEP] b [SEP]`, or the file's own."""
+        found = pair_template(self.hf)
+        return found or PairTemplate([self.cls_id], [self.sep_id], [self.sep_id])
 
     @cached_property
     def _cache(self) -> WordCache | None:
@@ -171,13 +179,12 @@ class Tokenizer:
         return WordCache(self.hf, self.dtype) if is_exact else None
 
     @cached_property
-    def _template(self) -> tuple[bytes, bytes]:
-        """The special ids before and after a text, as bytes."""
+    def template(self) -> tuple[list[int], list[int]]:
+        """The special ids before and after a text."""
         empty, with_text = self.hf.encode("").ids, self.hf.encode("a").ids
         text = self.hf.encode("a", add_special_tokens=False).ids
         split = next(n for n in range(len(empty) + 1) if with_text == empty[:n] + text + empty[n:])
-        before, after = np.array(empty[:split], self.dtype), np.array(empty[split:], self.dtype)
-        return before.tobytes(), after.tobytes()
+        return empty[:split], empty[split:]
 
     def _id(self, role: str) -> int:
         token = self._roles[role]

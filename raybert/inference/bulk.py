@@ -11,7 +11,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -24,46 +24,83 @@ from raybert.cluster.internals.data import ordered_execution
 from raybert.cluster.machine import cores
 from raybert.data.corpus.tokenize_job import read_dataset
 from raybert.data.sources import documents
-from raybert.data.sources.row_table import accept
+from raybert.data.sources.row_table import LabelParser, accept
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError, StorageError, UserError
-from raybert.inference.classifier import TextClassifier, softmax
+from raybert.inference.classifier import Text, TextClassifier, pool
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
-from raybert.tasks.classification import classification_scores
+from raybert.tasks.protocol import AnswerOptions, Outputs, Targets, TextTask
+from raybert.tasks.registry import read_task
 
 _BLOCK_BYTES = 1 << 20  # of Ray Data's blocks
-_WRONG_EXAMPLES, _RIGHT_EXAMPLES = 8, 4  # for the report, the most confident ones
 _ROWS_PER_CALL = 512  # enough texts to sort by length, few enough to show progress
 
 
 class _Scorer:
-    """An actor's classifier: adds the column `logits` to tables of texts."""
+    """An actor's classifier: adds `outputs` and `targets`, or `answer`, to tables of texts."""
 
-    def __init__(self, model: str, threads: int, precision: str) -> None:
+    def __init__(self, model: str, threads: int, precision: str, has_labels: bool) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self._classifier = TextClassifier(Folder(model), precision=precision)
+        self._has_labels = has_labels
 
     def __call__(self, table: pa.Table) -> pa.Table:
         # A bad row is scored as an empty text; `score` drops it, or raises, in the source's order.
-        logits = self._classifier.logits([text or "" for text in table["text"].to_pylist()])
-        flat = pa.array(logits.ravel())
-        scores = pa.FixedSizeListArray.from_arrays(flat, logits.shape[1])
-        return table.append_column("logits", scores)
+        classifier, task = self._classifier, self._classifier.task
+        firsts = [text or "" for text in table["text"].to_pylist()]
+        texts: Sequence[Text] = firsts
+        if classifier.reads_pairs:
+            seconds = [text or "" for text in table["pair"].to_pylist()]
+            texts = list(zip(firsts, seconds, strict=True))
+        if not self._has_labels:
+            answers = classifier.answers(texts, AnswerOptions(), cut=not task.is_per_token)
+            columns = task.columns(answers)
+            found = pa.array([json.dumps(each, ensure_ascii=False) for each in columns])
+            return table.append_column("answer", found)
+        labels = table["label"].to_pylist()
+        if task.is_per_token:
+            rows, lengths = classifier.encode_windows(texts)
+            outputs = pool(classifier.score(rows), lengths, classifier.longest)
+            words = classifier.words(texts) or []
+            targets = [
+                task.token_targets(label or "[]", row, length)
+                for label, row, length in zip(labels, words, lengths, strict=True)
+            ]
+        else:
+            outputs = classifier.logits(texts)
+            given = task.no_targets(len(labels))
+            is_known = [label is not None for label in labels]
+            given[is_known] = task.targets([label for label in labels if label is not None])
+            targets = [np.atleast_1d(row) for row in given]
+        return table.append_column("outputs", _ragged(outputs)).append_column(
+            "targets", _ragged(targets)
+        )
+
+
+def _ragged(rows: Outputs | Targets) -> pa.Array:
+    """A column of arrays of any shape, flattened."""
+    offsets = np.cumsum([0, *(row.size for row in rows)]).astype(np.int32)
+    flat = np.concatenate([row.ravel() for row in rows])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+
+
+def _rows_of(tables: Sequence[pa.Table], column: str) -> list[npt.NDArray[Any]]:
+    return [row.values.to_numpy() for t in tables for c in t[column].chunks for row in c]
 
 
 def score(
     source: SourceConfig,
     model: Folder,
     *,
-    labels: bool,
+    labels: LabelParser | None,
     workers: int,
     skipped: Counter[str],
     precision: str = "auto",
 ) -> Iterator[pa.Table]:
-    """Yield tables of text, label, row and logits [labels] in the order of the source.
+    """Yield tables of texts, row and what `_Scorer` adds, in the order of the source.
 
     `row` counts all rows of the source from 0, skipped ones included; `skipped`, by reason, is
     updated. With `labels` every row must have one. `workers` actors hold the classifier in `model`.
@@ -71,7 +108,7 @@ def score(
     """
     from ray.data import ActorPoolStrategy
 
-    shards = documents.shards(source, labels=labels)
+    shards = documents.shards(source, labels=labels is not None)
     left, rows = source.limit, 0
     with ordered_execution(_BLOCK_BYTES):
         texts = read_dataset(source, shards, readers=workers, labels=labels)
@@ -80,7 +117,12 @@ def score(
             warnings.simplefilter("ignore")
             scored = texts.map_batches(
                 _Scorer,
-                fn_constructor_args=(model.uri, max(1, cores() // workers), precision),
+                fn_constructor_args=(
+                    model.uri,
+                    max(1, cores() // workers),
+                    precision,
+                    labels is not None,
+                ),
                 batch_size=_ROWS_PER_CALL,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
@@ -98,17 +140,10 @@ def score(
                 return
 
 
-def logits_of(table: pa.Table) -> npt.NDArray[np.float32]:
-    """The logits column as [n, labels]."""
-    column = table["logits"].combine_chunks()
-    return np.asarray(column.flatten().to_numpy().reshape(len(table), -1), np.float32)
-
-
 def predict_source(
     source: SourceConfig,
     model: Folder,
     output: str,
-    names: list[str],
     *,
     workers: int,
     on_progress: Callable[[int], None],
@@ -116,18 +151,21 @@ def predict_source(
 ) -> dict[str, Any]:
     """Write a source's predictions to the file `output`; return the counts.
 
-    `names` are the classifier's labels; `on_progress` gets the number of texts so far. A DataError
-    as in `score`, and if there is no text at all.
+    `on_progress` gets the number of texts so far. A DataError as in `score`, and if there is no
+    text at all.
     """
     skipped: Counter[str] = Counter()
-    done, temperature = 0, np.float32(huggingface.read_temperature(model))
+    done = 0
+    task, _ = read_task(model)
     scored = score(
-        source, model, labels=False, workers=workers, skipped=skipped, precision=precision
+        source, model, labels=None, workers=workers, skipped=skipped, precision=precision
     )
-    with PredictionWriter(output, names) as writer:
+    given = ["row", "text", *(["pair"] if source.pair_column is not None else [])]
+    with PredictionWriter(output, given, task) as writer:
         for table in scored:
-            rows, texts = table["row"].to_pylist(), table["text"].to_pylist()
-            writer.write(rows, texts, softmax(logits_of(table) / temperature))
+            answers = map(json.loads, table["answer"].to_pylist())
+            rows = table.select(given).to_pylist()
+            writer.write([row | answer for row, answer in zip(rows, answers, strict=True)])
             done += len(table)
             on_progress(done)
         if not done:
@@ -138,12 +176,16 @@ def predict_source(
 class PredictionWriter:
     """Writes predictions to a JSONL or Parquet file, which exists only once it is complete."""
 
-    def __init__(self, path: str, names: list[str]) -> None:
-        """Open a .jsonl or .parquet path or URI (else a UserError), for a classifier's labels."""
+    def __init__(self, path: str, given: Sequence[str], task: TextTask) -> None:
+        """Open a .jsonl or .parquet path or URI (else a UserError).
+
+        Its columns are `given`, among row, text and pair, and those of the task.
+        """
         self._folder, self._name = Folder.of_file(path)
         if not self._name.endswith((".jsonl", ".parquet")):
             raise UserError(f"--output {path}: name a .jsonl or a .parquet file")
-        self._names = names
+        types = {"row": pa.int64(), "text": pa.string(), "pair": pa.string()}
+        self._schema = pa.schema([*((name, types[name]) for name in given), *task.column_types()])
         self._unfinished = self._folder.join(f".{self._name}.unfinished")
         try:
             if self._folder.is_local:
@@ -157,27 +199,14 @@ class PredictionWriter:
             ) from None
         self._parquet: pq.ParquetWriter | None = None
 
-    def write(
-        self, rows: list[int], texts: list[str], probabilities: npt.NDArray[np.float32]
-    ) -> None:
-        """Append texts with row number, best label, its score and all labels' scores."""
-        best = probabilities.argmax(axis=1)
-        records = [
-            {
-                "row": row,
-                "text": text,
-                "label": self._names[top],
-                "score": float(scores[top]),
-                "scores": {n: float(s) for n, s in zip(self._names, scores, strict=True)},
-            }
-            for row, text, top, scores in zip(rows, texts, best, probabilities, strict=True)
-        ]
+    def write(self, records: list[dict[str, Any]]) -> None:
+        """Append rows."""
         with self._folder.storage_errors("writing", self._folder.join(self._name)):
             if self._name.endswith(".jsonl"):
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records)
                 self._stream.write(lines.encode())
                 return
-            table = pa.Table.from_pylist(records)
+            table = pa.Table.from_pylist(records, schema=self._schema)
             if self._parquet is None:
                 self._parquet = pq.ParquetWriter(self._stream, table.schema)
             self._parquet.write_table(table)
@@ -209,56 +238,45 @@ class PredictionWriter:
 def evaluate(
     source: SourceConfig,
     model: Folder,
-    names: list[str],
     *,
     workers: int,
     on_progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Score labelled texts with the classifier in `model`, whose labels are `names`.
+    """Score labelled texts with the classifier in `model`.
 
-    `on_progress` gets the number of texts so far. Returns `classification_scores`, with
+    `on_progress` gets the number of texts so far. Returns what the task's `evaluate` does, with
     `texts_per_second`, `skipped` and `examples`. A DataError as in `score`.
     """
+    task, _ = read_task(model)
     # The model's own preprocessing, as in training and in serving.
     breaks = huggingface.read_preprocessing(model).get("html_breaks", "space")
-    source = source.model_copy(update={"labels": names, "html_breaks": breaks})
+    source = source.model_copy(update={"labels": task.labels, "html_breaks": breaks})
     skipped: Counter[str] = Counter()
     begun, tables, done = time.monotonic(), [], 0
-    for table in score(source, model, labels=True, workers=workers, skipped=skipped):
+    parser = task.parser(source)
+    for table in score(source, model, labels=parser, workers=workers, skipped=skipped):
         tables.append(table)
         done += len(table)
         on_progress(done)
     if not tables:
         raise DataError(f"{source.path}: no labelled texts")
-    table = pa.concat_tables(tables)
-    logits = np.concatenate([logits_of(part) for part in tables])
-    # Calibrated, as in serving.
-    logits = np.asarray(logits / huggingface.read_temperature(model), np.float32)
-    ids = {name: index for index, name in enumerate(names)}
-    labels = np.array([ids[name] for name in table["label"].to_pylist()])
+    shape = (-1, len(task.labels)) if task.is_per_token else (len(task.labels),)
+    rows = [row.reshape(shape) for row in _rows_of(tables, "outputs")]
+    labels = _rows_of(tables, "targets")
+    outputs: Outputs = rows if task.is_per_token else np.stack(rows)
+    targets: Targets = labels
+    if not task.is_per_token:
+        stacked = np.stack(labels)
+        targets = stacked[:, 0] if np.issubdtype(stacked.dtype, np.integer) else stacked
+    texts = pa.chunked_array([chunk for t in tables for chunk in t["text"].chunks])
     return {
-        **classification_scores(logits, labels, names),
+        **task.evaluate(outputs, targets),
+        "task": task.name,
+        "metric": task.default_metric,
         "texts_per_second": round(done / max(1e-9, time.monotonic() - begun), 1),
         "skipped": dict(skipped),
-        "examples": _examples(table, softmax(logits), labels, names),
+        "examples": [
+            {"text": texts[row].as_py()[:1000], **found}
+            for row, found in task.examples(outputs, targets)
+        ],
     }
-
-
-def _examples(table: pa.Table, probabilities: Any, labels: Any, names: list[str]) -> list[Any]:
-    """The most confident wrong and right predictions, as the report shows them."""
-    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    wrong = np.flatnonzero(predicted != labels)
-    right = np.flatnonzero(predicted == labels)
-    chosen = [
-        *wrong[np.argsort(-confidence[wrong])][:_WRONG_EXAMPLES],
-        *right[np.argsort(-confidence[right])][:_RIGHT_EXAMPLES],
-    ]
-    return [
-        {
-            "text": table["text"][int(row)].as_py()[:1000],
-            "label": names[labels[row]],
-            "predicted": names[predicted[row]],
-            "probability": round(float(confidence[row]), 4),
-        }
-        for row in chosen
-    ]

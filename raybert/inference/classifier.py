@@ -19,11 +19,23 @@ from raybert.data.tokenizer import Tokenizer
 from raybert.inference.precision import build_model, resolve_precision
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
+from raybert.tasks.entities import Word, words_of
+from raybert.tasks.protocol import AnswerOptions, Outputs
+from raybert.tasks.registry import read_task
 
 Row = npt.NDArray[Any]  # token ids of a text or of a window, [tokens]
+Text = str | tuple[str, str]  # a text, or a pair for a model that reads pairs
 
 #: A quarter of a window is also in the next one, so that no phrase is cut in both.
 OVERLAP = 4
+
+
+def window_starts(length: int, seq_len: int) -> list[int]:
+    """Where the windows of a text of `length` tokens begin, not counting its first special one."""
+    if length <= seq_len:
+        return [0]
+    size = seq_len - 2
+    return [*range(0, length - 2 - size, size - size // OVERLAP), length - 2 - size]
 
 
 def windows(ids: Row, seq_len: int) -> list[Row]:
@@ -35,22 +47,44 @@ def windows(ids: Row, seq_len: int) -> list[Row]:
     if len(ids) <= seq_len:
         return [ids]
     first, inner, last = ids[:1], ids[1:-1], ids[-1:]
-    size = seq_len - 2
-    stride = size - size // OVERLAP
-    starts = [*range(0, len(inner) - size, stride), len(inner) - size]
-    return [np.concatenate([first, inner[a : a + size], last]) for a in starts]
+    starts = window_starts(len(ids), seq_len)
+    return [np.concatenate([first, inner[a : a + seq_len - 2], last]) for a in starts]
 
 
-def pool(logits: npt.NDArray[np.float32], counts: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Average logits [windows, labels] over each text's windows: [texts, labels].
+def pool(outputs: Outputs, lengths: Sequence[int], seq_len: int) -> Outputs:
+    """Outputs of each text, from those of its windows: their mean, or of tokens the most central.
 
-    `counts` has their number by text, 1 or more.
+    `lengths` are the tokens of each text, all windows together.
     """
-    if len(counts) == len(logits):  # one window per text
-        return logits
-    starts = np.cumsum([0, *counts[:-1]])
-    sums = np.add.reduceat(logits, starts, axis=0)
-    return np.asarray(sums / np.array(counts, np.float32)[:, None], np.float32)
+    starts = [window_starts(length, seq_len) for length in lengths]
+    if len(outputs) == len(lengths):  # one window per text
+        return outputs
+    ends = np.cumsum([len(each) for each in starts])
+    if isinstance(outputs, np.ndarray):  # [windows, L]
+        counts = np.diff(ends, prepend=0)
+        sums = np.add.reduceat(outputs, ends - counts, axis=0)
+        return np.asarray(sums / counts.astype(np.float32)[:, None], np.float32)
+    return [
+        _join_tokens(outputs[end - len(each) : end], each, length)
+        for end, each, length in zip(ends.tolist(), starts, lengths, strict=True)
+    ]
+
+
+def _join_tokens(
+    outputs: Sequence[npt.NDArray[np.float32]], starts: Sequence[int], length: int
+) -> npt.NDArray[np.float32]:
+    """The outputs of a text's tokens [T, L]: of two windows, where a token is farther from an end."""
+    if len(outputs) == 1:
+        return outputs[0]
+    joined = np.empty((length, outputs[0].shape[1]), np.float32)
+    joined[0], joined[-1] = outputs[0][0], outputs[-1][-1]
+    size = len(outputs[0]) - 2
+    middles = np.array(starts) + (size - 1) / 2
+    nearest = np.abs(np.arange(length - 2)[:, None] - middles).argmin(axis=1)
+    for window, (values, start) in enumerate(zip(outputs, starts, strict=True)):
+        tokens = np.flatnonzero(nearest == window)
+        joined[tokens + 1] = values[tokens - start + 1]
+    return joined
 
 
 #: Of one forward pass: enough that matrix products take most of the time, and on CPUs few enough
@@ -64,12 +98,12 @@ class TextClassifier:
     def __init__(self, folder: Folder, *, device: str = "cpu", precision: str = "auto") -> None:
         """Load a `model/` directory; `precision` is as in `resolve_precision`."""
         model, self.labels = huggingface.load_classifier(folder)
+        self.task, self.reads_pairs = read_task(folder)
         self.tokenizer = Tokenizer.load(folder)
         self.preprocessing = Preprocessing.read(
             huggingface.read_preprocessing(folder), model.encoder.config.max_seq_len
         )
         self.longest = self.preprocessing.seq_len  # tokens that the model reads at once, at most
-        self.temperature = huggingface.read_temperature(folder)
         self._device = torch.device(device)
         self._concatenates = self._device.type == "cpu"  # into one row per batch, without padding
         self.precision = resolve_precision(precision, folder, self._device)
@@ -84,30 +118,63 @@ class TextClassifier:
         lengths = [self.longest - 1, *[self.longest] * (count - 1)]  # two lengths: GPUs pad
         self.score([np.full(length, self.tokenizer.pad_id) for length in lengths])
 
-    def logits(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """The logits [texts, labels]; the middle of a text that is too long is left out."""
+    def logits(self, texts: Sequence[Text]) -> Outputs:
+        """The outputs of texts; the middle of a text that is too long is left out."""
         return self.score(self.encode(texts))
 
-    def probabilities(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """The calibrated probabilities [texts, labels]."""
-        return self.calibrated(self.logits(texts))
+    def probabilities(self, texts: Sequence[Text]) -> Outputs:
+        """The outputs as answers show them: calibrated probabilities, or numbers in their unit."""
+        return self.task.scores(self.logits(texts))
 
-    def calibrated(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The probabilities of logits [n, labels], divided by the model's temperature."""
-        return softmax(logits / np.float32(self.temperature))
+    def answers(
+        self, texts: Sequence[Text], options: AnswerOptions, *, cut: bool = False
+    ) -> list[Any]:
+        """The task's answers, each as its `answer_schema` describes; long texts cut or in windows."""
+        if cut:
+            return self.task.answers(self.logits(texts), self.words(texts), options)
+        rows, lengths = self.encode_windows(texts)
+        outputs = pool(self.score(rows), lengths, self.longest)
+        return self.task.answers(outputs, self.words(texts), options)
 
-    def encode(self, texts: Sequence[str]) -> list[Row]:
+    def encode(self, texts: Sequence[Text]) -> list[Row]:
         """Tokenize texts, each cut to the model's length. Thread-safe."""
-        return self.preprocessing.encode(self.tokenizer, texts)
+        if self.reads_pairs:
+            return self._encode_pairs(texts)
+        return self.preprocessing.encode(self.tokenizer, [str(text) for text in texts])
 
-    def encode_windows(self, texts: Sequence[str]) -> list[list[Row]]:
-        """Tokenize texts, each into overlapping windows that cover it. Thread-safe."""
-        cleaned = [self.preprocessing.clean(text) for text in texts]
+    def encode_windows(self, texts: Sequence[Text]) -> tuple[list[Row], list[int]]:
+        """Tokenize texts into windows that cover them; pairs are cut. Thread-safe.
+
+        Returns the windows of all texts, and the tokens of each text.
+        """
+        if self.reads_pairs:
+            rows = self._encode_pairs(texts)
+            return rows, [len(row) for row in rows]
+        cleaned = [self.preprocessing.clean(str(text)) for text in texts]
         encoded = self.tokenizer.encode(cleaned).split()
-        return [windows(ids, self.longest) for ids in encoded]
+        rows = [row for ids in encoded for row in windows(ids, self.longest)]
+        return rows, [len(ids) for ids in encoded]
 
-    def score(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
-        """The logits [rows, labels] of texts as `encode` returns them, in batches by length."""
+    def _encode_pairs(self, texts: Sequence[Text]) -> list[Row]:
+        firsts, seconds = ([text[i] for text in texts] for i in (0, 1))
+        pairs = self.preprocessing.encode_pairs(self.tokenizer, firsts, seconds)
+        return [self.preprocessing.join_pair(self.tokenizer, pair) for pair in pairs]
+
+    def words(self, texts: Sequence[Text]) -> list[list[Word]] | None:
+        """The words of each text, for a task on tokens; None for others."""
+        if not self.task.is_per_token:
+            return None
+        encodings = self.tokenizer.hf.encode_batch([str(text) for text in texts])
+        return [words_of(encoding) for encoding in encodings]
+
+    def score(self, rows: Sequence[Row]) -> Outputs:
+        """The outputs of texts as `encode` returns them, in batches by length."""
+        if self.task.is_per_token:
+            tokens: dict[int, npt.NDArray[np.float32]] = {}
+            for batch in self._batches([len(row) for row in rows]):
+                chosen = [rows[i] for i in batch]
+                tokens.update(zip(batch.tolist(), self._forward(chosen), strict=True))
+            return [tokens[i] for i in range(len(rows))]
         scores = np.empty((len(rows), len(self.labels)), np.float32)
         for batch in self._batches([len(row) for row in rows]):
             scores[batch] = self._forward([rows[i] for i in batch])
@@ -128,19 +195,27 @@ class TextClassifier:
         if len(order):
             yield order[begin:]
 
-    def _forward(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
+    def _forward(self, rows: Sequence[Row]) -> Outputs:
         # An empty text has no state to pool.
         rows = [row if len(row) else np.array([self.tokenizer.pad_id]) for row in rows]
+        lengths = [len(row) for row in rows]
         with torch.inference_mode():
             if self._concatenates:
-                filled = [*rows, *self._filler_rows(sum(map(len, rows)))]
+                filled = [*rows, *self._filler_rows(sum(lengths))]
                 ids = torch.from_numpy(np.concatenate(filled).astype(np.int64))[None]  # [1, T]
-                logits = self._compute(ids, None, [len(row) for row in filled])[: len(rows)]
+                logits = self._compute(ids, None, [len(row) for row in filled])
+                # [rows + filler, L], or of all tokens [1, T, L]
+                logits = logits[0] if self.task.is_per_token else logits[: len(rows)]
             else:
                 padded, mask = pad(rows, self.tokenizer.pad_id)
                 there = None if mask is None else torch.from_numpy(mask).to(self._device)
                 logits = self._compute(torch.from_numpy(padded).to(self._device), there)
-        return np.asarray(logits.float().cpu().numpy())
+        values = np.asarray(logits.float().cpu().numpy())
+        if not self.task.is_per_token:
+            return values
+        if self._concatenates:
+            return np.split(values, np.cumsum(lengths))[: len(rows)]
+        return [row[:length] for row, length in zip(values, lengths, strict=True)]
 
     def _filler_rows(self, tokens: int) -> list[Row]:
         """Rows of padding tokens that lengthen a batch of `tokens` to `round_up(tokens)`."""
@@ -157,9 +232,3 @@ def round_up(tokens: int) -> int:
     """
     step = min(64, 1 << max(4, tokens.bit_length() - 5))
     return -(-tokens // step) * step
-
-
-def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The probabilities of logits [n, labels]."""
-    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(exp / exp.sum(axis=1, keepdims=True), np.float32)

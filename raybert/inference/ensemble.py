@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from raybert.errors import DataError
-from raybert.inference.classifier import TextClassifier, softmax
+from raybert.inference.classifier import Text, TextClassifier
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
+from raybert.tasks.labelled import Labelled
+from raybert.tasks.protocol import TextTask
 
 ENSEMBLE = "ensemble.json"  # in an ensemble's folder: the folders of its models
 _TEXTS_PER_CALL = 1024  # enough to sort by length, few enough to show progress
-_MIN_PROBABILITY = 1e-7  # for its logarithm
 
 
 def members(folder: Folder) -> list[Folder]:
@@ -29,12 +29,6 @@ def members(folder: Folder) -> list[Folder]:
 def write_ensemble(folder: Folder, models: Sequence[str]) -> None:
     """Make a folder an ensemble of models at these paths inside it."""
     folder.write_json(ENSEMBLE, {"format_version": 1, "models": list(models)})
-
-
-def mean_logits(logits: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-    """The logits [n, labels] of the models' mean probability, from the logits of each model."""
-    mean = np.mean([softmax(each) for each in logits], axis=0)
-    return np.asarray(np.log(np.maximum(mean, _MIN_PROBABILITY)), np.float32)
 
 
 class Teacher:
@@ -52,23 +46,27 @@ class Teacher:
         hashes = " ".join(map(huggingface.weights_hash, self._models))
         return hashlib.sha256(hashes.encode()).hexdigest()
 
-    def logits(self, texts: pa.ChunkedArray, names: list[str]) -> npt.NDArray[np.float32]:
-        """The logits [n, labels] of n strings, in the order of the student's labels, `names`."""
+    def logits(self, texts: Labelled, task: TextTask) -> npt.NDArray[np.float32]:
+        """The outputs [n, L] of n texts, in the order of the student's, those of `task`."""
         found, done = [], 0
         for folder in self._models:
             classifier = TextClassifier(folder)
-            if set(classifier.labels) != set(names):
+            if set(classifier.labels) != set(task.labels) or classifier.task.name != task.name:
                 raise DataError(
-                    f"finetune.distill.teacher: {folder} knows the labels "
-                    f"{', '.join(classifier.labels)}, the texts have {', '.join(names)}; take a "
-                    "teacher that was trained on the same labels"
+                    f"finetune.distill.teacher: {folder} ({classifier.task.name}) knows the labels "
+                    f"{', '.join(classifier.labels)}, the texts ({task.name}) have "
+                    f"{', '.join(task.labels)}; take a teacher that was trained on the same labels"
                 )
-            columns = [classifier.labels.index(name) for name in names]
+            columns = [classifier.labels.index(name) for name in task.labels]
             parts = []
-            for begin in range(0, len(texts), _TEXTS_PER_CALL):
-                some = texts.slice(begin, _TEXTS_PER_CALL).to_pylist()
-                parts.append(classifier.logits(some)[:, columns])
+            for begin in range(0, len(texts.texts), _TEXTS_PER_CALL):
+                firsts = texts.texts.slice(begin, _TEXTS_PER_CALL).to_pylist()
+                some: Sequence[Text] = firsts
+                if texts.pairs is not None:
+                    pairs = texts.pairs.slice(begin, _TEXTS_PER_CALL).to_pylist()
+                    some = list(zip(firsts, pairs, strict=True))
+                parts.append(np.asarray(classifier.logits(some))[:, columns])
                 done += len(some)
                 self._on_progress(done)
             found.append(np.concatenate(parts))
-        return mean_logits(found)
+        return task.mean(found)

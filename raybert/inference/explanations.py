@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raybert.data.preprocess import LINE_BREAK
+from raybert.data.preprocess import LINE_BREAK, kept_of_pair
 from raybert.errors import ConfigError
-from raybert.inference.classifier import TextClassifier
+from raybert.inference.classifier import Text, TextClassifier
 
 STEPS = (24, 48, 96)  # of the Gauss-Legendre quadrature, in turn until its error is small
 TOLERANCE = 0.02  # relative to the margin's difference, or to 1 if that is less
@@ -40,6 +40,7 @@ class Word:
     start: int  # in characters of the text
     end: int
     weight: float  # positive: in favour of the label
+    input: int = 0  # of a pair: 0 or 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Explanation:
     words: list[Word]  # those that the model read, in the text's order
     error: float  # |sum of the weights - margin|
     label: str  # that positive weights are in favour of
-    margin: float  # the label's logit minus the others' mean; the text's minus the baseline's
+    margin: float  # what `TextTask.margin` explains; the text's minus the baseline's
 
 
 class Explainer:
@@ -68,21 +69,24 @@ class Explainer:
         except ConfigError:  # the tokenizer has no mask
             self._mask_id = classifier.tokenizer.pad_id
 
-    def explain(self, text: str, label: int | None = None) -> Explanation:
-        """Compute the attributions of a text's words for a label, by default the most probable one.
+    def explain(self, text: Text, label: Any = None) -> Explanation:
+        """Compute the attributions of a text's words for an output, by default the task's choice.
 
         The middle of a text that is longer than the model is left out; words in it have no weight.
         """
         tokens = _tokenize(self._classifier, text)
-        ids = torch.tensor(tokens.ids, dtype=torch.int64, device=self._device)  # [T]
+        given = [token.id for token in tokens]
+        ids = torch.tensor(given, dtype=torch.int64, device=self._device)  # [T]
         with torch.no_grad():
             embed = self._model.encoder.embeddings
-            is_special = torch.tensor(tokens.is_special, device=self._device)  # [T]
-            masked = torch.where(is_special, ids, self._mask_id)
+            is_special = [token.is_special for token in tokens]
+            keep = torch.tensor(is_special, device=self._device)  # [T]
+            masked = torch.where(keep, ids, self._mask_id)
             baseline, target = embed(torch.stack([masked, ids]), None)  # [T, D] each
             ends = self._logits(ids, torch.stack([baseline, target]))  # [2, L]
-        chosen = int(ends[1].argmax()) if label is None else label
-        at_baseline, at_target = self._margin(ends, chosen).tolist()
+        task = self._classifier.task
+        chosen = task.choose(ends[1]) if label is None else label
+        at_baseline, at_target = task.margin(ends, chosen).tolist()
         margin = at_target - at_baseline
         for steps in STEPS:
             weights = self._attributions(ids, baseline, target, chosen, steps).tolist()
@@ -91,10 +95,11 @@ class Explainer:
             is_close = error <= TOLERANCE * max(1.0, abs(margin))
             if is_close or 2 * steps * len(ids) > _MAX_TOKENS:
                 break
-        return Explanation(words, error, self._classifier.labels[chosen], margin)
+        name = self._classifier.labels[np.atleast_1d(chosen)[-1]]
+        return Explanation(words, error, name, margin)
 
     def _attributions(
-        self, ids: Tensor, baseline: Tensor, target: Tensor, label: int, steps: int
+        self, ids: Tensor, baseline: Tensor, target: Tensor, label: Any, steps: int
     ) -> Tensor:
         """Integrate the margin's gradient between two embeddings [T, D]: [T]."""
         nodes, weights = np.polynomial.legendre.leggauss(steps)  # over [-1, 1]
@@ -106,7 +111,8 @@ class Explainer:
         for begin in range(0, steps, size):
             position, share = (t[begin : begin + size, None, None] for t in (positions, shares))
             points = (baseline + position * path).requires_grad_()  # [S, T, D]
-            total = self._margin(self._logits(ids, points), label).sum()
+            outputs = self._logits(ids, points)
+            total = self._classifier.task.margin(outputs, label).sum()
             [gradient] = torch.autograd.grad(total, points)
             integral += (share * gradient).sum(dim=0)
         return (path * integral).sum(dim=1)
@@ -121,36 +127,45 @@ class Explainer:
             handle.remove()
         return logits
 
-    @staticmethod
-    def _margin(logits: Tensor, label: int) -> Tensor:
-        """A label's logit minus the mean of the others': [S]."""
-        others = logits.shape[1] - 1
-        chosen = logits[:, label]
-        return chosen - (logits.sum(dim=1) - chosen) / max(1, others)
-
 
 @dataclass(frozen=True)
-class _Tokens:
-    """A text's tokens as the model reads them."""
+class _Token:
+    """A token as the model reads it."""
 
-    ids: list[int]  # [T]
-    is_special: list[bool]  # [T] added around the text by the tokenizer's template
-    words: list[int | None]  # [T] index of the token's word in the text; None: of no word
-    spans: list[tuple[int, int]]  # [T] in characters of the text
+    id: int
+    is_special: bool = True  # added around the texts by the tokenizer's template
+    input: int = 0  # of a pair: which text it is of
+    word: int | None = None  # index of its word in the text; None: of no word
+    span: tuple[int, int] = (0, 0)  # in characters of the text
 
 
-def _tokenize(classifier: TextClassifier, text: str) -> _Tokens:
+def _tokenize(classifier: TextClassifier, text: Text) -> list[_Token]:
+    tokenizer, how = classifier.tokenizer, classifier.preprocessing
+    if isinstance(text, str):
+        encoded = _encode(classifier, text, 0, special=True)
+        kept = how.shorten(np.arange(len(encoded))).tolist()
+        return [encoded[i] for i in kept] or [_Token(tokenizer.pad_id)]
+    first, second = (_encode(classifier, t, i, special=False) for i, t in enumerate(text))
+    template = tokenizer.pair_template
+    counts = kept_of_pair(len(first), len(second), how.seq_len - template.length)
+    before, between, after = ([_Token(i) for i in ids] for ids in template)
+    return [*before, *first[: counts[0]], *between, *second[: counts[1]], *after]
+
+
+def _encode(classifier: TextClassifier, text: str, index: int, *, special: bool) -> list[_Token]:
     cleaned = classifier.preprocessing.clean(text)
-    encoding = classifier.tokenizer.hf.encode(cleaned)
-    kept = classifier.preprocessing.shorten(np.arange(len(encoding.ids))).tolist()
+    encoding = classifier.tokenizer.hf.encode(cleaned, add_special_tokens=special)
     offsets = _character_offsets(text, cleaned)
-    spans = [(offsets[start], offsets[end]) for start, end in encoding.offsets]
-    return _Tokens(
-        ids=[encoding.ids[i] for i in kept] or [classifier.tokenizer.pad_id],
-        is_special=[bool(encoding.special_tokens_mask[i]) for i in kept] or [True],
-        words=[encoding.word_ids[i] for i in kept] or [None],
-        spans=[spans[i] for i in kept] or [(0, 0)],
-    )
+    return [
+        _Token(id, bool(is_special), index, word, (offsets[start], offsets[end]))
+        for id, is_special, word, (start, end) in zip(
+            encoding.ids,
+            encoding.special_tokens_mask,
+            encoding.word_ids,
+            encoding.offsets,
+            strict=True,
+        )
+    ]
 
 
 def _character_offsets(text: str, cleaned: str) -> list[int]:
@@ -165,16 +180,18 @@ def _character_offsets(text: str, cleaned: str) -> list[int]:
     return [*offsets, *range(at, len(text) + 1)]
 
 
-def _by_word(text: str, tokens: _Tokens, weights: Sequence[float]) -> list[Word]:
+def _by_word(text: Text, tokens: Sequence[_Token], weights: Sequence[float]) -> list[Word]:
     """Sum the tokens' weights by word; those of special tokens are 0: baseline and text agree."""
-    found: dict[Any, list[Any]] = {}
-    for word, (start, end), weight in zip(tokens.words, tokens.spans, weights, strict=True):
-        if word is None or start == end:
+    texts = [text] if isinstance(text, str) else text
+    found: dict[tuple[int, int], list[Any]] = {}
+    for token, weight in zip(tokens, weights, strict=True):
+        start, end = token.span
+        if token.word is None or start == end:
             continue
-        entry = found.setdefault(word, [start, end, 0.0])
-        entry[0], entry[1] = min(entry[0], start), max(entry[1], end)
-        entry[2] += weight
+        entry = found.setdefault((token.input, token.word), [token.input, start, end, 0.0])
+        entry[1], entry[2] = min(entry[1], start), max(entry[2], end)
+        entry[3] += weight
     return [
-        Word(text[start:end], start, end, round(weight, 6))
-        for start, end, weight in sorted(found.values())
+        Word(texts[index][start:end], start, end, round(weight, 6), index)
+        for index, start, end, weight in sorted(found.values())
     ]

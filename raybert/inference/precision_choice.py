@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raybert.inference.classifier import TextClassifier, softmax
+from raybert.inference.classifier import Text, TextClassifier
 from raybert.inference.precision import (
     available_precisions,
     default_precision,
@@ -23,7 +23,7 @@ from raybert.inference.precision import (
     store_choice,
 )
 from raybert.storage.folder import Folder
-from raybert.tasks.classification import classification_scores
+from raybert.tasks.protocol import Targets
 
 MAX_POINTS_LOST = 0.5  # of accuracy, for a faster precision
 MAX_DIFFERENCE = 0.05  # from fp32's probabilities, where no labels give an accuracy
@@ -78,9 +78,10 @@ def benchmark(folder: Folder, device: str) -> dict[str, Any]:
     for name in available_precisions(torch.device(device)):
         classifier = TextClassifier(folder, device=device, precision=name)
         rows = _random_rows(classifier)
-        scores = softmax(classifier.score(rows))  # the first pass: kernels are selected
+        compare = classifier.task.comparable
+        scores = compare(classifier.score(rows))  # the first pass: kernels are selected
         reference = scores if reference is None else reference
-        alone = softmax(np.concatenate([classifier.score([row]) for row in rows]))
+        alone = np.concatenate([compare(classifier.score([row])) for row in rows])
         measured[name] = {
             "tokens_per_second": _tokens_per_second(classifier, rows),
             "max_difference": float(np.abs(scores - reference).max()),
@@ -93,18 +94,19 @@ def benchmark(folder: Folder, device: str) -> dict[str, Any]:
 
 def compare(
     folder: Folder,
-    texts: Sequence[str],
-    labels: npt.NDArray[np.int64],
+    texts: Sequence[Text],
+    targets: Targets,
     device: str = "cpu",
     *,
     on_progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure each precision on labelled texts, and store the best one for this machine type.
 
-    `labels` [texts] are indices into the model's. `on_progress` gets a line before each precision.
-    Returns `precision`, the fastest one that loses at most MAX_POINTS_LOST of accuracy; `measured`:
-    by precision texts_per_second, accuracy, loss and points_lost of accuracy; `texts`; `machine`;
-    and `stored`, whether the choice could be written to the model's folder.
+    `targets` are those of the model's task. `on_progress` gets a line before each precision.
+    Returns `precision`, the fastest one that loses at most MAX_POINTS_LOST of the task's metric;
+    `measured`: by precision texts_per_second, that metric, loss and points_lost of the metric (of
+    one without an upper bound, per cent); `texts`; `machine`; and `stored`, whether the choice
+    could be written to the model's folder.
     """
     where = torch.device(device)
     measured: dict[str, dict[str, float]] = {}
@@ -115,13 +117,17 @@ def compare(
         begun = time.perf_counter()
         logits = classifier.logits(texts)
         seconds = time.perf_counter() - begun
-        scores = classification_scores(logits / classifier.temperature, labels, classifier.labels)
-        exact = measured.get("fp32", scores)["accuracy"]
+        task = classifier.task
+        scores, metric = task.evaluate(logits, targets), task.default_metric
+        exact = measured.get("fp32", scores)[metric]
+        lost = exact - scores[metric]
+        if not task.selection_metrics[metric]:  # lower is better
+            lost = -lost / max(abs(exact), 1e-9)
         measured[name] = {
             "texts_per_second": round(len(texts) / seconds, 1),
-            "accuracy": scores["accuracy"],
+            metric: scores[metric],
             "loss": scores["loss"],
-            "points_lost": round(100 * (exact - scores["accuracy"]), 3),
+            "points_lost": round(100 * lost, 3),
         }
     speeds = {
         name: found["texts_per_second"]

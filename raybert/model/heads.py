@@ -79,15 +79,23 @@ class MaskedLM(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The encoder, pooling over tokens, and a classification head."""
+    """The encoder, pooling over tokens unless each of them is classified, and a head."""
 
-    def __init__(self, encoder: Encoder, num_labels: int, config: HeadConfig | None = None) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        num_labels: int,
+        config: HeadConfig | None = None,
+        *,
+        per_token: bool = False,
+    ) -> None:
         super().__init__()
         model = encoder.config
         self.encoder = encoder
         self.num_labels = num_labels
         self.config = config or HeadConfig()
-        self.pooling = self.config.pooling_for(model)
+        self.per_token = per_token
+        self.pooling = "none" if per_token else self.config.pooling_for(model)
         size = model.hidden_size
         self.transform: nn.Module
         if self.config.kind == "keras":
@@ -98,6 +106,8 @@ class Classifier(nn.Module):
             size = KERAS_HEAD_SIZE
         elif model.layout == "modern":
             self.transform = PredictionHead(model)
+        elif per_token:  # BERT's pooler belongs to the first token
+            self.transform = nn.Identity()
         else:
             self.transform = nn.Sequential(make_linear(model, size, size), nn.Tanh())
         self.dropout = Dropout(self.config.dropout)
@@ -114,11 +124,15 @@ class Classifier(nn.Module):
     ) -> Tensor:
         """Compute the logits of the labels, fp32 [B, L], for `input_ids` int64 [B, T].
 
+        Where each token is classified, they are [B, T, L].
+
         `attention_mask` is bool [B, T], False at padding; None: no padding. `lengths` are the
         tokens of B texts that are concatenated in one row, `input_ids` [1, T].
         """
         x: Tensor = self.encoder(input_ids, attention_mask, lengths=lengths)  # [B, T, D]
-        if lengths is None:
+        if self.per_token:
+            pass
+        elif lengths is None:
             x = pool(x, attention_mask, self.pooling)  # [B, D]
         else:
             texts = x[0].split_with_sizes(list(lengths))  # [T of each, D]

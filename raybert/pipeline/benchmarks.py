@@ -16,13 +16,17 @@ from raybert.cluster.session import ray_session
 from raybert.data.corpus.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from raybert.data.corpus.parts import PartWriter
 from raybert.data.encoding import id_dtype
-from raybert.data.sources.documents import labelled
+from raybert.data.preprocess import Preprocessing
+from raybert.data.tokenizer import Tokenizer
 from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
 from raybert.records import Record
 from raybert.storage.folder import Folder
+from raybert.tasks.labelled import read_labelled, with_columns_of
 from raybert.tasks.masked_lm import PretrainSpec
+from raybert.tasks.prepared_texts import tokenize_labelled
+from raybert.tasks.registry import read_columns, read_task
 from raybert.terminal.display import Display
 from raybert.train.ray.driver import train_on_ray
 from raybert.train.run import train_in_process
@@ -72,16 +76,22 @@ def bench_serve(
     from raybert.inference.precision_choice import compare
     from raybert.model import huggingface
 
-    names = huggingface.read_label_names(model)
+    task, has_pairs = read_task(model)
     # The model's own preprocessing handles HTML.
-    source = experiment.evaluate.source.model_copy(update={"html_breaks": "keep"})
-    found = labelled(source, names=names)
-    rows = np.random.default_rng(0).permutation(len(found.labels))[:most]
+    given = experiment.evaluate.source.model_copy(update={"html_breaks": "keep"})
+    source = with_columns_of(given, read_columns(model))
+    found = read_labelled(source, type(task), task.labels)
+    rows = np.random.default_rng(0).permutation(len(found.texts))[:most]
     found = found.take(np.sort(rows))  # a sample, because sources are often sorted by label
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with display.stage("bench"):
-        texts = [str(text) for text in found.texts.to_pylist()]
-        return compare(model, texts, found.labels, device, on_progress=display.progress)
+        texts = found.texts.to_pylist()
+        if has_pairs and found.pairs is not None:
+            texts = list(zip(texts, found.pairs.to_pylist(), strict=True))
+        tokenizer = Tokenizer.load(model)
+        how = Preprocessing.read(huggingface.read_preprocessing(model), 1 << 20)
+        targets = tokenize_labelled(found, task, tokenizer, how).labels
+        return compare(model, texts, targets, device, on_progress=display.progress)
 
 
 def generate_corpus(folder: Folder, rows: int, seq_len: int, vocab_size: int) -> Manifest:

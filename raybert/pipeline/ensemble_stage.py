@@ -20,7 +20,7 @@ from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
 from raybert.pipeline.finetune_setup import input_length, prepare_finetune
 from raybert.storage.folder import Folder
-from raybert.tasks.classification import classification_scores
+from raybert.tasks.classification_metrics import classification_scores
 from raybert.tasks.finetune import FinetuneSpec
 from raybert.tasks.prepared_texts import TokenizedTexts
 from raybert.terminal.display import Display

@@ -71,6 +71,7 @@ def prepare_finetune(
             f"texts     {prepared.train.rows:,} for training, {prepared.validation.rows:,} for "
             f"validation{format_skipped(prepared.skipped)}; labels {', '.join(prepared.labels)}"
         )
+        display.print(f"task      {prepared.description}; finetune.task sets another one")
     return FinetuneSpec(config, experiment.model, start, tokenizer, data, prepared)
 
 

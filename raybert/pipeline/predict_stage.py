@@ -13,6 +13,7 @@ from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
+from raybert.tasks.protocol import AnswerOptions
 from raybert.terminal.display import Display
 
 _TEXTS_PER_CALL = 256
@@ -68,47 +69,57 @@ def _decode(found: Sequence[bytes], first: int) -> Iterator[list[NumberedText]]:
 
 
 def predict_texts(
-    model: Folder, batches: Iterable[Sequence[NumberedText]], precision: str = "auto"
+    model: Folder,
+    batches: Iterable[Sequence[NumberedText]],
+    precision: str = "auto",
+    options: AnswerOptions | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Classify texts in this process; yields row, text, label, score and all labels' scores."""
+    """Predict texts in this process; yields row, text and the columns of the task.
+
+    A model of pairs reads both texts of one, separated by a tab. A DataError where there is none.
+    """
     from raybert.inference.classifier import TextClassifier
 
     classifier = TextClassifier(model, precision=precision)
+    task = classifier.task
     for batch in batches:
-        found = classifier.probabilities([text for _, text in batch])
-        for (row, text), scores in zip(batch, found, strict=True):
-            best = int(scores.argmax())
-            named = {n: round(float(s), 6) for n, s in zip(classifier.labels, scores, strict=True)}
-            yield {
-                "row": row,
-                "text": text,
-                "label": classifier.labels[best],
-                "score": round(float(scores[best]), 6),
-                "scores": named,
-            }
+        texts = [_split_pair(each) if classifier.reads_pairs else each.text for each in batch]
+        answers = classifier.answers(texts, options or AnswerOptions(), cut=not task.is_per_token)
+        for numbered, columns in zip(batch, task.columns(answers), strict=True):
+            yield {"row": numbered.row, "text": numbered.text, **columns}
+
+
+def _split_pair(numbered: NumberedText) -> tuple[str, str]:
+    first, tab, second = numbered.text.partition("\t")
+    if not (tab and first.strip() and second.strip()):
+        raise DataError(
+            f"text {numbered.row + 1}: the model reads pairs of texts; separate both by a tab"
+        )
+    return first, second
 
 
 def predict_file(
     experiment: Experiment, model: Folder, path: str, output: str, display: Display
 ) -> dict[str, Any]:
-    """Classify files by Ray Data; returns the counts."""
+    """Predict files by Ray Data; returns the counts."""
     from raybert.inference.bulk import predict_source
     from raybert.model import huggingface
+    from raybert.tasks.labelled import with_columns_of
+    from raybert.tasks.registry import read_columns
 
-    names = huggingface.read_label_names(model)
+    columns = read_columns(model)
     huggingface.check_weights(model)  # missing or damaged weights are an error before Ray starts
-    columns = experiment.evaluate.source.model_dump(
-        include={"text_column", "on_bad_row", "document", "format"}
+    given = experiment.evaluate.source.model_dump(
+        include={"text_column", "pair_column", "on_bad_row", "document", "format"}
     )
     # The model's own preprocessing handles HTML.
-    source = SourceConfig(path=path, html_breaks="keep", **columns)
+    source = with_columns_of(SourceConfig(path=path, html_breaks="keep", **given), columns)
     fingerprint(source)  # a missing file is an error before Ray starts
     with display.stage("predict"), ray_session(experiment.ray) as resources:
         return predict_source(
             source,
             model,
             output,
-            names,
             workers=max(1, int(resources.cpus) - 2),
             on_progress=lambda done: display.progress(f"{done:,} texts"),
             precision=experiment.serve.precision,

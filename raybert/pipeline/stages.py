@@ -19,8 +19,11 @@ from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.model import huggingface
 from raybert.pipeline.finetune_setup import format_skipped, prepare_finetune
+from raybert.records import headline
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
+from raybert.tasks.labelled import with_columns_of
+from raybert.tasks.registry import read_columns
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
 from raybert.train.run_folder import CONFIG, RESULT, open_run
@@ -163,7 +166,7 @@ def evaluate(experiment: Experiment, display: Display) -> dict[str, Any]:
     run = experiment.folder / "finetune"
     stored = stored_metrics(experiment, run)
     if stored is not None:
-        display.print(f"evaluate  {run} is evaluated already: accuracy {stored['accuracy']:.4f}")
+        display.print(f"evaluate  {run} is evaluated already: {headline(stored)}")
         return stored
     shared = _find_training_file(run, experiment.evaluate.source)
     if shared is not None:
@@ -193,20 +196,18 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
     """Evaluate any classifier on the experiment's evaluation source."""
     from raybert.inference import bulk
 
-    source = experiment.evaluate.source
-    names = huggingface.read_label_names(model)
+    source = with_columns_of(experiment.evaluate.source, read_columns(model))
     # Missing or damaged weights are an error before Ray starts.
     inputs = _evaluation_inputs(experiment, huggingface.check_weights(model))
     with display.stage("evaluate"), ray_session(experiment.ray) as resources:
         metrics = bulk.evaluate(
             source,
             model,
-            names,
             workers=max(1, int(resources.cpus) - 2),
             on_progress=lambda done: display.progress(f"{done:,} texts"),
         )
     display.print(
-        f"evaluate  accuracy {metrics['accuracy']:.4f} on {metrics['n']:,} texts"
+        f"evaluate  {headline(metrics)} on {metrics['n']:,} texts"
         + format_skipped(metrics["skipped"])
     )
     return {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from raybert.data.preprocess import Preprocessing
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError
 from raybert.model import huggingface
@@ -14,10 +15,9 @@ from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
-from raybert.tasks.classification import Classification, make_class_weights
+from raybert.tasks.finetune_task import FinetuneTask
 from raybert.tasks.prepared_texts import PreparedTexts, TokenizedTexts
 from raybert.tasks.settings import FinetuneConfig
-from raybert.tasks.text_task import TextTask
 from raybert.train.distributed import Group
 from raybert.train.task import LoaderConfig
 
@@ -58,6 +58,23 @@ class FinetuneSpec:
                 f"finetune.class_weights has {len(weights)} values, the data {len(names)} labels "
                 f"({', '.join(names)}); give one weight for each"
             )
+        task = self.prepared.make_task()
+        metric = self.config.metric
+        if metric is not None and metric not in task.selection_metrics:
+            raise ConfigError(
+                f"finetune.metric={metric} is no metric of {task.name}; choose one of "
+                f"{', '.join(task.selection_metrics)}"
+            )
+        if self.config.distill.teacher is not None and task.is_per_token:
+            raise ConfigError(
+                f"finetune.distill.teacher teaches whole texts, and {task.name} tags their tokens; "
+                "leave it out"
+            )
+        if task.is_per_token and self.config.head.kind == "keras":
+            raise ConfigError(
+                f"finetune.head.kind=keras pools a text, and {task.name} tags its tokens; set "
+                "finetune.head.kind=standard"
+            )
 
     def inputs(self) -> dict[str, str]:
         """Hashes of the tokenizer that prepared the texts, and of the weights to start from."""
@@ -74,40 +91,48 @@ class FinetuneSpec:
         train, validation = (TokenizedTexts.load(self.data, file) for file in files)
         return train, validation
 
-    def make_task(self, group: Group, loader: LoaderConfig) -> TextTask:
+    def make_task(self, group: Group, loader: LoaderConfig) -> FinetuneTask:
         """Build the task on a worker."""
-        config, labels = self.config, self.prepared.labels
         tokenizer = Tokenizer.load(self.tokenizer)
-        limits = self.prepared.seq_len, self.prepared.head_tokens
-        train, validation = (texts.shortened(*limits) for texts in self.read_texts())
-        torch.manual_seed(config.seed)
+        how = Preprocessing(self.prepared.seq_len, self.prepared.head_tokens)
+        train, validation = (texts.shortened(how, tokenizer) for texts in self.read_texts())
+        torch.manual_seed(self.config.seed)
         model = self._make_model(tokenizer)
-        objective = Classification(
-            labels,
-            make_class_weights(config.class_weights, train.labels, len(labels)),
-            config.label_smoothing,
-            config.distill.share,
-            config.distill.temperature,
-        )
-        return TextTask(config, group, tokenizer, model, train, validation, objective)
+        task = self.prepared.make_task().prepare(train.labels)
+        if train.teacher is not None:
+            train = replace(train, teacher=task.from_unit(train.teacher))
+        return FinetuneTask(self.config, group, tokenizer, model, train, validation, task)
 
     def _make_model(self, tokenizer: Tokenizer) -> Classifier:
         config, num_labels = self.config, len(self.prepared.labels)
+        per_token = self.prepared.make_task().is_per_token
         if self.start is None:
             shape = self.model.model_copy(update={"dropout": config.dropout})
             encoder = Encoder(shape, tokenizer.vocab_size, tokenizer.pad_id)
-            return Classifier(encoder, num_labels, config.head)
+            return Classifier(encoder, num_labels, config.head, per_token=per_token)
         weights = None if self.shared is None else self.shared.weights
         size = tokenizer.vocab_size
         return huggingface.load_encoder_into(
-            self.start, num_labels, config.head, config.dropout, size, weights=weights
+            self.start,
+            num_labels,
+            config.head,
+            config.dropout,
+            size,
+            weights,
+            per_token=per_token,
         )
 
     def finish(self, task: Any, run: Folder, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write `model/` from the weights in the task."""
+        assert isinstance(task, FinetuneTask)
         folder = run / "model"
+        # Of the best evaluation, which may have been one before a restart.
+        fitted = {
+            **task.task.fitted,
+            **{k: metrics[k] for k in task.task.fitted_keys if k in metrics},
+        }
         huggingface.save_classifier(
-            task.model,
+            task.task.export(task.model),
             self.prepared.labels,
             self.tokenizer,
             folder,
@@ -115,30 +140,40 @@ class FinetuneSpec:
             preprocessing={
                 "seq_len": self.prepared.seq_len,
                 "head_tokens": self.prepared.head_tokens,
-                "html_breaks": self.config.source.html_breaks,
+                "html_breaks": "keep" if task.task.is_per_token else self.config.source.html_breaks,
             },
-            temperature=metrics.get("temperature"),
+            architecture=task.task.architecture,
+            problem_type=task.task.problem_type,
+            task={
+                "name": task.task.name,
+                "fitted": fitted,
+                "columns": self.prepared.columns,
+            },
+            temperature=fitted.get("temperature"),
         )
         return {"model": folder.uri}
 
 
 def model_card(spec: FinetuneSpec, metrics: dict[str, Any]) -> str:
-    """The model card of a classifier, Markdown."""
-    source = spec.config.source.path
+    """The model card of a fine-tuned model, Markdown."""
+    source, task = spec.config.source.path, spec.prepared.make_task()
+    scores = ", ".join(
+        f"{name} {metrics[name]:.4f}" for name in task.selection_metrics if name in metrics
+    )
     return f"""---
 library_name: transformers
-pipeline_tag: text-classification
+pipeline_tag: {task.pipeline_tag}
 tags: [raybert]
 ---
-# A classifier of {len(spec.prepared.labels)} labels, fine-tuned with raybert
+# A model for {task.title}, fine-tuned with raybert
 
-Labels: {", ".join(spec.prepared.labels)}.
+Outputs: {", ".join(task.labels)}.
 
-- Texts: {source} ({spec.prepared.train.rows:,} for training,
-  {spec.prepared.validation.rows:,} for validation)
+- Texts: {source} ({spec.prepared.train.rows:,} for training, {spec.prepared.validation.rows:,} for
+  validation)
 - Started from: {spec.start or "random weights"}
-- Validation accuracy: {metrics.get("accuracy", float("nan")):.4f}, texts of up to
+- Validation: {scores}; {"pairs of texts" if spec.prepared.has_pairs else "texts"} of up to
   {spec.prepared.seq_len} tokens
 
-`raybert predict --model FOLDER "a text"`
+`raybert predict --model FOLDER {'"a text" --pair "another text"' if spec.prepared.has_pairs else '"a text"'}`
 """

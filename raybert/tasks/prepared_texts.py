@@ -26,17 +26,27 @@ from raybert.config import Settings
 from raybert.data.loader import digest
 from raybert.data.preprocess import Preprocessing, tokenize
 from raybert.data.sources import documents
-from raybert.data.sources.documents import Labelled, labelled, split_rows
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import DamagedError, DataError
 from raybert.storage.folder import Folder
+from raybert.tasks.entities import words_of
+from raybert.tasks.labelled import (
+    Labelled,
+    fold_rows,
+    read_labelled,
+    resolve_source,
+    split_by_class,
+    split_rows,
+    units_of,
+)
+from raybert.tasks.protocol import NO_LABEL, Targets, TextTask
+from raybert.tasks.registry import TASKS
 from raybert.tasks.settings import TextsConfig
 
 DATA_FILE = "data.json"
-NO_LABEL = -1
 
-#: Computes a teacher's logits for texts, fp32 [rows, L]; the second argument names the L labels.
-Teach = Callable[[pa.ChunkedArray, list[str]], npt.NDArray[np.float32]]
+#: Computes a teacher's logits for texts, fp32 [rows, L].
+Teach = Callable[[Labelled, TextTask], npt.NDArray[np.float32]]
 
 
 class TextFile(Settings):
@@ -52,44 +62,71 @@ class TokenizedTexts:
     """Tokenized texts with their labels, in memory; pickled, a few long arrays."""
 
     input_ids: list[npt.NDArray[Any]]  # one array of token ids for each text
-    labels: npt.NDArray[np.int64]  # [rows]; NO_LABEL where there is none
+    labels: Targets  # NO_LABEL or NaN where there is none
     teacher: npt.NDArray[np.float32] | None = None  # [rows, L]: the teacher's logits
+    #: Of pairs, ids of the second text; `input_ids` are then the first one's, both without special
+    #: tokens, until `shortened` joins them.
+    seconds: list[npt.NDArray[Any]] | None = None
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each text, int64 [rows]."""
         return np.array([len(ids) for ids in self.input_ids], np.int64)
 
-    def shortened(self, seq_len: int, head_tokens: int) -> TokenizedTexts:
-        """The same texts as `Preprocessing` with these lengths gives them."""
-        preprocessing = Preprocessing(seq_len, head_tokens)
-        return replace(self, input_ids=[preprocessing.shorten(ids) for ids in self.input_ids])
+    def shortened(self, how: Preprocessing, tokenizer: Tokenizer) -> TokenizedTexts:
+        """The same texts as the model reads them; targets of removed tokens are removed."""
+        if self.seconds is not None:
+            pairs = zip(self.input_ids, self.seconds, strict=True)
+            joined = [how.join_pair(tokenizer, pair) for pair in pairs]
+            return replace(self, input_ids=joined, seconds=None)
+        labels = self.labels
+        if isinstance(labels, list):
+            labels = [how.shorten(row) for row in labels]
+        return replace(self, input_ids=[how.shorten(ids) for ids in self.input_ids], labels=labels)
+
+    def targets(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """The targets of a batch's texts; those of tokens are padded to the longest text."""
+        if not isinstance(self.labels, list):
+            return self.labels[rows]
+        chosen = [self.labels[row] for row in rows]
+        padded = np.full((len(chosen), max(map(len, chosen))), NO_LABEL, np.int64)
+        for row, values in enumerate(chosen):
+            padded[row, : len(values)] = values
+        return padded
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenizedTexts._from_flat, (*self._flatten(), self.labels, self.teacher)
-
-    def _flatten(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Concatenate the ids; return them with the offsets of the texts, [rows + 1]."""
-        offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        flat = np.concatenate(self.input_ids) if self.input_ids else np.empty(0)
-        return flat.astype(np.uint32), offsets
+        columns = (
+            _flatten(column) if isinstance(column, list) else column
+            for column in (self.input_ids, self.labels, self.seconds)
+        )
+        return TokenizedTexts._from_flat, (*columns, self.teacher)
 
     @classmethod
-    def _from_flat(cls, flat: Any, offsets: Any, labels: Any, teacher: Any) -> TokenizedTexts:
-        return cls([flat[a:b] for a, b in itertools.pairwise(offsets)], labels, teacher)
+    def _from_flat(cls, input_ids: Any, labels: Any, seconds: Any, teacher: Any) -> TokenizedTexts:
+        ids, labels, seconds = (
+            [column[0][a:b] for a, b in itertools.pairwise(column[1])]
+            if isinstance(column, tuple)
+            else column
+            for column in (input_ids, labels, seconds)
+        )
+        return cls(ids, labels, teacher, seconds)
 
     def save(self, folder: Folder, name: str) -> TextFile:
-        """Write Parquet: input_ids list<uint32>, label int64, teacher list<float>."""
-        flat, offsets = self._flatten()
-        columns = {
-            "input_ids": pa.ListArray.from_arrays(
-                pa.array(offsets.astype(np.int32)), pa.array(flat)
-            ),
-            "label": pa.array(self.labels),
-        }
+        """Write Parquet: input_ids and seconds list<uint32>, teacher list<float>, and label.
+
+        Labels are int64, list<float> of each text, or list<int64> of each text's tokens.
+        """
+        columns = {"input_ids": _ragged_column(self.input_ids, np.uint32)}
+        if isinstance(self.labels, list):
+            columns["label"] = _ragged_column(self.labels, np.int64)
+        elif self.labels.ndim == 2:
+            columns["label"] = _matrix_column(self.labels)
+        else:
+            columns["label"] = pa.array(self.labels)
         if self.teacher is not None:
-            logits = pa.array(self.teacher.ravel())
-            columns["teacher"] = pa.FixedSizeListArray.from_arrays(logits, self.teacher.shape[1])
+            columns["teacher"] = _matrix_column(self.teacher)
+        if self.seconds is not None:
+            columns["seconds"] = _ragged_column(self.seconds, np.uint32)
         sink = io.BytesIO()
         pq.write_table(pa.table(columns), sink)
         data = sink.getvalue()
@@ -109,13 +146,39 @@ class TokenizedTexts:
                 f"{folder.join(file.name)} is damaged; delete {folder} and run the command again"
             )
         table = pq.read_table(io.BytesIO(data)).combine_chunks()
-        column = table["input_ids"].chunk(0)
-        teacher = None
-        if "teacher" in table.column_names:
-            logits = table["teacher"].combine_chunks().flatten().to_numpy()
-            teacher = logits.reshape(len(table), -1)
-        flat, offsets = column.flatten().to_numpy(), column.offsets.to_numpy()
-        return cls._from_flat(flat, offsets, table["label"].to_numpy(), teacher)
+        values = {name: _read_column(table[name].chunk(0)) for name in table.column_names}
+        return cls._from_flat(
+            values["input_ids"], values["label"], values.get("seconds"), values.get("teacher")
+        )
+
+
+_Flat = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]  # values of all rows, offsets [rows + 1]
+
+
+def _flatten(rows: list[npt.NDArray[Any]], dtype: npt.DTypeLike | None = None) -> _Flat:
+    offsets = np.cumsum([0, *map(len, rows)]).astype(np.int64)
+    flat = np.concatenate(rows) if rows else np.empty(0)
+    if dtype is None:
+        dtype = np.int64 if np.issubdtype(flat.dtype, np.signedinteger) else np.uint32
+    return flat.astype(dtype), offsets
+
+
+def _ragged_column(rows: list[npt.NDArray[Any]], dtype: npt.DTypeLike) -> pa.Array:
+    flat, offsets = _flatten(rows, dtype)
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(flat))
+
+
+def _matrix_column(values: npt.NDArray[Any]) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+def _read_column(column: pa.Array) -> Any:
+    """A column of `TokenizedTexts.save` as an array, or as a `_Flat`."""
+    if pa.types.is_fixed_size_list(column.type):
+        return column.flatten().to_numpy().reshape(len(column), -1)
+    if pa.types.is_list(column.type):
+        return column.flatten().to_numpy(), column.offsets.to_numpy()
+    return column.to_numpy()
 
 
 @dataclass(frozen=True)
@@ -127,13 +190,17 @@ class TextBatch:
     row_ids: npt.NDArray[np.int64]  # [B]
     input_ids: npt.NDArray[np.int64]  # [B, T]
     attention_mask: npt.NDArray[np.bool_] | None  # [B, T], False at padding; None: no padding
-    labels: npt.NDArray[np.int64]  # [B]; NO_LABEL where there is none
+    labels: npt.NDArray[Any]  # int64 [B] or [B, T], float32 [B, L]; NO_LABEL or NaN: none
     teacher: npt.NDArray[np.float32] | None = None  # [B, L]: the teacher's logits
 
     @property
     def count(self) -> int:
-        """Texts with a target: a label, or a teacher's logits."""
-        return int((self.labels != NO_LABEL).sum()) if self.teacher is None else len(self.labels)
+        """Texts, or tokens, with a target: a label, or a teacher's logits."""
+        if self.teacher is not None:
+            return len(self.labels)
+        if np.issubdtype(self.labels.dtype, np.floating):
+            return int((~np.isnan(self.labels)).any(axis=1).sum())
+        return int((self.labels != NO_LABEL).sum())
 
     @property
     def tokens(self) -> int:
@@ -156,6 +223,19 @@ class PreparedTexts(Settings):
     seq_len: int
     head_tokens: int
     skipped: dict[str, int]
+    task: str = "single_label"
+    #: What was found out about the data, for the user; the columns that were read.
+    description: str = ""
+    columns: dict[str, Any] = {}
+
+    def make_task(self) -> TextTask:
+        """The task, with what the data says about it."""
+        return TASKS[self.task](self.labels)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the texts are pairs."""
+        return self.columns.get("pair_column") is not None
 
 
 def prepare_texts(
@@ -167,43 +247,93 @@ def prepare_texts(
     *,
     teach: Teach | None = None,
     teacher: str = "",
+    fold: tuple[int, int] | None = None,
 ) -> PreparedTexts:
     """Read, split and tokenize labelled texts, or return what an earlier call has prepared.
 
     Tokenization runs in Ray Data where Ray is connected. The seed decides which texts are set apart
     for validation, where none are given for it. `teach` computes the teacher's logits, and
-    `teacher` is its hash. A DataError names a file, row or label that can't be used.
+    `teacher` is its hash. `fold` (i, n): validate on the i-th of n parts of the source. A DataError
+    names a file, row or label that can't be used.
     """
     made_from = {**_made_from(config, tokenizer, seq_len), "seed": seed}
     if teach is not None:
         made_from["teacher"] = teacher
+    if fold is not None:
+        made_from["fold"] = list(fold)
     prepared = read_prepared_texts(folder)
     if prepared is not None and prepared.made_from == made_from:
         return prepared
     folder.delete(DATA_FILE)
     skipped: Counter[str] = Counter()
-    train, validation = _read_and_split(config, seed, skipped)
+    resolved = resolve_source(config.source, config.task)
+    source = resolved.source
+    train, validation, labels = _read_and_split(
+        config.model_copy(update={"source": source}), resolved.task, seed, skipped, fold
+    )
+    task = resolved.task(labels)
     if config.distill.unlabelled is not None:
         train = _add_unlabelled(config, train, validation, skipped)
     head_tokens = max(1, round(seq_len * config.head_share))
-    preprocessing = Preprocessing(seq_len, head_tokens, config.source.html_breaks)
+    if task.is_per_token:  # offsets are those of the raw text, and a text is read from its start
+        preprocessing = Preprocessing(seq_len, seq_len, "keep")
+    else:
+        preprocessing = Preprocessing(seq_len, head_tokens, source.html_breaks)
     tokenized = {
-        name: TokenizedTexts(tokenize(part.texts, tokenizer, preprocessing), part.labels)
+        name: tokenize_labelled(part, task, tokenizer, preprocessing)
         for name, part in (("train", train), ("validation", validation))
     }
     if teach is not None:
-        logits = teach(train.texts, train.names)
-        tokenized["train"] = replace(tokenized["train"], teacher=logits)
+        tokenized["train"] = replace(tokenized["train"], teacher=teach(train, task))
     prepared = PreparedTexts(
         made_from=made_from,
         **{name: part.save(folder, f"{name}.parquet") for name, part in tokenized.items()},
-        labels=train.names,
+        labels=labels,
         seq_len=preprocessing.seq_len,
         head_tokens=preprocessing.head_tokens,
         skipped=dict(skipped),
+        task=task.name,
+        description=resolved.description,
+        columns={
+            "text_column": source.text_column,
+            "label_column": source.label_column,
+            "pair_column": source.pair_column,
+        },
     )
     folder.write_json(DATA_FILE, prepared.model_dump())
     return prepared
+
+
+def tokenize_labelled(
+    part: Labelled, task: TextTask, tokenizer: Tokenizer, how: Preprocessing
+) -> TokenizedTexts:
+    """Tokenize texts and turn their labels into targets."""
+    if task.is_per_token:
+        return _tokenize_words(part, task, tokenizer, how)
+    known = part.labels.to_pylist()
+    has_label = [label is not None for label in known]
+    targets = task.no_targets(len(known))
+    targets[has_label] = task.targets([label for label in known if label is not None])
+    if part.pairs is None:
+        return TokenizedTexts(tokenize(part.texts, tokenizer, how), targets)
+    pairs = how.encode_pairs(tokenizer, part.texts.to_pylist(), part.pairs.to_pylist())
+    limit = how.seq_len  # of each text: more is never read
+    firsts, seconds = ([pair[i][:limit] for pair in pairs] for i in (0, 1))
+    return TokenizedTexts(firsts, targets, None, seconds)
+
+
+def _tokenize_words(
+    part: Labelled, task: TextTask, tokenizer: Tokenizer, how: Preprocessing
+) -> TokenizedTexts:
+    input_ids, targets = [], []
+    labels = part.labels.to_pylist()
+    for label, encoding in zip(
+        labels, tokenizer.hf.encode_batch(part.texts.to_pylist()), strict=True
+    ):
+        words = words_of(encoding)
+        input_ids.append(how.shorten(np.array(encoding.ids, np.uint32)))
+        targets.append(how.shorten(task.token_targets(label, words, len(encoding.ids))))
+    return TokenizedTexts(input_ids, targets)
 
 
 def read_prepared_texts(folder: Folder) -> PreparedTexts | None:
@@ -223,6 +353,10 @@ def _made_from(config: TextsConfig, tokenizer: Tokenizer, seq_len: int) -> dict[
         "tokenizer": tokenizer.hash,
         "seq_len": seq_len,
     }
+    if config.task != "auto":
+        made_from["task"] = config.task
+    if config.validation_split != "random":
+        made_from["validation_split"] = config.validation_split
     unlabelled = config.distill.unlabelled
     if unlabelled is not None:
         files = documents.fingerprint(unlabelled)
@@ -231,25 +365,46 @@ def _made_from(config: TextsConfig, tokenizer: Tokenizer, seq_len: int) -> dict[
 
 
 def _read_and_split(
-    config: TextsConfig, seed: int, skipped: Counter[str]
-) -> tuple[Labelled, Labelled]:
-    """Read the texts to train on and those to validate on; count the skipped rows by reason."""
-    texts = labelled(config.source)
+    config: TextsConfig,
+    task: type[TextTask],
+    seed: int,
+    skipped: Counter[str],
+    fold: tuple[int, int] | None,
+) -> tuple[Labelled, Labelled, list[str]]:
+    """Read the texts to train on, those to validate on, and the names of the outputs.
+
+    Skipped rows are counted by reason.
+    """
+    texts = read_labelled(config.source, task)
+    names = task.find_labels(texts.labels.unique().to_pylist(), config.source)
     skipped.update(texts.skipped)
-    if config.validation is not None:
-        source = config.validation.model_copy(update={"html_breaks": config.source.html_breaks})
-        validation = labelled(source, names=texts.names)
+    if config.validation is not None and fold is None:
+        columns = ("text_column", "label_column", "pair_column", "label_separator", "html_breaks")
+        update = {name: getattr(config.source, name) for name in columns}
+        given = config.validation.model_dump(exclude_unset=True)
+        source = config.validation.model_copy(
+            update={k: v for k, v in update.items() if k == "html_breaks" or k not in given}
+        )
+        validation = read_labelled(source, task, names)
         skipped.update(validation.skipped)
-        return texts, validation
-    count = round(len(texts.labels) * config.validation_fraction)
-    parts = split_rows((str(text) for text in texts.texts), count, seed=seed)
+        return texts, validation, names
+    units = units_of(texts)
+    fraction = config.validation_fraction
+    if fold is not None:
+        classes = task(names).groups(texts.labels.to_pylist())
+        parts = fold_rows(units, classes, *fold, seed=seed)
+    elif config.validation_split == "stratified":
+        classes = task(names).groups(texts.labels.to_pylist())
+        parts = split_by_class(units, classes, fraction, seed=seed)
+    else:
+        parts = split_rows(units, round(len(units) * fraction), seed=seed)
     if not len(parts.heldout) or not len(parts.rest):
         raise DataError(
             f"finetune.validation_fraction={config.validation_fraction} sets "
-            f"{len(parts.heldout):,} of {len(texts.labels):,} labelled texts apart for validation "
+            f"{len(parts.heldout):,} of {len(units):,} labelled texts apart for validation "
             f"and leaves {len(parts.rest):,} for training; change it, or give more texts"
         )
-    return texts.take(parts.rest), texts.take(parts.heldout)
+    return texts.take(parts.rest), texts.take(parts.heldout), names
 
 
 def _add_unlabelled(
@@ -270,5 +425,5 @@ def _add_unlabelled(
         skipped["labelled elsewhere"] += len(found) - len(texts)
     return train._replace(
         texts=pa.chunked_array([*train.texts.chunks, pa.array(texts, pa.string())]),
-        labels=np.concatenate([train.labels, np.full(len(texts), NO_LABEL, np.int64)]),
+        labels=pa.chunked_array([*train.labels.chunks, pa.nulls(len(texts), pa.string())]),
     )

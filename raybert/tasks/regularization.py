@@ -22,40 +22,44 @@ import torch
 from torch import Tensor, nn
 
 from raybert.model.heads import Classifier
-from raybert.tasks.prepared_texts import NO_LABEL
+from raybert.tasks.protocol import NO_LABEL, Loss
 
 #: Size of the random probe by which the adversarial direction is found, relative to the shift. At a
 #: shift of zero the gradient is zero, too; in bf16 a far smaller one drowns in rounding.
 _PROBE_SIZE = 0.5
 
-#: Logits fp32 [B, L], labels int64 [B], the teacher's logits fp32 [B, L] or None -> the sum.
-SupervisedLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+#: Logits of expected and of found predictions -> how far they are apart, for each target.
+Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
-def kl_divergence(expected: Tensor, found: Tensor) -> Tensor:
-    """The Kullback-Leibler divergence of each row, in nats: log-probabilities [B, L] -> [B]."""
-    return (expected.exp() * (expected - found)).sum(-1)
+def is_labelled(targets: Tensor) -> Tensor:
+    """Whether each target counts: bool [B], or [B, T] for the tags of tokens."""
+    return (~targets.isnan()).any(-1) if targets.is_floating_point() else targets != NO_LABEL
 
 
-def distillation_loss(
-    label_loss: Tensor,
-    logits: Tensor,
-    teacher: Tensor,
-    has_label: Tensor,
-    share: float,
-    temperature: float,
-) -> Tensor:
-    """Combine the labels' loss with the divergence from the teacher, summed over the texts.
+@dataclass(frozen=True)
+class SupervisedLoss:
+    """The loss against labels and, where there is one, a teacher (arXiv 1503.02531).
 
-    Both models' logits, fp32 [B, L], are divided by the temperature. The teacher has a `share` in
-    the loss of a labelled text; texts without a label (`has_label` [B]) learn from it alone.
+    Both models' logits are divided by `temperature`. The teacher has a `share` in the loss of a
+    labelled text; texts without a label learn from it alone.
     """
-    divergence = kl_divergence(
-        (teacher / temperature).log_softmax(-1), (logits / temperature).log_softmax(-1)
-    )  # [B]
-    weights = torch.where(has_label, share, 1.0)  # [B]
-    # Dividing logits by the temperature divides the gradients by its square.
-    return (1 - share) * label_loss + temperature**2 * (weights * divergence).sum()
+
+    labels: Loss
+    divergence: Divergence
+    share: float = 0.0
+    temperature: float = 1.0
+
+    def __call__(self, logits: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
+        """Sum the loss over the texts: an fp32 scalar."""
+        label_loss = self.labels(logits, targets)
+        if teacher is None:
+            return label_loss
+        temperature = self.temperature
+        divergence = self.divergence(teacher / temperature, logits / temperature)  # [B]
+        weights = torch.where(is_labelled(targets), self.share, 1.0)  # [B]
+        # Dividing logits by the temperature divides the gradients by its square.
+        return (1 - self.share) * label_loss + temperature**2 * (weights * divergence).sum()
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class RegularizedLoss:
     """The loss of a micro-batch, summed over its texts: a supervised loss and its regularisers."""
 
     supervised: SupervisedLoss
+    divergence: Divergence
     r_drop: float = 0.0  # weight of R-Drop
     adversarial: float = 0.0  # weight of virtual adversarial training
     adversarial_size: float = 0.0  # norm of the shift, as a share of the norm of the embeddings
@@ -78,10 +83,10 @@ class RegularizedLoss:
     ) -> Tensor:
         """Run the model and sum the loss; zero where there is neither a label nor a teacher.
 
-        `module` is the model or its DDP wrapper. Input ids int64 [B, T], labels int64 [B] and the
-        teacher's logits fp32 [B, L] -> an fp32 scalar.
+        `module` is the model or its DDP wrapper. Input ids int64 [B, T], targets as in `Loss` and
+        the teacher's logits fp32 [B, L] -> an fp32 scalar.
         """
-        counts = labels != NO_LABEL  # [B]: texts that contribute
+        counts = is_labelled(labels)  # [B] or [B, T]: texts, or tokens, that contribute
         if teacher is not None:
             counts = torch.ones_like(counts)
         passes = 1 + (self.r_drop > 0) + (self.adversarial > 0)
@@ -90,7 +95,7 @@ class RegularizedLoss:
         expected = shift = None
         if self.adversarial > 0:
             expected, shift = adversarial_shift(
-                model, input_ids, attention_mask, self.adversarial_size
+                model, input_ids, attention_mask, self.adversarial_size, self.divergence
             )
         mask = None if attention_mask is None else attention_mask.repeat(passes, 1)
         with shifted_embeddings(model, shift, passes):
@@ -100,33 +105,35 @@ class RegularizedLoss:
         if self.r_drop > 0:
             second = others.pop(0)
             total = 0.5 * (total + self.supervised(second, labels, teacher))
-            one, two = plain.log_softmax(-1), second.log_softmax(-1)
             # Half of the paper's sum over both passes, which keeps the scale of a step.
-            divergence = kl_divergence(one, two) + kl_divergence(two, one)  # [B]
+            divergence = self.divergence(plain, second) + self.divergence(second, plain)
             total = total + self.r_drop / 4 * (divergence * counts).sum()
         if expected is not None:
-            found = others.pop(0).log_softmax(-1)
-            divergence = kl_divergence(expected, found)  # [B]
+            divergence = self.divergence(expected, others.pop(0))
             total = total + self.adversarial * (divergence * counts).sum()
         return total
 
 
 def adversarial_shift(
-    model: Classifier, input_ids: Tensor, attention_mask: Tensor | None, size: float
+    model: Classifier,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    size: float,
+    divergence: Divergence,
 ) -> tuple[Tensor, Tensor]:
     """Find the shift of the embeddings, of a given norm, that changes the predictions most.
 
     One step of the power method from a random direction (arXiv 1605.07725, section 3.2), without
     dropout. The shift is added after the embeddings' LayerNorm, so that the model can't evade it by
     larger embeddings. `size` is the norm of a text's shift, as a share of that of its embeddings.
-    Returns the log-probabilities without a shift, [B, L], and the shift, [B, T, D], zero at
+    Returns the logits without a shift, [B, L] or [B, T, L], and the shift, [B, T, D], zero at
     padding.
     """
     is_training = model.training
     model.eval()
     try:
         with torch.no_grad(), _record_embeddings(model) as recorded:
-            expected = model(input_ids, attention_mask).log_softmax(-1)  # [B, L]
+            expected = model(input_ids, attention_mask)  # [B, L]
         # Autocast caches the weights that it cast here without gradients; the next pass needs them.
         torch.clear_autocast_cache()
         [embeddings] = recorded  # [B, T, D]
@@ -136,8 +143,10 @@ def adversarial_shift(
         probe = _scale_to_norm(torch.randn_like(embeddings) * is_token, _PROBE_SIZE * norm)
         probe.requires_grad_()
         with torch.enable_grad(), shifted_embeddings(model, probe):
-            found = model(input_ids, attention_mask).log_softmax(-1)
-            [gradient] = torch.autograd.grad(kl_divergence(expected, found).sum(), probe)
+            distance = divergence(expected, model(input_ids, attention_mask))  # [B]
+            if model.per_token:
+                distance = distance * is_token[..., 0]  # [B, T]
+            [gradient] = torch.autograd.grad(distance.sum(), probe)
         return expected, _scale_to_norm(gradient * is_token, norm)
     finally:
         model.train(is_training)

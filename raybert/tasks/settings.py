@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,7 +10,13 @@ from raybert.config import Settings
 from raybert.data.masking import MaskingConfig
 from raybert.data.sources.settings import SourceConfig
 from raybert.model.settings import HeadConfig
+from raybert.tasks.registry import TASKS
 from raybert.train.settings import TrainConfig
+
+if TYPE_CHECKING:
+    TaskName = str
+else:  # the registry's names, so that a new task is a valid setting
+    TaskName = Literal["auto", *TASKS]
 
 
 class PretrainConfig(TrainConfig):
@@ -71,12 +77,21 @@ class DistillConfig(Settings):
 class TextsConfig(Settings):
     """Which labelled texts a model is trained and selected on, and how much of each it reads."""
 
+    task: TaskName = Field(
+        "auto",
+        description="what is learned: single_label, multi_label, regression, token_classification; "
+        "auto: what the labels look like",
+    )
     source: SourceConfig = Field(SourceConfig(), description="labelled texts to train on")
     validation: SourceConfig | None = Field(
         None, description="labelled texts to validate on; null: a share of the source is set apart"
     )
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="share of the source that is set apart for validation"
+    )
+    validation_split: Literal["random", "stratified"] = Field(
+        "random",
+        description="how that share is chosen: by a hash of the text, or as much of each label",
     )
     seq_len: int | None = Field(None, ge=8, description="tokens of a text; null: of a corpus row")
     head_share: float = Field(
@@ -110,6 +125,16 @@ class FinetuneConfig(TextsConfig, TrainConfig):
         gt=0,
         le=1,
         description="factor of each layer's learning rate relative to the layer above it",
+    )
+    metric: str | None = Field(
+        None,
+        description="the validation metric that selects the best weights and the winner of a "
+        "search, as f1_macro; null: the task's own",
+    )
+    focal_gamma: float = Field(
+        0.0,
+        ge=0,
+        description="focal loss (arXiv 1708.02002): weight of hard texts or tokens, 2 for instance",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of the target that is spread over all labels"

@@ -114,7 +114,7 @@ class Loop:
             task.prepare(progress.step)
             self._step.wrap()
             with contextlib.closing(BatchStream(task, progress, self._meter)) as stream:
-                while not budget.is_spent:
+                while not budget.is_spent and not self._is_out_of_patience():
                     batches = stream.next()
                     totals = self._sum_over_ranks(batches, stream.seconds())
                     if totals.save:
@@ -135,6 +135,9 @@ class Loop:
                         record = self._fix_budget(stream) if is_measured else self._evaluate()
                         with stream.paused():
                             yield record
+            if self._is_out_of_patience():
+                message = f"no better score in {config.patience} evaluations"
+                self.log.event("stopped early", message)
             record = self._evaluate(is_last=True)
             self.save()
             [has_failed] = self.group.sum([self.saver.check_last_save()])
@@ -177,6 +180,10 @@ class Loop:
         self._before_save()
         self.log.flush()
         self.saver.save(self.progress, self.snapshot, began=began, wait=wait)
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.progress.stale_evaluations >= patience
 
     def _sum_over_ranks(self, batches: Sequence[Batch], seconds: float) -> StepTotals:
         """Sum what this step consists of; end the run, saved, where any rank wants that."""

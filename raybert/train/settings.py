@@ -76,6 +76,12 @@ class TrainConfig(Settings):
     evaluations: int | None = Field(
         10, ge=1, description="evaluations spread evenly over the run; null: after every epoch"
     )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="evaluations without a better score, after which training ends early; null: "
+        "never",
+    )
     log_every: int = Field(10, ge=1, description="steps between logged lines")
     checkpoint_minutes: float | None = Field(
         5, gt=0, description="minutes between checkpoints; null: only at the end"

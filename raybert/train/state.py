@@ -31,6 +31,7 @@ class Progress:
     best_score: float | None = None
     best_step: int | None = None
     best_metrics: dict[str, Any] | None = None
+    stale_evaluations: int = 0  # since the best one
     skipped: int = 0  # steps with a gradient that is not finite
     restarts: int = 0
 
@@ -41,9 +42,11 @@ class Progress:
     def note_best(self, metrics: Metrics) -> bool:
         """Note an evaluation; return whether its score is the best. NaN never is."""
         if not metrics["score"] > (-float("inf") if self.best_score is None else self.best_score):
+            self.stale_evaluations += 1
             return False
         self.best_score, self.best_step = metrics["score"], self.step
         self.best_metrics = finite(metrics)
+        self.stale_evaluations = 0
         return True
 
     def forget_best(self) -> None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raybert.data.sources.documents import documents
+from raybert.data.sources.row_table import parse_label
 
 TEXTS = ["A good film.", "a bad\nfilm, “truly”", 'he said "no"', "<b>four</b>"]
 
@@ -17,7 +18,8 @@ TEXTS = ["A good film.", "a bad\nfilm, “truly”", 'he said "no"', "<b>four</b
 LABELS = ["pos", "neg", "pos", "neg"]
 
 
-def texts_of(config, **options):
+def texts_of(config, *, labels=False, **options):
+    options["labels"] = parse_label if labels else None
     return [t for table in documents(config, **options) for t in table.column("text").to_pylist()]
 
 

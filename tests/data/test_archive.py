@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import labelled
 from source_files import imdb_files, texts_of, write_tar
 
 from raybert.data.sources import archive
-from raybert.data.sources.documents import documents, labelled, shards
+from raybert.data.sources.documents import documents, shards
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import labelled
 from source_files import (
     LABELS,
     TEXTS,
@@ -21,7 +22,6 @@ from source_files import (
     write_tar,
 )
 
-from raybert.data.sources.documents import labelled
 from raybert.data.sources.formats import FORMATS, lines, reader_of, suffixes
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError

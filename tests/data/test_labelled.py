@@ -7,11 +7,13 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from making import labelled
 from source_files import csv_bytes, texts_of, write, write_parquet
 
-from raybert.data.sources.documents import labelled, peek, split_rows
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
+from raybert.tasks.labelled import peek, split_rows
+from raybert.tasks.single_label import SingleLabel
 
 
 def test_labels_in_the_set_by_name_or_by_number(tmp_path):
@@ -43,9 +45,9 @@ def test_nan_is_no_label(tmp_path):
 
 def test_peek_reads_only_the_first_document(tmp_path):
     path = str(write(tmp_path / "a.csv", b"text,label\ngood,1\n ,0\n"))
-    peek(SourceConfig(path=path))
+    peek(SourceConfig(path=path), SingleLabel)
     with pytest.raises(DataError, match="stars"):
-        peek(SourceConfig(path=path, label_column="stars"))
+        peek(SourceConfig(path=path, label_column="stars"), SingleLabel)
 
 
 def test_invalid_labels_are_named_and_counted(tmp_path):

@@ -7,11 +7,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from making import labelled
 from source_files import csv_bytes, texts_of, write
 
 from raybert.config import build
 from raybert.data.sources import datasets
-from raybert.data.sources.documents import fingerprint, labelled, read, shards
+from raybert.data.sources.documents import fingerprint, read, shards
 from raybert.data.sources.row_table import first_good
 from raybert.data.sources.settings import EvaluationSource, SourceConfig
 from raybert.errors import ConfigError, DataError, UserError

@@ -11,10 +11,21 @@ from making import reviews, write_csv
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError, StorageError, UserError
 from raybert.inference.bulk import PredictionWriter, evaluate, predict_source
-from raybert.inference.classifier import TextClassifier, softmax
+from raybert.inference.classifier import TextClassifier
 from raybert.storage.folder import Folder
+from raybert.tasks.single_label import SingleLabel, softmax
 
-PROBABILITIES = np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
+TASK = SingleLabel(["neg", "pos"])
+GIVEN = ["row", "text"]
+
+
+def record(row, text, neg):
+    scores = {"neg": neg, "pos": 1 - neg}
+    label = max(scores, key=scores.get)
+    return {"row": row, "text": text, "label": label, "score": scores[label], "scores": scores}
+
+
+RECORDS = [record(0, "good", 0.25), record(2, "ü", 0.5)]
 
 
 def test_softmax_of_large_logits_does_not_overflow():
@@ -25,9 +36,9 @@ def test_softmax_of_large_logits_does_not_overflow():
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_the_file_appears_when_it_is_complete(tmp_path, name):
     path = tmp_path / "deep" / name
-    with PredictionWriter(str(path), ["neg", "pos"]) as writer:
-        writer.write([0, 2], ["good", "ü"], PROBABILITIES)
-        writer.write([3], ["more"], PROBABILITIES[:1])
+    with PredictionWriter(str(path), GIVEN, TASK) as writer:
+        writer.write(RECORDS)
+        writer.write([record(3, "more", 0.25)])
         assert not path.exists()
     assert os.listdir(path.parent) == [name]
     if name.endswith("jsonl"):
@@ -42,8 +53,8 @@ def test_the_file_appears_when_it_is_complete(tmp_path, name):
 
 
 def test_jsonl_on_an_object_store_appears_when_it_is_complete(bucket):
-    with PredictionWriter((bucket / "out" / "a.jsonl").uri, ["neg", "pos"]) as writer:
-        writer.write([0, 2], ["good", "ü"], PROBABILITIES)
+    with PredictionWriter((bucket / "out" / "a.jsonl").uri, GIVEN, TASK) as writer:
+        writer.write(RECORDS)
         assert (bucket / "out").names() == []
     lines = (bucket / "out").read_text("a.jsonl").splitlines()
     assert [json.loads(line)["text"] for line in lines] == ["good", "ü"]
@@ -52,8 +63,11 @@ def test_jsonl_on_an_object_store_appears_when_it_is_complete(bucket):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_after_an_error_the_old_file_is_unchanged_and_no_other_remains(tmp_path, name):
     (tmp_path / name).write_text("old")
-    with pytest.raises(ZeroDivisionError), PredictionWriter(f"{tmp_path}/{name}", ["a"]) as writer:
-        writer.write([0], ["good"], PROBABILITIES[:1, :1])
+    with (
+        pytest.raises(ZeroDivisionError),
+        PredictionWriter(f"{tmp_path}/{name}", GIVEN, TASK) as writer,
+    ):
+        writer.write(RECORDS[:1])
         1 / 0  # noqa: B018
     assert os.listdir(tmp_path) == [name]
     assert (tmp_path / name).read_text() == "old"
@@ -62,23 +76,23 @@ def test_after_an_error_the_old_file_is_unchanged_and_no_other_remains(tmp_path,
 def test_a_full_disk_raises_a_storage_error_that_names_the_file(tmp_path):
     with (
         pytest.raises(StorageError, match=r"^writing .*a.jsonl failed: No space left on device"),
-        PredictionWriter(f"{tmp_path}/a.jsonl", ["a"]) as writer,
+        PredictionWriter(f"{tmp_path}/a.jsonl", GIVEN, TASK) as writer,
     ):
         writer._stream.close()
         writer._stream = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - the writer closes it
-        writer.write([0], ["good"], PROBABILITIES[:1, :1])
+        writer.write(RECORDS[:1])
     assert os.listdir(tmp_path) == []
 
 
 def test_a_file_name_with_another_ending_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"--output .*a.txt: name a .jsonl or a .parquet file"):
-        PredictionWriter(str(tmp_path / "a.txt"), ["neg", "pos"])
+        PredictionWriter(str(tmp_path / "a.txt"), GIVEN, TASK)
 
 
 def test_a_folder_that_can_not_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="can't be written"):
-        PredictionWriter(str(tmp_path / "file" / "a.jsonl"), ["neg", "pos"])
+        PredictionWriter(str(tmp_path / "file" / "a.jsonl"), GIVEN, TASK)
 
 
 @pytest.mark.ray

@@ -8,10 +8,11 @@ import pytest
 from making import reviews
 
 from raybert.errors import DataError, RaybertError
-from raybert.inference.classifier import TextClassifier, round_up, softmax
+from raybert.inference.classifier import TextClassifier, round_up
 from raybert.model import huggingface
 from raybert.pipeline.predict_stage import number_texts, predict_texts, read_lines
 from raybert.storage.folder import Folder
+from raybert.tasks.single_label import softmax
 
 TEXTS = [text for text, _ in reviews(40, seed=3)] + ["superb " * 100, "awful", "zzz unknown zzz"]
 
@@ -76,7 +77,8 @@ def test_windows_read_the_middle_that_truncation_leaves_out(model):
     assert all(len(row) == classifier.longest for row in hidden)
     difference = abs(classifier.score(hidden) - classifier.score(plain))
     assert difference.max() > 1e-3
-    [short] = classifier.encode_windows(["a superb film"])
+    short, lengths = classifier.encode_windows(["a superb film"])
+    assert lengths == [len(short[0])]
     assert [row.tolist() for row in short] == [
         row.tolist() for row in classifier.encode(["a superb film"])
     ]
@@ -84,9 +86,10 @@ def test_windows_read_the_middle_that_truncation_leaves_out(model):
 
 def test_probabilities_are_scaled_by_the_temperature(model):
     classifier = TextClassifier(model, precision="fp32")
-    assert classifier.temperature == huggingface.read_temperature(model) != 1.0
+    temperature = classifier.task.fitted["temperature"]
+    assert temperature == huggingface.read_temperature(model) != 1.0
     logits = classifier.logits(TEXTS)
-    expected = softmax(logits / np.float32(classifier.temperature))
+    expected = softmax(logits / np.float32(temperature))
     np.testing.assert_allclose(classifier.probabilities(TEXTS), expected, atol=1e-6)
     assert (classifier.probabilities(TEXTS).argmax(1) == logits.argmax(1)).all()
 

@@ -9,10 +9,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from commands import Experiment, refused, start
-from making import make_corpus, pretrain_job, reviews, same_tensors, write_csv
+from making import labelled, make_corpus, pretrain_job, reviews, same_tensors, write_csv
 
 from raybert.data.sources import documents
-from raybert.data.sources.documents import labelled
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import UserError
 from raybert.storage.folder import Folder

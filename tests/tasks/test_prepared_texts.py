@@ -12,6 +12,7 @@ from making import (
     reviews,
 )
 
+from raybert.data.preprocess import Preprocessing
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.storage.folder import Folder
@@ -66,7 +67,7 @@ def test_shortening_whole_texts_equals_preparing_short_ones(folder):
         prepared = prepare_texts(job.config, tokenizer, seq_len, 0, folder / name)
         files[name] = (TokenizedTexts.load(folder / name, prepared.train), prepared)
     short, how = files["short"]
-    whole = files["whole"][0].shortened(16, how.head_tokens)
+    whole = files["whole"][0].shortened(Preprocessing(16, how.head_tokens), tokenizer)
     assert max(files["whole"][0].lengths) > 16
     assert [ids.tolist() for ids in whole.input_ids] == [ids.tolist() for ids in short.input_ids]
 
@@ -115,9 +116,9 @@ def test_unlabelled_texts_are_learned_from_the_teacher_alone(folder):
     settings = {"distill": {"teacher": "a", "unlabelled": {"path": path}}}
     calls = []
 
-    def teach(texts, names):
-        calls.append((texts.to_pylist(), names))
-        return np.tile(np.array([[0.0, 4.0]], np.float32), (len(texts), 1))
+    def teach(texts, task):
+        calls.append((texts.texts.to_pylist(), task.labels))
+        return np.tile(np.array([[0.0, 4.0]], np.float32), (len(texts.texts), 1))
 
     job = finetune_job(folder)
     config = job.config.model_copy(

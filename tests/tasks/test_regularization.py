@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from making import MODEL
@@ -11,14 +12,15 @@ from raybert.config import build
 from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
 from raybert.model.settings import ModelConfig
-from raybert.tasks.classification import Classification
-from raybert.tasks.prepared_texts import NO_LABEL
+from raybert.tasks.protocol import NO_LABEL
 from raybert.tasks.regularization import (
     RegularizedLoss,
+    SupervisedLoss,
     adversarial_shift,
-    kl_divergence,
     shifted_embeddings,
 )
+from raybert.tasks.settings import FinetuneConfig
+from raybert.tasks.single_label import SingleLabel
 
 VOCAB, LABELS = 40, 3
 
@@ -41,11 +43,14 @@ def batch():
     return ids, mask, torch.tensor([0, 2, 1, 1])
 
 
-CROSS_ENTROPY = Classification([str(label) for label in range(LABELS)]).loss
+TASK = SingleLabel([str(label) for label in range(LABELS)])
+CROSS_ENTROPY = SupervisedLoss(
+    TASK.make_loss(FinetuneConfig(), np.zeros(1, np.int64)), TASK.divergence
+)
 
 
 def loss(model, batch, **weights):
-    return RegularizedLoss(CROSS_ENTROPY, **weights)(model, model, *batch)
+    return RegularizedLoss(CROSS_ENTROPY, TASK.divergence, **weights)(model, model, *batch)
 
 
 def loss_value(model, batch, **weights):
@@ -83,7 +88,7 @@ def test_r_drop_is_half_of_the_formula_in_the_paper(batch):
 def test_the_adversarial_shift_has_the_given_norm_and_is_zero_at_padding(batch, layout):
     ids, mask, _ = batch
     model = classifier(layout=layout).train()
-    _, shift = adversarial_shift(model, ids, mask, 0.1)
+    _, shift = adversarial_shift(model, ids, mask, 0.1, TASK.divergence)
     assert model.training
     assert float(shift[~mask].abs().max()) == 0
     with torch.no_grad():
@@ -101,11 +106,11 @@ def test_the_adversarial_shift_has_the_given_norm_and_is_zero_at_padding(batch, 
 def test_the_adversarial_shift_changes_predictions_more_than_random_ones(batch):
     ids, mask, _ = batch
     model = classifier().eval()
-    expected, shift = adversarial_shift(model, ids, mask, 0.05)
+    expected, shift = adversarial_shift(model, ids, mask, 0.05, TASK.divergence)
 
     def change(by):
         with torch.no_grad(), shifted_embeddings(model, by):
-            return float(kl_divergence(expected, model(ids, mask).log_softmax(-1)).sum())
+            return float(TASK.divergence(expected, model(ids, mask)).sum())
 
     draws = []
     for seed in range(20):

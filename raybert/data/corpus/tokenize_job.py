@@ -21,7 +21,7 @@ from raybert.data.corpus.settings import CorpusConfig
 from raybert.data.keyed import text_digest
 from raybert.data.sources.documents import read, shards
 from raybert.data.sources.files import Shard
-from raybert.data.sources.row_table import SCHEMA
+from raybert.data.sources.row_table import LabelParser, schema_of
 from raybert.data.sources.settings import SourceConfig
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import RaybertError
@@ -45,7 +45,7 @@ def tokenized_blocks(config: CorpusConfig, tokenizer: Tokenizer) -> Iterator[pa.
     with ordered_execution(_BLOCK_BYTES) as context:
         options = context.execution_options
         options.resource_limits = options.resource_limits.copy(object_store_memory=store_bytes)
-        tokenized = read_dataset(config.source, found, readers=readers, labels=False).map_batches(
+        tokenized = read_dataset(config.source, found, readers=readers, labels=None).map_batches(
             tokenize,
             fn_kwargs={
                 "spec": ray.put(pickle.dumps(tokenizer)),
@@ -61,9 +61,9 @@ def tokenized_blocks(config: CorpusConfig, tokenizer: Tokenizer) -> Iterator[pa.
 
 
 def read_dataset(
-    config: SourceConfig, shards: Sequence[Shard], *, readers: int, labels: bool
+    config: SourceConfig, shards: Sequence[Shard], *, readers: int, labels: LabelParser | None
 ) -> Any:
-    """A Ray Data set of a source's rows, tables of `SCHEMA` in order."""
+    """A Ray Data set of a source's rows, tables of `schema_of` in order."""
     import ray.data
 
     blocks = [pa.table({"shard": pa.array([pickle.dumps(s)], pa.binary())}) for s in shards]
@@ -78,13 +78,16 @@ def read_dataset(
     )
 
 
-def _read_rows(batch: pa.Table, config: SourceConfig, labels: bool) -> Iterator[pa.Table]:
+def _read_rows(
+    batch: pa.Table, config: SourceConfig, labels: LabelParser | None
+) -> Iterator[pa.Table]:
     """Read shards as `documents.read` does; an unreadable file is a last row without a place."""
     for pickled in batch.column("shard").to_pylist():
         try:
             yield from read(pickle.loads(pickled), config, labels=labels)
         except RaybertError as error:
-            yield pa.table([[None], [None], [str(error)], [None]], schema=SCHEMA)
+            problem = {"problem": str(error)}
+            yield pa.Table.from_pylist([problem], schema=schema_of(config))
 
 
 def tokenize(batch: pa.Table, spec: Any, hash: str, seed: int) -> pa.Table:

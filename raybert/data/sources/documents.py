@@ -1,25 +1,29 @@
-"""Read a source as a stream of documents, or its labelled documents into memory.
+"""Read a source as a stream of documents.
 
 A source is a list of shards in the order of the configuration, then of the files' addresses.
 """
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute
 
-from raybert.data.keyed import text_hash
 from raybert.data.sources import datasets
-from raybert.data.sources.files import Columns, File, Purpose, Shard, group_small_files, list_files
+from raybert.data.sources.files import (
+    Columns,
+    File,
+    Purpose,
+    Row,
+    Shard,
+    group_small_files,
+    list_files,
+)
 from raybert.data.sources.formats import FORMATS, format_of, reader_of, suffixes
-from raybert.data.sources.row_table import RowTable, accept, first_good
+from raybert.data.sources.row_table import LabelParser, RowTable, accept, first_good
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 
@@ -87,16 +91,17 @@ def fingerprint(config: SourceConfig, *, labels: bool = False) -> list[list[Any]
     ]
 
 
-def read(shard: Shard, config: SourceConfig, *, labels: bool = False) -> Iterator[pa.Table]:
-    """Read a shard in batches of bounded size, good rows and bad ones, in a fixed order: `SCHEMA`.
+def read(
+    shard: Shard, config: SourceConfig, *, labels: LabelParser | None = None
+) -> Iterator[pa.Table]:
+    """Read a shard in batches of bounded size, good rows and bad ones, in a fixed order.
 
-    `label` is null unless `labels` is set. A DataError if the file is cut short or lacks a column.
+    The columns are those of `schema_of`; `label` is null where no labels are wanted. A DataError if
+    the file is cut short or lacks a column.
     """
     table = RowTable(config, labels)
-    columns = Columns(config.text_column, config.label_column if labels else None)
-    reader = reader_of(shard.reader)
     good = 0
-    for file, row in ((f, row) for f in shard.files for row in reader(f, shard, columns)):
+    for file, row in _rows(shard, config, labels is not None):
         good += table.add(row, file.name)
         if table.is_full:
             yield table.flush()
@@ -106,30 +111,50 @@ def read(shard: Shard, config: SourceConfig, *, labels: bool = False) -> Iterato
         yield table.flush()
 
 
-def peek(config: SourceConfig) -> None:
-    """Read the first document of a labelled source, to find mistakes that all rows share."""
-    one = config.model_copy(update={"limit": 1})
-    next(documents(one, labels=True))
+def _rows(shard: Shard, config: SourceConfig, labels: bool) -> Iterator[tuple[File, Row]]:
+    given = config.label_column
+    label = given if isinstance(given, str) else tuple(given)
+    columns = Columns(config.text_column, label if labels else None, config.other_columns)
+    reader = reader_of(shard.reader)
+    return ((file, row) for file in shard.files for row in reader(file, shard, columns))
+
+
+def raw_rows(config: SourceConfig, count: int) -> list[Row]:
+    """The first rows of a labelled source as they are in the files, unchecked."""
+    rows = (row for shard in shards(config, labels=True) for _, row in _rows(shard, config, True))
+    return list(itertools.islice(rows, count))
+
+
+def column_names(config: SourceConfig) -> list[str]:
+    """The columns of a labelled source's first file; empty for formats without columns."""
+    shard = shards(config, labels=True)[0]
+    find = FORMATS[shard.reader].columns if shard.reader in FORMATS else None
+    return [] if find is None else find(shard.files[0])
 
 
 def documents(
-    config: SourceConfig, *, labels: bool = False, skipped: Counter[str] | None = None
+    config: SourceConfig,
+    *,
+    labels: LabelParser | None = None,
+    skipped: Counter[str] | None = None,
 ) -> Iterator[pa.Table]:
-    """Read a source in this process: tables of text and label, of bounded size, in a fixed order.
+    """Read a source in this process: tables of bounded size, in a fixed order.
 
-    With `labels` every row must have one; otherwise they are null. `skipped` counts the rows left
-    out, by problem. A DataError as in `accept`, and if there are no documents at all.
+    The columns are text, label and `other_columns`. With `labels` every row must have a label;
+    otherwise they are null. `skipped` counts the rows left out, by problem. A DataError as in
+    `accept`, and if there are no documents at all.
     """
     left = config.limit
     skipped = Counter() if skipped is None else skipped
+    names = ["text", "label", *config.other_columns]
     is_empty = True
-    for shard in shards(config, labels=labels):
+    for shard in shards(config, labels=labels is not None):
         for table in read(shard, config, labels=labels):
             table = accept(first_good(table, left), config.on_bad_row, skipped)
             left = None if left is None else left - table.num_rows
             if table.num_rows:
                 is_empty = False
-                yield table.select(["text", "label"])
+                yield table.select(names)
             if left == 0:
                 return
     if is_empty:
@@ -142,70 +167,3 @@ def no_documents(config: SourceConfig, skipped: Mapping[str, int]) -> DataError:
     return DataError(
         f"{', '.join(config.paths)}: no documents" + (f" (skipped: {counts})" if counts else "")
     )
-
-
-class Labelled(NamedTuple):
-    """Labelled documents in memory: the texts are Arrow arrays, so that millions fit."""
-
-    texts: pa.ChunkedArray  # [rows] string
-    labels: npt.NDArray[np.int64]  # [rows], positions in `names`
-    names: list[str]
-    skipped: dict[str, int]  # rows left out, by problem
-
-    def take(self, rows: npt.NDArray[np.int64]) -> Labelled:
-        """Select rows [n] by their numbers."""
-        return self._replace(texts=self.texts.take(pa.array(rows)), labels=self.labels[rows])
-
-
-def labelled(config: SourceConfig, *, names: list[str] | None = None) -> Labelled:
-    """Read labelled documents and number their labels, in the order of `names` if given.
-
-    A DataError as in `documents`, and for less than two labels.
-    """
-    if names is not None:
-        config = config.model_copy(update={"labels": names})
-    skipped: Counter[str] = Counter()
-    table = pa.concat_tables(documents(config, labels=True, skipped=skipped))
-    if config.labels is not None:
-        found = config.labels
-    else:
-        found = sorted(table.column("label").unique().to_pylist(), key=_sort_key)
-        if len(found) < 2:
-            raise DataError(
-                f"{', '.join(config.paths)}: every row has the label {found[0]!r}; a classifier "
-                "needs two, so check label_column and split"
-            )
-    ids = pa.compute.index_in(table.column("label"), value_set=pa.array(found, pa.string()))
-    return Labelled(table.column("text"), ids.to_numpy().astype(np.int64), found, dict(skipped))
-
-
-def _sort_key(label: str) -> tuple[int, int, str]:
-    """Sort integers first and by value, then names alphabetically."""
-    return (0, int(label), "") if re.fullmatch(r"-?\d+", label) else (1, 0, label)
-
-
-class Split(NamedTuple):
-    """The row numbers of two parts of one set, ascending."""
-
-    rest: npt.NDArray[np.int64]
-    heldout: npt.NDArray[np.int64]
-
-
-def split_rows(texts: Iterable[str | None], rows: int, *, seed: int = 0) -> Split:
-    """Hold out `rows` rows by a keyed hash of their text; copies of a text stay in one part.
-
-    The choice does not depend on the order of the rows. Where copies make an exact split
-    impossible, fewer rows are held out.
-    """
-    hashes = np.fromiter((text_hash(str(text), seed) for text in texts), np.uint64)
-    _, inverse, copies = np.unique(hashes, return_inverse=True, return_counts=True)
-    held_groups = np.zeros(len(copies), np.bool_)
-    left = rows
-    for group, count in enumerate(copies.tolist()):
-        if count <= left:
-            held_groups[group] = True
-            left -= count
-        if not left:
-            break
-    heldout = held_groups[inverse] if len(hashes) else np.zeros(0, np.bool_)
-    return Split(np.flatnonzero(~heldout), np.flatnonzero(heldout))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -72,20 +72,38 @@ class Shard:
     sources: tuple[str, ...] = ()  # which rows of the embedded sample belong to it
 
 
-class Columns(NamedTuple):
-    """Which columns to read; `label` is None where labels are not wanted."""
-
-    text: str
-    label: str | None
-
-
 class Row(NamedTuple):
     """A row as a reader found it, not checked yet."""
 
     text: Any  # str, bytes (which may not be UTF-8), None, or any other value of the column
-    label: Any
+    label: Any  # the label column's value; of several columns, a value for each name
     place: str | None = None  # in the file, for messages: "row 7", "line 7" or a member's path
     problem: str | None = None  # why the row can't be used, where the reader itself finds out
+    others: tuple[Any, ...] = ()  # values of `Columns.others`
+
+
+class Columns(NamedTuple):
+    """Which columns to read; `label` is None where labels are not wanted."""
+
+    text: str
+    label: str | tuple[str, ...] | None = None
+    others: Mapping[str, str] = {}  # columns by what they are: pair, group
+
+    def keys(self) -> dict[str, str]:
+        """The setting that names each column."""
+        labels = (self.label,) if isinstance(self.label, str) else self.label or ()
+        others = {column: f"{name}_column" for name, column in self.others.items()}
+        return {self.text: "text_column", **others, **dict.fromkeys(labels, "label_column")}
+
+    def row(self, cell: Callable[[str], Any], place: str) -> Row:
+        """Make a row of cells by the names of their columns."""
+        label = self.label
+        if isinstance(label, tuple):
+            value: Any = {name: cell(name) for name in label}
+        else:
+            value = None if label is None else cell(label)
+        others = tuple(map(cell, self.others.values()))
+        return Row(cell(self.text), value, place, None, others)
 
 
 def group_small_files(

@@ -11,8 +11,10 @@ stream in constant memory, name the row that is wrong, and continue with the nex
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import itertools
 import json
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
@@ -42,17 +44,15 @@ def read_parquet(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
                 f"{name} is no Parquet file, or is cut short: {one_line(error)}"
             ) from None
         _check_columns(name, columns, parquet.schema_arrow.names)
-        wanted = [column for column in columns if column is not None]
+        wanted = list(columns.keys())
         number = 0
         try:
             for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
-                texts = _values(batch.column(columns.text))
-                labels = (
-                    _values(batch.column(columns.label)) if columns.label else [None] * len(texts)
-                )
-                for text, label in zip(texts, labels, strict=True):
+                values = [_values(batch.column(column)) for column in wanted]
+                for cells in zip(*values, strict=True):
                     number += 1
-                    yield Row(text, label, f"row {number}")
+                    named = dict(zip(wanted, cells, strict=True))
+                    yield columns.row(named.__getitem__, f"row {number}")
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{name}: damaged after row {number}: {one_line(error)}; write the file again"
@@ -70,24 +70,27 @@ def _values(column: Any) -> list[Any]:
     return list(column.to_pylist())
 
 
+def parquet_columns(file: File) -> list[str]:
+    """The columns of a Parquet file; empty where it can't be read."""
+    with file.open_seekable() as stream:
+        try:
+            return list(pq.ParquetFile(stream).schema_arrow.names)
+        except pa.ArrowException:
+            return []
+
+
 def read_csv(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
     """Read CSV, or TSV by the suffix, with a header line; rows count from 1 after the header."""
-    # One limit for the whole process: never lowered again, since other readers may be active.
-    csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_BYTES))
-    delimiter = "\t" if ".tsv" in Path(file.path).suffixes else ","
     number = 0
     with file.open_stream() as stream:
-        # Bytes that are not UTF-8 become lone surrogates, so that a message can name the row.
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, delimiter=delimiter)
+        reader = _csv_rows(file, stream)
         try:
             header = next(reader, None)
             if header is None:
                 return
             _check_columns(file.name, columns, header)
-            at = header.index(columns.text)
-            label_at = header.index(columns.label) if columns.label else None
-            last = max(at, label_at or 0)
+            places = {column: header.index(column) for column in columns.keys()}
+            last = max(places.values())
             for fields in reader:
                 if not fields:
                     continue
@@ -95,12 +98,30 @@ def read_csv(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
                 if len(fields) <= last:
                     yield Row(None, None, f"row {number}", "too few columns")
                     continue
-                label = None if label_at is None else fields[label_at]
-                yield Row(fields[at], label, f"row {number}")
+                named = {column: fields[at] for column, at in places.items()}
+                yield columns.row(named.__getitem__, f"row {number}")
         except csv.Error as error:
             raise DataError(f"{file.name}: row {number + 1}: {error}") from None
         except (OSError, EOFError) as error:
             raise archive.truncated(file.name, str(error)) from None
+
+
+def csv_columns(file: File) -> list[str]:
+    """The header of a CSV or TSV file; empty where it can't be read."""
+    with file.open_stream() as stream:
+        try:
+            return next(_csv_rows(file, stream), [])
+        except (csv.Error, OSError, EOFError):
+            return []
+
+
+def _csv_rows(file: File, stream: Any) -> Iterator[list[str]]:
+    # One limit for the whole process: never lowered again, since other readers may be active.
+    csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_BYTES))
+    delimiter = "\t" if ".tsv" in Path(file.path).suffixes else ","
+    # Bytes that are not UTF-8 become lone surrogates, so that a message can name the row.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return csv.reader(text, delimiter=delimiter)
 
 
 def read_jsonl(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
@@ -128,8 +149,33 @@ def read_jsonl(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
             if columns.text not in value:
                 yield Row(None, None, place, "no text column")
                 continue
-            label = value.get(columns.label) if columns.label else None
-            yield Row(value[columns.text], label, place)
+            yield columns.row(value.get, place)
+
+
+def jsonl_columns(file: File) -> list[str]:
+    """The keys of the first JSON object; empty where there is none."""
+    with file.open_stream() as stream:
+        for line in lines(stream, file.name):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(line) if line.strip() else None
+                if isinstance(value, dict):
+                    return list(value)
+    return []
+
+
+def read_conll(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
+    """Read CoNLL columns: a word per line, its tag in the last column, sentences between blanks."""
+    begin, words, tags = 1, list[str](), list[str]()
+    with file.open_stream() as stream:
+        for number, line in enumerate(itertools.chain(lines(stream, file.name), [b""]), 1):
+            fields = line.decode("utf-8", "surrogateescape").split()
+            if fields and not line.startswith(b"-DOCSTART-"):
+                begin = begin if words else number
+                words.append(fields[0])
+                tags.append(fields[-1] if len(fields) > 1 else "")
+            elif words:
+                yield Row(words, tags if columns.label else None, f"line {begin}")
+                words, tags = [], []
 
 
 def read_text(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
@@ -158,9 +204,8 @@ def lines(stream: Any, name: str) -> Iterator[bytes]:
 
 
 def _check_columns(name: str, columns: Columns, present: Sequence[str]) -> None:
-    for column in columns:
-        if column is not None and column not in present:
-            key = "text_column" if column == columns.text else "label_column"
+    for column, key in columns.keys().items():
+        if column not in present:
             shown = ", ".join(present[:12]) + (", ..." if len(present) > 12 else "")
             raise DataError(f"{name}: no column {column!r}; set {key} to one of: {shown}")
 
@@ -170,12 +215,14 @@ class Format(NamedTuple):
 
     read: Reader
     suffixes: tuple[str, ...]  # lower case; `.gz` and `.zst` may follow them
+    columns: Callable[[File], list[str]] | None = None  # their names; None: it has no names
 
 
 FORMATS = {
-    "parquet": Format(read_parquet, (".parquet", ".pq")),
-    "csv": Format(read_csv, (".csv", ".tsv")),
-    "jsonl": Format(read_jsonl, (".jsonl", ".ndjson", ".json")),
+    "parquet": Format(read_parquet, (".parquet", ".pq"), parquet_columns),
+    "csv": Format(read_csv, (".csv", ".tsv"), csv_columns),
+    "jsonl": Format(read_jsonl, (".jsonl", ".ndjson", ".json"), jsonl_columns),
+    "conll": Format(read_conll, (".conll", ".bio", ".iob2")),
     "text": Format(read_text, (".txt", ".text")),
 }
 # Data sets with a layout of their own, which `documents` recognizes.

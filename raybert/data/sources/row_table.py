@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from raybert.errors import DataError
 
 _BATCH_ROWS = 2048
 _BATCH_CHARS = 1 << 21
+#: The raw text and label of a row -> its text, its label as a string, None; or its problem last.
+LabelParser = Callable[[Any, Any], tuple[Any, str | None, str | None]]
 SCHEMA = pa.schema(
     [
         ("text", pa.string()),  # null where there is a problem
@@ -30,16 +33,21 @@ SCHEMA = pa.schema(
 )
 
 
+def schema_of(config: SourceConfig) -> pa.Schema:
+    """The columns of a source's tables: `SCHEMA`, and `other_columns`."""
+    return pa.schema([*SCHEMA, *(pa.field(name, pa.string()) for name in config.other_columns)])
+
+
 class RowTable:
     """Collects rows up to the size of a batch."""
 
-    def __init__(self, config: SourceConfig, labels: bool) -> None:
-        self._config, self._wants_label = config, labels
-        self._known = set(config.labels or ())
+    def __init__(self, config: SourceConfig, labels: LabelParser | None) -> None:
+        self._config, self._parse = config, labels
+        self._schema, self._names = schema_of(config), list(config.other_columns)
         self._clear()
 
     def _clear(self) -> None:
-        self._columns: tuple[list[str | None], ...] = ([], [], [], [])
+        self._columns: tuple[list[str | None], ...] = tuple([] for _ in self._schema)
         self._chars = 0
 
     def __len__(self) -> int:
@@ -52,22 +60,34 @@ class RowTable:
 
     def flush(self) -> pa.Table:
         """Return the rows as a table of `SCHEMA` and start again."""
-        table = pa.table([pa.array(c, pa.string()) for c in self._columns], schema=SCHEMA)
+        table = pa.table([pa.array(c, pa.string()) for c in self._columns], schema=self._schema)
         self._clear()
         return table
 
     def add(self, row: Row, file_name: str) -> bool:
         """Add a row; return whether it is a good one."""
-        text, problem = (None, row.problem) if row.problem else self._check_text(row.text)
-        label = None
-        if self._wants_label and problem is None:
-            label, problem = self._check_label(row.label)
-        texts, labels, problems, places = self._columns
+        raw, label, problem = row.text, None, row.problem
+        text: str | None = None
+        if problem is None and not isinstance(raw, list):
+            text, problem = self._check_text(raw)
+        if problem is None and self._parse is not None:
+            raw, label, problem = self._parse(raw, row.label)
+        if problem is None and raw is not row.text:  # the label's parser made it
+            text, problem = self._check_text(raw)
+        others: list[str | None] = [None] * len(self._names)
+        values = row.others or others  # data sets with a layout of their own have no columns
+        for index, name in enumerate(self._names if problem is None else ()):
+            value = values[index]  # a group may be a number
+            others[index], found = self._check_text(str(value) if type(value) is int else value)
+            problem = problem or (found and f"{name}: {found}")
+        texts, labels, problems, places, *columns = self._columns
         labels.append(label)
         problems.append(problem)
+        for column, cell in zip(columns, others, strict=True):
+            column.append(cell)
         if problem is None:
             assert text is not None
-            self._chars += len(text)
+            self._chars += len(text) + sum(len(cell or "") for cell in others)
             texts.append(text)
             places.append(None)
             return True
@@ -98,31 +118,39 @@ class RowTable:
         text = replace_line_breaks(text, self._config.html_breaks).strip()
         return (text, None) if text else (None, "empty")
 
-    def _check_label(self, value: Any) -> tuple[str | None, str | None]:
-        """Return (label, None), or (None, problem)."""
-        if isinstance(value, bytes):
-            value = value.decode("utf-8", "replace")
-        elif isinstance(value, bool):
-            value = str(value).lower()
-        elif isinstance(value, float) and value.is_integer():  # pandas: integers beside a null
-            value = int(value)
-        elif isinstance(value, list | dict):
-            return None, f"label is no name or number ({type(value).__name__})"
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return None, "no label"
-        label = str(value).strip()
-        if not label:
-            return None, "no label"
-        if not label.isascii() and any(0xD800 <= ord(c) <= 0xDFFF for c in label):
-            return None, "label is not UTF-8"
-        names = self._config.labels
-        if names is None or label in self._known:
-            return label, None
-        # Where names are numbers themselves, a number is a name: stars from 1 to 5 have no 0.
-        numbered = not any(name.isdecimal() for name in names)
-        if numbered and label.isdecimal() and int(label) < len(names):
-            return names[int(label)], None
-        return None, f"label {label!r} is not one of labels={names}"
+
+def parse_label(
+    text: Any, value: Any, names: list[str] | None = None
+) -> tuple[Any, str | None, str | None]:
+    """A `LabelParser`: one label, a name or a number; `names` are those that are allowed."""
+    label, problem = _one_label(value, names)
+    return text, label, problem
+
+
+def _one_label(value: Any, names: list[str] | None) -> tuple[str | None, str | None]:
+    """Return (label, None), or (None, problem)."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    elif isinstance(value, bool):
+        value = str(value).lower()
+    elif isinstance(value, float) and value.is_integer():  # pandas: integers beside a null
+        value = int(value)
+    elif isinstance(value, list | dict):
+        return None, f"label is no name or number ({type(value).__name__})"
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None, "no label"
+    label = str(value).strip()
+    if not label:
+        return None, "no label"
+    if not label.isascii() and any(0xD800 <= ord(c) <= 0xDFFF for c in label):
+        return None, "label is not UTF-8"
+    if names is None or label in names:
+        return label, None
+    # Where names are numbers themselves, a number is a name: stars from 1 to 5 have no 0.
+    numbered = not any(name.isdecimal() for name in names)
+    if numbered and label.isdecimal() and int(label) < len(names):
+        return names[int(label)], None
+    return None, f"label {label!r} is not one of labels={names}"
 
 
 def accept(table: pa.Table, on_bad_row: str, skipped: Counter[str]) -> pa.Table:

@@ -31,7 +31,20 @@ class SourceConfig(Settings):
         "of the sample; null: train for labels, all but test for a corpus, test for evaluation",
     )
     text_column: str = "text"
-    label_column: str = "label"
+    pair_column: str | None = Field(
+        None, description="column of a second text, for tasks on pairs of texts; null: none"
+    )
+    group_column: str | None = Field(
+        None,
+        description="column of what texts have in common, as an author; texts of one group are "
+        "never split between training and validation; null: copies of a text are a group",
+    )
+    label_column: str | list[str] = Field(
+        "label", description="column of the labels, or several: of 0 and 1, or of numbers"
+    )
+    label_separator: str | None = Field(
+        None, description="between several labels in one string, as | or ,; null: one label"
+    )
     labels: list[str] | None = Field(
         None,
         description="the labels in the order of their ids: their names, or names for the integers "
@@ -70,6 +83,12 @@ class SourceConfig(Settings):
     def paths(self) -> list[str]:
         """The configured paths as a list."""
         return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def other_columns(self) -> dict[str, str]:
+        """The configured columns beside text and label, by what they are."""
+        columns = {"pair": self.pair_column, "group": self.group_column}
+        return {name: column for name, column in columns.items() if column is not None}
 
     @property
     def splits(self) -> list[str] | None:

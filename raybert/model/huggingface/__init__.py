@@ -8,6 +8,7 @@ model, and DamagedError where a file is cut short, lacks a value or does not fit
 """
 
 from raybert.model.huggingface.config_json import (
+    read_config_json,
     read_label_names,
     read_model_config,
     read_preprocessing,
@@ -29,6 +30,7 @@ __all__ = [
     "load_classifier",
     "load_encoder_into",
     "load_masked_lm",
+    "read_config_json",
     "read_label_names",
     "read_model_config",
     "read_preprocessing",

@@ -162,7 +162,7 @@ def read_temperature(folder: Folder) -> float:
 def read_label_names(folder: Folder) -> list[str]:
     """Read a classifier's labels, in the order of its logits, without reading the weights."""
     config = read_config_json(folder)
-    classifiers = ("ForSequenceClassification", RAYBERT_CLASSIFIER)
+    classifiers = ("Classification", RAYBERT_CLASSIFIER)
     named = [str(name).endswith(classifiers) for name in config.get("architectures") or []]
     if not (any(named) if named else "id2label" in config):
         raise no_classification_head(folder, config)
@@ -179,11 +179,6 @@ def no_classification_head(folder: Folder, config: Mapping[str, Any]) -> UserErr
 
 def label_names(folder: Folder, config: Mapping[str, Any], num_labels: int) -> list[str]:
     """The label of each logit; transformers' default names where `config.json` has none."""
-    if config.get("problem_type") not in (None, PROBLEM_TYPE):
-        raise UserError(
-            f"{folder} was trained for problem_type={config['problem_type']}; "
-            f"raybert reads {PROBLEM_TYPE}"
-        )
     names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(num_labels)}
     if sorted(names) != sorted(str(i) for i in range(num_labels)):
         raise DamagedError(
@@ -191,6 +186,12 @@ def label_names(folder: Folder, config: Mapping[str, Any], num_labels: int) -> l
             f"and model.safetensors scores {num_labels}"
         )
     return [str(names[str(i)]) for i in range(num_labels)]
+
+
+def is_per_token(config: Mapping[str, Any]) -> bool:
+    """Whether a model's head classifies each token, not each text."""
+    names = config.get("architectures") or []
+    return any(str(name).endswith("ForTokenClassification") for name in names)
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from raybert.model.huggingface.config_json import (
     architecture_of,
     from_config_json,
     head_config,
+    is_per_token,
     label_names,
     no_classification_head,
     read_config_json,
@@ -61,7 +62,8 @@ def load_classifier(folder: Folder) -> tuple[Classifier, list[str]]:
     num_labels = len(tensors["classifier.weight"])
     names = label_names(folder, config, num_labels)
     encoder = _make_encoder(folder, config)
-    model = Classifier(encoder, num_labels, head_config(folder, config, encoder.config))
+    head = head_config(folder, config, encoder.config)
+    model = Classifier(encoder, num_labels, head, per_token=is_per_token(config))
     copy_into(model, tensors, folder)
     return model, names
 
@@ -73,6 +75,8 @@ def load_encoder_into(
     dropout: float | None = None,
     vocab_size: int | None = None,
     weights: Weights | None = None,
+    *,
+    per_token: bool = False,
 ) -> Classifier:
     """Make a classifier on a pretrained encoder, with a randomly initialized output layer.
 
@@ -91,7 +95,7 @@ def load_encoder_into(
             f"the tokenizer has {vocab_size} tokens and the model in {folder} knows "
             f"{encoder.vocab_size}; use the tokenizer that lies beside the model"
         )
-    model = Classifier(encoder, num_labels, head)
+    model = Classifier(encoder, num_labels, head, per_token=per_token)
     copy_into(model, tensors, folder, optional=("transform.", "classifier."))
     return model
 
@@ -130,22 +134,32 @@ def save_classifier(
     folder: Folder,
     card: str,
     preprocessing: Mapping[str, Any] | None = None,
+    architecture: str = "ForSequenceClassification",
+    problem_type: str | None = PROBLEM_TYPE,
+    task: Mapping[str, Any] | None = None,
     temperature: float | None = None,
 ) -> None:
     """Write a classifier, as `save_masked_lm`; `temperature` divides the logits before the softmax.
 
-    Where `transformers` can't load the model, `config.json` and the card contain the reason.
+    `architecture` is the end of the name of transformers' class. `task` is what a task stores,
+    plain JSON. `temperature` is the divisor of the logits before the softmax. Where `transformers`
+    can't load the model, `config.json` and the card contain the reason.
     """
     if len(label_names) != model.num_labels:
         raise ValueError(f"{len(label_names)} label names for {model.num_labels} labels")
     config = to_config_json(model.encoder, preprocessing)
     config["id2label"] = {str(index): name for index, name in enumerate(label_names)}
     config["label2id"] = {name: index for index, name in enumerate(label_names)}
-    config["problem_type"] = PROBLEM_TYPE
+    if problem_type is not None:
+        config["problem_type"] = problem_type
+    if task is not None:
+        config["raybert"]["task"] = dict(task)
     config["classifier_dropout"] = model.config.dropout
     if temperature is not None:
         config["raybert"]["temperature"] = temperature
-    unsupported = unsupported_by_transformers(model.config, model.encoder.config)
+    unsupported = None
+    if not model.per_token:
+        unsupported = unsupported_by_transformers(model.config, model.encoder.config)
     if unsupported is not None:
         config["architectures"] = [RAYBERT_CLASSIFIER]
         config["model_type"] = RAYBERT_ONLY + config["model_type"]
@@ -154,10 +168,11 @@ def save_classifier(
         if unsupported not in card:
             card = f"{card.rstrip()}\n\n**Note:** {unsupported}.\n"
     elif model.encoder.config.layout == "modern":
-        config["architectures"] = ["ModernBertForSequenceClassification"]
-        config["classifier_pooling"] = model.pooling
+        config["architectures"] = [f"ModernBert{architecture}"]
+        if not model.per_token:
+            config["classifier_pooling"] = model.pooling
     else:
-        config["architectures"] = ["BertForSequenceClassification"]
+        config["architectures"] = [f"Bert{architecture}"]
     _write(model, config, tokenizer, folder, card)
 
 
@@ -171,5 +186,10 @@ def _write(
     folder.write_bytes(WEIGHTS_FILE, serialize(model))
     for name in TOKENIZER_FILES:
         folder.write_bytes(name, tokenizer.read_bytes(name))
+    if isinstance(model, Classifier):  # pipelines cut texts there, and use no token types
+        values = folder.read_json(TOKENIZER_FILES[1])
+        values["model_max_length"] = config["max_position_embeddings"]
+        values["model_input_names"] = ["input_ids", "attention_mask"]
+        folder.write_json(TOKENIZER_FILES[1], values)
     folder.write_text("README.md", card)
     folder.write_json(CONFIG_JSON, config)  # last: a directory with it is complete

@@ -1,7 +1,7 @@
 // The page of `raybert serve`: two forms, the form for a key, and recent texts.
 
 import { request, RequestError, stored, useKey } from "./client.js";
-import { filled, guessBars, labelBars, make, reasons, took, verdict } from "./render.js";
+import { ANSWERS, filled, guessBars, make, reasons, took } from "./render.js";
 
 const RECENT = "raybert.recent"; // in localStorage: [{section, text}], the newest first
 const MAX_RECENT = 8;
@@ -9,6 +9,8 @@ const MAX_SHOWN = 120; // characters of a recent text
 
 let mask = "[MASK]"; // until /info is read
 let explains = true;
+let task = "single_label";
+let readsPairs = false;
 let afterKey = begin; // repeats the request that was rejected for want of a key
 
 const find = (selector, within = document) => within.querySelector(selector);
@@ -22,6 +24,9 @@ async function begin() {
     const { answer: info } = await request("info", null, { signal, problem });
     mask = info.mask_token ?? mask;
     explains = info.explain ?? explains;
+    task = info.task ?? task;
+    readsPairs = info.reads_pairs ?? readsPairs;
+    find("#second-field").hidden = !readsPairs;
     find("#model").textContent = info.model_id;
     find("#limit").textContent = `Up to ${info.max_input_length} tokens of it are read.`;
     find("#insert").textContent = `Insert ${mask}`;
@@ -35,14 +40,16 @@ async function begin() {
 }
 
 async function classify(text, parts) {
-  const body = { inputs: text, truncate: true, raw_scores: false, explain: false };
-  const labelled = await request("predict", body, parts);
-  parts.verdict.replaceChildren(verdict(labelled.answer), took(labelled.took));
-  parts.details.replaceChildren(labelBars(labelled.answer));
+  const inputs = readsPairs ? [text, find("#second").value] : text;
+  const body = { inputs, truncate: true, raw_scores: false, explain: false };
+  const { answer, took: ms } = await request("predict", body, parts);
+  const { verdict, details } = ANSWERS[task] ?? ANSWERS.single_label;
+  parts.verdict.replaceChildren(verdict(answer, text), took(ms));
+  parts.details.replaceChildren(details(answer));
   if (!explains) return;
-  // The label is shown first: the explanation takes many times as long.
+  // The answer is shown first: the explanation takes many times as long.
   const explained = await request("predict", { ...body, explain: true }, parts);
-  parts.details.append(...reasons(text, explained.answer, labelled.answer[0].label));
+  parts.details.append(...reasons(text, explained.answer));
 }
 
 async function fillIn(text, parts) {

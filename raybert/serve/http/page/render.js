@@ -18,15 +18,60 @@ export function took(ms) {
   return make("p", { class: "quiet" }, `Answered in ${shown}`);
 }
 
+/** For each task of /info: the answer in short, and its details. */
+export const ANSWERS = {
+  single_label: { verdict: likeliest, details: labelBars },
+  multi_label: { verdict: selectedLabels, details: labelBars },
+  regression: { verdict: estimates, details: () => "" },
+  token_classification: { verdict: markedEntities, details: () => "" },
+};
+
 /** The most probable label; the scores are sorted. */
-export function verdict([{ label, score }]) {
+function likeliest([{ label, score }]) {
   return make("p", {}, make("strong", {}, label), ` ${percent(score)} sure`);
 }
 
 /** The labels' scores as bars. */
-export function labelBars(scores) {
+function labelBars(scores) {
   return bars(scores.slice(0, MAX_LABELS).map(({ label, score }) => [label, score]));
 }
+
+/** All labels that reach their thresholds. */
+function selectedLabels(scores) {
+  const labels = scores.filter(({ selected }) => selected).map(({ label }) => label);
+  return make("p", {}, make("strong", {}, labels.join(", ") || "none of the labels"));
+}
+
+/** Numbers with their 90% intervals. */
+function estimates(numbers) {
+  const rows = numbers.map(({ label, score, low, high }) => {
+    const interval = low === undefined ? "" : ` ${number(low)} to ${number(high)} (90%)`;
+    const name = numbers.length > 1 ? `${label}: ` : "";
+    return make("p", {}, name, make("strong", {}, number(score)), interval);
+  });
+  return make("div", {}, ...rows);
+}
+
+/** The text with its entities marked, a colour for each type. */
+function markedEntities(entities, text) {
+  const points = Array.from(text); // the server counts code points, JavaScript UTF-16 units
+  const types = [...new Set(entities.map(({ entity_group: type }) => type))].sort();
+  const shown = make("p", { class: "text" });
+  let at = 0;
+  for (const { start, end, entity_group: type, score } of entities) {
+    const hue = Math.round((360 * types.indexOf(type)) / types.length);
+    const part = points.slice(start, end).join("");
+    const mark = make("mark", { class: "entity", title: percent(score) }, part, make("sup", {}, type));
+    mark.style.setProperty("--hue", hue);
+    shown.append(points.slice(at, start).join(""), mark);
+    at = end;
+  }
+  shown.append(points.slice(at).join(""));
+  if (!entities.length) shown.append(make("span", { class: "quiet" }, " (no entity)"));
+  return shown;
+}
+
+const number = (value) => String(Number(value.toPrecision(5)));
 
 /** The sentence with its masks replaced by the most probable tokens. */
 export function filled(text, mask, blanks) {
@@ -51,7 +96,7 @@ export function guessBars(blanks) {
 }
 
 /** The text with words tinted by weight, and two lists of the largest weights. */
-export function reasons(text, { words, error }, label) {
+export function reasons(text, { words, error, label }) {
   const points = Array.from(text); // the server counts code points, JavaScript UTF-16 units
   const textOf = ({ start, end }) => points.slice(start, end).join("");
   const largest = words.reduce((most, { weight }) => Math.max(most, Math.abs(weight)), 1e-9);

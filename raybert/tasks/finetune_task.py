@@ -1,7 +1,7 @@
-"""What the training loop needs of a task on labelled texts, whatever is learned from them.
+"""Fine-tuning on labelled texts, for the training loop, whatever is learned from them.
 
-The task batches texts of similar length, freezes the encoder for the first epochs, decays learning
-rates by layer, and gathers the validation logits of all ranks. Loss and metrics are an `Objective`.
+It batches texts of similar length, freezes the encoder for the first epochs, decays learning rates
+by layer, and gathers the validation logits of all ranks. Loss and metrics are those of a `TextTask`.
 
 Shapes: B texts, T tokens, L outputs of the model.
 """
@@ -9,8 +9,8 @@ Shapes: B texts, T tokens, L outputs of the model.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,9 @@ from raybert.data.tokenizer import Tokenizer
 from raybert.model.cost import flops_per_token
 from raybert.model.heads import Classifier
 from raybert.records import Metrics
-from raybert.tasks.prepared_texts import NO_LABEL, TextBatch, TokenizedTexts
-from raybert.tasks.regularization import RegularizedLoss
+from raybert.tasks.prepared_texts import TextBatch, TokenizedTexts
+from raybert.tasks.protocol import NO_LABEL, TextTask
+from raybert.tasks.regularization import RegularizedLoss, SupervisedLoss
 from raybert.tasks.settings import FinetuneConfig
 from raybert.train.distributed import Group
 from raybert.train.task import Batch
@@ -32,17 +33,7 @@ from raybert.train.task import Batch
 _LAYERS = "encoder.layers."
 
 
-class Objective(Protocol):
-    """The loss and the metrics of a model's outputs."""
-
-    def loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
-        """Sum the loss: fp32 [B, L], int64 [B], fp32 [B, L] or None -> fp32 scalar."""
-
-    def evaluate(self, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> Metrics:
-        """Compute the metrics of fp32 [rows, L] and int64 [rows]."""
-
-
-class TextTask:
+class FinetuneTask:
     """A task on labelled texts, for the training loop."""
 
     def __init__(
@@ -53,7 +44,7 @@ class TextTask:
         model: Classifier,
         train: TokenizedTexts,
         validation: TokenizedTexts,
-        objective: Objective,
+        task: TextTask,
     ) -> None:
         self._config, self._group, self._tokenizer = config, group, tokenizer
         self._train, self._validation = train, validation
@@ -62,9 +53,18 @@ class TextTask:
             lengths, config.global_batch_size, config.micro_batch_size, config.seed
         )
         self.model = model.to(group.device)
-        self.objective = objective
+        self.task = task  # after an evaluation with what was fitted on the validation texts
         self._loss = RegularizedLoss(
-            objective.loss, config.r_drop, config.adversarial, config.adversarial_size
+            SupervisedLoss(
+                task.make_loss(config, train.labels),
+                task.divergence,
+                config.distill.share,
+                config.distill.temperature,
+            ),
+            task.divergence,
+            config.r_drop,
+            config.adversarial,
+            config.adversarial_size,
         )
         self._is_frozen = False
         self.steps_per_epoch = self._order.steps_per_epoch
@@ -86,7 +86,7 @@ class TextTask:
         texts = [self._train.input_ids[i] for i in row_ids]
         input_ids, attention_mask = pad(texts, self._tokenizer.pad_id)
         teacher = self._train.teacher
-        labels = self._train.labels[row_ids]
+        labels = self._train.targets(row_ids)
         logits = None if teacher is None else teacher[row_ids]
         return TextBatch(
             step, micro_batch_index, row_ids, input_ids, attention_mask, labels, logits
@@ -96,7 +96,9 @@ class TextTask:
         """A text without a label, whose loss and gradients are zero."""
         no_rows = np.empty(0, np.int64)
         input_ids = np.full((1, 2), self._tokenizer.cls_id, np.int64)
-        return TextBatch(-1, 0, no_rows, input_ids, None, np.full(1, NO_LABEL, np.int64))
+        per_token = np.full((1, 2), NO_LABEL, np.int64)
+        targets = per_token if self.task.is_per_token else self.task.no_targets(1)
+        return TextBatch(-1, 0, no_rows, input_ids, None, targets)
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         """Sum the loss over a micro-batch's texts."""
@@ -141,14 +143,34 @@ class TextTask:
         by_length = np.argsort(self._validation.lengths, kind="stable")
         mine = by_length[self._group.rank :: self._group.world_size]
         size = 2 * self._config.micro_batch_size
-        parts = []
+        local: list[npt.NDArray[np.float32]] = []  # [L] of each text, or [T, L]
         for begin in range(0, len(mine), size):
             texts = [self._validation.input_ids[i] for i in mine[begin : begin + size]]
-            logits = self.model(*self._to_device(*pad(texts, self._tokenizer.pad_id)))  # [B, L]
-            parts.append(logits.float().cpu().numpy())
-        num_outputs = self.model.num_labels
-        local = np.concatenate(parts) if parts else np.empty((0, num_outputs), np.float32)
-        all_logits = np.empty((len(by_length), num_outputs), np.float32)  # [rows, L]
+            logits = self.model(*self._to_device(*pad(texts, self._tokenizer.pad_id)))
+            rows = logits.float().cpu().numpy()
+            if self.task.is_per_token:  # without padding
+                local += [row[: len(ids)] for row, ids in zip(rows, texts, strict=True)]
+            else:
+                local += list(rows)
+        gathered: dict[int, npt.NDArray[np.float32]] = {}
         for rows, values in self._group.gather((mine, local)):
-            all_logits[rows] = values
-        return self.objective.evaluate(all_logits, self._validation.labels)
+            gathered.update(zip(rows.tolist(), values, strict=True))
+        rows_of_logits = [gathered[row] for row in range(len(by_length))]
+        given = rows_of_logits if self.task.is_per_token else np.stack(rows_of_logits)  # [rows, L]
+        outputs, targets = self.task.to_unit(given), self._validation.labels
+        fitted = self.task.fit(outputs, targets)
+        metrics = fitted.validate(outputs, targets)
+        name = self._config.metric or self.task.default_metric
+        score = self._score(metrics, name, len(outputs))
+        kept = {key: fitted.fitted[key] for key in self.task.fitted_keys}
+        return cast(Metrics, {"score": score, "metric": name, **metrics, **kept})
+
+    def _score(self, metrics: Mapping[str, Any], name: str, rows: int) -> float:
+        """The metric that selects a model, higher is better; the loss breaks ties.
+
+        A tie's weight is below that of one text in a share of texts.
+        """
+        value = float(metrics[name])
+        if not self.task.selection_metrics[name]:
+            return -value
+        return value - 1e-3 * min(float(metrics["loss"]), 10.0) / rows

@@ -1,8 +1,7 @@
-"""Single-label classification: the loss, and accuracy, F1, confusion matrix and calibration.
+"""Metrics of a single-label classifier: accuracy, loss, F1, confusion matrix, calibration.
 
-What depends on a text having exactly one of L labels stands here; `text_task` and `finetune` hold
-what any task on texts needs. Scores are computed from the logits of all rows at once, so they
-depend neither on the batch size nor on the number of workers.
+Scores are computed from the logits of all rows at once, so they depend neither on the batch size
+nor on the number of workers.
 
 scikit-learn computes what it can. It has neither an expected calibration error nor the counts of a
 reliability diagram's bins, its `log_loss` clips probabilities at 2e-16, which bounds the loss of a
@@ -15,78 +14,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from raybert.errors import DataError, RaybertError
-from raybert.records import Metrics
-from raybert.tasks.prepared_texts import NO_LABEL
-from raybert.tasks.regularization import distillation_loss
 
 RANGE = (0.25, 10.0)  # of temperatures; one beyond it means broken labels or logits
 _BISECTIONS = 50
 NUM_BINS = 15  # of the calibration error, as in arXiv 1706.04599, section 5
 _F64 = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Classification:
-    """Cross-entropy against one label per text, and accuracy as the score that selects a model."""
-
-    label_names: list[str]
-    class_weights: Tensor | None = None  # fp32 [L]
-    label_smoothing: float = 0.0
-    teacher_share: float = 0.0  # of the loss of a labelled text
-    teacher_temperature: float = 1.0
-
-    def loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
-        """Sum the labels' cross-entropy and the divergence from a teacher, as an `Objective`."""
-        label_loss = F.cross_entropy(
-            logits,
-            labels,
-            weight=None if self.class_weights is None else self.class_weights.to(logits.device),
-            ignore_index=NO_LABEL,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
-        if teacher is None:
-            return label_loss
-        share, temperature = self.teacher_share, self.teacher_temperature
-        is_labelled = labels != NO_LABEL
-        return distillation_loss(label_loss, logits, teacher, is_labelled, share, temperature)
-
-    def evaluate(self, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> Metrics:
-        """Compute the metrics, and fit the temperature."""
-        scores = classification_scores(logits, labels, self.label_names)
-        return {
-            # The loss breaks ties of the accuracy: its weight is below that of one text.
-            "score": scores["accuracy"] - 1e-3 * min(scores["loss"], 10.0) / len(labels),
-            "accuracy": scores["accuracy"],
-            "loss": scores["loss"],
-            "f1_macro": scores["f1_macro"],
-            "temperature": fit_temperature(logits, labels),
-        }
-
-
-def make_class_weights(
-    configured: Literal["balanced"] | list[float] | None,
-    labels: npt.NDArray[np.int64],
-    num_labels: int,
-) -> Tensor | None:
-    """Weights of the labels in the loss, fp32 [L]; `balanced`: inversely to their frequency."""
-    if configured is None:
-        return None
-    if configured == "balanced":
-        labels = labels[labels != NO_LABEL]
-        counts = np.bincount(labels, minlength=num_labels)  # [L]
-        return torch.tensor(len(labels) / (num_labels * np.maximum(counts, 1)), dtype=torch.float32)
-    return torch.tensor(configured, dtype=torch.float32)
 
 
 def classification_scores(

@@ -1,0 +1,217 @@
+"""Labelled texts in memory: which task they are for, and their splits.
+
+A split holds out units: all rows of a group, or all copies of a text. A keyed hash of the unit
+decides, so the choice depends neither on the order of the rows nor on other files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raybert.data.keyed import text_hash
+from raybert.data.sources.documents import column_names, documents, raw_rows
+from raybert.data.sources.settings import SourceConfig
+from raybert.tasks.protocol import TextTask
+from raybert.tasks.registry import choose_task
+
+_SAMPLED_ROWS = 1000  # by whose labels a task is chosen
+#: Usual names of two text columns, of words and of their tags.
+_PAIRS = (
+    ("text", "text_pair"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "answer"),
+    ("query", "document"),
+    ("query", "passage"),
+)
+_WORDS, _TAGS = ("tokens", "words"), ("tags", "ner_tags")
+
+#: The settings of a source that name its columns; a model remembers them.
+COLUMNS = frozenset({"text_column", "label_column", "pair_column"})
+
+_Rows = npt.NDArray[np.int64]
+
+
+class Labelled(NamedTuple):
+    """Labelled documents in memory: the texts are Arrow arrays, so that millions fit."""
+
+    texts: pa.ChunkedArray  # [rows] string
+    labels: pa.ChunkedArray  # [rows] string, as the task's parser gives them
+    pairs: pa.ChunkedArray | None  # [rows] string, the second texts
+    groups: pa.ChunkedArray | None  # [rows] string
+    skipped: dict[str, int]  # rows left out, by problem
+
+    def take(self, rows: _Rows) -> Labelled:
+        """Select rows [n] by their numbers."""
+        chosen = pa.array(rows)
+        return Labelled(
+            self.texts.take(chosen),
+            self.labels.take(chosen),
+            None if self.pairs is None else self.pairs.take(chosen),
+            None if self.groups is None else self.groups.take(chosen),
+            self.skipped,
+        )
+
+
+def read_labelled(
+    config: SourceConfig, task: type[TextTask], names: list[str] | None = None
+) -> Labelled:
+    """Read labelled documents; `names`, a model's labels, replace the configured ones.
+
+    Raises:
+        DataError: as `documents`.
+    """
+    if names is not None:
+        config = config.model_copy(update={"labels": names})
+    skipped: Counter[str] = Counter()
+    table = pa.concat_tables(documents(config, labels=task.parser(config), skipped=skipped))
+    columns = {name: table.column(name) for name in table.column_names}
+    return Labelled(
+        columns["text"],
+        columns["label"],
+        columns.get("pair"),
+        columns.get("group"),
+        dict(skipped),
+    )
+
+
+class ResolvedSource(NamedTuple):
+    """A source with the columns that were found, its task, and a line about both."""
+
+    source: SourceConfig
+    task: type[TextTask]
+    description: str
+
+
+def resolve_source(config: SourceConfig, task: str = "auto") -> ResolvedSource:
+    """Find the columns of texts and labels where they are not configured, and the task.
+
+    Raises:
+        DataError: as `documents`, for what is wrong with the first rows.
+    """
+    config, found = _find_columns(config)
+    rows = [row for row in raw_rows(config, _SAMPLED_ROWS) if row.problem is None]
+    chosen = choose_task(task, [row.text for row in rows], [row.label for row in rows])
+    reasons = [*found, chosen.reason]
+    peek(config, chosen.task)
+    return ResolvedSource(config, chosen.task, f"{chosen.task.name} ({'; '.join(reasons)})")
+
+
+def peek(config: SourceConfig, task: type[TextTask]) -> None:
+    """Read the first document of a labelled source, to find mistakes that all rows share."""
+    first = config.model_copy(update={"limit": 1})
+    next(documents(first, labels=task.parser(first)))
+
+
+def _find_columns(config: SourceConfig) -> tuple[SourceConfig, list[str]]:
+    """Fill in columns with usual names; return what was found, for the user."""
+    present = column_names(config)
+    update: dict[str, str] = {}
+    if config.pair_column is None:
+        for first, second in _PAIRS:
+            is_first = config.text_column == first or config.text_column not in present
+            if is_first and {first, second} <= set(present):
+                update = {"text_column": first, "pair_column": second}
+                break
+    if not update and config.text_column not in present:
+        words = next((name for name in _WORDS if name in present), None)
+        update = {} if words is None else {"text_column": words}
+    if config.label_column == "label" and "label" not in present:
+        tags = next((name for name in _TAGS if name in present), None)
+        update |= {} if tags is None else {"label_column": tags}
+    found = [f"{key}={column}" for key, column in update.items()]
+    return config.model_copy(update=update), found
+
+
+def with_columns_of(config: SourceConfig, columns: Mapping[str, Any]) -> SourceConfig:
+    """A source that reads the columns that a model was trained on, where none are configured."""
+    unset = {
+        name: columns[name]
+        for name in sorted(COLUMNS)
+        if name in columns and getattr(config, name) == type(config).model_fields[name].default
+    }
+    return config.model_copy(update=unset)
+
+
+class Split(NamedTuple):
+    """The row numbers of two parts of one set, ascending."""
+
+    rest: _Rows
+    heldout: _Rows
+
+
+def split_rows(units: Iterable[str | None], rows: int, *, seed: int = 0) -> Split:
+    """Hold out `rows` rows by a keyed hash of their unit; rows of one unit stay in one part.
+
+    Where units make an exact split impossible, fewer rows are held out.
+    """
+    hashes = np.fromiter((text_hash(str(unit), seed) for unit in units), np.uint64)
+    _, inverse, copies = np.unique(hashes, return_inverse=True, return_counts=True)
+    held_units = np.zeros(len(copies), np.bool_)
+    left = rows
+    for unit, count in enumerate(copies.tolist()):
+        if count <= left:
+            held_units[unit] = True
+            left -= count
+        if not left:
+            break
+    held = held_units[inverse] if len(hashes) else np.zeros(0, np.bool_)
+    return Split(np.flatnonzero(~held), np.flatnonzero(held))
+
+
+def split_by_class(
+    units: Sequence[str], classes: Sequence[str], fraction: float, *, seed: int = 0
+) -> Split:
+    """As `split_rows`, the same fraction of each class; a unit is of its first row's class."""
+    of_unit: dict[str, str] = {}
+    for unit, name in zip(units, classes, strict=True):
+        of_unit.setdefault(unit, name)
+    names = np.array([of_unit[unit] for unit in units])
+    held = np.zeros(len(units), np.bool_)
+    for name in dict.fromkeys(names.tolist()):
+        rows = np.flatnonzero(names == name)
+        members = [units[row] for row in rows.tolist()]
+        held[rows[split_rows(members, round(len(rows) * fraction), seed=seed).heldout]] = True
+    return Split(np.flatnonzero(~held), np.flatnonzero(held))
+
+
+def fold_rows(
+    units: Sequence[str], classes: Sequence[str], fold: int, folds: int, *, seed: int = 0
+) -> Split:
+    """Hold out the `fold`-th of `folds` disjoint parts, each with about the same classes."""
+    held = np.zeros(len(units), np.bool_)
+    of_unit: dict[str, str] = {}
+    for unit, name in zip(units, classes, strict=True):
+        of_unit.setdefault(unit, name)
+    sizes = Counter(units)
+    by_class: dict[str, list[str]] = {}
+    for unit in sorted(of_unit, key=lambda unit: text_hash(unit, seed)):
+        by_class.setdefault(of_unit[unit], []).append(unit)
+    chosen: set[str] = set()
+    for members in by_class.values():
+        total, begin = sum(sizes[unit] for unit in members), 0
+        for unit in members:
+            if begin * folds // total == fold:
+                chosen.add(unit)
+            begin += sizes[unit]
+    held[:] = [unit in chosen for unit in units]
+    return Split(np.flatnonzero(~held), np.flatnonzero(held))
+
+
+def units_of(labelled: Labelled) -> list[str]:
+    """What is never split: the group of each row, or its texts."""
+    if labelled.groups is not None:
+        return [str(group) for group in labelled.groups.to_pylist()]
+    texts: list[str] = labelled.texts.to_pylist()
+    if labelled.pairs is None:
+        return texts
+    return [f"{a}\0{b}" for a, b in zip(texts, labelled.pairs.to_pylist(), strict=True)]

@@ -1,0 +1,239 @@
+"""What a task on texts is: the one place that knows what is learned, scored and answered.
+
+Each task is a file with a subclass of `TextTask`, and an entry in `raybert.tasks.registry`. The
+training loop, inference, serving, search and report call these methods; they never test which task
+it is. An instance belongs to one data set or model: it has the names of the outputs and what was
+fitted on validation texts.
+
+Outputs of a model are logits: [n, L] for n texts, or for tasks on tokens a list of [T, L], one
+array per text. Targets are int64 [n], float32 [n, L], or a list of int64 [T].
+
+Shapes: n or B texts, T tokens, L outputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import BaseModel
+from torch import Tensor
+
+from raybert.data.sources.row_table import LabelParser
+from raybert.data.sources.settings import SourceConfig
+from raybert.model.heads import Classifier
+from raybert.tasks.entities import Word
+
+if TYPE_CHECKING:
+    from raybert.tasks.settings import FinetuneConfig
+
+F32 = npt.NDArray[np.float32]
+Outputs = F32 | Sequence[F32]
+Targets = npt.NDArray[Any] | list[npt.NDArray[np.int64]]
+Metrics = dict[str, Any]
+#: Logits fp32 [B, L] or [B, T, L], targets as a batch has them -> the sum over targets, fp32 [].
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+NO_LABEL = -1  # an integer target that does not count; a float target that does not is NaN
+
+
+class TableData(NamedTuple):
+    """A table of a report."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What a request asks of an answer."""
+
+    raw_scores: bool = False  # outputs as the model computes them
+    all_scores: bool = True  # all outputs, or only those that were selected
+    top_k: int | None = None  # outputs at most, the best ones
+    threshold: float | None = None  # scores below it are left out; replaces fitted thresholds
+
+
+@dataclass(frozen=True)
+class TextTask(ABC):
+    """A task on texts; see the module."""
+
+    name: ClassVar[str]  # of `finetune.task`
+    title: ClassVar[str]  # for the model card and the report
+    problem_type: ClassVar[str | None] = None  # of Hugging Face's config.json
+    architecture: ClassVar[str] = "ForSequenceClassification"  # after Bert or ModernBert
+    pipeline_tag: ClassVar[str] = "text-classification"
+    is_per_token: ClassVar[bool] = False  # outputs for each token, not for each text
+    accepts_pairs: ClassVar[bool] = True
+    #: Metrics that may select a model, the default first; True: higher is better.
+    selection_metrics: ClassVar[Mapping[str, bool]]
+    #: Keys of `fitted` that `fit` sets; an evaluation's metrics have them, too.
+    fitted_keys: ClassVar[tuple[str, ...]] = ()
+    #: Dotted keys with ranges that a search varies for this task, beside those of every task.
+    search_space: ClassVar[Mapping[str, Any]] = {}
+
+    labels: list[str]  # names of the outputs
+    fitted: Mapping[str, Any] = field(default_factory=dict)  # on validation texts; plain JSON
+
+    @property
+    def default_metric(self) -> str:
+        """The metric that selects a model where none is configured."""
+        return next(iter(self.selection_metrics))
+
+    # Which task it is.
+
+    @classmethod
+    @abstractmethod
+    def recognizes(cls, texts: Sequence[Any], labels: Sequence[Any]) -> str | None:
+        """Why raw values of some rows look like this task's; None: they do not."""
+
+    @classmethod
+    def describes(cls, architecture: str, problem_type: str | None, num_labels: int) -> bool:
+        """Whether a `config.json` of Hugging Face's describes this task."""
+        return architecture.endswith(cls.architecture) and problem_type == cls.problem_type
+
+    # Data.
+
+    @classmethod
+    @abstractmethod
+    def parser(cls, source: SourceConfig) -> LabelParser:
+        """A picklable function that checks a row's label and turns it into a string."""
+
+    @classmethod
+    @abstractmethod
+    def find_labels(cls, labels: Sequence[str], source: SourceConfig) -> list[str]:
+        """The names of the outputs, from the different labels as `parser` gives them.
+
+        Raises:
+            DataError: nothing can be learned from these labels.
+        """
+
+    @abstractmethod
+    def targets(self, labels: Sequence[str]) -> npt.NDArray[Any]:
+        """The targets of labels as `parser` gives them, for tasks on whole texts.
+
+        Raises:
+            DataError: a label that is not one of this task's.
+        """
+
+    def token_targets(
+        self, label: str, words: Sequence[Word], num_tokens: int
+    ) -> npt.NDArray[np.int64]:
+        """The target of each token [T], for tasks on tokens; NO_LABEL where there is none."""
+        raise NotImplementedError
+
+    def no_targets(self, count: int) -> npt.NDArray[Any]:
+        """Targets of texts without a label, for tasks on whole texts."""
+        return np.full((count, len(self.labels)), np.nan, np.float32)
+
+    def groups(self, labels: Sequence[str]) -> Sequence[str]:
+        """A class of each text, in whose proportions a stratified split divides the texts."""
+        return labels
+
+    # Training.
+
+    def prepare(self, targets: Targets) -> TextTask:
+        """The task with what it takes from the training targets, such as their scale."""
+        return self
+
+    @abstractmethod
+    def make_loss(self, config: FinetuneConfig, targets: Targets) -> Loss:
+        """The loss against targets; `targets` are those of all training texts."""
+
+    @abstractmethod
+    def divergence(self, expected: Tensor, found: Tensor) -> Tensor:
+        """How far predictions are from expected ones, >= 0.
+
+        Logits fp32 [B, L] each -> [B]; on tokens [B, T, L] -> [B, T].
+        """
+
+    def to_unit(self, outputs: Outputs) -> Outputs:
+        """Outputs of the model in training as those of the exported one."""
+        return outputs
+
+    def from_unit(self, outputs: F32) -> F32:
+        """The inverse of `to_unit`."""
+        return outputs
+
+    def export(self, model: Classifier) -> Classifier:
+        """The model whose outputs are in the unit of the answers; by default the model itself."""
+        return model
+
+    @abstractmethod
+    def validate(self, outputs: Outputs, targets: Targets) -> Metrics:
+        """The metrics of a validation in training: `loss`, and all that may select a model."""
+
+    def fit(self, outputs: Outputs, targets: Targets) -> TextTask:
+        """The task with what answers need beside the weights, fitted on validation texts."""
+        return self
+
+    # Answers.
+
+    @abstractmethod
+    def scores(self, outputs: Outputs) -> Outputs:
+        """Outputs as answers show them: calibrated probabilities, or numbers in their unit."""
+
+    def comparable(self, outputs: Outputs) -> F32:
+        """Numbers of about 1 by which the outputs of two precisions are compared."""
+        return np.concatenate([np.ravel(each) for each in self.scores(outputs)])
+
+    @abstractmethod
+    def mean(self, outputs: Sequence[F32]) -> F32:
+        """The outputs of an ensemble: those of the members' mean prediction, in one array."""
+
+    @abstractmethod
+    def choose(self, outputs: Tensor) -> Any:
+        """What an explanation of a text is about: an index into its outputs, [L] or [T, L]."""
+
+    def margin(self, outputs: Tensor, chosen: Any) -> Tensor:
+        """What is explained: [S] for outputs [S, L] or [S, T, L] of S variants of a text."""
+        value: Tensor = outputs[(slice(None), *np.atleast_1d(chosen).tolist())]
+        return value
+
+    @abstractmethod
+    def evaluate(self, outputs: Outputs, targets: Targets) -> Metrics:
+        """All metrics of held-out texts, for `metrics.json` and the report; plain JSON."""
+
+    @abstractmethod
+    def answers(
+        self, outputs: Outputs, words: Sequence[Sequence[Word]] | None, options: AnswerOptions
+    ) -> list[Any]:
+        """The answers of a request, as `answer_schema` describes them.
+
+        `words` are those of each text, for tasks on tokens.
+        """
+
+    @classmethod
+    @abstractmethod
+    def answer_schema(cls) -> type[BaseModel]:
+        """The schema of an element of an answer."""
+
+    @abstractmethod
+    def columns(self, answers: Sequence[Any]) -> list[dict[str, Any]]:
+        """The columns of a prediction file, for each text, from its answer with all scores."""
+
+    @abstractmethod
+    def column_types(self) -> list[pa.Field]:
+        """The Arrow types of `columns`."""
+
+    def examples(self, outputs: Outputs, targets: Targets) -> list[tuple[int, dict[str, Any]]]:
+        """Rows that a report shows, with what it shows of them beside the text."""
+        return []
+
+    def tables(self, metrics: Metrics) -> list[TableData]:
+        """The tables of the report, from what `evaluate` returned."""
+        return []
+
+
+def parse_with(
+    parse: Callable[[Any], tuple[str | None, str | None]], text: Any, label: Any
+) -> tuple[Any, str | None, str | None]:
+    """A `LabelParser` for labels that do not depend on the text: `parse` gives label or problem."""
+    found, problem = parse(label)
+    return text, found, problem

@@ -1,0 +1,82 @@
+"""The tasks on texts by name, which of them a data set is for, and the task of a model directory.
+
+To add a task, write a subclass of `TextTask` in a file of its own and add it to `TASKS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from raybert.errors import UserError
+from raybert.model import huggingface
+from raybert.storage.folder import Folder
+from raybert.tasks.multi_label import MultiLabel
+from raybert.tasks.protocol import TextTask
+from raybert.tasks.regression import Regression
+from raybert.tasks.single_label import SingleLabel
+from raybert.tasks.token_classification import TokenClassification
+
+#: In the order in which they are asked whether labels look like theirs; the last one takes all.
+TASKS: dict[str, type[TextTask]] = {
+    task.name: task for task in (TokenClassification, MultiLabel, Regression, SingleLabel)
+}
+
+
+class Choice(NamedTuple):
+    """A task and why it was chosen."""
+
+    task: type[TextTask]
+    reason: str
+
+
+def choose_task(configured: str, texts: Sequence[Any], labels: Sequence[Any]) -> Choice:
+    """The configured task, or for `auto` the first one that fits texts and labels of some rows."""
+    if configured != "auto":
+        return Choice(TASKS[configured], f"finetune.task={configured}")
+    for task in TASKS.values():
+        reason = task.recognizes(texts, labels)
+        if reason:
+            return Choice(task, reason)
+    raise AssertionError("the last task takes every label")
+
+
+def read_columns(folder: Folder) -> dict[str, Any]:
+    """The columns that a model was trained on, by the settings of a source; empty where unknown."""
+    task = huggingface.read_config_json(folder).get("raybert", {}).get("task", {})
+    return dict(task.get("columns", {}))
+
+
+def read_task(folder: Folder) -> tuple[TextTask, bool]:
+    """The task of a model directory, and whether it reads pairs of texts.
+
+    Raises:
+        UserError: no task has its class and problem type.
+    """
+    config = huggingface.read_config_json(folder)
+    labels = huggingface.read_label_names(folder)
+    has_pairs = read_columns(folder).get("pair_column") is not None
+    return task_of_config_json(config, labels, str(folder)), has_pairs
+
+
+def task_of_config_json(config: Mapping[str, Any], labels: Sequence[str], where: str) -> TextTask:
+    """The task of a model directory, by its `config.json`; `where` names it in messages.
+
+    Raises:
+        UserError: no task has its class and problem type.
+    """
+    own = config.get("raybert", {}).get("task") or {}
+    architecture = next(iter(config.get("architectures") or []), "ForSequenceClassification")
+    problem_type = config.get("problem_type")
+    for task in TASKS.values():
+        if own.get("name") in (None, task.name) and task.describes(
+            str(architecture), problem_type, len(labels)
+        ):
+            fitted = dict(own.get("fitted", {}))
+            if "temperature" in config.get("raybert", {}):  # of models made before there were tasks
+                fitted.setdefault("temperature", config["raybert"]["temperature"])
+            return task(list(labels), fitted)
+    known = ", ".join(task.problem_type or task.name for task in TASKS.values())
+    raise UserError(
+        f"{where} was trained for problem_type={problem_type} ({architecture}); raybert reads {known}"
+    )

@@ -1,0 +1,250 @@
+"""Single-label classification: exactly one of L labels for each text.
+
+Shapes: n or B texts, L labels.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel
+from torch import Tensor
+
+from raybert.data.sources.row_table import LabelParser, parse_label
+from raybert.data.sources.settings import SourceConfig
+from raybert.errors import DataError
+from raybert.tasks.classification_metrics import classification_scores, fit_temperature
+from raybert.tasks.entities import Word
+from raybert.tasks.protocol import (
+    F32,
+    NO_LABEL,
+    AnswerOptions,
+    Loss,
+    Metrics,
+    Outputs,
+    TableData,
+    Targets,
+    TextTask,
+)
+
+if TYPE_CHECKING:
+    from raybert.tasks.settings import FinetuneConfig
+
+
+_MIN_PROBABILITY = 1e-7  # for its logarithm
+_WRONG_EXAMPLES, _RIGHT_EXAMPLES = 8, 4  # for the report
+
+
+class Score(BaseModel):
+    """A label with its probability."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class SingleLabel(TextTask):
+    """Cross-entropy, accuracy to select a model, probabilities calibrated by a temperature."""
+
+    name: ClassVar = "single_label"
+    title: ClassVar = "classification"
+    problem_type: ClassVar = "single_label_classification"
+    fitted_keys: ClassVar = ("temperature",)
+    selection_metrics: ClassVar = {"accuracy": True, "loss": False, "f1_macro": True}
+    search_space: ClassVar = {"finetune.label_smoothing": {"choice": [0.0, 0.05, 0.1]}}
+
+    @classmethod
+    def recognizes(cls, texts: Sequence[Any], labels: Sequence[Any]) -> str | None:
+        return "one label for each text"
+
+    @classmethod
+    def describes(cls, architecture: str, problem_type: str | None, num_labels: int) -> bool:
+        own = problem_type in (None, cls.problem_type)
+        return architecture.endswith((cls.architecture, "RaybertClassifier")) and own
+
+    @classmethod
+    def parser(cls, source: SourceConfig) -> LabelParser:
+        return functools.partial(parse_label, names=source.labels)
+
+    @classmethod
+    def find_labels(cls, labels: Sequence[str], source: SourceConfig) -> list[str]:
+        if source.labels is not None:
+            return source.labels
+        found = sorted(labels, key=_sort_key)
+        if len(found) < 2:
+            raise DataError(
+                f"{', '.join(source.paths)}: every row has the label {found[0]!r}; a classifier "
+                "needs two, so check label_column and split"
+            )
+        return found
+
+    def targets(self, labels: Sequence[str]) -> npt.NDArray[np.int64]:
+        index = {name: i for i, name in enumerate(self.labels)}
+        return np.array([index[label] for label in labels], np.int64)
+
+    def no_targets(self, count: int) -> npt.NDArray[np.int64]:
+        return np.full(count, NO_LABEL, np.int64)
+
+    def make_loss(self, config: FinetuneConfig, targets: Targets) -> Loss:
+        weights = _class_weights(config, np.asarray(targets), len(self.labels))
+        gamma, smoothing = config.focal_gamma, config.label_smoothing
+
+        def loss(logits: Tensor, targets: Tensor) -> Tensor:
+            weight = None if weights is None else weights.to(logits.device)
+            if not gamma:
+                return F.cross_entropy(
+                    logits,
+                    targets,
+                    weight=weight,
+                    ignore_index=NO_LABEL,
+                    reduction="sum",
+                    label_smoothing=smoothing,
+                )
+            each = F.cross_entropy(
+                logits,
+                targets,
+                weight=weight,
+                ignore_index=NO_LABEL,
+                reduction="none",
+                label_smoothing=smoothing,
+            )
+            p = logits.softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+            return ((1 - p) ** gamma * each).sum()  # arXiv 1708.02002
+
+        return loss
+
+    def divergence(self, expected: Tensor, found: Tensor) -> Tensor:
+        """The Kullback-Leibler divergence, in nats."""
+        p, q = expected.log_softmax(-1), found.log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1)
+
+    def validate(self, outputs: Outputs, targets: Targets) -> Metrics:
+        scores = classification_scores(np.asarray(outputs), np.asarray(targets), self.labels)
+        return {name: scores[name] for name in self.selection_metrics}
+
+    def fit(self, outputs: Outputs, targets: Targets) -> SingleLabel:
+        return replace(
+            self, fitted={"temperature": fit_temperature(np.asarray(outputs), np.asarray(targets))}
+        )
+
+    def evaluate(self, outputs: Outputs, targets: Targets) -> Metrics:
+        return classification_scores(self._scaled(outputs), np.asarray(targets), self.labels)
+
+    def _scaled(self, outputs: Outputs) -> F32:
+        """The logits [n, L] divided by the temperature."""
+        temperature = np.float32(self.fitted.get("temperature", 1.0))
+        return np.asarray(np.asarray(outputs) / temperature, np.float32)
+
+    def scores(self, outputs: Outputs) -> F32:
+        return softmax(self._scaled(outputs))
+
+    def mean(self, outputs: Sequence[F32]) -> F32:
+        mean = np.mean([softmax(each) for each in outputs], axis=0)
+        return np.asarray(np.log(np.maximum(mean, _MIN_PROBABILITY)), np.float32)
+
+    def choose(self, outputs: Tensor) -> int:
+        return int(outputs.argmax())
+
+    def margin(self, outputs: Tensor, chosen: Any) -> Tensor:
+        """The label's logit minus the mean of the others'."""
+        value = outputs[:, chosen]
+        return value - (outputs.sum(dim=1) - value) / max(1, outputs.shape[1] - 1)
+
+    def answers(
+        self, outputs: Outputs, words: Sequence[Sequence[Word]] | None, options: AnswerOptions
+    ) -> list[list[dict[str, Any]]]:
+        scores = np.asarray(outputs) if options.raw_scores else self.scores(outputs)
+        count = options.top_k if options.all_scores else 1
+        return [
+            [
+                {"label": self.labels[i], "score": round(float(row[i]), 6)}
+                for i in np.argsort(-row, kind="stable")[:count]
+                if options.threshold is None or row[i] >= options.threshold
+            ]
+            for row in scores
+        ]
+
+    @classmethod
+    def answer_schema(cls) -> type[BaseModel]:
+        return Score
+
+    def columns(self, answers: Sequence[Any]) -> list[dict[str, Any]]:
+        rows = []
+        for answer in answers:
+            scores = {each["label"]: each["score"] for each in answer}
+            rows.append(
+                {
+                    "label": answer[0]["label"],
+                    "score": answer[0]["score"],
+                    "scores": {name: scores[name] for name in self.labels},
+                }
+            )
+        return rows
+
+    def column_types(self) -> list[pa.Field]:
+        scores = pa.struct([pa.field(name, pa.float64()) for name in self.labels])
+        types = {"label": pa.string(), "score": pa.float64(), "scores": scores}
+        return [pa.field(name, type) for name, type in types.items()]
+
+    def examples(self, outputs: Outputs, targets: Targets) -> list[tuple[int, dict[str, Any]]]:
+        """The most confident wrong and right predictions."""
+        probabilities, labels = self.scores(outputs), np.asarray(targets)
+        predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+        wrong = np.flatnonzero(predicted != labels)
+        right = np.flatnonzero(predicted == labels)
+        chosen = [
+            *wrong[np.argsort(-confidence[wrong])][:_WRONG_EXAMPLES],
+            *right[np.argsort(-confidence[right])][:_RIGHT_EXAMPLES],
+        ]
+        return [
+            (
+                int(row),
+                {
+                    "label": self.labels[labels[row]],
+                    "predicted": self.labels[predicted[row]],
+                    "probability": round(float(confidence[row]), 4),
+                },
+            )
+            for row in chosen
+        ]
+
+    def tables(self, metrics: Metrics) -> list[TableData]:
+        ratios = ("precision", "recall", "f1")
+        rows = [
+            [name, *(f"{found[ratio]:.4f}" for ratio in ratios), f"{found['support']:,}"]
+            for name, found in metrics.get("per_class", {}).items()
+        ]
+        return [TableData("Scores per class", ["label", *ratios, "rows"], rows)]
+
+
+def softmax(logits: F32) -> F32:
+    """The probabilities of logits [n, L]."""
+    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(exp / exp.sum(axis=1, keepdims=True), np.float32)
+
+
+def _class_weights(
+    config: FinetuneConfig, labels: npt.NDArray[np.int64], num_labels: int
+) -> Tensor | None:
+    """Weights of the labels in the loss, fp32 [L]; balanced: inversely to their frequency."""
+    if config.class_weights is None:
+        return None
+    if config.class_weights == "balanced":
+        labels = labels[labels != NO_LABEL]
+        counts = np.bincount(labels, minlength=num_labels)  # [L]
+        return torch.tensor(len(labels) / (num_labels * np.maximum(counts, 1)), dtype=torch.float32)
+    return torch.tensor(config.class_weights, dtype=torch.float32)
+
+
+def _sort_key(label: str) -> tuple[int, int, str]:
+    """Sort integers first and by value, then names alphabetically."""
+    return (0, int(label), "") if re.fullmatch(r"-?\d+", label) else (1, 0, label)

@@ -1,0 +1,152 @@
+"""Generated data sets, one for each task, whose best possible score is known.
+
+Each generator returns rows for a JSONL file and the score of a model that knows how they were made.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from raybert.tasks.entities import Span, entity_scores
+
+FILLER = "the a some of in on with and people town day story music film it was had this".split()
+TOPICS = {
+    "art": ["painting", "gallery", "museum"],
+    "food": ["dinner", "kitchen", "bread"],
+    "sport": ["match", "team", "goal"],
+    "travel": ["train", "airport", "hotel"],
+}
+PEOPLE = "anna boris clara david elena frank".split()
+PLACES = "paris london berlin madrid oslo vienna".split()
+
+
+@dataclass(frozen=True)
+class Made:
+    """Rows of a task, the settings that read them, and the best score of its metric."""
+
+    rows: list[dict]
+    metric: str
+    best: float
+    source: dict
+
+
+def _sentence(draw, words, length=(5, 12)):
+    """Words among filler, in random order."""
+    sentence = [*words, *draw.choices(FILLER, k=draw.randint(*length))]
+    draw.shuffle(sentence)
+    return " ".join(sentence)
+
+
+def single_label(count, seed=0, noise=0.05):
+    """The topic of a word; a share of the labels is wrong."""
+    draw, rows, right = random.Random(seed), [], 0
+    for _ in range(count):
+        topic = draw.choice(list(TOPICS))
+        label = draw.choice(list(TOPICS)) if draw.random() < noise else topic
+        right += label == topic
+        rows.append({"text": _sentence(draw, [draw.choice(TOPICS[topic])]), "label": label})
+    return Made(rows, "accuracy", right / count, {})
+
+
+def multi_label(count, seed=0, noise=0.03):
+    """Every topic of a word, from none to all; each is wrong with a small probability."""
+    draw, rows = random.Random(seed), []
+    hits = predicted = support = 0
+    for _ in range(count):
+        topics = [topic for topic in TOPICS if draw.random() < 0.35]
+        labels = [t for t in TOPICS if (t in topics) != (draw.random() < noise)]
+        hits += len(set(topics) & set(labels))
+        predicted, support = predicted + len(topics), support + len(labels)
+        words = [draw.choice(TOPICS[topic]) for topic in topics]
+        rows.append({"text": _sentence(draw, words), "label": labels})
+    return Made(rows, "f1_micro", 2 * hits / (predicted + support), {})
+
+
+def pairs(count, seed=0, noise=0.05):
+    """Whether both texts have a word of the same topic."""
+    draw, rows, right = random.Random(seed), [], 0
+    topics = list(TOPICS)[:3]
+    for index in range(count):
+        first = draw.choice(topics)
+        is_same = index % 2 == 0
+        second = first if is_same else draw.choice([t for t in topics if t != first])
+        label = is_same != (draw.random() < noise)
+        right += label == is_same
+        texts = [_sentence(draw, [draw.choice(TOPICS[t])], (2, 5)) for t in (first, second)]
+        label = "same" if label else "other"
+        rows.append({"sentence1": texts[0], "sentence2": texts[1], "label": label})
+    return Made(rows, "accuracy", right / count, {})
+
+
+def regression(count, seed=0, noise=0.3):
+    """The sum of the values of a text's words, in hundreds, with Gaussian noise."""
+    draw, rows, clean = random.Random(seed), [], []
+    values = {word: i - 5.5 for i, word in enumerate(w for ws in TOPICS.values() for w in ws)}
+    for _ in range(count):
+        words = draw.choices(list(values), k=draw.randint(1, 3))
+        clean.append(sum(values[word] for word in words))
+        rows.append(
+            {
+                "text": _sentence(draw, words, (3, 8)),
+                "label": round(500 + 100 * (clean[-1] + draw.gauss(0, noise)), 3),
+            }
+        )
+    best = spearmanr(clean, [row["label"] for row in rows]).statistic
+    return Made(rows, "spearman", float(best), {})
+
+
+def tokens(count, seed=0, noise=0.02):
+    """Words with tags: people, of one or two words, and places; some tags are missing."""
+    draw, rows, truth, given = random.Random(seed), [], [], []
+    for _ in range(count):
+        words, tags = [], []
+        for _ in range(draw.randint(2, 4)):
+            filler = draw.choices(FILLER, k=draw.randint(1, 3))
+            words += filler
+            tags += ["O"] * len(filler)
+            if draw.random() < 0.5:
+                name = draw.choices(PEOPLE, k=draw.randint(1, 2))
+                tags += ["B-PER", "I-PER"][: len(name)]
+            else:
+                name = [draw.choice(PLACES)]
+                tags.append("B-LOC")
+            words += name
+        noisy = list(tags)
+        spans = _spans(tags)
+        for span in spans:
+            if draw.random() < noise:
+                noisy[span.start : span.end] = ["O"] * (span.end - span.start)
+        truth.append(spans)
+        given.append(_spans(noisy))
+        rows.append({"tokens": words, "tags": noisy})
+    best = entity_scores(given, truth)["f1"]
+    source = {"text_column": "tokens", "label_column": "tags"}
+    return Made(rows, "f1", best, source)
+
+
+def _spans(tags):
+    spans, begin = [], None
+    for index, tag in enumerate([*tags, "O"]):
+        if begin is not None and not tag.startswith("I-"):
+            spans.append(Span(begin, index, tags[begin][2:]))
+            begin = None
+        if tag.startswith("B-"):
+            begin = index
+    return spans
+
+
+TASKS = {
+    "single_label": single_label,
+    "multi_label": multi_label,
+    "pairs": pairs,
+    "regression": regression,
+    "token_classification": tokens,
+}
+
+
+if __name__ == "__main__":
+    for name, make in TASKS.items():
+        made = make(2000)
+        print(name, made.metric, round(made.best, 4), np.random.default_rng(0).choice(made.rows))
