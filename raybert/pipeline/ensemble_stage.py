@@ -15,14 +15,16 @@ import numpy as np
 
 from raybert.cluster.session import ray_session
 from raybert.config import dump
+from raybert.data.preprocess import Preprocessing
+from raybert.data.tokenizer import Tokenizer
 from raybert.errors import RaybertError
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
 from raybert.pipeline.finetune_setup import input_length, prepare_finetune
 from raybert.storage.folder import Folder
-from raybert.tasks.classification_metrics import classification_scores
 from raybert.tasks.finetune import FinetuneSpec
 from raybert.tasks.prepared_texts import TokenizedTexts
+from raybert.tasks.protocol import Outputs
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock, mean_and_deviation
 from raybert.train.run_folder import CONFIG, RESULT, dotted, open_run
@@ -67,7 +69,8 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
         check_members(source.trials)
         models = [stage / "members" / name / "model" for name in names]
         validation = TokenizedTexts.load(spec.data, spec.prepared.validation)
-        result = measure(models, validation, spec.prepared.labels)
+        how = Preprocessing(spec.prepared.seq_len, spec.prepared.head_tokens)
+        result = measure(models, validation.shortened(how, Tokenizer.load(spec.tokenizer)))
     from raybert.inference.ensemble import write_ensemble
 
     write_ensemble(stage, [f"members/{name}/model" for name in names])
@@ -98,29 +101,41 @@ def _open_ensemble(
     )
 
 
-def measure(models: list[Folder], texts: TokenizedTexts, labels: list[str]) -> dict[str, Any]:
-    """Score each model and their ensemble; `mean` and `std` are of the members' accuracies."""
+def measure(models: list[Folder], texts: TokenizedTexts) -> dict[str, Any]:
+    """Score each model and their ensemble; `mean` and `std` are of the members' metric."""
     from raybert.inference.classifier import TextClassifier
-    from raybert.inference.ensemble import mean_logits
 
-    logits = [TextClassifier(model).score(texts.input_ids) for model in models]
-    members = [classification_scores(each, texts.labels, labels) for each in logits]
-    ensemble = classification_scores(mean_logits(logits), texts.labels, labels)
-    accuracies = [scores["accuracy"] for scores in members]
-    votes = np.stack([each.argmax(axis=1) for each in logits], axis=1)  # [n, models]
+    classifiers = [TextClassifier(model) for model in models]
+    tasks = [classifier.task for classifier in classifiers]
+    outputs = [classifier.score(texts.input_ids) for classifier in classifiers]
+    together: Outputs = [
+        tasks[0].mean([np.asarray(each[row]) for each in outputs])
+        for row in range(len(texts.input_ids))
+    ]
+    if not tasks[0].is_per_token:
+        together = np.stack(list(together))
+    members = [task.evaluate(x, texts.labels) for task, x in zip(tasks, outputs, strict=True)]
+    ensemble = tasks[0].evaluate(together, texts.labels)
+    metric = tasks[0].default_metric
+    values = [scores[metric] for scores in members]
+    decided = [
+        [frozenset(tasks[0].decision(np.asarray(row))) for row in each] for each in outputs
+    ]  # [models, n]
+    kept = [metric, *(key for key in _SCORES if key in ensemble and key != metric)]
     return {
-        "members": [{key: scores[key] for key in _SCORES} for scores in members],
-        "mean": statistics.fmean(accuracies),
-        "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "ensemble": {key: ensemble[key] for key in _SCORES},
-        "gain": ensemble["accuracy"] - statistics.fmean(accuracies),
-        "agreement": float(np.mean([len({int(p) for p in row}) == 1 for row in votes])),
+        "metric": metric,
+        "members": [{key: scores[key] for key in kept} for scores in members],
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "ensemble": {key: ensemble[key] for key in kept},
+        "gain": ensemble[metric] - statistics.fmean(values),
+        "agreement": float(np.mean([len(set(row)) == 1 for row in zip(*decided, strict=True)])),
         "n": ensemble["n"],
     }
 
 
 def _format_result(result: dict[str, Any]) -> str:
-    ensemble = result["ensemble"]["accuracy"]
+    ensemble = result["ensemble"][result.get("metric", "accuracy")]
     return (
         f"{len(result['members'])} members {mean_and_deviation(result)}, together {ensemble:.4f} "
         f"({result['gain']:+.4f}) on {result['n']:,} validation texts"

@@ -125,3 +125,18 @@ def teachers(experiment: Experiment) -> list[Folder]:
         ensemble = members(folder) or members(folder / "ensemble")
         found += ensemble or [resolve_model(path, key="finetune.distill.teacher")]
     return found
+
+
+def peek_evaluation(experiment: Experiment) -> None:
+    """Read the first document of the texts to train, validate and evaluate on.
+
+    Raises:
+        DataError: for mistakes that all rows share, as a missing column.
+    """
+    from raybert.tasks.labelled import COLUMNS, peek, resolve_source, with_columns_of
+
+    found = resolve_source(experiment.finetune.source, experiment.finetune.task)
+    columns = found.source.model_dump(include=set(COLUMNS))
+    if experiment.finetune.validation is not None:
+        peek(with_columns_of(experiment.finetune.validation, columns), found.task)
+    peek(with_columns_of(experiment.evaluate.source, columns), found.task)

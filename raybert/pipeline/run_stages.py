@@ -16,9 +16,8 @@ from raybert.data.sources import documents
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.pipeline import stages
-from raybert.pipeline.finetune_setup import teachers
+from raybert.pipeline.finetune_setup import peek_evaluation, teachers
 from raybert.storage.folder import Folder
-from raybert.tasks.labelled import COLUMNS, peek, resolve_source, with_columns_of
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
 from raybert.train.run_folder import CONFIG
@@ -78,11 +77,7 @@ def check_sources(experiment: Experiment) -> None:
     if experiment.corpus.overlap is not None:
         documents.fingerprint(experiment.corpus.overlap)
     if not (experiment.folder / "finetune").exists(CONFIG):  # a begun run keeps its prepared texts
-        found = resolve_source(experiment.finetune.source, experiment.finetune.task)
-        task, columns = found.task, found.source.model_dump(include=set(COLUMNS))
-        if experiment.finetune.validation is not None:
-            peek(with_columns_of(experiment.finetune.validation, columns), task)
-        peek(with_columns_of(experiment.evaluate.source, columns), task)
+        peek_evaluation(experiment)
         teachers(experiment)
         if experiment.finetune.distill.unlabelled is not None:
             documents.fingerprint(experiment.finetune.distill.unlabelled)

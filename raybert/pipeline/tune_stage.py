@@ -12,10 +12,9 @@ from typing import Any
 
 from raybert.cluster.session import Resources, dashboard_url, ray_session
 from raybert.config import dump
-from raybert.data.sources import documents
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
-from raybert.pipeline.finetune_setup import input_length, prepare_finetune
+from raybert.pipeline.finetune_setup import input_length, peek_evaluation, prepare_finetune
 from raybert.pipeline.stages import find_shared_file
 from raybert.pipeline.tune_result import (
     Cost,
@@ -53,7 +52,7 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
         return _finished_search(experiment, stage, display)
     space = read_space(config, TrialConfig(model=experiment.model, finetune=experiment.finetune))
     if config.test:
-        documents.peek(experiment.evaluate.source)
+        peek_evaluation(experiment)
     if dashboard:
         check_tensorboard(stage / "tensorboard")
         with_dashboard = experiment.ray.model_copy(update={"dashboard": True})

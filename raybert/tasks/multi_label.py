@@ -34,6 +34,7 @@ from raybert.tasks.protocol import (
     Outputs,
     TableData,
     Targets,
+    Tensors,
     TextTask,
     parse_with,
 )
@@ -249,6 +250,25 @@ class MultiLabel(TextTask):
                 if selected[row, i] or (options.all_scores and options.threshold is None)
             ][: options.top_k]
             for row in range(len(logits))
+        ]
+
+    def named_scores(self, outputs: F32) -> dict[Any, float]:
+        return dict(zip(self.labels, sigmoid(outputs).tolist(), strict=True))
+
+    def decision(self, outputs: F32) -> dict[Any, float]:
+        selected = sigmoid(outputs) >= self.thresholds
+        scores = self.named_scores(outputs).items()
+        return {name: p for (name, p), has in zip(scores, selected, strict=True) if has}
+
+    def tensors(self, outputs: Outputs, words: Sequence[Sequence[Word]] | None) -> list[Tensors]:
+        """`selected` and `scores`, [n, L]: whether thresholds are reached, and probabilities."""
+        scores = sigmoid(np.asarray(outputs, np.float32).reshape(-1, len(self.labels)))
+        shape = [len(outputs) or -1, len(self.labels)]
+        rounded = [round(float(score), 6) for score in scores.ravel()]
+        selected = (scores >= self.thresholds).ravel().tolist()
+        return [
+            Tensors("selected", "BOOL", shape, selected),
+            Tensors("scores", "FP32", shape, rounded),
         ]
 
     @classmethod

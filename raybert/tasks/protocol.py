@@ -42,6 +42,15 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 NO_LABEL = -1  # an integer target that does not count; a float target that does not is NaN
 
 
+class Tensors(NamedTuple):
+    """An output of the Open Inference Protocol: a tensor by name."""
+
+    name: str
+    datatype: str  # FP32, BOOL or BYTES
+    shape: Sequence[int]
+    data: Sequence[Any]  # flat
+
+
 class TableData(NamedTuple):
     """A table of a report."""
 
@@ -213,6 +222,18 @@ class TextTask(ABC):
     @abstractmethod
     def answer_schema(cls) -> type[BaseModel]:
         """The schema of an element of an answer."""
+
+    @abstractmethod
+    def named_scores(self, outputs: F32) -> dict[Any, float]:
+        """All scores of one text, from its outputs, by name."""
+
+    @abstractmethod
+    def decision(self, outputs: F32) -> dict[Any, float]:
+        """Those scores of one text that are predicted."""
+
+    @abstractmethod
+    def tensors(self, outputs: Outputs, words: Sequence[Sequence[Word]] | None) -> list[Tensors]:
+        """The outputs of the Open Inference Protocol; of no texts, their names and types."""
 
     @abstractmethod
     def columns(self, answers: Sequence[Any]) -> list[dict[str, Any]]:

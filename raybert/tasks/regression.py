@@ -38,6 +38,7 @@ from raybert.tasks.protocol import (
     Outputs,
     TableData,
     Targets,
+    Tensors,
     TextTask,
     parse_with,
 )
@@ -251,6 +252,17 @@ class Regression(TextTask):
                 answer.append(estimate)
             answers.append(answer[: options.top_k])
         return answers
+
+    def named_scores(self, outputs: F32) -> dict[Any, float]:
+        return dict(zip(self.labels, outputs.tolist(), strict=True))
+
+    def decision(self, outputs: F32) -> dict[Any, float]:
+        return self.named_scores(outputs)
+
+    def tensors(self, outputs: Outputs, words: Sequence[Sequence[Word]] | None) -> list[Tensors]:
+        """`scores` [n, L], in their unit."""
+        rounded = [round(float(value), 6) for row in outputs for value in row]
+        return [Tensors("scores", "FP32", [len(outputs) or -1, len(self.labels)], rounded)]
 
     @classmethod
     def answer_schema(cls) -> type[BaseModel]:

@@ -33,6 +33,7 @@ from raybert.tasks.protocol import (
     Outputs,
     TableData,
     Targets,
+    Tensors,
     TextTask,
 )
 
@@ -171,6 +172,26 @@ class SingleLabel(TextTask):
                 if options.threshold is None or row[i] >= options.threshold
             ]
             for row in scores
+        ]
+
+    def named_scores(self, outputs: F32) -> dict[Any, float]:
+        return dict(zip(self.labels, self.scores(outputs[None])[0].tolist(), strict=True))
+
+    def decision(self, outputs: F32) -> dict[Any, float]:
+        scores = self.named_scores(outputs)
+        best = max(scores, key=scores.__getitem__)
+        return {best: scores[best]}
+
+    def tensors(self, outputs: Outputs, words: Sequence[Sequence[Word]] | None) -> list[Tensors]:
+        """`label` [n], the most probable one, and `scores` [n, L], calibrated probabilities."""
+        count = len(outputs)
+        scores = self.scores(outputs) if count else np.empty((0, len(self.labels)), np.float32)
+        best = [self.labels[i] for i in scores.argmax(axis=1)] if count else []
+        rounded = [round(float(score), 6) for score in scores.ravel()]
+        size = count or -1
+        return [
+            Tensors("label", "BYTES", [size], best),
+            Tensors("scores", "FP32", [size, len(self.labels)], rounded),
         ]
 
     @classmethod

@@ -45,6 +45,7 @@ from raybert.tasks.protocol import (
     Outputs,
     TableData,
     Targets,
+    Tensors,
     TextTask,
 )
 
@@ -239,6 +240,22 @@ class TokenClassification(TextTask):
             kept = sorted(found, key=lambda each: -each["score"])[: options.top_k]
             found = [each for each in found if each in kept]
         return found
+
+    def named_scores(self, outputs: F32) -> dict[Any, float]:
+        """By token and tag."""
+        scores = _softmax(outputs)
+        return {(t, tag): float(p) for t, row in enumerate(scores) for tag, p in enumerate(row)}
+
+    def decision(self, outputs: F32) -> dict[Any, float]:
+        scores = _softmax(outputs)
+        best = scores.argmax(axis=1).tolist()
+        return {(t, tag): float(scores[t, tag]) for t, tag in enumerate(best) if tag}
+
+    def tensors(self, outputs: Outputs, words: Sequence[Sequence[Word]] | None) -> list[Tensors]:
+        """`entities` [n]: JSON of each text's entities."""
+        found = self.answers(outputs, words or [], AnswerOptions())
+        data = [json.dumps(each, ensure_ascii=False) for each in found]
+        return [Tensors("entities", "BYTES", [len(outputs) or -1], data)]
 
     @classmethod
     def answer_schema(cls) -> type[BaseModel]:

@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from markupsafe import Markup
-from raybert.tasks.classification_metrics import classification_scores
 
 from raybert.errors import UserError
 from raybert.report import write_report
@@ -16,6 +15,7 @@ from raybert.report.elements import Figure, format_value
 from raybert.report.plots import smoothed
 from raybert.report.stage_files import spread
 from raybert.storage.folder import Folder
+from raybert.tasks.classification_metrics import classification_scores
 from raybert.terminal.formats import format_count, format_duration
 
 NASTY = '<br /><script>alert("1")</script> & <b>loved</b> it'

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from raybert.tasks.classification_metrics import NUM_BINS, calibration, classification_scores
 
 from raybert.errors import DataError, RaybertError
+from raybert.tasks.classification_metrics import NUM_BINS, calibration, classification_scores
 
 
 def logits_of(probabilities):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from raybert.tasks.classification_metrics import RANGE, classification_scores, fit_temperature
 
 NAMES = ["a", "b", "c"]

@@ -26,6 +26,7 @@ from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
+from raybert.inference.classifier import Text
 from raybert.serve import request_errors
 from raybert.serve.request_errors import RequestError
 
@@ -119,15 +120,22 @@ def _unwrap(value: Any) -> Any:
 
 
 _SingleText = Annotated[list[str], Field(min_length=1, max_length=1)]
+_Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
 Texts = Annotated[
-    str | Annotated[list[str], Field(fail_fast=True)],
+    str
+    | Annotated[list[str], Field(fail_fast=True)]
+    | Annotated[list[_Pair], Field(fail_fast=True)],
     Field(
         union_mode="left_to_right",
-        description="a text, or a list of texts; each may be in a list of its own",
+        description="a text, or a list of texts; each may be in a list of its own. For a model of "
+        "pairs: two texts, or a list of such pairs",
         examples=["The plot was thin, but the actors made it a joy to watch."],
     ),
-    BeforeValidator(_unwrap, json_schema_input_type=str | list[str] | list[_SingleText]),
+    BeforeValidator(
+        _unwrap, json_schema_input_type=str | list[str] | list[_SingleText] | list[_Pair]
+    ),
 ]
+Inputs = str | list[str] | list[list[str]]
 
 
 class Error(BaseModel):
@@ -137,9 +145,9 @@ class Error(BaseModel):
     error_type: str
 
 
-def check_texts(inputs: str | Sequence[str], max_texts: int) -> Sequence[str]:
-    """Return the texts of a request as a list, or raise RequestError, 400 or 413."""
-    texts = [inputs] if isinstance(inputs, str) else inputs
+def check_texts(inputs: Inputs, max_texts: int, *, pairs: bool = False) -> Sequence[Text]:
+    """Return the texts of a request, or its pairs, as a list; or raise RequestError, 400 or 413."""
+    texts = _pairs_of(inputs) if pairs else _texts_of(inputs)
     if not texts:
         raise request_errors.empty("inputs is empty; give it a text")
     if len(texts) > max_texts:
@@ -147,7 +155,31 @@ def check_texts(inputs: str | Sequence[str], max_texts: int) -> Sequence[str]:
             f"{len(texts):,} texts are more than the {max_texts:,} that are read in a request"
         )
     for index, text in enumerate(texts):
-        if not text.strip():
+        if not all(part.strip() for part in ((text,) if isinstance(text, str) else text)):
             key = "inputs" if len(texts) == 1 else f"inputs.{index}"
             raise request_errors.empty(f"{key} is empty; give it a text")
     return texts
+
+
+def is_single(inputs: Inputs, *, pairs: bool) -> bool:
+    """Return whether a request has one text, or one pair, that is not in a list of them."""
+    if pairs:
+        return isinstance(inputs, list) and all(isinstance(part, str) for part in inputs)
+    return isinstance(inputs, str)
+
+
+def _texts_of(inputs: Inputs) -> Sequence[str]:
+    texts = [inputs] if isinstance(inputs, str) else inputs
+    if not all(isinstance(text, str) for text in texts):
+        raise request_errors.invalid("inputs: give a text, or a list of texts")
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _pairs_of(inputs: Inputs) -> Sequence[tuple[str, str]]:
+    given: Sequence[Any] = [inputs] if is_single(inputs, pairs=True) and inputs else inputs
+    pairs = [(item[0], item[1]) for item in given if isinstance(item, list) and len(item) == 2]
+    if len(pairs) < len(given):
+        raise request_errors.invalid(
+            'inputs: this model reads pairs of texts; give ["a", "b"], or a list of such pairs'
+        )
+    return pairs

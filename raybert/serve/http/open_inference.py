@@ -20,6 +20,7 @@ from raybert import __version__
 from raybert.serve import request_errors
 from raybert.serve.http.json_route import (
     ClosedModel,
+    Inputs,
     JSONRoute,
     RequestBody,
     check_texts,
@@ -30,13 +31,11 @@ from raybert.serve.http.openapi import error_responses, example
 from raybert.serve.http.server_routes import check_ready
 from raybert.serve.request_errors import RequestError
 from raybert.serve.runtime.loaded_models import LoadedModel
-from raybert.serve.runtime.service import Scored, Service
+from raybert.serve.runtime.service import Service
 
 _MODEL = "/v2/models/{name}"
 _VERSION = _MODEL + "/versions/{version}"
 _ALSO = f"also at {_VERSION}"
-_INPUT = {"name": "text", "datatype": "BYTES", "shape": [-1]}
-_OUTPUTS = ("label", "scores")
 _TEXT = "The plot was thin, but the actors made it a joy to watch."
 _EXAMPLE = example(
     request={"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [_TEXT]}]},
@@ -76,7 +75,7 @@ class InferInput(ClosedModel):
 class InferOutput(ClosedModel):
     """A requested output."""
 
-    name: str = Field(description="label or scores")
+    name: str = Field(description="as in the model's metadata: label or scores, for instance")
     parameters: dict[str, Any] | None = None
 
 
@@ -125,12 +124,18 @@ def add_open_inference_routes(app: FastAPI, service: Service) -> None:
             "name": model.name,
             "versions": [model.version],
             "platform": "raybert_pytorch",
-            "inputs": [_INPUT],
-            "outputs": [
-                {"name": "label", "datatype": "BYTES", "shape": [-1]},
-                {"name": "scores", "datatype": "FP32", "shape": [-1, len(model.labels)]},
+            "inputs": [
+                {
+                    "name": "text",
+                    "datatype": "BYTES",
+                    "shape": [-1, 2] if model.classifier.reads_pairs else [-1],
+                }
             ],
-            "parameters": {"labels": model.labels},
+            "outputs": [
+                {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+                for tensor in model.classifier.task.tensors([], None)
+            ],
+            "parameters": {"task": model.classifier.task.name, "labels": model.labels},
         }
 
     @app.get(f"{_VERSION}/ready", include_in_schema=False)
@@ -144,9 +149,10 @@ def add_open_inference_routes(app: FastAPI, service: Service) -> None:
 
     async def infer(name: str, body: InferRequest, request: Request) -> Response:
         request.scope[TEXT_COUNT] = sum(len(tensor.data) for tensor in body.inputs)
-        find(name, request)
-        given, outputs, truncate = _parse(body)
-        texts = check_texts(given, service.config.max_texts)
+        classifier = find(name, request).classifier
+        known = [tensor.name for tensor in classifier.task.tensors([], None)]
+        given, names, truncate = _parse(body, known, pairs=classifier.reads_pairs)
+        texts = check_texts(given, service.config.max_texts, pairs=classifier.reads_pairs)
         async with asyncio.timeout(service.config.timeout_s):
             # By its name a request gets exactly this model, and never the canary.
             scored = await service.score(texts, name, truncate)
@@ -156,8 +162,11 @@ def add_open_inference_routes(app: FastAPI, service: Service) -> None:
         }
         if body.id is not None:
             answer["id"] = body.id
-        tensors = _output_tensors(scored)
-        return JSONResponse({**answer, "outputs": [tensors[output] for output in outputs]})
+        task = scored.model.classifier.task
+        words = await service.words(texts, scored)
+        tensors = {tensor.name: tensor for tensor in task.tensors(scored.outputs, words)}
+        outputs = [tensors[each]._asdict() for each in names]
+        return JSONResponse({**answer, "outputs": outputs})
 
     summary = f"Classify texts, as tensors; {_ALSO}/infer"
     for path, in_schema in ((_MODEL, True), (_VERSION, False)):
@@ -173,7 +182,9 @@ def add_open_inference_routes(app: FastAPI, service: Service) -> None:
         )
 
 
-def _parse(body: InferRequest) -> tuple[list[str], Sequence[str], bool | None]:
+def _parse(
+    body: InferRequest, known: Sequence[str], *, pairs: bool
+) -> tuple[Inputs, Sequence[str], bool | None]:
     """Return texts, names of outputs, and the parameter truncate, or raise RequestError, 422."""
     if not body.inputs:
         raise request_errors.invalid("inputs: this model has one, text; got none")
@@ -183,23 +194,11 @@ def _parse(body: InferRequest) -> tuple[list[str], Sequence[str], bool | None]:
     truncate = (body.parameters or {}).get("truncate")
     if not (truncate is None or isinstance(truncate, bool)):
         raise request_errors.invalid("parameters.truncate: true or false")
-    outputs = [output.name for output in body.outputs or []] or _OUTPUTS
-    for output in outputs:
-        if output not in _OUTPUTS:
-            raise request_errors.invalid("outputs: known are label, scores")
-    return tensor.data, outputs, truncate
-
-
-def _output_tensors(scored: Scored) -> dict[str, dict[str, Any]]:
-    """Return `label` [n], the most probable, and `scores` [n, labels], calibrated probabilities."""
-    scores = scored.model.classifier.calibrated(scored.logits)
-    labels = [scored.model.labels[i] for i in scores.argmax(axis=1)]
-    rounded = [round(float(score), 6) for score in scores.ravel()]
-    return {
-        "label": _tensor("label", "BYTES", [len(scores)], labels),
-        "scores": _tensor("scores", "FP32", list(scores.shape), rounded),
-    }
-
-
-def _tensor(name: str, datatype: str, shape: list[int], data: list[Any]) -> dict[str, Any]:
-    return {"name": name, "datatype": datatype, "shape": shape, "data": data}
+    names = [output.name for output in body.outputs or []] or known
+    if not set(names) <= set(known):
+        raise request_errors.invalid(f"outputs: known are {', '.join(known)}")
+    if not pairs:
+        return tensor.data, names, truncate
+    if len(tensor.data) % 2:
+        raise request_errors.invalid("inputs.0.shape: this model reads pairs of texts, [n, 2]")
+    return [tensor.data[i : i + 2] for i in range(0, len(tensor.data), 2)], names, truncate

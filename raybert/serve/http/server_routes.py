@@ -78,6 +78,7 @@ def server_info(service: Service) -> dict[str, Any]:
         "version": __version__,
     }
     if default:
+        fitted = default.classifier.task.fitted
         info |= {
             "model_sha": default.weights_hash,
             "model_dtype": default.classifier.precision,
@@ -87,7 +88,10 @@ def server_info(service: Service) -> dict[str, Any]:
                     "label2id": {label: i for i, label in enumerate(labels)},
                 }
             },
-            "temperature": default.classifier.temperature,
+            "task": default.classifier.task.name,
+            "reads_pairs": default.classifier.reads_pairs,
+            "temperature": 1.0,
+            **{k: v for k, v in fitted.items() if k in default.classifier.task.fitted_keys},
             "max_batch_tokens": default.classifier.tokens_per_batch,
         }
     if canary and config.canary:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Union
 
-import numpy as np
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
 from raybert.serve import request_errors
-from raybert.serve.http.json_route import RequestBody, Texts, check_texts
+from raybert.serve.http.json_route import RequestBody, Texts, check_texts, is_single
 from raybert.serve.http.middleware import TEXT_COUNT
 from raybert.serve.http.openapi import example
-from raybert.serve.runtime.service import Scored, Service
+from raybert.serve.runtime.service import Service
+from raybert.tasks.protocol import AnswerOptions
+from raybert.tasks.registry import TASKS
 
 _MAX_EXPLAINED = 8  # texts of a request
+if TYPE_CHECKING:
+    Answer = list[Any]
+else:  # for a text, of any task
+    Answer = Union[*(list[task.answer_schema()] for task in TASKS.values())]
 
 _PREDICT_EXAMPLE = example(
     request={"inputs": "The plot was thin, but the actors made it a joy to watch."},
@@ -47,7 +52,12 @@ class PredictRequest(RequestBody):
     )
     raw_scores: bool = Field(False, description="logits in place of probabilities")
     all_scores: bool = Field(
-        True, description="all labels, the most probable first; false: only the first"
+        True,
+        description="all labels, the most probable first; false: only the predicted ones",
+    )
+    top_k: int | None = Field(None, ge=1, description="at most so many labels or entities")
+    threshold: float | None = Field(
+        None, description="leave out labels and entities with a lower score"
     )
     explain: bool = Field(False, description="add a weight for each word")
     model: str | None = Field(
@@ -62,26 +72,21 @@ class FillMaskRequest(RequestBody):
     top_k: int = Field(5, ge=1, le=100, description="predictions for each mask")
 
 
-class Score(BaseModel):
-    """A label with its probability."""
-
-    label: str
-    score: float
-
-
 class WordWeight(BaseModel):
     """A word, its position in the text in characters, and its weight."""
 
     text: str
     start: int
     end: int
-    weight: float = Field(description="positive: it supports the most probable label")
+    weight: float = Field(description="positive: it supports the explained label")
+    input: int = Field(description="of a pair: 0 for a word of the first text, 1 of the second")
 
 
 class Explained(BaseModel):
-    """Scores with the weights of words."""
+    """An answer with the weights of words."""
 
-    predictions: list[Score] = Field(description="the most probable first")
+    predictions: Answer = Field(description="as without `explain`")
+    label: str = Field(description="what the weights support: the most probable label, as a rule")
     words: list[WordWeight] = Field(description="in the order of the text")
     error: float = Field(
         description="completeness error: |sum of the words' weights - (margin of the text - margin "
@@ -102,12 +107,13 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/predict",
-        response_model=list[Score] | list[list[Score]] | Explained | list[Explained],
-        summary="Classify texts",
+        response_model=Answer | list[Answer] | Explained | list[Explained],
+        summary="Predict texts, or pairs of texts",
         **_PREDICT_EXAMPLE,
     )
     async def predict(body: PredictRequest, request: Request) -> Response:
-        texts = check_texts(body.inputs, config.max_texts)
+        pairs = service.find(body.model).classifier.reads_pairs
+        texts = check_texts(body.inputs, config.max_texts, pairs=pairs)
         request.scope[TEXT_COUNT] = len(texts)
         if body.explain and not config.explain:
             raise request_errors.invalid("explain: this server does not explain (serve.explain)")
@@ -118,14 +124,20 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
             )
         async with asyncio.timeout(config.timeout_s):
             scored = await service.score(texts, body.model, body.truncate)
-            answers: list[Any] = _rank(scored, body)
+            options = AnswerOptions(body.raw_scores, body.all_scores, body.top_k, body.threshold)
+            answers = await service.answer(texts, scored, options)
             if body.explain:
                 explanations = await service.explain(texts, scored)
                 answers = [
-                    {"predictions": scores, "words": list(map(vars, one.words)), "error": one.error}
-                    for scores, one in zip(answers, explanations, strict=True)
+                    {
+                        "predictions": answer,
+                        "label": one.label,
+                        "words": list(map(vars, one.words)),
+                        "error": one.error,
+                    }
+                    for answer, one in zip(answers, explanations, strict=True)
                 ]
-        return JSONResponse(answers[0] if isinstance(body.inputs, str) else answers)
+        return JSONResponse(answers[0] if is_single(body.inputs, pairs=pairs) else answers)
 
     @app.post(
         "/fill-mask",
@@ -134,7 +146,7 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
         **_FILL_MASK_EXAMPLE,
     )
     async def fill_mask(body: FillMaskRequest, request: Request) -> Response:
-        texts = check_texts(body.inputs, config.max_texts)
+        texts = [str(text) for text in check_texts(body.inputs, config.max_texts)]
         request.scope[TEXT_COUNT] = len(texts)
         async with asyncio.timeout(config.timeout_s):
             filled = await service.fill_masks(texts, body.top_k)
@@ -146,17 +158,3 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
             for masks in filled
         ]
         return JSONResponse(answers[0] if isinstance(body.inputs, str) else answers)
-
-
-def _rank(scored: Scored, body: PredictRequest) -> list[list[dict[str, Any]]]:
-    """Return each text's labels with their scores, the most probable first."""
-    logits, model = scored
-    scores = logits if body.raw_scores else model.classifier.calibrated(logits)
-    count = None if body.all_scores else 1
-    return [
-        [
-            {"label": model.labels[i], "score": round(float(row[i]), 6)}
-            for i in np.argsort(-row, kind="stable")[:count]
-        ]
-        for row in scores
-    ]

@@ -28,9 +28,10 @@ import numpy.typing as npt
 import torch
 
 from raybert.inference.classifier import Row
+from raybert.tasks.protocol import Outputs
 
 T = TypeVar("T")
-Scores = npt.NDArray[np.float32]
+Scores = Sequence[npt.NDArray[np.float32]]  # the outputs of each row, [L] or [tokens, L]
 
 _NEWEST_WEIGHT = 0.2  # of the last full batch in the moving averages of speed and request size
 _INITIAL_BATCHES = 16  # that may wait before the speed is known
@@ -87,7 +88,7 @@ class Batcher:
 
     def __init__(
         self,
-        compute: Callable[[list[Row]], Scores],
+        compute: Callable[[list[Row]], Outputs],
         threads: ModelThreads,
         *,
         tokens_per_batch: int,
@@ -112,7 +113,7 @@ class Batcher:
         self._queued = 0  # tokens of the items whose requests are not cancelled
         self._expected = 0  # tokens of accepted requests that are being tokenized
         self._typical = 0.0  # tokens of a request, moving average
-        self._running: dict[asyncio.Future[Scores], _Batch] = {}
+        self._running: dict[asyncio.Future[Outputs], _Batch] = {}
         self._speed: float | None = None  # tokens per second
         self._timer: asyncio.TimerHandle | None = None
 
@@ -162,7 +163,7 @@ class Batcher:
             self._expected -= tokens
 
     async def score(self, rows: Sequence[Row]) -> Scores:
-        """Return the scores [rows, labels] of at least one row, or raise Overloaded or ModelFailed.
+        """Return the outputs of each row, of at least one, or raise Overloaded or ModelFailed.
 
         While the queue is empty, a request of any size is accepted. Cancelling removes its rows.
         """
@@ -234,7 +235,7 @@ class Batcher:
             self._queued -= cost
         return batch
 
-    def _finish(self, future: asyncio.Future[Scores]) -> None:
+    def _finish(self, future: asyncio.Future[Outputs]) -> None:
         """Distribute the scores of a batch, or its exception."""
         concurrent = len(self._running)  # batches, including this one
         items, begun, _ = self._running.pop(future)
@@ -256,7 +257,7 @@ class Batcher:
             request.scores[item.place] = scores[row]
             request.missing -= 1
             if not request.missing:
-                request.future.set_result(np.stack(request.scores))
+                request.future.set_result(request.scores)
 
     def _update_speed(self, tokens: int, seconds: float) -> None:
         """Update the moving average; small batches, slow for their size, have a small weight."""

@@ -8,11 +8,10 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from raybert.errors import ConfigError, RaybertError, StorageError
 from raybert.inference import precision_choice
-from raybert.inference.classifier import Row, TextClassifier, pool
+from raybert.inference.classifier import Row, Text, TextClassifier, pool
 from raybert.inference.explanations import Explainer
 from raybert.inference.fill_mask import MaskFiller
 from raybert.model import huggingface
@@ -21,6 +20,7 @@ from raybert.serve.runtime.metrics import Metrics
 from raybert.serve.runtime.model_sources import ModelSource, find_source
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder
+from raybert.tasks.protocol import Outputs
 
 
 class LoadedModel:
@@ -76,23 +76,25 @@ class LoadedModel:
         """The explainer, made at its first use; one thread at a time may use it."""
         return Explainer(self.classifier)
 
-    def encode(self, texts: Sequence[str], *, windows: bool) -> tuple[list[Row], list[int]]:
-        """Tokenize texts; return rows and the number of rows of each text. Thread-safe."""
-        if not windows:
-            rows = self.classifier.encode(texts)
-            return rows, [1] * len(rows)
-        by_text = self.classifier.encode_windows(texts)
-        return [row for rows in by_text for row in rows], [len(rows) for rows in by_text]
+    def encode(self, texts: Sequence[Text], *, windows: bool) -> tuple[list[Row], list[int]]:
+        """Tokenize texts; return rows and the number of tokens of each text. Thread-safe."""
+        if windows:
+            return self.classifier.encode_windows(texts)
+        rows = self.classifier.encode(texts)
+        return rows, [len(row) for row in rows]
 
-    async def score(self, rows: Sequence[Row], counts: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Compute the logits [texts, labels] of what `encode` returned, averaged over windows.
+    async def score(self, rows: Sequence[Row], lengths: Sequence[int]) -> Outputs:
+        """Compute the outputs of each text of what `encode` returned.
 
-        Raises Overloaded, or ModelFailed, also if logits are not finite.
+        Raises Overloaded, or ModelFailed, also if they are not finite.
         """
-        logits = pool(await self.batcher.score(rows), counts)
-        if not np.isfinite(logits).all():
+        scored: Outputs = await self.batcher.score(rows)
+        if not self.classifier.task.is_per_token:
+            scored = np.stack(list(scored))
+        outputs = pool(scored, lengths, self.classifier.longest)
+        if not all(np.isfinite(each).all() for each in outputs):
             raise ModelFailed(ValueError("scores are not finite: the weights have diverged"))
-        return logits
+        return outputs
 
 
 class LoadedModels:

@@ -14,12 +14,12 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
-from raybert.inference.classifier import Row
+from raybert.inference.classifier import Row, Text
 from raybert.inference.explanations import Explanation
 from raybert.serve import request_errors
 from raybert.serve.request_errors import RequestError
@@ -33,6 +33,8 @@ from raybert.serve.runtime.serial_executor import (
     fill_masks,
 )
 from raybert.serve.settings import ServeConfig
+from raybert.tasks.entities import Word
+from raybert.tasks.protocol import AnswerOptions, Outputs
 
 _MAX_SERIAL_REQUESTS = 8  # for explanations or masks, waiting or running
 _MAX_UNTOKENIZED = 8 << 20  # characters that wait for tokenization: about a second
@@ -43,9 +45,9 @@ _LOG_INTERVAL_S = 10.0  # between two log lines about failures of the canary
 
 
 class Scored(NamedTuple):
-    """The logits of a request's texts, and the model that computed them."""
+    """The outputs of a request's texts, and the model that computed them."""
 
-    logits: npt.NDArray[np.float32]  # [texts, labels]
+    outputs: Outputs
     model: LoadedModel
 
 
@@ -114,8 +116,8 @@ class Service:
             raise request_errors.not_found(f"no such classifier; classifiers: {known}")
         return model
 
-    async def score(self, texts: Sequence[str], name: str | None, truncate: bool | None) -> Scored:
-        """Compute the logits of at least one text.
+    async def score(self, texts: Sequence[Text], name: str | None, truncate: bool | None) -> Scored:
+        """Compute the outputs of at least one text, or pair for a model of pairs.
 
         Without a model's name the default scores, and for a share of the requests the canary.
         `truncate` cuts long texts, False reads them in windows; None: as configured.
@@ -130,37 +132,37 @@ class Service:
         windows = self.config.long_texts == "windows" if truncate is None else not truncate
         expected = self._expected_tokens(model, texts, windows)
         with model.batcher.reserve(expected):
-            rows, counts = await self._encode(model, texts, windows)
-        scored, canary = Scored(await model.score(rows, counts), model), self.models.canary
+            rows, lengths = await self._encode(model, texts, windows)
+        scored, canary = Scored(await model.score(rows, lengths), model), self.models.canary
         if canary is not None and name is None and self._canary.is_selected():
             remaining_s = self.config.timeout_s - (loop.time() - begun)
 
-            async def score_with_canary() -> npt.NDArray[np.float32]:
+            async def score_with_canary() -> Outputs:
                 return await canary.score(*await self._encode(canary, texts, windows))
 
             scored = await self._canary.replace(scored, canary, score_with_canary, remaining_s)
         self.metrics.add("texts_total", len(texts), model=scored.model.name)
         return scored
 
-    def _expected_tokens(self, model: LoadedModel, texts: Sequence[str], windows: bool) -> int:
+    def _expected_tokens(self, model: LoadedModel, texts: Sequence[Text], windows: bool) -> int:
         """Estimate the tokens of texts by their characters; truncation limits those of each."""
         rate = self._tokens_per_character
         if windows:
-            return int(sum(map(len, texts)) * rate)
+            return int(sum(map(_characters, texts)) * rate)
         longest = model.classifier.longest
-        return int(sum(min(len(text) * rate, longest) for text in texts))
+        return int(sum(min(_characters(text) * rate, longest) for text in texts))
 
     async def _encode(
-        self, model: LoadedModel, texts: Sequence[str], windows: bool
+        self, model: LoadedModel, texts: Sequence[Text], windows: bool
     ) -> tuple[list[Row], list[int]]:
-        characters = sum(map(len, texts))
+        characters = sum(map(_characters, texts))
         if self._untokenized and self._untokenized + characters > _MAX_UNTOKENIZED:
             raise Overloaded(1.0)
         self._untokenized += characters
         encode = functools.partial(model.encode, texts, windows=windows)
         loop = asyncio.get_running_loop()
         try:
-            rows, counts = await loop.run_in_executor(self._tokenizer_thread, encode)
+            rows, text_lengths = await loop.run_in_executor(self._tokenizer_thread, encode)
         except Exception as error:
             self._log.error("a text can't be tokenized: %s", type(error).__name__)
             raise request_errors.not_tokenizable("a text can't be turned into tokens") from None
@@ -176,19 +178,39 @@ class Service:
                 f"{tokens:,} tokens are more than the {self.config.max_tokens:,} that are read in "
                 "a request; send fewer or shorter texts, or truncate=true"
             )
-        return rows, counts
+        return rows, text_lengths
 
-    async def explain(self, texts: Sequence[str], scored: Scored) -> list[Explanation]:
-        """Explain the most probable label of each text, or raise Overloaded or ModelFailed."""
-        model, labels = scored.model, scored.logits.argmax(axis=1).tolist()
+    async def answer(
+        self, texts: Sequence[Text], scored: Scored, options: AnswerOptions
+    ) -> list[Any]:
+        """Return the task's answer for each text."""
+        words = await self.words(texts, scored)
+        return scored.model.classifier.task.answers(scored.outputs, words, options)
 
-        def explain(text: str, label: int) -> Explanation:
-            return model.explainer.explain(text, label)
+    async def words(self, texts: Sequence[Text], scored: Scored) -> list[list[Word]] | None:
+        """Return the words of each text, for a task on tokens; None for others."""
+        classifier = scored.model.classifier
+        if not classifier.task.is_per_token:
+            return None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenizer_thread, classifier.words, texts)
+
+    async def explain(self, texts: Sequence[Text], scored: Scored) -> list[Explanation]:
+        """Explain what was predicted for each text, or raise Overloaded or ModelFailed."""
+        model, task = scored.model, scored.model.classifier.task
+        # A long text's tokens, in windows, are not those that are explained.
+        chosen = [
+            None if task.is_per_token else task.choose(torch.from_numpy(row))
+            for row in map(np.asarray, scored.outputs)
+        ]
+
+        def explain(text: Text, choice: Any) -> Explanation:
+            return model.explainer.explain(text, choice)
 
         with self._serial.reserve() as slot:
             return [
-                await slot.run(functools.partial(explain, text, label))
-                for text, label in zip(texts, labels, strict=True)
+                await slot.run(functools.partial(explain, text, choice))
+                for text, choice in zip(texts, chosen, strict=True)
             ]
 
     async def fill_masks(self, texts: Sequence[str], top_k: int) -> list[Filled]:
@@ -221,12 +243,12 @@ class Canary:
         self,
         current: Scored,
         canary: LoadedModel,
-        score: Callable[[], Awaitable[npt.NDArray[np.float32]]],
+        score: Callable[[], Awaitable[Outputs]],
         remaining_s: float,
     ) -> Scored:
         """Return the canary's scores, or the current ones if it has none in time.
 
-        `score` computes the canary's logits; `remaining_s`: until the request's time-out.
+        `score` computes the canary's outputs; `remaining_s`: until the request's time-out.
         """
         try:
             async with asyncio.timeout(_CANARY_TIME * remaining_s):
@@ -248,12 +270,18 @@ class Canary:
             self._unlogged, self._logged_at = 0, now
 
     def _compare(self, current: Scored, new: Scored) -> None:
-        """Count equal labels, and add up the difference of the scores of the current label."""
-        before, after = (s.model.classifier.calibrated(s.logits) for s in (current, new))
-        for old_scores, new_scores in zip(before, after, strict=True):
-            label = current.model.labels[int(old_scores.argmax())]
-            agree = label == new.model.labels[int(new_scores.argmax())]
-            by_label = dict(zip(new.model.labels, new_scores.tolist(), strict=True))
-            difference = abs(float(old_scores.max()) - by_label.get(label, 0.0))
+        """Count equal decisions, and add up the difference of the scores of the current ones."""
+        before, after = current.model.classifier.task, new.model.classifier.task
+        for old_outputs, new_outputs in zip(current.outputs, new.outputs, strict=True):
+            decided = before.decision(np.asarray(old_outputs))
+            scores = after.named_scores(np.asarray(new_outputs))
+            agree = decided.keys() == after.decision(np.asarray(new_outputs)).keys()
+            difference = max(
+                (abs(score - scores.get(name, 0.0)) for name, score in decided.items()), default=0.0
+            )
             self._metrics.add("canary_total", model=new.model.name, agree=str(agree).lower())
             self._metrics.add("canary_difference_total", difference, model=new.model.name)
+
+
+def _characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(map(len, text))
