@@ -132,10 +132,11 @@ def deploy(address: str, settings: dict[str, Any]) -> None:
 
     from raybert.cluster.session import RayConfig, ray_session
     from raybert.config import build
-    from raybert.serve.deploy.deployment import APP, application, completed
+    from raybert.serve.deploy.deployment import APP, application
+    from raybert.serve.runtime.model_sources import resolve
     from raybert.serve.settings import ServeConfig
 
-    config = completed(build(ServeConfig, settings, "serve"))
+    config = resolve(build(ServeConfig, settings, "serve"))
     with ray_session(RayConfig(address=address)):
         serve.run(application(config, digests=[]), name=APP, route_prefix="/")
 

@@ -24,10 +24,11 @@ from typing import IO, Any, Self
 import psutil
 from meter import plasma_in_use, private_pss
 
-from raybert.data.sources.documents import labelled
 from raybert.data.sources.settings import EvaluationSource
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
+from raybert.tasks.labelled import read_labelled
+from raybert.tasks.single_label import SingleLabel
 
 ROOT = Path(__file__).resolve().parent.parent
 RAYBERT = (sys.executable, "-m", "raybert")
@@ -251,10 +252,10 @@ def small_classifier(given: Path | None) -> Path:
 def reviews(model: Path, count: int) -> tuple[list[str], list[str]]:
     """Draw held-out reviews; return the texts and their labels."""
     names = huggingface.read_label_names(Folder(model))
-    found = labelled(EvaluationSource(), names=names)
-    rows = random.Random(0).sample(range(len(found.labels)), min(count, len(found.labels)))
-    texts = found.texts.to_pylist()
-    return [texts[row] for row in rows], [names[found.labels[row]] for row in rows]
+    found = read_labelled(EvaluationSource(), SingleLabel, names)
+    texts, labels = found.texts.to_pylist(), found.labels.to_pylist()
+    rows = random.Random(0).sample(range(len(texts)), min(count, len(texts)))
+    return [texts[row] for row in rows], [labels[row] for row in rows]
 
 
 def say(line: str) -> None:

@@ -49,7 +49,11 @@ async function classify(text, parts) {
   if (!explains) return;
   // The answer is shown first: the explanation takes many times as long.
   const explained = await request("predict", { ...body, explain: true }, parts);
-  parts.details.append(...reasons(text, explained.answer));
+  const { words, ...rest } = explained.answer;
+  [inputs].flat().forEach((input, index) => {
+    const its = words.filter((word) => word.input === index);
+    parts.details.append(...reasons(input, { words: its, ...rest }));
+  });
 }
 
 async function fillIn(text, parts) {
