@@ -3,13 +3,20 @@
 Each generator returns rows for a JSONL file and the score of a model that knows how they were made.
 """
 
+import json
 import random
 from dataclasses import dataclass
 
-import numpy as np
+from making import MODEL
 from scipy.stats import spearmanr
 
+from raybert.config import build
+from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
+from raybert.model.settings import ModelConfig
 from raybert.tasks.entities import Span, entity_scores
+from raybert.tasks.finetune import FinetuneSpec
+from raybert.tasks.prepared_texts import prepare_texts
+from raybert.tasks.settings import FinetuneConfig
 
 FILLER = "the a some of in on with and people town day story music film it was had this".split()
 TOPICS = {
@@ -146,7 +153,40 @@ TASKS = {
 }
 
 
-if __name__ == "__main__":
-    for name, make in TASKS.items():
-        made = make(2000)
-        print(name, made.metric, round(made.best, 4), np.random.default_rng(0).choice(made.rows))
+def texts_of(row):
+    """The text of a generated row, or both."""
+    if "tokens" in row:
+        return [" ".join(row["tokens"])]
+    return [row["sentence1"], row["sentence2"]] if "sentence1" in row else [row["text"]]
+
+
+def spec_of(folder, name, count=120, layout="modern", **settings):
+    """A fine-tuning run from scratch on generated data of a task."""
+    made = TASKS[name](count)
+    lines = "".join(json.dumps(row) + "\n" for row in made.rows)
+    folder.write_text("rows.jsonl", lines)
+    texts = [text for row in made.rows for text in texts_of(row)]
+    tokenizer = make_tokenizer(TokenizerConfig(vocab_size=120, min_frequency=1), texts)
+    tokenizer.save(folder / "tokenizer")
+    values = {
+        "source": {"path": (folder / "rows.jsonl").uri},
+        "steps": 4,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "evaluations": 1,
+        "precision": "fp32",
+        "threads": 1,
+        "checkpoint_minutes": None,
+        "initialize_from": "scratch",
+        "log_every": 1,
+        **settings,
+    }
+    config = build(FinetuneConfig, values, "test")
+    return FinetuneSpec(
+        config=config,
+        model=build(ModelConfig, {**MODEL, "layout": layout}, "test"),
+        start=None,
+        tokenizer=folder / "tokenizer",
+        data=folder / "data",
+        prepared=prepare_texts(config, tokenizer, 32, config.seed, folder / "data"),
+    )

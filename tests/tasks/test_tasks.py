@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 from made import TASKS as MADE
-from making import MODEL, Attempt, tokenizer_of
+from made import spec_of, texts_of
+from making import Attempt, tokenizer_of
 
 from raybert.config import build
-from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from raybert.errors import ConfigError, DataError
 from raybert.inference.classifier import TextClassifier
 from raybert.inference.explanations import Explainer
-from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
 from raybert.tasks.labelled import resolve_source
@@ -26,43 +25,6 @@ from raybert.train.task import LoaderConfig
 
 NAMES = list(MADE)
 CHOSEN = {"pairs": "single_label"}  # the task of pairs with labels
-
-
-def texts_of(row):
-    if "tokens" in row:
-        return [" ".join(row["tokens"])]
-    return [row["sentence1"], row["sentence2"]] if "sentence1" in row else [row["text"]]
-
-
-def spec_of(folder, name, count=120, layout="modern", **settings):
-    made = MADE[name](count)
-    lines = "".join(json.dumps(row) + "\n" for row in made.rows)
-    folder.write_text("rows.jsonl", lines)
-    texts = [text for row in made.rows for text in texts_of(row)]
-    tokenizer = make_tokenizer(TokenizerConfig(vocab_size=120, min_frequency=1), texts)
-    tokenizer.save(folder / "tokenizer")
-    values = {
-        "source": {"path": (folder / "rows.jsonl").uri},
-        "steps": 4,
-        "global_batch_size": 8,
-        "micro_batch_size": 4,
-        "evaluations": 1,
-        "precision": "fp32",
-        "threads": 1,
-        "checkpoint_minutes": None,
-        "initialize_from": "scratch",
-        "log_every": 1,
-        **settings,
-    }
-    config = build(FinetuneConfig, values, "test")
-    return FinetuneSpec(
-        config=config,
-        model=build(ModelConfig, {**MODEL, "layout": layout}, "test"),
-        start=None,
-        tokenizer=folder / "tokenizer",
-        data=folder / "data",
-        prepared=prepare_texts(config, tokenizer, 32, config.seed, folder / "data"),
-    )
 
 
 @pytest.fixture
