@@ -73,7 +73,7 @@ def pool(outputs: Outputs, lengths: Sequence[int], seq_len: int) -> Outputs:
 def _join_tokens(
     outputs: Sequence[npt.NDArray[np.float32]], starts: Sequence[int], length: int
 ) -> npt.NDArray[np.float32]:
-    """The outputs of a text's tokens [T, L]: of two windows, where a token is farther from an end."""
+    """The outputs of a text's tokens [T, L], each from the window in whose middle it is."""
     if len(outputs) == 1:
         return outputs[0]
     joined = np.empty((length, outputs[0].shape[1]), np.float32)
@@ -129,7 +129,7 @@ class TextClassifier:
     def answers(
         self, texts: Sequence[Text], options: AnswerOptions, *, cut: bool = False
     ) -> list[Any]:
-        """The task's answers, each as its `answer_schema` describes; long texts cut or in windows."""
+        """The task's answers, of elements of its `answer_schema`; long texts cut or in windows."""
         if cut:
             return self.task.answers(self.logits(texts), self.words(texts), options)
         rows, lengths = self.encode_windows(texts)

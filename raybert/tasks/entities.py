@@ -1,8 +1,8 @@
 """Entities in a text: BIO tags to character spans, and the scores of predicted entities.
 
-Tags follow IOB2: `B-TYPE` begins an entity, `I-TYPE` continues one of the same type, `O` is outside.
-Malformed sequences are read by seqeval's default rules, which are those of `transformers`'
-pipeline, too: `I-TYPE` after another type or after `O` begins an entity.
+Tags follow IOB2: `B-TYPE` begins an entity, `I-TYPE` continues one of the same type, `O` is
+outside. Malformed sequences are read by seqeval's default rules, which are those of
+`transformers`' pipeline, too: `I-TYPE` after another type or after `O` begins an entity.
 """
 
 from __future__ import annotations

@@ -160,6 +160,7 @@ def model_card(spec: FinetuneSpec, metrics: dict[str, Any]) -> str:
     scores = ", ".join(
         f"{name} {metrics[name]:.4f}" for name in task.selection_metrics if name in metrics
     )
+    example = '"a text" --pair "another text"' if spec.prepared.has_pairs else '"a text"'
     return f"""---
 library_name: transformers
 pipeline_tag: {task.pipeline_tag}
@@ -175,5 +176,5 @@ Outputs: {", ".join(task.labels)}.
 - Validation: {scores}; {"pairs of texts" if spec.prepared.has_pairs else "texts"} of up to
   {spec.prepared.seq_len} tokens
 
-`raybert predict --model FOLDER {'"a text" --pair "another text"' if spec.prepared.has_pairs else '"a text"'}`
+`raybert predict --model FOLDER {example}`
 """

@@ -1,7 +1,7 @@
 """Fine-tuning on labelled texts, for the training loop, whatever is learned from them.
 
 It batches texts of similar length, freezes the encoder for the first epochs, decays learning rates
-by layer, and gathers the validation logits of all ranks. Loss and metrics are those of a `TextTask`.
+by layer, and gathers the validation logits of all ranks. A `TextTask` has loss and metrics.
 
 Shapes: B texts, T tokens, L outputs of the model.
 """

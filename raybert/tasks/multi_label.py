@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from raybert.tasks.protocol import (
     F32,
     AnswerOptions,
     Loss,
+    LossSettings,
     Metrics,
     Outputs,
     TableData,
@@ -38,10 +39,6 @@ from raybert.tasks.protocol import (
     TextTask,
     parse_with,
 )
-
-if TYPE_CHECKING:
-    from raybert.tasks.settings import FinetuneConfig
-
 
 _DEFAULT_THRESHOLD = 0.5
 _MIN_POSITIVES = 3  # on which a threshold is fitted; with fewer it would be noise
@@ -126,7 +123,7 @@ class MultiLabel(TextTask):
                 targets[row, index[name]] = 1
         return targets
 
-    def make_loss(self, config: FinetuneConfig, targets: Targets) -> Loss:
+    def make_loss(self, config: LossSettings, targets: Targets) -> Loss:
         weights = _positive_weights(config, np.asarray(targets))
         gamma, smoothing = config.focal_gamma, config.label_smoothing
 
@@ -331,7 +328,7 @@ def best_threshold(probabilities: F32, truth: npt.NDArray[np.bool_]) -> float:
     return float(candidates[np.abs(candidates - _DEFAULT_THRESHOLD).argmin()])
 
 
-def _positive_weights(config: FinetuneConfig, targets: npt.NDArray[Any]) -> Tensor | None:
+def _positive_weights(config: LossSettings, targets: npt.NDArray[Any]) -> Tensor | None:
     """Weights of the positive texts of each label, fp32 [L]; balanced: negatives per positive."""
     if config.class_weights is None:
         return None

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,6 @@ from raybert.data.sources.settings import SourceConfig
 from raybert.model.heads import Classifier
 from raybert.tasks.entities import Word
 
-if TYPE_CHECKING:
-    from raybert.tasks.settings import FinetuneConfig
-
 F32 = npt.NDArray[np.float32]
 Outputs = F32 | Sequence[F32]
 Targets = npt.NDArray[Any] | list[npt.NDArray[np.int64]]
@@ -40,6 +37,22 @@ Metrics = dict[str, Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 NO_LABEL = -1  # an integer target that does not count; a float target that does not is NaN
+
+
+class LossSettings(Protocol):
+    """The settings of `finetune` that a loss depends on."""
+
+    @property
+    def class_weights(self) -> Literal["balanced"] | list[float] | None:
+        """Weight of each output's loss."""
+
+    @property
+    def label_smoothing(self) -> float:
+        """Share of the target that is spread over all labels."""
+
+    @property
+    def focal_gamma(self) -> float:
+        """Exponent of the focal loss; 0: none."""
 
 
 class Tensors(NamedTuple):
@@ -152,7 +165,7 @@ class TextTask(ABC):
         return self
 
     @abstractmethod
-    def make_loss(self, config: FinetuneConfig, targets: Targets) -> Loss:
+    def make_loss(self, config: LossSettings, targets: Targets) -> Loss:
         """The loss against targets; `targets` are those of all training texts."""
 
     @abstractmethod

@@ -78,5 +78,6 @@ def task_of_config_json(config: Mapping[str, Any], labels: Sequence[str], where:
             return task(list(labels), fitted)
     known = ", ".join(task.problem_type or task.name for task in TASKS.values())
     raise UserError(
-        f"{where} was trained for problem_type={problem_type} ({architecture}); raybert reads {known}"
+        f"{where} was trained for problem_type={problem_type} ({architecture}); raybert reads "
+        f"{known}"
     )

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from raybert.tasks.protocol import (
     F32,
     AnswerOptions,
     Loss,
+    LossSettings,
     Metrics,
     Outputs,
     TableData,
@@ -42,10 +43,6 @@ from raybert.tasks.protocol import (
     TextTask,
     parse_with,
 )
-
-if TYPE_CHECKING:
-    from raybert.tasks.settings import FinetuneConfig
-
 
 _COVERAGE = 0.9  # of intervals
 _F64 = npt.NDArray[np.float64]
@@ -144,7 +141,7 @@ class Regression(TextTask):
         mean = self.fitted.get("mean", [0.0] * size)
         return np.array(mean), np.array(self.fitted.get("std", [1.0] * size))
 
-    def make_loss(self, config: FinetuneConfig, targets: Targets) -> Loss:
+    def make_loss(self, config: LossSettings, targets: Targets) -> Loss:
         mean, std = (torch.tensor(each, dtype=torch.float32) for each in self._scale())
 
         def loss(logits: Tensor, targets: Tensor) -> Tensor:

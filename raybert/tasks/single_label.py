@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from raybert.tasks.protocol import (
     NO_LABEL,
     AnswerOptions,
     Loss,
+    LossSettings,
     Metrics,
     Outputs,
     TableData,
@@ -36,10 +37,6 @@ from raybert.tasks.protocol import (
     Tensors,
     TextTask,
 )
-
-if TYPE_CHECKING:
-    from raybert.tasks.settings import FinetuneConfig
-
 
 _MIN_PROBABILITY = 1e-7  # for its logarithm
 _WRONG_EXAMPLES, _RIGHT_EXAMPLES = 8, 4  # for the report
@@ -95,7 +92,7 @@ class SingleLabel(TextTask):
     def no_targets(self, count: int) -> npt.NDArray[np.int64]:
         return np.full(count, NO_LABEL, np.int64)
 
-    def make_loss(self, config: FinetuneConfig, targets: Targets) -> Loss:
+    def make_loss(self, config: LossSettings, targets: Targets) -> Loss:
         weights = _class_weights(config, np.asarray(targets), len(self.labels))
         gamma, smoothing = config.focal_gamma, config.label_smoothing
 
@@ -254,7 +251,7 @@ def softmax(logits: F32) -> F32:
 
 
 def _class_weights(
-    config: FinetuneConfig, labels: npt.NDArray[np.int64], num_labels: int
+    config: LossSettings, labels: npt.NDArray[np.int64], num_labels: int
 ) -> Tensor | None:
     """Weights of the labels in the loss, fp32 [L]; balanced: inversely to their frequency."""
     if config.class_weights is None:

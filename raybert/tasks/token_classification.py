@@ -14,7 +14,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ from raybert.tasks.protocol import (
     NO_LABEL,
     AnswerOptions,
     Loss,
+    LossSettings,
     Metrics,
     Outputs,
     TableData,
@@ -48,9 +49,6 @@ from raybert.tasks.protocol import (
     Tensors,
     TextTask,
 )
-
-if TYPE_CHECKING:
-    from raybert.tasks.settings import FinetuneConfig
 
 
 class Entity(BaseModel):
@@ -135,7 +133,7 @@ class TokenClassification(TextTask):
         """The types of entities."""
         return list(dict.fromkeys(split_tag(name)[1] for name in self.labels if name != OUTSIDE))
 
-    def make_loss(self, config: FinetuneConfig, targets: Targets) -> Loss:
+    def make_loss(self, config: LossSettings, targets: Targets) -> Loss:
         weight = _tag_weights(config, targets, len(self.labels))
         gamma, smoothing = config.focal_gamma, config.label_smoothing
 
@@ -289,7 +287,7 @@ def _softmax(logits: F32) -> F32:
     return np.asarray(exp / exp.sum(axis=-1, keepdims=True), np.float32)
 
 
-def _tag_weights(config: FinetuneConfig, targets: Targets, num_tags: int) -> Tensor | None:
+def _tag_weights(config: LossSettings, targets: Targets, num_tags: int) -> Tensor | None:
     """Weights of the tags in the loss, fp32 [L]; balanced: inversely to their frequency."""
     if config.class_weights is None:
         return None

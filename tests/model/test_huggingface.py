@@ -203,9 +203,6 @@ def test_label_names_are_read_without_the_weights(saved, tmp_path, tokenizer):
     change_config(folder, id2label={"0": "no", "2": "yes"})
     with pytest.raises(DamagedError, match="id2label names 2 labels"):
         read_label_names(folder)
-    change_config(folder, problem_type="regression")
-    with pytest.raises(UserError, match="problem_type=regression; raybert reads single_label"):
-        read_label_names(folder)
 
 
 def test_published_weights_give_the_hidden_states_of_transformers():

@@ -10,7 +10,7 @@ from made import spec_of, texts_of
 from making import Attempt, tokenizer_of
 
 from raybert.config import build
-from raybert.errors import ConfigError, DataError
+from raybert.errors import ConfigError, DataError, UserError
 from raybert.inference.classifier import TextClassifier
 from raybert.inference.explanations import Explainer
 from raybert.storage.folder import Folder
@@ -18,6 +18,7 @@ from raybert.tasks.finetune import FinetuneSpec
 from raybert.tasks.labelled import resolve_source
 from raybert.tasks.prepared_texts import TokenizedTexts, prepare_texts
 from raybert.tasks.protocol import AnswerOptions
+from raybert.tasks.registry import task_of_config_json
 from raybert.tasks.settings import FinetuneConfig
 from raybert.train.distributed import Group
 from raybert.train.run import train_in_process
@@ -263,3 +264,25 @@ def test_patience_ends_training_early(folder):
     attempt.run()
     assert attempt.loop.progress.step < 100
     assert "stopped early" in attempt.events()
+
+
+def test_a_directory_of_an_unknown_problem_is_one_line(folder):
+    config = {"architectures": ["BertForSequenceClassification"], "problem_type": "ranking"}
+    with pytest.raises(UserError, match="problem_type=ranking .*; raybert reads .*regression"):
+        task_of_config_json(config, ["a", "b"], "there")
+
+
+@pytest.mark.parametrize(
+    ("config", "labels", "expected"),
+    [
+        ({}, 2, "single_label"),
+        ({"problem_type": "single_label_classification"}, 1, "single_label"),
+        ({}, 1, "multi_label"),  # one output without a problem type: a sigmoid, as in transformers
+        ({"problem_type": "multi_label_classification"}, 3, "multi_label"),
+        ({"problem_type": "regression"}, 1, "regression"),
+        ({"architectures": ["ModernBertForTokenClassification"]}, 5, "token_classification"),
+    ],
+)
+def test_directories_of_others_are_recognized(config, labels, expected):
+    names = [f"LABEL_{i}" for i in range(labels)]
+    assert task_of_config_json(config, names, "there").name == expected

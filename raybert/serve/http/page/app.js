@@ -51,7 +51,7 @@ async function classify(text, parts) {
   const explained = await request("predict", { ...body, explain: true }, parts);
   const { words, ...rest } = explained.answer;
   [inputs].flat().forEach((input, index) => {
-    const its = words.filter((word) => word.input === index);
+    const its = words.filter((word) => (word.input ?? 0) === index);
     parts.details.append(...reasons(input, { words: its, ...rest }));
   });
 }
