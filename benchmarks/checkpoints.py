@@ -151,7 +151,8 @@ def train(
         signals=ControlSignals(stop=is_over),
     )
     with suppress(Stopped):
-        loop.run()
+        for _ in loop.evaluations():
+            pass
     for checkpoint in loop.checkpoints:
         began, checkpoint.ended = store.writes[checkpoint.step]
         checkpoint.written = checkpoint.ended - began

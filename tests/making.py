@@ -228,7 +228,12 @@ class Attempt:
         )
 
     def run(self):
-        return self.loop.run()
+        evaluations = self.loop.evaluations()
+        while True:
+            try:
+                next(evaluations)
+            except StopIteration as end:
+                return end.value
 
     def of_kind(self, kind):
         return [record for record in self.records if record["kind"] == kind]

@@ -41,6 +41,14 @@ _AVERAGES, _STATE = "averages.safetensors", "state.json"
 _OLD_AVERAGE = "|average"  # in format 1, ends the names of averages in the optimizer's file
 
 
+class Commit(NamedTuple):
+    """A commit object, by its name; the highest (step, attempt) is used."""
+
+    step: int
+    attempt: int
+    name: str
+
+
 @dataclass
 class Snapshot:
     """The state of a run at a step, on the CPU: copies of the tensors that training changes."""
@@ -50,14 +58,7 @@ class Snapshot:
     optimizer: Tensors
     state: dict[str, Any] = field(default_factory=dict)  # JSON
     averages: Tensors = field(default_factory=dict)  # moving averages of the weights, by name
-
-
-class Commit(NamedTuple):
-    """A commit object, by its name; the highest (step, attempt) is used."""
-
-    step: int
-    attempt: int
-    name: str
+    commit: Commit | None = None  # that it was read from
 
 
 class CheckpointStore:
@@ -134,7 +135,7 @@ class CheckpointStore:
         """Load the latest complete checkpoint; `on_damaged` gets a message for each damaged one."""
         for commit in reversed(self._commits()):
             try:
-                snapshot = self._load(commit)
+                snapshot = self.read(commit)
                 self.last = commit.step
                 return snapshot
             except DamagedError as error:
@@ -149,10 +150,11 @@ class CheckpointStore:
             raise DamagedError(f"the commit {name} is missing")
         for commit in reversed(commits[1:]):
             with suppress(DamagedError):
-                return self._load(commit)
-        return self._load(commits[0])
+                return self.read(commit)
+        return self.read(commits[0])
 
-    def _load(self, commit: Commit) -> Snapshot:
+    def read(self, commit: Commit) -> Snapshot:
+        """Read and verify a commit's checkpoint without listing the storage; raises as `load`."""
         name = self._folder.join(commit.name)
         try:
             content = self._read_commit(commit)
@@ -177,7 +179,7 @@ class CheckpointStore:
             for key in [key for key in optimizer if key.endswith(_OLD_AVERAGE)]:
                 averages[key.removesuffix(_OLD_AVERAGE)] = optimizer.pop(key)
             model, state = safetensors.torch.load(data[_MODEL]), json.loads(data[_STATE])
-            return Snapshot(commit.step, model, optimizer, state, averages)
+            return Snapshot(commit.step, model, optimizer, state, averages, commit)
         except (KeyError, ValueError, safetensors.SafetensorError) as error:
             raise DamagedError(f"checkpoint {folder} can't be read: {error}") from None
 

@@ -1,7 +1,7 @@
 """The one training loop: pretraining and fine-tuning each give it a task.
 
 It knows nothing of Ray: it runs in one process, or in the workers of Ray Train. Ranks decide only
-by sums over all of them (`StepTotals`), so they take the same branches.
+by sums over all of them (`StepTotals`) and by what rank 0 read, so they take the same branches.
 """
 
 from __future__ import annotations
@@ -80,8 +80,11 @@ class Loop:
         self._damaged: list[str] = []  # messages of `resume`, for which no log is open yet
         self._loaded: str | None = None  # the hash of the weights resumed from, on rank 0
 
-    def run(self) -> dict[str, Any]:
-        """Train to the end and leave the best weights in rank 0's model; returns their metrics.
+    def evaluations(self) -> Generator[EvalRecord, None, dict[str, Any]]:
+        """Train to the end, paused at each evaluation, whose record is yielded.
+
+        Leaves the best weights in rank 0's model and returns their metrics. The generator may be
+        closed where it is paused: its checkpoints stay.
 
         Raises:
             Stopped: the run was asked to stop; run it again to resume.
@@ -89,19 +92,6 @@ class Loop:
             UserError: a checkpoint can't be written, and the run must stop for that; on rank 0.
             StorageError: the best weights can't be read for `retry_timeout_s`.
             RaybertError: the gradients are not finite for too many steps.
-        """
-        evaluations = self.evaluations()
-        while True:
-            try:
-                next(evaluations)
-            except StopIteration as end:
-                result: dict[str, Any] = end.value
-                return result
-
-    def evaluations(self) -> Generator[EvalRecord, None, dict[str, Any]]:
-        """Run as `run` does, paused at each evaluation, whose record is yielded.
-
-        The generator may be closed there: its checkpoints stay.
         """
         task, config, progress, budget = self.task, self.config, self.progress, self._budget
         self.resume()
@@ -117,8 +107,7 @@ class Loop:
                 while not budget.is_spent and not self._is_out_of_patience():
                     batches = stream.next()
                     totals = self._sum_over_ranks(batches, stream.seconds())
-                    if totals.save:
-                        self.save(wait=False)
+                    self._obey(totals)
                     if task.prepare(progress.step):
                         self._step.wrap()
                     if self._step.run(batches, progress.step, totals.global_count, budget.lr()):
@@ -163,7 +152,10 @@ class Loop:
         self.progress.restore(snapshot.state)
         self.saver.resume_from(self.progress)
         self.progress.restarts += 1
-        if self.progress.best_step not in self.store.steps():  # it was damaged
+        [is_damaged] = self.group.sum(
+            [self.group.rank == 0 and self.progress.best_step not in self.store.steps()]
+        )
+        if is_damaged:
             self.progress.forget_best()
         self.state.restore(snapshot)
         if self.group.rank == 0:  # of the loaded model, for the log
@@ -186,14 +178,8 @@ class Loop:
         return patience is not None and self.progress.stale_evaluations >= patience
 
     def _sum_over_ranks(self, batches: Sequence[Batch], seconds: float) -> StepTotals:
-        """Sum what this step consists of; end the run, saved, where any rank wants that."""
+        """Sum what this step consists of, and what each rank asks for before it."""
         step, signals = self.progress.step, self.signals
-        for batch in batches:
-            if batch.step != step:
-                raise RaybertError(
-                    f"the loader returned a micro-batch of step {batch.step}, expected {step}; "
-                    "run it again to resume from the last checkpoint"
-                )
         mine = StepTotals(
             global_count=sum(batch.count for batch in batches),
             tokens=sum(batch.tokens for batch in batches),
@@ -203,8 +189,11 @@ class Loop:
             stop=signals.stop(),
             preempt=signals.preempt(),
         )
-        totals = StepTotals(*self.group.sum(mine))
-        self.progress.seconds = totals.seconds
+        return StepTotals(*self.group.sum(mine))
+
+    def _obey(self, totals: StepTotals) -> None:
+        """Save, or save and end the run, where any rank asks for that."""
+        step, self.progress.seconds = self.progress.step, totals.seconds
         self.saver.raise_if_failed(totals.has_failed)
         if totals.stop:
             self.save()
@@ -214,7 +203,8 @@ class Loop:
             self.log.event("preempted", "a node is being preempted: saving, then continuing")
             self.save()
             raise Preempted(f"a node is preempted at step {step}")
-        return totals
+        if totals.save:
+            self.save(wait=False)
 
     def _handle_non_finite(self) -> None:
         """Do what the configuration says after a step whose gradient is not finite."""
@@ -229,7 +219,8 @@ class Loop:
             raise RaybertError(f"{message}, for {self._skipped_in_a_row} steps in a row; {remedy}")
         if policy == "rollback":
             self.saver.wait_on_all_ranks()
-            snapshot = self.store.load_latest(partial(self.log.event, "damaged checkpoint"))
+            on_damaged = partial(self.log.event, "damaged checkpoint")
+            snapshot = load_latest_on_all_ranks(self.store, self.group, on_damaged)
             if snapshot is not None:
                 self.state.restore(snapshot)
                 message += f"; weights are those of step {snapshot.step} again"

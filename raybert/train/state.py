@@ -12,7 +12,7 @@ from torch import nn
 from raybert.errors import DamagedError, StorageError
 from raybert.records import Metrics, finite
 from raybert.train.averages import WeightAverages
-from raybert.train.checkpoint import CheckpointStore, Snapshot
+from raybert.train.checkpoint import CheckpointStore, Commit, Snapshot
 from raybert.train.distributed import Group
 from raybert.train.optimizers import optimizer_tensors, restore_optimizer
 from raybert.train.tensor_file import Tensors
@@ -87,21 +87,22 @@ def _copy(tensors: Tensors) -> Tensors:
 def load_latest_on_all_ranks(
     store: CheckpointStore, group: Group, on_damaged: Callable[[str], None]
 ) -> Snapshot | None:
-    """Load the latest complete checkpoint that rank 0 finds; StorageError if a rank can't."""
-    is_first = group.rank == 0
-    snapshot = store.load_latest(on_damaged) if is_first else None
-    found = -1 if snapshot is None else snapshot.step
-    step = int(group.sum([found if is_first else 0])[0])
+    """Load the latest complete checkpoint that rank 0 finds; StorageError if a rank can't.
+
+    The other ranks read the same commit, whatever the storage lists to them.
+    """
+    snapshot = store.load_latest(on_damaged) if group.rank == 0 else None
+    commit: Commit | None = group.gather(snapshot and snapshot.commit)[0]
     problem = ""
-    if step >= 0 and not is_first:
+    if commit is not None and group.rank != 0:
         try:
-            snapshot = store.load(step)
+            snapshot = store.read(commit)
         except (DamagedError, StorageError) as error:
             problem = f"rank {group.rank}: {error}"
     problems = list(filter(None, group.gather(problem)))
-    if problems:
+    if commit is not None and problems:
         raise StorageError(
-            f"not every worker can read the checkpoint of step {step}; use a run.storage that "
-            f"all nodes share ({problems[0]})"
+            f"not every worker can read the checkpoint of step {commit.step}; use a run.storage "
+            f"that all nodes share ({problems[0]})"
         )
     return snapshot

@@ -58,7 +58,7 @@ class TrainStep:
     def run(self, batches: Sequence[Batch], step: int, global_count: float, lr: float) -> bool:
         """Take a step over this rank's micro-batches; return whether the gradient was finite.
 
-        `global_count` is the number of predicted tokens, or rows, of the global batch.
+        `global_count`: predicted tokens, or rows, of the global batch, summed over all ranks.
         """
         self._backward(batches, step, global_count)
         set_lr(self._state.optimizer, lr)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from raybert.errors import RaybertError
 from raybert.records import Rates
 from raybert.train.state import Progress
 from raybert.train.task import Batch, Task
@@ -80,7 +81,7 @@ class BatchStream:
         self.waited = 0.0  # seconds for the last batch
 
     def next(self) -> Sequence[Batch]:
-        """The micro-batches of the next step."""
+        """The micro-batches of the next step; RaybertError if they are of another."""
         progress = self._progress
         if self._batches is None:
             self._batches = self._task.batches(progress.step, progress.total_steps)
@@ -91,6 +92,12 @@ class BatchStream:
             asked = time.perf_counter()
             batches = next(self._batches)
             self.waited = time.perf_counter() - asked
+        for batch in batches:
+            if batch.step != progress.step:
+                raise RaybertError(
+                    f"the loader returned a micro-batch of step {batch.step}, expected "
+                    f"{progress.step}; run it again to resume from the last checkpoint"
+                )
         return batches
 
     def seconds(self) -> float:

@@ -132,6 +132,34 @@ def resumed(corpus, run, group):
     return {"whole": once.task.model.state_dict(), "parted": again.task.model.state_dict()}
 
 
+class Level(Scripted):
+    """All evaluations are equal, so the first is the best; step 5's gradient is not finite."""
+
+    def __init__(self, task):
+        super().__init__(task, factor=lambda batch: math.inf if batch.step == 5 else 1.0)
+
+    def evaluate(self):
+        self.evaluated = {k: v.clone() for k, v in self._task.model.state_dict().items()}
+        return {**self._task.evaluate(), "score": 1.0}
+
+
+def lagging_listing(corpus, run, group):
+    """The storage lists no checkpoint to the second rank: it goes by what the first one read."""
+    settings = {"evaluations": 3, "checkpoint_steps": 2, "on_non_finite": "rollback"}
+    job = pretrain_job(corpus, steps=6, **settings)
+    try:
+        Attempt(job, run, group=group, stop_at=3, change=Level).run()
+    except Stopped:
+        pass
+    group.gather(None)
+    again = Attempt(job, run, group=group, change=Level)
+    if group.rank > 0:
+        again.store._commits = list
+    result = again.run()
+    found = {key: result[key] for key in ("step", "best_step", "skipped", "restarts")}
+    return {"found": found, "weights": again.task.evaluated}
+
+
 SCENARIOS = {
     "uneven": uneven,
     "deterministic": lambda *args: uneven(*args, deterministic=True),
@@ -142,6 +170,7 @@ SCENARIOS = {
     "whole_epoch": whole_epoch,
     "fine_tuning": fine_tuning,
     "resumed": resumed,
+    "lagging_listing": lagging_listing,
 }
 
 

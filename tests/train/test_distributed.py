@@ -117,6 +117,14 @@ def test_a_resumed_deterministic_run_has_equal_weights(found, key):
     assert same_tensors(result["whole"], result["parted"])
 
 
+def test_ranks_go_by_the_checkpoints_that_rank_0_read(found):
+    """In resumption and rollback, where the storage's listing lags behind on the other rank."""
+    alone, first, second = (found[key]["lagging_listing"] for key in ((1, 0), (2, 0), (2, 1)))
+    assert alone["found"] == {"step": 6, "best_step": 2, "skipped": 1, "restarts": 1}
+    assert first["found"] == second["found"] == alone["found"]
+    assert same_tensors(first["weights"], second["weights"])
+
+
 # One process -------------------------------------------------------------------------------------
 
 
