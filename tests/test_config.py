@@ -102,8 +102,8 @@ def test_batch_sizes_that_do_not_divide_are_refused_with_valid_ones():
         ),
         (
             {"pretrain": {"steps": 5, "minutes": 2}},
-            "my.yaml: pretrain.steps=5 and pretrain.minutes=2.0 are both limits of the run; keep "
-            "one and set null for others",
+            "my.yaml: pretrain.steps=5 and pretrain.minutes=2.0: a run has one limit; keep one, "
+            "and set the others to null",
         ),
         ({"run": {"name": "../x"}}, "my.yaml: run.name='../x' is not a valid folder name; use "),
         ({"pretrain": {"lr": -1}}, "my.yaml: pretrain.lr=-1: input should be greater than 0"),

@@ -2,7 +2,8 @@
 
 Running a name again resumes it; a finished run only returns its result. A resumed run must be the
 run that was begun: apart from its budget, its workers and its logging, no setting may differ. Each
-start is an attempt with a number of its own, and only the one with the highest number may commit.
+start is an attempt with a number of its own. An attempt that finds a later one ends; what it may
+still have written by then does not count (`checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
-from raybert.config import differences, parse_yaml
+from raybert.config import differences, flatten, parse_yaml
 from raybert.errors import ConfigError, DataError, Superseded
 from raybert.storage.exclusive import numbers_taken, take_number
 from raybert.storage.folder import Folder
 from raybert.storage.retry import retry
-from raybert.train.settings import ADDED, MAY_CHANGE
+from raybert.train.settings import MAY_CHANGE, defaults
 
 CONFIG, RESULT, INPUTS = "config.yaml", "result.json", "inputs.json"
 DIGESTS = "digests"  # of every micro-batch: `<attempt>-<rank>.txt`
@@ -64,8 +65,7 @@ def open_run(
         for name, digest in inputs.items():
             if known.get(name, digest) != digest:
                 raise DataError(
-                    f"{run} has begun on another {name} than is there now; put that one back, or "
-                    "choose another run.name"
+                    f"{run} was started with another {name}; restore it, or choose another run.name"
                 )
     if is_finished:
         return dict(run.read_json(RESULT))
@@ -79,14 +79,11 @@ def _changed_settings(
     run: Folder, config_yaml: str, sections: Set[str]
 ) -> dict[str, tuple[Any, Any]]:
     """The settings of these sections that differ from the run's: dotted key -> (old, new)."""
-    old = parse_yaml(run.read_text(CONFIG), run.join(CONFIG))
-    new = parse_yaml(config_yaml, CONFIG)
-    for name in sections:  # a run of an earlier version lacks the keys that were added since
-        section = old.get(name)
-        if isinstance(section, dict):
-            added = {key: value for key, value in ADDED.items() if key in new.get(name, {})}
-            old[name] = {**added, **section}
-    changed = differences(old, new)
+    old = dict(flatten(parse_yaml(run.read_text(CONFIG), run.join(CONFIG))))
+    new = dict(flatten(parse_yaml(config_yaml, CONFIG)))
+    # A run of an earlier version lacks the keys that were added since.
+    known = dict(flatten({name: defaults(name) for name in sections}))
+    changed = differences({**{key: known[key] for key in new if key in known}, **old}, new)
     return {key: values for key, values in changed.items() if key.partition(".")[0] in sections}
 
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raybert.config import NumberOrRange, Range, Settings
+from raybert.config import NumberOrRange, Range
 from raybert.train.autocast import PrecisionName
-from raybert.train.optimizers import OptimizerName
-from raybert.train.schedules import ScheduleName
+from raybert.train.optimizers import OptimizerConfig
+from raybert.train.schedules import ScheduleConfig
 
 
 class Elastic(Range):
@@ -25,7 +25,7 @@ Workers = NumberOrRange[Elastic]
 LIMITS = ("steps", "tokens", "epochs", "minutes")  # a run has exactly one
 
 
-class TrainConfig(Settings):
+class TrainConfig(ScheduleConfig, OptimizerConfig):
     """The settings of every training run; a stage's own class adds to them."""
 
     section: ClassVar[str]  # the stage's section of the configuration, for messages
@@ -43,18 +43,6 @@ class TrainConfig(Settings):
     global_batch_size: int = Field(256, ge=1, description="sequences in an optimizer step")
     micro_batch_size: int = Field(32, ge=1, description="sequences in one forward pass")
 
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    schedule: ScheduleName = Field(
-        "linear", description="how the learning rate falls after warm-up, down to zero"
-    )
-    warmup_fraction: float = Field(0.06, ge=0, lt=1, description="share of the run that warms up")
-    decay_fraction: float = Field(
-        0.3, gt=0, le=1, description="share of the run that `stable-decay` takes to decay"
-    )
-    optimizer: OptimizerName = Field("adamw", description="adamw; sgd: a baseline without momentum")
-    weight_decay: float = Field(0.01, ge=0, description="of matrices; never of biases and norms")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates")
-    eps: float = Field(1e-6, gt=0, description="AdamW's epsilon")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     average_decay: float = Field(
         0.0,
@@ -146,9 +134,7 @@ class TrainConfig(Settings):
         given = [name for name in LIMITS if getattr(self, name) is not None]
         if len(given) > 1:
             shown = " and ".join(f"{name}={getattr(self, name)}" for name in given)
-            raise ValueError(
-                f"{shown} are both limits of the run; keep one and set null for others"
-            )
+            raise ValueError(f"{shown}: a run has one limit; keep one, and set the others to null")
         return self
 
     @property
@@ -180,8 +166,14 @@ class TrainConfig(Settings):
         return max(1, round((self.epochs or 1) * steps_per_epoch))
 
 
-#: Settings that the first versions lacked, with the values that their runs had.
-ADDED = {"optimizer": "adamw"}
+def defaults(section: str) -> dict[str, Any]:
+    """The default settings of a section, if it is a stage of training.
+
+    A run of before a setting existed counts as having its default: add settings accordingly.
+    """
+    stages = {stage.section: stage for stage in TrainConfig.__subclasses__()}
+    return stages[section]().model_dump(mode="json") if section in stages else {}
+
 
 #: Settings that may differ when a run is resumed: its length, its workers, its logging.
 MAY_CHANGE = frozenset(

@@ -73,6 +73,9 @@ def test_a_scheduler(examples):
 
 
 def test_names_that_nobody_registered_are_refused():
-    for key, words in (("optimizer", "'adamw' or 'sgd'"), ("schedule", "'linear', 'cosine', .*")):
+    for key, words in (
+        ("optimizer", "'adamw', 'muon' or 'sgd'"),
+        ("schedule", "'linear', 'cosine', .*"),
+    ):
         with pytest.raises(ConfigError, match=f"{key}='rmsprop': input should be {words}"):
             build(PretrainConfig, {key: "rmsprop"}, "pretrain")

@@ -49,15 +49,15 @@ def test_a_changed_setting_is_refused_with_its_key_and_both_values(run):
     with pytest.raises(ConfigError) as caught:
         reopen(run, "pretrain.lr=0.002", "pretrain.seed=7")
     assert str(caught.value) == (
-        f"{run} has begun with other settings (pretrain.seed: 0 -> 7; pretrain.lr: 0.001 -> "
-        "0.002); set them back, or choose another run.name"
+        f"{run} has begun with other settings (pretrain.lr: 0.001 -> 0.002; pretrain.seed: "
+        "0 -> 7); set them back, or choose another run.name"
     )
 
 
 def test_a_run_refuses_other_inputs_than_it_began_with(run):
     reopen_on(run, corpus="a", tokenizer="b")
     assert reopen_on(run, corpus="a", tokenizer="b") is None
-    with pytest.raises(DataError, match="has begun on another corpus than is there now"):
+    with pytest.raises(DataError, match="was started with another corpus; restore it"):
         reopen_on(run, corpus="z", tokenizer="b")
 
 
@@ -78,11 +78,11 @@ def test_allowed_changes_are_logged(run):
 
 
 def test_a_run_from_before_a_setting_existed_had_its_default(run):
-    """A resolved configuration of the first versions has no `optimizer`: it was AdamW."""
     reopen(run)
     lines = run.read_text(CONFIG).splitlines(keepends=True)
-    old = "".join(line for line in lines if not line.startswith("  optimizer:"))
-    assert old.count("\n") < len(lines)
+    added = ("  optimizer:", "  patience:", "    mask_rate:")
+    old = "".join(line for line in lines if not line.startswith(added))
+    assert old.count("\n") < len(lines) - len(added)
     run.write_text(CONFIG, old)
     messages = []
     assert open_run(run, yaml(), "pretrain", log=messages.append) is None
@@ -90,6 +90,8 @@ def test_a_run_from_before_a_setting_existed_had_its_default(run):
     run.write_text(CONFIG, old)
     with pytest.raises(ConfigError, match=r"pretrain.optimizer: 'adamw' -> 'sgd'"):
         reopen(run, "pretrain.optimizer=sgd")
+    with pytest.raises(ConfigError, match=r"pretrain.masking.mask_rate: 0.2 -> 0.3"):
+        reopen(run, "pretrain.masking.mask_rate=0.3")
 
 
 @pytest.mark.parametrize(
@@ -351,7 +353,7 @@ def test_a_model_that_can_not_be_written_is_an_error_and_the_run_resumes(corpus,
         "to resume from the checkpoint of step 4$",
     ):
         train_in_process(job, run, on_progress=messages.append)
-    assert "is tried again for" in messages[-1]["message"]
+    assert "retrying for up to" in messages[-1]["message"]
     run.delete("model")
     result = train_in_process(job, run, on_progress=lambda record: None)
     assert (result["step"], result["restarts"]) == (4, 1)

@@ -39,7 +39,9 @@ def test_defaults_are_limits_in_epochs():
 
 @pytest.mark.parametrize("config", [PretrainConfig, FinetuneConfig])
 def test_two_limits_are_refused(config):
-    with pytest.raises(ConfigError, match=r"steps=100 and minutes=5.*both limits.*keep one"):
+    with pytest.raises(
+        ConfigError, match=r"steps=100 and minutes=5.*a run has one limit; keep one"
+    ):
         build(config, {"steps": 100, "minutes": 5}, "x")
 
 
