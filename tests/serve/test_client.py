@@ -11,7 +11,13 @@ import pytest
 from certificates import certificate
 
 from raybert.serve import client as module
-from raybert.serve.client import Client, ServerError
+from raybert.serve.client import (
+    Client,
+    NoAnswer,
+    RequestRejected,
+    ServerError,
+    ServerUnavailable,
+)
 
 ANSWER = [{"label": "pos", "score": 0.9}]
 
@@ -73,10 +79,41 @@ def test_requests_are_sent_with_key_and_options():
     with server() as (url, asked), Client(url, key="k" * 20) as client:
         assert client.predict(("one", "two"), truncate=True) == ANSWER
         assert client.fill_mask("a [MASK]", top_k=3) == ANSWER
-    (path, body, headers), (other, masked, _) = asked
+        client.predict([("a", "b"), ["c", "d"]], model="pairs", threshold=0.0, explain=False)
+        with pytest.raises(TypeError, match="truncat"):
+            client.predict("one", truncat=True)
+    (path, body, headers), (other, masked, _), (_, pairs, _) = asked
     assert (path, body) == ("/predict", {"inputs": ["one", "two"], "truncate": True})
     assert (other, masked) == ("/fill-mask", {"inputs": "a [MASK]", "top_k": 3})
     assert headers["Authorization"] == "Bearer " + "k" * 20
+    assert pairs.pop("inputs") == [["a", "b"], ["c", "d"]]
+    assert pairs == {"model": "pairs", "threshold": 0.0, "explain": False}
+
+
+def test_a_transport_replaces_the_connection(pauses):
+    answers = [(503, {"Retry-After": "2"}, b""), (200, {}, b'["x"]'), (200, {}, b"<html>")]
+    sent = []
+
+    def transport(*request):
+        sent.append(request)
+        return answers.pop(0)
+
+    with Client("http://a/root/", "key", transport=transport) as client:
+        assert client.predict("a") == ["x"]
+        assert pauses == [2]
+        with pytest.raises(RequestRejected, match="^200: the response is not JSON$"):
+            client.info()
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer key"}
+    assert sent[1] == ("POST", "/root/predict", headers, b'{"inputs": "a"}')
+    assert sent[2] == ("GET", "/root/info", headers, None)
+
+
+def test_patience_s_is_the_deprecated_name_of_retry_timeout_s():
+    with pytest.warns(DeprecationWarning, match="patience_s is now retry_timeout_s"):
+        client = Client(patience_s=0, transport=lambda *request: (503, {}, b'{"error": "full"}'))
+    with pytest.raises(ServerUnavailable) as error:
+        client.info()
+    assert (error.value.status, error.value.message) == (503, "full")
 
 
 def test_lost_and_temporarily_rejected_requests_are_retried(pauses):
@@ -96,7 +133,7 @@ def test_the_pause_is_that_of_retry_after(pauses):
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 424])
 def test_permanent_errors_are_raised_at_once(pauses, status):
     with server(status) as (url, asked), Client(url) as client:
-        with pytest.raises(ServerError, match=f"^{status}: status {status}$") as error:
+        with pytest.raises(RequestRejected, match=f"^{status}: status {status}$") as error:
             client.predict("a")
     assert error.value.status == status
     assert (len(asked), pauses) == (1, [])
@@ -104,7 +141,7 @@ def test_permanent_errors_are_raised_at_once(pauses, status):
 
 def test_a_request_that_timed_out_is_sent_once_more(pauses):
     with server(504, 503, 504, 200) as (url, asked), Client(url) as client:
-        with pytest.raises(ServerError, match="^504: "):
+        with pytest.raises(ServerUnavailable, match="^504: "):
             client.predict("a")
         assert (len(asked), len(pauses)) == (3, 2)
         assert client.predict("a") == ANSWER
@@ -124,8 +161,10 @@ def test_an_unknown_host_is_raised_at_once(pauses, monkeypatch, code, tries):
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with Client("http://a-host.example") as client:
-        with pytest.raises(ServerError, match="no answer: .*unknown"):
+        with pytest.raises(NoAnswer, match="no answer: .*unknown") as error:
             client.predict("a")
+    assert (error.value.status, type(error.value.__cause__)) == (0, socket.gaierror)
+    assert issubclass(NoAnswer, ServerError)
     assert (len(looked), len(pauses)) == (tries, tries - 1)
 
 
@@ -135,7 +174,7 @@ def test_an_invalid_certificate_is_raised_at_once(pauses, tmp_path):
     context.load_cert_chain(*files)
     with server(context=context) as (url, asked):
         with Client(url.replace("http:", "https:")) as untrusting:
-            with pytest.raises(ServerError, match="certificate verify failed"):
+            with pytest.raises(NoAnswer, match="certificate verify failed"):
                 untrusting.predict("a")
         assert (asked, pauses) == ([], [])
         trusting = ssl.create_default_context(cafile=files[0])
