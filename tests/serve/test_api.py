@@ -592,7 +592,7 @@ def test_only_configured_origins_get_cors_headers(model, pretrained, api):
 def test_a_full_queue_is_reported_before_the_body_is_read(api, monkeypatch):
     batcher = api.service.find(None).batcher
     monkeypatch.setattr(batcher, "_speed", 1000.0)
-    monkeypatch.setattr(batcher, "_queued", 5000)
+    monkeypatch.setattr(batcher, "_queued_tokens", 5000)
     response = api.send("/predict", b"not even JSON")
     assert_error(response, 429, "try again in 5 s")
     assert response.headers["Retry-After"] == "5"
@@ -631,7 +631,7 @@ def test_a_truncated_text_reserves_no_more_room_than_its_remaining_tokens(api, m
     seen, encode = [], served.encode
 
     def noting(texts, *, windows):
-        seen.append(served.batcher._expected)
+        seen.append(served.batcher._reserved_tokens)
         return encode(texts, windows=windows)
 
     monkeypatch.setattr(served, "encode", noting)
@@ -654,7 +654,7 @@ def test_with_several_models_requests_are_rejected_when_all_queues_are_full(
         monkeypatch.setattr(batcher, "_speed", 1000.0)
         assert several.post("/predict", {"inputs": "a", "model": "second"}).is_success
         monkeypatch.setattr(batcher, "_speed", 1000.0)
-        monkeypatch.setattr(batcher, "_queued", queued)
+        monkeypatch.setattr(batcher, "_queued_tokens", queued)
         full = several.post("/predict", {"inputs": "a", "model": "run"})
         assert_error(full, 429, "try again in 5 s")
         assert (QUEUE_FULL_HEADER in full.headers) == (batcher is second)
@@ -686,7 +686,7 @@ def test_a_full_queue_is_reported_in_front_of_serve(shedding, monkeypatch, caplo
     assert shedding.post("/predict", body, headers=headers).is_success
     batcher = shedding.service.find(None).batcher
     monkeypatch.setattr(batcher, "_speed", 1000.0)
-    monkeypatch.setattr(batcher, "_queued", 5000)
+    monkeypatch.setattr(batcher, "_queued_tokens", 5000)
     assert_error(shedding.post("/predict", body, headers=headers), 429, "try again in 5 s")
     assert_error(
         shedding.post("/predict", body), 401
@@ -702,7 +702,7 @@ def test_rejections_share_a_log_line(shedding, monkeypatch, caplog):
     headers = {"Authorization": f"Bearer {KEY}"}
     batcher = shedding.service.find(None).batcher
     monkeypatch.setattr(batcher, "_speed", 1000.0)
-    monkeypatch.setattr(batcher, "_queued", 5000)
+    monkeypatch.setattr(batcher, "_queued_tokens", 5000)
     monkeypatch.setattr(middleware._admission, "_logged_at", -math.inf)
     monkeypatch.setattr(middleware, "_LOG_INTERVAL_S", 3600)
     before = count(shedding.service.metrics, "requests_total", route="-", status="429")
@@ -732,7 +732,7 @@ def test_a_slow_request_ends_with_504(model, pretrained):
     finally:
         block.set_result(None)
     slow.service._threads.all_cores.submit(int).result(30)
-    assert slow.service.find(None).batcher.queued == 0
+    assert slow.service.find(None).batcher.queued_tokens == 0
     slow.service.close()
 
 

@@ -100,7 +100,7 @@ def test_every_row_is_answered_once_and_with_its_own_score(
         (int(row[0]), len(row)) for rows in requests for row in rows if len(row)
     )
     assert sum(map(len, recorder.batches)) == sum(map(len, requests))
-    assert made.queued == 0
+    assert made.queued_tokens == 0
 
 
 @given(LENGTHS, st.integers(1, 40), st.integers(1, 4))
@@ -136,7 +136,7 @@ def test_rows_of_more_than_a_batch_are_split_evenly_and_computed_at_once(executo
         made = batcher(compute, executor, 2, tokens_per_batch=8)
         tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[3]] + [[2]] * 6)]
         await until(lambda: whole or shares)
-        assert (whole, shares) == ([3], []) and made.queued == 12  # the first one was alone
+        assert (whole, shares) == ([3], []) and made.queued_tokens == 12  # the first one was alone
         release.set()
         await asyncio.gather(*tasks)
         release.clear()
@@ -192,7 +192,7 @@ def test_a_request_that_would_wait_too_long_is_rejected_and_queued_ones_are_answ
         assert made.capacity == 30
         tasks = [asyncio.create_task(made.score(rows)) for rows in requests_of([[10]] * 4)]
         await asyncio.sleep(0.01)  # one runs, three wait
-        assert made.queued == 30
+        assert made.queued_tokens == 30
         assert made.full_for_s() == pytest.approx(2.0)
         with pytest.raises(Overloaded) as rejected:
             with made.reserve(1):
@@ -263,10 +263,10 @@ def test_a_cancelled_request_leaves_nothing_in_the_queue(executor):
         tasks[1].cancel()
         await asyncio.sleep(0)
         await asyncio.gather(tasks[1], return_exceptions=True)
-        assert made.queued == 4
+        assert made.queued_tokens == 4
         release.set()
         await asyncio.gather(tasks[0], tasks[2])
-        assert made.queued == 0
+        assert made.queued_tokens == 0
 
     run(score_all())
     assert recorder.batches == [[(1, 4)], [(3, 4)]]
@@ -284,7 +284,7 @@ def test_a_time_out_in_the_middle_of_a_batch_affects_no_other_request(executor):
             await asyncio.wait_for(gone, 0.01)
         release.set()
         await asyncio.gather(first, kept)
-        assert made.queued == 0 and made.running_s == 0
+        assert made.queued_tokens == 0 and made.running_s == 0
 
     run(score_all())
 
@@ -302,7 +302,7 @@ def test_a_failure_is_raised_for_each_request_of_its_batch_and_no_other(executor
         )
         assert isinstance(found[1], ModelFailed) and isinstance(found[1].__cause__, ValueError)
         assert not isinstance(found[0], Exception) and not isinstance(found[2], Exception)
-        assert made.queued == 0
+        assert made.queued_tokens == 0
 
     run(score_all())
 

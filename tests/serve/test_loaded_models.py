@@ -87,7 +87,7 @@ def test_running_requests_are_completed_by_the_version_that_they_began_with(stor
     async def go():
         service._threads.all_cores.submit(block.result, 30)
         tasks = [asyncio.create_task(label(service)) for _ in range(20)]
-        while service.models.default.batcher.queued < 19:  # one is running
+        while service.models.default.batcher.queued_tokens < 19:  # one is running
             await asyncio.sleep(0.01)
         set_current(storage, 2)
         await service.models.refresh()
@@ -167,7 +167,7 @@ def test_a_failing_canary_costs_no_answer(storage, failure, monkeypatch, caplog)
         monkeypatch.setattr(canary, "encode", lambda texts, windows: release.wait(30))
     elif failure == "full":
         monkeypatch.setattr(canary.batcher, "_speed", 1.0)
-        monkeypatch.setattr(canary.batcher, "_queued", 10**6)
+        monkeypatch.setattr(canary.batcher, "_queued_tokens", 10**6)
     else:
         monkeypatch.setattr(canary.batcher, "_compute", broken)
 

@@ -2,7 +2,7 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from raybert.serve.runtime.metrics import Metrics
+from raybert.serve.runtime.metrics import ServeMetrics
 
 
 def samples(metrics):
@@ -15,7 +15,7 @@ def samples(metrics):
 
 
 def test_counters_add_up_by_label_and_carry_the_replicas_name():
-    metrics = Metrics(replica="r1")
+    metrics = ServeMetrics(replica="r1")
     metrics.add("requests_total", route="/predict", status="200")
     metrics.add("requests_total", route="/predict", status="200")
     metrics.add("batch_seconds_total", 0.25, model='with "quotes"\n')
@@ -27,7 +27,7 @@ def test_counters_add_up_by_label_and_carry_the_replicas_name():
 
 
 def test_latencies_are_a_cumulative_histogram():
-    metrics = Metrics()
+    metrics = ServeMetrics()
     for seconds in (0.005, 0.2, 30):
         metrics.observe("/predict", seconds)
     found = samples(metrics)
@@ -39,7 +39,7 @@ def test_latencies_are_a_cumulative_histogram():
 
 
 def test_gauges_are_read_at_each_scrape():
-    metrics, values = Metrics(replica="r1"), [3.0, 4.0]
-    metrics.add_gauge("queued_tokens", "Tokens that wait.", lambda: values.pop(0))
+    metrics, values = ServeMetrics(replica="r1"), [3.0, 4.0]
+    metrics.watch_queue(lambda: values.pop(0))
     name = ("raybert_queued_tokens", ("replica", "r1"))
     assert [samples(metrics), samples(metrics)] == [{name: 3}, {name: 4}]

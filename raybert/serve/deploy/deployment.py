@@ -23,7 +23,7 @@ from raybert.errors import ConfigError, UserError
 from raybert.serve.http.api import flush, make_api
 from raybert.serve.http.authentication import VARIABLE, Keys, read_keys
 from raybert.serve.http.middleware import set_admission
-from raybert.serve.runtime.metrics import Metrics
+from raybert.serve.runtime.metrics import ServeMetrics
 from raybert.serve.runtime.model_sources import check_names, resolve
 from raybert.serve.runtime.service import Service
 from raybert.serve.settings import ServeConfig, is_loopback
@@ -52,7 +52,7 @@ class Server:
             config,
             device="cuda" if gpu else "cpu",
             threads=config.threads or max(1, int(cpus)),
-            metrics=Metrics(replica=serve.get_replica_context().replica_tag),
+            metrics=ServeMetrics(replica=serve.get_replica_context().replica_tag),
             log=self._log,
         )
         self._service.load()

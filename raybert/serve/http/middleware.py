@@ -1,7 +1,8 @@
 """The middleware of POST /predict and all other paths, in the order in which a request meets it.
 
-1. LoadSheddingMiddleware, in front of Ray Serve: rejects a request while the queue is full, since
-   Serve's own work for a request takes several times longer than this rejection.
+1. LoadSheddingMiddleware, in front of Ray Serve: rejects headers that are not UTF-8 (400). In a
+   replica that HAProxy connects to, unless `serve.cors` is set, it also checks the key and the
+   queue of a prediction, since Serve's own work takes several times longer than a rejection.
 2. CORSMiddleware of Starlette, if `serve.cors` is set.
 3. AccessMiddleware: checks the key and the queue, and records the request in log and metrics.
 4. BodyLimitMiddleware: limits the bytes of a body and the seconds in which it must arrive.
@@ -159,13 +160,13 @@ _admission: AdmissionControl | None = None  # of the replica in this process
 
 
 def set_admission(admission: AdmissionControl) -> None:
-    """Let LoadSheddingMiddleware use a replica's AdmissionControl."""
+    """Let LoadSheddingMiddleware use a replica's AdmissionControl; Serve's proxies have none."""
     global _admission
     _admission = admission
 
 
 class LoadSheddingMiddleware:
-    """Rejects requests while the queue is full, and headers to which Serve would respond 500."""
+    """Rejects headers to which Serve would respond 500 and, after `set_admission`, as `reject`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -110,17 +110,17 @@ class Batcher:
         self._tokens_per_batch, self._queue_s, self._wait_s = tokens_per_batch, queue_s, wait_s
         self._on_batch = on_batch
         self._items: deque[_Item] = deque()
-        self._queued = 0  # tokens of the items whose requests are not cancelled
-        self._expected = 0  # tokens of accepted requests that are being tokenized
-        self._typical = 0.0  # tokens of a request, moving average
+        self._queued_tokens = 0  # of the items whose requests are not cancelled
+        self._reserved_tokens = 0  # of accepted requests that are being tokenized
+        self._mean_request_tokens = 0.0  # moving average
         self._running: dict[asyncio.Future[Outputs], _Batch] = {}
         self._speed: float | None = None  # tokens per second
         self._timer: asyncio.TimerHandle | None = None
 
     @property
-    def queued(self) -> int:
+    def queued_tokens(self) -> int:
         """Tokens in the queue."""
-        return self._queued
+        return self._queued_tokens
 
     @property
     def capacity(self) -> int:
@@ -132,7 +132,7 @@ class Batcher:
     @property
     def expected_wait_s(self) -> float:
         """Seconds until the queue is computed, at the speed of the last batches."""
-        return (self._queued + self._expected) / self._speed if self._speed else 0.0
+        return (self._queued_tokens + self._reserved_tokens) / self._speed if self._speed else 0.0
 
     @property
     def running_s(self) -> float:
@@ -146,8 +146,9 @@ class Batcher:
         `tokens` of the request are an estimate; None: the mean of the last requests. While the
         queue is empty, a request of any size is accepted.
         """
-        waiting = self._queued + self._expected
-        is_full = waiting + (self._typical if tokens is None else tokens) > self.capacity
+        waiting = self._queued_tokens + self._reserved_tokens
+        more = self._mean_request_tokens if tokens is None else tokens
+        is_full = waiting + more > self.capacity
         return self.expected_wait_s if waiting and is_full else None
 
     @contextmanager
@@ -156,11 +157,11 @@ class Batcher:
         wait_s = self.full_for_s(tokens)
         if wait_s is not None:
             raise Overloaded(wait_s)
-        self._expected += tokens
+        self._reserved_tokens += tokens
         try:
             yield
         finally:
-            self._expected -= tokens
+            self._reserved_tokens -= tokens
 
     async def score(self, rows: Sequence[Row]) -> Scores:
         """Return the outputs of each row, of at least one, or raise Overloaded or ModelFailed.
@@ -168,25 +169,25 @@ class Batcher:
         While the queue is empty, a request of any size is accepted. Cancelling removes its rows.
         """
         tokens = sum(map(_cost, rows))
-        if self._queued and self._queued + tokens > self.capacity:
+        if self._queued_tokens and self._queued_tokens + tokens > self.capacity:
             raise Overloaded(self.expected_wait_s)
-        self._typical += _NEWEST_WEIGHT * (tokens - self._typical)
+        self._mean_request_tokens += _NEWEST_WEIGHT * (tokens - self._mean_request_tokens)
         request = _Request(rows, asyncio.get_running_loop().create_future())
         self._items.extend(_Item(request, place) for place in range(len(rows)))
-        self._queued += tokens
+        self._queued_tokens += tokens
         self._start(forced=False)
         try:
             return await request.future
         finally:
-            self._queued -= request.waiting  # of a cancelled request
+            self._queued_tokens -= request.waiting  # of a cancelled request
             request.waiting = 0
 
     def _start(self, *, forced: bool) -> None:
         """Start batches in free threads; a batch that is not full waits for `wait_s` first."""
         if forced:
             self._timer = None
-        while self._queued and (free := self._free_executor()) is not None:
-            is_idle = not self._running and self._queued < self._tokens_per_batch
+        while self._queued_tokens and (free := self._free_executor()) is not None:
+            is_idle = not self._running and self._queued_tokens < self._tokens_per_batch
             if self._wait_s and not forced and is_idle:
                 if self._timer is None:
                     loop = asyncio.get_running_loop()
@@ -208,12 +209,12 @@ class Batcher:
     def _free_executor(self) -> tuple[Executor, int] | None:
         """Return the executor for the next batch and its maximum tokens; None: all are busy."""
         threads, running = self._threads, len(self._running)
-        if not running and (threads.count == 1 or self._queued <= self._tokens_per_batch):
+        if not running and (threads.count == 1 or self._queued_tokens <= self._tokens_per_batch):
             return threads.all_cores, self._tokens_per_batch
         if running == threads.count or any(not b.in_share for b in self._running.values()):
             return None
         # Equal batches: a longer one would delay the others of a request.
-        share = math.ceil(self._queued / (threads.count - running))
+        share = math.ceil(self._queued_tokens / (threads.count - running))
         return threads.shares, min(self._tokens_per_batch, share)
 
     def _take(self, budget: int) -> list[_Item]:
@@ -232,7 +233,7 @@ class Batcher:
             batch.append(item)
             tokens += cost
             item.request.waiting -= cost
-            self._queued -= cost
+            self._queued_tokens -= cost
         return batch
 
     def _finish(self, future: asyncio.Future[Outputs]) -> None:

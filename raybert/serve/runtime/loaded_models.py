@@ -16,7 +16,7 @@ from raybert.inference.explanations import Explainer
 from raybert.inference.fill_mask import MaskFiller
 from raybert.model import huggingface
 from raybert.serve.runtime.batching import Batcher, ModelFailed, ModelThreads, run_in_new_thread
-from raybert.serve.runtime.metrics import Metrics
+from raybert.serve.runtime.metrics import ServeMetrics
 from raybert.serve.runtime.model_sources import ModelSource, find_source
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder
@@ -32,7 +32,7 @@ class LoadedModel:
         folder: Folder,
         config: ServeConfig,
         threads: ModelThreads,
-        metrics: Metrics,
+        metrics: ServeMetrics,
         *,
         device: str,
         precision: str,
@@ -104,7 +104,7 @@ class LoadedModels:
         self,
         config: ServeConfig,
         threads: ModelThreads,
-        metrics: Metrics,
+        metrics: ServeMetrics,
         log: logging.Logger,
         device: str,
     ) -> None:

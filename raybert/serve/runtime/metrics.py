@@ -1,4 +1,4 @@
-"""The counters and latencies of one replica, as a Prometheus registry of its own.
+"""The metrics of one replica, as a Prometheus registry of its own; all their names are here.
 
 Ray exports what Serve itself counts (`ray_serve_*`), for all replicas; these are the figures that
 only the application knows. HAProxy sends a scrape to any one replica: the label `replica` says
@@ -50,7 +50,7 @@ _COUNTERS = {
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
-class Metrics:
+class ServeMetrics:
     """Counters, a latency histogram, and the length of the queue."""
 
     def __init__(self, **constant_labels: str) -> None:
@@ -83,9 +83,14 @@ class Metrics:
         """Record how long a request to a route took."""
         self._labelled(self._seconds, route=route).observe(seconds)
 
-    def add_gauge(self, name: str, description: str, read: Callable[[], float]) -> None:
-        """Add a gauge whose value `read` returns at each scrape."""
-        gauge = Gauge(f"raybert_{name}", description, list(self._constant), registry=self.registry)
+    def watch_queue(self, read: Callable[[], float]) -> None:
+        """Add the length of the queue, which `read` returns at each scrape."""
+        gauge = Gauge(
+            "raybert_queued_tokens",
+            "Tokens that wait in the queues of all models.",
+            list(self._constant),
+            registry=self.registry,
+        )
         (gauge.labels(**self._constant) if self._constant else gauge).set_function(read)
 
     def render(self) -> str:

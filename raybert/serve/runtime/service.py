@@ -25,7 +25,7 @@ from raybert.serve import request_errors
 from raybert.serve.request_errors import RequestError
 from raybert.serve.runtime.batching import ModelFailed, ModelThreads, Overloaded, run_in_new_thread
 from raybert.serve.runtime.loaded_models import LoadedModel, LoadedModels
-from raybert.serve.runtime.metrics import Metrics
+from raybert.serve.runtime.metrics import ServeMetrics
 from raybert.serve.runtime.serial_executor import (
     Filled,
     NewThreadExecutor,
@@ -60,11 +60,11 @@ class Service:
         *,
         device: str = "cpu",
         threads: int | None = None,
-        metrics: Metrics | None = None,
+        metrics: ServeMetrics | None = None,
         log: logging.Logger | None = None,
     ) -> None:
         """Set up without loading anything; `threads` compute, None: PyTorch's default."""
-        self.config, self.metrics = config, metrics or Metrics()
+        self.config, self.metrics = config, metrics or ServeMetrics()
         self._log = log or logging.getLogger("raybert.serve")
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenize")
         self._threads = ModelThreads(threads, device=device)
@@ -75,10 +75,8 @@ class Service:
         share = config.canary.share if config.canary else 0.0
         self._canary = Canary(share, self.metrics, self._log)
         self.models = LoadedModels(config, self._threads, self.metrics, self._log, device)
-        self.metrics.add_gauge(
-            "queued_tokens",
-            "Tokens that wait in the queues of all models.",
-            lambda: sum(model.batcher.queued for model in self.models.all()),
+        self.metrics.watch_queue(
+            lambda: sum(model.batcher.queued_tokens for model in self.models.all())
         )
 
     def load(self) -> None:
@@ -99,7 +97,7 @@ class Service:
                 raise RuntimeError(f"model {model.name}: a batch has run for {seconds:.0f} s")
 
     def full_for_s(self) -> float | None:
-        """Return the seconds until a full queue has room; None: a request can be accepted.
+        """Return the seconds until a full queue is empty; None: a request can be accepted.
 
         Only the request's body names its model: the queues of all classifiers must be full.
         """
@@ -231,7 +229,7 @@ class Canary:
     full or is slow. All methods belong to one event loop.
     """
 
-    def __init__(self, share: float, metrics: Metrics, log: logging.Logger) -> None:
+    def __init__(self, share: float, metrics: ServeMetrics, log: logging.Logger) -> None:
         self._share, self._metrics, self._log = share, metrics, log
         self._unlogged, self._logged_at = 0, -math.inf  # failures
 
