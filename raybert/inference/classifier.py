@@ -208,8 +208,8 @@ class TextClassifier:
                 logits = logits[0] if self.task.is_per_token else logits[: len(rows)]
             else:
                 padded, mask = pad(rows, self.tokenizer.pad_id)
-                there = None if mask is None else torch.from_numpy(mask).to(self._device)
-                logits = self._compute(torch.from_numpy(padded).to(self._device), there)
+                present = None if mask is None else torch.from_numpy(mask).to(self._device)
+                logits = self._compute(torch.from_numpy(padded).to(self._device), present)
         values = np.asarray(logits.float().cpu().numpy())
         if not self.task.is_per_token:
             return values

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybert.model.attention import AttentionPlan, attend, attend_varlen
+from raybert.model.attention import AttentionPlan, attend
 from raybert.model.encoder import Encoder
 from raybert.model.layers import Attention, EncoderLayer, FeedForward
 
@@ -136,10 +136,7 @@ class PackedAttention(nn.Module):
             rotation = torch.complex(plan.cos, plan.sin)
             torch.view_as_complex(pairs).mul_(rotation)  # [B, T, 2, N, H/2]
         q, k, v = (tensor.transpose(1, 2) for tensor in qkv.unbind(2))  # [B, N, T, H] each
-        if plan.lengths is None:
-            mixed = attend(q, k, v, plan.mask)
-        else:
-            mixed = attend_varlen(q, k, v, plan.lengths, plan.half_window)
+        mixed = attend(q, k, v, plan)  # [B, N, T, H]
         y: Tensor = self.out(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
         return y
 

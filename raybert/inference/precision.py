@@ -128,12 +128,11 @@ class _FP32Output(nn.Module):
         attention_mask: Tensor | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        positions, far, near = self.encoder.plan(input_ids, attention_mask, lengths=lengths)
+        positions, *plans = self.encoder.plan(input_ids, attention_mask, lengths=lengths)
         if lengths is not None:
             cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
-            far = far._replace(lengths=None, cu_seqlens=cu_seqlens)
-            near = near._replace(lengths=None, cu_seqlens=cu_seqlens)
-        return self.encoder.transform(input_ids, positions, far, near).float()  # [B, T, D]
+            plans = [plan._replace(lengths=None, cu_seqlens=cu_seqlens) for plan in plans]
+        return self.encoder.transform(input_ids, positions, *plans).float()  # [B, T, D]
 
 
 def resolve_precision(precision: str, folder: Folder, device: torch.device) -> str:

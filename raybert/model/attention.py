@@ -1,4 +1,4 @@
-"""Attention over all heads, by the fastest kernel that the device has, and what it needs per batch.
+"""Attention over all heads, by the fastest kernel that the device has, and its plan for a batch.
 
 On GPUs and in fp32 the kernels are PyTorch's own. In bf16 on CPUs the backward pass of the fused
 attention reaches a tenth of the speed of plain matrix products, so those are used there.
@@ -21,8 +21,35 @@ MAX_MATMUL_TOKENS = 512
 CHUNK_SCORES = 1 << 21  # scores computed at once: 4 MiB of bf16, so that they stay in the cache
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+class AttentionPlan(NamedTuple):
+    """The inputs of attention for the global layers of a batch, or for its local ones.
+
+    Texts that are concatenated in one row are separated by `lengths`, or in compiled layers by
+    `cu_seqlens`, and need no mask.
+    """
+
+    mask: Tensor | None  # bool [B or 1, 1, T or 1, T], True: attend; None: attend to everything
+    cos: Tensor | None  # fp32 [B or 1, T, 1, 1, H/2]; None: no rotary positions
+    sin: Tensor | None
+    lengths: Sequence[int] | None = None  # tokens of each text
+    cu_seqlens: Tensor | None = None  # int64 [texts + 1]: cumulative lengths
+    half_window: int | None = None  # of a local layer
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """Scaled dot-product attention of queries, keys and values [B, N, T, H] -> [B, N, T, H].
+
+    Every layer calls this; it and the functions that it calls choose the kernel.
+    """
+    if plan.cu_seqlens is not None:
+        return attend_varlen_op(q, k, v, plan.cu_seqlens, plan.half_window)
+    if plan.lengths is not None:
+        return attend_varlen(q, k, v, plan.lengths, plan.half_window)
+    return attend_batch(q, k, v, plan.mask)
+
+
+def attend_batch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` for a text, or packed documents, in each row.
 
     `mask` is bool [B or 1, 1, T or 1, T], True: the query may attend to the key; None: each query
     attends to every key.
@@ -50,8 +77,10 @@ def attend_varlen(
     for length, group in itertools.groupby(lengths):
         count = len(list(group))
         end = begin + count * length
-        is_global = half_window is None or length <= half_window + 1
-        if matmuls and length <= MAX_MATMUL_TOKENS and is_global:
+        mask = None
+        if half_window is not None and length > half_window + 1:
+            mask = local_mask(length, half_window, q.device)
+        if matmuls and length <= MAX_MATMUL_TOKENS and mask is None:
             for first in range(begin, end, length):
                 text = slice(first, first + length)
                 _attend_one_text(*(row[text] for row in rows), out=mixed[text])
@@ -61,10 +90,8 @@ def attend_varlen(
         batch_q, batch_k, batch_v = (  # [B, N, T, H] each
             row[begin:end].reshape(shape).transpose(1, 2) for row in rows
         )
-        mask = None
-        if half_window is not None and not is_global:
-            mask = local_mask(length, half_window, q.device)
-        mixed[begin:end] = attend(batch_q, batch_k, batch_v, mask).transpose(1, 2).flatten(0, 1)
+        batch = attend_batch(batch_q, batch_k, batch_v, mask)
+        mixed[begin:end] = batch.transpose(1, 2).flatten(0, 1)
         begin = end
     return mixed.transpose(0, 1)[None]
 
@@ -121,7 +148,7 @@ _LIBRARY.impl("attend_varlen", _attend_varlen_meta, "Meta")
 
 
 def attend_with_matmuls(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`attend` in plain matrix products, a few texts at a time.
+    """`attend_batch` in plain matrix products, a few texts at a time.
 
     Against the fused kernel, forward and backward on one core of an AMD EPYC with AVX-512, torch
     2.13: 52 ms against 127 (32 x 256 tokens, 8 heads of 16), 32 against 105 (64 x 128, 4 of 64).
@@ -179,21 +206,6 @@ def _chunks(shape: torch.Size) -> list[tuple[slice, slice]]:
     size = max(1, CHUNK_SCORES // max(1, heads * seq_len**2))
     ends = [(begin, min(begin + size, batch)) for begin in range(0, batch, size)]
     return [(slice(a, b), slice(a * heads, b * heads)) for a, b in ends]
-
-
-class AttentionPlan(NamedTuple):
-    """The inputs of attention for the global layers of a batch, or for its local ones.
-
-    Texts that are concatenated in one row are separated by `lengths`, or in compiled layers by
-    `cu_seqlens`, and need no mask.
-    """
-
-    mask: Tensor | None  # bool [B or 1, 1, T or 1, T], True: attend; None: attend to everything
-    cos: Tensor | None  # fp32 [B or 1, T, 1, 1, H/2]; None: no rotary positions
-    sin: Tensor | None
-    lengths: Sequence[int] | None = None  # tokens of each text
-    cu_seqlens: Tensor | None = None  # int64 [texts + 1]: cumulative lengths
-    half_window: int | None = None  # of a local layer
 
 
 def plan_attention(

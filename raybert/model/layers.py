@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybert.model.attention import AttentionPlan, attend, attend_varlen, attend_varlen_op
+from raybert.model.attention import AttentionPlan, attend
 from raybert.model.settings import ModelConfig
 
 
@@ -169,12 +169,7 @@ class Attention(nn.Module):
         if plan.cos is not None and plan.sin is not None:
             qkv = apply_rotary(qkv, plan.cos, plan.sin)
         q, k, v = (tensor.transpose(1, 2) for tensor in qkv.unbind(2))  # [B, N, T, H] each
-        if plan.cu_seqlens is not None:
-            mixed = attend_varlen_op(q, k, v, plan.cu_seqlens, plan.half_window)
-        elif plan.lengths is not None:
-            mixed = attend_varlen(q, k, v, plan.lengths, plan.half_window)
-        else:
-            mixed = attend(q, k, v, plan.mask)  # [B, N, T, H]
+        mixed = attend(q, k, v, plan)  # [B, N, T, H]
         x = self.out(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
         return x
 

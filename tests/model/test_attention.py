@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raybert.model import attention
-from raybert.model.attention import attend, attend_with_matmuls
+from raybert.model.attention import attend_batch, attend_with_matmuls
 
 B, N, T, H = 3, 2, 5, 4
 
@@ -53,8 +53,8 @@ def test_bf16_attention_and_its_gradients_are_close_to_fp32(mask: Tensor | None)
     exact = [tensor.detach().float().requires_grad_() for tensor in rounded]
     weight = torch.randn(B, N, T, H)
     for ours, theirs in zip(
-        [out := attend(*rounded, mask), *torch.autograd.grad((out * weight).sum(), rounded)],
-        [out := attend(*exact, mask), *torch.autograd.grad((out * weight).sum(), exact)],
+        [out := attend_batch(*rounded, mask), *torch.autograd.grad((out * weight).sum(), rounded)],
+        [out := attend_batch(*exact, mask), *torch.autograd.grad((out * weight).sum(), exact)],
         strict=True,
     ):
         assert ours.dtype == torch.bfloat16
@@ -70,8 +70,8 @@ def test_bf16_gradients_are_close_to_fp64(head_dim: int, mean: float) -> None:
     exact = [tensor.bfloat16().double().requires_grad_() for tensor in exact]
     rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
     weight = torch.randn(shape, dtype=torch.float64)
-    ours = torch.autograd.grad((attend(*rounded, None) * weight).sum(), rounded)
-    theirs = torch.autograd.grad((attend(*exact, None) * weight).sum(), exact)
+    ours = torch.autograd.grad((attend_batch(*rounded, None) * weight).sum(), rounded)
+    theirs = torch.autograd.grad((attend_batch(*exact, None) * weight).sum(), exact)
     for rough, right in zip(ours, theirs, strict=True):
         assert (rough.double() - right).norm() < 0.04 * right.norm()
 
@@ -80,7 +80,7 @@ def test_a_fully_masked_token_gives_finite_values_and_gradients() -> None:
     mask = torch.ones(B, 1, T, T, dtype=torch.bool)
     mask[0, 0, 2] = False
     inputs = heads(torch.bfloat16)
-    out = attend(*inputs, mask)
+    out = attend_batch(*inputs, mask)
     assert torch.isfinite(out).all()
     for gradient in torch.autograd.grad(out.float().square().sum(), inputs):
         assert torch.isfinite(gradient).all()
@@ -89,8 +89,8 @@ def test_a_fully_masked_token_gives_finite_values_and_gradients() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # dynamo's own
 def test_compiled_attention_has_the_same_gradients() -> None:
     inputs = heads(torch.bfloat16)
-    compiled = torch.compile(lambda q, k, v: attend(q, k, v, None), backend="aot_eager")
-    plain = torch.autograd.grad(attend(*inputs, None).float().sum(), inputs)
+    compiled = torch.compile(lambda q, k, v: attend_batch(q, k, v, None), backend="aot_eager")
+    plain = torch.autograd.grad(attend_batch(*inputs, None).float().sum(), inputs)
     for ours, theirs in zip(
         torch.autograd.grad(compiled(*inputs).float().sum(), inputs), plain, strict=True
     ):
@@ -104,5 +104,5 @@ def test_long_rows_do_not_store_the_probabilities_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (saved.append(tensor.numel()), tensor)[1], lambda tensor: tensor
     ):
-        attend(q.requires_grad_(), k, v, None)
+        attend_batch(q.requires_grad_(), k, v, None)
     assert max(saved) < seq_len**2
