@@ -4,7 +4,7 @@ INTERRUPTED = 130  # the exit code after Ctrl-C or SIGTERM
 
 
 class RaybertError(Exception):
-    """Base of all errors that raybert raises."""
+    """Base of the errors that end a command with one line."""
 
 
 class UserError(RaybertError):
@@ -28,7 +28,7 @@ class DamagedError(RaybertError):
 
 
 class Superseded(RaybertError):
-    """A newer attempt at the same run has taken over its storage."""
+    """A later attempt at the same run has taken over its storage."""
 
 
 def one_line(error: Exception) -> str:

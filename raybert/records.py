@@ -1,4 +1,4 @@
-"""The records of `metrics.jsonl`: their kinds, keys and events, with units.
+"""The records of training, as in `metrics.jsonl`: their kinds, keys and events, with units.
 
 The loop, the tasks and the checkpoint saver write them; the terminal, Prometheus, the search and
 the report read them. Files of earlier versions may lack keys. In files NaN and infinity are null.
@@ -21,6 +21,7 @@ EventName = Literal[
     "best checkpoint lost",
     "storage",  # it refuses, or works again
     "preempted",  # a node will be taken away
+    # The driver's own, shown where the run is followed and in no file:
     "restart",  # of the workers
     "resize",  # to another number of workers
     "waiting",  # for nodes

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "raybert"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A layer may import itself and those before it. Rooms of one row know nothing of each other;
-# `errors` and `config` are below all of them.
+# A layer may import itself and those before it. Packages of one row know nothing of each other;
+# `errors`, `config` and `records` come before all of them.
 LAYERS = [
     {"storage", "terminal", "cluster"},
     {"data", "model"},
@@ -25,8 +25,8 @@ LAYERS = [
     {"pipeline"},
     {"cli"},
 ]
-BELOW_ALL = ["__init__", "errors", "config", "records"]  # each imports those before it
-ABOVE_ALL = "__main__"
+BEFORE_ALL = ["__init__", "errors", "config", "records"]  # each imports those before it
+AFTER_ALL = "__main__"
 
 # What the rows above forbid and is wanted all the same, module by module, with the reason.
 ALLOWED: set[tuple[str, str]] = set()
@@ -111,9 +111,9 @@ EDGES = [(module_name(path), name) for path in FILES for name in imports(path, M
 def layer_of(module):
     parts = module.split(".")
     top = parts[1] if len(parts) > 1 else "__init__"
-    if top in BELOW_ALL:
-        return top, BELOW_ALL.index(top) - len(BELOW_ALL)
-    if top == ABOVE_ALL:
+    if top in BEFORE_ALL:
+        return top, BEFORE_ALL.index(top) - len(BEFORE_ALL)
+    if top == AFTER_ALL:
         return top, len(LAYERS)
     return top, next((row for row, names in enumerate(LAYERS) if top in names), None)
 

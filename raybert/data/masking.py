@@ -1,8 +1,9 @@
 """Masking for masked language modeling: which tokens are predicted, and what replaces them.
 
 Every draw is keyed by (seed, epoch, row id, position), so masks do not depend on the worker or the
-time. Of the chosen tokens, 80% become [MASK], 10% a random token, and 10% are kept (Devlin et al.,
-arXiv 1810.04805, section 3.1). Spans follow SpanBERT (Joshi et al., arXiv 1907.10529, section 3.1).
+time. Of the chosen tokens, `mask_share`, by default 80%, become [MASK], `random_share` 10% a random
+token, and the rest is kept (Devlin et al., arXiv 1810.04805, section 3.1). Spans follow SpanBERT
+(Joshi et al., arXiv 1907.10529, section 3.1).
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def mask_rows(
     ordinary = np.flatnonzero(~vocabulary.special)  # the ids of random replacement
     drawn = keyed_uniform(key_of("random", seed), *where)
     random_ids = ordinary[(drawn * np.float32(len(ordinary))).astype(np.int64) % len(ordinary)]
-    unmasked = np.where(action < config.mask_share + config.random_share, random_ids, ids[n, t])
-    ids[n, t] = np.where(action < config.mask_share, vocabulary.mask_id, unmasked)
+    replaced = np.where(action < config.mask_share + config.random_share, random_ids, ids[n, t])
+    ids[n, t] = np.where(action < config.mask_share, vocabulary.mask_id, replaced)
     return ids, labels
 
 

@@ -4,9 +4,16 @@ Both orders are pure functions of (seed, data, step), so a run resumes at any st
 is a fixed list of micro-batches, numbered by the micro-batch index. Complete micro-batches are
 assigned to ranks, so any number of workers computes the same steps.
 
-`CorpusOrder` (pretraining) scales to any corpus. An epoch is the split's row groups in a keyed
-permutation. It is divided into equal shares, one per micro-batch index, each share into *windows*,
-and the rows of a window are shuffled. So a rank reads no row group for another rank, holds one
+`CorpusOrder` (pretraining) scales to any corpus:
+
+1. An epoch is the split's row groups in a keyed permutation.
+2. It is divided into equal shares, one per micro-batch index, each share into *windows*.
+3. The rows of a window are shuffled, and each step takes the next `micro_batch_size` of them.
+
+1,000 rows in groups of 10, 2 micro-batches of 4 rows: index 0 has the first 500 rows of the
+permuted groups, in windows of 320 and 180 rows; step 0 takes the first 4 of the shuffled 320.
+
+So a reader of one index shares at most the groups at the ends of its share with others, holds one
 window in memory however large the corpus is, and starts at any step by reading that step's window.
 MosaicML Streaming's canonical nodes with py1s shuffling are a related design.
 

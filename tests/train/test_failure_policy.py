@@ -71,7 +71,8 @@ def test_a_run_without_progress_reports_the_number_of_restarts():
     restarts(policy, LOST)
     assert context.messages == [
         "a worker was lost: starting again from step 0",
-        "a worker was lost: starting again from step 0, for the 2nd time of at most 3",
+        "a worker was lost: starting again from step 0 (restart 2 of at most 3 without a new "
+        "checkpoint)",
         "a worker was lost: starting again from step 5",
     ]
 

@@ -7,7 +7,8 @@
    `failures.py` finds the cause. Lost nodes that Ray had notice of do not count.
 3. `ElasticPolicy` chooses the number of workers, where the run has a range of them.
 4. Each new worker calls `train_worker`, whose loop loads the last checkpoint and repeats the steps
-   since then, with the same batches.
+   since then, with the same batches. After an error that no restart mends, which a worker reports
+   by `channel.fail`, it returns at once and the driver raises the error.
 
 The driver uses these policies if the installed Ray has the private names that they need, else Ray
 Train's own. Those end a run of weeks with its ninth lost node, because they count all failures, and
@@ -89,13 +90,9 @@ class NoProgressFailurePolicy(FailurePolicy):  # type: ignore[misc]  # of an unt
         if self._failures > limit:
             return FailureDecision.RAISE
         if self._failures > 1:
-            message += f", for the {_ordinal(self._failures)} time of at most {limit}"
+            message += f" (restart {self._failures} of at most {limit} without a new checkpoint)"
         self._context.send_event("restart", message)
         return FailureDecision.RETRY
-
-
-def _ordinal(number: int) -> str:
-    return {1: "1st", 2: "2nd", 3: "3rd"}.get(number, f"{number}th")
 
 
 class ElasticPolicy(NodeScalingPolicy):
