@@ -138,7 +138,7 @@ def ray_micro_batches(
             num_cpus=min(1.0, math.floor(cpus * 1e4) / 1e4),  # Ray counts CPUs in units of 1e-4
         )
         blocks = dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow")
-        yield from _check_complete(_from_tables(blocks), plan.order, indices, steps)
+        yield from _by_step(_from_tables(blocks), plan.order, indices, steps)
 
 
 def _mask_steps(
@@ -189,7 +189,7 @@ def _from_tables(tables: Iterable[pa.Table]) -> Iterator[MicroBatch]:
             yield MicroBatch(step, index, row_ids, input_ids.reshape(shape), labels.reshape(shape))
 
 
-def _check_complete(
+def _by_step(
     received: Iterator[MicroBatch], order: CorpusOrder, indices: Sequence[int], steps: range
 ) -> Iterator[list[MicroBatch]]:
     """Yield one list of micro-batches for every step, empty where the rank has no row in it."""

@@ -36,6 +36,6 @@ def retry(
             if left <= 0:
                 raise
             if pause == _FIRST_PAUSE:
-                on_event(f"{error}; it is tried again for {left:.0f} s")
+                on_event(f"{error}; retrying for up to {left:.0f} s")
         time.sleep(min(pause, left))
         pause = min(2 * pause, _LONGEST_PAUSE)

@@ -112,7 +112,7 @@ class FinetuneSpec:
             return Classifier(encoder, num_labels, config.head, per_token=per_token)
         weights = None if self.shared is None else self.shared.weights
         size = tokenizer.vocab_size
-        return huggingface.load_encoder_into(
+        return huggingface.make_classifier_on(
             self.start,
             num_labels,
             config.head,

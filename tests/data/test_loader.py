@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raybert.data.loader import MicroBatch, _check_complete, _from_tables, _to_table
+from raybert.data.loader import MicroBatch, _by_step, _from_tables, _to_table
 from raybert.data.order import CorpusOrder
 from raybert.errors import RaybertError
 
@@ -23,7 +23,7 @@ def tables(indices, steps):
 
 
 def batches_of(tables, indices, steps):
-    return list(_check_complete(_from_tables(tables), ORDER, indices, steps))
+    return list(_by_step(_from_tables(tables), ORDER, indices, steps))
 
 
 @pytest.mark.parametrize("indices", [[0], [3], [0, 1], [2, 3], [0, 1, 2, 3]])

@@ -11,8 +11,8 @@ from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.huggingface import (
     load_classifier,
-    load_encoder_into,
     load_masked_lm,
+    make_classifier_on,
     read_label_names,
     read_preprocessing,
     read_temperature,
@@ -154,7 +154,7 @@ def test_a_head_without_counterpart_is_documented_and_rejected_by_transformers(
 def test_a_classifier_starts_from_the_pretrained_encoder(layout, tmp_path, tokenizer):
     pretrained = with_noise(MaskedLM(encoder_of(layout)))
     save_masked_lm(pretrained, tokenizer, Folder(tmp_path), "card")
-    model = load_encoder_into(Folder(tmp_path), 4, HeadConfig(), dropout=0.2)
+    model = make_classifier_on(Folder(tmp_path), 4, HeadConfig(), dropout=0.2)
     for name, tensor in pretrained.encoder.state_dict().items():
         assert torch.equal(model.encoder.state_dict()[name], tensor), name
     assert model.encoder.config.dropout == model.encoder.layers[0].dropout.p == 0.2
@@ -176,7 +176,7 @@ def test_an_encoder_saved_without_a_head_can_be_fine_tuned(tmp_path):
     )
     theirs = with_noise(BertModel(config))
     theirs.save_pretrained(tmp_path)
-    model = load_encoder_into(Folder(tmp_path), 2, HeadConfig()).eval()
+    model = make_classifier_on(Folder(tmp_path), 2, HeadConfig()).eval()
     ids, mask = batch()
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=mask.long())
@@ -213,7 +213,7 @@ def test_published_weights_give_the_hidden_states_of_transformers():
     from transformers import BertModel
 
     theirs = BertModel.from_pretrained(folders[0].parent).eval()
-    model = load_encoder_into(Folder(folders[0].parent), 2, HeadConfig()).eval()
+    model = make_classifier_on(Folder(folders[0].parent), 2, HeadConfig()).eval()
     ids = torch.tensor([[101, 7592, 2088, 102]])
     with torch.no_grad():
         expected = theirs(input_ids=ids).last_hidden_state
@@ -305,9 +305,9 @@ def test_damaged_files_are_reported(saved):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_rejected(saved):
-    load_encoder_into(saved, 2, HeadConfig(), vocab_size=50)
+    make_classifier_on(saved, 2, HeadConfig(), vocab_size=50)
     with pytest.raises(UserError, match="tokenizer has 51 tokens and the model in .* knows 50"):
-        load_encoder_into(saved, 2, HeadConfig(), vocab_size=51)
+        make_classifier_on(saved, 2, HeadConfig(), vocab_size=51)
 
 
 def test_the_temperature_is_saved_and_a_damaged_one_is_rejected(tmp_path, tokenizer):

@@ -30,7 +30,7 @@ def quick(monkeypatch):
 def test_a_failure_that_passes_is_retried_and_reported_once(quick):
     messages = []
     assert retry(Fails(4), 60, messages.append) == "answer"
-    assert messages == ["writing a failed: No space left on device; it is tried again for 60 s"]
+    assert messages == ["writing a failed: No space left on device; retrying for up to 60 s"]
 
 
 def test_retries_end(quick):
@@ -82,6 +82,4 @@ def test_a_store_that_is_busy_for_a_moment_is_retried(proxy, monkeypatch):
     retry(lambda: through.write_text("a", "x"), 60, messages.append)
     assert through.read_text("a") == "x"
     assert len(messages) == 1
-    assert messages[0].startswith("writing ") and messages[0].endswith(
-        "; it is tried again for 60 s"
-    )
+    assert messages[0].startswith("writing ") and messages[0].endswith("; retrying for up to 60 s")

@@ -170,7 +170,7 @@ def test_a_committed_checkpoint_is_returned_once(run, monkeypatch):
     assert store.take_committed() is None
 
 
-def test_only_the_youngest_attempt_commits(run):
+def test_only_the_latest_attempt_commits(run):
     old, young = store_of(run), store_of(run)
     young.save(snapshot(1), best_step=None, wait=True)
     with pytest.raises(Superseded, match="attempt 2 has taken over; attempt 1 ends here"):
@@ -181,7 +181,7 @@ def test_only_the_youngest_attempt_commits(run):
         check_attempt(run, 1)
 
 
-def test_a_superseded_attempt_leaves_the_younger_ones_checkpoint_of_the_same_step(run):
+def test_a_superseded_attempt_leaves_the_later_ones_checkpoint_of_the_same_step(run):
     """It is superseded before it writes, while it writes, and before it prunes."""
     old = store_of(run, keep=1)
     old.save(snapshot(1), best_step=None, wait=True)
@@ -213,8 +213,8 @@ def test_an_attempt_that_is_superseded_while_it_writes_does_not_commit(run, monk
     assert torch.equal(young.load(5).model["weight"], snapshot(5).model["weight"])
 
 
-def test_a_commit_that_arrives_after_a_younger_attempts_does_not_count(run, monkeypatch):
-    """The write took minutes, after the last check for a younger attempt."""
+def test_a_commit_that_arrives_after_a_later_attempts_does_not_count(run, monkeypatch):
+    """The write took minutes, after the last check for a later attempt."""
     old = store_of(run, keep=1)
     write = Folder.write_json
 
@@ -269,9 +269,9 @@ def test_a_step_that_is_saved_again_is_loadable_throughout(run, monkeypatch):
         assert len((run / "checkpoints").names()) == 2  # what no commit names is gone
 
 
-def test_what_a_younger_attempt_writes_is_not_pruned(run):
+def test_what_a_later_attempt_writes_is_not_pruned(run):
     old = store_of(run, keep=1)
-    young = CheckpointStore(run, 2, keep=1)  # registers only after the older one has looked
+    young = CheckpointStore(run, 2, keep=1)  # registers only after the earlier one has looked
     young.save(snapshot(3), best_step=None, wait=True)
     (run / "checkpoints" / "step-00000004-a0002").write_text("model.safetensors", "half of it")
     old.save(snapshot(5), best_step=None, wait=True)
@@ -375,7 +375,7 @@ FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "commit"]
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A run with the checkpoints of steps 1 and 2, and the paths of the younger one's files."""
+    """A run with the checkpoints of steps 1 and 2, and the paths of the later one's files."""
     run = Folder(tmp_path_factory.mktemp("damage"))
     store = store_of(run)
     for step in (1, 2):
@@ -386,7 +386,7 @@ def two(tmp_path_factory):
 
 
 def loaded(two, file, data):
-    """Load with a file of the younger checkpoint changed; returns the snapshot and messages."""
+    """Load with a file of the later checkpoint changed; returns the snapshot and messages."""
     store, paths = two
     whole, messages = paths[file].read_bytes(), []
     try:

@@ -193,10 +193,10 @@ def test_a_best_step_without_its_checkpoint_is_forgotten(corpus, run):
     assert again.loop.progress.best_step == 6
 
 
-def test_a_younger_attempt_supersedes_the_older_one(corpus, run):
+def test_a_later_attempt_supersedes_the_older_one(corpus, run):
     old = Attempt(pretrain_job(corpus, checkpoint_steps=1), run)
-    younger = begin_attempt(run)
-    assert younger == 2
+    later = begin_attempt(run)
+    assert later == 2
     with pytest.raises(Superseded, match="attempt 2 has taken over; attempt 1 ends here"):
         old.run()
     assert old.store.steps() == []
@@ -308,7 +308,7 @@ def test_reading_the_best_weights_is_retried(corpus, run, monkeypatch):
     result = attempt.run()
     assert (result["best_step"], failures) == (2, [])
     assert same_tensors(attempt.task.model.state_dict(), load(2).model)
-    assert "no answer; it is tried again for 96 s" in attempt.events()["storage"]
+    assert "no answer; retrying for up to 96 s" in attempt.events()["storage"]
 
 
 # Control signals ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def steps(records, kind="train"):
     return [record["step"] for record in records if record["kind"] == kind]
 
 
-def test_a_younger_attempt_replaces_the_steps_that_it_computed_again(tmp_path):
+def test_a_later_attempt_replaces_the_steps_that_it_computed_again(tmp_path):
     run = Folder(tmp_path)
     first = metrics_log(run, 1, 0)
     for step in range(1, 8):

@@ -1,10 +1,11 @@
 """Models as Hugging Face directories, the only format of finished models.
 
 A directory holds `config.json`, `model.safetensors`, the two files of the tokenizer and the model
-card. `transformers` loads it as ModernBERT or BERT, without custom code; the `raybert` section of
-`config.json` holds what is ours. Weights are read from safetensors only: unpickling a
-`pytorch_model.bin` can run any code. What reads a directory raises UserError where there is no such
-model, and DamagedError where a file is cut short, lacks a value or does not fit the others.
+card. `transformers` loads it as ModernBERT or BERT, without custom code, unless it has what these
+lack (`unsupported_by_transformers`); the `raybert` section of `config.json` holds what is ours.
+Weights are read from safetensors only: unpickling a `pytorch_model.bin` can run any code. What
+reads a directory raises UserError where there is no such model, and DamagedError where a file is
+cut short, lacks a value or does not fit the others.
 """
 
 from raybert.model.huggingface.config_json import (
@@ -17,8 +18,8 @@ from raybert.model.huggingface.config_json import (
 )
 from raybert.model.huggingface.directory import (
     load_classifier,
-    load_encoder_into,
     load_masked_lm,
+    make_classifier_on,
     save_classifier,
     save_masked_lm,
 )
@@ -28,8 +29,8 @@ __all__ = [
     "Weights",
     "check_weights",
     "load_classifier",
-    "load_encoder_into",
     "load_masked_lm",
+    "make_classifier_on",
     "read_config_json",
     "read_label_names",
     "read_model_config",

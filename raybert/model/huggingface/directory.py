@@ -68,7 +68,7 @@ def load_classifier(folder: Folder) -> tuple[Classifier, list[str]]:
     return model, names
 
 
-def load_encoder_into(
+def make_classifier_on(
     folder: Folder,
     num_labels: int,
     head: HeadConfig,

@@ -34,7 +34,7 @@ _HEAD_TIMEOUT_S = 120  # without an answer of Ray's head, which may come back
 
 
 def train_on_ray(
-    job: TrainSpec,
+    spec: TrainSpec,
     run: Folder,
     resources: Resources,
     *,
@@ -50,13 +50,13 @@ def train_on_ray(
         UserError: what the user can fix, wherever it was found.
         RaybertError: training failed more often than `max_failures` allows.
     """
-    config = job.config
+    config = spec.config
     gpu = uses_gpus(config, resources.gpus)
     check_resources(config, gpu, resources)
     channel = channel or DriverChannel()
     ahead = _LOOK_AHEAD["gpu" if gpu else "cpu"]
     memory = int(min(ahead, resources.object_store / 2 / config.max_workers))
-    inputs = WorkerInputs(job, run, gpu, memory, channel)
+    inputs = WorkerInputs(spec, run, gpu, memory, channel)
     names = run.path.rstrip("/").split("/")[-2:]  # experiment and stage, for Ray's pages
     ray_folder, name = run / "ray", "-".join([*names, str(time.time_ns())])
     trainer = _make_trainer(inputs, resources, ray_folder, name)
@@ -81,7 +81,7 @@ def _make_trainer(inputs: WorkerInputs, resources: Resources, ray_folder: Folder
 
     from raybert.train.ray.torch_backend import NodeInterfaceConfig
 
-    config, gpu = inputs.job.config, inputs.gpu
+    config, gpu = inputs.spec.config, inputs.gpu
     fewest, most = config.min_workers, config.max_workers
     scaling = ScalingConfig(
         num_workers=most if fewest == most else (fewest, most),

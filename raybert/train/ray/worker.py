@@ -29,7 +29,7 @@ from raybert.train.task import ControlSignals, LoaderConfig, Preempted, Stopped,
 class WorkerInputs:
     """What is sent to every worker."""
 
-    job: TrainSpec
+    spec: TrainSpec
     run: Folder
     gpu: bool
     data_memory: int  # bytes of masked rows that may wait for this worker
@@ -54,7 +54,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if is_over:
         return  # a restart after a fatal error: the driver has the message
     is_first = group.rank == 0
-    mine = begin_attempt(inputs.run, inputs.job.config.retry_timeout_s) if is_first else 0
+    mine = begin_attempt(inputs.run, inputs.spec.config.retry_timeout_s) if is_first else 0
     attempt = int(group.sum([mine])[0])
     if is_first:
         inputs.channel.begin(attempt)
@@ -73,7 +73,7 @@ def train_worker(config: dict[str, Any]) -> None:
         free = int(ray.cluster_resources().get("CPU", 1)) - group.world_size  # as it is now
         cpus = operator_cpus(free, group.world_size, inputs.gpu)
         TrainingRun(
-            inputs.job,
+            inputs.spec,
             inputs.run,
             attempt,
             group,
