@@ -167,7 +167,9 @@ def test_explanations(api):
     found = api.post("/predict", {"inputs": text, "explain": True}).json()
     assert set(found) == {"predictions", "label", "words", "error"}
     assert found["predictions"] == api.post("/predict", {"inputs": text}).json()
-    assert [set(word) for word in found["words"]] == [{"text", "start", "end", "weight", "input"}] * 4
+    assert [set(word) for word in found["words"]] == [
+        {"text", "start", "end", "weight", "input"}
+    ] * 4
     assert max(found["words"], key=lambda word: word["weight"])["text"] == "superb"
     total = sum(word["weight"] for word in found["words"])
     assert total > 1 and found["error"] < 0.03 * total

@@ -20,7 +20,7 @@ from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import MaskedLMTask, PretrainSpec
 from raybert.train.metrics_log import read_metrics
 from raybert.train.ray import prometheus as module
-from raybert.train.ray.prometheus import COUNTERS, GAUGES, Telemetry, readings
+from raybert.train.ray.prometheus import COUNTERS, GAUGES, PrometheusExporter, gauge_values
 
 TRAIN = {
     "kind": "train",
@@ -41,19 +41,19 @@ EXPORTED = {f"ray_raybert_{name}" for name in GAUGES} | {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = Folder(tmp_path_factory.mktemp("telemetry")) / "corpus"
+    folder = Folder(tmp_path_factory.mktemp("exporter")) / "corpus"
     make_corpus(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def telemetry():
-    with closing(Telemetry(Folder("/runs/experiment/stage"), 1, 1)) as made:
+def exporter():
+    with closing(PrometheusExporter(Folder("/runs/experiment/stage"), 1, 1)) as made:
         yield made
 
 
 def values(record):
-    return {name: value for (name, _), value in readings(record).items()}
+    return {name: value for (name, _), value in gauge_values(record).items()}
 
 
 def test_a_train_record_sets_the_gauges_of_its_keys():
@@ -65,9 +65,9 @@ def test_a_train_record_sets_the_gauges_of_its_keys():
 
 def test_an_evaluation_is_labelled_with_its_measure():
     record = {"kind": "eval", "step": 9, "loss": 0.5, "accuracy": 0.875, "score": 0.875}
-    assert readings(record) == {("heldout", "loss"): 0.5, ("heldout", "accuracy"): 0.875}
+    assert gauge_values(record) == {("heldout", "loss"): 0.5, ("heldout", "accuracy"): 0.875}
     del record["accuracy"]
-    assert readings(record) == {("heldout", "loss"): 0.5}
+    assert gauge_values(record) == {("heldout", "loss"): 0.5}
 
 
 @given(st.sets(st.sampled_from(sorted(TRAIN.keys() - {"kind", "step_seconds", "data_wait"}))))
@@ -91,8 +91,8 @@ def test_every_value_has_a_gauge():
         st.none() | st.floats() | st.text(max_size=3) | st.sampled_from(["train", "checkpoint"]),
     )
 )
-def test_no_record_raises(telemetry, record):
-    telemetry.report(record)
+def test_no_record_raises(exporter, record):
+    exporter.report(record)
 
 
 def test_skipped_steps_and_failed_checkpoints_are_counted(corpus, tmp_path, monkeypatch):
@@ -113,11 +113,11 @@ def test_skipped_steps_and_failed_checkpoints_are_counted(corpus, tmp_path, monk
 
     monkeypatch.setattr(attempt.store, "_write", fails_at_2)
     attempt.run()
-    with closing(Telemetry(run, 1, 1)) as telemetry:
+    with closing(PrometheusExporter(run, 1, 1)) as exporter:
         for record in attempt.records:
-            telemetry.report(record)
-    assert telemetry._values["skipped_steps", ""] == 2
-    assert telemetry._values["checkpoint_failures", ""] == 1
+            exporter.report(record)
+    assert exporter._values["skipped_steps", ""] == 2
+    assert exporter._values["checkpoint_failures", ""] == 1
 
 
 def test_gauges_are_exported_repeatedly_until_the_run_ends(monkeypatch):
@@ -129,13 +129,13 @@ def test_gauges_are_exported_repeatedly_until_the_run_ends(monkeypatch):
             exported.append(value)
 
     monkeypatch.setattr(module, "_SECONDS", 0.01)
-    with closing(Telemetry(Folder("/runs/experiment/stage"), 1, 3)) as telemetry:
-        telemetry._gauges["workers"] = Recorder()
+    with closing(PrometheusExporter(Folder("/runs/experiment/stage"), 1, 3)) as exporter:
+        exporter._gauges["workers"] = Recorder()
         ends = time.monotonic() + 20
         while len(exported) < 3 and time.monotonic() < ends:
             time.sleep(0.01)
     assert len(exported) >= 3 and set(exported) == {3}
-    assert not telemetry._thread.is_alive()
+    assert not exporter._thread.is_alive()
 
 
 # On Ray ------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ _COUNTED: dict[EventName, str] = {
 Values = dict[tuple[str, str], float]  # of gauges, by name and the label `measure`, often ""
 
 
-def readings(record: Record) -> Values:
+def gauge_values(record: Record) -> Values:
     """The gauges' values in a record, without those that are absent or not finite."""
     found: dict[tuple[str, str], Any] = {}
     if record["kind"] == "train":
@@ -78,7 +78,7 @@ def readings(record: Record) -> Values:
     }
 
 
-class Telemetry:
+class PrometheusExporter:
     """The exported metrics of one attempt at a run, on rank 0."""
 
     def __init__(self, run: Folder, attempt: int, workers: int) -> None:
@@ -99,13 +99,13 @@ class Telemetry:
         self._values.update({(name, ""): 0 for name in _COUNTED.values()})
         self._values.update({(name, ""): time.time() for name in _TIMES.values()})
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._export, name="telemetry", daemon=True)
+        self._thread = threading.Thread(target=self._export, name="exporter", daemon=True)
         self._thread.start()
 
     def report(self, record: Record) -> None:
         """Update the metrics from a record; no error in here may end a run."""
         with suppress(Exception):
-            self._values.update(readings(record))
+            self._values.update(gauge_values(record))
             if record["kind"] in _TIMES:
                 self._values[_TIMES[record["kind"]], ""] = time.time()
             if record["kind"] == "event" and record["event"] in _COUNTED:

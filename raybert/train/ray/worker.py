@@ -19,7 +19,7 @@ from raybert.storage.folder import Folder
 from raybert.train.distributed import Group
 from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel
 from raybert.train.ray.placement import operator_cpus
-from raybert.train.ray.prometheus import Telemetry
+from raybert.train.ray.prometheus import PrometheusExporter
 from raybert.train.run import TrainingRun
 from raybert.train.run_folder import begin_attempt
 from raybert.train.task import ControlSignals, LoaderConfig, Preempted, Stopped, TrainSpec
@@ -59,15 +59,15 @@ def train_worker(config: dict[str, Any]) -> None:
     if is_first:
         inputs.channel.begin(attempt)
     channel = WorkerChannel(inputs.channel, attempt) if is_first else None
-    telemetry = Telemetry(inputs.run, attempt, group.world_size) if is_first else None
+    exporter = PrometheusExporter(inputs.run, attempt, group.world_size) if is_first else None
     signals = ControlSignals(preempt=is_preempted)
     if channel is not None:
         signals = ControlSignals(channel.is_stopping, is_preempted, channel.is_save_requested)
 
     def on_progress(record: Record) -> None:
-        if channel is not None and telemetry is not None:
+        if channel is not None and exporter is not None:
             channel.report(record)
-            telemetry.report(record)
+            exporter.report(record)
 
     try:
         free = int(ray.cluster_resources().get("CPU", 1)) - group.world_size  # as it is now
@@ -98,5 +98,5 @@ def train_worker(config: dict[str, Any]) -> None:
     finally:
         if channel is not None:
             channel.close()
-        if telemetry is not None:
-            telemetry.close()
+        if exporter is not None:
+            exporter.close()
