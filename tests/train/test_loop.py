@@ -45,10 +45,12 @@ def first_batches(job, steps=1):
     return [next(stream) for _ in range(steps)]
 
 
-def test_one_batch_is_overfitted(corpus, run):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_one_batch_is_overfitted(corpus, run, optimizer):
     job = pretrain_job(
         corpus,
         {"hidden_size": 32},
+        optimizer=optimizer,
         steps=60,
         lr=2e-2,
         global_batch_size=4,
