@@ -68,16 +68,32 @@ class Metrics(TypedDict):
     temperature: NotRequired[float]  # divisor of the logits that calibrates them
 
 
+def metric_of(metrics: Mapping[str, Any]) -> str:
+    """The name of the metric of a task; files of before there were tasks have the accuracy."""
+    return str(metrics.get("metric") or "accuracy")
+
+
 def selected(metrics: Mapping[str, Any]) -> tuple[str, float]:
-    """The name and value of the metric of a task; of older files, the accuracy."""
-    name = str(metrics.get("metric", "accuracy"))
+    """The name and value of the metric of a task."""
+    name = metric_of(metrics)
     return name, float(metrics[name])
+
+
+def measures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What a task measured, by name: its metric, the loss, then the others; no counts, no speed."""
+    first = [name for name in (metric_of(metrics), "loss") if name in metrics]
+    names = dict.fromkeys([*first, *metrics])
+    found = {name: metrics[name] for name in names if name not in _NOT_MEASURED}
+    return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
     """That metric in words, as `accuracy 0.8440`."""
     name, value = selected(metrics)
     return f"{name} {value:.4f}"
+
+
+_NOT_MEASURED = ("score", "texts_per_second")  # by a task
 
 
 class EvalRecord(_Record, Metrics):

@@ -18,6 +18,7 @@ from raybert.cli.options import (
     new_display,
     print_result,
 )
+from raybert.records import metric_of
 
 app = typer.Typer(help="Measure raybert on this machine.", no_args_is_help=True)
 
@@ -54,19 +55,22 @@ def bench_serve(
     texts: Annotated[int, typer.Option(min=1, help="Evaluation texts, at most.")] = 2000,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure speed and accuracy of each precision; store the best one with the model.
+    """Measure speed and score of each precision; store the best one with the model.
 
     Example: `raybert bench serve -m runs/mine --set evaluate.source.path=test.csv`
     """
     from raybert.pipeline import benchmarks
+    from raybert.tasks.registry import read_task
 
     experiment = load_experiment(config, overrides, name)
     folder = load_model_folder(model, experiment)
     result = benchmarks.bench_serve(experiment, folder, texts, new_display())
     stored = "stored with the model" if result["stored"] else "not stored: the model is read-only"
+    metric, task = metric_of(result), read_task(folder)[0]
+    unit = "points" if task.selection_metrics.get(metric, True) else "%"
     lines = [
         f"{precision:<10}{found['texts_per_second']:>10,.1f} texts/s  "
-        f"accuracy {found['accuracy']:.4f} ({0.0 - found['points_lost']:+.2f} points)"
+        f"{metric} {found[metric]:.4f} ({0.0 - found['points_lost']:+.2f} {unit})"
         for precision, found in result["measured"].items()
     ]
     lines.append(f"{result['precision']} for {result['machine']}: {stored}")

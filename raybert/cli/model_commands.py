@@ -40,6 +40,17 @@ def predict(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="With --input: a .jsonl or .parquet file.")
     ] = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option("--pair", help="The second text, for a model of pairs; one for each text."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Scores of each text at most, the best.")
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Leave lower scores out; replaces the thresholds of the model."),
+    ] = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
     name: NameOption = None,
@@ -47,29 +58,43 @@ def predict(
         bool, typer.Option("--json", help="One JSON object per line; the default.")
     ] = False,
 ) -> None:
-    """Classify texts: arguments, lines of standard input, or files through Ray Data.
+    """Predict texts: arguments, lines of standard input, or files through Ray Data.
 
-    Prints one JSON object per line; `row` is the index of the text's line or argument, from 0.
+    Prints one JSON object per line; `row` is the index of the text's line or argument, from 0. A
+    model of pairs reads lines of two texts with a tab between them.
 
     Examples: `raybert predict -m runs/mine "A joy."`,
+    `raybert predict -m runs/pairs "A dog runs." --pair "An animal moves."`,
     `raybert predict -m runs/mine -i reviews.parquet -o labels.jsonl`
     """
     from raybert.pipeline import predict_stage
+    from raybert.tasks.protocol import AnswerOptions
 
     experiment = load_experiment(config, overrides, name)
     folder = load_model_folder(model, experiment)
+    options = AnswerOptions(top_k=top_k, threshold=threshold)
+    if pairs is not None and len(pairs) != len(texts or []):
+        raise UserError(
+            f"--pair: {len(pairs)} second texts for {len(texts or [])} texts; give one for each "
+            "text argument, or write lines of two texts with a tab between them"
+        )
+    predict_stage.check_answer_options(folder, options, has_pairs=pairs is not None)
     if source is not None:
         if output is None:
             raise UserError("--input needs --output: name a .jsonl or a .parquet file")
-        print_json(predict_stage.predict_file(experiment, folder, source, output, new_display()))
+        print_json(
+            predict_stage.predict_file(experiment, folder, source, output, new_display(), options)
+        )
         return
-    for number, text in enumerate(texts or [], 1):
-        if not text.strip():
-            raise UserError(f"text {number} is empty; remove it, or write a text")
+    for what, several in (("text", texts), ("--pair", pairs)):
+        for number, text in enumerate(several or [], 1):
+            if not text.strip():
+                raise UserError(f"{what} {number} is empty; remove it, or write a text")
     stdin = cast(io.BufferedReader, sys.stdin.buffer)
-    batches = predict_stage.number_texts(texts) if texts else predict_stage.read_lines(stdin)
+    given = texts if pairs is None else list(zip(texts or [], pairs, strict=True))
+    batches = predict_stage.number_texts(given) if given else predict_stage.read_lines(stdin)
     row = None
-    for row in predict_stage.predict_texts(folder, batches, experiment.serve.precision):
+    for row in predict_stage.predict_texts(folder, batches, experiment.serve.precision, options):
         print_json(row)
     if row is None:
         raise UserError("standard input has no text; pass one text per line, or texts as arguments")

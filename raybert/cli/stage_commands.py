@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from raybert.cli.options import (
     print_result,
 )
 from raybert.errors import UserError
+from raybert.records import measures, metric_of, selected
 
 app = typer.Typer()
 
@@ -114,6 +116,10 @@ def finetune(
     seeds: Annotated[
         int | None, typer.Option(min=2, help="Train an ensemble of so many seeds.")
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(min=2, help="Cross-validate: so many runs, each validated on another part."),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -122,15 +128,27 @@ def finetune(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fine-tune a classifier on labelled texts. Running the same name again resumes it.
+    """Fine-tune a model on labelled texts. Running the same name again resumes it.
 
     Examples: `raybert finetune -n mine --set finetune.source.path=labelled.csv`,
-    `raybert finetune -n large --seeds 5`, `raybert finetune -n small --distill-from runs/large`
+    `raybert finetune -n mine --folds 5`, `raybert finetune -n large --seeds 5`,
+    `raybert finetune -n small --distill-from runs/large`
     """
     from raybert.pipeline import stages
 
     distill = [f"finetune.distill.teacher={json.dumps(teacher)}"] if teacher is not None else []
     experiment = load_experiment(config, [*(overrides or []), *distill], name, data)
+    if seeds is not None and folds is not None:
+        raise UserError(
+            "--seeds trains on one split, --folds on several: leave one out, or run them one after "
+            "the other"
+        )
+    if folds is not None:
+        from raybert.pipeline.folds_stage import finetune_folds, format_folds
+
+        result = finetune_folds(experiment, new_display(), folds, in_process=in_process)
+        print_result(result, as_json, format_folds(result))
+        return
     if seeds is None:
         print_result(stages.finetune(experiment, new_display(), in_process=in_process), as_json)
         return
@@ -153,7 +171,7 @@ def evaluate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Evaluate a classifier on a held-out test set.
+    """Evaluate a fine-tuned model on a held-out test set.
 
     Example: `raybert evaluate -m runs/mine --set evaluate.source.path=test.csv`
     """
@@ -218,21 +236,21 @@ def tune(
 
 
 def _format_scores(metrics: dict[str, Any]) -> str:
-    keys = ("accuracy", "loss", "f1_macro", "expected_calibration_error")
-    lines = [f"{key:<28}{metrics[key]:.4f}" for key in keys]
-    for label, scores in metrics["per_class"].items():
-        shown = "  ".join(f"{k} {v:.4f}" if k != "support" else f"n {v}" for k, v in scores.items())
-        lines.append(f"{label:<28}{shown}")
-    if len(metrics["confusion"]) <= _MATRIX_LABELS:
-        lines.append(_format_matrix(list(metrics["per_class"]), metrics["confusion"]))
+    from raybert.tasks.registry import tables_of
+
+    lines = [f"{name:<28}{value:.4f}" for name, value in measures(metrics).items()]
+    for table in tables_of(metrics):
+        lines.append(_format_table([table.head, *table.rows]))
+    confusion = metrics.get("confusion", [])
+    if 0 < len(confusion) <= _MATRIX_LABELS:  # a row for each label, a column for each prediction
+        names = list(metrics.get("label_names") or metrics["per_class"])
+        rows = [[n, *(f"{c:,}" for c in row)] for n, row in zip(names, confusion, strict=True)]
+        lines.append(_format_table([["label \\ predicted", *names], *rows]))
     return "\n".join(lines)
 
 
-def _format_matrix(names: list[str], counts: list[list[int]]) -> str:
-    """Format a confusion matrix: a row for each true label, a column for each prediction."""
-    head = "label \\ predicted"
-    rows = [[head, *names]]
-    rows += [[name, *(f"{n:,}" for n in row)] for name, row in zip(names, counts, strict=True)]
+def _format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Align columns: the first one to the left, the others to the right."""
     first, *rest = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *cells in rows:
@@ -244,13 +262,13 @@ def _format_matrix(names: list[str], counts: list[list[int]]) -> str:
 def _format_search(result: dict[str, Any]) -> str:
     """Format the winner's scores beside those of the configured values."""
     best, default = result["best"], result["default"]
-    lines = [f"{'':<22}{'validation accuracy':<28}values"]
+    lines = [f"{'':<22}{f'validation {metric_of(best)}':<28}values"]
     for title, found in (("winner", best), ("configured values", default)):
         if found is not None:
             lines.append(f"{title:<22}{_format_spread(found):<28}{json.dumps(found['config'])}")
     if "test" in result:
         lines.append(
-            f"{'winner on the test':<22}{result['test']['accuracy']:.4f} "
+            f"{'winner on the test':<22}{selected(result['test'])[1]:.4f} "
             f"({result['test']['n']:,} texts)"
         )
     lines += ["", f"Model: {result['model']}", f"Configuration: {result['config']}"]
@@ -262,5 +280,5 @@ def _format_search(result: dict[str, Any]) -> str:
 def _format_spread(found: dict[str, Any]) -> str:
     from raybert.terminal.formats import mean_and_deviation
 
-    spread, seeds = found["seeds"]["accuracy"], found["seeds"]["n"]
+    spread, seeds = found["seeds"][metric_of(found)], found["seeds"]["n"]
     return mean_and_deviation(spread) + (f", {seeds} seeds" if seeds else "")

@@ -30,7 +30,7 @@ from raybert.errors import DataError, StorageError, UserError
 from raybert.inference.classifier import Text, TextClassifier, pool
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
-from raybert.tasks.protocol import AnswerOptions, Outputs, Targets, TextTask
+from raybert.tasks.protocol import ALL_SCORES, AnswerOptions, Outputs, Targets, TextTask
 from raybert.tasks.registry import read_task
 
 _BLOCK_BYTES = 1 << 20  # of Ray Data's blocks
@@ -40,12 +40,14 @@ _ROWS_PER_CALL = 512  # enough texts to sort by length, few enough to show progr
 class _Scorer:
     """An actor's classifier: adds `outputs` and `targets`, or `answer`, to tables of texts."""
 
-    def __init__(self, model: str, threads: int, precision: str, has_labels: bool) -> None:
+    def __init__(
+        self, model: str, threads: int, precision: str, has_labels: bool, options: AnswerOptions
+    ) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self._classifier = TextClassifier(Folder(model), precision=precision)
-        self._has_labels = has_labels
+        self._has_labels, self._options = has_labels, options
 
     def __call__(self, table: pa.Table) -> pa.Table:
         # A bad row is scored as an empty text; `score` drops it, or raises, in the source's order.
@@ -56,7 +58,7 @@ class _Scorer:
             seconds = [text or "" for text in table["pair"].to_pylist()]
             texts = list(zip(firsts, seconds, strict=True))
         if not self._has_labels:
-            answers = classifier.answers(texts, AnswerOptions(), cut=not task.is_per_token)
+            answers = classifier.answers(texts, self._options, cut=not task.is_per_token)
             columns = task.columns(answers)
             found = pa.array([json.dumps(each, ensure_ascii=False) for each in columns])
             return table.append_column("answer", found)
@@ -99,6 +101,7 @@ def score(
     workers: int,
     skipped: Counter[str],
     precision: str = "auto",
+    options: AnswerOptions = ALL_SCORES,
 ) -> Iterator[pa.Table]:
     """Yield tables of texts, row and what `_Scorer` adds, in the order of the source.
 
@@ -122,6 +125,7 @@ def score(
                     max(1, cores() // workers),
                     precision,
                     labels is not None,
+                    options,
                 ),
                 batch_size=_ROWS_PER_CALL,
                 batch_format="pyarrow",
@@ -148,6 +152,7 @@ def predict_source(
     workers: int,
     on_progress: Callable[[int], None],
     precision: str = "auto",
+    options: AnswerOptions = ALL_SCORES,
 ) -> dict[str, Any]:
     """Write a source's predictions to the file `output`; return the counts.
 
@@ -158,7 +163,13 @@ def predict_source(
     done = 0
     task, _ = read_task(model)
     scored = score(
-        source, model, labels=None, workers=workers, skipped=skipped, precision=precision
+        source,
+        model,
+        labels=None,
+        workers=workers,
+        skipped=skipped,
+        precision=precision,
+        options=options,
     )
     given = ["row", "text", *(["pair"] if source.pair_column is not None else [])]
     with PredictionWriter(output, given, task) as writer:

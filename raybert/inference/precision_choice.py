@@ -103,7 +103,7 @@ def compare(
     """Measure each precision on labelled texts, and store the best one for this machine type.
 
     `targets` are those of the model's task. `on_progress` gets a line before each precision.
-    Returns `precision`, the fastest one that loses at most MAX_POINTS_LOST of the task's metric;
+    Returns `precision`, the fastest one that loses at most MAX_POINTS_LOST of the task's `metric`;
     `measured`: by precision texts_per_second, that metric, loss and points_lost of the metric (of
     one without an upper bound, per cent); `texts`; `machine`; and `stored`, whether the choice
     could be written to the model's folder.
@@ -134,7 +134,12 @@ def compare(
         for name, found in measured.items()
         if found["points_lost"] <= MAX_POINTS_LOST
     }
-    result = {"precision": fastest(speeds), "measured": measured, "texts": len(texts)}
+    result = {
+        "precision": fastest(speeds),
+        "metric": metric,
+        "measured": measured,
+        "texts": len(texts),
+    }
     stored = store_choice(folder, where, result, replace=True)
     return {**result, "machine": machine_type(where), "stored": bool(stored)}
 

@@ -21,6 +21,7 @@ from raybert.errors import RaybertError
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
 from raybert.pipeline.finetune_setup import input_length, prepare_finetune
+from raybert.records import metric_of
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
 from raybert.tasks.prepared_texts import TokenizedTexts
@@ -135,8 +136,9 @@ def measure(models: list[Folder], texts: TokenizedTexts) -> dict[str, Any]:
 
 
 def _format_result(result: dict[str, Any]) -> str:
-    ensemble = result["ensemble"][result.get("metric", "accuracy")]
+    metric = metric_of(result)
     return (
-        f"{len(result['members'])} members {mean_and_deviation(result)}, together {ensemble:.4f} "
+        f"{len(result['members'])} members {metric} {mean_and_deviation(result)}, together "
+        f"{result['ensemble'][metric]:.4f} "
         f"({result['gain']:+.4f}) on {result['n']:,} validation texts"
     )

@@ -32,10 +32,12 @@ def prepare_finetune(
     has_begun: bool = False,
     full_length: bool = False,
     on_ray: bool = True,
+    fold: tuple[int, int] | None = None,
 ) -> FinetuneSpec:
     """Tokenize the labelled texts, unless that is done, and return the run's specification.
 
-    `has_begun`: runs use the texts in `data` already; `full_length`: texts keep their full length.
+    `has_begun`: runs use the texts in `data` already; `full_length`: texts keep their full length;
+    `fold` (i, n): validate on the i-th of n parts.
     """
     from raybert.inference.ensemble import Teacher
     from raybert.jobs.doctor.run_checks import run_requested_checks
@@ -66,6 +68,7 @@ def prepare_finetune(
                 data,
                 teach=None if teacher is None else teacher.logits,
                 teacher="" if teacher is None else teacher.identity,
+                fold=fold,
             )
         display.print(
             f"texts     {prepared.train.rows:,} for training, {prepared.validation.rows:,} for "

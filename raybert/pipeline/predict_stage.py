@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 from raybert.cluster.session import ray_session
 from raybert.data.sources.documents import fingerprint
 from raybert.data.sources.settings import SourceConfig
-from raybert.errors import DataError
+from raybert.errors import DataError, UserError
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
-from raybert.tasks.protocol import AnswerOptions
+from raybert.tasks.protocol import ALL_SCORES, AnswerOptions
+from raybert.tasks.registry import read_columns, read_task
 from raybert.terminal.display import Display
 
 _TEXTS_PER_CALL = 256
@@ -21,13 +22,13 @@ _BYTES_PER_READ = 1 << 16
 
 
 class NumberedText(NamedTuple):
-    """A text and the number of its line or argument, from 0."""
+    """A text, or both of a pair, and the number of its line or argument, from 0."""
 
     row: int
-    text: str
+    text: str | tuple[str, str]
 
 
-def number_texts(texts: Iterable[str]) -> Iterator[list[NumberedText]]:
+def number_texts(texts: Iterable[str | tuple[str, str]]) -> Iterator[list[NumberedText]]:
     """Number texts and yield them in batches."""
     remaining = itertools.starmap(NumberedText, enumerate(texts))
     while chunk := list(itertools.islice(remaining, _TEXTS_PER_CALL)):
@@ -74,38 +75,70 @@ def predict_texts(
     precision: str = "auto",
     options: AnswerOptions | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Predict texts in this process; yields row, text and the columns of the task.
+    """Predict texts in this process; yields row, text, pair, if there is one, and the columns.
 
-    A model of pairs reads both texts of one, separated by a tab. A DataError where there is none.
+    A model of pairs reads a text with its second one, or both separated by a tab.
+
+    Raises:
+        DataError: a text has no second one.
     """
     from raybert.inference.classifier import TextClassifier
 
     classifier = TextClassifier(model, precision=precision)
     task = classifier.task
     for batch in batches:
-        texts = [_split_pair(each) if classifier.reads_pairs else each.text for each in batch]
-        answers = classifier.answers(texts, options or AnswerOptions(), cut=not task.is_per_token)
-        for numbered, columns in zip(batch, task.columns(answers), strict=True):
-            yield {"row": numbered.row, "text": numbered.text, **columns}
+        given: list[dict[str, Any]] = []
+        texts: list[str | tuple[str, str]] = []
+        for numbered in batch:
+            if classifier.reads_pairs:
+                first, second = _pair_of(numbered)
+                given.append({"row": numbered.row, "text": first, "pair": second})
+                texts.append((first, second))
+            else:
+                text = str(numbered.text)
+                given.append({"row": numbered.row, "text": text})
+                texts.append(text)
+        answers = classifier.answers(texts, options or ALL_SCORES, cut=not task.is_per_token)
+        for known, columns in zip(given, task.columns(answers), strict=True):
+            yield known | columns
 
 
-def _split_pair(numbered: NumberedText) -> tuple[str, str]:
+def check_answer_options(model: Folder, options: AnswerOptions, *, has_pairs: bool) -> None:
+    """Raise a UserError for options of `raybert predict` that do not fit the model."""
+    task, reads_pairs = read_task(model)
+    if has_pairs and not reads_pairs:
+        raise UserError(f"--pair: the model {model} reads single texts; leave it out")
+    if options.threshold is not None and not task.has_threshold:
+        raise UserError(
+            f"--threshold={options.threshold:g}: a model for {task.title} selects nothing by its "
+            "scores; leave it out"
+        )
+
+
+def _pair_of(numbered: NumberedText) -> tuple[str, str]:
+    if isinstance(numbered.text, tuple):
+        return numbered.text
     first, tab, second = numbered.text.partition("\t")
     if not (tab and first.strip() and second.strip()):
         raise DataError(
-            f"text {numbered.row + 1}: the model reads pairs of texts; separate both by a tab"
+            f"text {numbered.row + 1} has no second text, and the model reads pairs; write both "
+            "with a tab between them, or give the second one with --pair"
         )
     return first, second
 
 
 def predict_file(
-    experiment: Experiment, model: Folder, path: str, output: str, display: Display
+    experiment: Experiment,
+    model: Folder,
+    path: str,
+    output: str,
+    display: Display,
+    options: AnswerOptions = ALL_SCORES,
 ) -> dict[str, Any]:
     """Predict files by Ray Data; returns the counts."""
     from raybert.inference.bulk import predict_source
     from raybert.model import huggingface
     from raybert.tasks.labelled import with_columns_of
-    from raybert.tasks.registry import read_columns
 
     columns = read_columns(model)
     huggingface.check_weights(model)  # missing or damaged weights are an error before Ray starts
@@ -123,4 +156,5 @@ def predict_file(
             workers=max(1, int(resources.cpus) - 2),
             on_progress=lambda done: display.progress(f"{done:,} texts"),
             precision=experiment.serve.precision,
+            options=options,
         )

@@ -5,6 +5,7 @@ Sources and lengths are checked first, so that a mistake is found before hours o
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -17,6 +18,7 @@ from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.pipeline import stages
 from raybert.pipeline.finetune_setup import peek_evaluation, teachers
+from raybert.records import selected
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
@@ -55,10 +57,12 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
         write_report(experiment.folder)
     seconds["all"] = round(time.monotonic() - begun, 1)
     pretrain, metrics = results["pretrain"], results["evaluate"]
+    metric, value = selected(metrics)
     example: dict[str, Any] = next(iter(pretrain.get("fillings", [])), {})
     return {
         "seconds": seconds,
-        "accuracy": metrics["accuracy"],
+        "metric": metric,
+        metric: value,
         "texts": metrics["n"],
         "masked_loss": pretrain["loss"],
         "unigram_loss": pretrain.get("unigram_loss"),
@@ -122,9 +126,18 @@ def run_demo(experiment: Experiment, display: Display, text: str) -> dict[str, A
     return result
 
 
+def _format_answer(answer: dict[str, Any]) -> str:
+    """The columns of a prediction in a few words."""
+    if "label" in answer:
+        return f"{answer['label']} ({answer['score']:.3f})"
+    shown = {key: value for key, value in answer.items() if key not in ("row", "text", "scores")}
+    return json.dumps(shown, ensure_ascii=False)
+
+
 def _format_summary(experiment: Experiment, result: dict[str, Any]) -> str:
     answer, folder = result["answer"], shlex.quote(experiment.folder.uri)
     loss, unigram = result["masked_loss"], result["unigram_loss"]
+    metric, value = selected(result)
     gain = (
         f", {unigram - loss:.2f} below the unigram model's {unigram:.3f}"
         if unigram is not None
@@ -136,12 +149,12 @@ def _format_summary(experiment: Experiment, result: dict[str, Any]) -> str:
         [
             "",
             f"Held-out masked-token loss  {loss:.3f} nats{gain}",
-            f"Accuracy on {result['texts']:,} test reviews  {result['accuracy']:.4f}",
+            f"{metric.capitalize()} on {result['texts']:,} test reviews  {value:.4f}",
             "",
             str(result["example"] or ""),
             *guesses,
             "",
-            f"{answer['text']!r}  ->  {answer['label']} ({answer['score']:.3f})",
+            f"{answer['text']!r}  ->  {_format_answer(answer)}",
             "",
             f"Took {clock(result['seconds']['all'])}."
             + (f" Report: {result['report']}" if result["report"] else ""),

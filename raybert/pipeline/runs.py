@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +18,18 @@ from raybert.data.corpus.manifest import MANIFEST, Manifest
 from raybert.errors import RaybertError, UserError
 from raybert.experiment import RunConfig
 from raybert.pipeline.stages import METRICS
+from raybert.records import metric_of, selected
 from raybert.storage.folder import File, Folder
 from raybert.storage.registry import REGISTRY
 from raybert.train.metrics_log import read_metrics
 from raybert.train.run_folder import RESULT
 
-STAGES = ("corpus", "pretrain", "finetune", "tune", "ensemble")
+STAGES = ("corpus", "pretrain", "finetune", "tune", "ensemble", "folds")
 BUSY_SECONDS = 600.0  # since the last change; by default an active run writes more often
 
 _COMMIT = re.compile(r"checkpoints/step-(\d+)(?:-a\d+)?\.json")
 _TRIAL = re.compile(r"trials/[^/]+/trial\.json")
+_FOLD = re.compile(r"\d+-of-\d+/result\.json")
 _MEMBER = re.compile(r"members/[^/]+/trial\.json")
 
 
@@ -42,7 +44,7 @@ class Stage:
     step: int | None = None  # of a stage that trains
     total_steps: int | None = None
     attempts: int = 0
-    figures: dict[str, float] = field(default_factory=dict)  # accuracy, loss, rows, trials
+    figures: dict[str, float] = field(default_factory=dict)  # metric, loss, rows, trials
 
 
 @dataclass(frozen=True)
@@ -126,26 +128,41 @@ def _read_search(folder: Folder, names: set[str], finished: bool) -> dict[str, A
     figures: dict[str, Any] = {"trials": sum(map(bool, map(_TRIAL.fullmatch, names)))}
     if finished:
         result = folder.read_json(RESULT)
-        figures["accuracy"] = result["best"]["seeds"]["accuracy"]["mean"]
+        metric = metric_of(result["best"])
+        figures[metric] = result["best"]["seeds"][metric]["mean"]
         if "test" in result:
-            figures["test_accuracy"] = result["test"]["accuracy"]
+            figures |= _test_figure(result["test"])
     return {"figures": figures}
 
 
 def _read_ensemble(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {"members": sum(map(bool, map(_MEMBER.fullmatch, names)))}
     if finished:
-        figures["accuracy"] = folder.read_json(RESULT)["ensemble"]["accuracy"]
+        result = folder.read_json(RESULT)
+        figures[metric_of(result)] = result["ensemble"][metric_of(result)]
     return {"figures": figures}
+
+
+def _read_folds(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
+    if not finished:
+        return {"figures": {"folds": sum(map(bool, map(_FOLD.fullmatch, names)))}}
+    result = folder.read_json(RESULT)
+    return {"figures": {"folds": len(result["folds"]), metric_of(result): result["mean"]}}
+
+
+def _test_figure(metrics: Mapping[str, Any]) -> dict[str, float]:
+    name, value = selected(metrics)
+    return {f"test_{name}": value}
 
 
 def _read_training(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
     """Return the steps and figures of a run, from its result, its log or its checkpoints."""
     if finished:
         result = folder.read_json(RESULT)
-        figures = {key: result[key] for key in ("accuracy", "loss") if result.get(key) is not None}
+        keys = (metric_of(result), "loss")
+        figures = {key: result[key] for key in keys if result.get(key) is not None}
         if METRICS in names:
-            figures["test_accuracy"] = folder.read_json(METRICS)["accuracy"]
+            figures |= _test_figure(folder.read_json(METRICS))
         steps = {key: result.get(key) for key in ("step", "total_steps")}
         return {**steps, "figures": figures}
     trained = [record for record in read_metrics(folder) if record["kind"] == "train"]
@@ -155,4 +172,9 @@ def _read_training(folder: Folder, names: set[str], finished: bool) -> dict[str,
     return {"step": max(commits, default=0)}
 
 
-_READERS = {"corpus": _read_corpus, "tune": _read_search, "ensemble": _read_ensemble}
+_READERS = {
+    "corpus": _read_corpus,
+    "tune": _read_search,
+    "ensemble": _read_ensemble,
+    "folds": _read_folds,
+}

@@ -96,13 +96,13 @@ def pretrain(
         model = own.model_copy(update={"dropout": model.dropout})
     source = ", ".join(experiment.corpus.source.paths)
     spec = PretrainSpec(experiment.pretrain, model, folder, manifest, source, start)
-    return _train("pretrain", spec, experiment, display, sections, in_process)
+    return train("pretrain", spec, experiment, display, sections, in_process)
 
 
 def finetune(
     experiment: Experiment, display: Display, *, in_process: bool = False
 ) -> dict[str, Any]:
-    """Fine-tune a classifier on labelled texts; the run directory then holds `model/`."""
+    """Fine-tune a model on labelled texts; the run directory then holds `model/`."""
     result = _stored_result("finetune", experiment, display, ("model",))
     if result is not None:
         return result
@@ -110,7 +110,7 @@ def finetune(
     spec = prepare_finetune(
         experiment, display, run / "data", has_begun=run.exists(CONFIG), on_ray=not in_process
     )
-    return _train("finetune", spec, experiment, display, ("model",), in_process)
+    return train("finetune", spec, experiment, display, ("model",), in_process)
 
 
 def _stored_result(
@@ -123,17 +123,23 @@ def _stored_result(
     return result
 
 
-def _train(
+def train(
     stage: str,
     spec: Any,
     experiment: Experiment,
     display: Display,
     sections: tuple[str, ...],
     in_process: bool,
+    run: Folder | None = None,
+    title: str = "",
 ) -> dict[str, Any]:
+    """Train what a stage's specification describes; returns the result.
+
+    `run` is the run's folder and `title` its name on the terminal; by default both are the stage's.
+    """
     from raybert.train.run import train_in_process
 
-    run = experiment.folder / stage
+    run, title = run or experiment.folder / stage, title or stage
     spec.check()
     open_run(
         run,
@@ -141,10 +147,10 @@ def _train(
         stage,
         sections,
         inputs=spec.inputs(),
-        log=lambda text: display.print(f"{stage:<9} {text}"),
+        log=lambda text: display.print(f"{title:<9} {text}"),
     )
     begun = time.monotonic()
-    with display.stage(stage):
+    with display.stage(title):
         if in_process:
             result = train_in_process(spec, run, on_progress=display.record)
         else:
@@ -155,7 +161,7 @@ def _train(
                 run_requested_checks(experiment, resources, display, (stage,))
                 result = train_on_ray(spec, run, resources, on_progress=display.record)
     display.print(
-        f"{stage:<9} {result['step']:,} steps, {result['tokens']:,.0f} tokens in "
+        f"{title:<9} {result['step']:,} steps, {result['tokens']:,.0f} tokens in "
         f"{clock(time.monotonic() - begun)}; model in {result['model']}"
     )
     return result

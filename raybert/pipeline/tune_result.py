@@ -15,7 +15,7 @@ from raybert.config import dump
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.pipeline.stages import METRICS, evaluate_model, stored_metrics
-from raybert.records import finite
+from raybert.records import finite, headline, metric_of
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock, mean_and_deviation
@@ -83,12 +83,14 @@ def finish_search(
     won = base.with_values({**run.values, "finetune.seed": run.seed})
     winner = experiment.model_copy(update={"model": won.model, "finetune": won.finetune})
     stage.write_text(WINNER, dump(winner))
+    metric = _metric_of(finalists)
     content = {
         "searcher": config.searcher,
         "scheduler": config.scheduler.kind,
+        "metric": metric,
         "dimensions": [asdict(dimension) for dimension in space.dimensions],
-        "trials": [trial.as_json() for trial in trials],
-        "finalists": [finalist.as_json() for finalist in finalists],
+        "trials": [trial.as_json(metric) for trial in trials],
+        "finalists": [finalist.as_json(metric) for finalist in finalists],
         "importance": {"method": METHOD, "shares": importance(space, trials)},
         "cost": asdict(cost),
     }
@@ -100,8 +102,7 @@ def finish_search(
         if metrics is None:
             metrics = evaluate_model(experiment, stage / "model", display)
             stage.write_json(METRICS, metrics)
-        result["test"] = {key: metrics[key] for key in ("accuracy", "loss", "f1_macro", "n")}
-        result["test"]["seen_in_training"] = seen_in_training
+        result["test"] = {**_test_scores(metrics, metric), "seen_in_training": seen_in_training}
     stage.delete("ray")  # left by sessions that were killed
     result = write_report_and_result(stage, result, display)
     if not config.keep_models:
@@ -111,6 +112,19 @@ def finish_search(
                 (stage / folder / record.name).delete("model")
     display.print(f"tune      {format_best(result)}; model in {result['model']}")
     return result
+
+
+def _metric_of(finalists: Sequence[Finalist]) -> str:
+    best = finalists[0].best_run().best
+    assert best is not None  # the first of the ranking has a score
+    return best.metric
+
+
+def _test_scores(metrics: dict[str, Any], metric: str) -> dict[str, Any]:
+    """The winner's scores on the test texts: the metric of the search, and the usual ones."""
+    metric = metric if metric in metrics else metric_of(metrics)
+    kept = dict.fromkeys((metric, metric_of(metrics), "loss", "f1_macro", "n"))
+    return {"metric": metric, **{key: metrics[key] for key in kept if key in metrics}}
 
 
 def write_report_and_result(
@@ -131,13 +145,13 @@ def write_report_and_result(
 
 def format_best(result: dict[str, Any]) -> str:
     """The winner's scores beside those of the configured values, in a line."""
-    best, default = result["best"]["seeds"]["accuracy"], result["default"]
-    parts = [f"trial {result['best']['trial']}, validation accuracy {mean_and_deviation(best)}"]
+    metric, default = metric_of(result["best"]), result["default"]
+    best = mean_and_deviation(result["best"]["seeds"][metric])
+    parts = [f"trial {result['best']['trial']}, validation {metric} {best}"]
     if default is not None:
-        accuracy = mean_and_deviation(default["seeds"]["accuracy"])
-        parts.append(f"the configured values {accuracy}")
+        parts.append(f"the configured values {mean_and_deviation(default['seeds'][metric])}")
     if "test" in result:
-        parts.append(f"test accuracy {result['test']['accuracy']:.4f}")
+        parts.append(f"test {headline(result['test'])}")
     return f"{', '.join(parts)}, in {clock(result['seconds'])}"
 
 
@@ -149,10 +163,11 @@ def search_result(
     default = next(
         (f for f in finalists if first is not None and f.trial.values == first.values), None
     )
+    metric = _metric_of(finalists)
     found = {
         "trials": {"all": len(trials), **count_states(trials)},
-        "best": finalists[0].as_json(),
-        "default": None if default is None else default.as_json(),
+        "best": finalists[0].as_json(metric),
+        "default": None if default is None else default.as_json(metric),
         "seconds": round(seconds, 1),
         "cost": asdict(cost),
     }

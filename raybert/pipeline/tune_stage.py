@@ -50,7 +50,8 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
     stage, config = experiment.folder / "tune", experiment.tune
     if stage.exists(RESULT):
         return _finished_search(experiment, stage, display)
-    space = read_space(config, TrialConfig(model=experiment.model, finetune=experiment.finetune))
+    base = TrialConfig(model=experiment.model, finetune=experiment.finetune)
+    read_space(config, base)  # mistakes that need no texts
     if config.test:
         peek_evaluation(experiment)
     if dashboard:
@@ -66,6 +67,7 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
             experiment, display, stage / "data", has_begun=has_begun, full_length=True
         )
         spec.check()
+        space = read_space(config, base, type(spec.prepared.make_task()))
         for dimension in space.dimensions:
             if dimension.key == "finetune.seq_len":  # rejects lengths that the model lacks
                 for value in dimension.ends:

@@ -18,6 +18,28 @@ from raybert.config import flatten
 from raybert.report.stage_files import number
 from raybert.terminal.formats import format_duration
 
+_METRIC_NAMES = {
+    "expected_calibration_error": "calibration error",
+    "f1": "F1",
+    "f1_macro": "macro F1",
+    "f1_micro": "micro F1",
+    "mae": "MAE",
+    "r2": "R²",
+    "rmse": "RMSE",
+    "spearman": "Spearman correlation",
+}
+
+
+def metric_name(name: str, *, begins: bool = False) -> str:
+    """A metric in words; `begins`: with a capital letter."""
+    words = _METRIC_NAMES.get(name, name.replace("_", " "))
+    return words[:1].upper() + words[1:] if begins else words
+
+
+def format_metric(name: str, value: float) -> str:
+    """The value of a metric; an accuracy in per cent."""
+    return f"{value:.2%}" if metric_name(name) == "accuracy" else f"{value:,.4f}"
+
 
 class Tile(NamedTuple):
     """A headline number."""

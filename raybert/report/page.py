@@ -15,7 +15,15 @@ import yaml
 
 from raybert import __version__
 from raybert.errors import UserError
-from raybert.report.elements import Cell, Table, format_time, format_value, key_value_table
+from raybert.records import measures
+from raybert.report.elements import (
+    Cell,
+    Table,
+    format_time,
+    format_value,
+    key_value_table,
+    metric_name,
+)
 from raybert.report.plots import training_plots
 from raybert.report.search import search_section
 from raybert.report.stage_files import (
@@ -27,8 +35,9 @@ from raybert.report.stage_files import (
     read_stages,
     spread,
 )
-from raybert.report.tiles import HARDWARE_KEYS, corpus_facts, stage_tiles
+from raybert.report.tiles import HARDWARE_KEYS, corpus_facts, headline_label, stage_tiles
 from raybert.storage.folder import Folder
+from raybert.tasks.registry import tables_of
 
 FILE = "report.html"
 TITLES = {
@@ -37,9 +46,10 @@ TITLES = {
     "finetune": "Fine-tuning",
     "tune": "Search",
     "ensemble": "Ensemble",
+    "folds": "Folds",
     "evaluate": "Evaluation",
 }
-HEADLINES = ("Accuracy", "Macro F1", "Masked-token loss", "First prediction")
+HEADLINES = ("Macro F1", "Masked-token loss", "First prediction")  # after the stages' metrics
 MAX_EVALUATIONS = 10  # rows of a table of predicted tokens
 MAX_LABELS = 20  # of a confusion matrix; with more labels, as many of the most frequent confusions
 MAX_MISTAKES = 12
@@ -76,6 +86,7 @@ def render(title: str, stages: Sequence[Stage]) -> str:
     """Render the page as HTML."""
     sections = [_section(stage, alone=len(stages) == 1) for stage in stages]
     tiles = {tile.label: tile for section in sections for tile in section["tiles"]}
+    labels = dict.fromkeys([*map(headline_label, stages), *HEADLINES])
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raybert.report"),
         autoescape=True,
@@ -86,7 +97,7 @@ def render(title: str, stages: Sequence[Stage]) -> str:
     return environment.get_template("report.html").render(
         title=title,
         sections=sections,
-        headlines=[tiles[label] for label in HEADLINES if label in tiles],
+        headlines=[tiles[label] for label in labels if label in tiles],
         version=__version__,
         now=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -95,7 +106,7 @@ def render(title: str, stages: Sequence[Stage]) -> str:
 def _section(stage: Stage, alone: bool) -> dict[str, Any]:
     """What the template shows of a stage, in the order of the page."""
     status, is_finished = _status(stage)
-    hidden = ("fillings", *HARDWARE_KEYS)  # shown in tables of their own
+    hidden = ("fillings", "folds", *HARDWARE_KEYS)  # shown in tables of their own
     result = {key: value for key, value in stage.result.items() if key not in hidden}
     sources = (stage.result, as_mapping(stage.manifest.get("info")))
     hardware = {key: source[key] for source in sources for key in HARDWARE_KEYS if source.get(key)}
@@ -110,7 +121,8 @@ def _section(stage: Stage, alone: bool) -> dict[str, Any]:
         search=search_section(stage.search),
         predicted_tokens=_predicted_tokens(stage),
         confusion=_confusion_table(stage.scores),
-        classes=_class_table(stage.scores),
+        tables=_task_tables(stage.scores),
+        folds=_fold_table(stage.result),
         mistakes=_confident_mistakes(stage.scores),
         events=_events(stage),
         corpus=key_value_table("Corpus facts", corpus_facts(stage.manifest)),
@@ -210,15 +222,21 @@ def _most_frequent_confusions(matrix: Sequence[Sequence[int]], names: Sequence[s
     return Table("Most frequent confusions", rows, ("label", "predicted", "rows"))
 
 
-def _class_table(scores: Mapping[str, Any]) -> Table:
-    """Precision, recall and F1 of each class."""
-    ratios = ("precision", "recall", "f1")
-    rows = [
-        (name, *(f"{found[ratio]:.4f}" for ratio in ratios), format_value(found["support"]))
-        for name, found in scores.get("per_class", {}).items()
+def _task_tables(scores: Mapping[str, Any]) -> list[Table]:
+    """What the task shows of its scores: of each label, target or type of entity."""
+    return [
+        Table(table.title, table.rows, table.head, has_row_headers=True)
+        for table in tables_of(scores)
     ]
-    head = ("label", *ratios, "rows")
-    return Table("Scores per class", rows, head, has_row_headers=True)
+
+
+def _fold_table(result: Mapping[str, Any]) -> Table:
+    """The metrics of each fold of a cross-validation; empty if there are none."""
+    folds = [as_mapping(fold) for fold in result.get("folds") or []]
+    names = list(dict.fromkeys(name for fold in folds for name in measures(fold)))
+    rows = [[format_value(f.get("fold")), *(format_value(f.get(n)) for n in names)] for f in folds]
+    head = ("fold", *map(metric_name, names))
+    return Table("Each fold", rows, head, has_row_headers=True)
 
 
 def _confident_mistakes(scores: Mapping[str, Any]) -> list[_Mistake]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup, escape
 
-from raybert.report.elements import Figure
+from raybert.records import metric_of
+from raybert.report.elements import Figure, metric_name
 from raybert.report.stage_files import Points, Stage, curve, last, number, spread
 
 if TYPE_CHECKING:
@@ -64,10 +65,7 @@ def training_plots(stage: Stage) -> list[Figure]:
     ]
     over_steps = {
         "Loss, nats": _loss_lines(train, evals),
-        "Validation score": [
-            Line(curve(evals, "accuracy"), MAIN, "accuracy", dots=True),
-            Line(curve(evals, "f1_macro"), SECOND, "macro F1", dots=True),
-        ],
+        "Validation score": _score_lines(evals),
         "Learning rate": [Line(curve(train, "lr"), MAIN)],
         "Throughput, tokens/s": [Line(curve(train, "tokens_per_second"), MAIN)],
         "Gradient norm": [Line(curve(train, "grad_norm"), MAIN)],
@@ -79,6 +77,17 @@ def training_plots(stage: Stage) -> list[Figure]:
         if any(line.points[0] for line in lines)
     ]
     return [*figures, *_reliability(stage.scores)]
+
+
+def _score_lines(evals: list[dict[str, Any]]) -> list[Line]:
+    """The metric that selects, and macro F1 where there is one."""
+    metric = metric_of(evals[-1]) if evals else ""
+    names = dict.fromkeys([metric, "f1_macro"] if metric else [])
+    return [
+        Line(curve(evals, name), color, metric_name(name), dots=True)
+        for name, color in zip(names, (MAIN, SECOND), strict=False)
+        if name != "loss"  # has a plot of its own
+    ]
 
 
 def _loss_lines(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> list[Line]:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raybert.report.elements import Figure, Table, Tile, format_value
+from raybert.records import metric_of
+from raybert.report.elements import Figure, Table, Tile, format_value, metric_name
 from raybert.report.plots import GRID, MAIN, MUTED, PALE, SECOND, draw_figure
 from raybert.report.stage_files import number
 from raybert.terminal.formats import format_duration, mean_and_deviation
@@ -32,11 +33,12 @@ def search_tiles(search: Mapping[str, Any]) -> Iterator[Tile]:
     yield Tile("Trials", format_value(len(trials)), note)
     finalists = search.get("finalists") or []
     if finalists:
+        metric = metric_of(search)
         trial = f"trial {finalists[0].get('trial')}, validation"
-        yield _finalist_tile("Winner", finalists[0], trial)
+        yield _finalist_tile("Winner", finalists[0], metric, trial)
         default = next((f for f in finalists if f.get("configured")), None)
         if default is not None and default is not finalists[0]:
-            yield _finalist_tile("Configured values", default, "validation")
+            yield _finalist_tile("Configured values", default, metric, "validation")
     cost = search.get("cost") or {}
     if number(cost.get("core_hours")) is not None:
         gpu = number(cost.get("gpu_hours")) or 0.0
@@ -50,29 +52,32 @@ def search_section(search: Mapping[str, Any]) -> dict[str, Any] | None:
     if not trials:
         return None
     keys = [dimension["key"] for dimension in search.get("dimensions") or []]
+    metric = metric_of(search)
     return dict(
         method=f"{search.get('searcher')} search, {search.get('scheduler')} scheduler",
         figures=search_plots(search, trials),
-        finalists=_finalist_table(search.get("finalists") or [], keys),
+        finalists=_finalist_table(search.get("finalists") or [], keys, metric),
         exchanges=_exploit_table(trials),
-        trials=_trial_table(trials, keys),
+        trials=_trial_table(trials, keys, metric),
     )
 
 
-def _finalist_tile(label: str, finalist: Mapping[str, Any], note: str) -> Tile:
-    mean, _, deviation = _mean(finalist).partition(" ± ")
+def _finalist_tile(label: str, finalist: Mapping[str, Any], metric: str, note: str) -> Tile:
+    mean, _, deviation = _mean(finalist, metric).partition(" ± ")
     # The deviation goes into the note: a tile's value is one short line.
     return Tile(label, mean, f"± {deviation}, {note}" if deviation else note)
 
 
-def _finalist_table(finalists: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Table:
+def _finalist_table(
+    finalists: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: str
+) -> Table:
     rows = []
     for finalist in finalists:
         seeds, values = finalist.get("seeds") or {}, finalist.get("config") or {}
-        scores = (_mean(finalist), _mean(finalist, "loss"))
+        scores = (_mean(finalist, metric), _mean(finalist, "loss"))
         name = str(finalist.get("trial"))
         rows.append((name, format_value(seeds.get("n")), *scores, *_values_of(values, keys)))
-    return Table("Finalists", rows, ("trial", "seeds", "accuracy", "loss", *keys))
+    return Table("Finalists", rows, ("trial", "seeds", metric_name(metric), "loss", *keys))
 
 
 def _exploit_table(trials: Sequence[Trial]) -> Table:
@@ -111,24 +116,24 @@ def _comparison(text: str, expected: Any, found: Any) -> str:
     return f"{text}, {'equal' if found == expected else 'NOT equal'}"
 
 
-def _trial_table(trials: Sequence[Trial], keys: Sequence[str]) -> Table:
+def _trial_table(trials: Sequence[Trial], keys: Sequence[str], metric: str) -> Table:
     scored = best_first(trials)
     others = [trial for trial in trials if trial not in scored]
     rows = []
     for trial in [*scored, *others][:MAX_TRIALS]:
-        accuracy = number(trial.get("accuracy"))
+        value = number(trial.get(metric))
         rows.append(
             (
                 str(trial.get("trial")),
                 str(trial.get("state")),
-                "" if accuracy is None else f"{accuracy:.4f}",
+                "" if value is None else f"{value:.4f}",
                 format_value(trial.get("epoch")),
                 format_duration(number(trial.get("seconds")) or 0.0),
                 *_values_of(trial.get("values") or {}, keys),
                 str(trial.get("why") or ""),
             )
         )
-    head = ("trial", "state", "accuracy", "epochs", "took", *keys, "why")
+    head = ("trial", "state", metric_name(metric), "epochs", "took", *keys, "why")
     return Table("All trials", rows, head)
 
 
@@ -136,7 +141,7 @@ def _values_of(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     return [format_value(values[key]) if key in values else "" for key in keys]
 
 
-def _mean(finalist: Mapping[str, Any], key: str = "accuracy") -> str:
+def _mean(finalist: Mapping[str, Any], key: str) -> str:
     """The mean of a finalist's runs, with its standard deviation."""
     spread = (finalist.get("seeds") or {}).get(key) or {}
     return mean_and_deviation({key: number(spread.get(key)) for key in ("mean", "std")})
@@ -144,12 +149,12 @@ def _mean(finalist: Mapping[str, Any], key: str = "accuracy") -> str:
 
 def search_plots(search: Mapping[str, Any], trials: Sequence[Trial]) -> list[Figure]:
     """All plots of a search; those without data are left out."""
-    importance = search.get("importance") or {}
+    importance, metric = search.get("importance") or {}, metric_of(search)
     shares = importance.get("shares") or {}
     return [
-        *_over_time(trials),
-        *_finalists(search.get("finalists") or []),
-        *_parallel_coordinates(search.get("dimensions") or [], trials, shares),
+        *_over_time(trials, metric),
+        *_finalists(search.get("finalists") or [], metric),
+        *_parallel_coordinates(search.get("dimensions") or [], trials, shares, metric),
         *_importance(importance),
     ]
 
@@ -165,39 +170,39 @@ def _can_win(trial: Trial) -> bool:
     return trial.get("state") != "failed"
 
 
-def _over_time(trials: Sequence[Trial]) -> list[Figure]:
-    """Every evaluation, and the best one so far, over the time since the first trial began."""
+def _over_time(trials: Sequence[Trial], metric: str) -> list[Figure]:
+    """Every evaluation, and the best one so far by score, over the time since the first trial."""
     begun = min((b for t in trials if (b := number(t.get("begun")))), default=None)
     points = sorted(
-        (float(when) - begun, float(accuracy), t.get("state") == "stopped")
+        (float(when) - begun, float(value), t.get("state") == "stopped", number(score))
         for t in filter(_can_win, trials)
-        for _, _, accuracy, when in t.get("evaluations") or []
-        if begun is not None and number(accuracy) is not None and number(when) is not None
+        for _, score, value, when in t.get("evaluations") or []
+        if begun is not None and number(value) is not None and number(when) is not None
     )
     if not points:
         return []
 
     def draw(axes: Axes) -> None:
         for stopped, color, label in ((True, PALE, "of stopped trials"), (False, MAIN, "")):
-            some = [(x / 60, y) for x, y, is_stopped in points if is_stopped == stopped]
+            some = [(x / 60, y) for x, y, is_stopped, _ in points if is_stopped == stopped]
             if some:
                 label = label or "of the others"
                 axes.plot(*zip(*some, strict=True), "o", color=color, markersize=3, label=label)
-        best, steps = -math.inf, []
-        for x, y, _ in points:
-            best = max(best, y)
-            steps.append((x / 60, best))
+        best, steps = (-math.inf, math.nan), []
+        for x, y, _, score in points:
+            best = max(best, (y if score is None else score, y))
+            steps.append((x / 60, best[1]))
         axes.step(*zip(*steps, strict=True), where="post", color=SECOND, label="best so far")
         axes.set_xlabel("minutes since the first trial began")
 
-    return [draw_figure("Validation accuracy over time", draw, "search/time")]
+    return [draw_figure(f"Validation {metric_name(metric)} over time", draw, "search/time")]
 
 
-def _finalists(finalists: Sequence[Mapping[str, Any]]) -> list[Figure]:
+def _finalists(finalists: Sequence[Mapping[str, Any]], metric: str) -> list[Figure]:
     """The scores of each finalist's runs, with mean and standard deviation."""
     rows = []
     for finalist in finalists:
-        spread = ((finalist.get("seeds") or {}).get("accuracy")) or {}
+        spread = ((finalist.get("seeds") or {}).get(metric)) or {}
         values = [v for v in spread.get("values") or [] if number(v) is not None]
         if values:
             rows.append((str(finalist.get("trial")), values, spread))
@@ -219,25 +224,28 @@ def _finalists(finalists: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 
 def _parallel_coordinates(
-    dimensions: Sequence[Mapping[str, Any]], trials: Sequence[Trial], shares: Mapping[str, Any]
+    dimensions: Sequence[Mapping[str, Any]],
+    trials: Sequence[Trial],
+    shares: Mapping[str, Any],
+    metric: str,
 ) -> list[Figure]:
     """A line for each trial over the most important keys; the best ones in colour."""
     order = sorted(dimensions, key=lambda d: -(number(shares.get(d["key"])) or 0.0))[:MAX_KEYS]
-    ranked = best_first(trials)[:MAX_TRIALS]
+    ranked = [t for t in best_first(trials) if number(t.get(metric)) is not None][:MAX_TRIALS]
     if len(order) < 2 or len(ranked) < 2:
         return []
-    scores = [float(t["accuracy"]) for t in ranked if number(t.get("accuracy")) is not None]
-    low, high = min(scores), max(scores)
+    values = [float(trial[metric]) for trial in ranked]
+    low, high = min(values), max(values)
     best = max(1, round(_BEST_SHARE * len(ranked)))
 
     def draw(axes: Axes) -> None:
         for at, trial in reversed(list(enumerate(ranked))):
             values = trial.get("values") or {}
             heights = [_height(d, values.get(d["key"])) for d in order]
-            heights.append((float(trial.get("accuracy") or low) - low) / ((high - low) or 1.0))
+            heights.append((float(trial[metric]) - low) / ((high - low) or 1.0))
             color, width = (MAIN, 1.4) if at < best else (GRID, 0.8)
             axes.plot(range(len(heights)), heights, color=color, linewidth=width)
-        names = [d["key"].rpartition(".")[2] for d in order] + ["accuracy"]
+        names = [d["key"].rpartition(".")[2] for d in order] + [metric_name(metric)]
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axes.set_yticks([])
         axes.set_ylim(-0.08, 1.08)

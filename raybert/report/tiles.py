@@ -6,10 +6,13 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from raybert.report.elements import Tile, format_value
+from raybert.records import measures, metric_of
+from raybert.report.elements import Tile, format_metric, format_value, metric_name
 from raybert.report.search import search_tiles
 from raybert.report.stage_files import Stage, as_mapping, curve, last, number
 from raybert.terminal.formats import format_count, format_duration
+
+_MAX_MEASURES = 4  # tiles of an evaluation, beside that of its metric
 
 HARDWARE_KEYS = ("environment", "machine", "versions", "hardware")  # of a result
 
@@ -37,16 +40,21 @@ def corpus_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _score_tiles(stage: Stage) -> Iterator[Tile]:
     scores, result = stage.scores, stage.result
-    # The accuracy in a training run's result is that of its validation, which has its own tile.
+    # The metric in a training run's result is that of its validation, which has its own tile.
     source = scores if scores or stage.records else result
-    accuracy = number(source.get("accuracy"))
-    if accuracy is not None:
+    metric = metric_of(source)
+    if (value := number(source.get(metric))) is not None:
         note = f"on {format_value(scores['n'])} held-out rows" if scores.get("n") else ""
-        yield Tile("Accuracy", f"{accuracy:.2%}", note)
-    if (f1 := number(scores.get("f1_macro"))) is not None:
-        yield Tile("Macro F1", f"{f1:.4f}")
-    if (error := number(scores.get("expected_calibration_error"))) is not None:
-        yield Tile("Calibration error", f"{error:.4f}")
+        yield Tile(headline_label(stage), format_metric(metric, value), note)
+    others = [name for name in measures(scores) if name not in (metric, "loss")]
+    for name in others[:_MAX_MEASURES]:
+        if (value := number(scores[name])) is not None:
+            yield Tile(metric_name(name, begins=True), format_metric(name, value))
+
+
+def headline_label(stage: Stage) -> str:
+    """The label of the tile with the stage's score."""
+    return metric_name(metric_of(stage.scores or stage.result), begins=True)
 
 
 def _training_tiles(stage: Stage) -> Iterator[Tile]:
@@ -63,8 +71,13 @@ def _training_tiles(stage: Stage) -> Iterator[Tile]:
         if example.get("tokens"):
             token = str(example["tokens"][0].get("token", ""))
             yield Tile("First prediction", token, str(example.get("text", "")))
-    if accuracies := curve(evals, "accuracy")[1]:
-        yield Tile("Validation accuracy", f"{max(accuracies):.2%}", "best evaluation")
+    metric = metric_of(evals[-1]) if evals else ""
+    if known := [record for record in evals if number(record.get(metric)) is not None]:
+        # Records of earlier versions may lack the score, and have a metric that is the better the
+        # higher it is.
+        best = max(known, key=lambda r: _first(number(r.get("score")), r[metric]))
+        shown = format_metric(metric, best[metric])
+        yield Tile(f"Validation {metric_name(metric)}", shown, "best evaluation")
     if speeds := curve(train, "tokens_per_second")[1]:
         mfu = last(train, "mfu")
         stepping = sum(curve(train, "step_seconds")[1])
@@ -80,6 +93,10 @@ def _training_tiles(stage: Stage) -> Iterator[Tile]:
         tokens = last(train, "tokens")
         note = f"{format_count(tokens)} tokens" if tokens else ""
         yield Tile("Training time", format_duration(seconds), note)
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
 
 
 def _corpus_tiles(stage: Stage) -> Iterator[Tile]:

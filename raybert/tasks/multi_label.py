@@ -273,16 +273,16 @@ class MultiLabel(TextTask):
         return LabelDecision
 
     def columns(self, answers: Sequence[Any]) -> list[dict[str, Any]]:
-        return [
-            {
-                "labels": [each["label"] for each in answer if each["selected"]],
-                "scores": {
-                    name: next(each["score"] for each in answer if each["label"] == name)
-                    for name in self.labels
-                },
-            }
-            for answer in answers
-        ]
+        rows = []
+        for answer in answers:
+            scores = {each["label"]: each["score"] for each in answer}
+            rows.append(
+                {
+                    "labels": [each["label"] for each in answer if each["selected"]],
+                    "scores": {name: scores[name] for name in self.labels if name in scores},
+                }
+            )
+        return rows
 
     def column_types(self) -> list[pa.Field]:
         scores = pa.struct([pa.field(name, pa.float64()) for name in self.labels])

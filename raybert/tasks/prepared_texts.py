@@ -399,6 +399,11 @@ def _read_and_split(
     else:
         parts = split_rows(units, round(len(units) * fraction), seed=seed)
     if not len(parts.heldout) or not len(parts.rest):
+        if fold is not None:
+            raise DataError(
+                f"--folds={fold[1]}: part {fold[0] + 1} has {len(parts.heldout):,} of the "
+                f"{len(units):,} labelled texts; choose fewer folds, or give more texts"
+            )
         raise DataError(
             f"finetune.validation_fraction={config.validation_fraction} sets "
             f"{len(parts.heldout):,} of {len(units):,} labelled texts apart for validation "

@@ -82,6 +82,9 @@ class AnswerOptions:
     threshold: float | None = None  # scores below it are left out; replaces fitted thresholds
 
 
+ALL_SCORES = AnswerOptions()
+
+
 @dataclass(frozen=True)
 class TextTask(ABC):
     """A task on texts; see the module."""
@@ -99,6 +102,10 @@ class TextTask(ABC):
     fitted_keys: ClassVar[tuple[str, ...]] = ()
     #: Dotted keys with ranges that a search varies for this task, beside those of every task.
     search_space: ClassVar[Mapping[str, Any]] = {}
+    #: Dotted keys of settings that have no effect on this task, which a search leaves out.
+    unused_settings: ClassVar[frozenset[str]] = frozenset()
+    #: Whether answers can be selected by a score that they reach.
+    has_threshold: ClassVar[bool] = True
 
     labels: list[str]  # names of the outputs
     fitted: Mapping[str, Any] = field(default_factory=dict)  # on validation texts; plain JSON
@@ -250,7 +257,10 @@ class TextTask(ABC):
 
     @abstractmethod
     def columns(self, answers: Sequence[Any]) -> list[dict[str, Any]]:
-        """The columns of a prediction file, for each text, from its answer with all scores."""
+        """The columns of a prediction file, for each text, from its answer.
+
+        Scores that the answer lacks, by `AnswerOptions`, are left out.
+        """
 
     @abstractmethod
     def column_types(self) -> list[pa.Field]:

@@ -12,7 +12,7 @@ from raybert.errors import UserError
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
 from raybert.tasks.multi_label import MultiLabel
-from raybert.tasks.protocol import TextTask
+from raybert.tasks.protocol import TableData, TextTask
 from raybert.tasks.regression import Regression
 from raybert.tasks.single_label import SingleLabel
 from raybert.tasks.token_classification import TokenClassification
@@ -39,6 +39,15 @@ def choose_task(configured: str, texts: Sequence[Any], labels: Sequence[Any]) ->
         if reason:
             return Choice(task, reason)
     raise AssertionError("the last task takes every label")
+
+
+def tables_of(metrics: Mapping[str, Any]) -> list[TableData]:
+    """The tables of a `metrics.json`; none of a task that is not registered here."""
+    # Files of before there were tasks are of the last one.
+    name = metrics.get("task", next(reversed(TASKS)))
+    if name not in TASKS:
+        return []
+    return TASKS[name](list(metrics.get("label_names") or [])).tables(dict(metrics))
 
 
 def read_columns(folder: Folder) -> dict[str, Any]:

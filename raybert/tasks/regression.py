@@ -72,6 +72,10 @@ class Regression(TextTask):
         "r2": True,
         "loss": False,
     }
+    unused_settings: ClassVar = frozenset(
+        {"finetune.label_smoothing", "finetune.class_weights", "finetune.focal_gamma"}
+    )
+    has_threshold: ClassVar = False
 
     @classmethod
     def recognizes(cls, texts: Sequence[Any], labels: Sequence[Any]) -> str | None:

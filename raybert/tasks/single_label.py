@@ -201,9 +201,9 @@ class SingleLabel(TextTask):
             scores = {each["label"]: each["score"] for each in answer}
             rows.append(
                 {
-                    "label": answer[0]["label"],
-                    "score": answer[0]["score"],
-                    "scores": {name: scores[name] for name in self.labels},
+                    "label": answer[0]["label"] if answer else None,
+                    "score": answer[0]["score"] if answer else None,
+                    "scores": {name: scores[name] for name in self.labels if name in scores},
                 }
             )
         return rows

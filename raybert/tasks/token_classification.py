@@ -71,6 +71,9 @@ class TokenClassification(TextTask):
     is_per_token: ClassVar = True
     accepts_pairs: ClassVar = False
     selection_metrics: ClassVar = {"f1": True, "f1_macro": True, "accuracy": True, "loss": False}
+    search_space: ClassVar = {"finetune.label_smoothing": {"choice": [0.0, 0.05, 0.1]}}
+    #: No state is pooled, and a text is read from its start.
+    unused_settings: ClassVar = frozenset({"finetune.head.pooling", "finetune.head_share"})
 
     @classmethod
     def recognizes(cls, texts: Sequence[Any], labels: Sequence[Any]) -> str | None:

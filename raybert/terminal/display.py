@@ -16,7 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from raybert.records import EvalRecord, Record, TrainRecord
+from raybert.records import EvalRecord, Record, TrainRecord, headline, metric_of
 from raybert.terminal.formats import clock
 
 PLAIN_SECONDS = 10.0  # between lines of progress without a terminal
@@ -147,8 +147,8 @@ def _format_eval(record: EvalRecord) -> str:
     parts = [f"held-out loss {record['loss']:.4f}"]
     if "unigram_loss" in record:
         parts.append(f"(unigram {record['unigram_loss']:.4f})")
-    if "accuracy" in record:
-        parts.append(f"accuracy {record['accuracy']:.4f}")
+    if metric_of(record) in record and metric_of(record) != "loss":
+        parts.append(headline(record))
     return "  ".join(parts)
 
 

@@ -52,19 +52,23 @@ class Finalist:
         """The run whose model is kept."""
         return rank_trials(self.runs)[0]
 
-    def as_json(self) -> dict[str, Any]:
-        """The values, their result in the search, and means and deviations over the runs."""
+    def as_json(self, metric: str) -> dict[str, Any]:
+        """The values, their result in the search, and means and deviations over the runs.
+
+        `metric` is that of the search.
+        """
         trial = self.trial
         return {
             "trial": trial.name,
             "configured": self.is_configured,
             "config": trial.values,
             "score": None if trial.best is None else trial.best.score,
-            "accuracy": None if trial.best is None else trial.best.accuracy,
+            "metric": metric,
+            metric: None if trial.best is None else trial.best.value,
             "seeds": {
                 "n": len(self.scores),
                 "score": _spread(self.scores),
-                "accuracy": _spread([run.best.accuracy for run in self.runs if run.best]),
+                metric: _spread([run.best.value for run in self.runs if run.best]),
                 "loss": _spread([run.best.loss for run in self.runs if run.best]),
                 "failed": [run.reason for run in self.runs if run.state == "failed"],
             },
@@ -134,8 +138,9 @@ def is_better(finalist: Finalist, default: Finalist, texts: int) -> bool:
     """Whether a finalist is better than the configured values by more than a standard error.
 
     The error has two parts. Seeds: the variance of the paired differences, because runs of one
-    seed share the order of the texts. Validation texts: an accuracy p has the variance
-    p (1 - p) / texts, which more seeds do not reduce.
+    seed share the order of the texts. Validation texts, which more seeds do not reduce: a share p,
+    as accuracy and F1 are, has the variance p (1 - p) / texts, an error e, whose score is -e, that
+    of the root of a mean of squares, e² / (2 texts).
     """
     if not default.scores or not finalist.scores:
         return bool(finalist.scores)
@@ -147,8 +152,9 @@ def is_better(finalist: Finalist, default: Finalist, texts: int) -> bool:
     ]
     if not gains:
         return finalist.mean > default.mean
-    accuracy = min(1.0, max(0.0, default.mean))
-    text_variance = accuracy * (1 - accuracy) / max(1, texts)
+    mean = min(1.0, default.mean)
+    variance = mean * (1 - mean) if mean >= 0 else mean**2 / 2
+    text_variance = variance / max(1, texts)
     seed_variance = statistics.variance(gains) / len(gains) if len(gains) > 1 else 0.0
     return statistics.fmean(gains) > math.sqrt(seed_variance + text_variance)
 

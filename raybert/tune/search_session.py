@@ -163,7 +163,7 @@ class SearchSession:
     def on_result(self, trial: Trial, result: dict[str, Any]) -> None:
         """Record an evaluation."""
         record = self.record_of(trial)
-        if "accuracy" in result and not {"failed", "interrupted"} & result.keys():
+        if "metric" in result and not {"failed", "interrupted"} & result.keys():
             evaluation = Evaluation.from_record({**result, "time": time.time()})
             record.evaluations.append(evaluation)
             for call in self.on_evaluation:

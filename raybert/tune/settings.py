@@ -15,7 +15,8 @@ from raybert.train.settings import ALIKE_MAY_CHANGE
 from raybert.tune.samplers import SAMPLERS
 from raybert.tune.schedulers.scheduler import SchedulerConfig
 
-#: The first keys matter most; the last ones make every step slower.
+#: The first keys matter most; the last ones make every step slower. A search replaces the ranges of
+#: a task's own keys by that task's, and leaves out the keys that it does not use (`task_space`).
 DEFAULT_SPACE: dict[str, Any] = {
     "finetune.lr": {"log_uniform": [1e-4, 3e-3]},
     "finetune.epochs": {"integer": [2, 5]},
@@ -46,7 +47,8 @@ class TuneConfig(Settings):
         DEFAULT_SPACE,
         description="dotted keys, each with uniform, log_uniform, integer, log_integer (two "
         "numbers) or choice (a list); `when: {other.key: value}` uses the key only if the other "
-        "key has that value, `points` is a range's number of points in a grid",
+        "key has that value, `points` is a range's number of points in a grid; of the default, "
+        "a task searches only the keys that it uses",
     )
     start: list[dict[str, Any]] = Field(
         [], description="values of the first trials, by dotted keys, after the configured ones"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from typing import Any
 
 from raybert.errors import ConfigError
+from raybert.tasks.protocol import TextTask
 from raybert.train.settings import LIMITS
 from raybert.tune.schedulers import SCHEDULERS
-from raybert.tune.settings import TrialConfig, TuneConfig
+from raybert.tune.settings import DEFAULT_SPACE, TrialConfig, TuneConfig
 from raybert.tune.space import Dimension, Space
 
 _DRAWS = 30  # of the other keys, if a value is invalid beside the configured ones
@@ -21,6 +24,9 @@ _FIXED = {
     "finetune.source": _COMPARED,
     "finetune.validation": _COMPARED,
     "finetune.validation_fraction": _COMPARED,
+    "finetune.validation_split": _COMPARED,
+    "finetune.metric": _COMPARED,
+    "finetune.task": _COMPARED,
     "finetune.evaluations": "trials are compared at their evaluations, which must be the same "
     "for all",
     "finetune.distill": "the teacher's predictions are computed once, before the trials",
@@ -31,9 +37,37 @@ _FIXED = {
 }
 
 
-def read_space(config: TuneConfig, base: TrialConfig) -> Space:
-    """Parse the search space; a ConfigError for a space, start or scheduler that can't work."""
-    space = Space.parse(config.space)
+def task_space(space: Mapping[str, Any], task: type[TextTask]) -> dict[str, Any]:
+    """The configured space for a task.
+
+    Ranges that are the defaults are the task's own, and left out where it does not use the key.
+
+    Raises:
+        ConfigError: the space names a range of a key that has no effect on the task.
+    """
+    found: dict[str, Any] = {}
+    for key, value in space.items():
+        is_default = value == DEFAULT_SPACE.get(key)
+        if key in task.unused_settings:
+            if not is_default and value is not None:
+                raise ConfigError(
+                    f"tune.space: {key} has no effect on {task.name}; leave it out, or set "
+                    "finetune.task"
+                )
+        else:
+            found[key] = task.search_space.get(key, value) if is_default else value
+    if DEFAULT_SPACE.keys() <= space.keys():
+        found |= {key: value for key, value in task.search_space.items() if key not in space}
+    return found
+
+
+def read_space(config: TuneConfig, base: TrialConfig, task: type[TextTask] | None = None) -> Space:
+    """Parse the search space, for a task where it is known.
+
+    Raises:
+        ConfigError: a space, start or scheduler can't work.
+    """
+    space = Space.parse(config.space if task is None else task_space(config.space, task))
     if not len(space):
         raise ConfigError("tune.space is empty; name keys and their ranges, or leave it out")
     for dimension in space.dimensions:

@@ -36,8 +36,9 @@ class EventWriter:
         writer = self._writer(trial)
         if writer is not None:
             last = trial.evaluations[-1]
-            for key in ("accuracy", "loss", "score", "epoch"):
-                writer.add_scalar(f"validation/{key}", getattr(last, key), last.step)
+            curves = {"loss": last.loss, "score": last.score, "epoch": last.epoch}
+            for key, value in {last.metric: last.value, **curves}.items():
+                writer.add_scalar(f"validation/{key}", value, last.step)
             writer.flush()
 
     def on_trial_end(self, trial: TrialRecord) -> None:
@@ -51,7 +52,8 @@ class EventWriter:
             key: v if isinstance(v, int | float | str | bool) else str(v)
             for key, v in trial.values.items()
         }
-        metrics = {"best/accuracy": trial.best.accuracy, "best/loss": trial.best.loss}
+        best = trial.best
+        metrics = {f"best/{best.metric}": best.value, "best/loss": best.loss}
         for summary in hparams(hparam_dict=values, metric_dict=metrics):
             writer.file_writer.add_summary(summary)
         for key, value in metrics.items():

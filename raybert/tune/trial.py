@@ -24,7 +24,7 @@ from ray.tune import Trainable
 from raybert.cluster.session import Resources
 from raybert.config import dump
 from raybert.errors import RaybertError, StorageError, Superseded
-from raybert.records import EvalRecord, OnRecord, Record
+from raybert.records import EvalRecord, OnRecord, Record, metric_of
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec, SharedInputs
 from raybert.train.checkpoint import CheckpointStore
@@ -41,7 +41,7 @@ from raybert.tune.settings import TrialConfig
 from raybert.tune.space import Values
 from raybert.tune.trial_store import TRIAL
 
-FAILED_SCORE = -1.0  # below any score: schedulers compare it, so it must be a finite number
+FAILED_SCORE = -1e9  # below any score: schedulers compare it, so it must be a finite number
 _LONGEST_REASON = 300  # characters
 _POLL_SECONDS = 0.5
 
@@ -161,11 +161,13 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         evaluation = run.advance()
         if evaluation is None:  # the last evaluation was before a restart
             return {**self._latest_result, "ended": True, "done": True}
+        metric = metric_of(evaluation)
         is_last = evaluation["step"] >= (evaluation["total_steps"] or 0)
         if is_last:
             run.advance()  # writes the model and the result
         return {
-            **{key: evaluation[key] for key in ("score", "accuracy", "loss", "epoch", "step")},
+            "metric": metric,
+            **{key: evaluation.get(key) for key in ("score", metric, "loss", "epoch", "step")},
             "best": max(self._latest_result["best"], evaluation["score"]),
             "ended": is_last,
             "done": is_last,

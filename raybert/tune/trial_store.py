@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raybert.records import metric_of
 from raybert.storage.folder import Folder
 from raybert.train.metrics_log import SEGMENTS, parse_lines, read_metrics
 from raybert.train.run_folder import RESULT
@@ -30,18 +31,20 @@ class Evaluation:
 
     step: int
     epoch: float
-    score: float
-    accuracy: float
+    score: float  # higher is better
+    value: float  # of the metric that selects, in its own unit
     loss: float
     time: float  # seconds since 1970
+    metric: str = "accuracy"
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Evaluation:
         """Read a record of the run's metrics log."""
-        numbers = (record.get(key) for key in ("epoch", "score", "accuracy", "loss"))
-        epoch, score, accuracy, loss = (float("nan") if n is None else float(n) for n in numbers)
+        metric = metric_of(record)
+        numbers = (record.get(key) for key in ("epoch", "score", metric, "loss"))
+        epoch, score, value, loss = (float("nan") if n is None else float(n) for n in numbers)
         when = float(record.get("time") or time.time())
-        return cls(int(record["step"]), epoch, score, accuracy, loss, when)
+        return cls(int(record["step"]), epoch, score, value, loss, when, metric)
 
 
 @dataclass
@@ -77,8 +80,8 @@ class TrialRecord:
         """The epoch of its last evaluation."""
         return self.evaluations[-1].epoch if self.evaluations else 0.0
 
-    def as_json(self) -> dict[str, Any]:
-        """The record for the report and for `--json`."""
+    def as_json(self, metric: str) -> dict[str, Any]:
+        """The record for the report and for `--json`; `metric` is that of the search."""
         return {
             "trial": self.name,
             "state": self.state,
@@ -86,13 +89,14 @@ class TrialRecord:
             "values": self.values,
             "seed": self.seed,
             "score": None if self.best is None else self.best.score,
-            "accuracy": None if self.best is None else self.best.accuracy,
+            "metric": metric,
+            metric: None if self.best is None else self.best.value,
             "loss": None if self.best is None else self.best.loss,
             "epoch": self.epoch,
             "begun": self.started,
             "ended": self.ended,
             "seconds": round(self.seconds, 1),
-            "evaluations": [[e.epoch, e.score, e.accuracy, e.time] for e in self.evaluations],
+            "evaluations": [[e.epoch, e.score, e.value, e.time] for e in self.evaluations],
             "exchanges": self.exploits,
         }
 

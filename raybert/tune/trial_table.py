@@ -29,12 +29,12 @@ def trial_table(trials: Sequence[TrialRecord], keys: Sequence[str]) -> Table:
     for trial in [*running, *others, *failed][:_ROWS]:
         total = trial.total_steps if trial.state == "running" else None
         progress = f" {trial.step / total:.0%}" if total else ""
-        now = trial.evaluations[-1].accuracy if trial.evaluations else None
+        now = trial.evaluations[-1].value if trial.evaluations else None
         table.add_row(
             trial.name,
             trial.state + progress,
             f"{trial.epoch:.2f}" if trial.evaluations else "",
-            "" if trial.best is None else f"{trial.best.accuracy:.4f}",
+            "" if trial.best is None else f"{trial.best.value:.4f}",
             "" if now is None else f"{now:.4f}",
             *(format_value(trial.values.get(key, "")) for key in keys[:_COLUMNS]),
             style=_STYLES.get(trial.state),
@@ -52,7 +52,7 @@ def format_progress(trials: Sequence[TrialRecord], limit: int | None) -> str:
             parts.append(f"{counts[state]} {state}")
     best = next(iter(rank_trials(trials)), None)
     if best is not None and best.best is not None:
-        parts.append(f"best {best.best.accuracy:.4f} ({best.name})")
+        parts.append(f"best {best.best.value:.4f} ({best.name})")
     return "  ".join(parts)
 
 
@@ -61,12 +61,12 @@ def format_end(trial: TrialRecord) -> str:
     took = f"{(trial.ended or time.time()) - trial.started:.0f} s"
     if trial.state == "failed":
         return f"trial {trial.name}  failed: {trial.reason}"
-    accuracy = "" if trial.best is None else f"accuracy {trial.best.accuracy:.4f}  "
+    best = "" if trial.best is None else f"{trial.best.metric} {trial.best.value:.4f}  "
     reason = f"  {trial.reason}" if trial.reason else ""
     values = "  ".join(
         f"{key.rpartition('.')[2]} {format_value(v)}" for key, v in trial.values.items()
     )
-    return f"trial {trial.name}  {accuracy}{took}{reason}  {values}"
+    return f"trial {trial.name}  {best}{took}{reason}  {values}"
 
 
 def format_value(value: Any) -> str:

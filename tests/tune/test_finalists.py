@@ -89,7 +89,7 @@ def test_the_mean_over_seeds_decides_not_the_score_of_the_search():
     found = rank_finalists(finalists, runs, 10**6)
     assert [finalist.trial.name for finalist in found] == ["0002", "0000", "0001"]
     assert found[0].best_run().name == "0002-s2"
-    shown = found[0].as_json()
+    shown = found[0].as_json("accuracy")
     assert shown["seeds"]["accuracy"]["mean"] == pytest.approx(0.81)
     assert shown["seeds"]["accuracy"]["std"] == pytest.approx(0.0141421, abs=1e-6)
     assert shown["seeds"]["n"] == 2
@@ -129,7 +129,7 @@ def test_of_equal_means_the_configured_values_win():
 def test_a_failed_run_is_reported_and_does_not_count():
     finalists = [trial("0001", 0.9), trial("0000", 0.5)]
     runs = [trial("0001-s1", None, state="failed"), trial("0001-s2", 0.9), trial("0000-s1", 0.8)]
-    best = rank_finalists(finalists, runs, 10**6)[0].as_json()
+    best = rank_finalists(finalists, runs, 10**6)[0].as_json("accuracy")
     assert (best["trial"], best["seeds"]["n"], best["seeds"]["failed"]) == ("0001", 1, ["why"])
     assert best["seeds"]["accuracy"]["std"] is None
     with pytest.raises(RaybertError, match="no finalist has a score: why"):

@@ -101,8 +101,8 @@ def test_states_are_counted():
 
 
 def test_a_trial_is_written_as_json():
-    shown = json.loads(json.dumps(trial("0000", 0.5).as_json()))
+    shown = json.loads(json.dumps(trial("0000", 0.5).as_json("accuracy")))
     assert (shown["trial"], shown["score"], shown["evaluations"]) == (
         "0000", 0.5, [[1.0, 0.5, 0.5, 0.0]],
     )  # fmt: skip
-    assert trial("0001").as_json()["score"] is None
+    assert trial("0001").as_json("accuracy")["score"] is None

@@ -45,7 +45,7 @@ COUNTERS = {"stalled_seconds": "seconds that training stood still for checkpoint
 
 #: Gauges with the names of the record's keys.
 _TRAIN = "step total_steps loss lr grad_norm tokens_per_second mfu step_seconds".split()
-_MEASURES = ("loss", "accuracy")
+_MEASURES = ("loss", "score", "accuracy")  # of every task, but the last
 _TIMES = {  # by kind of record
     "train": "progress_timestamp_seconds",
     "eval": "progress_timestamp_seconds",

@@ -1,0 +1,137 @@
+"""`raybert finetune --folds N`: cross-validation, N runs that are each validated on another part.
+
+`<storage>/<name>/folds/` holds a run `1-of-N/` to `N-of-N/` for each fold, and `result.json`. Runs
+that are finished are kept when the command is run again, and when N changes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import nullcontext
+from typing import Any
+
+from raybert.cluster.session import ray_session
+from raybert.config import dump
+from raybert.errors import ConfigError
+from raybert.experiment import Experiment
+from raybert.pipeline.finetune_setup import prepare_finetune
+from raybert.pipeline.stages import train
+from raybert.records import measures, metric_of
+from raybert.storage.folder import Folder
+from raybert.tasks.prepared_texts import PreparedTexts, read_prepared_texts
+from raybert.terminal.display import Display
+from raybert.terminal.formats import clock, mean_and_deviation
+from raybert.train.run_folder import CONFIG, RESULT, open_run
+
+_SECTIONS = ("model",)  # that affect the result, beside `finetune`
+
+
+def finetune_folds(
+    experiment: Experiment, display: Display, folds: int, *, in_process: bool = False
+) -> dict[str, Any]:
+    """Fine-tune once for each fold; returns each fold's metrics, their mean and deviation.
+
+    Raises:
+        ConfigError: texts to validate on are configured, too.
+    """
+    if experiment.finetune.validation is not None:
+        raise ConfigError(
+            "finetune.validation names texts to validate on, and --folds validates on parts of "
+            "finetune.source; leave one of them out"
+        )
+    stage = experiment.folder / "folds"
+    stored = _stored_result(experiment, stage, folds)
+    if stored is not None:
+        display.print(f"folds     {stage} is finished already: {_format_mean(stored)}")
+        return stored
+    begun, found = time.monotonic(), []
+    workers = experiment.finetune.max_workers
+    with nullcontext() if in_process else ray_session(experiment.ray, workers):
+        for number in range(1, folds + 1):
+            run = stage / f"{number}-of-{folds}"
+            result, prepared = _train_fold(experiment, display, run, number, folds, in_process)
+            if not stage.exists(CONFIG):  # only now: settings that were rejected leave no folder
+                stage.write_text(CONFIG, dump(experiment))
+            found.append(_fold(number, result, prepared))
+    metric = metric_of(found[0])
+    values = [fold[metric] for fold in found]
+    summary = {
+        "metric": metric,
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values),
+        "folds": found,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+    stage.write_json(RESULT, summary)
+    display.print(
+        f"folds     {_format_mean(summary)}, in {clock(summary['seconds'])}; models in {stage}"
+    )
+    return summary
+
+
+def format_folds(result: dict[str, Any]) -> str:
+    """A line for each fold, then the mean with its standard deviation."""
+    metric = result["metric"]
+    lines = [f"{'fold':<6}{metric:>10}  {'loss':>10}  texts"]
+    lines += [
+        f"{fold['fold']:<6}{fold[metric]:>10.4f}  {fold['loss']:>10.4f}  {fold['n']:,}"
+        for fold in result["folds"]
+    ]
+    return "\n".join([*lines, _format_mean(result)])
+
+
+def _stored_result(experiment: Experiment, stage: Folder, folds: int) -> dict[str, Any] | None:
+    """The stored result; None where there is none, or one of another number of folds."""
+    if not stage.exists(CONFIG):
+        return None
+    result = open_run(stage, dump(experiment), "finetune", _SECTIONS)
+    if result is not None and len(result["folds"]) != folds:
+        stage.delete(RESULT)
+        return None
+    return result
+
+
+def _train_fold(
+    experiment: Experiment,
+    display: Display,
+    run: Folder,
+    number: int,
+    folds: int,
+    in_process: bool,
+) -> tuple[dict[str, Any], PreparedTexts]:
+    """Train a fold's run, unless it is finished."""
+    title = f"fold {number}/{folds}"
+    if run.exists(RESULT):
+        result = open_run(run, dump(experiment), "finetune", _SECTIONS)
+        prepared = read_prepared_texts(run / "data")
+        if result is not None and prepared is not None:
+            display.print(f"{title:<9} finished already")
+            return result, prepared
+    spec = prepare_finetune(
+        experiment,
+        display,
+        run / "data",
+        has_begun=run.exists(CONFIG),
+        on_ray=not in_process,
+        fold=(number - 1, folds),
+    )
+    result = train("finetune", spec, experiment, display, _SECTIONS, in_process, run, title)
+    return result, spec.prepared
+
+
+def _fold(number: int, result: dict[str, Any], prepared: PreparedTexts) -> dict[str, Any]:
+    """What the result says of a fold: the metrics of its best evaluation."""
+    names = prepared.make_task().selection_metrics
+    scores = {name: value for name, value in measures(result).items() if name in names}
+    return {
+        "fold": number,
+        "metric": metric_of(result),
+        **scores,
+        "n": prepared.validation.rows,
+        "model": result["model"],
+    }
+
+
+def _format_mean(result: dict[str, Any]) -> str:
+    return f"{result['metric']} {mean_and_deviation(result)} over {len(result['folds'])} folds"
