@@ -7,16 +7,21 @@ import json
 import random
 from dataclasses import dataclass
 
+import torch
 from making import MODEL
 from scipy.stats import spearmanr
 
 from raybert.config import build
+from raybert.data.preprocess import Preprocessing
+from raybert.data.tokenizer import Tokenizer
 from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
+from raybert.inference.classifier import TextClassifier
 from raybert.model.settings import ModelConfig
 from raybert.tasks.entities import Span, entity_scores
 from raybert.tasks.finetune import FinetuneSpec
-from raybert.tasks.prepared_texts import prepare_texts
+from raybert.tasks.prepared_texts import TokenizedTexts, prepare_texts
 from raybert.tasks.settings import FinetuneConfig
+from raybert.train.run import train_in_process
 
 FILLER = "the a some of in on with and people town day story music film it was had this".split()
 TOPICS = {
@@ -158,6 +163,30 @@ def texts_of(row):
     if "tokens" in row:
         return [" ".join(row["tokens"])]
     return [row["sentence1"], row["sentence2"]] if "sentence1" in row else [row["text"]]
+
+
+def measured_run(folder, name):
+    """Train on the generated data of a task, a few steps, and write its metrics; the folder."""
+    torch.set_num_threads(1)
+    job = spec_of(folder, name, steps=8, evaluations=2, lr=5e-3)
+    run = folder / "run"
+    train_in_process(job, run, on_progress=lambda record: None)
+    classifier = TextClassifier(run / "model", precision="fp32")
+    how = Preprocessing(job.prepared.seq_len, job.prepared.head_tokens)
+    texts = TokenizedTexts.load(job.data, job.prepared.validation)
+    texts = texts.shortened(how, Tokenizer.load(job.tokenizer))
+    task, outputs = classifier.task, classifier.score(texts.input_ids)
+    examples = [{"text": "a text", **found} for _, found in task.examples(outputs, texts.labels)]
+    metrics = {
+        **task.evaluate(outputs, texts.labels),
+        "task": task.name,
+        "metric": task.default_metric,
+        "texts_per_second": 12.5,
+        "skipped": {},
+        "examples": examples,
+    }
+    run.write_json("metrics.json", metrics)
+    return run
 
 
 def spec_of(folder, name, count=120, layout="modern", **settings):

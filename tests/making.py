@@ -308,13 +308,28 @@ def folder(path):
     return Folder(path)
 
 
-def searchable(path, *, count=160, finetune=(), tune=(), **sections):
-    """An experiment that can be searched at once: from scratch, on generated reviews."""
+def searchable(path, *, count=160, made=None, finetune=(), tune=(), **sections):
+    """An experiment that can be searched at once: from scratch, on generated texts.
+
+    They are reviews, or with `made` those of that task in `made.TASKS`.
+    """
+    from made import TASKS as MADE
+    from made import texts_of
+
     from raybert.experiment import Experiment
 
     here = Folder(path)
-    texts = write_csv(here, "labelled.csv", reviews(count))
-    write_csv(here, "test.csv", reviews(60, seed=1))
+    if made is None:
+        texts = write_csv(here, "labelled.csv", reviews(count))
+        test = write_csv(here, "test.csv", reviews(60, seed=1))
+        words = [text for text, _ in reviews(count)]
+    else:
+        rows = MADE[made](count).rows
+        words = [text for row in rows for text in texts_of(row)]
+        parts = {"labelled.jsonl": rows, "test.jsonl": MADE[made](60, seed=1).rows}
+        for name, part in parts.items():
+            here.write_text(name, "".join(json.dumps(row) + "\n" for row in part))
+        texts, test = ((here / name).uri for name in parts)
     values = {
         "run": {"name": "tiny", "storage": str(path / "runs")},
         "corpus": {"source": {"path": texts}, "seq_len": 32},
@@ -341,9 +356,9 @@ def searchable(path, *, count=160, finetune=(), tune=(), **sections):
             "space": {"finetune.lr": {"log_uniform": [1e-3, 3e-2]}},
             **dict(tune),
         },
-        "evaluate": {"source": {"path": str(path / "test.csv")}},
+        "evaluate": {"source": {"path": test}},
         **sections,
     }
     experiment = build(Experiment, values, "test")
-    tokenizer_of([text for text, _ in reviews(count)]).save(experiment.folder / "corpus")
+    tokenizer_of(words).save(experiment.folder / "corpus")
     return experiment

@@ -242,3 +242,32 @@ def test_what_serves_proxies_import_is_light():
 
 def test_the_client_needs_nothing():
     assert loaded_by("import raybert.serve.client") == []
+
+
+# Only `config.json` of a model directory, a format of others, has a problem type elsewhere.
+_WRITERS = {"model/huggingface/config_json.py", "model/huggingface/directory.py"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if p.relative_to(PACKAGE).parts[0] != "tasks"],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_nothing_outside_of_tasks_tests_which_task_it_is(path):
+    """A task is a plug-in: whoever needs something of it asks it, and does not know its name."""
+    from raybert.tasks.registry import TASKS
+
+    known = {name for task in TASKS.values() for name in (task.name, task.problem_type)} - {None}
+    classes = {task.__name__ for task in TASKS.values()}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and node.value in {*known, "problem_type"}:
+            found.add(node.value)
+        if isinstance(node, ast.Name | ast.Attribute | ast.alias):
+            name = node.attr if isinstance(node, ast.Attribute) else vars(node).get("id", "")
+            name = node.name if isinstance(node, ast.alias) else name
+            found |= {name} & {*classes, "problem_type"}
+        if isinstance(node, ast.Compare) and "task.name" in ast.unparse(node):
+            found.add(ast.unparse(node))
+    if str(path.relative_to(PACKAGE)) not in _WRITERS:
+        assert not found

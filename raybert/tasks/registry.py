@@ -43,8 +43,7 @@ def choose_task(configured: str, texts: Sequence[Any], labels: Sequence[Any]) ->
 
 def tables_of(metrics: Mapping[str, Any]) -> list[TableData]:
     """The tables of a `metrics.json`; none of a task that is not registered here."""
-    # Files of before there were tasks are of the last one.
-    name = metrics.get("task", next(reversed(TASKS)))
+    name = metrics.get("task", SingleLabel.name)  # the only one when there were no tasks yet
     if name not in TASKS:
         return []
     return TASKS[name](list(metrics.get("label_names") or [])).tables(dict(metrics))

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raybert.config import Settings
+from raybert.config import KeyOf, Settings
 from raybert.data.masking import MaskingConfig
 from raybert.data.sources.settings import SourceConfig
 from raybert.model.settings import HeadConfig
 from raybert.tasks.registry import TASKS
 from raybert.train.settings import TrainConfig
 
-if TYPE_CHECKING:
-    TaskName = str
-else:  # the registry's names, so that a new task is a valid setting
-    TaskName = Literal["auto", *TASKS]
+TaskName = Annotated[str, KeyOf(TASKS, "auto")]
 
 
 class PretrainConfig(TrainConfig):

@@ -2,19 +2,25 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from blocks import ROOT, blocks
+from made import spec_of
 
 from raybert.config import build
 from raybert.data.sources import formats
 from raybert.data.sources.documents import documents
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import ConfigError
+from raybert.storage.folder import Folder
+from raybert.tasks import registry
 from raybert.tasks.settings import PretrainConfig
 from raybert.train import optimizers, schedules
+from raybert.train.run import train_in_process
 from raybert.tune import schedulers
-from raybert.tune.settings import TuneConfig
+from raybert.tune.settings import TrialConfig, TuneConfig
+from raybert.tune.space_checks import read_space
 
 
 @pytest.fixture
@@ -25,6 +31,7 @@ def examples(monkeypatch):
         (schedules, "SCHEDULES"),
         (formats, "FORMATS"),
         (schedulers, "SCHEDULERS"),
+        (registry, "TASKS"),
     )
     for module, name in registries:
         for key, value in list(getattr(module, name).items()):
@@ -70,6 +77,22 @@ def test_a_scheduler(examples):
     config = build(TuneConfig, {"scheduler": {"kind": "median"}}, "tune").scheduler
     built = schedulers.SCHEDULERS[config.kind](config).build(None, 3.0, session)
     assert isinstance(built, MedianStoppingRule)
+
+
+def test_a_task(examples, tmp_path):
+    folder = Folder(tmp_path)
+    job = spec_of(folder, "regression", task="robust_regression", steps=12, lr=5e-3)
+    result = train_in_process(job, folder / "run", on_progress=lambda record: None)
+    assert (result["metric"], result["score"]) == ("mae", -result["mae"])
+    task, _ = registry.read_task(folder / "run" / "model")
+    assert type(task) is registry.TASKS["robust_regression"]
+    outputs = np.array([[1.0], [2.0]], np.float32)
+    metrics = task.evaluate(outputs, outputs) | {"task": task.name, "metric": task.default_metric}
+    assert registry.tables_of(metrics)[0].title == "Scores per target"
+    space = read_space(TuneConfig(), TrialConfig(), type(task))
+    assert "finetune.label_smoothing" not in {d.key for d in space.dimensions}
+    auto = spec_of(folder / "auto", "regression")
+    assert auto.prepared.task == "regression"
 
 
 def test_names_that_nobody_registered_are_refused():
