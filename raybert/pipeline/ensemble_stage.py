@@ -71,7 +71,8 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
         models = [stage / "members" / name / "model" for name in names]
         validation = TokenizedTexts.load(spec.data, spec.prepared.validation)
         how = Preprocessing(spec.prepared.seq_len, spec.prepared.head_tokens)
-        result = measure(models, validation.shortened(how, Tokenizer.load(spec.tokenizer)))
+        texts = validation.shortened(how, Tokenizer.load(spec.tokenizer))
+        result = measure(models, texts, spec.config.metric)
     from raybert.inference.ensemble import write_ensemble
 
     write_ensemble(stage, [f"members/{name}/model" for name in names])
@@ -102,7 +103,9 @@ def _open_ensemble(
     )
 
 
-def measure(models: list[Folder], texts: TokenizedTexts) -> dict[str, Any]:
+def measure(
+    models: list[Folder], texts: TokenizedTexts, metric: str | None = None
+) -> dict[str, Any]:
     """Score each model and their ensemble; `mean` and `std` are of the members' metric."""
     from raybert.inference.classifier import TextClassifier
 
@@ -117,7 +120,7 @@ def measure(models: list[Folder], texts: TokenizedTexts) -> dict[str, Any]:
         together = np.stack(list(together))
     members = [task.evaluate(x, texts.labels) for task, x in zip(tasks, outputs, strict=True)]
     ensemble = tasks[0].evaluate(together, texts.labels)
-    metric = tasks[0].default_metric
+    metric = metric or tasks[0].default_metric
     values = [scores[metric] for scores in members]
     decided = [
         [frozenset(tasks[0].decision(np.asarray(row))) for row in each] for each in outputs

@@ -189,7 +189,7 @@ class _Mistake(NamedTuple):
     """A wrong prediction."""
 
     predicted: str
-    probability: str
+    probability: str  # empty where there is none
     label: str
     text: str
 
@@ -240,7 +240,7 @@ def _fold_table(result: Mapping[str, Any]) -> Table:
 
 
 def _confident_mistakes(scores: Mapping[str, Any]) -> list[_Mistake]:
-    """The wrong predictions with the highest probabilities."""
+    """The wrong predictions with the highest probabilities, or those without one as they are."""
     names = _label_names(scores)
 
     def name(label: Any) -> str:
@@ -257,7 +257,7 @@ def _confident_mistakes(scores: Mapping[str, Any]) -> list[_Mistake]:
     wrong = [example for example in found if example[1] != example[2]]
     wrong.sort(key=lambda example: example[0], reverse=True)
     return [
-        _Mistake(predicted, f"{share:.1%}", label, _shorten(text))
+        _Mistake(predicted, f"{share:.1%}" if share else "", label, _shorten(text))
         for share, predicted, label, text in wrong[:MAX_MISTAKES]
     ]
 

@@ -40,6 +40,7 @@ from raybert.tasks.protocol import (
     parse_with,
 )
 
+_EXAMPLES = 8  # for the report
 _DEFAULT_THRESHOLD = 0.5
 _MIN_POSITIVES = 3  # on which a threshold is fitted; with fewer it would be noise
 _MAX_WEIGHT = 100.0  # of the positive texts of a rare label
@@ -287,6 +288,29 @@ class MultiLabel(TextTask):
     def column_types(self) -> list[pa.Field]:
         scores = pa.struct([pa.field(name, pa.float64()) for name in self.labels])
         return [pa.field("labels", pa.list_(pa.string())), pa.field("scores", scores)]
+
+    def examples(self, outputs: Outputs, targets: Targets) -> list[tuple[int, dict[str, Any]]]:
+        """The texts with the most confident wrong decisions."""
+        probabilities, truth = sigmoid(np.asarray(outputs)), np.asarray(targets) > 0.5
+        selected = probabilities >= self.thresholds
+        confidence = np.where(selected, probabilities, 1 - probabilities)
+        worst = np.where(selected != truth, confidence, 0.0).max(axis=1, initial=0.0)  # [n]
+        return [
+            (
+                int(row),
+                {
+                    "label": self._names(truth[row]),
+                    "predicted": self._names(selected[row]),
+                    "probability": round(float(worst[row]), 4),
+                },
+            )
+            for row in np.argsort(-worst, kind="stable")[:_EXAMPLES]
+            if worst[row] > 0
+        ]
+
+    def _names(self, chosen: npt.NDArray[np.bool_]) -> str:
+        names = [name for name, has in zip(self.labels, chosen, strict=True) if has]
+        return ", ".join(names) or "no label"
 
     def tables(self, metrics: Metrics) -> list[TableData]:
         ratios = ("precision", "recall", "f1", "average_precision", "threshold")

@@ -45,6 +45,7 @@ from raybert.tasks.protocol import (
 )
 
 _COVERAGE = 0.9  # of intervals
+_EXAMPLES = 8  # for the report
 _F64 = npt.NDArray[np.float64]
 
 
@@ -289,6 +290,20 @@ class Regression(TextTask):
             for name, has in zip(self.labels, has_interval, strict=True)
             for end in (ends if has else ends[:1])
         ]
+
+    def examples(self, outputs: Outputs, targets: Targets) -> list[tuple[int, dict[str, Any]]]:
+        """The texts with the largest errors, relative to the spread of their target."""
+        found, truth = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)
+        error = np.nan_to_num(np.abs(found - truth) / self._scale()[1]).max(axis=1)  # [n]
+        return [
+            (int(row), {"label": self._numbers(truth[row]), "predicted": self._numbers(found[row])})
+            for row in np.argsort(-error, kind="stable")[:_EXAMPLES]
+        ]
+
+    def _numbers(self, values: _F64) -> str:
+        if len(values) == 1:
+            return f"{values[0]:.5g}"
+        return ", ".join(f"{n} {v:.5g}" for n, v in zip(self.labels, values, strict=True))
 
     def tables(self, metrics: Metrics) -> list[TableData]:
         names = ("rmse", "mae", "spearman", "r2", "interval", "coverage")

@@ -364,6 +364,10 @@ def test_a_summary_without_a_unigram_loss():
     assert "2.00 below the unigram model's 6.000" in _format_summary(
         Configured(), {**result, "unigram_loss": 6.0}
     )
+    other = {"metric": "f1_micro", "f1_micro": 0.25, "answer": {"text": "x", "labels": ["a"]}}
+    shown = _format_summary(Configured(), {**result, **other})
+    assert "F1_micro on 9 test reviews  0.2500" in shown
+    assert '\'x\'  ->  {"labels": ["a"]}' in shown
 
 
 def test_the_schema_is_json(raybert):

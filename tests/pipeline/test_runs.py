@@ -74,6 +74,23 @@ def test_searches_and_ensembles_are_listed_with_their_figures(tmp_path):
     ]
 
 
+def test_figures_are_named_by_the_metric_of_the_task(tmp_path):
+    storage = Folder(tmp_path)
+    best = {"metric": "rmse", "seeds": {"rmse": {"mean": 90.5}}}
+    test = {"metric": "rmse", "rmse": 95.5}
+    storage.write_json("e/tune/result.json", {"best": best, "test": test})
+    ensemble = {"metric": "f1", "ensemble": {"f1": 0.75, "loss": 0.5}}
+    storage.write_json("e/ensemble/result.json", ensemble)
+    storage.write_json("e/finetune/result.json", {"metric": "f1", "f1": 0.5, "loss": 1.5})
+    storage.write_json("e/finetune/metrics.json", {"metric": "f1", "f1": 0.25})
+    [run] = runs.list_runs(storage)
+    assert {stage.name: stage.figures for stage in run.stages} == {
+        "finetune": {"f1": 0.5, "loss": 1.5, "test_f1": 0.25},
+        "tune": {"trials": 0, "rmse": 90.5, "test_rmse": 95.5},
+        "ensemble": {"members": 0, "f1": 0.75},
+    }
+
+
 def test_every_experiment_is_listed_and_nothing_else(made):
     found = {run.name: run for run in runs.list_runs(Folder(made))}
     assert list(found) == ["begun", "done", "texts"]

@@ -38,6 +38,9 @@ def test_a_report_has_the_metric_and_the_tables_of_the_task(measured):
     for row in tables_of(metrics)[0].rows:
         assert f'<th scope="row">{row[0]}</th>' in page
     assert ("Confusion matrix" in page) == ("confusion" in metrics)
+    for example in metrics["examples"][:1]:
+        assert f"in truth <b>{example['label']}</b>" in page or "probability" in example
+    assert ("Largest errors" in page) == (name == "regression")
 
 
 def test_the_best_evaluation_is_the_one_with_the_best_score(measured):

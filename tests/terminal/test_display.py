@@ -144,3 +144,19 @@ def test_a_panel_is_rewritten_on_a_terminal_and_lines_stay(capsys, monkeypatch):
     assert out == ""
     for words in ("first table", "trial 0000 is over", "second table", "2/12 trials"):
         assert words in err
+
+
+@pytest.mark.parametrize(
+    ("scores", "shown"),
+    [
+        ({"metric": "rmse", "rmse": 90.5, "spearman": 0.5}, "held-out loss 0.5000  rmse 90.5000"),
+        ({"accuracy": 0.875}, "held-out loss 0.5000  accuracy 0.8750"),  # of an earlier version
+        ({"metric": "loss"}, "held-out loss 0.5000"),
+        ({"unigram_loss": 6.5}, "held-out loss 0.5000  (unigram 6.5000)"),
+    ],
+)
+def test_an_evaluation_shows_the_metric_that_selects(capsys, scores, shown):
+    display = Display()
+    with display.stage("finetune"):
+        display.record({"kind": "eval", "step": 9, "loss": 0.5, "score": 1.0, **scores})
+    assert capsys.readouterr().err.splitlines()[-1].endswith(shown)
