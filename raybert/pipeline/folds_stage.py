@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-from raybert.cluster.session import ray_session
+from raybert.cluster.session import Resources, ray_session
 from raybert.config import dump
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
@@ -19,7 +20,7 @@ from raybert.pipeline.finetune_setup import prepare_finetune
 from raybert.pipeline.stages import train
 from raybert.records import measures, metric_of
 from raybert.storage.folder import Folder
-from raybert.tasks.prepared_texts import PreparedTexts, read_prepared_texts
+from raybert.tasks.finetune import FinetuneSpec
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock, mean_and_deviation
 from raybert.train.run_folder import CONFIG, RESULT, open_run
@@ -45,15 +46,21 @@ def finetune_folds(
     if stored is not None:
         display.print(f"folds     {stage} is finished already: {_format_mean(stored)}")
         return stored
-    begun, found = time.monotonic(), []
-    workers = experiment.finetune.max_workers
-    with nullcontext() if in_process else ray_session(experiment.ray, workers):
-        for number in range(1, folds + 1):
-            run = stage / f"{number}-of-{folds}"
-            result, prepared = _train_fold(experiment, display, run, number, folds, in_process)
-            if not stage.exists(CONFIG):  # only now: settings that were rejected leave no folder
-                stage.write_text(CONFIG, dump(experiment))
-            found.append(_fold(number, result, prepared))
+    begun = time.monotonic()
+    session: AbstractContextManager[Resources | None] = (
+        nullcontext()
+        if in_process
+        else ray_session(experiment.ray, experiment.finetune.max_workers)
+    )
+    with session:
+        # All texts first: a mistake in one part is found before the first run.
+        runs = [
+            _Fold.prepare(experiment, display, stage, number, folds, on_ray=not in_process)
+            for number in range(1, folds + 1)
+        ]
+        if not stage.exists(CONFIG):  # settings that were rejected leave none
+            stage.write_text(CONFIG, dump(experiment))
+        found = [fold.train(experiment, display, in_process=in_process) for fold in runs]
     metric = metric_of(found[0])
     values = [fold[metric] for fold in found]
     summary = {
@@ -92,45 +99,66 @@ def _stored_result(experiment: Experiment, stage: Folder, folds: int) -> dict[st
     return result
 
 
-def _train_fold(
-    experiment: Experiment,
-    display: Display,
-    run: Folder,
-    number: int,
-    folds: int,
-    in_process: bool,
-) -> tuple[dict[str, Any], PreparedTexts]:
-    """Train a fold's run, unless it is finished."""
-    title = f"fold {number}/{folds}"
-    if run.exists(RESULT):
-        result = open_run(run, dump(experiment), "finetune", _SECTIONS)
-        prepared = read_prepared_texts(run / "data")
-        if result is not None and prepared is not None:
-            display.print(f"{title:<9} finished already")
-            return result, prepared
-    spec = prepare_finetune(
-        experiment,
-        display,
-        run / "data",
-        has_begun=run.exists(CONFIG),
-        on_ray=not in_process,
-        fold=(number - 1, folds),
-    )
-    result = train("finetune", spec, experiment, display, _SECTIONS, in_process, run, title)
-    return result, spec.prepared
+@dataclass(frozen=True)
+class _Fold:
+    """One of the runs, with its texts."""
 
+    number: int  # from 1
+    title: str
+    run: Folder
+    spec: FinetuneSpec
 
-def _fold(number: int, result: dict[str, Any], prepared: PreparedTexts) -> dict[str, Any]:
-    """What the result says of a fold: the metrics of its best evaluation."""
-    names = prepared.make_task().selection_metrics
-    scores = {name: value for name, value in measures(result).items() if name in names}
-    return {
-        "fold": number,
-        "metric": metric_of(result),
-        **scores,
-        "n": prepared.validation.rows,
-        "model": result["model"],
-    }
+    @classmethod
+    def prepare(
+        cls,
+        experiment: Experiment,
+        display: Display,
+        stage: Folder,
+        number: int,
+        folds: int,
+        *,
+        on_ray: bool,
+    ) -> _Fold:
+        """Read, split and tokenize the texts, unless that is done."""
+        run = stage / f"{number}-of-{folds}"
+        spec = prepare_finetune(
+            experiment,
+            display,
+            run / "data",
+            has_begun=run.exists(CONFIG),
+            on_ray=on_ray,
+            fold=(number - 1, folds),
+        )
+        spec.check()
+        return cls(number, f"fold {number}/{folds}", run, spec)
+
+    def train(
+        self, experiment: Experiment, display: Display, *, in_process: bool
+    ) -> dict[str, Any]:
+        """Train the run, unless it is finished; returns the metrics of its best evaluation."""
+        if self.run.exists(RESULT):
+            result = open_run(self.run, dump(experiment), "finetune", _SECTIONS) or {}
+            display.print(f"{self.title:<9} {self.run} is finished already")
+        else:
+            result = train(
+                "finetune",
+                self.spec,
+                experiment,
+                display,
+                _SECTIONS,
+                in_process,
+                self.run,
+                self.title,
+            )
+        names = self.spec.prepared.make_task().selection_metrics
+        scores = {name: value for name, value in measures(result).items() if name in names}
+        return {
+            "fold": self.number,
+            "metric": metric_of(result),
+            **scores,
+            "n": self.spec.prepared.validation.rows,
+            "model": result["model"],
+        }
 
 
 def _format_mean(result: dict[str, Any]) -> str:

@@ -63,14 +63,16 @@ def training_plots(stage: Stage) -> list[Figure]:
         for r in stage.of_kind("event")
         if r.get("event") != "budget" and (r.get("event") != "start" or r["step"] > 0)
     ]
+    # The unit of a loss on labels is its task's.
+    loss = "Loss" if last(evals, "unigram_loss") is None else "Loss, nats"
     over_steps = {
-        "Loss, nats": _loss_lines(train, evals),
+        loss: _loss_lines(train, evals),
         "Validation score": _score_lines(evals),
         "Learning rate": [Line(curve(train, "lr"), MAIN)],
         "Throughput, tokens/s": [Line(curve(train, "tokens_per_second"), MAIN)],
         "Gradient norm": [Line(curve(train, "grad_norm"), MAIN)],
     }
-    free_axis = ("Loss, nats", "Validation score")  # the others start at zero
+    free_axis = (loss, "Validation score")  # the others start at zero
     figures = [
         _over_steps(f"{stage.name}/{title}", title, lines, events, from_zero=title not in free_axis)
         for title, lines in over_steps.items()

@@ -62,7 +62,7 @@ def _training_tiles(stage: Stage) -> Iterator[Tile]:
     if (loss := last(evals, "loss")) is not None:
         unigram = last(evals, "unigram_loss")
         if unigram is None:
-            yield Tile("Validation loss", f"{loss:.3f}", "nats")
+            yield Tile("Validation loss", f"{loss:.3f}")
         else:
             side = "under" if loss <= unigram else "over"
             note = f"nats, {abs(unigram - loss):.2f} {side} the unigram model's"

@@ -171,40 +171,58 @@ def split_rows(units: Iterable[str | None], rows: int, *, seed: int = 0) -> Spli
 def split_by_class(
     units: Sequence[str], classes: Sequence[str], fraction: float, *, seed: int = 0
 ) -> Split:
-    """As `split_rows`, the same fraction of each class; a unit is of its first row's class."""
-    of_unit: dict[str, str] = {}
-    for unit, name in zip(units, classes, strict=True):
-        of_unit.setdefault(unit, name)
-    names = np.array([of_unit[unit] for unit in units])
-    held = np.zeros(len(units), np.bool_)
-    for name in dict.fromkeys(names.tolist()):
-        rows = np.flatnonzero(names == name)
-        members = [units[row] for row in rows.tolist()]
-        held[rows[split_rows(members, round(len(rows) * fraction), seed=seed).heldout]] = True
-    return Split(np.flatnonzero(~held), np.flatnonzero(held))
+    """As `split_rows`, about the same fraction of each class.
+
+    What rounding leaves over of a class is taken from the next one, so that classes of one text are
+    held out, too.
+    """
+    sizes, held = Counter(units), set[str]()
+    rows = taken = 0
+    for members in _units_by_class(units, classes, seed).values():
+        rows += sum(sizes[unit] for unit in members)
+        for unit in members:
+            if taken + sizes[unit] <= round(rows * fraction):
+                held.add(unit)
+                taken += sizes[unit]
+    return _split(units, held)
 
 
 def fold_rows(
     units: Sequence[str], classes: Sequence[str], fold: int, folds: int, *, seed: int = 0
 ) -> Split:
-    """Hold out the `fold`-th of `folds` disjoint parts, each with about the same classes."""
-    held = np.zeros(len(units), np.bool_)
+    """Hold out the `fold`-th of `folds` disjoint parts, each with about the same classes.
+
+    Each unit goes to the part that has the fewest rows of its class, of equal ones the smallest.
+    """
+    sizes, held = Counter(units), set[str]()
+    rows = [0] * folds  # of each part
+    for members in _units_by_class(units, classes, seed).values():
+        of_class = [0] * folds
+        for unit in members:
+            _, _, part = min(zip(of_class, rows, range(folds), strict=True))
+            of_class[part] += sizes[unit]
+            rows[part] += sizes[unit]
+            if part == fold:
+                held.add(unit)
+    return _split(units, held)
+
+
+def _units_by_class(
+    units: Sequence[str], classes: Sequence[str], seed: int
+) -> dict[str, list[str]]:
+    """The units of each class, which is that of a unit's first row, in the order of their hashes."""
     of_unit: dict[str, str] = {}
     for unit, name in zip(units, classes, strict=True):
         of_unit.setdefault(unit, name)
-    sizes = Counter(units)
-    by_class: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {name: [] for name in sorted(set(of_unit.values()))}
     for unit in sorted(of_unit, key=lambda unit: text_hash(unit, seed)):
-        by_class.setdefault(of_unit[unit], []).append(unit)
-    chosen: set[str] = set()
-    for members in by_class.values():
-        total, begin = sum(sizes[unit] for unit in members), 0
-        for unit in members:
-            if begin * folds // total == fold:
-                chosen.add(unit)
-            begin += sizes[unit]
-    held[:] = [unit in chosen for unit in units]
-    return Split(np.flatnonzero(~held), np.flatnonzero(held))
+        found[of_unit[unit]].append(unit)
+    return found
+
+
+def _split(units: Sequence[str], held: set[str]) -> Split:
+    is_held = np.array([unit in held for unit in units], np.bool_)
+    return Split(np.flatnonzero(~is_held), np.flatnonzero(is_held))
 
 
 def units_of(labelled: Labelled) -> list[str]:

@@ -131,6 +131,10 @@ class TokenClassification(TextTask):
             targets[word.token] = index[tag]
         return targets
 
+    def groups(self, labels: Sequence[str]) -> Sequence[str]:
+        """The types of entities in each text."""
+        return [" ".join(sorted({kind for _, _, kind in json.loads(label)})) for label in labels]
+
     @property
     def types(self) -> list[str]:
         """The types of entities."""

@@ -12,7 +12,7 @@ from source_files import csv_bytes, texts_of, write, write_parquet
 
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
-from raybert.tasks.labelled import peek, split_rows
+from raybert.tasks.labelled import fold_rows, peek, split_by_class, split_rows
 from raybert.tasks.single_label import SingleLabel
 
 
@@ -89,3 +89,46 @@ def test_a_split_of_different_texts_is_exact():
     held = split_rows([str(number) for number in range(1000)], 137).heldout
     assert len(held) == 137
     assert np.all(np.diff(held) > 0)
+
+
+# Stratified splits and folds ---------------------------------------------------------------------
+
+
+@st.composite
+def classed_units(draw):
+    """Units with copies, and a class for each unit."""
+    sizes = draw(st.lists(st.integers(1, 3), min_size=8, max_size=60))
+    names = draw(st.lists(st.sampled_from("abc"), min_size=len(sizes), max_size=len(sizes)))
+    rows = [(f"u{i}", name) for i, name in enumerate(names) for _ in range(sizes[i])]
+    rows = draw(st.permutations(rows))
+    return [unit for unit, _ in rows], [name for _, name in rows]
+
+
+@given(classed_units(), st.integers(2, 5))
+def test_folds_are_disjoint_whole_and_balanced(rows, folds):
+    units, classes = rows
+    parts = [fold_rows(units, classes, fold, folds) for fold in range(folds)]
+    held = sorted(row for part in parts for row in part.heldout.tolist())
+    assert held == list(range(len(units)))
+    for part in parts:
+        assert not {units[r] for r in part.rest} & {units[r] for r in part.heldout}
+    for name in set(classes):
+        counts = [sum(classes[row] == name for row in part.heldout) for part in parts]
+        assert max(counts) - min(counts) <= 3  # rows of a unit
+
+
+def test_classes_of_one_text_are_spread_over_the_folds():
+    units = [f"text {n}" for n in range(30)]
+    assert [len(fold_rows(units, units, fold, 3).heldout) for fold in range(3)] == [10, 10, 10]
+    assert len(split_by_class(units, units, 0.2).heldout) == 6
+
+
+@given(classed_units(), st.floats(0.1, 0.5))
+def test_a_stratified_split_takes_the_fraction_of_each_class(rows, fraction):
+    units, classes = rows
+    part = split_by_class(units, classes, fraction)
+    assert not {units[r] for r in part.rest} & {units[r] for r in part.heldout}
+    assert abs(len(part.heldout) - fraction * len(units)) <= 3.5
+    for name in set(classes):
+        count = sum(classes[row] == name for row in part.heldout)
+        assert abs(count - fraction * classes.count(name)) <= 6
