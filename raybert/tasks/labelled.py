@@ -210,7 +210,7 @@ def fold_rows(
 def _units_by_class(
     units: Sequence[str], classes: Sequence[str], seed: int
 ) -> dict[str, list[str]]:
-    """The units of each class, which is that of a unit's first row, in the order of their hashes."""
+    """The units of each class, that of their first row, in the order of their hashes."""
     of_unit: dict[str, str] = {}
     for unit, name in zip(units, classes, strict=True):
         of_unit.setdefault(unit, name)
