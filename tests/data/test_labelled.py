@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from making import labelled
 from source_files import csv_bytes, texts_of, write, write_parquet
 
+from raybert.data.sources.documents import documents
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 from raybert.tasks.labelled import fold_rows, peek, split_by_class, split_rows
@@ -89,6 +90,16 @@ def test_a_split_of_different_texts_is_exact():
     held = split_rows([str(number) for number in range(1000)], 137).heldout
     assert len(held) == 137
     assert np.all(np.diff(held) > 0)
+
+
+def test_lists_of_words_without_labels_are_texts(tmp_path):
+    """As `raybert predict -i` reads the file that a model was trained on."""
+    path = write(tmp_path / "a.jsonl", b'{"tokens": ["Anna", "sings"]}\n{"tokens": [1, 2]}\n')
+    given = {"path": str(path), "text_column": "tokens"}
+    with pytest.raises(DataError, match="line 2: text is neither a string nor a list of words"):
+        list(documents(SourceConfig(**given)))
+    [table] = documents(SourceConfig(**given, on_bad_row="skip"))
+    assert table["text"].to_pylist() == ["Anna sings"]
 
 
 # Stratified splits and folds ---------------------------------------------------------------------

@@ -70,6 +70,11 @@ class RowTable:
         text: str | None = None
         if problem is None and not isinstance(raw, list):
             text, problem = self._check_text(raw)
+        if problem is None and isinstance(raw, list) and self._parse is None:
+            if all(isinstance(word, str) for word in raw):
+                raw = " ".join(raw)
+            else:
+                problem = "text is neither a string nor a list of words"
         if problem is None and self._parse is not None:
             raw, label, problem = self._parse(raw, row.label)
         if problem is None and raw is not row.text:  # the label's parser made it
