@@ -245,9 +245,9 @@ class SingleLabel(TextTask):
 
 
 def softmax(logits: F32) -> F32:
-    """The probabilities of logits [n, L]."""
-    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(exp / exp.sum(axis=1, keepdims=True), np.float32)
+    """The probabilities of logits [..., L]."""
+    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(exp / exp.sum(axis=-1, keepdims=True), np.float32)
 
 
 def _class_weights(

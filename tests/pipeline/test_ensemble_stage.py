@@ -3,19 +3,40 @@
 import json
 
 import pytest
+from made import TASKS, measured_run
 from making import searchable
 
 from raybert.config import build
+from raybert.data.preprocess import Preprocessing
+from raybert.data.tokenizer import Tokenizer
 from raybert.experiment import Experiment
 from raybert.model import huggingface
 from raybert.pipeline import stages
-from raybert.pipeline.ensemble_stage import finetune_seeds
+from raybert.pipeline.ensemble_stage import finetune_seeds, measure
 from raybert.pipeline.finetune_setup import teachers
+from raybert.storage.folder import Folder
 from raybert.tasks.prepared_texts import TokenizedTexts, read_prepared_texts
 from raybert.terminal.display import Display
 from raybert.tune.trial_store import TrialStore
 
 QUIET = Display(quiet=True)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_ensemble_of_equal_models_gains_nothing(tmp_path, name):
+    folder = Folder(tmp_path)
+    run = measured_run(folder, name)
+    prepared = read_prepared_texts(folder / "data")
+    how = Preprocessing(prepared.seq_len, prepared.head_tokens)
+    texts = TokenizedTexts.load(folder / "data", prepared.validation)
+    texts = texts.shortened(how, Tokenizer.load(folder / "tokenizer"))
+    result = measure([run / "model"] * 2, texts)
+    metric = result["metric"]
+    assert metric == run.read_json("metrics.json")["metric"]
+    assert result["ensemble"][metric] == pytest.approx(result["mean"], abs=1e-3, rel=1e-3)
+    assert (result["agreement"], result["std"]) == (1.0, 0.0)
+    other = [m for m in prepared.make_task().selection_metrics if m != metric][0]
+    assert measure([run / "model"] * 2, texts, other)["metric"] == other
 
 
 @pytest.mark.ray
