@@ -102,9 +102,7 @@ def test_scores_are_in_order_and_equal_those_of_one_process(ray_session, model, 
     expected = TextClassifier(model).logits([text for text, _ in rows])
     done = []
     output = tmp_path / "out.parquet"
-    result = predict_source(
-        source, model, str(output), ["neg", "pos"], workers=2, on_progress=done.append
-    )
+    result = predict_source(source, model, str(output), workers=2, on_progress=done.append)
     assert result["texts"] == 1300 == done[-1]
     written = pq.read_table(output)
     assert written["text"].to_pylist() == [text for text, _ in rows]
@@ -112,7 +110,7 @@ def test_scores_are_in_order_and_equal_those_of_one_process(ray_session, model, 
     calibrated = TextClassifier(model).probabilities([text for text, _ in rows])
     np.testing.assert_allclose(scores, calibrated, atol=1e-2)  # two roundings of bf16
 
-    metrics = evaluate(source, model, ["neg", "pos"], workers=2, on_progress=lambda n: None)
+    metrics = evaluate(source, model, workers=2, on_progress=lambda n: None)
     truth = np.array([label == "pos" for _, label in rows])
     assert metrics["n"] == 1300
     assert metrics["accuracy"] == pytest.approx(((expected.argmax(1) == 1) == truth).mean())
@@ -129,7 +127,6 @@ def test_a_bad_row_raises_and_leaves_no_file(ray_session, model, tmp_path):
             SourceConfig(path=str(path)),
             model,
             str(output),
-            ["neg", "pos"],
             workers=1,
             on_progress=lambda n: None,
         )
