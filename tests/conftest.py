@@ -10,6 +10,7 @@ import uuid
 import pytest
 import torch
 from commands import run_here
+from hypothesis import HealthCheck, settings
 from making import finetune_job, make_corpus, pretrain_job, reviews
 from proxy import Proxy, s3_uri
 
@@ -17,6 +18,10 @@ from raybert.cluster.session import RayConfig
 from raybert.cluster.session import ray_session as session
 from raybert.storage.folder import Folder
 from raybert.train.run import train_in_process
+
+# Time decides no test: other work on the machine makes any example slow.
+settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any")
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "a-key-for-tests",
