@@ -132,7 +132,8 @@ def measure(
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "ensemble": {key: ensemble[key] for key in kept},
-        "gain": ensemble[metric] - statistics.fmean(values),
+        "gain": (ensemble[metric] - statistics.fmean(values))
+        * (1 if tasks[0].selection_metrics[metric] else -1),  # of an error, what it is lower by
         "agreement": float(np.mean([len(set(row)) == 1 for row in zip(*decided, strict=True)])),
         "n": ensemble["n"],
     }

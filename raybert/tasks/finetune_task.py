@@ -53,7 +53,7 @@ class FinetuneTask:
             lengths, config.global_batch_size, config.micro_batch_size, config.seed
         )
         self.model = model.to(group.device)
-        self.task = task  # after an evaluation with what was fitted on the validation texts
+        self.task = task
         self._loss = RegularizedLoss(
             SupervisedLoss(
                 task.make_loss(config, train.labels),

@@ -17,6 +17,7 @@ import pyarrow as pa
 from raybert.data.keyed import text_hash
 from raybert.data.sources.documents import column_names, documents, raw_rows
 from raybert.data.sources.settings import SourceConfig
+from raybert.errors import DataError
 from raybert.tasks.protocol import TextTask
 from raybert.tasks.registry import choose_task
 
@@ -102,6 +103,11 @@ def resolve_source(config: SourceConfig, task: str = "auto") -> ResolvedSource:
     rows = [row for row in raw_rows(config, _SAMPLED_ROWS) if row.problem is None]
     chosen = choose_task(task, [row.text for row in rows], [row.label for row in rows])
     reasons = [*found, chosen.reason]
+    if config.pair_column is not None and not chosen.task.accepts_pairs:
+        raise DataError(
+            f"pair_column={config.pair_column}: {chosen.task.name} reads one text, not pairs; "
+            "leave pair_column out, or set finetune.task to another one"
+        )
     peek(config, chosen.task)
     return ResolvedSource(config, chosen.task, f"{chosen.task.name} ({'; '.join(reasons)})")
 

@@ -61,6 +61,7 @@ class MultiLabel(TextTask):
 
     name: ClassVar = "multi_label"
     title: ClassVar = "multi-label classification"
+    answer_form: ClassVar = "decisions"
     problem_type: ClassVar = "multi_label_classification"
     fitted_keys: ClassVar = ("thresholds",)
     selection_metrics: ClassVar = {

@@ -94,6 +94,8 @@ class TextTask(ABC):
     problem_type: ClassVar[str | None] = None  # of Hugging Face's config.json
     architecture: ClassVar[str] = "ForSequenceClassification"  # after Bert or ModernBert
     pipeline_tag: ClassVar[str] = "text-classification"
+    #: How the page of the server shows an answer.
+    answer_form: ClassVar[Literal["labels", "decisions", "numbers", "entities"]]
     is_per_token: ClassVar[bool] = False  # outputs for each token, not for each text
     accepts_pairs: ClassVar[bool] = True
     #: Metrics that may select a model, the default first; True: higher is better.

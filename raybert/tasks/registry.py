@@ -76,16 +76,20 @@ def task_of_config_json(config: Mapping[str, Any], labels: Sequence[str], where:
     own = config.get("raybert", {}).get("task") or {}
     architecture = next(iter(config.get("architectures") or []), "ForSequenceClassification")
     problem_type = config.get("problem_type")
-    for task in TASKS.values():
-        if own.get("name") in (None, task.name) and task.describes(
-            str(architecture), problem_type, len(labels)
-        ):
-            fitted = dict(own.get("fitted", {}))
-            if "temperature" in config.get("raybert", {}):  # of models made before there were tasks
-                fitted.setdefault("temperature", config["raybert"]["temperature"])
-            return task(list(labels), fitted)
+    found = TASKS.get(str(own["name"])) if "name" in own else None
+    if "name" not in own:  # of another origin, or made before there were tasks
+        described = (
+            t for t in TASKS.values() if t.describes(str(architecture), problem_type, len(labels))
+        )
+        found = next(described, None)
+    if found is not None:
+        fitted = dict(own.get("fitted", {}))
+        if "temperature" in config.get("raybert", {}):
+            fitted.setdefault("temperature", config["raybert"]["temperature"])
+        return found(list(labels), fitted)
     known = ", ".join(task.problem_type or task.name for task in TASKS.values())
     raise UserError(
-        f"{where} was trained for problem_type={problem_type} ({architecture}); raybert reads "
+        f"{where} was trained for {own.get('name') or f'problem_type={problem_type}'} "
+        f"({architecture}); raybert reads "
         f"{known}"
     )

@@ -64,6 +64,7 @@ class Regression(TextTask):
 
     name: ClassVar = "regression"
     title: ClassVar = "regression"
+    answer_form: ClassVar = "numbers"
     problem_type: ClassVar = "regression"
     fitted_keys: ClassVar = ("intervals",)
     selection_metrics: ClassVar = {

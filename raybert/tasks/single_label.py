@@ -55,6 +55,7 @@ class SingleLabel(TextTask):
 
     name: ClassVar = "single_label"
     title: ClassVar = "classification"
+    answer_form: ClassVar = "labels"
     problem_type: ClassVar = "single_label_classification"
     fitted_keys: ClassVar = ("temperature",)
     selection_metrics: ClassVar = {"accuracy": True, "loss": False, "f1_macro": True}
@@ -87,6 +88,12 @@ class SingleLabel(TextTask):
 
     def targets(self, labels: Sequence[str]) -> npt.NDArray[np.int64]:
         index = {name: i for i, name in enumerate(self.labels)}
+        unknown = next((label for label in labels if label not in index), None)
+        if unknown is not None:
+            raise DataError(
+                f"label {unknown!r} is not one of the {len(index)} labels "
+                f"({', '.join(self.labels[:20])}); add it to labels, or fix the row"
+            )
         return np.array([index[label] for label in labels], np.int64)
 
     def no_targets(self, count: int) -> npt.NDArray[np.int64]:

@@ -66,6 +66,7 @@ class TokenClassification(TextTask):
 
     name: ClassVar = "token_classification"
     title: ClassVar = "token classification"
+    answer_form: ClassVar = "entities"
     architecture: ClassVar = "ForTokenClassification"
     pipeline_tag: ClassVar = "token-classification"
     is_per_token: ClassVar = True

@@ -286,3 +286,21 @@ def test_a_directory_of_an_unknown_problem_is_one_line(folder):
 def test_directories_of_others_are_recognized(config, labels, expected):
     names = [f"LABEL_{i}" for i in range(labels)]
     assert task_of_config_json(config, names, "there").name == expected
+
+
+@pytest.mark.parametrize("name", ["single_label", "multi_label", "regression"])
+@pytest.mark.parametrize("head", [{"kind": "keras"}, {"pooling": "max"}])
+def test_models_that_transformers_can_not_load_are_read_back(folder, name, head):
+    spec = spec_of(folder, name, steps=2, head=head)
+    train_in_process(spec, folder / "run", on_progress=lambda record: None)
+    classifier = TextClassifier(folder / "run" / "model", precision="fp32")
+    assert classifier.task.name == name
+    assert classifier.answers(["the team"], AnswerOptions())
+
+
+def test_pairs_are_refused_by_a_task_on_tokens(folder):
+    folder.write_text("a.jsonl", '{"text": "a", "other": "b", "label": [[0, 1, "X"]]}\n')
+    source = {"path": (folder / "a.jsonl").uri, "pair_column": "other"}
+    config = build(FinetuneConfig, {"source": source, "task": "token_classification"}, "test")
+    with pytest.raises(DataError, match="pair_column=other: token_classification reads one text"):
+        resolve_source(config.source, config.task)

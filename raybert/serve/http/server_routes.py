@@ -89,6 +89,7 @@ def server_info(service: Service) -> dict[str, Any]:
                 }
             },
             "task": default.classifier.task.name,
+            "answer_form": default.classifier.task.answer_form,
             "reads_pairs": default.classifier.reads_pairs,
             "temperature": 1.0,
             **{k: v for k, v in fitted.items() if k in default.classifier.task.fitted_keys},

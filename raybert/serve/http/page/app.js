@@ -9,7 +9,7 @@ const MAX_SHOWN = 120; // characters of a recent text
 
 let mask = "[MASK]"; // until /info is read
 let explains = true;
-let task = "single_label";
+let form = "labels"; // of answers: a key of ANSWERS
 let readsPairs = false;
 let afterKey = begin; // repeats the request that was rejected for want of a key
 
@@ -24,7 +24,7 @@ async function begin() {
     const { answer: info } = await request("info", null, { signal, problem });
     mask = info.mask_token ?? mask;
     explains = info.explain ?? explains;
-    task = info.task ?? task;
+    form = info.answer_form ?? form;
     readsPairs = info.reads_pairs ?? readsPairs;
     find("#second-field").hidden = !readsPairs;
     find("#model").textContent = info.model_id;
@@ -43,7 +43,7 @@ async function classify(text, parts) {
   const inputs = readsPairs ? [text, find("#second").value] : text;
   const body = { inputs, truncate: true, raw_scores: false, explain: false };
   const { answer, took: ms } = await request("predict", body, parts);
-  const { verdict, details } = ANSWERS[task] ?? ANSWERS.single_label;
+  const { verdict, details } = ANSWERS[form];
   parts.verdict.replaceChildren(verdict(answer, text), took(ms));
   parts.details.replaceChildren(details(answer));
   if (!explains) return;

@@ -18,12 +18,12 @@ export function took(ms) {
   return make("p", { class: "quiet" }, `Answered in ${shown}`);
 }
 
-/** For each task of /info: the answer in short, and its details. */
+/** For each form of answers: the answer in short, and its details. */
 export const ANSWERS = {
-  single_label: { verdict: likeliest, details: labelBars },
-  multi_label: { verdict: selectedLabels, details: labelBars },
-  regression: { verdict: estimates, details: () => "" },
-  token_classification: { verdict: markedEntities, details: () => "" },
+  labels: { verdict: likeliest, details: labelBars },
+  decisions: { verdict: selectedLabels, details: labelBars },
+  numbers: { verdict: estimates, details: () => "" },
+  entities: { verdict: markedEntities, details: () => "" },
 };
 
 /** The most probable label; the scores are sorted. */
