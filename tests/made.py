@@ -8,19 +8,15 @@ import random
 from dataclasses import dataclass
 
 import torch
-from making import MODEL
+from making import finetune_spec
 from scipy.stats import spearmanr
 
-from raybert.config import build
 from raybert.data.preprocess import Preprocessing
 from raybert.data.tokenizer import Tokenizer
 from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from raybert.inference.classifier import TextClassifier
-from raybert.model.settings import ModelConfig
 from raybert.tasks.entities import Span, entity_scores
-from raybert.tasks.finetune import FinetuneSpec
-from raybert.tasks.prepared_texts import TokenizedTexts, prepare_texts
-from raybert.tasks.settings import FinetuneConfig
+from raybert.tasks.prepared_texts import TokenizedTexts
 from raybert.train.run import train_in_process
 
 FILLER = "the a some of in on with and people town day story music film it was had this".split()
@@ -196,26 +192,5 @@ def spec_of(folder, name, count=120, layout="modern", **settings):
     folder.write_text("rows.jsonl", lines)
     texts = [text for row in made.rows for text in texts_of(row)]
     tokenizer = make_tokenizer(TokenizerConfig(vocab_size=120, min_frequency=1), texts)
-    tokenizer.save(folder / "tokenizer")
-    values = {
-        "source": {"path": (folder / "rows.jsonl").uri},
-        "steps": 4,
-        "global_batch_size": 8,
-        "micro_batch_size": 4,
-        "evaluations": 1,
-        "precision": "fp32",
-        "threads": 1,
-        "checkpoint_minutes": None,
-        "initialize_from": "scratch",
-        "log_every": 1,
-        **settings,
-    }
-    config = build(FinetuneConfig, values, "test")
-    return FinetuneSpec(
-        config=config,
-        model=build(ModelConfig, {**MODEL, "layout": layout}, "test"),
-        start=None,
-        tokenizer=folder / "tokenizer",
-        data=folder / "data",
-        prepared=prepare_texts(config, tokenizer, 32, config.seed, folder / "data"),
-    )
+    path = (folder / "rows.jsonl").uri
+    return finetune_spec(folder, path, tokenizer, {"layout": layout}, **settings)

@@ -152,11 +152,6 @@ class MultiLabel(TextTask):
         no = (1 - p) * (F.logsigmoid(-expected) - F.logsigmoid(-found))
         return (yes + no).mean(-1)
 
-    def validate(self, outputs: Outputs, targets: Targets) -> Metrics:
-        truth, logits = np.asarray(targets), np.asarray(outputs)
-        scores = self.fit(outputs, targets)._scores(logits, truth)
-        return {name: scores[name] for name in self.selection_metrics}
-
     def fit(self, outputs: Outputs, targets: Targets) -> MultiLabel:
         probabilities, truth = sigmoid(np.asarray(outputs)), np.asarray(targets)
         thresholds = {
@@ -173,12 +168,9 @@ class MultiLabel(TextTask):
         return np.array(found, np.float32)
 
     def evaluate(self, outputs: Outputs, targets: Targets) -> Metrics:
-        return self._scores(np.asarray(outputs), np.asarray(targets))
-
-    def _scores(self, logits: F32, targets: npt.NDArray[Any]) -> Metrics:
         from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-        truth = targets > 0.5
+        logits, truth = np.asarray(outputs), np.asarray(targets) > 0.5
         probabilities = sigmoid(logits)
         predicted = probabilities >= self.thresholds
         precision, recall, f1, support = precision_recall_fscore_support(

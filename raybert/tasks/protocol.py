@@ -196,9 +196,10 @@ class TextTask(ABC):
         """The model whose outputs are in the unit of the answers; by default the model itself."""
         return model
 
-    @abstractmethod
     def validate(self, outputs: Outputs, targets: Targets) -> Metrics:
-        """The metrics of a validation in training: `loss`, and all that may select a model."""
+        """The metrics of a validation in training, after `fit`: all that may select a model."""
+        scores = self.evaluate(outputs, targets)
+        return {name: scores[name] for name in self.selection_metrics}
 
     def fit(self, outputs: Outputs, targets: Targets) -> TextTask:
         """The task with what answers need beside the weights, fitted on validation texts."""

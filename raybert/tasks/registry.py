@@ -6,6 +6,7 @@ To add a task, write a subclass of `TextTask` in a file of its own and add it to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from raybert.errors import UserError
@@ -51,8 +52,11 @@ def tables_of(metrics: Mapping[str, Any]) -> list[TableData]:
 
 def read_columns(folder: Folder) -> dict[str, Any]:
     """The columns that a model was trained on, by the settings of a source; empty where unknown."""
-    task = huggingface.read_config_json(folder).get("raybert", {}).get("task", {})
-    return dict(task.get("columns", {}))
+    return _columns(huggingface.read_config_json(folder))
+
+
+def _columns(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(config.get("raybert", {}).get("task", {}).get("columns", {}))
 
 
 def read_task(folder: Folder) -> tuple[TextTask, bool]:
@@ -62,9 +66,11 @@ def read_task(folder: Folder) -> tuple[TextTask, bool]:
         UserError: no task has its class and problem type.
     """
     config = huggingface.read_config_json(folder)
-    labels = huggingface.read_label_names(folder)
-    has_pairs = read_columns(folder).get("pair_column") is not None
-    return task_of_config_json(config, labels, str(folder)), has_pairs
+    task = task_of_config_json(config, huggingface.read_label_names(folder), str(folder))
+    if "temperature" in config.get("raybert", {}):
+        temperature = huggingface.read_temperature(folder)  # which checks it
+        task = replace(task, fitted={**task.fitted, "temperature": temperature})
+    return task, _columns(config).get("pair_column") is not None
 
 
 def task_of_config_json(config: Mapping[str, Any], labels: Sequence[str], where: str) -> TextTask:
@@ -83,10 +89,7 @@ def task_of_config_json(config: Mapping[str, Any], labels: Sequence[str], where:
         )
         found = next(described, None)
     if found is not None:
-        fitted = dict(own.get("fitted", {}))
-        if "temperature" in config.get("raybert", {}):
-            fitted.setdefault("temperature", config["raybert"]["temperature"])
-        return found(list(labels), fitted)
+        return found(list(labels), dict(own.get("fitted", {})))
     known = ", ".join(task.problem_type or task.name for task in TASKS.values())
     raise UserError(
         f"{where} was trained for {own.get('name') or f'problem_type={problem_type}'} "

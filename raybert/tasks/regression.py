@@ -180,10 +180,6 @@ class Regression(TextTask):
         mean, std = self._scale()
         return np.asarray((outputs - mean) / std, np.float32)
 
-    def validate(self, outputs: Outputs, targets: Targets) -> Metrics:
-        scores = self.evaluate(outputs, targets)
-        return {name: scores[name] for name in self.selection_metrics}
-
     def fit(self, outputs: Outputs, targets: Targets) -> Regression:
         residuals = np.abs(np.asarray(outputs, np.float64) - np.asarray(targets))  # [n, L]
         intervals = [_conformal_quantile(column[~np.isnan(column)]) for column in residuals.T]

@@ -14,14 +14,19 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
-import torch.nn.functional as F
 from pydantic import BaseModel
 from torch import Tensor
 
 from raybert.data.sources.row_table import LabelParser, parse_label
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
+from raybert.tasks.categorical import (
+    class_table,
+    cross_entropy,
+    kl_divergence,
+    mean_logits,
+    softmax,
+)
 from raybert.tasks.classification_metrics import classification_scores, fit_temperature
 from raybert.tasks.entities import Word
 from raybert.tasks.protocol import (
@@ -38,7 +43,6 @@ from raybert.tasks.protocol import (
     TextTask,
 )
 
-_MIN_PROBABILITY = 1e-7  # for its logarithm
 _WRONG_EXAMPLES, _RIGHT_EXAMPLES = 8, 4  # for the report
 
 
@@ -100,37 +104,10 @@ class SingleLabel(TextTask):
         return np.full(count, NO_LABEL, np.int64)
 
     def make_loss(self, config: LossSettings, targets: Targets) -> Loss:
-        weights = _class_weights(config, np.asarray(targets), len(self.labels))
-        gamma, smoothing = config.focal_gamma, config.label_smoothing
-
-        def loss(logits: Tensor, targets: Tensor) -> Tensor:
-            weight = None if weights is None else weights.to(logits.device)
-            if not gamma:
-                return F.cross_entropy(
-                    logits,
-                    targets,
-                    weight=weight,
-                    ignore_index=NO_LABEL,
-                    reduction="sum",
-                    label_smoothing=smoothing,
-                )
-            each = F.cross_entropy(
-                logits,
-                targets,
-                weight=weight,
-                ignore_index=NO_LABEL,
-                reduction="none",
-                label_smoothing=smoothing,
-            )
-            p = logits.softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
-            return ((1 - p) ** gamma * each).sum()  # arXiv 1708.02002
-
-        return loss
+        return cross_entropy(config, np.asarray(targets), len(self.labels))
 
     def divergence(self, expected: Tensor, found: Tensor) -> Tensor:
-        """The Kullback-Leibler divergence, in nats."""
-        p, q = expected.log_softmax(-1), found.log_softmax(-1)
-        return (p.exp() * (p - q)).sum(-1)
+        return kl_divergence(expected, found)
 
     def validate(self, outputs: Outputs, targets: Targets) -> Metrics:
         scores = classification_scores(np.asarray(outputs), np.asarray(targets), self.labels)
@@ -153,8 +130,7 @@ class SingleLabel(TextTask):
         return softmax(self._scaled(outputs))
 
     def mean(self, outputs: Sequence[F32]) -> F32:
-        mean = np.mean([softmax(each) for each in outputs], axis=0)
-        return np.asarray(np.log(np.maximum(mean, _MIN_PROBABILITY)), np.float32)
+        return mean_logits(outputs)
 
     def choose(self, outputs: Tensor) -> int:
         return int(outputs.argmax())
@@ -243,31 +219,7 @@ class SingleLabel(TextTask):
         ]
 
     def tables(self, metrics: Metrics) -> list[TableData]:
-        ratios = ("precision", "recall", "f1")
-        rows = [
-            [name, *(f"{found[ratio]:.4f}" for ratio in ratios), f"{found['support']:,}"]
-            for name, found in metrics.get("per_class", {}).items()
-        ]
-        return [TableData("Scores per class", ["label", *ratios, "rows"], rows)]
-
-
-def softmax(logits: F32) -> F32:
-    """The probabilities of logits [..., L]."""
-    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(exp / exp.sum(axis=-1, keepdims=True), np.float32)
-
-
-def _class_weights(
-    config: LossSettings, labels: npt.NDArray[np.int64], num_labels: int
-) -> Tensor | None:
-    """Weights of the labels in the loss, fp32 [L]; balanced: inversely to their frequency."""
-    if config.class_weights is None:
-        return None
-    if config.class_weights == "balanced":
-        labels = labels[labels != NO_LABEL]
-        counts = np.bincount(labels, minlength=num_labels)  # [L]
-        return torch.tensor(len(labels) / (num_labels * np.maximum(counts, 1)), dtype=torch.float32)
-    return torch.tensor(config.class_weights, dtype=torch.float32)
+        return [class_table("Scores per class", "label", "rows", metrics)]
 
 
 def _sort_key(label: str) -> tuple[int, int, str]:

@@ -20,13 +20,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, Field
 from torch import Tensor
 
 from raybert.data.sources.row_table import LabelParser
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
+from raybert.tasks.categorical import (
+    class_table,
+    cross_entropy,
+    kl_divergence,
+    mean_logits,
+    softmax,
+)
 from raybert.tasks.entities import (
     OUTSIDE,
     Span,
@@ -142,34 +148,11 @@ class TokenClassification(TextTask):
         return list(dict.fromkeys(split_tag(name)[1] for name in self.labels if name != OUTSIDE))
 
     def make_loss(self, config: LossSettings, targets: Targets) -> Loss:
-        weight = _tag_weights(config, targets, len(self.labels))
-        gamma, smoothing = config.focal_gamma, config.label_smoothing
-
-        def loss(logits: Tensor, targets: Tensor) -> Tensor:
-            each = F.cross_entropy(
-                logits.flatten(0, -2),
-                targets.flatten(),
-                weight=None if weight is None else weight.to(logits.device),
-                ignore_index=NO_LABEL,
-                reduction="none",
-                label_smoothing=smoothing,
-            )
-            if gamma:  # arXiv 1708.02002
-                chosen = targets.flatten().clamp(min=0)[:, None]
-                p = logits.flatten(0, -2).softmax(-1).gather(1, chosen)[:, 0]
-                each = (1 - p) ** gamma * each
-            return each.sum()
-
-        return loss
+        tags = np.concatenate([np.asarray(row) for row in targets])
+        return cross_entropy(config, tags, len(self.labels))
 
     def divergence(self, expected: Tensor, found: Tensor) -> Tensor:
-        """The Kullback-Leibler divergence of each token's tags, in nats."""
-        p, q = expected.log_softmax(-1), found.log_softmax(-1)
-        return (p.exp() * (p - q)).sum(-1)
-
-    def validate(self, outputs: Outputs, targets: Targets) -> Metrics:
-        scores = self.evaluate(outputs, targets)
-        return {name: scores[name] for name in self.selection_metrics}
+        return kl_divergence(expected, found)
 
     def evaluate(self, outputs: Outputs, targets: Targets) -> Metrics:
         expected: list[list[Span]] = []
@@ -200,11 +183,10 @@ class TokenClassification(TextTask):
         }
 
     def scores(self, outputs: Outputs) -> Outputs:
-        return [_softmax(np.asarray(each)) for each in outputs]
+        return [softmax(np.asarray(each)) for each in outputs]
 
     def mean(self, outputs: Sequence[F32]) -> F32:
-        mean = np.mean([_softmax(each) for each in outputs], axis=0)
-        return np.asarray(np.log(np.maximum(mean, 1e-7)), np.float32)
+        return mean_logits(outputs)
 
     def choose(self, outputs: Tensor) -> tuple[int, int]:
         """The token and tag of the most certain entity, or of the likeliest one."""
@@ -229,7 +211,7 @@ class TokenClassification(TextTask):
         if not len(firsts):
             return []
         best = firsts.argmax(axis=1)
-        shown = firsts if options.raw_scores else _softmax(firsts)
+        shown = firsts if options.raw_scores else softmax(firsts)
         confidence = shown[np.arange(len(best)), best]
         found: list[dict[str, Any]] = [
             {
@@ -249,11 +231,11 @@ class TokenClassification(TextTask):
 
     def named_scores(self, outputs: F32) -> dict[Any, float]:
         """By token and tag."""
-        scores = _softmax(outputs)
+        scores = softmax(outputs)
         return {(t, tag): float(p) for t, row in enumerate(scores) for tag, p in enumerate(row)}
 
     def decision(self, outputs: F32) -> dict[Any, float]:
-        scores = _softmax(outputs)
+        scores = softmax(outputs)
         best = scores.argmax(axis=1).tolist()
         return {(t, tag): float(scores[t, tag]) for t, tag in enumerate(best) if tag}
 
@@ -282,29 +264,7 @@ class TokenClassification(TextTask):
         return [pa.field("entities", pa.list_(entity))]
 
     def tables(self, metrics: Metrics) -> list[TableData]:
-        ratios = ("precision", "recall", "f1")
-        rows = [
-            [name, *(f"{found[ratio]:.4f}" for ratio in ratios), f"{found['support']:,}"]
-            for name, found in metrics.get("per_class", {}).items()
-        ]
-        return [TableData("Entities per type", ["type", *ratios, "entities"], rows)]
-
-
-def _softmax(logits: F32) -> F32:
-    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(exp / exp.sum(axis=-1, keepdims=True), np.float32)
-
-
-def _tag_weights(config: LossSettings, targets: Targets, num_tags: int) -> Tensor | None:
-    """Weights of the tags in the loss, fp32 [L]; balanced: inversely to their frequency."""
-    if config.class_weights is None:
-        return None
-    if config.class_weights == "balanced":
-        tags = np.concatenate([np.asarray(row) for row in targets])
-        tags = tags[tags != NO_LABEL]
-        counts = np.bincount(tags, minlength=num_tags)
-        return torch.tensor(len(tags) / (num_tags * np.maximum(counts, 1)), dtype=torch.float32)
-    return torch.tensor(config.class_weights, dtype=torch.float32)
+        return [class_table("Entities per type", "type", "entities", metrics)]
 
 
 def _parse(text: Any, label: Any) -> tuple[Any, str | None, str | None]:

@@ -13,7 +13,8 @@ from raybert.errors import DataError, StorageError, UserError
 from raybert.inference.bulk import PredictionWriter, evaluate, predict_source
 from raybert.inference.classifier import TextClassifier
 from raybert.storage.folder import Folder
-from raybert.tasks.single_label import SingleLabel, softmax
+from raybert.tasks.categorical import softmax
+from raybert.tasks.single_label import SingleLabel
 
 TASK = SingleLabel(["neg", "pos"])
 GIVEN = ["row", "text"]

@@ -12,7 +12,7 @@ from raybert.inference.classifier import TextClassifier, round_up
 from raybert.model import huggingface
 from raybert.pipeline.predict_stage import number_texts, predict_texts, read_lines
 from raybert.storage.folder import Folder
-from raybert.tasks.single_label import softmax
+from raybert.tasks.categorical import softmax
 
 TEXTS = [text for text, _ in reviews(40, seed=3)] + ["superb " * 100, "awful", "zzz unknown zzz"]
 

@@ -10,7 +10,7 @@ from made import spec_of, texts_of
 from making import Attempt, tokenizer_of
 
 from raybert.config import build
-from raybert.errors import ConfigError, DataError, UserError
+from raybert.errors import ConfigError, DamagedError, DataError, UserError
 from raybert.inference.classifier import TextClassifier
 from raybert.inference.explanations import Explainer
 from raybert.storage.folder import Folder
@@ -18,7 +18,7 @@ from raybert.tasks.finetune import FinetuneSpec
 from raybert.tasks.labelled import resolve_source
 from raybert.tasks.prepared_texts import TokenizedTexts, prepare_texts
 from raybert.tasks.protocol import AnswerOptions
-from raybert.tasks.registry import task_of_config_json
+from raybert.tasks.registry import read_task, task_of_config_json
 from raybert.tasks.settings import FinetuneConfig
 from raybert.train.distributed import Group
 from raybert.train.run import train_in_process
@@ -304,3 +304,15 @@ def test_pairs_are_refused_by_a_task_on_tokens(folder):
     config = build(FinetuneConfig, {"source": source, "task": "token_classification"}, "test")
     with pytest.raises(DataError, match="pair_column=other: token_classification reads one text"):
         resolve_source(config.source, config.task)
+
+
+def test_a_damaged_temperature_is_one_line(folder):
+    spec = spec_of(folder, "single_label", steps=2)
+    train_in_process(spec, folder / "run", on_progress=lambda record: None)
+    model = folder / "run" / "model"
+    config = model.read_json("config.json")
+    assert read_task(model)[0].fitted["temperature"] == config["raybert"]["temperature"]
+    config["raybert"]["temperature"] = "hot"
+    model.write_json("config.json", config)
+    with pytest.raises(DamagedError, match="temperature='hot' is no positive number"):
+        read_task(model)
