@@ -174,8 +174,3 @@ def test_lines_do_not_depend_on_the_sizes_of_reads(texts, size):
 
     expected = data.split(b"\n")
     assert list(lines(SmallReads(data), "it")) == (expected if expected[-1] else expected[:-1])
-
-
-def test_a_corpus_reads_lists_of_words_as_texts(tmp_path):
-    path = str(write(tmp_path / "a.jsonl", b'{"tokens": ["Anna", "sings"]}\n'))
-    assert texts_of(SourceConfig(path=path, text_column="tokens")) == ["Anna sings"]

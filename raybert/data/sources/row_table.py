@@ -68,8 +68,6 @@ class RowTable:
         """Add a row; return whether it is a good one."""
         raw, label, problem = row.text, None, row.problem
         text: str | None = None
-        if self._parse is None and isinstance(raw, list):  # words, of a corpus from tagged texts
-            raw = " ".join(word.decode() if isinstance(word, bytes) else str(word) for word in raw)
         if problem is None and not isinstance(raw, list):
             text, problem = self._check_text(raw)
         if problem is None and isinstance(raw, list) and self._parse is None:
