@@ -43,21 +43,29 @@ server.stop()
 
 
 def pytest_itemcollected(item):
-    """Group the tests that start Ray: no more than two Rays run at a time.
+    """Keep a file's tests, those of the browser, and those that start Ray in one process each.
 
-    Those that share the session's Ray are one group; those that start one of their own, with its
-    jobs or servers, are another.
+    A process that runs a part of a file makes its module's fixtures once more, and several Rays or
+    browsers at the same time only wait for each other.
     """
-    if item.get_closest_marker("ray"):
-        group = "session" if "ray_session" in item.fixturenames else "own"
-        item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
-    elif item.get_closest_marker("browser"):
-        item.add_marker(pytest.mark.xdist_group("browser"))
+    group = item.path.name
+    for mark in ("ray", "browser"):
+        group = mark if item.get_closest_marker(mark) else group
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_modifyitems(items):
-    """Run the tests that start Ray first: they take longest."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    """Run first what takes longest: the tests that start Ray, a browser, or processes."""
+    longest = ("test_distributed.py", "test_s3.py", "test_commands.py", "test_internals.py")
+
+    def rank(item):
+        if item.get_closest_marker("ray"):
+            return 0
+        if item.get_closest_marker("browser"):
+            return 1
+        return 2 if item.path.name in longest else 3
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session", autouse=True)

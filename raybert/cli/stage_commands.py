@@ -188,6 +188,24 @@ def evaluate(
 
 
 @app.command()
+def baseline(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a linear model on n-grams of the labelled texts, and evaluate it: what to beat.
+
+    Example: `raybert baseline -n mine --set finetune.source.path=labelled.csv`
+    """
+    from raybert.pipeline.baseline_stage import baseline as fit
+
+    metrics = fit(load_experiment(config, overrides, name, data), new_display())
+    print_result(metrics, as_json, None if as_json else _format_scores(metrics))
+
+
+@app.command()
 def report(
     path: Annotated[str, typer.Argument(help="A run's or an experiment's folder.")],
     as_json: JsonOption = False,

@@ -30,6 +30,8 @@ from raybert.errors import DataError, StorageError, UserError
 from raybert.inference.classifier import Text, TextClassifier, pool
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
+from raybert.tasks.comparison import Predictions
+from raybert.tasks.labelled import Labelled
 from raybert.tasks.protocol import ALL_SCORES, AnswerOptions, Outputs, Targets, TextTask
 from raybert.tasks.registry import read_task
 
@@ -252,11 +254,13 @@ def evaluate(
     *,
     workers: int,
     on_progress: Callable[[int], None],
+    baseline: Folder | None = None,
 ) -> dict[str, Any]:
-    """Score labelled texts with the classifier in `model`.
+    """Score labelled texts with the classifier in `model`, and compare it with a linear model.
 
-    `on_progress` gets the number of texts so far. Returns what the task's `evaluate` does, with
-    `texts_per_second`, `skipped` and `examples`. A DataError as in `score`.
+    `on_progress` gets the number of texts so far; `baseline` is the folder of the linear model, if
+    there is one. Returns what the task's `evaluate` does, with `texts_per_second`, `skipped`,
+    `examples` and `baseline`. A DataError as in `score`.
     """
     task, _ = read_task(model)
     # The model's own preprocessing, as in training and in serving.
@@ -279,15 +283,37 @@ def evaluate(
     if not task.is_per_token:
         stacked = np.stack(labels)
         targets = stacked[:, 0] if np.issubdtype(stacked.dtype, np.integer) else stacked
-    texts = pa.chunked_array([chunk for t in tables for chunk in t["text"].chunks])
+    seconds = time.monotonic() - begun
+    texts = _labelled(tables)
+    beside = {}
+    if baseline is not None:
+        beside = _beside_baseline(Predictions(task, outputs, targets), baseline, texts)
     return {
         **task.evaluate(outputs, targets),
         "task": task.name,
         "metric": task.default_metric,
-        "texts_per_second": round(done / max(1e-9, time.monotonic() - begun), 1),
+        "texts_per_second": round(done / max(1e-9, seconds), 1),
         "skipped": dict(skipped),
+        **beside,
         "examples": [
-            {"text": texts[row].as_py()[:1000], **found}
+            {"text": texts.texts[row].as_py()[:1000], **found}
             for row, found in task.examples(outputs, targets)
         ],
     }
+
+
+def _labelled(tables: Sequence[pa.Table]) -> Labelled:
+    table = pa.concat_tables(tables, promote_options="permissive")
+    pairs = table["pair"] if "pair" in table.column_names else None
+    return Labelled(table["text"], table["label"], pairs, None, {})
+
+
+def _beside_baseline(ours: Predictions, folder: Folder, texts: Labelled) -> dict[str, Any]:
+    """The scores of a linear model that was fitted for the same outputs; {} without one."""
+    from raybert.tasks.linear.baseline import beside_baseline
+    from raybert.tasks.linear.store import load_baseline
+
+    fitted = load_baseline(folder)
+    if fitted is None or fitted.task.labels != ours.task.labels:
+        return {}
+    return {"baseline": beside_baseline(ours, fitted, texts)}

@@ -5,9 +5,9 @@ Single runs, trials of a search and members of an ensemble share it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raybert.cluster.session import Resources, ray_session
 from raybert.data.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -19,6 +19,7 @@ from raybert.terminal.display import Display
 
 if TYPE_CHECKING:
     from raybert.tasks.finetune import FinetuneSpec
+    from raybert.tasks.prepared_texts import SplitTexts
 
 #: Input length of texts that several runs share: each run truncates them to its own.
 FULL_LENGTH = 1 << 20
@@ -33,11 +34,13 @@ def prepare_finetune(
     full_length: bool = False,
     on_ray: bool = True,
     fold: tuple[int, int] | None = None,
+    fit_baseline: Callable[[SplitTexts], dict[str, Any]] | None = None,
 ) -> FinetuneSpec:
     """Tokenize the labelled texts, unless that is done, and return the run's specification.
 
     `has_begun`: runs use the texts in `data` already; `full_length`: texts keep their full length;
-    `fold` (i, n): validate on the i-th of n parts.
+    `fold` (i, n): validate on the i-th of n parts; `fit_baseline` gets the texts before they are
+    tokenized.
     """
     from raybert.inference.ensemble import Teacher
     from raybert.jobs.doctor.run_checks import run_requested_checks
@@ -69,6 +72,7 @@ def prepare_finetune(
                 teach=None if teacher is None else teacher.logits,
                 teacher="" if teacher is None else teacher.identity,
                 fold=fold,
+                fit_baseline=fit_baseline,
             )
         display.print(
             f"texts     {prepared.train.rows:,} for training, {prepared.validation.rows:,} for "

@@ -6,6 +6,7 @@ stage returns its stored result, so the pipeline can be run again after an inter
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from raybert.data.sources.settings import SourceConfig
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.model import huggingface
+from raybert.pipeline import baseline_stage
 from raybert.pipeline.finetune_setup import format_skipped, prepare_finetune
 from raybert.records import headline
 from raybert.storage.folder import Folder
@@ -107,8 +109,14 @@ def finetune(
     if result is not None:
         return result
     run = experiment.folder / "finetune"
+    fit = functools.partial(baseline_stage.fit, experiment, display)
     spec = prepare_finetune(
-        experiment, display, run / "data", has_begun=run.exists(CONFIG), on_ray=not in_process
+        experiment,
+        display,
+        run / "data",
+        has_begun=run.exists(CONFIG),
+        on_ray=not in_process,
+        fit_baseline=fit if experiment.finetune.baseline else None,
     )
     return train("finetune", spec, experiment, display, ("model",), in_process)
 
@@ -180,7 +188,9 @@ def evaluate(experiment: Experiment, display: Display) -> dict[str, Any]:
             f"evaluate  {shared} was used for training: the scores do not measure new texts; name "
             "other texts with --set evaluate.source.path=FILE"
         )
-    metrics = evaluate_model(experiment, run / "model", display)
+    metrics = evaluate_model(
+        experiment, run / "model", display, baseline=baseline_stage.folder_of(experiment)
+    )
     metrics["seen_in_training"] = shared is not None
     run.write_json(METRICS, metrics)
     return metrics
@@ -198,8 +208,10 @@ def stored_metrics(experiment: Experiment, run: Folder) -> dict[str, Any] | None
     return dict(metrics) if is_current else None
 
 
-def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> dict[str, Any]:
-    """Evaluate any classifier on the experiment's evaluation source."""
+def evaluate_model(
+    experiment: Experiment, model: Folder, display: Display, baseline: Folder | None = None
+) -> dict[str, Any]:
+    """Evaluate any classifier on the experiment's evaluation source, beside a linear model."""
     from raybert.inference import bulk
 
     source = with_columns_of(experiment.evaluate.source, read_columns(model))
@@ -211,11 +223,14 @@ def evaluate_model(experiment: Experiment, model: Folder, display: Display) -> d
             model,
             workers=max(1, int(resources.cpus) - 2),
             on_progress=lambda done: display.progress(f"{done:,} texts"),
+            baseline=baseline,
         )
     display.print(
         f"evaluate  {headline(metrics)} on {metrics['n']:,} texts"
         + format_skipped(metrics["skipped"])
     )
+    if "baseline" in metrics:
+        display.print(f"baseline  {baseline_stage.format_comparison(metrics)}")
     return {
         **metrics,
         "source": source.model_dump(mode="json"),

@@ -46,10 +46,24 @@ def _score_tiles(stage: Stage) -> Iterator[Tile]:
     if (value := number(source.get(metric))) is not None:
         note = f"on {format_value(scores['n'])} held-out rows" if scores.get("n") else ""
         yield Tile(headline_label(stage), format_metric(metric, value), note)
+    yield from _baseline_tile(stage)
     others = [name for name in measures(scores) if name not in (metric, "loss")]
     for name in others[:_MAX_MEASURES]:
         if (value := number(scores[name])) is not None:
             yield Tile(metric_name(name, begins=True), format_metric(name, value))
+
+
+def _baseline_tile(stage: Stage) -> Iterator[Tile]:
+    found = as_mapping(stage.scores.get("baseline"))
+    metric, interval = str(found.get("metric", "")), found.get("interval")
+    value = number(as_mapping(found.get("metrics")).get(metric))
+    difference = number(found.get("difference"))
+    if value is None or difference is None or not isinstance(interval, list):
+        return
+    low, high = interval
+    note = f"a {found.get('description', 'linear model')}; the model is better by {difference:+.4f}"
+    note += f" (95% interval {low:+.4f} to {high:+.4f})"
+    yield Tile("Linear baseline", format_metric(metric, value), note)
 
 
 def headline_label(stage: Stage) -> str:

@@ -160,6 +160,7 @@ def model_card(spec: FinetuneSpec, metrics: dict[str, Any]) -> str:
     scores = ", ".join(
         f"{name} {metrics[name]:.4f}" for name in task.selection_metrics if name in metrics
     )
+    read = "pairs of texts" if spec.prepared.has_pairs else "texts"
     example = '"a text" --pair "another text"' if spec.prepared.has_pairs else '"a text"'
     return f"""---
 library_name: transformers
@@ -173,8 +174,17 @@ Outputs: {", ".join(task.labels)}.
 - Texts: {source} ({spec.prepared.train.rows:,} for training, {spec.prepared.validation.rows:,} for
   validation)
 - Started from: {spec.start or "random weights"}
-- Validation: {scores}; {"pairs of texts" if spec.prepared.has_pairs else "texts"} of up to
+- Validation: {scores}{_beside(spec)}; {read} of up to
   {spec.prepared.seq_len} tokens
 
 `raybert predict --model FOLDER {example}`
 """
+
+
+def _beside(spec: FinetuneSpec) -> str:
+    """The validation metric of the linear baseline, for the card."""
+    found = spec.prepared.baseline
+    if found is None:
+        return ""
+    metric = spec.config.metric or spec.prepared.make_task().default_metric
+    return f" (a {found['description']}: {metric} {found['metrics'][metric]:.4f})"

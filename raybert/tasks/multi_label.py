@@ -62,6 +62,7 @@ class MultiLabel(TextTask):
     name: ClassVar = "multi_label"
     title: ClassVar = "multi-label classification"
     answer_form: ClassVar = "decisions"
+    output_kind: ClassVar = "decision"
     problem_type: ClassVar = "multi_label_classification"
     fitted_keys: ClassVar = ("thresholds",)
     selection_metrics: ClassVar = {
@@ -211,6 +212,13 @@ class MultiLabel(TextTask):
                 for i, name in enumerate(self.labels)
             },
         }
+
+    def ratio_parts(self, outputs: Outputs, targets: Targets) -> npt.NDArray[np.float64]:
+        """Micro-averaged F1: twice the right labels, over all predicted and true ones."""
+        truth = np.asarray(targets) > 0.5
+        predicted = sigmoid(np.asarray(outputs)) >= self.thresholds
+        both = (truth & predicted).sum(axis=1)
+        return np.stack([2.0 * both, truth.sum(axis=1) + predicted.sum(axis=1)], axis=1)
 
     def scores(self, outputs: Outputs) -> F32:
         return sigmoid(np.asarray(outputs))

@@ -15,7 +15,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from raybert.storage.folder import Folder
 from raybert.tasks.entities import words_of
 from raybert.tasks.labelled import (
     Labelled,
+    ResolvedSource,
     fold_rows,
     read_labelled,
     resolve_source,
@@ -227,6 +228,8 @@ class PreparedTexts(Settings):
     #: What was found out about the data, for the user; the columns that were read.
     description: str = ""
     columns: dict[str, Any] = {}
+    #: Of the linear model on the same texts: description, metrics, seconds.
+    baseline: dict[str, Any] | None = None
 
     def make_task(self) -> TextTask:
         """The task, with what the data says about it."""
@@ -248,13 +251,15 @@ def prepare_texts(
     teach: Teach | None = None,
     teacher: str = "",
     fold: tuple[int, int] | None = None,
+    fit_baseline: Callable[[SplitTexts], dict[str, Any]] | None = None,
 ) -> PreparedTexts:
     """Read, split and tokenize labelled texts, or return what an earlier call has prepared.
 
     Tokenization runs in Ray Data where Ray is connected. The seed decides which texts are set apart
     for validation, where none are given for it. `teach` computes the teacher's logits, and
-    `teacher` is its hash. `fold` (i, n): validate on the i-th of n parts of the source. A DataError
-    names a file, row or label that can't be used.
+    `teacher` is its hash. `fold` (i, n): validate on the i-th of n parts of the source.
+    `fit_baseline` fits a linear model on the split and returns its description. A DataError names a
+    file, row or label that can't be used.
     """
     made_from = {**_made_from(config, tokenizer, seq_len), "seed": seed}
     if teach is not None:
@@ -265,13 +270,11 @@ def prepare_texts(
     if prepared is not None and prepared.made_from == made_from:
         return prepared
     folder.delete(DATA_FILE)
-    skipped: Counter[str] = Counter()
     resolved = resolve_source(config.source, config.task)
     source = resolved.source
-    train, validation, labels = _read_and_split(
-        config.model_copy(update={"source": source}), resolved.task, seed, skipped, fold
-    )
-    task = resolved.task(labels)
+    split = read_and_split(config, resolved, seed, fold)
+    train, validation, task, skipped = split
+    baseline = fit_baseline(split) if fit_baseline is not None else None
     if config.distill.unlabelled is not None:
         train = _add_unlabelled(config, train, validation, skipped)
     head_tokens = max(1, round(seq_len * config.head_share))
@@ -288,12 +291,13 @@ def prepare_texts(
     prepared = PreparedTexts(
         made_from=made_from,
         **{name: part.save(folder, f"{name}.parquet") for name, part in tokenized.items()},
-        labels=labels,
+        labels=task.labels,
         seq_len=preprocessing.seq_len,
         head_tokens=preprocessing.head_tokens,
         skipped=dict(skipped),
         task=task.name,
         description=resolved.description,
+        baseline=baseline,
         columns={
             "text_column": source.text_column,
             "label_column": source.label_column,
@@ -364,17 +368,28 @@ def _made_from(config: TextsConfig, tokenizer: Tokenizer, seq_len: int) -> dict[
     return made_from
 
 
-def _read_and_split(
-    config: TextsConfig,
-    task: type[TextTask],
-    seed: int,
-    skipped: Counter[str],
-    fold: tuple[int, int] | None,
-) -> tuple[Labelled, Labelled, list[str]]:
-    """Read the texts to train on, those to validate on, and the names of the outputs.
+class SplitTexts(NamedTuple):
+    """Labelled texts to train and to validate on, their task, and skipped rows by reason."""
 
-    Skipped rows are counted by reason.
+    train: Labelled
+    validation: Labelled
+    task: TextTask
+    skipped: Counter[str]
+
+
+def read_and_split(
+    config: TextsConfig,
+    resolved: ResolvedSource,
+    seed: int,
+    fold: tuple[int, int] | None = None,
+) -> SplitTexts:
+    """Read the texts to train on and those to validate on; the seed chooses, or `fold` (i, n).
+
+    Raises:
+        DataError: a row or label that can't be used, or too few texts.
     """
+    task, skipped = resolved.task, Counter[str]()
+    config = config.model_copy(update={"source": resolved.source})
     texts = read_labelled(config.source, task)
     names = task.find_labels(texts.labels.unique().to_pylist(), config.source)
     skipped.update(texts.skipped)
@@ -387,7 +402,7 @@ def _read_and_split(
         )
         validation = read_labelled(source, task, names)
         skipped.update(validation.skipped)
-        return texts, validation, names
+        return SplitTexts(texts, validation, task(names), skipped)
     units = units_of(texts)
     fraction = config.validation_fraction
     if fold is not None:
@@ -409,7 +424,7 @@ def _read_and_split(
             f"{len(parts.heldout):,} of {len(units):,} labelled texts apart for validation "
             f"and leaves {len(parts.rest):,} for training; change it, or give more texts"
         )
-    return texts.take(parts.rest), texts.take(parts.heldout), names
+    return SplitTexts(texts.take(parts.rest), texts.take(parts.heldout), task(names), skipped)
 
 
 def _add_unlabelled(

@@ -98,6 +98,8 @@ class TextTask(ABC):
     answer_form: ClassVar[Literal["labels", "decisions", "numbers", "entities"]]
     is_per_token: ClassVar[bool] = False  # outputs for each token, not for each text
     accepts_pairs: ClassVar[bool] = True
+    #: What an output is: one class of all, a decision of its own, or a number.
+    output_kind: ClassVar[Literal["class", "decision", "number"]] = "class"
     #: Metrics that may select a model, the default first; True: higher is better.
     selection_metrics: ClassVar[Mapping[str, bool]]
     #: Keys of `fitted` that `fit` sets; an evaluation's metrics have them, too.
@@ -200,6 +202,13 @@ class TextTask(ABC):
         """The metrics of a validation in training, after `fit`: all that may select a model."""
         scores = self.evaluate(outputs, targets)
         return {name: scores[name] for name in self.selection_metrics}
+
+    def ratio_parts(self, outputs: Outputs, targets: Targets) -> npt.NDArray[np.float64] | None:
+        """A numerator and a denominator of each text, [n, 2], if they add up to the default metric.
+
+        The metric of any texts is then the sum of their numerators over that of their denominators.
+        """
+        return None
 
     def fit(self, outputs: Outputs, targets: Targets) -> TextTask:
         """The task with what answers need beside the weights, fitted on validation texts."""

@@ -65,6 +65,7 @@ class Regression(TextTask):
     name: ClassVar = "regression"
     title: ClassVar = "regression"
     answer_form: ClassVar = "numbers"
+    output_kind: ClassVar = "number"
     problem_type: ClassVar = "regression"
     fitted_keys: ClassVar = ("intervals",)
     selection_metrics: ClassVar = {
@@ -186,7 +187,7 @@ class Regression(TextTask):
         return replace(self, fitted={**self.fitted, "intervals": intervals})
 
     def evaluate(self, outputs: Outputs, targets: Targets) -> Metrics:
-        from scipy.stats import spearmanr  # type: ignore[import-untyped]
+        from scipy.stats import spearmanr
 
         found, truth = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)
         per_target = {}

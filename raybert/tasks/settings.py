@@ -128,6 +128,11 @@ class FinetuneConfig(TextsConfig, TrainConfig):
         description="the validation metric that selects the best weights and the winner of a "
         "search, as f1_macro; null: the task's own",
     )
+    baseline: bool = Field(
+        True,
+        description="whether a linear model on 1- and 2-grams is fitted on the same texts, which "
+        "takes seconds, and shown beside the model",
+    )
     focal_gamma: float = Field(
         0.0,
         ge=0,

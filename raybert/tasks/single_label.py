@@ -113,6 +113,10 @@ class SingleLabel(TextTask):
         scores = classification_scores(np.asarray(outputs), np.asarray(targets), self.labels)
         return {name: scores[name] for name in self.selection_metrics}
 
+    def ratio_parts(self, outputs: Outputs, targets: Targets) -> npt.NDArray[np.float64]:
+        is_correct = np.asarray(outputs).argmax(axis=1) == targets
+        return np.stack([is_correct, np.ones(len(is_correct))], axis=1)
+
     def fit(self, outputs: Outputs, targets: Targets) -> SingleLabel:
         return replace(
             self, fitted={"temperature": fit_temperature(np.asarray(outputs), np.asarray(targets))}

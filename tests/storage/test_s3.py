@@ -59,6 +59,12 @@ def test_every_stage_on_an_object_store(raybert, ray_session, bucket, tmp_path, 
     assert "is finished already" in done("finetune", *at, "--bare").err
     measured = done("evaluate", *at, "--json").json
     assert measured["accuracy"] > 0.9 and measured["n"] == 80
+    beside = measured["baseline"]
+    assert beside["metrics"]["accuracy"] + beside["difference"] == measured["accuracy"]
+    low, high = beside["interval"]
+    assert low <= beside["difference"] <= high
+    card = (experiment.folder / "finetune" / "model").read_text("README.md")
+    assert "1- and 2-grams" in card
     again = done("evaluate", *at)
     assert "is evaluated already" in again.err
     (a, b), (c, d) = measured["confusion"]

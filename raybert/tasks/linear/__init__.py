@@ -1,0 +1,1 @@
+"""Linear models on n-grams, the quick baseline of every task."""

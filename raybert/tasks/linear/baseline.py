@@ -1,0 +1,138 @@
+"""The best of the linear models on the texts of a fine-tuning run, scored as the run is.
+
+It answers whether the encoder is worth its time: both read the same texts and splits, and are
+compared on the same held-out texts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from raybert.tasks.comparison import Predictions, paired_difference
+from raybert.tasks.entities import Word
+from raybert.tasks.labelled import Labelled
+from raybert.tasks.linear.model import NgramModel, fit_ngrams
+from raybert.tasks.linear.words import WordModel, fit_words
+from raybert.tasks.protocol import Metrics, Outputs, TextTask
+
+#: Of the training texts, a sample; more would take minutes.
+MAX_TEXTS = 100_000
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A fitted linear model and the task with what was fitted for it on validation texts."""
+
+    task: TextTask
+    model: NgramModel | WordModel
+    metrics: Metrics  # on the validation texts
+    seconds: float
+
+    @property
+    def description(self) -> str:
+        """What the model is, for the user."""
+        if isinstance(self.model, WordModel):
+            return "logistic regression on words and their neighbours"
+        kind = "ridge" if self.task.output_kind == "number" else "logistic"
+        return f"{kind} regression on 1- and 2-grams, {self.model.weighting}"
+
+    def outputs(self, texts: Labelled) -> Outputs:
+        """The outputs for texts: [n, L], or of the words of each [W, L]."""
+        if isinstance(self.model, WordModel):
+            return [self.model.outputs(words) for words in _words(texts)]
+        return self.model.outputs(_strings(texts))
+
+    def predictions(self, texts: Labelled) -> Predictions:
+        """The outputs and the targets of labelled texts."""
+        task = self.task
+        targets = word_targets(task, texts) if task.is_per_token else targets_of(task, texts)
+        return Predictions(task, self.outputs(texts), targets)
+
+
+def beside_baseline(ours: Predictions, baseline: Baseline, texts: Labelled) -> Metrics:
+    """The baseline's scores on the texts of `ours`, and how much better `ours` are."""
+    metric = ours.task.default_metric
+    theirs = baseline.predictions(texts)
+    difference = paired_difference(ours, theirs)
+    scores = theirs.task.validate(theirs.outputs, theirs.targets)
+    return {
+        "description": baseline.description,
+        "seconds": round(baseline.seconds, 1),
+        "metrics": scores,
+        "metric": metric,
+        "difference": difference.value,
+        "interval": [difference.low, difference.high],
+    }
+
+
+def fit_baseline(
+    task: TextTask,
+    train: Labelled,
+    validation: Labelled,
+    *,
+    metric: str | None = None,
+    seed: int = 0,
+) -> Baseline:
+    """Fit the linear models of a task, and return the one with the best validation metric."""
+    begun = time.monotonic()
+    metric = metric or task.default_metric
+    labelled = np.flatnonzero(~np.asarray(train.labels.is_null()))
+    if len(labelled) > MAX_TEXTS:
+        labelled = np.sort(np.random.default_rng(seed).choice(labelled, MAX_TEXTS, replace=False))
+    train = train.take(labelled)
+    models: Sequence[NgramModel | WordModel]
+    if task.is_per_token:
+        words, tags = _words(train), word_targets(task, train)
+        models = [fit_words(words, tags, len(task.labels))]
+    else:
+        targets = targets_of(task, train)
+        models = fit_ngrams(_strings(train), targets, task.output_kind, len(task.labels))
+    candidates = []
+    for model in models:
+        _, outputs, wanted = Baseline(task, model, {}, 0.0).predictions(validation)
+        fitted = task.fit(outputs, wanted)
+        scores = fitted.validate(outputs, wanted)
+        value = scores[metric] if task.selection_metrics[metric] else -scores[metric]
+        candidates.append((value, fitted, model, scores))
+    _, fitted, model, scores = max(candidates, key=lambda found: found[0])
+    return Baseline(fitted, model, scores, time.monotonic() - begun)
+
+
+def targets_of(task: TextTask, texts: Labelled) -> npt.NDArray[Any]:
+    """The targets of labelled texts, for a task on whole texts."""
+    return task.targets(texts.labels.to_pylist())
+
+
+def word_targets(task: TextTask, texts: Labelled) -> list[npt.NDArray[np.int64]]:
+    """The target of each word of each text, for a task on tokens."""
+    pairs = zip(texts.labels.to_pylist(), texts.texts.to_pylist(), strict=True)
+    found = ((label, words_of(text)) for label, text in pairs)
+    return [task.token_targets(label, words, len(words)) for label, words in found]
+
+
+def words_of(text: str) -> list[Word]:
+    """The words of a text, as BERT splits it; their numbers stand for their tokens."""
+    split = BertPreTokenizer().pre_tokenize_str(text)
+    return [Word(start, end, number) for number, (_, (start, end)) in enumerate(split)]
+
+
+def _words(texts: Labelled) -> list[list[str]]:
+    return [
+        [text[word.start : word.end] for word in words_of(text)] for text in texts.texts.to_pylist()
+    ]
+
+
+def _strings(texts: Labelled) -> list[tuple[str, ...]]:
+    """The texts, or the two texts of each pair."""
+    columns: list[pa.ChunkedArray] = [texts.texts]
+    if texts.pairs is not None:
+        columns.append(texts.pairs)
+    return list(zip(*(column.to_pylist() for column in columns), strict=True))
