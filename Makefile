@@ -2,21 +2,27 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests without Ray run in so many processes, since many wait for processes of their own; those that
-# start Ray run one after the other.
+# Tests without Ray run in so many processes, since many wait for processes of their own, each with
+# whole files, whose fixtures are then made once. Beside them those that start Ray run one by one.
 TEST_PROCESSES ?= 3
 # pip compiles nothing, so the first import of a module has to store its bytecode: otherwise each of
 # the many processes that tests start compiles torch again, which doubles their time.
 export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-local test-ray test-slow lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/raybert demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not ray and not slow and not peers"
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-local test-ray
+
+test-local: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+	  -m "not ray and not slow and not peers"
+
+test-ray: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "ray and not slow and not peers"
 
 test-slow: $(VENV)/.dev

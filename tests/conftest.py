@@ -42,30 +42,13 @@ server.stop()
 """
 
 
-def pytest_itemcollected(item):
-    """Keep a file's tests, those of the browser, and those that start Ray in one process each.
-
-    A process that runs a part of a file makes its module's fixtures once more, and several Rays or
-    browsers at the same time only wait for each other.
-    """
-    group = item.path.name
-    for mark in ("ray", "browser"):
-        group = mark if item.get_closest_marker(mark) else group
-    item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_collection_modifyitems(items):
-    """Run first what takes longest: the tests that start Ray, a browser, or processes."""
-    longest = ("test_distributed.py", "test_s3.py", "test_commands.py", "test_internals.py")
+    """Run first the files that take longest, so that no process is left alone with one at the end.
 
-    def rank(item):
-        if item.get_closest_marker("ray"):
-            return 0
-        if item.get_closest_marker("browser"):
-            return 1
-        return 2 if item.path.name in longest else 3
-
-    items.sort(key=rank)
+    `make test` gives each process whole files: a module's fixtures are then made once.
+    """
+    longest = ("test_distributed", "test_s3", "test_commands", "test_internals", "test_page")
+    items.sort(key=lambda item: not item.path.stem.startswith(longest))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,7 @@ class Proxy:
         self._open = set()
         self._left = None  # bytes that may still go to the server; None: any number
         self._is_busy = False
+        self._unanswered = set()  # clients whose request the server has not answered
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
     def __enter__(self):
@@ -42,6 +43,11 @@ class Proxy:
         """Answer every request with 503 from now on."""
         self._is_busy = True
         self._break()
+
+    @property
+    def is_idle(self):
+        """Whether every request so far was answered."""
+        return not self._unanswered
 
     def mend(self):
         """Pass everything on again."""
@@ -73,11 +79,17 @@ class Proxy:
         back.join()
         with self._lock:
             self._open -= {client, server}
+            self._unanswered.discard(client)
 
     def _pump(self, source, sink, upwards=False):
         with suppress(OSError):
             while data := source.recv(1 << 16):
-                sink.sendall(self._passed(data) if upwards else data)
+                if upwards:
+                    self._unanswered.add(source)
+                    data = self._passed(data)
+                sink.sendall(data)
+                if not upwards:
+                    self._unanswered.discard(sink)
                 if self._left == 0:
                     break
         for end in (source, sink):

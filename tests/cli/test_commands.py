@@ -322,7 +322,7 @@ def test_a_measurement_counts_for_its_texts_and_weights_alone(
     texts = shutil.copy(trained.path / "test.csv", tmp_path / "t.csv")
     measured = []
 
-    def measure(experiment, model, display):
+    def measure(experiment, model, display, baseline=None):
         measured.append(1)
         inputs = stages._evaluation_inputs(experiment, weights_hash(model))
         return {"accuracy": 0.5, "n": 1, "made_from": inputs}

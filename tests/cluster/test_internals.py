@@ -481,6 +481,7 @@ def test_ray_reads_its_environment_again():
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_control_loop_of_ray_data_sleeps_between_steps(ray_session, monkeypatch):
     import ray.data
 

@@ -196,7 +196,14 @@ def test_the_manifest_describes_the_corpus(built):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("size", "cpus", "readers"), [(1000, 1, 1), (10_000, 2, 2), (500, 4, 3)])
+@pytest.mark.parametrize(
+    ("size", "cpus", "readers"),
+    [
+        (500, 4, 3),
+        pytest.param(1000, 1, 1, marks=pytest.mark.slow),
+        pytest.param(10_000, 2, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_the_bytes_do_not_depend_on_how_the_work_is_divided(
     built, tmp_path, monkeypatch, size, cpus, readers
 ):

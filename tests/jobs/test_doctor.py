@@ -229,6 +229,7 @@ NAMES = ["nodes", "versions", "memory", "storage", "space", "pretrain workers", 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_all_checks_pass_on_a_local_ray(raybert, ray_session, config, tmp_path):
     done = raybert("doctor", "-c", config, "--json")
     assert done.code == 0, done.err

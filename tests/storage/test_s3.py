@@ -185,7 +185,7 @@ class Outage:
             self.events.append((record["event"], record["message"]))
         elif record["kind"] == "train" and record["step"] == 3:
             end = time.monotonic() + 60
-            while self._store.steps() != [2]:
+            while self._store.steps() != [2] or not self._connection.is_idle:
                 assert time.monotonic() < end, "the checkpoint of step 2 does not come"
                 time.sleep(0.01)
             if self._how == "cut":
