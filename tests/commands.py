@@ -16,7 +16,7 @@ from raybert.config import build
 from raybert.data.corpus.settings import CorpusConfig
 from raybert.storage.folder import Folder
 
-_SCRIPT = Path(sys.executable).with_name("raybert")
+SCRIPT = Path(sys.executable).with_name("raybert")
 
 
 class Result:
@@ -47,7 +47,7 @@ def run_here(arguments, stdin, capsys, monkeypatch):
 def start(*arguments):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [_SCRIPT, *map(str, arguments)],
+        [SCRIPT, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
