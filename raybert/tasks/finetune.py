@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune_task import FinetuneTask
 from raybert.tasks.prepared_texts import PreparedTexts, TokenizedTexts
+from raybert.tasks.protocol import TextTask
 from raybert.tasks.settings import FinetuneConfig
 from raybert.train.distributed import Group
 from raybert.train.task import LoaderConfig
@@ -51,6 +53,8 @@ class FinetuneSpec:
 
     def check(self) -> None:
         """Check the settings against the data, before any worker starts."""
+        task = self.prepared.make_task()
+        self._check_that_settings_have_effect(task)
         weights = self.config.class_weights
         names = self.prepared.labels
         if isinstance(weights, list) and len(weights) != len(names):
@@ -58,7 +62,6 @@ class FinetuneSpec:
                 f"finetune.class_weights has {len(weights)} values, the data {len(names)} labels "
                 f"({', '.join(names)}); give one weight for each"
             )
-        task = self.prepared.make_task()
         metric = self.config.metric
         if metric is not None and metric not in task.selection_metrics:
             raise ConfigError(
@@ -75,6 +78,14 @@ class FinetuneSpec:
                 f"finetune.head.kind=keras pools a text, and {task.name} tags its tokens; set "
                 "finetune.head.kind=standard"
             )
+
+    def _check_that_settings_have_effect(self, task: TextTask) -> None:
+        default = type(self.config)()
+        for key in sorted(task.unused_settings):
+            path = key.split(".")[1:]
+            given, usual = (functools.reduce(getattr, path, c) for c in (self.config, default))
+            if given != usual:
+                raise ConfigError(f"{key}={given} has no effect on {task.name}; leave it out")
 
     def inputs(self) -> dict[str, str]:
         """Hashes of the tokenizer that prepared the texts, and of the weights to start from."""

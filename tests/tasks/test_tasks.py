@@ -258,6 +258,21 @@ def test_bad_rows_are_one_line(folder, rows, settings, message):
         raise AssertionError(resolved)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("regression", {"label_smoothing": 0.1}, "finetune.label_smoothing=0.1 has no effect on"),
+        ("regression", {"class_weights": "balanced"}, "finetune.class_weights=balanced has no"),
+        ("token_classification", {"head_share": 0.5}, "finetune.head_share=0.5 has no effect on"),
+        ("token_classification", {"head": {"pooling": "max"}}, "finetune.head.pooling=max has no"),
+    ],
+)
+def test_settings_without_effect_are_refused(folder, name, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        spec_of(folder, name, steps=2, **settings).check()
+    spec_of(folder, name, steps=2).check()
+
+
 def test_patience_ends_training_early(folder):
     spec = spec_of(folder, "single_label", steps=200, evaluations=50, patience=2, lr=0.5)
     attempt = Attempt(spec, folder / "run")
