@@ -32,6 +32,7 @@ from raybert.model import huggingface
 from raybert.storage.folder import Folder
 from raybert.tasks.comparison import Predictions
 from raybert.tasks.labelled import Labelled
+from raybert.tasks.linear.store import load_baseline, load_part
 from raybert.tasks.protocol import ALL_SCORES, AnswerOptions, Outputs, Targets, TextTask
 from raybert.tasks.registry import read_task
 
@@ -74,7 +75,10 @@ class _Scorer:
                 for label, row, length in zip(labels, words, lengths, strict=True)
             ]
         else:
-            outputs = classifier.logits(texts)
+            encoder = classifier.score(classifier.encode(texts))
+            outputs = classifier.with_ngrams(encoder, classifier.ngram_outputs(texts))
+            if classifier.ngrams is not None:
+                table = table.append_column("encoder_outputs", _ragged(encoder))
             given = task.no_targets(len(labels))
             is_known = [label is not None for label in labels]
             given[is_known] = task.targets([label for label in labels if label is not None])
@@ -262,7 +266,9 @@ def evaluate(
     there is one. Returns what the task's `evaluate` does, with `texts_per_second`, `skipped`,
     `examples` and `baseline`. A DataError as in `score`.
     """
-    task, _ = read_task(model)
+    encoder_task, _ = read_task(model)
+    part = load_part(model) if model.exists("ngrams.json") else None
+    task = encoder_task if part is None else part.task
     # The model's own preprocessing, as in training and in serving.
     breaks = huggingface.read_preprocessing(model).get("html_breaks", "space")
     source = source.model_copy(update={"labels": task.labels, "html_breaks": breaks})
@@ -284,6 +290,10 @@ def evaluate(
         stacked = np.stack(labels)
         targets = stacked[:, 0] if np.issubdtype(stacked.dtype, np.integer) else stacked
     seconds = time.monotonic() - begun
+    parts = {}
+    if "encoder_outputs" in tables[0].column_names:
+        alone = np.stack([row.reshape(shape) for row in _rows_of(tables, "encoder_outputs")])
+        parts["encoder_alone"] = encoder_task.validate(alone, targets)
     texts = _labelled(tables)
     beside = {}
     if baseline is not None:
@@ -294,6 +304,7 @@ def evaluate(
         "metric": task.default_metric,
         "texts_per_second": round(done / max(1e-9, seconds), 1),
         "skipped": dict(skipped),
+        **parts,
         **beside,
         "examples": [
             {"text": texts.texts[row].as_py()[:1000], **found}
@@ -311,7 +322,6 @@ def _labelled(tables: Sequence[pa.Table]) -> Labelled:
 def _beside_baseline(ours: Predictions, folder: Folder, texts: Labelled) -> dict[str, Any]:
     """The scores of a linear model that was fitted for the same outputs; {} without one."""
     from raybert.tasks.linear.baseline import beside_baseline
-    from raybert.tasks.linear.store import load_baseline
 
     fitted = load_baseline(folder)
     if fitted is None or fitted.task.labels != ours.task.labels:

@@ -1,5 +1,8 @@
 """A fine-tuned classifier for inference: raw texts in, logits or probabilities out.
 
+A model may have an n-gram part beside its encoder: `score` computes the encoder's outputs, `logits`
+and `answers` those of both.
+
 On CPUs the texts of a batch are concatenated into one row, and each attends to itself only
 (`attend_varlen`): no padding is computed, and apart from the rounding of matrix products a text's
 scores do not depend on the other texts of its batch.
@@ -8,7 +11,7 @@ scores do not depend on the other texts of its batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +23,11 @@ from raybert.inference.precision import build_model, resolve_precision
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
 from raybert.tasks.entities import Word, words_of
-from raybert.tasks.protocol import AnswerOptions, Outputs
+from raybert.tasks.protocol import F32, AnswerOptions, Outputs
 from raybert.tasks.registry import read_task
+
+if TYPE_CHECKING:
+    from raybert.tasks.linear.mixture import NgramPart
 
 Row = npt.NDArray[Any]  # token ids of a text or of a window, [tokens]
 Text = str | tuple[str, str]  # a text, or a pair for a model that reads pairs
@@ -99,6 +105,9 @@ class TextClassifier:
         """Load a `model/` directory; `precision` is as in `resolve_precision`."""
         model, self.labels = huggingface.load_classifier(folder)
         self.task, self.reads_pairs = read_task(folder)
+        self.ngrams = _read_ngrams(folder)
+        if self.ngrams is not None:  # thresholds and the like were fitted for both parts together
+            self.task = self.ngrams.task
         self.tokenizer = Tokenizer.load(folder)
         self.preprocessing = Preprocessing.read(
             huggingface.read_preprocessing(folder), model.encoder.config.max_seq_len
@@ -120,7 +129,7 @@ class TextClassifier:
 
     def logits(self, texts: Sequence[Text]) -> Outputs:
         """The outputs of texts; the middle of a text that is too long is left out."""
-        return self.score(self.encode(texts))
+        return self.with_ngrams(self.score(self.encode(texts)), self.ngram_outputs(texts))
 
     def probabilities(self, texts: Sequence[Text]) -> Outputs:
         """The outputs as answers show them: calibrated probabilities, or numbers in their unit."""
@@ -134,7 +143,20 @@ class TextClassifier:
             return self.task.answers(self.logits(texts), self.words(texts), options)
         rows, lengths = self.encode_windows(texts)
         outputs = pool(self.score(rows), lengths, self.longest)
+        outputs = self.with_ngrams(outputs, self.ngram_outputs(texts))
         return self.task.answers(outputs, self.words(texts), options)
+
+    def ngram_outputs(self, texts: Sequence[Text]) -> F32 | None:
+        """The outputs of the n-gram part for whole texts; None: it has none. Thread-safe."""
+        if self.ngrams is None:
+            return None
+        return self.ngrams.model.outputs([(t,) if isinstance(t, str) else t for t in texts])
+
+    def with_ngrams(self, outputs: Outputs, linear: F32 | None) -> Outputs:
+        """The outputs of both parts, from the encoder's and those of `ngram_outputs`."""
+        if self.ngrams is None or linear is None:
+            return outputs
+        return self.ngrams.add(np.asarray(outputs), linear)
 
     def encode(self, texts: Sequence[Text]) -> list[Row]:
         """Tokenize texts, each cut to the model's length. Thread-safe."""
@@ -232,3 +254,11 @@ def round_up(tokens: int) -> int:
     """
     step = min(64, 1 << max(4, tokens.bit_length() - 5))
     return -(-tokens // step) * step
+
+
+def _read_ngrams(folder: Folder) -> NgramPart | None:
+    if not folder.exists("ngrams.json"):
+        return None
+    from raybert.tasks.linear.store import load_part  # imports scikit-learn
+
+    return load_part(folder)

@@ -12,10 +12,11 @@ Shapes: T tokens, D hidden, L labels, S steps.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,32 @@ class Explainer:
             if is_close or 2 * steps * len(ids) > _MAX_TOKENS:
                 break
         name = self._classifier.labels[np.atleast_1d(chosen)[-1]]
-        return Explanation(words, error, name, margin)
+        return self._with_ngrams(Explanation(words, error, name, margin), text, chosen)
+
+    def _with_ngrams(self, found: Explanation, text: Text, chosen: Any) -> Explanation:
+        """Add what the model's n-gram part says about the same margin."""
+        part = self._classifier.ngrams
+        if part is None:
+            return found
+        from raybert.inference.ngram_attributions import ngram_shares
+
+        texts = [text] if isinstance(text, str) else list(text)
+        scale = part.encoder_weight
+        words = [replace(word, weight=round(scale * word.weight, 6)) for word in found.words]
+        ends = [(word.input, word.end) for word in words]  # sorted
+        margin, added = scale * found.margin, []
+        for share in ngram_shares(part, texts, chosen):
+            margin += share.weight
+            at = bisect.bisect_right(ends, (share.input, share.start))  # the first that ends later
+            word = words[at] if at < len(words) else None
+            if word is not None and word.input == share.input and word.start < share.end:
+                words[at] = replace(word, weight=round(word.weight + share.weight, 6))
+            else:  # a word of a long text that the encoder does not read
+                spelled = texts[share.input][share.start : share.end]
+                weight = round(share.weight, 6)
+                added.append(Word(spelled, share.start, share.end, weight, share.input))
+        words = sorted([*words, *added], key=lambda word: (word.input, word.start))
+        return Explanation(words, scale * found.error, found.label, margin)
 
     def _attributions(
         self, ids: Tensor, baseline: Tensor, target: Tensor, label: Any, steps: int

@@ -21,6 +21,7 @@ from raybert.experiment import Experiment
 from raybert.model import huggingface
 from raybert.pipeline import baseline_stage
 from raybert.pipeline.finetune_setup import format_skipped, prepare_finetune
+from raybert.pipeline.ngrams_stage import add_ngrams
 from raybert.records import headline
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
@@ -118,7 +119,9 @@ def finetune(
         on_ray=not in_process,
         fit_baseline=fit if experiment.finetune.baseline else None,
     )
-    return train("finetune", spec, experiment, display, ("model",), in_process)
+    result = train("finetune", spec, experiment, display, ("model",), in_process)
+    add_ngrams(experiment, display, spec, Folder(result["model"]))
+    return result
 
 
 def _stored_result(

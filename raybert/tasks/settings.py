@@ -133,6 +133,11 @@ class FinetuneConfig(TextsConfig, TrainConfig):
         description="whether a linear model on 1- and 2-grams is fitted on the same texts, which "
         "takes seconds, and shown beside the model",
     )
+    ngrams: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="whether the model keeps that linear model beside its encoder and answers with "
+        "both; auto: if that is better on the validation texts by more than chance",
+    )
     focal_gamma: float = Field(
         0.0,
         ge=0,

@@ -145,7 +145,7 @@ def test_more_architectures_than_pytorchs_recompile_limit_are_compiled(caplog):
         config = ModelConfig(hidden_size=width, num_layers=1, num_heads=2, max_seq_len=40)
         exact = Classifier(Encoder(config, 50), 2).eval().requires_grad_(False)
         served, ids = build_model(exact, "compiled"), torch.ones(1, 40, dtype=torch.int64)
-        workers.warm(functools.partial(served, ids, lengths=[20, 20]))
+        workers.warm_up(functools.partial(served, ids, lengths=[20, 20]))
     assert graphs["unique_graphs"] - before == 10
     assert not warned(caplog)
 

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,15 @@ from raybert.serve.runtime.metrics import ServeMetrics
 from raybert.serve.runtime.model_sources import ModelSource, find_source
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder
-from raybert.tasks.protocol import Outputs
+from raybert.tasks.protocol import F32, Outputs
+
+
+class Encoded(NamedTuple):
+    """Texts as a model reads them."""
+
+    rows: list[Row]  # token ids of texts, or of their windows
+    lengths: list[int]  # tokens of each text
+    ngrams: F32 | None  # outputs of the n-gram part, [n, L]
 
 
 class LoadedModel:
@@ -76,22 +85,24 @@ class LoadedModel:
         """The explainer, made at its first use; one thread at a time may use it."""
         return Explainer(self.classifier)
 
-    def encode(self, texts: Sequence[Text], *, windows: bool) -> tuple[list[Row], list[int]]:
-        """Tokenize texts; return rows and the number of tokens of each text. Thread-safe."""
+    def encode(self, texts: Sequence[Text], *, windows: bool) -> Encoded:
+        """Tokenize texts, and count their n-grams if the model has a part for them. Thread-safe."""
+        ngrams = self.classifier.ngram_outputs(texts)
         if windows:
-            return self.classifier.encode_windows(texts)
+            return Encoded(*self.classifier.encode_windows(texts), ngrams)
         rows = self.classifier.encode(texts)
-        return rows, [len(row) for row in rows]
+        return Encoded(rows, [len(row) for row in rows], ngrams)
 
-    async def score(self, rows: Sequence[Row], lengths: Sequence[int]) -> Outputs:
+    async def score(self, encoded: Encoded) -> Outputs:
         """Compute the outputs of each text of what `encode` returned.
 
         Raises Overloaded, or ModelFailed, also if they are not finite.
         """
-        scored: Outputs = await self.batcher.score(rows)
+        scored: Outputs = await self.batcher.score(encoded.rows)
         if not self.classifier.task.is_per_token:
             scored = np.stack(list(scored))
-        outputs = pool(scored, lengths, self.classifier.longest)
+        outputs = pool(scored, encoded.lengths, self.classifier.longest)
+        outputs = self.classifier.with_ngrams(outputs, encoded.ngrams)
         if not all(np.isfinite(each).all() for each in outputs):
             raise ModelFailed(ValueError("scores are not finite: the weights have diverged"))
         return outputs

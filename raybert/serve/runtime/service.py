@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from raybert.inference.classifier import Row, Text
+from raybert.inference.classifier import Text
 from raybert.inference.explanations import Explanation
 from raybert.serve import request_errors
 from raybert.serve.request_errors import RequestError
 from raybert.serve.runtime.batching import ModelFailed, ModelThreads, Overloaded, run_in_new_thread
-from raybert.serve.runtime.loaded_models import LoadedModel, LoadedModels
+from raybert.serve.runtime.loaded_models import Encoded, LoadedModel, LoadedModels
 from raybert.serve.runtime.metrics import ServeMetrics
 from raybert.serve.runtime.serial_executor import (
     Filled,
@@ -130,13 +130,13 @@ class Service:
         windows = self.config.long_texts == "windows" if truncate is None else not truncate
         expected = self._expected_tokens(model, texts, windows)
         with model.batcher.reserve(expected):
-            rows, lengths = await self._encode(model, texts, windows)
-        scored, canary = Scored(await model.score(rows, lengths), model), self.models.canary
+            encoded = await self._encode(model, texts, windows)
+        scored, canary = Scored(await model.score(encoded), model), self.models.canary
         if canary is not None and name is None and self._canary.is_selected():
             remaining_s = self.config.timeout_s - (loop.time() - begun)
 
             async def score_with_canary() -> Outputs:
-                return await canary.score(*await self._encode(canary, texts, windows))
+                return await canary.score(await self._encode(canary, texts, windows))
 
             scored = await self._canary.replace(scored, canary, score_with_canary, remaining_s)
         self.metrics.add("texts_total", len(texts), model=scored.model.name)
@@ -150,9 +150,7 @@ class Service:
         longest = model.classifier.longest
         return int(sum(min(_characters(text) * rate, longest) for text in texts))
 
-    async def _encode(
-        self, model: LoadedModel, texts: Sequence[Text], windows: bool
-    ) -> tuple[list[Row], list[int]]:
+    async def _encode(self, model: LoadedModel, texts: Sequence[Text], windows: bool) -> Encoded:
         characters = sum(map(_characters, texts))
         if self._untokenized and self._untokenized + characters > _MAX_UNTOKENIZED:
             raise Overloaded(1.0)
@@ -160,13 +158,13 @@ class Service:
         encode = functools.partial(model.encode, texts, windows=windows)
         loop = asyncio.get_running_loop()
         try:
-            rows, text_lengths = await loop.run_in_executor(self._tokenizer_thread, encode)
+            encoded = await loop.run_in_executor(self._tokenizer_thread, encode)
         except Exception as error:
             self._log.error("a text can't be tokenized: %s", type(error).__name__)
             raise request_errors.not_tokenizable("a text can't be turned into tokens") from None
         finally:
             self._untokenized -= characters
-        lengths = [len(row) for row in rows]
+        lengths = [len(row) for row in encoded.rows]
         tokens = sum(lengths)
         if windows or max(lengths) < model.classifier.longest:  # no characters were cut off
             rate = tokens / characters
@@ -176,7 +174,7 @@ class Service:
                 f"{tokens:,} tokens are more than the {self.config.max_tokens:,} that are read in "
                 "a request; send fewer or shorter texts, or truncate=true"
             )
-        return rows, text_lengths
+        return encoded
 
     async def answer(
         self, texts: Sequence[Text], scored: Scored, options: AnswerOptions

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from raybert.tasks.entities import Word
 from raybert.tasks.labelled import Labelled
 from raybert.tasks.linear.model import NgramModel, fit_ngrams
 from raybert.tasks.linear.words import WordModel, fit_words
-from raybert.tasks.protocol import Metrics, Outputs, TextTask
+from raybert.tasks.protocol import F32, Metrics, Outputs, TextTask
 
 #: Of the training texts, a sample; more would take minutes.
 MAX_TEXTS = 100_000
@@ -35,6 +35,7 @@ class Baseline:
     model: NgramModel | WordModel
     metrics: Metrics  # on the validation texts
     seconds: float
+    validation: F32 | None = None  # outputs for the validation texts, [n, L]; None: of words
 
     @property
     def description(self) -> str:
@@ -48,7 +49,7 @@ class Baseline:
         """The outputs for texts: [n, L], or of the words of each [W, L]."""
         if isinstance(self.model, WordModel):
             return [self.model.outputs(words) for words in _words(texts)]
-        return self.model.outputs(_strings(texts))
+        return self.model.outputs(strings(texts))
 
     def predictions(self, texts: Labelled) -> Predictions:
         """The outputs and the targets of labelled texts."""
@@ -94,16 +95,17 @@ def fit_baseline(
         models = [fit_words(words, tags, len(task.labels))]
     else:
         targets = targets_of(task, train)
-        models = fit_ngrams(_strings(train), targets, task.output_kind, len(task.labels))
+        models = fit_ngrams(strings(train), targets, task.output_kind, len(task.labels))
     candidates = []
     for model in models:
         _, outputs, wanted = Baseline(task, model, {}, 0.0).predictions(validation)
         fitted = task.fit(outputs, wanted)
         scores = fitted.validate(outputs, wanted)
         value = scores[metric] if task.selection_metrics[metric] else -scores[metric]
-        candidates.append((value, fitted, model, scores))
-    _, fitted, model, scores = max(candidates, key=lambda found: found[0])
-    return Baseline(fitted, model, scores, time.monotonic() - begun)
+        kept = outputs if isinstance(outputs, np.ndarray) else None
+        candidates.append((value, Baseline(fitted, model, scores, 0.0, kept)))
+    _, best = max(candidates, key=lambda found: found[0])
+    return replace(best, seconds=time.monotonic() - begun)
 
 
 def targets_of(task: TextTask, texts: Labelled) -> npt.NDArray[Any]:
@@ -130,7 +132,7 @@ def _words(texts: Labelled) -> list[list[str]]:
     ]
 
 
-def _strings(texts: Labelled) -> list[tuple[str, ...]]:
+def strings(texts: Labelled) -> list[tuple[str, ...]]:
     """The texts, or the two texts of each pair."""
     columns: list[pa.ChunkedArray] = [texts.texts]
     if texts.pairs is not None:

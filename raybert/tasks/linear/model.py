@@ -56,11 +56,12 @@ class NgramModel:
 
     def outputs(self, texts: Sequence[tuple[str, ...]]) -> F32:
         """The outputs of texts, float32 [n, L]."""
-        return self.weights.outputs(_features(self.ngrams.counts(texts), self.idf))
+        return self.weights.outputs(self.features(texts))
 
-
-def _features(counts: sparse.csr_matrix, idf: F32 | None) -> sparse.csr_matrix:
-    return presence(counts) if idf is None else tf_idf(counts, idf)
+    def features(self, texts: Sequence[tuple[str, ...]]) -> sparse.csr_matrix:
+        """What the weights are applied to, float32 [n, F]."""
+        counts = self.ngrams.counts(texts)
+        return presence(counts) if self.idf is None else tf_idf(counts, self.idf)
 
 
 def fit_ngrams(

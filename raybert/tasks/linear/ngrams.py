@@ -5,6 +5,8 @@ Shapes: n texts, F n-grams.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,10 +58,27 @@ class Ngrams:
     def _counts(self, texts: Sequence[str]) -> sparse.csr_matrix:
         if not self.index:
             return sparse.csr_matrix((len(texts), 0), dtype=np.float32)
-        vectors = CountVectorizer(
+        return self._vectors.transform(texts)
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """The n-grams in the order of their columns."""
+        return list(self.index)
+
+    @functools.cached_property
+    def _vectors(self) -> CountVectorizer:
+        """Kept, because it checks its vocabulary when it is made."""
+        return CountVectorizer(
             ngram_range=(1, 2), token_pattern=_TOKENS, vocabulary=self.index, dtype=np.float32
         )
-        return vectors.transform(texts)
+
+
+def tokens(text: str) -> list[tuple[str, int, int]]:
+    """The words of a text as n-grams have them, with their characters."""
+    lower = text.lower()
+    if len(lower) != len(text):  # a letter whose lower case is two letters
+        lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+    return [(m.group(), m.start(), m.end()) for m in re.finditer(_TOKENS, lower)]
 
 
 def _join(sides: list[sparse.csr_matrix]) -> sparse.csr_matrix:
