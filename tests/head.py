@@ -27,28 +27,31 @@ def free_port():
 class Head:
     """A head of a test's own."""
 
-    folder: Path  # of Ray's temporary files
+    folder: Path  # of Ray's temporary files, and the home of those who may use it
     address: str  # of the dashboard
     gcs: str  # of the head itself: what drivers connect to
     env: dict  # of those who may
 
     @property
     def token(self):
-        return (self.folder / "token").read_text()
+        return token_file(self.folder).read_text()
+
+
+def token_file(home):
+    return home / ".ray" / "auth_token"
 
 
 @contextmanager
 def ray_head():
-    """Start a head with a token, as `ray start` makes one."""
+    """Start a head with a token, set up as the documentation says: its file, and nothing else."""
     folder = Path("/tmp") / f"raybert-head-{secrets.token_hex(4)}"  # sockets want a short path
-    folder.mkdir()
-    token = folder / "token"
+    token = token_file(folder)
+    token.parent.mkdir(parents=True)
     token.write_text(secrets.token_hex(16))
     token.chmod(0o600)
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
+        "HOME": str(folder),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # what Ray Train leaves on it never leaves
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}",

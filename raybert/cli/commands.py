@@ -17,6 +17,7 @@ from raybert.errors import INTERRUPTED, DamagedError, RaybertError, StorageError
 
 # Errors that a user can correct: the input, the storage, a damaged file. They exit with 2.
 _USER_ERRORS = (UserError, StorageError, DamagedError)
+INTERRUPTED_MESSAGE = "interrupted; run the same command again to resume"
 _DEBUG = bool(os.environ.get("RAYBERT_DEBUG"))
 
 app = typer.Typer(
@@ -40,7 +41,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer's usual exit
             raise
-        _print_error("interrupted; run the same command again to resume")
+        _print_error(INTERRUPTED_MESSAGE)
         sys.exit(INTERRUPTED)
     except RaybertError as error:
         if _DEBUG:

@@ -148,6 +148,7 @@ def serve(
 
     Example: `raybert serve runs/demo`, then open http://127.0.0.1:8000
     """
+    from raybert.cluster.interrupts import deferred
     from raybert.serve.deploy.launch import log_folder, read_state, serving
     from raybert.serve.deploy.status import watch
 
@@ -170,7 +171,8 @@ def serve(
         if as_json:
             print_json({"url": url, "model": serve_config.model})
         try:
-            watch(read_state, lambda line: display.print(f"serve     {line}"))
+            with deferred() as stopping:
+                watch(read_state, lambda line: display.print(f"serve     {line}"), stopping)
         except KeyboardInterrupt:
             display.print("serve     stopping; Ctrl-C again to stop at once")
 

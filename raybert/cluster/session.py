@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from raybert.cluster import token
 from raybert.cluster.internals import core
 from raybert.cluster.internals import train as ray_train
 from raybert.cluster.machine import cores
+from raybert.cluster.scratch import scratch_folder
 from raybert.config import Settings
 from raybert.errors import UserError, one_line
 
@@ -94,8 +95,14 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
     tracking = {ray_train.STATE_TRACKING: "1"} if address or config.dashboard else {}
     # No provider announces the preemption of this machine.
     watching = {} if address else {ray_train.PREEMPTION_WATCHER: "0"}
-    with environment(tracking), environment(watching, overwrite=True):
-        _context, _started_here = _connect(config, address, workers), not address
+    with environment(tracking), environment(watching, overwrite=True), ExitStack() as own:
+        if address:
+            _context = _connect(config, address)
+        else:
+            parent = Path(os.environ.get(core.TEMPORARY) or "/tmp")
+            folder = own.enter_context(scratch_folder("rbr-", parent))
+            _context = _start(config, workers, folder)
+        _started_here = not address
         try:
             token.close_token()
             if threading.current_thread() is threading.main_thread():  # Ray's would just exit
@@ -113,30 +120,43 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
             ray.shutdown()
 
 
-def _connect(config: RayConfig, address: str | None, workers: int) -> Any:
+def _connect(config: RayConfig, address: str) -> Any:
     import ray
-    from ray.exceptions import AuthenticationError
 
-    options: dict[str, Any] = {"log_to_driver": config.logs, "logging_level": _level(config)}
-    try:
-        if address:
-            if token.is_required(address):
-                token.use_token()
-                core.reload_environment()
-            return ray.init(address, **options)
-        token.make_token()
+    if token.is_required(address):
+        token.use_token()
+    with _init_errors(f"the Ray cluster at {address}"):
+        return ray.init(address, **_options(config))
+
+
+def _start(config: RayConfig, workers: int, folder: Path) -> Any:
+    import ray
+
+    token.make_token()
+    with _init_errors("Ray on this machine"):
         return ray.init(
             "local",  # even if `ray start` has started a cluster on this machine
             num_cpus=max(cores(), workers) + 2,
             object_store_memory=int(config.object_store_gb * 1e9),
             include_dashboard=config.dashboard,
-            **core.FEW_IDLE_WORKERS,
-            **options,
+            **core.own_session(folder),
+            **_options(config),
         )
+
+
+def _options(config: RayConfig) -> dict[str, Any]:
+    return {"log_to_driver": config.logs, "logging_level": _level(config)}
+
+
+@contextmanager
+def _init_errors(where: str) -> Iterator[None]:
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
     except AuthenticationError:
-        raise UserError(token.format_refusal(f"the Ray cluster at {address}")) from None
+        raise UserError(token.format_refusal(where)) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         raise UserError(f"{where} does not start or answer: {one_line(error)}") from None
 
 

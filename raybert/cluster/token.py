@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from raybert.cluster.internals.core import CHECK_ALIVE
+from raybert.cluster.internals import core
 
 TOKEN_FILE = "~/.ray/auth_token"
 HOW_TO_MAKE = (
@@ -46,9 +46,13 @@ def token_file() -> Path:
 
 
 def use_token() -> None:
-    """Send the token if there is one: Ray's clients do so only with RAY_AUTH_MODE=token."""
+    """Send the token if there is one: Ray's clients do so only with RAY_AUTH_MODE=token.
+
+    Ray reads the variable once, when it is imported, which may have been before.
+    """
     if has_token():
         os.environ.setdefault(_MODE, "token")
+        core.reload_environment()
 
 
 def is_required(address: str) -> bool:
@@ -62,7 +66,7 @@ def is_required(address: str) -> bool:
     grpc = importlib.import_module("grpc")
     with grpc.insecure_channel(address) as channel:
         try:
-            channel.unary_unary(CHECK_ALIVE)(b"", timeout=_CALL_SECONDS)
+            channel.unary_unary(core.CHECK_ALIVE)(b"", timeout=_CALL_SECONDS)
         except grpc.RpcError as error:
             return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
     return False
@@ -74,10 +78,13 @@ def format_refusal(where: str) -> str:
     if _PATH in os.environ and not has_token():
         state = f"asks for a token, and {token_file()}, which {_PATH} names, is not there"
     elif has_token():
-        state = "refuses your token" if is_on() else "asks for a token, and you do not send yours"
+        state = "refuses your token"
+        if not is_on():
+            mode = f"{_MODE}={os.environ.get(_MODE, '')}"
+            return f"{where} asks for a token, and {mode} keeps yours from being sent; unset it"
     return (
-        f"{where} {state}; copy the cluster's into {TOKEN_FILE} (mode 0600) or RAY_AUTH_TOKEN, and "
-        "set RAY_AUTH_MODE=token; on the head, `ray get-auth-token` prints it"
+        f"{where} {state}; copy the cluster's into {TOKEN_FILE} (mode 0600) or RAY_AUTH_TOKEN; on "
+        "the head, `ray get-auth-token` prints it"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from raybert.cluster import interrupts
 from raybert.cluster.internals.core import JOB_STOP_SECONDS
 from raybert.cluster.internals.train import PROCESS_GROUP_SHUTDOWN
 from raybert.data.sources.settings import SourceConfig
@@ -159,17 +160,21 @@ def follow(cluster: Cluster, job: ClusterJob, display: Display) -> dict[str, Any
     Ctrl-C detaches and leaves the job running.
     """
     tail: list[str] = []
+    detached = (
+        f"detached; {job.id} continues. `raybert logs {job.run}` follows it, "
+        f"`raybert stop {job.run}` stops it (--address {cluster.address})"
+    )
+    before = interrupts.say(detached)
     try:
         for line in cluster.follow(job):
             tail = [*tail[-_TAIL:], line]
             if not line.startswith("{"):  # the result, for standard output
                 display.forward(line)
     except KeyboardInterrupt:
-        display.print(
-            f"detached; {job.id} continues. `raybert logs {job.run}` follows it, "
-            f"`raybert stop {job.run}` stops it (--address {cluster.address})"
-        )
+        display.print(detached)
         raise
+    finally:
+        interrupts.say(before)
     ended, code = cluster.job(job.id), cluster.exit_code(job)
     seconds = (ended.ended or 0) - (ended.begun or 0) if ended.ended and ended.begun else None
     spent = f" after {clock(seconds)}" if seconds is not None else ""

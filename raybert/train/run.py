@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
-from types import FrameType
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import torch
 
+from raybert.cluster.interrupts import deferred
 from raybert.cluster.machine import describe_machine, keep_freed_memory
 from raybert.errors import StorageError
 from raybert.records import EvalRecord, OnRecord, finite, ignore_record
@@ -121,36 +119,14 @@ def train_in_process(spec: TrainSpec, run: Folder, *, on_progress: OnRecord) -> 
     attempt = begin_attempt(run, spec.config.retry_timeout_s)
     group = Group(device=device)
     try:
-        with _interruptible() as is_interrupted:
-            signals = ControlSignals(stop=is_interrupted)
+        with deferred() as interrupted:
+            signals = ControlSignals(stop=interrupted.is_set)
             training = TrainingRun(
                 spec, run, attempt, group, on_progress=on_progress, signals=signals
             )
-            result = training.run()
+            return training.run()
     except Stopped:
         raise KeyboardInterrupt from None
-    if is_interrupted():
-        raise KeyboardInterrupt
-    return result
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Make the first Ctrl-C a request to save and stop; the second one interrupts at once."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # can't handle signals
-        yield interrupted.is_set
-        return
-
-    def on_interrupt(signum: int, frame: FrameType | None) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield interrupted.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _wants_gpu(config: TrainConfig) -> bool:

@@ -125,6 +125,7 @@ def test_a_token_is_sent_if_there_is_one(home, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     token.use_token()
     assert not token.is_on()
+    assert "RAY_AUTH_MODE=disabled keeps yours from being sent" in token.format_refusal("it")
 
 
 class Head(grpc.GenericRpcHandler):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from commands import refused
-from head import RAYBERT, ray_head
+from head import RAYBERT, ray_head, token_file
 from making import MODEL, make_corpus, reviews, write_csv
 
 from raybert.cluster.internals.train import controller_environment
@@ -438,21 +438,27 @@ def config(tmp_path_factory):
 
 
 @pytest.mark.ray
-def test_a_missing_or_wrong_token_is_refused(head):
-    address, env = head
-    bare = {k: v for k, v in env.items() if not k.startswith("RAY_")}
-    for more in ({}, {"RAY_AUTH_TOKEN": "wrong" * 8}):
-        done = subprocess.run(
-            [str(RAYBERT), "jobs", "--address", address],
-            env={**bare, "HOME": "/nonexistent", **more},
-            capture_output=True,
-            text=True,
-            timeout=120,  # it does not retry for minutes
-        )
-        assert done.returncode == 2, done.stderr
-        assert "Traceback" not in done.stderr
-        assert "ray get-auth-token" in done.stderr.splitlines()[-1]
-        assert ("refuses your token" in done.stderr) == bool(more)
+@pytest.mark.parametrize("more", [{}, {"RAY_AUTH_TOKEN": "wrong" * 8}], ids=["missing", "wrong"])
+def test_a_missing_or_wrong_token_is_refused(head, more):
+    done = call(head, "jobs", HOME="/nonexistent", **more)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ray get-auth-token" in done.stderr.splitlines()[-1]
+    assert ("refuses your token" in done.stderr) == bool(more)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "HOME"])
+def test_a_token_is_sent_wherever_ray_would_find_it(started, name):
+    """With nothing else set: Ray's client sends it only where RAY_AUTH_MODE says so."""
+    values = {
+        "RAY_AUTH_TOKEN": started.token,
+        "RAY_AUTH_TOKEN_PATH": str(token_file(started.folder)),
+        "HOME": str(started.folder),
+    }
+    more = {"HOME": "/nonexistent", name: values[name]}
+    done = call((started.address, started.env), "jobs", "--json", **more)
+    assert (done.returncode, done.stdout) == (0, '{"jobs": []}\n'), done.stderr
 
 
 _CONNECT = """
@@ -466,14 +472,11 @@ with ray_session(RayConfig(address=sys.argv[1])) as resources:
 
 
 @pytest.mark.ray
-def test_a_driver_sends_the_token_of_its_home_directory(started, tmp_path):
+def test_a_driver_sends_the_token_of_its_home_directory(started):
     """Ray itself reads that file only where RAY_AUTH_MODE says so."""
-    (tmp_path / ".ray").mkdir()
-    shutil.copy(started.folder / "token", tmp_path / ".ray" / "auth_token")
-    bare = {k: v for k, v in started.env.items() if not k.startswith("RAY_")}
     done = subprocess.run(
         [sys.executable, "-c", _CONNECT, started.gcs],
-        env={**bare, "HOME": str(tmp_path)},
+        env=started.env,
         capture_output=True,
         text=True,
         timeout=120,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from raybert.cluster.internals.private_names import has_private_api
@@ -14,10 +15,8 @@ NICENESS = "RAY_worker_niceness"
 #: Ray gives a job three seconds between SIGTERM and SIGKILL; a checkpoint may take longer.
 JOB_STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S"
 
-#: Arguments of `ray.init` for a Ray that is started here. Each of its processes wakes a hundred
-#: times a second, which takes 0.8% of a core, and a trainer's threads wait for the slowest one of
-#: them: of idle workers one is enough.
-FEW_IDLE_WORKERS = {"_system_config": {"num_workers_soft_limit": 1}}
+#: Where Ray makes its temporary files, instead of /tmp.
+TEMPORARY = "RAY_TMPDIR"
 
 #: The RPC of a head that takes no arguments: it fails where a token is required.
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
@@ -30,6 +29,16 @@ JOB_CLIENT_LOGGERS = (
 )
 
 _NAMESPACE = b"raybert"  # of the key-value store
+
+
+def own_session(folder: Path) -> dict[str, Any]:
+    """Arguments of `ray.init` for a Ray that is started here, with its files in a folder.
+
+    Each of its processes wakes a hundred times a second, which takes 0.8% of a core, and a
+    trainer's threads wait for the slowest one of them: of idle workers one is enough. Ray opens the
+    folder of its files to everybody: it gets one inside.
+    """
+    return {"_system_config": {"num_workers_soft_limit": 1}, "_temp_dir": str(folder / "ray")}
 
 
 def reload_environment() -> None:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import socket
 import ssl
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +21,7 @@ import psutil
 
 from raybert.cluster.internals.serve import haproxy_template, http_options
 from raybert.cluster.machine import cores
+from raybert.cluster.scratch import scratch_folder
 from raybert.cluster.session import RayConfig, environment, logs_folder, ray_session
 from raybert.errors import RaybertError, UserError
 from raybert.serve.client import Client, ServerError
@@ -56,8 +55,7 @@ def serving(
         config = config.model_copy(update={"threads": config.threads or share})
     # One replica more, since an update starts new ones first.
     workers = math.ceil(config.cpus * (config.max_replicas + 1))
-    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir="/"))
-    try:
+    with scratch_folder(Path(SCRATCH_PREFIX).name, Path(SCRATCH_PREFIX).parent) as scratch:
         with environment({} if on_cluster else serve_environment(config, scratch, digests)):
             from raybert.serve.deploy.deployment import check_access
             from raybert.serve.runtime.model_sources import check_models, resolve
@@ -81,8 +79,6 @@ def serving(
                 finally:
                     on_progress("completing running requests")
                     _stop(on_cluster)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _deploy(config: ServeConfig, digests: list[str], on_progress: Callable[[str], None]) -> str:

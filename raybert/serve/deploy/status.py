@@ -69,11 +69,17 @@ class Monitor:
             )
 
 
-def watch(read_state: Callable[[], State | None], log: Callable[[str], None]) -> None:
-    """Poll an application until `Monitor.update` raises; `read_state` may raise or hang."""
-    monitor = Monitor(log)
-    while True:
-        time.sleep(POLL_S)
+def watch(
+    read_state: Callable[[], State | None],
+    log: Callable[[str], None],
+    stopping: threading.Event | None = None,
+) -> None:
+    """Poll an application until `stopping` is set or `Monitor.update` raises.
+
+    `read_state` may raise or hang.
+    """
+    monitor, stopping = Monitor(log), stopping or threading.Event()
+    while not stopping.wait(POLL_S):
         monitor.update(_poll(read_state), time.monotonic())
 
 

@@ -17,11 +17,12 @@ from contextlib import suppress
 from typing import Any
 
 from raybert.cluster.internals import core
+from raybert.cluster.interrupts import deferred, end
 from raybert.records import EventName, EventRecord
 
 _POLL_SECONDS = 0.5
 _CLOSE_SECONDS = 5.0
-_GRACE_SECONDS = 60  # after Ctrl-C, for the current step and its checkpoint
+_START_SECONDS = 2.0  # for a checkpoint before the first record: hardly a step was taken
 
 
 class DriverChannel:
@@ -29,6 +30,7 @@ class DriverChannel:
 
     def __init__(self) -> None:
         self._prefix = f"channel-{uuid.uuid4().hex}/"
+        self.has_progress = False  # on the driver: whether a worker has sent a record
 
     def send(self, record: str, position: tuple[int, int]) -> None:
         """Add a record of progress, as JSON; `position`, (attempt, number), orders the records."""
@@ -39,6 +41,7 @@ class DriverChannel:
         """Yield the records since the last call; each is removed before the next is read."""
         for key in core.kv_list(f"{self._prefix}record/"):
             record = json.loads(core.kv_get(key) or b"")
+            self.has_progress |= record.get("kind") != "event"  # such as "waiting for nodes"
             core.kv_delete(key)
             yield record
 
@@ -158,6 +161,13 @@ class WorkerChannel:
             self._sent += 1
 
 
+def _clear_if(is_finished: bool, channel: DriverChannel) -> None:
+    """Clear a channel, unless remaining workers must still find the stop or the error."""
+    if is_finished:
+        with suppress(Exception):
+            channel.clear()
+
+
 def run_fit(
     fit: Callable[[], Any],
     channel: DriverChannel,
@@ -170,8 +180,10 @@ def run_fit(
     In the main thread both install their own SIGINT handler: Train's kills the workers without a
     checkpoint, exits with status 0 and is never removed; Tune's gives the trials five seconds.
     Here Ctrl-C calls `on_interrupt`, asks the workers to stop through `channel`, waits for their
-    checkpoint and raises KeyboardInterrupt. `poll` is called twice a second and once after `fit`
-    has returned; what it raises ends the wait, not the thread.
+    checkpoint, however long a slow storage takes, and raises KeyboardInterrupt; where they still
+    start, it ends the process. `poll` is
+    called twice a second and once after `fit` has returned; what it raises ends the wait, not the
+    thread.
     """
     errors: list[Exception] = []
     # An event, because a `join` that Ctrl-C interrupts marks the thread as ended (CPython 3.11).
@@ -187,18 +199,22 @@ def run_fit(
 
     threading.Thread(target=run, name="fit", daemon=True).start()
     try:
-        is_finished = False
-        while not is_finished:
-            is_finished = finished.wait(_POLL_SECONDS)
-            poll()
+        with deferred() as interrupted:
+            is_finished = False
+            while not is_finished and not interrupted.is_set():
+                is_finished = finished.wait(_POLL_SECONDS)
+                poll()
     except KeyboardInterrupt:
         on_interrupt()
         with suppress(Exception):  # if Ray's head is gone, so are the workers
             channel.stop()
-        finished.wait(_GRACE_SECONDS)  # a second Ctrl-C ends this wait
+        if not channel.has_progress:
+            finished.wait(_START_SECONDS)
+            _clear_if(finished.is_set(), channel)
+            end()
+        while not finished.wait(_POLL_SECONDS):  # a second Ctrl-C ends this
+            poll()
         raise
     finally:
-        if finished.is_set():  # else remaining workers must still find the stop or the error
-            with suppress(Exception):
-                channel.clear()
+        _clear_if(finished.is_set(), channel)
     return errors[0] if errors else None

@@ -1,0 +1,81 @@
+"""Folders of this machine for as long as a process lives: Ray's session, HAProxy's files.
+
+Only their owner can enter them. A process that is killed leaves them; the next one deletes them. A
+folder is in use while its process holds the lock on a file in it, which the kernel releases when
+the process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from raybert.cluster import interrupts
+
+PREFIXES = ("rbr-", "rbs-")  # Ray's and HAProxy's; short, since a socket's path has 107 bytes
+_LOCK = "lock"
+_UNLOCKED_S = 86_400  # the age at which a folder without a lock is a leftover of an old version
+
+
+@contextmanager
+def scratch_folder(prefix: str, parent: Path) -> Iterator[Path]:
+    """Make a folder with one of PREFIXES, and delete it at the end, or after an error later.
+
+    An error's message may name a log in it: it stays until the next process makes a folder.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep(parent)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    lock = _take_lock(folder)
+    forget = interrupts.at_end(lambda: shutil.rmtree(folder, ignore_errors=True))
+    try:
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+    except (KeyboardInterrupt, SystemExit):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        forget()
+        os.close(lock)
+
+
+def sweep(parent: Path) -> None:
+    """Delete this user's folders whose processes have ended."""
+    with suppress(OSError):
+        for folder in parent.iterdir():
+            if folder.name.startswith(PREFIXES):
+                with suppress(OSError):
+                    _delete_unused(folder)
+
+
+def _delete_unused(folder: Path) -> None:
+    about = folder.lstat()  # a link is another one's
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
+        return
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:  # just being made, unless it is old
+        if time.time() - about.st_mtime > _UNLOCKED_S:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: in use
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _take_lock(folder: Path) -> int:
+    """Lock a folder; the file gets its name once it is locked, so nobody else takes the lock."""
+    made = folder / f".{_LOCK}"
+    lock = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    made.rename(folder / _LOCK)
+    return lock
