@@ -71,6 +71,7 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._committed: CheckpointRecord | None = None
+        self._damaged: set[Commit] = set()  # that were found damaged when they were read
         self._swept = False  # False: there may be folders that no commit names
         self.last: int | None = None  # the step of the last complete checkpoint
         self.is_failing = False  # whether the last write failed
@@ -132,14 +133,26 @@ class CheckpointStore:
         return sorted(Commit(int(m[1]), int(m[2] or 0), m[0]) for m in matches if m)
 
     def load_latest(self, on_damaged: Callable[[str], None]) -> Snapshot | None:
-        """Load the latest complete checkpoint; `on_damaged` gets a message for each damaged one."""
+        """Load the latest complete checkpoint; `on_damaged` gets a message for each damaged one.
+
+        None: there is none. A DamagedError if there are some and all are damaged: a run that
+        started again would delete them.
+        """
+        messages: list[str] = []
         for commit in reversed(self._commits()):
             try:
                 snapshot = self.read(commit)
                 self.last = commit.step
                 return snapshot
             except DamagedError as error:
-                on_damaged(str(error))
+                self._damaged.add(commit)
+                messages.append(str(error))
+                on_damaged(messages[-1])
+        if messages:
+            raise DamagedError(
+                f"every checkpoint of {self.run} is damaged ({messages[0]}); restore one, or "
+                f"delete {self._folder} to start anew from step 0"
+            )
         return None
 
     def load(self, step: int) -> Snapshot:
@@ -237,14 +250,17 @@ class CheckpointStore:
     def _prune(self, written: int, best_step: int | None) -> None:
         """Delete all checkpoints but the last `keep` and the best; commits before their files.
 
-        Checkpoints of later steps than the one just written are deleted, too: they were damaged,
-        or this attempt would have begun there. Those of later attempts are left alone.
+        Of later steps than the one just written those are deleted that were damaged. Others this
+        attempt would have begun from: the storage did not list them then. Those of later attempts
+        are left alone.
         """
         check_attempt(self.run, self.attempt)
-        latest = {commit.step: commit for commit in self._commits()}
+        commits = self._commits()
+        latest = {commit.step: commit for commit in commits}
         keep = {*[step for step in latest if step <= written][-self._keep :], best_step}
-        for commit in self._commits():
+        for commit in commits:
             is_kept = commit.step in keep and commit == latest[commit.step]
+            is_kept |= commit.step > written and commit not in self._damaged
             if not is_kept and commit.attempt <= self.attempt:
                 self._folder.delete(commit.name)
         self._sweep()

@@ -7,10 +7,12 @@ and without a network.
 from __future__ import annotations
 
 import os
+import pickle
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
@@ -19,6 +21,37 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raybert.cluster.machine import cores
+from raybert.train.tensor_file import Tensors
+
+T = TypeVar("T")
+
+
+class _Work:
+    """An action in a thread of its own: its result, or its error in a picklable form."""
+
+    def __init__(self, action: Callable[[], Any], device: torch.device) -> None:
+        self._action, self._device = action, device
+        self.result: Any = None
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="work", daemon=True)
+        self._thread.start()
+
+    def is_running(self, seconds: float) -> bool:
+        """Wait for its end for some seconds; whether it still runs."""
+        self._thread.join(seconds)
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            if self._device.type == "cuda":  # a thread begins with the first device
+                torch.cuda.set_device(self._device)
+            self.result = self._action()
+        except Exception as error:
+            try:
+                pickle.loads(pickle.dumps(error))
+                self.error = error
+            except Exception:  # the other ranks can't be sent it
+                self.error = RuntimeError(f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +84,55 @@ class Group:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's picklable object on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def broadcast_tensors(self, tensors: Tensors | None) -> Tensors:
+        """Return rank 0's tensors, on the CPU, on every rank; the others give none."""
+        if self.world_size == 1:
+            assert tensors is not None
+            return tensors
+        mine = tensors or {}
+        shapes = self.broadcast({name: (t.shape, t.dtype) for name, t in mine.items()})
+        received = {}
+        for name, (shape, dtype) in shapes.items():
+            tensor = mine.get(name)
+            if tensor is None:
+                tensor = torch.empty(shape, dtype=dtype)
+            # As bytes: gloo and NCCL do not know every type.
+            data = tensor.detach().contiguous().flatten().view(torch.uint8).to(self.device)
+            if data.numel():
+                dist.broadcast(data, src=0)
+            received[name] = tensor if self.rank == 0 else data.cpu().view(dtype).view(shape)
+        return received
+
+    def wait_for(self, action: Callable[[], T], timeout_s: float) -> T:
+        """Run a different action on each rank, and return its result when all have ended.
+
+        A collective fails after `timeout_s`. The action may take longer: it runs in a thread, and
+        the ranks tell each other that they are still there. The first rank's error is raised on
+        all of them.
+        """
+        if self.world_size == 1:
+            return action()
+        work = _Work(action, self.device)
+        while self.sum([work.is_running(timeout_s / 4)])[0]:
+            pass
+        errors = [error for error in self.gather(work.error) if error is not None]
+        if errors:
+            raise errors[0] from work.error
+        return cast(T, work.result)
+
+    def first(self, action: Callable[[], T], timeout_s: float) -> T:
+        """Run an action on rank 0, as `wait_for` does, and return its result on every rank."""
+        mine = action if self.rank == 0 else lambda: None
+        return cast(T, self.broadcast(self.wait_for(mine, timeout_s)))
 
     def share(self, items: range) -> range:
         """The items of this rank; every item belongs to exactly one rank."""

@@ -91,6 +91,8 @@ class Loop:
             Preempted: a node will be taken away; continue with the others.
             UserError: a checkpoint can't be written, and the run must stop for that; on rank 0.
             StorageError: the best weights can't be read for `retry_timeout_s`.
+            DamagedError: there are checkpoints, and all are damaged.
+            ReplicasDiffer: the ranks have different weights.
             RaybertError: the gradients are not finite for too many steps.
         """
         task, config, progress, budget = self.task, self.config, self.progress, self._budget
@@ -103,6 +105,7 @@ class Loop:
                 self.log.event("budget", str(budget))
             task.prepare(progress.step)
             self._step.wrap()
+            self.state.check_replicas(self.group, with_optimizer=True)
             with contextlib.closing(BatchStream(task, progress, self._meter)) as stream:
                 while not budget.is_spent and not self._is_out_of_patience():
                     batches = stream.next()
@@ -146,20 +149,24 @@ class Loop:
         if self._is_resumed:
             return
         self._is_resumed = True
-        snapshot = load_latest_on_all_ranks(self.store, self.group, self._damaged.append)
+        snapshot = self._load_latest(self._damaged.append)
         if snapshot is None:
             return
         self.progress.restore(snapshot.state)
         self.saver.resume_from(self.progress)
         self.progress.restarts += 1
-        [is_damaged] = self.group.sum(
-            [self.group.rank == 0 and self.progress.best_step not in self.store.steps()]
-        )
-        if is_damaged:
+        if self.progress.best_step not in self.group.first(self.store.steps, self._timeout_s):
             self.progress.forget_best()
         self.state.restore(snapshot)
         if self.group.rank == 0:  # of the loaded model, for the log
             self._loaded = hash_tensors(self.task.model.state_dict())
+
+    def _load_latest(self, on_damaged: Callable[[str], None]) -> Snapshot | None:
+        return load_latest_on_all_ranks(self.store, self.group, self._timeout_s, on_damaged)
+
+    @property
+    def _timeout_s(self) -> float:
+        return self.config.collective_timeout_s
 
     def snapshot(self) -> Snapshot:
         """Copy the run's state to the CPU."""
@@ -219,8 +226,7 @@ class Loop:
             raise RaybertError(f"{message}, for {self._skipped_in_a_row} steps in a row; {remedy}")
         if policy == "rollback":
             self.saver.wait_on_all_ranks()
-            on_damaged = partial(self.log.event, "damaged checkpoint")
-            snapshot = load_latest_on_all_ranks(self.store, self.group, on_damaged)
+            snapshot = self._load_latest(partial(self.log.event, "damaged checkpoint"))
             if snapshot is not None:
                 self.state.restore(snapshot)
                 message += f"; weights are those of step {snapshot.step} again"
@@ -241,6 +247,7 @@ class Loop:
 
     def _evaluate(self, is_last: bool = False) -> EvalRecord:
         """Evaluate, log it, and save the weights if they are the best; returns the record."""
+        self.state.check_replicas(self.group, with_optimizer=False)
         metrics, is_best = self._evaluator.evaluate()
         progress = self.progress
         record = cast(

@@ -48,7 +48,10 @@ class TrainingRun:
         if group.device.type == "cpu":
             keep_freed_memory()
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-        self.task = spec.make_task(group, loader)
+        # Ranks may read the data and the model to start from at very different speeds.
+        self.task = group.wait_for(
+            lambda: spec.make_task(group, loader), config.collective_timeout_s
+        )
         self._store = CheckpointStore(run, attempt, config.keep_checkpoints)
         name = f"{attempt:04d}-{group.rank:04d}.txt"
         self._digests = LineLog(run / DIGESTS, name, lambda text: self.loop.log.storage_event(text))
@@ -85,13 +88,18 @@ class TrainingRun:
     def _train(self) -> Generator[EvalRecord, None, None]:
         with closing(self._digests):
             outcome = yield from self.loop.evaluations()
-        if self._group.rank == 0:
+
+        def finish() -> None:
+            if self._group.rank > 0:
+                return
             timeout_s, log = self._spec.config.retry_timeout_s, self.loop.log
             try:
                 self.result = retry(lambda: self._finish(outcome), timeout_s, log.storage_event)
             except StorageError as error:
                 raise StorageError(f"{error}; {resume_hint(self._store.last)}") from None
-        self._group.gather(None)  # no rank ends before the result is written
+
+        # No rank ends before the result is written.
+        self._group.wait_for(finish, self._spec.config.collective_timeout_s)
 
     def _finish(self, outcome: dict[str, Any]) -> dict[str, Any]:
         run, attempt = self._run, self._store.attempt

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from raybert.errors import DamagedError, StorageError
 from raybert.records import Metrics, finite
 from raybert.train.averages import WeightAverages
-from raybert.train.checkpoint import CheckpointStore, Commit, Snapshot
+from raybert.train.checkpoint import CheckpointStore, Snapshot
 from raybert.train.distributed import Group
 from raybert.train.optimizers import optimizer_tensors, restore_optimizer
-from raybert.train.tensor_file import Tensors
+from raybert.train.task import ReplicasDiffer
+from raybert.train.tensor_file import Tensors, checksum_tensors
 
 
 @dataclass
@@ -73,6 +73,21 @@ class TrainState:
             _copy(self.averages.tensors()),
         )
 
+    def check_replicas(self, group: Group, *, with_optimizer: bool) -> None:
+        """Raise ReplicasDiffer on all ranks unless their weights and averages are equal."""
+        if group.world_size == 1:
+            return
+        tensors = [*self.model.state_dict().values(), *self.averages.tensors().values()]
+        if with_optimizer:
+            tensors += optimizer_tensors(self.optimizer).values()
+        sums = group.gather(checksum_tensors(tensors))
+        others = [str(rank) for rank, found in enumerate(sums) if found != sums[0]]
+        if others:
+            raise ReplicasDiffer(
+                f"step {self.progress.step}: the weights of rank {', '.join(others)} differ from "
+                "those of rank 0: a fault of a node, or different processors that round differently"
+            )
+
     def restore(self, snapshot: Snapshot) -> None:
         """Put the tensors of a snapshot back; the progress stays as it is."""
         self.model.load_state_dict(snapshot.model)
@@ -85,24 +100,28 @@ def _copy(tensors: Tensors) -> Tensors:
 
 
 def load_latest_on_all_ranks(
-    store: CheckpointStore, group: Group, on_damaged: Callable[[str], None]
+    store: CheckpointStore, group: Group, timeout_s: float, on_damaged: Callable[[str], None]
 ) -> Snapshot | None:
-    """Load the latest complete checkpoint that rank 0 finds; StorageError if a rank can't.
+    """Load the latest complete checkpoint on rank 0, which sends it to the other ranks.
 
-    The other ranks read the same commit, whatever the storage lists to them.
+    They read nothing: a storage may list or return other files to them, and each would read as
+    much again. However long rank 0 reads, they wait. Raises what `load_latest` does, on all ranks.
     """
-    snapshot = store.load_latest(on_damaged) if group.rank == 0 else None
-    commit: Commit | None = group.gather(snapshot and snapshot.commit)[0]
-    problem = ""
-    if commit is not None and group.rank != 0:
-        try:
-            snapshot = store.read(commit)
-        except (DamagedError, StorageError) as error:
-            problem = f"rank {group.rank}: {error}"
-    problems = list(filter(None, group.gather(problem)))
-    if commit is not None and problems:
-        raise StorageError(
-            f"not every worker can read the checkpoint of step {commit.step}; use a run.storage "
-            f"that all nodes share ({problems[0]})"
-        )
-    return snapshot
+    found: Snapshot | None = None
+
+    def load() -> None:
+        nonlocal found
+        found = store.load_latest(on_damaged)
+
+    group.wait_for(load if group.rank == 0 else _nothing, timeout_s)
+    header = group.broadcast(found and (found.step, found.state, found.commit))
+    if header is None:
+        return None
+    step, state, commit = header
+    parts = (found.model, found.optimizer, found.averages) if found is not None else (None,) * 3
+    model, optimizer, averages = (group.broadcast_tensors(part) for part in parts)
+    return Snapshot(step, model, optimizer, state, averages, commit)
+
+
+def _nothing() -> None:
+    """What the other ranks do while rank 0 reads."""

@@ -116,7 +116,9 @@ class Evaluator:
             torch.inference_mode(),
             autocast(self._config.precision, self._group.device),
         ):
-            metrics = self._last = self._task.evaluate()
+            mine = self._task.evaluate()
+        # Rank 0's: all ranks must agree on the best one, whatever their processors round.
+        metrics = self._last = self._group.broadcast(mine)
         model.train()
         return metrics, self._state.progress.note_best(metrics)
 
@@ -131,18 +133,22 @@ class Evaluator:
         best, best_metrics = progress.best_step, progress.best_metrics
         if best == progress.step:
             metrics = best_metrics or metrics
-        elif best is not None and self._group.rank == 0:
-            timeout_s = self._config.retry_timeout_s
+        elif best is not None:
+            config = self._config
+
+            def restore() -> None:
+                if self._group.rank == 0:
+                    load = partial(store.load, best)
+                    state.restore(retry(load, config.retry_timeout_s, log.storage_event))
+
             try:
-                state.restore(retry(partial(store.load, best), timeout_s, log.storage_event))
+                self._group.wait_for(restore, config.collective_timeout_s)
                 metrics = best_metrics or {}
             except DamagedError as error:
                 message = f"{error}; the model has the weights of step {progress.step} instead"
                 log.event("best checkpoint lost", message)
                 progress = replace(progress, best_score=metrics["score"], best_step=progress.step)
         state.averages.swap()
-        # The other ranks wait here: rank 0 may retry as long again for the model it writes next.
-        self._group.gather(None)
         result = {**metrics, **asdict(progress)}
         del result["best_metrics"]
         return result

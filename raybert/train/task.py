@@ -117,6 +117,10 @@ class Preempted(RaybertError):
     """A worker's node will be taken away; the run's state is in a checkpoint."""
 
 
+class ReplicasDiffer(RaybertError):
+    """The weights of the ranks are not equal; those of the last checkpoint were one rank's."""
+
+
 @dataclass(frozen=True)
 class ControlSignals:
     """Requests from outside, polled before every step; each may come from any rank."""

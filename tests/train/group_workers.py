@@ -1,20 +1,35 @@
 """The scenarios of test_distributed.py: each runs on all ranks and returns its results."""
 
+import contextlib
 import math
 import sys
+import time
 import warnings
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from making import Attempt, Scripted, finetune_job, gradients_of, pretrain_job
+from making import (
+    Attempt,
+    Scripted,
+    committed,
+    damage,
+    finetune_job,
+    gradients_of,
+    pretrain_job,
+)
 
 from raybert.data.masking import IGNORE_INDEX
-from raybert.errors import RaybertError, UserError
+from raybert.errors import DamagedError, RaybertError, UserError
 from raybert.storage.folder import Folder
+from raybert.tasks.masked_lm import PretrainSpec
+from raybert.train.checkpoint import CheckpointStore
 from raybert.train.distributed import Group
-from raybert.train.task import Stopped
+from raybert.train.run import TrainingRun
+from raybert.train.run_folder import begin_attempt
+from raybert.train.task import ReplicasDiffer, Stopped
 
 
 class Uneven(Scripted):
@@ -160,6 +175,118 @@ def lagging_listing(corpus, run, group):
     return {"found": found, "weights": again.task.evaluated}
 
 
+def altered_on_one_rank(corpus, run, group):
+    """A bit of the last rank's weights changes in step 1; the next evaluation is after step 2."""
+    job = pretrain_job(corpus, steps=4, evaluations=2)
+
+    def alter(batch):
+        if batch.step == 1 and group.rank == 1:
+            weight = next(attempt.task.model.parameters()).detach()
+            weight.flatten().view(torch.int32)[0] ^= 1
+
+    attempt = Attempt(job, run, group=group, on_batch=alter)
+    try:
+        attempt.run()
+    except ReplicasDiffer as error:
+        return {"step": attempt.loop.progress.step, "error": str(error)}
+    return {"step": attempt.loop.progress.step, "error": None}
+
+
+class Slow:
+    """What rank 0 does alone ends only after a few more collectives of all ranks."""
+
+    def __init__(self, group):
+        self._group, self.calls, self.read = group, 0, Counter()
+
+    @contextlib.contextmanager
+    def storage(self):
+        sum_of, read_bytes = Group.sum, Folder.read_bytes
+
+        def count(group, values):
+            self.calls += 1
+            return sum_of(group, values)
+
+        def read(folder, name):
+            data = read_bytes(folder, name)
+            if "checkpoints" in folder.path:
+                self.read[name] += len(data)
+                self.wait()
+            return data
+
+        Group.sum, Folder.read_bytes = count, read
+        try:
+            yield
+        finally:
+            Group.sum, Folder.read_bytes = sum_of, read_bytes
+
+    def wait(self):
+        if self._group.world_size > 1:
+            calls, ends = self.calls, time.monotonic() + 30
+            while self.calls < calls + 3:
+                assert time.monotonic() < ends, "the other ranks hear nothing of rank 0"
+                time.sleep(0.001)
+
+
+class SlowToFinish(PretrainSpec):
+    def finish(self, task, run, metrics):
+        slow.wait()
+        return super().finish(task, run, metrics)
+
+
+class Worse(Scripted):
+    """The first evaluation is the best, so its weights are read at the end."""
+
+    calls = 0
+
+    def evaluate(self):
+        self.calls += 1
+        return {**self._task.evaluate(), "score": -float(self.calls)}
+
+
+def slow_storage(corpus, run, group):
+    """Reading takes longer than a collective may: to resume, to roll back, and at the end."""
+    global slow
+    slow = Slow(group)
+    values = {"steps": 6, "evaluations": 3, "checkpoint_steps": 1, "on_non_finite": "rollback"}
+    job = pretrain_job(corpus, average_decay=0.9, collective_timeout_s=0.02, **values)
+    job = SlowToFinish(**vars(job))
+    change = lambda task: Worse(  # noqa: E731
+        task, factor=lambda batch: math.nan if batch.step == 4 else 1.0
+    )
+    try:
+        Attempt(job, run, group=group, stop_at=3, change=change).run()
+    except Stopped:
+        pass
+    group.gather(None)
+    with slow.storage():
+        attempt = group.first(lambda: begin_attempt(run), 0.02)
+        training = TrainingRun(job, run, attempt, group)
+        training.task = training.loop.task = change(training.task)
+        training.loop._evaluator._task = training.loop._step._task = training.task
+        training.run()
+    found = {key: training.result.get(key) for key in ("step", "best_step", "skipped", "restarts")}
+    return {"read": dict(slow.read), "found": found}
+
+
+def damaged_everywhere(corpus, run, group):
+    """Rank 0 alone reads; its error is that of all ranks."""
+    job = pretrain_job(corpus, steps=4, checkpoint_steps=1)
+    try:
+        Attempt(job, run, group=group, stop_at=2).run()
+    except Stopped:
+        pass
+    group.gather(None)
+    if group.rank == 0:
+        for step in (1, 2):
+            damage(committed(run, step) / "state.json", "cut")
+    group.gather(None)
+    try:
+        Attempt(job, run, group=group).run()
+    except DamagedError as error:
+        return {"error": str(error), "left": CheckpointStore(run, 9, 1).steps()}
+    return {"error": None}
+
+
 SCENARIOS = {
     "uneven": uneven,
     "deterministic": lambda *args: uneven(*args, deterministic=True),
@@ -171,6 +298,9 @@ SCENARIOS = {
     "fine_tuning": fine_tuning,
     "resumed": resumed,
     "lagging_listing": lagging_listing,
+    "altered_on_one_rank": altered_on_one_rank,
+    "slow_storage": slow_storage,
+    "damaged_everywhere": damaged_everywhere,
 }
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import same_tensors
 
-from raybert.errors import StorageError, Superseded, UserError
+from raybert.errors import DamagedError, StorageError, Superseded, UserError
 from raybert.storage.folder import Folder
 from raybert.train.checkpoint import FORMAT_VERSION, CheckpointStore, Snapshot, _commit_checksum
 from raybert.train.run_folder import begin_attempt, check_attempt
@@ -280,13 +280,41 @@ def test_what_a_later_attempt_writes_is_not_pruned(run):
 
 
 def test_damaged_checkpoints_of_later_steps_do_not_displace_new_ones(run):
-    store = store_of(run, keep=1)
-    store.save(snapshot(10), best_step=None, wait=True)
+    store = store_of(run, keep=2)
+    for step in (2, 10):
+        store.save(snapshot(step), best_step=None, wait=True)
     (run / "checkpoints" / "step-00000010-a0001").write_text("state.json", "{")
     again = store_of(run, keep=1)
-    assert again.load_latest(lambda message: None) is None
+    assert again.load_latest(lambda message: None).step == 2
     again.save(snapshot(4), best_step=None, wait=True)
     assert again.load_latest(pytest.fail).step == 4
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_keeps_them(run):
+    store = store_of(run)
+    for step in (2, 4):
+        store.save(snapshot(step), best_step=None, wait=True)
+        (run / "checkpoints" / f"step-{step:08d}-a0001").delete("state.json")
+    names, messages = (run / "checkpoints").names(), []
+    with pytest.raises(
+        DamagedError,
+        match="every checkpoint of .* is damaged .*step-00000004-a0001"
+        ".*; restore one, or delete .*checkpoints to start anew",
+    ):
+        store_of(run).load_latest(messages.append)
+    assert len(messages) == 2
+    assert (run / "checkpoints").names() == names
+
+
+def test_checkpoints_that_the_storage_did_not_list_are_not_deleted(run, monkeypatch):
+    """A run that starts again at step 0 would delete days of work otherwise."""
+    store_of(run).save(snapshot(10), best_step=None, wait=True)
+    again = store_of(run, keep=1)
+    with monkeypatch.context() as stale:
+        stale.setattr(again, "_commits", list)
+        assert again.load_latest(pytest.fail) is None
+    again.save(snapshot(2), best_step=None, wait=True)
+    assert store_of(run).load_latest(pytest.fail).step == 10
 
 
 def test_attempts_that_begin_at_the_same_time_get_different_numbers(run, monkeypatch):

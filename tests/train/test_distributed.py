@@ -125,6 +125,31 @@ def test_ranks_go_by_the_checkpoints_that_rank_0_read(found):
     assert same_tensors(first["weights"], second["weights"])
 
 
+def test_replicas_that_differ_end_all_ranks_at_the_next_evaluation(found):
+    assert found[1, 0]["altered_on_one_rank"]["error"] is None
+    for rank in range(2):
+        ended = found[2, rank]["altered_on_one_rank"]
+        assert ended["step"] == 2
+        assert "the weights of rank 1 differ from those of rank 0" in ended["error"]
+
+
+def test_a_state_is_read_by_rank_0_however_long_it_takes(found):
+    """When it resumes, rolls back and ends; the other rank is sent what was read."""
+    alone, first, second = (found[key]["slow_storage"] for key in ((1, 0), (2, 0), (2, 1)))
+    assert alone["found"] == {"step": 6, "best_step": 2, "skipped": 1, "restarts": 1}
+    assert first["found"] == alone["found"]
+    assert first["read"].keys() == alone["read"].keys()
+    assert first["read"]["model.safetensors"] == alone["read"]["model.safetensors"] > 0
+    assert second["read"] == {}
+
+
+def test_an_error_of_reading_on_rank_0_ends_all_ranks(found):
+    for key in ((1, 0), (2, 0), (2, 1)):
+        ended = found[key]["damaged_everywhere"]
+        assert "every checkpoint of" in ended["error"]
+        assert ended["left"] == [1, 2]
+
+
 # One process -------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,14 @@ from raybert.train.ray.placement import operator_cpus
 from raybert.train.ray.prometheus import PrometheusExporter
 from raybert.train.run import TrainingRun
 from raybert.train.run_folder import begin_attempt
-from raybert.train.task import ControlSignals, LoaderConfig, Preempted, Stopped, TrainSpec
+from raybert.train.task import (
+    ControlSignals,
+    LoaderConfig,
+    Preempted,
+    ReplicasDiffer,
+    Stopped,
+    TrainSpec,
+)
 
 
 @dataclass(frozen=True, repr=False)  # Ray's page of training runs shows it: URIs may hold keys
@@ -54,8 +61,10 @@ def train_worker(config: dict[str, Any]) -> None:
     if is_over:
         return  # a restart after a fatal error: the driver has the message
     is_first = group.rank == 0
-    mine = begin_attempt(inputs.run, inputs.spec.config.retry_timeout_s) if is_first else 0
-    attempt = int(group.sum([mine])[0])
+    timing = inputs.spec.config
+    attempt = group.first(
+        lambda: begin_attempt(inputs.run, timing.retry_timeout_s), timing.collective_timeout_s
+    )
     if is_first:
         inputs.channel.begin(attempt)
     channel = WorkerChannel(inputs.channel, attempt) if is_first else None
@@ -87,7 +96,7 @@ def train_worker(config: dict[str, Any]) -> None:
     except Superseded as error:
         if inputs.channel.attempt() == attempt:  # by another driver, not by this one's restart
             inputs.channel.fail(error)
-    except (StorageError, Preempted):
+    except (StorageError, Preempted, ReplicasDiffer):  # starts again from the last checkpoint
         raise
     except RaybertError as error:
         if channel is not None:
