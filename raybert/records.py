@@ -42,6 +42,16 @@ class Rates(TypedDict):
     data_wait: float  # seconds per step that training waited for data
 
 
+class RankTimes(TypedDict):
+    """The ranks' own seconds a step, before they wait for each other; ranks count from 0."""
+
+    data_wait_max: float  # of waiting for data, of the rank that waits longest
+    data_wait_rank: int  # that rank
+    own_seconds: float  # of waiting for data and of work, the mean of the ranks
+    own_seconds_max: float  # the same of the slowest rank
+    own_seconds_rank: int  # that rank
+
+
 class TrainRecord(_Record, Rates):
     """The steps since the last record."""
 
@@ -53,6 +63,11 @@ class TrainRecord(_Record, Rates):
     epoch: float
     tokens: int  # since the start of the run
     seconds: float  # of training, over all attempts
+    data_wait_max: NotRequired[float]  # these five as in RankTimes
+    data_wait_rank: NotRequired[int]
+    own_seconds: NotRequired[float]
+    own_seconds_max: NotRequired[float]
+    own_seconds_rank: NotRequired[int]
 
 
 class Metrics(TypedDict):
@@ -66,6 +81,11 @@ class Metrics(TypedDict):
     accuracy: NotRequired[float]
     f1_macro: NotRequired[float]
     temperature: NotRequired[float]  # divisor of the logits that calibrates them
+
+
+def longest_data_wait(record: Mapping[str, Any]) -> tuple[float, int]:
+    """Seconds a step that the rank that waits longest waits for data, and that rank."""
+    return record.get("data_wait_max", record["data_wait"]), record.get("data_wait_rank", 0)
 
 
 def metric_of(metrics: Mapping[str, Any]) -> str:

@@ -114,6 +114,8 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
                 core.silence_node_events()  # a run reports lost workers itself
             if _started_here and not config.logs:
                 core.stop_log_monitor()
+            if address:
+                warn_if_busy(address, ray.cluster_resources(), ray.available_resources())
             yield _resources()
         finally:
             _started_here, _context = False, None
@@ -183,6 +185,17 @@ def check_address(config: RayConfig) -> None:
             f"{named}: nobody answers ({one_line(error)}); name the head of a running cluster, "
             f"or {other}, and a Ray is started on this machine"
         ) from None
+
+
+def warn_if_busy(address: str, total: Mapping[str, float], free: Mapping[str, float]) -> None:
+    """Log that a command will wait, where other jobs have every CPU of the cluster."""
+    if free.get("CPU", 0.0) < 1:
+        logging.getLogger(__name__).warning(
+            "the Ray cluster at %s has %g CPUs, and none is free: other jobs have them, and this "
+            "command waits",
+            address,
+            total.get("CPU", 0.0),
+        )
 
 
 def dashboard_url() -> str | None:

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,25 @@ class MicroBatch:
     def digest(self) -> str:
         """A hash of step, micro-batch index, row ids, inputs and labels."""
         return digest(self.step, self.micro_batch_index, self.row_ids, self.input_ids, self.labels)
+
+    def split(self, rows: int) -> Sequence[MicroBatch]:
+        """The same rows in batches of at most `rows`; itself where it has no more."""
+        if len(self.row_ids) <= rows:
+            return [self]
+        return [
+            replace(
+                self,
+                row_ids=self.row_ids[part],
+                input_ids=self.input_ids[part],
+                labels=self.labels[part],
+            )
+            for part in parts_of(len(self.row_ids), rows)
+        ]
+
+
+def parts_of(count: int, most: int) -> list[slice]:
+    """Slices of at most `most` of `count` rows."""
+    return [slice(begin, begin + most) for begin in range(0, count, most)]
 
 
 def digest(step: int, index: int, *arrays: npt.NDArray[Any]) -> str:

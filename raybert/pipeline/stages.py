@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+from dataclasses import replace
 from typing import Any
 
 from raybert.cluster.session import ray_session
@@ -29,7 +30,7 @@ from raybert.tasks.labelled import with_columns_of
 from raybert.tasks.registry import read_columns
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
-from raybert.train.run_folder import CONFIG, RESULT, open_run
+from raybert.train.run_folder import CONFIG, RESULT, open_run, order_micro_batch_size
 
 METRICS = "metrics.json"
 
@@ -160,6 +161,7 @@ def train(
         inputs=spec.inputs(),
         log=lambda text: display.print(f"{title:<9} {text}"),
     )
+    spec = replace(spec, order_micro_batch_size=order_micro_batch_size(run))
     begun = time.monotonic()
     with display.stage(title):
         if in_process:

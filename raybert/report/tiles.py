@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raybert.records import measures, metric_of
@@ -95,11 +95,12 @@ def _training_tiles(stage: Stage) -> Iterator[Tile]:
     if speeds := curve(train, "tokens_per_second")[1]:
         mfu = last(train, "mfu")
         stepping = sum(curve(train, "step_seconds")[1])
-        waited = sum(curve(train, "data_wait")[1]) / stepping if stepping else None
+        workers = last(stage.of_kind("event"), "workers") or 1
         notes = [
             "median",
             f"{mfu:.1%} of peak" if mfu else "",
-            f"{waited:.1%} waiting for data" if waited is not None else "",
+            _format_wait(train, stepping, workers),
+            _format_slowest(train, workers),
         ]
         median = f"{statistics.median(speeds):,.0f}"
         yield Tile("Tokens per second", median, ", ".join(filter(None, notes)))
@@ -107,6 +108,30 @@ def _training_tiles(stage: Stage) -> Iterator[Tile]:
         tokens = last(train, "tokens")
         note = f"{format_count(tokens)} tokens" if tokens else ""
         yield Tile("Training time", format_duration(seconds), note)
+
+
+def _format_wait(train: Sequence[Mapping[str, Any]], stepping: float, workers: float) -> str:
+    """The share of the steps that the rank that waits longest waits for data."""
+    waits = curve(train, "data_wait_max")[1] or curve(train, "data_wait")[1]
+    if not stepping:
+        return ""
+    rank = _most_often(train, "data_wait_rank") if workers > 1 and any(waits) else ""
+    return f"{sum(waits) / stepping:.1%} waiting for data{rank}"
+
+
+def _format_slowest(train: Sequence[Mapping[str, Any]], workers: float) -> str:
+    """How much longer the slowest rank works than the mean of several."""
+    mean = sum(curve(train, "own_seconds")[1])
+    longest = sum(curve(train, "own_seconds_max")[1])
+    if workers < 2 or not mean:
+        return ""
+    rank = _most_often(train, "own_seconds_rank")
+    return f"the slowest of {workers:.0f} ranks takes {longest / mean:.2f}x the mean{rank}"
+
+
+def _most_often(train: Sequence[Mapping[str, Any]], key: str) -> str:
+    ranks = curve(train, key)[1]
+    return f" (mostly rank {statistics.mode(ranks):.0f})" if ranks else ""
 
 
 def _first(*values: float | None) -> float:

@@ -50,6 +50,7 @@ class FinetuneSpec:
     data: Folder  # the folder of the prepared texts
     prepared: PreparedTexts
     shared: SharedInputs | None = None
+    order_micro_batch_size: int | None = None  # of the run's first start; None: the configured one
 
     def check(self) -> None:
         """Check the settings against the data, before any worker starts."""
@@ -112,7 +113,8 @@ class FinetuneSpec:
         task = self.prepared.make_task().prepare(train.labels)
         if train.teacher is not None:
             train = replace(train, teacher=task.from_unit(train.teacher))
-        return FinetuneTask(self.config, group, tokenizer, model, train, validation, task)
+        size = self.order_micro_batch_size
+        return FinetuneTask(self.config, group, tokenizer, model, train, validation, task, size)
 
     def _make_model(self, tokenizer: Tokenizer) -> Classifier:
         config, num_labels = self.config, len(self.prepared.labels)

@@ -45,12 +45,16 @@ class FinetuneTask:
         train: TokenizedTexts,
         validation: TokenizedTexts,
         task: TextTask,
+        order_micro_batch_size: int | None = None,
     ) -> None:
         self._config, self._group, self._tokenizer = config, group, tokenizer
         self._train, self._validation = train, validation
         lengths = train.lengths
         self._order = LengthGroupedOrder(
-            lengths, config.global_batch_size, config.micro_batch_size, config.seed
+            lengths,
+            config.global_batch_size,
+            order_micro_batch_size or config.micro_batch_size,
+            config.seed,
         )
         self.model = model.to(group.device)
         self.task = task

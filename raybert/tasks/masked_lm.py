@@ -50,6 +50,7 @@ class PretrainSpec:
     manifest: Manifest
     source: str  # the text, for the model card
     start: Folder | None = None  # the model to start from, whose configuration is `model`
+    order_micro_batch_size: int | None = None  # of the run's first start; None: the configured one
 
     def check(self) -> None:
         """Check the settings, the corpus and the model to start from, before any worker starts.
@@ -150,7 +151,7 @@ class MaskedLMTask:
             rows=self._reader.rows,
             rows_per_group=self._reader.rows_per_group,
             global_batch_size=config.global_batch_size,
-            micro_batch_size=config.micro_batch_size,
+            micro_batch_size=spec.order_micro_batch_size or config.micro_batch_size,
             seed=config.seed,
         )
         self._vocabulary = Vocabulary(self._tokenizer.mask_id, self._tokenizer.is_special)

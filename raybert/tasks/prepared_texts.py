@@ -13,7 +13,7 @@ import hashlib
 import io
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raybert.config import Settings
-from raybert.data.loader import digest
+from raybert.data.loader import digest, parts_of
 from raybert.data.preprocess import Preprocessing, tokenize
 from raybert.data.sources import documents
 from raybert.data.tokenizer import Tokenizer
@@ -212,6 +212,23 @@ class TextBatch:
     def digest(self) -> str:
         """A hash over step, micro-batch index, row ids, inputs and labels."""
         return digest(self.step, self.micro_batch_index, self.row_ids, self.input_ids, self.labels)
+
+    def split(self, rows: int) -> Sequence[TextBatch]:
+        """The same texts in batches of at most `rows`; itself where it has no more."""
+        if len(self.row_ids) <= rows:
+            return [self]
+        mask, teacher = self.attention_mask, self.teacher
+        return [
+            replace(
+                self,
+                row_ids=self.row_ids[part],
+                input_ids=self.input_ids[part],
+                attention_mask=None if mask is None else mask[part],
+                labels=self.labels[part],
+                teacher=None if teacher is None else teacher[part],
+            )
+            for part in parts_of(len(self.row_ids), rows)
+        ]
 
 
 class PreparedTexts(Settings):

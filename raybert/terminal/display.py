@@ -16,13 +16,22 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from raybert.records import EvalRecord, Record, TrainRecord, headline, metric_of
+from raybert.records import (
+    EvalRecord,
+    Record,
+    TrainRecord,
+    headline,
+    longest_data_wait,
+    metric_of,
+)
 from raybert.terminal.formats import clock
 
 PLAIN_SECONDS = 10.0  # between lines of progress without a terminal
 FOLLOWED_SECONDS = 2.0  # the same in a submitted job, whose log is followed on a terminal
 #: Set in a submitted job: its progress lines are marked, and the follower rewrites them.
 FOLLOWED = "RAYBERT_FOLLOWED"
+_WAITS = 0.05  # the share of a step from which waiting for data is shown
+_SLOW = 1.25  # a rank that works so much longer than the mean is shown
 _PROGRESS = "\x1f"  # first character of such a line; invisible when printed
 
 
@@ -135,9 +144,13 @@ def _format_train(record: TrainRecord, total: int | None) -> str:
     ]
     if record.get("mfu"):
         parts.append(f"mfu {record['mfu']:.0%}")
-    share = record["data_wait"] / max(1e-9, record["step_seconds"])
-    if share >= 0.05:
-        parts.append(f"waiting for data {share:.0%}")
+    wait, rank = longest_data_wait(record)
+    share = wait / max(1e-9, record["step_seconds"])
+    if share >= _WAITS:
+        parts.append(f"waiting for data {share:.0%}" + (f" (rank {rank})" if rank else ""))
+    mean, most = record.get("own_seconds", 0.0), record.get("own_seconds_max", 0.0)
+    if most > _SLOW * mean > 0:
+        parts.append(f"rank {record.get('own_seconds_rank')} {most / mean:.1f}x slower")
     if total:
         parts.append(f"ETA {clock((total - record['step']) * record['step_seconds'])}")
     return "  ".join(parts)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 from raybert.errors import RaybertError
-from raybert.records import EvalRecord, OnRecord, ignore_record
+from raybert.records import EvalRecord, OnRecord, TrainRecord, ignore_record
 from raybert.train.averages import WeightAverages
 from raybert.train.budget import StepBudget
 from raybert.train.checkpoint import CheckpointStore, Snapshot
@@ -26,7 +26,7 @@ from raybert.train.state import Progress, TrainState, load_latest_on_all_ranks
 from raybert.train.step import Evaluator, TrainStep
 from raybert.train.task import NO_SIGNALS, Batch, ControlSignals, Preempted, Stopped, Task
 from raybert.train.tensor_file import hash_tensors
-from raybert.train.throughput import BatchStream, ThroughputMeter, peak_flops
+from raybert.train.throughput import BatchStream, ThroughputMeter, peak_flops, slowest_ranks
 
 MAX_SKIPPED_IN_A_ROW = 20  # after more steps that are not finite the weights are broken
 
@@ -119,7 +119,7 @@ class Loop:
                         self._handle_non_finite()
                     progress.step += 1
                     progress.tokens += totals.tokens
-                    self._meter.add(totals.tokens, stream.waited)
+                    self._meter.add(totals.tokens, stream.waited, self._step.own_seconds)
                     is_measured = budget.is_measured()
                     if progress.step % config.log_every == 0:
                         self._log_step()
@@ -271,11 +271,12 @@ class Loop:
 
     def _log_step(self) -> None:
         self.saver.log_committed()
-        loss = self._step.mean_loss()
+        loss, times = self._step.mean_loss(), slowest_ranks(self.group, self._meter)
         progress, rates = self.progress, self._meter.read()
         flops = self.task.flops_per_token * rates["tokens_per_second"]
         peak = peak_flops(self.group.device) * self.group.world_size
-        self.log.write(
+        record = cast(
+            TrainRecord,
             {
                 "kind": "train",
                 "step": progress.step,
@@ -286,13 +287,15 @@ class Loop:
                 "tokens_per_second": rates["tokens_per_second"],
                 "step_seconds": rates["step_seconds"],
                 "data_wait": rates["data_wait"],
+                **times,
                 "mfu": round(flops / peak, 4) if peak else None,
                 "epoch": self._epoch(),
                 "tokens": int(progress.tokens),
                 "total_steps": progress.total_steps,
                 "seconds": round(progress.seconds, 2),
-            }
+            },
         )
+        self.log.write(record)
 
     def _epoch(self) -> float:
         return round(self.progress.step / self.task.steps_per_epoch, 4)

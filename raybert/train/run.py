@@ -20,6 +20,7 @@ from raybert.train.checkpoint_saver import resume_hint
 from raybert.train.distributed import Group, use_threads
 from raybert.train.line_log import LineLog
 from raybert.train.loop import Loop
+from raybert.train.memory import advise_on_memory
 from raybert.train.metrics_log import merge_metrics
 from raybert.train.run_folder import DIGESTS, RESULT, begin_attempt, check_attempt
 from raybert.train.settings import TrainConfig
@@ -49,9 +50,10 @@ class TrainingRun:
             keep_freed_memory()
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         # Ranks may read the data and the model to start from at very different speeds.
-        self.task = group.wait_for(
-            lambda: spec.make_task(group, loader), config.collective_timeout_s
-        )
+        with advise_on_memory(config, group.device):
+            self.task = group.wait_for(
+                lambda: spec.make_task(group, loader), config.collective_timeout_s
+            )
         self._store = CheckpointStore(run, attempt, config.keep_checkpoints)
         name = f"{attempt:04d}-{group.rank:04d}.txt"
         self._digests = LineLog(run / DIGESTS, name, lambda text: self.loop.log.storage_event(text))
@@ -86,7 +88,7 @@ class TrainingRun:
         self._digests.write(f"{batch.step} {batch.micro_batch_index} {batch.digest()}")
 
     def _train(self) -> Generator[EvalRecord, None, None]:
-        with closing(self._digests):
+        with closing(self._digests), advise_on_memory(self._spec.config, self._group.device):
             outcome = yield from self.loop.evaluations()
 
         def finish() -> None:

@@ -1,9 +1,10 @@
 """A run's folder: the configuration and inputs that it began with, its attempts and its result.
 
 Running a name again resumes it; a finished run only returns its result. A resumed run must be the
-run that was begun: apart from its budget, its workers and its logging, no setting may differ. Each
-start is an attempt with a number of its own. An attempt that finds a later one ends; what it may
-still have written by then does not count (`checkpoint.py`).
+run that was begun: apart from its budget, its workers and its logging, no setting may differ that
+changes more than how numbers are rounded. Each start is an attempt with a number of its own. An
+attempt that finds a later one ends; what it may still have written by then does not count
+(`checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from raybert.errors import ConfigError, DataError, Superseded
 from raybert.storage.exclusive import numbers_taken, take_number
 from raybert.storage.folder import Folder
 from raybert.storage.retry import retry
-from raybert.train.settings import MAY_CHANGE, defaults
+from raybert.train.settings import MAY_CHANGE, ROUNDING, defaults
 
 CONFIG, RESULT, INPUTS = "config.yaml", "result.json", "inputs.json"
+ORDER = "order.json"  # the micro-batches of a run that was resumed with others
 DIGESTS = "digests"  # of every micro-batch: `<attempt>-<rank>.txt`
 
 
@@ -46,6 +48,8 @@ def open_run(
     """
     if may_change is None:
         may_change = dotted(stage, MAY_CHANGE)
+        if not parse_yaml(config_yaml, CONFIG).get(stage, {}).get("deterministic"):
+            may_change |= dotted(stage, ROUNDING)
     is_finished = run.exists(RESULT)
     if run.exists(CONFIG):
         changed = _changed_settings(run, config_yaml, {stage, *sections})
@@ -60,6 +64,7 @@ def open_run(
             )
         if changed and not is_finished:
             log(f"goes on with other settings: {_format_changes(changed)}")
+            _keep_order(run, changed.get(f"{stage}.micro_batch_size"))
     if inputs is not None and run.exists(INPUTS):
         known = run.read_json(INPUTS)
         for name, digest in inputs.items():
@@ -73,6 +78,23 @@ def open_run(
         run.write_json(INPUTS, dict(inputs))
     run.write_text(CONFIG, config_yaml)
     return None
+
+
+def _keep_order(run: Folder, sizes: tuple[Any, Any] | None) -> None:
+    """Note the micro-batches that the run's order is made of, where their size (old, new) changes.
+
+    In pretraining, which rows a step reads depends on it.
+    """
+    if sizes is not None and not run.exists(ORDER):
+        run.write_json(ORDER, {"micro_batch_size": sizes[0]})
+
+
+def order_micro_batch_size(run: Folder) -> int | None:
+    """The size of the micro-batches of a run's order; None: the configured one, as from its start.
+
+    A step of smaller ones reads the same rows in more forward passes.
+    """
+    return int(run.read_json(ORDER)["micro_batch_size"]) if run.exists(ORDER) else None
 
 
 def _changed_settings(

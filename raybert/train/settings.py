@@ -183,5 +183,8 @@ MAY_CHANGE = frozenset(
         "collective_timeout_s digests on_non_finite"
     ).split()
 )
+#: Settings that change nothing but how numbers are rounded, and dropout's draws. They may differ
+#: when a run is resumed, unless it is deterministic: one that does not fit into memory goes on.
+ROUNDING = frozenset(("micro_batch_size", "compile", "precision"))
 #: Settings that may differ between runs that are compared: all are as long and evaluated as often.
 ALIKE_MAY_CHANGE = MAY_CHANGE - {*LIMITS, "evaluations"}

@@ -28,6 +28,7 @@ from raybert.train.optimizers import set_lr
 from raybert.train.settings import TrainConfig
 from raybert.train.state import TrainState
 from raybert.train.task import Batch, Task
+from raybert.train.throughput import Stopwatch
 
 
 class TrainStep:
@@ -46,6 +47,8 @@ class TrainStep:
         self._module: nn.Module = task.model
         self._loss = torch.zeros((), dtype=torch.float64, device=group.device)
         self._count = 0
+        self._stopwatch = Stopwatch(group.device)
+        self.own_seconds = 0.0  # of the last step, before this rank waits for others in its end
         self.grad_norm = 0.0  # of the last step, before clipping; the same on all ranks
 
     def wrap(self) -> None:
@@ -60,15 +63,19 @@ class TrainStep:
 
         `global_count`: predicted tokens, or rows, of the global batch, summed over all ranks.
         """
+        before, count_before = self._loss.clone(), self._count
         self._backward(batches, step, global_count)
         set_lr(self._state.optimizer, lr)
         parameters = [p for p in self._task.model.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm, foreach=True)
         self.grad_norm = float(norm)
+        self.own_seconds = self._stopwatch.seconds()
         is_finite = math.isfinite(self.grad_norm)
         if is_finite:
             self._state.optimizer.step()
             self._state.averages.update(step)
+        else:  # the step counts for nothing
+            self._loss, self._count = before, count_before
         self._state.optimizer.zero_grad(set_to_none=True)
         return is_finite
 
@@ -77,27 +84,37 @@ class TrainStep:
         work = [batch for batch in batches if batch.count] or [self._task.empty_batch()]
         # DDP averages over ranks; the loss is the sum over all ranks, divided by the global count.
         scale = self._group.world_size / max(1.0, global_count)
-        for index, batch in enumerate(work):
+        self._stopwatch.start()
+        no_sync = getattr(self._module, "no_sync", contextlib.nullcontext)
+        for batch in work:
             if self._on_batch is not None and batch.count:
                 self._on_batch(batch)
             # Draws such as dropout's depend on the micro-batch, not on the rank that computes it.
             seed = key_of("draws", self._config.seed, step, batch.micro_batch_index) >> 1
             torch.manual_seed(seed)
-            is_last = index == len(work) - 1  # DDP averages gradients in its backward pass only
-            no_sync = getattr(self._module, "no_sync", contextlib.nullcontext)
-            with contextlib.nullcontext() if is_last else no_sync():
-                with autocast(self._config.precision, device):
-                    loss = self._task.loss(self._module, batch)
-                torch.autograd.backward(loss * scale)
-            self._loss += loss.detach()
+            # A resumed run may have smaller micro-batches than those of its order.
+            parts = batch.split(self._config.micro_batch_size)
+            for part in parts:
+                # DDP averages gradients in its backward pass only.
+                is_last = batch is work[-1] and part is parts[-1]
+                with contextlib.nullcontext() if is_last else no_sync():
+                    with autocast(self._config.precision, device):
+                        loss = self._task.loss(self._module, part)
+                    if is_last:
+                        self._stopwatch.stop()
+                    torch.autograd.backward(loss * scale)
+                self._loss += loss.detach()
         self._count += sum(batch.count for batch in batches)
 
     def mean_loss(self) -> float:
-        """The mean loss over all ranks since the last call, which all ranks make together."""
+        """The mean loss over all ranks since the last call, which all ranks make together.
+
+        NaN if no step was taken since.
+        """
         loss, count = self._group.sum([float(self._loss), self._count])
         self._loss.zero_()
         self._count = 0
-        return loss / max(1.0, count)
+        return loss / count if count else math.nan
 
 
 class Evaluator:

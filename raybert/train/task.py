@@ -40,6 +40,9 @@ class Batch(Protocol):
     def digest(self) -> str:
         """A hash of the content."""
 
+    def split(self, rows: int) -> Sequence[Batch]:
+        """The same rows in batches of at most `rows`; itself where it has no more."""
+
 
 class Task(Protocol):
     """A model with its batches, its loss and its evaluation, on one rank."""
@@ -98,6 +101,10 @@ class TrainSpec(Protocol):
     @property
     def config(self) -> TrainConfig:
         """The stage's settings."""
+
+    @property
+    def order_micro_batch_size(self) -> int | None:
+        """Rows of a micro-batch in the run's order; None: the configured number."""
 
     def inputs(self) -> dict[str, str]:
         """Hashes of what the run reads, by a name for messages."""

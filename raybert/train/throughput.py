@@ -6,28 +6,47 @@ the operations that the model itself needs, so that recomputation does not raise
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from raybert.errors import RaybertError
-from raybert.records import Rates
+from raybert.records import RankTimes, Rates
+from raybert.train.distributed import Group
 from raybert.train.state import Progress
 from raybert.train.task import Batch, Task
 
-#: Dense bf16 operations per second by a part of the GPU's name, from the vendor's data sheets.
-#: V100 and T4 have no bf16: theirs are of fp16.
+#: Dense bf16 operations per second by words of the GPU's name, from the vendor's data sheets; the
+#: first that has all its words in the name counts. V100 and T4 have no bf16: theirs are of fp16.
 PEAK_FLOPS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "B100": 1750e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 PCIE": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800 PCIE": 756e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "V100": 125e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10G": 70e12,
     "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L20": 119e12,
+    "L4": 121e12,
+    "V100 PCIE": 112e12,
+    "V100": 125e12,
     "T4": 65e12,
 }
 
@@ -38,8 +57,14 @@ def peak_flops(device: torch.device) -> float:
 
 
 def gpu_peak_flops(name: str) -> float:
-    """The peak of a GPU by its name, in operations per second; 0 where it is unknown."""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0.0)
+    """The peak of a GPU by its name, in operations per second; 0 where it is unknown.
+
+    A part of one, by MIG, has the name of the whole, and an unknown share of its peak.
+    """
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    if "MIG" in words:
+        return 0.0
+    return next((flops for key, flops in PEAK_FLOPS.items() if set(key.split()) <= words), 0.0)
 
 
 class ThroughputMeter:
@@ -51,12 +76,22 @@ class ThroughputMeter:
     def restart(self) -> None:
         """Begin an interval."""
         self._began, self._tokens, self._waited, self._steps = time.perf_counter(), 0.0, 0.0, 0
+        self._worked = 0.0
 
-    def add(self, tokens: float, waited: float) -> None:
-        """Count a step: its tokens over all ranks, and the seconds spent waiting for its data."""
+    def add(self, tokens: float, waited: float, worked: float = 0.0) -> None:
+        """Count a step: its tokens over all ranks, and this rank's seconds.
+
+        `waited` for the step's data, and `worked` on it before the ranks wait for each other.
+        """
         self._tokens += tokens
         self._waited += waited
+        self._worked += worked
         self._steps += 1
+
+    def own_seconds(self) -> tuple[float, float]:
+        """The interval's seconds a step of this rank: of waiting for data, and of that and work."""
+        steps = max(1, self._steps)
+        return self._waited / steps, (self._waited + self._worked) / steps
 
     def read(self) -> Rates:
         """Return the interval's rates and begin the next interval."""
@@ -69,6 +104,50 @@ class ThroughputMeter:
         }
         self.restart()
         return rates
+
+
+class Stopwatch:
+    """Seconds of work that a device was given, without waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[Any] = [None, None]
+
+    def start(self) -> None:
+        """Mark the begin."""
+        self._marks[0] = self._mark()
+
+    def stop(self) -> None:
+        """Mark the end."""
+        self._marks[1] = self._mark()
+
+    def seconds(self) -> float:
+        """The seconds between the marks; on a GPU after its work is done, as by `.item()`."""
+        begin, end = self._marks
+        return float(begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin)
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
+def slowest_ranks(group: Group, meter: ThroughputMeter) -> RankTimes:
+    """Compare the ranks' own seconds a step; all ranks call it together."""
+    waited, worked = meter.own_seconds()
+    size, rank = group.world_size, group.rank
+    mine = [0.0] * (2 * size)
+    mine[rank], mine[size + rank] = waited, worked
+    seconds = group.sum(mine)
+    return {
+        "data_wait_max": round(max(seconds[:size]), 6),
+        "data_wait_rank": max(range(size), key=seconds[:size].__getitem__),
+        "own_seconds": round(sum(seconds[size:]) / size, 6),
+        "own_seconds_max": round(max(seconds[size:]), 6),
+        "own_seconds_rank": max(range(size), key=seconds[size:].__getitem__),
+    }
 
 
 class BatchStream:

@@ -280,7 +280,7 @@ def test_the_type_of_the_gpus_is_read_from_the_resources_of_ray():
     resources = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:L4": 2.0}
     assert "121 TFLOP/s of an L4" in estimate(experiment, "pretrain", resources).basis
     assert estimate(experiment, "pretrain", {"CPU": 4.0}).gpu is False
-    assert math.isclose(gpu_peak_flops("NVIDIA L40S"), 181e12)
+    assert math.isclose(gpu_peak_flops("NVIDIA L40S"), 362e12)
     assert math.isclose(gpu_peak_flops("L4"), 121e12)
 
 

@@ -157,6 +157,17 @@ def test_the_page_has_a_section_and_the_numbers_of_each_stage(full):
     assert page.tags.count("svg") == 4 + 6
 
 
+def test_of_several_ranks_those_that_wait_and_work_longest_are_named(tmp_path):
+    ranks = {"data_wait_max": 0.25, "data_wait_rank": 3, "own_seconds": 0.3}
+    ranks |= {"own_seconds_max": 0.45, "own_seconds_rank": 1}
+    start = {"kind": "event", "event": "start", "step": 0, "time": 1.0, "workers": 4}
+    records = [start, train(10, 5.0, **ranks), train(20, 4.0, **ranks), train(30, 4.0)]
+    write_lines(tmp_path / "pretrain", "metrics/0001.jsonl", records)
+    text = Page(report(tmp_path)).text
+    assert "waiting for data (mostly rank 3)" in text
+    assert "the slowest of 4 ranks takes 1.50x the mean (mostly rank 1)" in text
+
+
 def test_the_header_has_the_headline_numbers(full):
     header = Page(full[full.index("<header") : full.index("</header>") + len("</header>")]).text
     for expected in ("75.00%", "Masked-token loss4.250", "First prediction<movie>"):

@@ -53,6 +53,20 @@ def test_a_line_of_training_shows_mfu_and_the_wait_for_data(capsys):
     assert "ETA" not in line
 
 
+def test_a_line_of_training_names_the_rank_that_waits_and_the_slowest(capsys):
+    display = Display()
+    ranks = {"data_wait_max": 0.2, "data_wait_rank": 3}
+    own = {"own_seconds": 0.2, "own_seconds_max": 0.4, "own_seconds_rank": 3}
+    for more in ({**ranks, **own}, {**ranks, "data_wait_rank": 0}, {**own, "own_seconds": 0.39}):
+        with display.stage("pretrain"):
+            display._last_plain = 0.0
+            display.record({**TRAIN, **more})
+    both, first, alike = [x for x in capsys.readouterr().err.splitlines() if "1,200" in x]
+    assert "waiting for data 40% (rank 3)" in both and "rank 3 2.0x slower" in both
+    assert "waiting for data 40%" in first and "rank" not in first
+    assert "waiting" not in alike and "rank" not in alike
+
+
 def test_an_undefined_loss_can_be_shown(capsys):
     display = Display()
     with display.stage("pretrain"):

@@ -192,6 +192,27 @@ def altered_on_one_rank(corpus, run, group):
     return {"step": attempt.loop.progress.step, "error": None}
 
 
+class WaitsAndWorks(Scripted):
+    """The second rank waits for data, the first one works slowly."""
+
+    def __init__(self, task, group):
+        self._waits = 0.1 * (group.rank == 1)
+        works = 0.2 * (group.rank == 0 and group.world_size > 1)
+        super().__init__(task, factor=lambda batch: time.sleep(works) or 1.0)
+
+    def batches(self, first_step, total_steps):
+        for batches in self._task.batches(first_step, total_steps):
+            time.sleep(self._waits)
+            yield batches
+
+
+def slow_ranks(corpus, run, group):
+    job = pretrain_job(corpus, steps=4, log_every=4)
+    attempt = Attempt(job, run, group=group, change=lambda task: WaitsAndWorks(task, group))
+    attempt.run()
+    return attempt.of_kind("train")
+
+
 class Slow:
     """What rank 0 does alone ends only after a few more collectives of all ranks."""
 
@@ -299,6 +320,7 @@ SCENARIOS = {
     "resumed": resumed,
     "lagging_listing": lagging_listing,
     "altered_on_one_rank": altered_on_one_rank,
+    "slow_ranks": slow_ranks,
     "slow_storage": slow_storage,
     "damaged_everywhere": damaged_everywhere,
 }

@@ -133,6 +133,16 @@ def test_replicas_that_differ_end_all_ranks_at_the_next_evaluation(found):
         assert "the weights of rank 1 differ from those of rank 0" in ended["error"]
 
 
+def test_the_rank_that_waits_and_the_one_that_works_slowly_are_named(found):
+    [alone] = found[1, 0]["slow_ranks"]
+    assert (alone["data_wait_rank"], alone["own_seconds_rank"]) == (0, 0)
+    [record] = found[2, 0]["slow_ranks"]
+    assert (record["data_wait_rank"], record["own_seconds_rank"]) == (1, 0)
+    assert record["data_wait_max"] > record["data_wait"]
+    assert record["own_seconds_max"] > record["own_seconds"] > record["data_wait_max"]
+    assert found[2, 1]["slow_ranks"] == []
+
+
 def test_a_state_is_read_by_rank_0_however_long_it_takes(found):
     """When it resumes, rolls back and ends; the other rank is sent what was read."""
     alone, first, second = (found[key]["slow_storage"] for key in ((1, 0), (2, 0), (2, 1)))

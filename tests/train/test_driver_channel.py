@@ -187,6 +187,14 @@ def test_a_save_request_is_seen_once_and_again_when_repeated(monkeypatch):
         worker.close()
 
 
+def test_events_at_one_moment_are_all_received_in_their_order(monkeypatch):
+    store = Store()
+    monkeypatch.setattr(module.time, "time", lambda: 1000.0)
+    for number in range(20):
+        store.send_event("restart", f"event {number}", 8)
+    assert [record["message"] for record in store.receive()] == [f"event {n}" for n in range(20)]
+
+
 def test_an_event_is_ordered_after_its_attempts_records():
     store = Store()
     store.begin(2)

@@ -1,9 +1,11 @@
 """What happens when a worker is lost: restarts, giving up, and what the user is told."""
 
+import pyarrow
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import (
     ControllerError,
     FailureConfig,
@@ -21,7 +23,12 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from raybert.errors import RaybertError, StorageError
 from raybert.storage.folder import Folder
 from raybert.train.ray.driver_channel import DriverChannel
-from raybert.train.ray.failures import find_causes, format_failure, to_user_error
+from raybert.train.ray.failures import (
+    find_causes,
+    format_failure,
+    is_permanent,
+    to_user_error,
+)
 from raybert.train.ray.recovery import FailureContext, NoProgressFailurePolicy
 from raybert.train.task import Preempted
 
@@ -127,6 +134,36 @@ def test_an_error_that_the_user_can_mend_keeps_its_class():
     assert to_user_error(WorkerGroupError("", {0: full})) is full
     other = to_user_error(WorkerGroupError("", {0: ValueError("odd")}))
     assert type(other) is RaybertError and str(other) == "training failed: odd"
+
+
+class TensorError(RuntimeError):
+    """As `torch._dynamo` has its own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x16 and 8x16)"), True),
+        (RuntimeError("The size of tensor a (64) must match the size of tensor b (32)"), True),
+        (TensorError("backend='inductor' raised: no compiler"), True),
+        (ValueError("too many values to unpack"), True),
+        (KeyError("label"), True),
+        (NotImplementedError("not for bf16"), True),
+        (RayTaskError("f", "Traceback ...", ValueError("bad row")), True),
+        (RuntimeError("[gloo] Connection closed by peer [10.0.0.2]"), False),
+        (RuntimeError("NCCL error: unhandled system error"), False),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), False),
+        (RayTaskError("f", "Traceback ...", OSError("no route to host")), False),
+        (RayActorError(), False),
+        (torch.distributed.DistNetworkError("the store is gone"), False),
+        (ConnectionResetError("by peer"), False),
+        (TimeoutError("no answer"), False),
+        (pyarrow.ArrowInvalid("a part that was cut while it was read"), False),
+        (StorageError("no answer"), False),
+    ],
+)
+def test_an_error_of_the_program_is_permanent_and_one_of_a_node_is_not(error, is_one):
+    assert is_permanent(error) == is_one
 
 
 def test_the_last_step_is_that_of_the_latest_checkpoint(tmp_path):

@@ -1,5 +1,6 @@
 """The training loop without Ray: exact resumption, accumulation, failures."""
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -231,6 +232,36 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(corpus, tmp_path, pi
         torch.testing.assert_close(accumulated[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_run_that_resumes_with_smaller_micro_batches_reads_the_same_rows(corpus, tmp_path, stage):
+    """And takes the same steps, but for rounding; the encoder has no dropout here."""
+    values = {"steps": 6, "global_batch_size": 8, "deterministic": True}
+    if stage == "pretrain":
+        make = lambda **more: pretrain_job(corpus, {"dropout": 0.0}, **values, **more)  # noqa: E731
+    else:
+        make = lambda **more: finetune_job(  # noqa: E731
+            Folder(tmp_path), dropout=0.0, **values, **more
+        )
+    digests, found = [], []
+    for sizes in ((4, 4), (4, 1)):
+        run, read = Folder(tmp_path) / f"{stage}-{sizes[1]}", {}
+        for size, stop_at in zip(sizes, (3, None), strict=True):
+            job = replace(make(micro_batch_size=size), order_micro_batch_size=4)
+            attempt = Attempt(
+                job,
+                run,
+                stop_at=stop_at,
+                on_batch=lambda b, read=read: read.update({(b.step, b.digest()): len(b.row_ids)}),
+            )
+            with pytest.raises(Stopped) if stop_at else contextlib.nullcontext():
+                attempt.run()
+        digests.append(read)
+        found.append(attempt.task.model.state_dict())
+    assert digests[0] == digests[1] and len(digests[0]) == 12
+    for name, whole in found[0].items():
+        torch.testing.assert_close(found[1][name], whole, rtol=1e-3, atol=1e-4)
+
+
 def test_the_loss_is_divided_by_the_predicted_tokens_of_the_global_batch(corpus, run):
     """With uneven counts, where the mean of the micro-batches' means is another number."""
     job = pretrain_job(corpus, steps=1, max_grad_norm=1e9)
@@ -308,6 +339,27 @@ def test_a_non_finite_loss_is_null_in_the_metrics(corpus, run):
     assert None not in (losses[0], losses[2], losses[3])
     for line in (run / "metrics").read_text("0001.jsonl").splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 4])
+def test_a_skipped_step_does_not_count_in_the_mean_loss(corpus, tmp_path, log_every):
+    """The loss of a line is that of the steps that were taken; of none it is undefined."""
+    found = {}
+    for every in {1, log_every}:
+        attempt = Attempt(
+            pretrain_job(corpus, log_every=every),
+            Folder(tmp_path / str(every)),
+            change=infinite_at(1),
+        )
+        attempt.run()
+        found[every] = {r["step"]: r["loss"] for r in attempt.of_kind("train")}
+    each, lines = found[1], found[log_every]
+    for step, loss in lines.items():
+        taken = [each[s] for s in range(step - log_every + 1, step + 1) if s != 2]
+        if taken:
+            assert min(taken) - 1e-4 <= loss <= max(taken) + 1e-4
+        else:
+            assert math.isnan(loss)
 
 
 def test_stop_ends_the_run_and_names_the_key_to_change(corpus, run):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from making import make_corpus, pretrain_job, same_tensors
 from proxy import s3_uri
 
@@ -17,7 +18,8 @@ from raybert.data.loader import BatchPlan, ray_micro_batches
 from raybert.data.masking import MaskingConfig, Vocabulary
 from raybert.data.order import CorpusOrder, assign_to_ranks
 from raybert.data.tokenizer import Tokenizer
-from raybert.errors import ConfigError
+from raybert.errors import ConfigError, RaybertError
+from raybert.storage.exclusive import numbers_taken
 from raybert.storage.folder import Folder
 from raybert.tasks.masked_lm import MaskedLMTask, PretrainSpec
 from raybert.train.checkpoint import CheckpointStore
@@ -129,6 +131,24 @@ def test_a_workers_error_reaches_the_user_unchanged(ray_session, corpus, tmp_pat
         train(job, Folder(tmp_path))
 
 
+@dataclass(frozen=True)
+class MisshapenJob(PretrainSpec):
+    """Its second worker multiplies matrices that do not fit."""
+
+    def make_task(self, group, feed):
+        if group.rank == 1:
+            torch.ones(2, 3) @ torch.ones(2, 3)
+        return MaskedLMTask(self, group, feed)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_program_is_not_tried_again(ray_session, corpus, tmp_path):
+    job = MisshapenJob(**pretrain_job(corpus, workers=2).__dict__)
+    with pytest.raises(RaybertError, match="mat1 and mat2 shapes cannot be multiplied"):
+        train(job, Folder(tmp_path))
+    assert len(numbers_taken(Folder(tmp_path) / "attempts")) == 1
+
+
 @pytest.fixture(scope="module")
 def together(ray_session, s3_server):
     """A run of two workers on S3: (its job, its folder, its records)."""
@@ -188,7 +208,7 @@ def test_a_killed_worker_does_not_change_the_result(together, tmp_path):
 @pytest.mark.slow
 def test_workers_restart_when_the_model_can_not_be_written(ray_session, corpus, tmp_path):
     """The driver reports why; once the storage works again the run ends as it would have."""
-    settings = {"workers": 2, "deterministic": True, "collective_timeout_s": 40}
+    settings = {"workers": 2, "deterministic": True, "collective_timeout_s": 20}
     job = pretrain_job(corpus, {"dropout": 0.1}, **settings)
     whole, hindered = Folder(tmp_path / "whole"), Folder(tmp_path / "hindered")
     train(job, whole)
@@ -196,16 +216,16 @@ def test_workers_restart_when_the_model_can_not_be_written(ray_session, corpus, 
     messages = []
 
     def mend(record):
-        if record.get("event") == "storage":
+        if record.get("event") in ("storage", "restart"):
             messages.append(record["message"])
-            if "start again" in messages[-1]:
+            if record["event"] == "restart":
                 hindered.delete("model")
 
     from raybert.train.ray.driver import train_on_ray
 
     result = train_on_ray(job, hindered, RESOURCES, on_progress=mend)
     assert (result["step"], result["restarts"]) == (4, 1)
-    assert ["start again" in text for text in messages] == [False, True]
-    assert "the checkpoint of step 4 is whole" in messages[1]
+    assert ["retrying for up to" in text for text in messages] == [True, False]
+    assert "from the checkpoint of step 4: starting again from step 4" in messages[1]
     left, right = ((run / "model").read_bytes("model.safetensors") for run in (whole, hindered))
     assert left == right

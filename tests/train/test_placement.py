@@ -10,7 +10,7 @@ from raybert.cluster.session import Resources
 from raybert.config import build
 from raybert.errors import ConfigError
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
-from raybert.train.ray.placement import check_resources, operator_cpus
+from raybert.train.ray.placement import check_resources, format_shortage, operator_cpus
 
 
 def resources(cpus, gpus=0, started_here=True):
@@ -62,6 +62,24 @@ def test_a_cluster_that_is_too_small_is_refused(config, gpu, have, words):
         check_resources(config, gpu, have)
     assert str(refused.value) == words
     check_resources(config, gpu, resources(65, gpus=4))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "free", "words"),
+    [
+        (False, {"CPU": 3.0}, None),
+        (False, {"CPU": 2.0}, "waiting for 3 CPUs: 2 workers need a CPU each, Ray Data one "
+                              "CPU, and 2 of 8 CPUs are free; other jobs have the rest"),
+        (False, {}, "and 0 of 8 CPUs are free"),
+        (True, {"CPU": 8.0, "GPU": 1.0}, "waiting for 2 GPUs: 2 workers need a GPU each, Ray Data "
+                                         "one CPU, and 1 of 4 GPUs are free"),
+        (True, {"GPU": 1.0}, "waiting for 3 CPUs and 2 GPUs: "),
+    ],
+)  # fmt: skip
+def test_what_a_run_waits_for_is_named_by_what_is_free(gpu, free, words):
+    config = build(PretrainConfig, {"workers": {"min": 2, "max": 4}}, "x")
+    found = format_shortage(config, gpu, {"CPU": 8.0, "GPU": 4.0}, free)
+    assert found == words if words is None else words in found
 
 
 def test_a_range_of_workers_waits_for_nodes_of_an_autoscaler():

@@ -33,7 +33,13 @@ TRAIN = {
     "data_wait": 0.125,
     "mfu": 0.25,
     "total_steps": 100,
+    "data_wait_max": 0.25,
+    "data_wait_rank": 1,
+    "own_seconds": 0.3,
+    "own_seconds_max": 0.4,
+    "own_seconds_rank": 2,
 }
+_SHARE = {"kind", "step_seconds", "data_wait", "data_wait_max"}
 EXPORTED = {f"ray_raybert_{name}" for name in GAUGES} | {
     f"ray_raybert_{name}_total" for name in COUNTERS
 }
@@ -58,9 +64,11 @@ def values(record):
 
 def test_a_train_record_sets_the_gauges_of_its_keys():
     found = values(TRAIN)
-    assert found.pop("data_wait_share") == 0.25
+    assert found.pop("data_wait_share") == 0.5  # of the rank that waits longest
     assert found == {name: TRAIN[name] for name in found}
-    assert found.keys() == TRAIN.keys() - {"kind", "data_wait"}
+    assert found.keys() == TRAIN.keys() - {"kind", "data_wait", "data_wait_max"}
+    old = {key: value for key, value in TRAIN.items() if key != "data_wait_max"}
+    assert values(old)["data_wait_share"] == 0.25
 
 
 def test_an_evaluation_is_labelled_with_its_measure():
@@ -71,7 +79,7 @@ def test_an_evaluation_is_labelled_with_its_measure():
     assert gauge_values(record) == scores
 
 
-@given(st.sets(st.sampled_from(sorted(TRAIN.keys() - {"kind", "step_seconds", "data_wait"}))))
+@given(st.sets(st.sampled_from(sorted(TRAIN.keys() - _SHARE))))
 def test_only_undefined_values_are_left_out(undefined):
     for value in (None, math.nan, math.inf, -math.inf):
         found = values({**TRAIN, **dict.fromkeys(undefined, value)})

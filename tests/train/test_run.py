@@ -17,7 +17,14 @@ from raybert.storage.folder import Folder
 from raybert.train.checkpoint import CheckpointStore
 from raybert.train.metrics_log import MERGED, read_metrics
 from raybert.train.run import train_in_process
-from raybert.train.run_folder import CONFIG, RESULT, begin_attempt, open_run, read_digests
+from raybert.train.run_folder import (
+    CONFIG,
+    RESULT,
+    begin_attempt,
+    open_run,
+    order_micro_batch_size,
+    read_digests,
+)
 from raybert.train.settings import MAY_CHANGE
 
 
@@ -132,6 +139,29 @@ def test_every_setting_that_may_change_may_change(run):
         limit = {"steps", "tokens", "minutes"} & {key}
         more = ["pretrain.epochs=null"] if limit else []
         assert reopen(run, f"pretrain.{key}={value}", *more) is None
+
+
+ROUNDS = ("pretrain.micro_batch_size=8", "pretrain.compile=true", "pretrain.precision=bf16")
+
+
+@pytest.mark.parametrize("override", ROUNDS)
+def test_what_changes_only_how_numbers_are_rounded_may_change_unless_the_run_is_exact(
+    run, tmp_path, override
+):
+    reopen(run)
+    assert reopen(run, override) is None
+    exact = Folder(tmp_path) / "exact"
+    reopen(exact, "pretrain.deterministic=true")
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        reopen(exact, "pretrain.deterministic=true", override)
+
+
+def test_the_order_of_a_run_keeps_its_first_micro_batches(run):
+    reopen(run, "pretrain.micro_batch_size=32")
+    assert order_micro_batch_size(run) is None
+    for size in (8, 16, 32):
+        reopen(run, f"pretrain.micro_batch_size={size}")
+        assert order_micro_batch_size(run) == 32
 
 
 def test_a_finished_run_gives_its_result_and_still_refuses_changes(run):

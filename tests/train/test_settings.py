@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from raybert.config import build
 from raybert.errors import ConfigError
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
-from raybert.train.settings import MAY_CHANGE, TrainConfig
+from raybert.train.settings import ALIKE_MAY_CHANGE, MAY_CHANGE, ROUNDING, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,11 @@ def test_every_setting_that_may_change_exists():
 
 
 def test_settings_that_affect_the_result_may_not_change():
-    decides = {"seed", "global_batch_size", "micro_batch_size", "lr", "schedule", "betas"}
-    decides |= {"warmup_fraction", "weight_decay", "max_grad_norm", "precision", "deterministic"}
+    decides = {"seed", "global_batch_size", "lr", "schedule", "betas"}
+    decides |= {"warmup_fraction", "weight_decay", "max_grad_norm", "deterministic"} | ROUNDING
     assert decides <= set(TrainConfig.model_fields)
     assert not decides & MAY_CHANGE
+    assert not decides & ALIKE_MAY_CHANGE  # of runs that are compared
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,10 @@ class NodeScalingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
     def usable_cpus(self) -> dict[str, float]:
         """The CPUs of the nodes that workers may be placed on, by node id."""
 
+    @abstractmethod
+    def on_count(self, workers: int) -> None:
+        """Called with the number of workers that there is room for, whenever it is counted."""
+
     def keep_requesting(self) -> None:
         """Renew the run's request to the autoscaler, which expires otherwise."""
         self._maybe_send_resource_request()
@@ -78,4 +82,6 @@ class NodeScalingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         count = super()._count_possible_workers(
             {node: has for node, has in reserved_resources.items() if node in cpus}
         )
-        return int(min(count, sum(cpus.values()) - 1))
+        workers = int(min(count, sum(cpus.values()) - 1))
+        self.on_count(workers)
+        return workers

@@ -20,9 +20,10 @@ from raybert.records import OnRecord, ignore_record
 from raybert.storage.folder import Folder
 from raybert.storage.retry import retry
 from raybert.train.ray.driver_channel import DriverChannel, run_fit
-from raybert.train.ray.placement import check_resources, uses_gpus
+from raybert.train.ray.placement import check_resources, format_shortage, uses_gpus
 from raybert.train.ray.worker import WorkerInputs, train_worker
 from raybert.train.run_folder import RESULT
+from raybert.train.settings import TrainConfig
 from raybert.train.task import Stopped, TrainSpec
 
 #: Bytes of masked rows that may wait for a worker. A GPU reads 8 MB/s and more; 30 s of rows hide a
@@ -30,6 +31,8 @@ from raybert.train.task import Stopped, TrainSpec
 #: slows the first steps, by which a time-limited run measures its speed.
 _LOOK_AHEAD = {"gpu": 256 << 20, "cpu": 64 << 20}
 _RESIZE_SECONDS = 30.0  # between two checks whether there is room for more workers
+_WAIT_SECONDS = 10.0  # for workers to be placed, before a run says what it waits for
+_REPORT_SECONDS = 30.0  # between two such lines
 _HEAD_TIMEOUT_S = 120  # without an answer of Ray's head, which may come back
 
 
@@ -63,8 +66,9 @@ def train_on_ray(
     variables = controller_environment(
         config.collective_timeout_s, is_elastic=not isinstance(config.workers, int)
     )
+    wait = _Wait(config, gpu, channel, on_progress)
     with environment(variables):
-        _fit(trainer.fit, channel, on_progress)
+        _fit(trainer.fit, channel, on_progress, wait.report)
     with suppress(StorageError):  # leftovers are no failure
         ray_folder.delete(name)
         if not ray_folder.names(hidden=True):  # another driver's attempt may be running there
@@ -113,17 +117,52 @@ def _make_trainer(inputs: WorkerInputs, resources: Resources, ray_folder: Folder
     from raybert.train.ray.recovery import ElasticPolicy, FailureContext, NoProgressFailurePolicy
 
     context = FailureContext(inputs.run, inputs.channel)
+    rows = inputs.spec.order_micro_batch_size or config.micro_batch_size
+    elastic = ElasticPolicy(scaling, context, config.global_batch_size // rows)
     return PolicyTrainer(
         train_worker,
         failure_policy=NoProgressFailurePolicy(failures, context),
-        scaling_policy=ElasticPolicy(scaling, context) if scaling.elasticity_enabled else None,
+        scaling_policy=elastic if scaling.elasticity_enabled else None,
         needs_cleaner=not resources.started_here,
         **options,
     )
 
 
-def _fit(fit: Callable[[], Any], channel: DriverChannel, on_progress: OnRecord) -> None:
+class _Wait:
+    """Reports what a run that has not begun waits for."""
+
+    def __init__(
+        self, config: TrainConfig, gpu: bool, channel: DriverChannel, on_progress: OnRecord
+    ) -> None:
+        self._config, self._gpu = config, gpu
+        self._channel, self._on_progress = channel, on_progress
+        self._next = time.monotonic() + _WAIT_SECONDS
+
+    def report(self) -> None:
+        """Report what is missing, every half a minute, until the workers have been placed."""
+        if self._next == math.inf or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _REPORT_SECONDS
+        if self._channel.has_progress or self._channel.attempt():
+            self._next = math.inf
+            return
+        import ray
+
+        total, free = ray.cluster_resources(), ray.available_resources()
+        shortage = format_shortage(self._config, self._gpu, total, free)
+        if shortage is not None:
+            self._on_progress({"kind": "event", "step": 0, "event": "waiting", "message": shortage})
+
+
+def _fit(
+    fit: Callable[[], Any],
+    channel: DriverChannel,
+    on_progress: OnRecord,
+    on_poll: Callable[[], None] = lambda: None,
+) -> None:
     """Run `fit` and hand the workers' records to `on_progress` until it returns.
+
+    `on_poll` is called twice a second.
 
     Raises what `run_fit` does, the first failing worker's error, StorageError where Ray can't write
     its own files in the run's folder, and RaybertError where Ray's head does not answer.
@@ -141,6 +180,7 @@ def _fit(fit: Callable[[], Any], channel: DriverChannel, on_progress: OnRecord) 
             fatal = channel.error()  # read before the records, which were written before it
             for record in channel.receive():
                 on_progress(record)
+            on_poll()
         except RpcError as error:
             if time.monotonic() - last_answer > _HEAD_TIMEOUT_S:
                 raise RaybertError(f"Ray's head does not answer: {error}") from None

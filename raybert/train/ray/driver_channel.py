@@ -22,6 +22,7 @@ from raybert.records import EventName, EventRecord
 
 _POLL_SECONDS = 0.5
 _CLOSE_SECONDS = 5.0
+_LAST = 999_999_999  # the number of a driver's event, after all records of its attempt
 _START_SECONDS = 2.0  # for a checkpoint before the first record: hardly a step was taken
 
 
@@ -32,10 +33,13 @@ class DriverChannel:
         self._prefix = f"channel-{uuid.uuid4().hex}/"
         self.has_progress = False  # on the driver: whether a worker has sent a record
 
-    def send(self, record: str, position: tuple[int, int]) -> None:
-        """Add a record of progress, as JSON; `position`, (attempt, number), orders the records."""
+    def send(self, record: str, position: tuple[int, int], suffix: str = "") -> None:
+        """Add a record of progress, as JSON; `position`, (attempt, number), orders the records.
+
+        Records of one position need different suffixes.
+        """
         attempt, number = position
-        self._put(f"record/{attempt:06d}-{number:09d}", record.encode())
+        self._put(f"record/{attempt:06d}-{number:09d}{suffix}", record.encode())
 
     def receive(self) -> Iterator[Any]:
         """Yield the records since the last call; each is removed before the next is read."""
@@ -48,7 +52,8 @@ class DriverChannel:
     def send_event(self, event: EventName, message: str, step: int) -> None:
         """Add an event after the current attempt's records and before those of the next."""
         record: EventRecord = {"kind": "event", "step": step, "event": event, "message": message}
-        self.send(json.dumps(record), (self.attempt(), 900_000_000 + int(time.time()) % 90_000_000))
+        suffix = f"-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+        self.send(json.dumps(record), (self.attempt(), _LAST), suffix)
 
     def begin(self, attempt: int) -> None:
         """Write which attempt is running; a restart's number is higher."""

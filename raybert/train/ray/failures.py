@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.exceptions import RayActorError
+import torch.distributed as dist
+from pyarrow import ArrowException
+from ray.exceptions import RayActorError, RayError
 from ray.train import ControllerError, PreemptionError
 
 from raybert.cluster.internals.train import is_health_check_timeout, is_startup_timeout
 from raybert.errors import DamagedError, RaybertError, StorageError, UserError
 from raybert.train.task import Preempted
+
+#: What Python raises for a program's mistake. OSError is not among them.
+_OF_PROGRAMS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    TypeError,
+    ValueError,
+)
+#: Parts of PyTorch's messages about a device, which another node may not have.
+_OF_DEVICES = ("CUDA error", "CUDA driver", "cuDNN", "CUBLAS", "CUDNN", "NVML", "HIP error")
 
 
 def find_causes(error: Exception) -> list[Exception]:
@@ -27,6 +43,19 @@ def is_loss_of_nodes(error: Exception) -> bool:
     if isinstance(error, ControllerError):
         return is_startup_timeout(error.controller_failure)
     return any(isinstance(cause, Preempted) for cause in find_causes(error))
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether a worker's error would come again after a restart: one of the program or its data.
+
+    Others may be of a node that was lost: of Ray, the network, the storage or a device.
+    """
+    cause = _unwrap(error)
+    if isinstance(cause, RayError | ArrowException | dist.DistError):
+        return False
+    if isinstance(cause, RuntimeError):
+        return not (_is_consequence(cause) or any(word in str(cause) for word in _OF_DEVICES))
+    return isinstance(cause, _OF_PROGRAMS)
 
 
 def format_failure(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from raybert.cluster.session import Resources
 from raybert.errors import ConfigError
@@ -26,6 +27,30 @@ def operator_cpus(free: int, workers: int, gpu: bool) -> float:
     if free >= workers:
         return min(2 if gpu else 1, free // workers)
     return 1 / math.ceil(workers / max(1, free))
+
+
+def format_shortage(
+    config: TrainConfig, gpu: bool, total: Mapping[str, float], free: Mapping[str, float]
+) -> str | None:
+    """What a run that has not begun waits for, by what is free; None if there is enough.
+
+    `total` and `free` are the cluster's resources by Ray's names. Before the workers are placed
+    they need their devices, and a CPU for Ray Data's operators beside them.
+    """
+    workers = config.min_workers
+    needs = {"CPU": workers + 1, **({"GPU": workers} if gpu else {})}
+    missing = [name for name, count in needs.items() if free.get(name, 0.0) < count]
+    if not missing:
+        return None
+    needed = " and ".join(f"{needs[name]} {name}s" for name in missing)
+    rest = " and ".join(
+        f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}s are free" for name in missing
+    )
+    return (
+        f"waiting for {needed}: {workers} workers need a {'GPU' if gpu else 'CPU'} each, Ray Data "
+        f"one CPU, and {rest}; other jobs have the rest: wait for them, or lower "
+        f"{config.section}.workers"
+    )
 
 
 def check_resources(config: TrainConfig, gpu: bool, resources: Resources) -> None:

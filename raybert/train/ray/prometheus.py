@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from raybert.records import EventName, Record
+from raybert.records import EventName, Record, longest_data_wait
 from raybert.storage.folder import Folder
 
 PREFIX = "raybert_"
@@ -28,7 +28,11 @@ GAUGES = {
     "tokens_per_second": "tokens that all workers together train on",
     "mfu": "model FLOPs utilization (0 to 1)",
     "step_seconds": "seconds of a step",
-    "data_wait_share": "share of a step that waits for data",
+    "data_wait_share": "share of a step that the rank that waits longest waits for data",
+    "data_wait_rank": "that rank",
+    "own_seconds": "seconds a step before the ranks wait for each other, their mean",
+    "own_seconds_max": "the same of the slowest rank",
+    "own_seconds_rank": "that rank",
     "heldout": "the last evaluation; `measure` says what was measured",
     "workers": "processes that train",
     "restarts": "attempts at the run before this one",
@@ -44,7 +48,10 @@ GAUGES = {
 COUNTERS = {"stalled_seconds": "seconds that training stood still for checkpoints"}
 
 #: Gauges with the names of the record's keys.
-_TRAIN = "step total_steps loss lr grad_norm tokens_per_second mfu step_seconds".split()
+_TRAIN = (
+    "step total_steps loss lr grad_norm tokens_per_second mfu step_seconds data_wait_rank "
+    "own_seconds own_seconds_max own_seconds_rank"
+).split()
 _MEASURES = ("loss", "score", "accuracy")  # of every task, but the last
 _TIMES = {  # by kind of record
     "train": "progress_timestamp_seconds",
@@ -64,7 +71,8 @@ def gauge_values(record: Record) -> Values:
     found: dict[tuple[str, str], Any] = {}
     if record["kind"] == "train":
         found = {(name, ""): record.get(name) for name in _TRAIN}
-        found["data_wait_share", ""] = record["data_wait"] / max(1e-9, record["step_seconds"])
+        wait, _ = longest_data_wait(record)
+        found["data_wait_share", ""] = wait / max(1e-9, record["step_seconds"])
     elif record["kind"] == "eval":
         found = {("heldout", name): record.get(name) for name in _MEASURES}
     elif record["kind"] == "checkpoint":

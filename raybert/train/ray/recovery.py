@@ -17,6 +17,7 @@ resize the workers without a checkpoint, so that every node that joins costs min
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Mapping
@@ -42,7 +43,8 @@ from raybert.train.checkpoint import CheckpointStore
 from raybert.train.ray.driver_channel import DriverChannel
 from raybert.train.ray.failures import format_failure, is_loss_of_nodes
 
-_SAVE_SECONDS = 60  # for the checkpoint before a resize; after that it is resized without one
+_SAVE_SECONDS = 60.0  # after which the checkpoint before a resize is requested again
+_STILL_SECONDS = 25.0  # that the cluster must have had one size, before a resize
 _REPORT_SECONDS = 30  # between two events that nodes are missing
 _CONNECT_SECONDS = 2.0  # for a node to accept a connection
 _CONNECTIONS = 32  # at a time
@@ -96,12 +98,23 @@ class NoProgressFailurePolicy(FailurePolicy):  # type: ignore[misc]  # of an unt
 
 
 class ElasticPolicy(NodeScalingPolicy):
-    """Uses as many workers as the nodes that stay can hold; saves before each change."""
+    """Uses as many workers as the nodes that stay can hold; saves before each change.
 
-    def __init__(self, scaling_config: ScalingConfig, context: FailureContext) -> None:
+    A change restarts the workers. It comes once the cluster has had one size for a while, and only
+    where it makes the steps shorter: where the slowest rank gets fewer micro-batches.
+    """
+
+    def __init__(
+        self,
+        scaling_config: ScalingConfig,
+        context: FailureContext,
+        micro_batches: int | None = None,
+    ) -> None:
+        """Set up for a run of so many micro-batches a step; None: each worker helps."""
         super().__init__(scaling_config)
-        self._context = context
+        self._context, self._micro_batches = context, micro_batches
         self._reported_at = float("-inf")
+        self._possible, self._possible_since = 0, 0.0  # workers that there was room for, since when
         self._pending: ResizeDecision | None = None
         self._requested_at = 0.0  # when the checkpoint before a resize was requested
         self._step_before = 0  # of the latest checkpoint by then
@@ -119,23 +132,45 @@ class ElasticPolicy(NodeScalingPolicy):
             )
         return decision
 
-    def make_decision_for_running_worker_group(self, *args: Any, **kwargs: Any) -> Any:
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> Any:
         """Resize when nodes have joined: request a checkpoint first, and wait for it."""
         if self._pending is None:
-            decision = super().make_decision_for_running_worker_group(*args, **kwargs)
-            if isinstance(decision, ResizeDecision):
-                self._pending = decision
-                self._requested_at = time.monotonic()
-                self._step_before = self._context.last_step()
-                self._context.channel.request_save()
+            decision = super().make_decision_for_running_worker_group(
+                worker_group_state, worker_group_status
+            )
+            if isinstance(decision, ResizeDecision) and self._helps(
+                worker_group_state.num_workers, decision.num_workers
+            ):
+                self._pending, self._step_before = decision, self._context.last_step()
+                self._request_save()
             return NoopDecision()
         self.keep_requesting()
-        is_late = time.monotonic() - self._requested_at > _SAVE_SECONDS
-        if not is_late and self._context.last_step() <= self._step_before:
+        if self._context.last_step() <= self._step_before:  # it may take long to write
+            if time.monotonic() - self._requested_at > _SAVE_SECONDS:
+                self._request_save()
             return NoopDecision()
         decision, self._pending = self._pending, None
         self._context.send_event("resize", f"continuing with {decision.num_workers} workers")
         return decision
+
+    def _helps(self, now: int, then: int) -> bool:
+        """Whether a change shortens the steps, and the cluster has been still."""
+        if time.monotonic() - self._possible_since < _STILL_SECONDS:
+            return False
+        if self._micro_batches is None:
+            return True
+        return math.ceil(self._micro_batches / then) < math.ceil(self._micro_batches / now)
+
+    def _request_save(self) -> None:
+        self._requested_at = time.monotonic()
+        self._context.channel.request_save()
+
+    def on_count(self, workers: int) -> None:
+        """Note since when there has been room for so many workers."""
+        if workers != self._possible:
+            self._possible, self._possible_since = workers, time.monotonic()
 
     def usable_cpus(self) -> dict[str, float]:
         """The CPUs of the nodes that are alive and will stay, by node id.

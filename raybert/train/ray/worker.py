@@ -6,6 +6,7 @@ complete one there, whatever Ray had registered.
 
 from __future__ import annotations
 
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ from raybert.train.task import (
     TrainSpec,
 )
 
+_SEE = "a restart would fail alike; ray.logs=true or --bare shows where"
+
 
 @dataclass(frozen=True, repr=False)  # Ray's page of training runs shows it: URIs may hold keys
 class WorkerInputs:
@@ -51,6 +54,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     import ray
     import ray.train
+
+    from raybert.train.ray.failures import is_permanent
 
     inputs: WorkerInputs = config["inputs"]
     group = Group.current(
@@ -103,6 +108,13 @@ def train_worker(config: dict[str, Any]) -> None:
             channel.close()  # the records before the error are shown before it
         with suppress(Exception):  # Ray reports it, too
             inputs.channel.fail(error)
+        raise
+    except Exception as error:
+        if is_permanent(error):
+            reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            traceback.print_exc()  # for the worker's log
+            with suppress(Exception):
+                inputs.channel.fail(RaybertError(f"training failed: {reason}; {_SEE}"))
         raise
     finally:
         if channel is not None:
