@@ -7,12 +7,12 @@ does not grow with the number of texts.
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -26,10 +26,11 @@ from raybert.data.corpus.tokenize_job import read_dataset
 from raybert.data.sources import documents
 from raybert.data.sources.row_table import LabelParser, accept
 from raybert.data.sources.settings import SourceConfig
-from raybert.errors import DataError, StorageError, UserError
+from raybert.errors import DataError, StorageError, UserError, one_line
 from raybert.inference.classifier import Text, TextClassifier, pool
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
+from raybert.storage.staged import staged_file
 from raybert.tasks.comparison import Predictions
 from raybert.tasks.labelled import Labelled
 from raybert.tasks.linear.store import load_baseline, load_part
@@ -203,17 +204,11 @@ class PredictionWriter:
             raise UserError(f"--output {path}: name a .jsonl or a .parquet file")
         types = {"row": pa.int64(), "text": pa.string(), "pair": pa.string()}
         self._schema = pa.schema([*((name, types[name]) for name in given), *task.column_types()])
-        self._unfinished = self._folder.join(f".{self._name}.unfinished")
+        self._exits = ExitStack()
         try:
-            if self._folder.is_local:
-                os.makedirs(self._folder.path, exist_ok=True)
-            # On an object store a file exists once it is closed: it needs no temporary name.
-            target = self._unfinished if self._folder.is_local else self._folder.join(self._name)
-            self._stream = self._folder.filesystem.open_output_stream(target)
-        except OSError as error:
-            raise UserError(
-                f"--output {path}: can't be written: {error.strerror or error}"
-            ) from None
+            self._stream = self._exits.enter_context(staged_file(self._folder, self._name))
+        except (OSError, StorageError) as error:
+            raise UserError(f"--output {path}: can't be written: {one_line(error)}") from None
         self._parquet: pq.ParquetWriter | None = None
 
     def write(self, records: list[dict[str, Any]]) -> None:
@@ -231,25 +226,25 @@ class PredictionWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Complete the file; after an error, remove it."""
-        if kind is not None:
-            with suppress(OSError, StorageError):
-                self._close()
-                if not self._folder.is_local:  # closing has created it
-                    self._folder.delete(self._name)
-            if self._folder.is_local:
-                self._folder.delete(f".{self._name}.unfinished")
-            return
-        with self._folder.storage_errors("writing", self._folder.join(self._name)):
-            self._close()
-            if self._folder.is_local:
-                os.replace(self._unfinished, self._folder.join(self._name))
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Complete the file, which replaces one of its name; after an error, leave that one."""
+        with self._exits.pop_all() as exits:
+            if kind is None:
+                with self._folder.storage_errors("writing", self._folder.join(self._name)):
+                    self._close_parquet()
+                return
+            with suppress(OSError, pa.ArrowException):  # Parquet's footer, of a file that goes
+                self._close_parquet()
+            exits.__exit__(kind, error, trace)
 
-    def _close(self) -> None:
+    def _close_parquet(self) -> None:
         if self._parquet is not None:
             self._parquet.close()
-        self._stream.close()
 
 
 def evaluate(

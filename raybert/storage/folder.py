@@ -257,7 +257,7 @@ def _write_local(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with beside.open("wb") as file:
+        with beside.open("xb") as file:  # never through a link that is there already
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())

@@ -77,10 +77,10 @@ def test_after_an_error_the_old_file_is_unchanged_and_no_other_remains(tmp_path,
 def test_a_full_disk_raises_a_storage_error_that_names_the_file(tmp_path):
     with (
         pytest.raises(StorageError, match=r"^writing .*a.jsonl failed: No space left on device"),
+        open("/dev/full", "wb", buffering=0) as full,
         PredictionWriter(f"{tmp_path}/a.jsonl", GIVEN, TASK) as writer,
     ):
-        writer._stream.close()
-        writer._stream = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - the writer closes it
+        writer._stream = full
         writer.write(RECORDS[:1])
     assert os.listdir(tmp_path) == []
 
