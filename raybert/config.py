@@ -82,8 +82,19 @@ _MAX_HINTS = 6  # suggested keys
 _MAX_DEPTH = 8  # of sections; YAML anchors can make a recursive mapping
 
 
+_BOOLEAN = "tag:yaml.org,2002:bool"
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that `1e-4` is a number (YAML 1.2), not a string."""
+    """YAML 1.1 as PyYAML reads it, with the numbers and booleans of YAML 1.2.
+
+    `1e-4` is a number, and `labels: [no, yes]` are words; a setting that is a boolean accepts them.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [found for found in resolvers if found[0] != _BOOLEAN or first in "tTfF"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 class _Dumper(yaml.SafeDumper):

@@ -118,7 +118,7 @@ def score(
     """
     from ray.data import ActorPoolStrategy
 
-    shards = documents.shards(source, labels=labels is not None)
+    shards = documents.sampled_shards(source, labels=labels, skipped=skipped)
     left, rows = source.limit, 0
     with ordered_execution(_BLOCK_BYTES):
         texts = read_dataset(source, shards, readers=workers, labels=labels)

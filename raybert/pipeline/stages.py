@@ -248,7 +248,7 @@ def _evaluation_inputs(experiment: Experiment, weights_hash: str) -> dict[str, A
     """Return everything that the metrics depend on: the source, its files, the weights."""
     source = experiment.evaluate.source
     return {
-        "source": source.model_dump(mode="json"),
+        "source": source.identity(),
         "files": documents.fingerprint(source, labels=True),
         "weights": weights_hash,
     }

@@ -114,7 +114,7 @@ def resolve_source(config: SourceConfig, task: str = "auto") -> ResolvedSource:
 
 def peek(config: SourceConfig, task: type[TextTask]) -> None:
     """Read the first document of a labelled source, to find mistakes that all rows share."""
-    first = config.model_copy(update={"limit": 1})
+    first = config.model_copy(update={"limit": 1, "sample": "first"})
     next(documents(first, labels=task.parser(first)))
 
 

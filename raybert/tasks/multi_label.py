@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from raybert.data.sources.labels import NO_LABEL_GIVEN, name_of, spell
 from raybert.data.sources.row_table import LabelParser
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
@@ -367,11 +368,8 @@ def _positive_weights(config: LossSettings, targets: npt.NDArray[Any]) -> Tensor
 
 def _cell(cell: Any) -> str:
     """A cell of a column of 0 and 1 in one spelling."""
-    if isinstance(cell, bytes):
-        cell = cell.decode("utf-8", "replace")
-    if isinstance(cell, float) and cell.is_integer():
-        cell = int(cell)
-    return "null" if cell is None else str(cell).strip().lower()
+    is_null = cell is None or cell != cell  # NaN
+    return "null" if is_null else (spell(cell)[0] or "").lower()
 
 
 def _parse(
@@ -388,7 +386,7 @@ def _parse(
                 return None, f"label is neither 0 nor 1 ({name}={cell!r})"
         return json.dumps(chosen, ensure_ascii=False), None
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+        value = value.decode("utf-8", "surrogateescape")
     if value is None or (isinstance(value, float) and value != value):
         return None, "no label"
     if isinstance(value, str):
@@ -397,17 +395,11 @@ def _parse(
         parts = list(value)
     else:
         parts = [value]
-    found = dict.fromkeys(str(part).strip() for part in parts if part is not None)
-    chosen = [name for name in found if name]
-    if names is not None:
-        numbered = not any(name.isdecimal() for name in names)
-        for i, name in enumerate(chosen):
-            if name in names:
-                continue
-            if numbered and name.isdecimal() and int(name) < len(names):
-                chosen[i] = names[int(name)]
-                continue
-            return None, f"label {name!r} is not one of labels={names}"
-    if any(0xD800 <= ord(c) <= 0xDFFF for name in chosen for c in name):
-        return None, "label is not UTF-8"
-    return json.dumps(chosen, ensure_ascii=False), None
+    found: dict[str, None] = {}
+    for part in parts:
+        name, problem = name_of(part, names)
+        if name is not None:
+            found[name] = None
+        elif problem != NO_LABEL_GIVEN:  # an empty name between separators is none
+            return None, problem
+    return json.dumps(list(found), ensure_ascii=False), None

@@ -366,10 +366,12 @@ def read_prepared_texts(folder: Folder) -> PreparedTexts | None:
 
 def _made_from(config: TextsConfig, tokenizer: Tokenizer, seq_len: int) -> dict[str, Any]:
     """Everything that decides the result of `prepare_texts`, but the seed and the teacher."""
-    used = {"source", "validation", "validation_fraction", "head_share"}
+    used = {"validation_fraction", "head_share"}
     sources = [config.source, *([config.validation] if config.validation else [])]
     made_from = {
         **config.model_dump(mode="json", include=used),
+        "source": config.source.identity(),
+        "validation": None if config.validation is None else config.validation.identity(),
         "files": [documents.fingerprint(source, labels=True) for source in sources],
         "tokenizer": tokenizer.hash,
         "seq_len": seq_len,
@@ -381,7 +383,7 @@ def _made_from(config: TextsConfig, tokenizer: Tokenizer, seq_len: int) -> dict[
     unlabelled = config.distill.unlabelled
     if unlabelled is not None:
         files = documents.fingerprint(unlabelled)
-        made_from["unlabelled"] = {**unlabelled.model_dump(mode="json"), "files": files}
+        made_from["unlabelled"] = {**unlabelled.identity(), "files": files}
     return made_from
 
 

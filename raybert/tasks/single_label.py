@@ -228,4 +228,5 @@ class SingleLabel(TextTask):
 
 def _sort_key(label: str) -> tuple[int, int, str]:
     """Sort integers first and by value, then names alphabetically."""
-    return (0, int(label), "") if re.fullmatch(r"-?\d+", label) else (1, 0, label)
+    # Of more digits Python converts none, and nobody counts that far.
+    return (0, int(label), "") if re.fullmatch(r"-?[0-9]{1,300}", label) else (1, 0, label)

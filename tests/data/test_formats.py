@@ -120,7 +120,12 @@ BAD_JSONL = (
 @pytest.mark.parametrize(
     ("name", "data", "first", "reasons"),
     [
-        ("a.csv", BAD_CSV, "row 2: empty", {"empty": 1, "not UTF-8": 1, "too few columns": 1}),
+        (
+            "a.csv",
+            BAD_CSV,
+            "row 2: empty",
+            {"empty": 1, "not UTF-8": 1, "wrong number of fields": 1},
+        ),
         (
             "a.jsonl",
             BAD_JSONL,

@@ -148,7 +148,7 @@ def test_the_sample_has_fixed_splits_that_share_no_text():
 def test_limit_takes_the_first_good_rows(tmp_path):
     for number in range(3):
         write(tmp_path / f"{number}.txt", f"a{number}\n\x00\xff\nb{number}".encode("latin-1"))
-    config = SourceConfig(path=str(tmp_path), limit=3, on_bad_row="skip")
+    config = SourceConfig(path=str(tmp_path), limit=3, sample="first", on_bad_row="skip")
     skipped = Counter()
     assert texts_of(config, skipped=skipped) == ["a0", "b0", "a1"]
     assert skipped == {"not UTF-8": 1}  # the bad row after the third document is not read

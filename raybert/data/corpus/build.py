@@ -12,10 +12,12 @@ import importlib.metadata
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from raybert.config import differences
 from raybert.data.corpus.corpus_writer import HELDOUT, TRAIN, CorpusWriter, DigestSet
@@ -69,7 +71,7 @@ def build(
     _delete_earlier_build(folder)  # after training a tokenizer has read the source without error
     writer = CorpusWriter(config, folder, tokenizer, overlap)
     started = time.monotonic()
-    for block in tokenized_blocks(config, tokenizer):
+    for block in tokenized_blocks(config, tokenizer, writer.skipped):
         writer.add(block)
         seconds = time.monotonic() - started
         progress(Progress("corpus", writer.documents_read, writer.tokens, total, seconds))
@@ -167,7 +169,10 @@ def existing(config: CorpusConfig, folder: Folder) -> Manifest | None:
 
 def check_config(config: CorpusConfig, manifest: Manifest, folder: Folder) -> None:
     """Raise UserError if another configuration than `config` made a corpus; reads no source."""
-    changed = differences(manifest.info.get("config", {}), config.model_dump(mode="json"))
+    before = manifest.info.get("config", {})
+    with suppress(ValidationError):  # the settings that it lacks had their defaults
+        before = CorpusConfig.model_validate(before).model_dump(mode="json")
+    changed = differences(before, config.model_dump(mode="json"))
     if changed:
         key, (old, new) = next(iter(changed.items()))
         more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""

@@ -145,7 +145,7 @@ class CorpusWriter:
         self._threshold = round(config.heldout_fraction * 2.0**64)
         self._seen = DigestSet()
         self._heldout_digests: set[int] = set()  # copies of a held-out text are held out, too
-        self._skipped: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
         self._duplicates = self._overlapping = 0
         self.documents_read = 0  # without bad rows
 
@@ -164,7 +164,7 @@ class CorpusWriter:
         source = self._config.source
         if source.limit is not None:
             block = first_good(block, source.limit - self.documents_read)
-        block = accept(block, source.on_bad_row, self._skipped)
+        block = accept(block, source.on_bad_row, self.skipped)
         self.documents_read += block.num_rows
         if block.num_rows:
             self._pack(block)
@@ -208,7 +208,7 @@ class CorpusWriter:
         """Write the last rows; return the splits' manifests and the counts."""
         config = self._config
         if not self.documents_read:
-            raise no_documents(config.source, self._skipped)
+            raise no_documents(config.source, self.skipped)
         for packer in self._packers.values():
             packer.close()
         train, heldout = self._packers[TRAIN], self._packers[HELDOUT]
@@ -225,7 +225,7 @@ class CorpusWriter:
             "tokens": {TRAIN: train.tokens, HELDOUT: heldout.tokens},
             "documents_read": self.documents_read,
             "duplicates": self._duplicates,
-            "skipped": dict(sorted(self._skipped.items())),
+            "skipped": dict(sorted(self.skipped.items())),
             "overlap": None if self._overlap is None else self._overlapping,
             "unigram_loss": loss,
         }

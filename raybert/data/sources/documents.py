@@ -13,17 +13,13 @@ from typing import Any
 import pyarrow as pa
 
 from raybert.data.sources import datasets
-from raybert.data.sources.files import (
-    Columns,
-    File,
-    Purpose,
-    Row,
-    Shard,
-    group_small_files,
-    list_files,
-)
-from raybert.data.sources.formats import FORMATS, format_of, reader_of, suffixes
+from raybert.data.sources.columns import Columns
+from raybert.data.sources.files import File, Purpose, Row, Shard
+from raybert.data.sources.formats import FORMATS, reader_of
+from raybert.data.sources.layouts import Found, Request, find_shards
+from raybert.data.sources.listing import LeftOut
 from raybert.data.sources.row_table import LabelParser, RowTable, accept, first_good
+from raybert.data.sources.sampling import Sampler, chosen_rows
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 
@@ -34,52 +30,60 @@ def shards(config: SourceConfig, *, labels: bool = False) -> list[Shard]:
     `labels` and the source's class decide the default split. A DataError for a missing file or an
     unknown format or split; a UserError for `sample:` without its package.
     """
+    return [shard for _, found in _find(config, labels) for shard in found.shards]
+
+
+def _find(config: SourceConfig, labels: bool) -> Iterator[tuple[str, Found]]:
+    """Yield each path and what it holds."""
     purpose: Purpose = "train" if labels else "corpus"
     if config.is_for_evaluation:
         purpose = "evaluate"
-    return [
-        shard
-        for path in config.paths
-        for shard in _find_shards(path, config.format, config.document, config.splits, purpose)
-    ]
+    request = Request(
+        config.format,
+        config.document,
+        config.splits,
+        purpose,
+        _columns(config, labels),
+        config.read_options,
+        config.follow_links,
+    )
+    for path in config.paths:
+        if path.startswith("sample:"):
+            shard = datasets.sample_shard(path, config.splits, purpose)
+            yield path, Found([shard], LeftOut())
+        elif "{split}" in path:
+            if not config.splits:
+                raise DataError(f"{path}: set split to the names that replace {{split}}")
+            for split in config.splits:
+                expanded = path.replace("{split}", split)
+                yield expanded, find_shards(expanded, request._replace(splits=None))
+        else:
+            yield path, find_shards(path, request)
 
 
-def _find_shards(
-    path: str, format: str, document: str, splits: list[str] | None, purpose: Purpose
-) -> list[Shard]:
-    """List the shards of one configured path; without `splits` those of the purpose are read."""
-    if path.startswith("sample:"):
-        return [datasets.sample_shard(path, splits, purpose)]
-    if "{split}" in path:
-        if not splits:
-            raise DataError(f"{path}: set split to the names that replace {{split}}")
-        expanded = [path.replace("{split}", split) for split in splits]
-        return [s for p in expanded for s in _find_shards(p, format, document, None, purpose)]
-    files, folder = list_files(path)
-    if not files:
-        raise DataError(f"{path}: no files here; name a file, or a glob such as {path}/*.txt")
-    if format == "imdb" or (format == "auto" and datasets.is_imdb(files)):
-        return datasets.imdb_shards(path, files, splits, purpose)
-    if splits:
-        raise DataError(
-            f"{path}: split={', '.join(splits)} is for IMDB's archive and the sample; for other "
-            "files write {split} in the path in place of its name, or leave split out"
-        )
-    if format != "auto":
-        return list(group_small_files([(format, file) for file in files], (), document))
-    return list(group_small_files(_recognized(path, files, folder is not None), (), document))
+def describe(config: SourceConfig, *, labels: bool = False) -> list[str]:
+    """A line for each path: what was found there, how it is written, and what is left out.
 
-
-def _recognized(path: str, files: list[File], is_folder: bool) -> list[tuple[str, File]]:
-    """Pair files with their formats. In a folder or glob, other files (a README) are left out."""
-    found = [(format, file) for file in files if (format := format_of(file)) is not None]
-    if found:
-        return found
-    message = f"holds no {', '.join(suffixes())} files; set format to what it holds"
-    if not is_folder:
-        known = ", ".join([*FORMATS, "imdb"])
-        message = f"format=auto does not know this suffix; set format to one of {known}"
-    raise DataError(f"{path}: {message}")
+    Raises:
+        DataError: as `shards`, and if a file can't be read.
+    """
+    columns, lines = _columns(config, labels), []
+    for path, found in _find(config, labels):
+        if path.startswith("sample:"):
+            continue
+        by_reader: dict[str, list[File]] = {}
+        for shard in found.shards:
+            by_reader.setdefault(shard.reader, []).extend(shard.files)
+        parts = []
+        for reader, files in by_reader.items():
+            parts.append(f"{len(files):,} {reader} file" + ("s" if len(files) > 1 else ""))
+            detail = FORMATS[reader].describe if reader in FORMATS else None
+            if detail is not None:
+                more = " in the first one" if len(files) > 1 else ""
+                parts[-1] += f" ({detail(files[0], config.read_options, columns)}{more})"
+        text = f"{path}: {', '.join(parts)}" + (f"; {found.layout}" if found.layout else "")
+        lines.append(text + (f"; left out: {found.left_out}" if found.left_out.counts else ""))
+    return lines
 
 
 def fingerprint(config: SourceConfig, *, labels: bool = False) -> list[list[Any]]:
@@ -91,6 +95,29 @@ def fingerprint(config: SourceConfig, *, labels: bool = False) -> list[list[Any]
     ]
 
 
+def sampled_shards(
+    config: SourceConfig, *, labels: LabelParser | None = None, skipped: Counter[str]
+) -> list[Shard]:
+    """The shards of a source, with the rows to read where `limit` asks for a sample.
+
+    That reads the source once; bad rows raise, or are counted in `skipped`, as in `documents`.
+    """
+    found = shards(config, labels=labels is not None)
+    if config.limit is None or config.sample == "first":
+        return found
+    sampler, counted = Sampler(config.limit, config.sample_seed), Counter[str]()
+    for index, shard in enumerate(found):
+        row = 0
+        for table in read(shard, config, labels=labels):
+            accept(table, config.on_bad_row, counted)
+            sampler.add(table, index, row)
+            row += table.num_rows
+    chosen = sampler.choose(found)
+    if any(shard.rows is not None for shard in chosen):
+        skipped.update(counted)
+    return chosen
+
+
 def read(
     shard: Shard, config: SourceConfig, *, labels: LabelParser | None = None
 ) -> Iterator[pa.Table]:
@@ -100,22 +127,42 @@ def read(
     the file is cut short or lacks a column.
     """
     table = RowTable(config, labels)
+    first = config.limit if config.sample == "first" else None
     good = 0
-    for file, row in _rows(shard, config, labels is not None):
+    for file, row in _chosen(shard, config, labels is not None):
         good += table.add(row, file.name)
         if table.is_full:
             yield table.flush()
-        if good == config.limit:  # no shard has to give more than the limit of the whole source
+        if good == first:  # no shard has to give more than the limit of the whole source
             break
     if len(table):
         yield table.flush()
 
 
-def _rows(shard: Shard, config: SourceConfig, labels: bool) -> Iterator[tuple[File, Row]]:
+def _chosen(shard: Shard, config: SourceConfig, labels: bool) -> Iterator[tuple[File, Row]]:
+    """The rows of a shard that belong to the sample, or all."""
+    rows, chosen = _rows(shard, config, labels), chosen_rows(shard)
+    if chosen is None:
+        yield from rows
+        return
+    wanted = next(chosen, None)
+    for number, row in enumerate(rows):
+        if wanted is None:
+            return
+        if number == wanted:
+            yield row
+            wanted = next(chosen, None)
+
+
+def _columns(config: SourceConfig, labels: bool) -> Columns:
     given = config.label_column
     label = given if isinstance(given, str) else tuple(given)
-    columns = Columns(config.text_column, label if labels else None, config.other_columns)
-    reader = reader_of(shard.reader)
+    kept = tuple(config.keep_columns)
+    return Columns(config.text_column, label if labels else None, config.other_columns, kept)
+
+
+def _rows(shard: Shard, config: SourceConfig, labels: bool) -> Iterator[tuple[File, Row]]:
+    columns, reader = _columns(config, labels), reader_of(shard.reader)
     return ((file, row) for file in shard.files for row in reader(file, shard, columns))
 
 
@@ -125,11 +172,11 @@ def raw_rows(config: SourceConfig, count: int) -> list[Row]:
     return list(itertools.islice(rows, count))
 
 
-def column_names(config: SourceConfig) -> list[str]:
-    """The columns of a labelled source's first file; empty for formats without columns."""
-    shard = shards(config, labels=True)[0]
+def column_names(config: SourceConfig, *, labels: bool = True) -> list[str]:
+    """The columns of a source's first file; empty for formats without columns."""
+    shard = shards(config, labels=labels)[0]
     find = FORMATS[shard.reader].columns if shard.reader in FORMATS else None
-    return [] if find is None else find(shard.files[0])
+    return [] if find is None else find(shard.files[0], config.read_options)
 
 
 def documents(
@@ -148,7 +195,7 @@ def documents(
     skipped = Counter() if skipped is None else skipped
     names = ["text", "label", *config.other_columns]
     is_empty = True
-    for shard in shards(config, labels=labels is not None):
+    for shard in sampled_shards(config, labels=labels, skipped=skipped):
         for table in read(shard, config, labels=labels):
             table = accept(first_good(table, left), config.on_bad_row, skipped)
             left = None if left is None else left - table.num_rows

@@ -6,9 +6,9 @@ in order, raises for it or counts it: so the same row fails for any number of re
 
 from __future__ import annotations
 
-import math
+import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from raybert.data.preprocess import replace_line_breaks
 from raybert.data.sources.files import Row
+from raybert.data.sources.labels import name_of
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 
@@ -23,6 +24,7 @@ _BATCH_ROWS = 2048
 _BATCH_CHARS = 1 << 21
 #: The raw text and label of a row -> its text, its label as a string, None; or its problem last.
 LabelParser = Callable[[Any, Any], tuple[Any, str | None, str | None]]
+KEPT = "kept"  # a JSON list of the values of `keep_columns`
 SCHEMA = pa.schema(
     [
         ("text", pa.string()),  # null where there is a problem
@@ -34,8 +36,9 @@ SCHEMA = pa.schema(
 
 
 def schema_of(config: SourceConfig) -> pa.Schema:
-    """The columns of a source's tables: `SCHEMA`, and `other_columns`."""
-    return pa.schema([*SCHEMA, *(pa.field(name, pa.string()) for name in config.other_columns)])
+    """The columns of a source's tables: `SCHEMA`, `other_columns`, and KEPT if any are kept."""
+    names = [*config.other_columns, *([KEPT] if config.keep_columns else [])]
+    return pa.schema([*SCHEMA, *(pa.field(name, pa.string()) for name in names)])
 
 
 class RowTable:
@@ -44,6 +47,7 @@ class RowTable:
     def __init__(self, config: SourceConfig, labels: LabelParser | None) -> None:
         self._config, self._parse = config, labels
         self._schema, self._names = schema_of(config), list(config.other_columns)
+        self._has_kept = bool(config.keep_columns)
         self._clear()
 
     def _clear(self) -> None:
@@ -88,6 +92,8 @@ class RowTable:
         texts, labels, problems, places, *columns = self._columns
         labels.append(label)
         problems.append(problem)
+        if self._has_kept:
+            others.append(_plain_json(row.kept) if problem is None else None)
         for column, cell in zip(columns, others, strict=True):
             column.append(cell)
         if problem is None:
@@ -124,38 +130,23 @@ class RowTable:
         return (text, None) if text else (None, "empty")
 
 
+def _plain_json(values: Sequence[Any]) -> str:
+    """Values of any type as a JSON list; what JSON has no type for as a string."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "replace")
+        return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+    text = json.dumps(values, ensure_ascii=False, default=plain)
+    return text.encode("utf-8", "replace").decode()
+
+
 def parse_label(
     text: Any, value: Any, names: list[str] | None = None
 ) -> tuple[Any, str | None, str | None]:
     """A `LabelParser`: one label, a name or a number; `names` are those that are allowed."""
-    label, problem = _one_label(value, names)
-    return text, label, problem
-
-
-def _one_label(value: Any, names: list[str] | None) -> tuple[str | None, str | None]:
-    """Return (label, None), or (None, problem)."""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    elif isinstance(value, bool):
-        value = str(value).lower()
-    elif isinstance(value, float) and value.is_integer():  # pandas: integers beside a null
-        value = int(value)
-    elif isinstance(value, list | dict):
-        return None, f"label is no name or number ({type(value).__name__})"
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None, "no label"
-    label = str(value).strip()
-    if not label:
-        return None, "no label"
-    if not label.isascii() and any(0xD800 <= ord(c) <= 0xDFFF for c in label):
-        return None, "label is not UTF-8"
-    if names is None or label in names:
-        return label, None
-    # Where names are numbers themselves, a number is a name: stars from 1 to 5 have no 0.
-    numbered = not any(name.isdecimal() for name in names)
-    if numbered and label.isdecimal() and int(label) < len(names):
-        return names[int(label)], None
-    return None, f"label {label!r} is not one of labels={names}"
+    return text, *name_of(value, names)
 
 
 def accept(table: pa.Table, on_bad_row: str, skipped: Counter[str]) -> pa.Table:

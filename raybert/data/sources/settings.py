@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from raybert.config import KeyOf, Settings
+from raybert.data.sources.files import ReadOptions
 from raybert.data.sources.formats import FORMATS
+from raybert.data.sources.labels import spell
 
+_SIGNS = {"tab": "\t", "\\t": "\t", "none": ""}
+#: Settings that stored sources of earlier versions lack.
+_ADDED = {
+    "encoding", "delimiter", "quote", "escape", "header", "follow_links", "keep_columns", "sample",
+    "sample_seed",
+}  # fmt: skip
 FormatName = Annotated[str, KeyOf(FORMATS, "auto", "imdb")]
 
 
@@ -23,14 +31,40 @@ class SourceConfig(Settings):
         "default: sample:imdb, sample:rotten-tomatoes, sample:all; {split} is replaced by `split`",
     )
     format: FormatName = Field(
-        "auto", description="auto: by the file's name (.gz and .zst are decompressed)"
+        "auto",
+        description="auto: by the file's name, or by its content where the name has no suffix; "
+        "compressed files and zip and tar archives are read by any",
+    )
+    encoding: str | None = Field(
+        None, description="of text files, as cp1252 or utf-16; null: found out"
+    )
+    delimiter: str | None = Field(
+        None, description="of CSV: the sign between fields, or tab; null: found out"
+    )
+    quote: str | None = Field(
+        None, description="of CSV: the sign around fields, or none; null: found out"
+    )
+    escape: str | None = Field(
+        None,
+        description="of CSV: the sign before a quote in a quoted field, or none, where quotes are "
+        "doubled; null: found out",
+    )
+    header: bool | None = Field(
+        None,
+        description="of CSV: whether the first row has the names of the columns, which else are "
+        "1, 2, ...; null: found out",
+    )
+    follow_links: bool = Field(
+        False, description="read what symbolic links in a folder name outside of it"
     )
     split: str | list[str] | None = Field(
         None,
         description="which parts of the source: train, test, unsup of IMDB's archive; train, test "
         "of the sample; null: train for labels, all but test for a corpus, test for evaluation",
     )
-    text_column: str = "text"
+    text_column: str = Field(
+        "text", description="column of the texts; review.text is a field of a nested column"
+    )
     pair_column: str | None = Field(
         None, description="column of a second text, for tasks on pairs of texts; null: none"
     )
@@ -41,6 +75,11 @@ class SourceConfig(Settings):
     )
     label_column: str | list[str] = Field(
         "label", description="column of the labels, or several: of 0 and 1, or of numbers"
+    )
+    keep_columns: list[str] = Field(
+        [],
+        description="columns that `raybert predict -i` writes beside its own; ids: columns such as "
+        "id or review_id; all: every one",
     )
     label_separator: str | None = Field(
         None, description="between several labels in one string, as | or ,; null: one label"
@@ -58,17 +97,55 @@ class SourceConfig(Settings):
         "fail",
         description="rows that are empty, not UTF-8, without a label, ...: stop, or skip and count",
     )
-    limit: int | None = Field(None, ge=1, description="read at most this many documents")
+    limit: int | None = Field(
+        None, ge=1, description="read at most this many documents, chosen by `sample`"
+    )
+    sample: Literal["random", "first"] = Field(
+        "random",
+        description="what limit chooses: random: a sample of all, in the proportions of the "
+        "labels, for which the source is read twice; first: the first ones",
+    )
+    sample_seed: int = Field(0, description="of that sample")
 
     @field_validator("labels", mode="before")
     @classmethod
     def _labels(cls, value: Any) -> Any:
         if not isinstance(value, list):
             return value
-        names = [str(name) for name in value]
-        if len(set(names)) < len(names) or len(names) < 2:
+        names = [spell(name)[0] for name in value]
+        if len(set(names)) < len(names) or len(names) < 2 or None in names:
             raise ValueError(f"labels={value}: expected two or more different labels")
         return names
+
+    @field_validator("text_column", "pair_column", "group_column", "label_column", mode="before")
+    @classmethod
+    def _column(cls, value: Any) -> Any:
+        """A number is the name of a column in a table without a header."""
+        return str(value) if type(value) is int else value
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding(cls, value: str | None) -> str | None:
+        try:
+            "a".encode(value or "utf-8")
+        except LookupError:
+            raise ValueError(
+                f"encoding={value!r}: no such encoding; name one of Python's, as utf-8, utf-16, "
+                "cp1252 or gb18030"
+            ) from None
+        return value
+
+    @field_validator("delimiter", "quote", "escape")
+    @classmethod
+    def _sign(cls, value: str | None, info: ValidationInfo) -> str | None:
+        sign = _SIGNS.get(value or "", value)
+        name = info.field_name
+        if sign is None or (len(sign) == 1 and sign not in "\r\n"):
+            return sign
+        if not sign and name != "delimiter":
+            return sign
+        known = "tab" if name == "delimiter" else "none"
+        raise ValueError(f"{name}={value!r}: expected one character, or {known}")
 
     @field_validator("path")
     @classmethod
@@ -89,6 +166,20 @@ class SourceConfig(Settings):
         """The configured columns beside text and label, by what they are."""
         columns = {"pair": self.pair_column, "group": self.group_column}
         return {name: column for name, column in columns.items() if column is not None}
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """How files are written, where that is configured."""
+        return ReadOptions(self.delimiter, self.quote, self.escape, self.encoding, self.header)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings as plain JSON; those added after files were written only where they are set.
+
+        So a source is the one that an earlier version has stored.
+        """
+        values = self.model_dump(mode="json")
+        fields = type(self).model_fields
+        return {k: v for k, v in values.items() if k not in _ADDED or v != fields[k].default}
 
     @property
     def splits(self) -> list[str] | None:

@@ -1,0 +1,231 @@
+"""Read JSON: an object a line, an array of objects, or objects over several lines.
+
+An object that has rows in one of its fields, and pandas' `{"text": {"0": ...}, ...}`, are read too.
+Values are decoded one at a time, so that memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from raybert.data.sources.columns import MISSING, Columns, missing, nested
+from raybert.data.sources.compression import DAMAGED
+from raybert.data.sources.files import File, ReadOptions, Row, Shard
+from raybert.data.sources.opening import (
+    MAX_RECORD_BYTES,
+    RECORD_TOO_LONG,
+    Opened,
+    damaged,
+    lines,
+    open_text,
+)
+from raybert.errors import DataError
+
+_PIECE_CHARS = 1 << 16
+_TESTED_LINES = 20  # for whether a file has an object a line
+_NAMED_ROWS = 100  # whose keys are the columns of a file
+
+
+def read_json(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
+    """Read a file of objects, counted by lines where each has a line, else by rows."""
+    opened = open_text(file, shard.options.encoding)
+    with opened.stream:
+        constants = columns.constants(file, ())
+        keys: dict[str, None] = {}  # of all objects
+        unfound = dict(columns.keys())
+        for place, value in _records(opened, file, columns):
+            if isinstance(value, str):
+                yield Row(None, None, place, value)
+                continue
+            if unfound:
+                keys |= dict.fromkeys(list(value)[:_NAMED_ROWS])
+                unfound = {
+                    c: key for c, key in unfound.items()
+                    if c not in constants and nested(value, c) is MISSING and key != "keep_columns"
+                }  # fmt: skip
+            yield _row(value, columns, constants, place)
+    for column, key in unfound.items() if keys else ():
+        raise DataError(f"{file.name}: {missing(column, key, list(keys))}")
+
+
+def _row(
+    record: Mapping[str, Any], columns: Columns, constants: Mapping[str, Any], place: str
+) -> Row:
+    cells = {}
+    for column, key in columns.keys().items():
+        value = nested(record, column)
+        value = constants.get(column, MISSING) if value is MISSING else value
+        if value is MISSING and key != "keep_columns":
+            what = "no label" if key == "label_column" else f"no {key.replace('_', ' ')}"
+            return Row(None, None, place, f"{what} ({missing(column, key, list(record))})")
+        cells[column] = None if value is MISSING else value
+    return columns.row(cells.__getitem__, place)
+
+
+def _records(
+    opened: Opened, file: File, columns: Columns
+) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield the place of each object, and it or its problem."""
+    if _is_lines(opened.head):
+        for number, line in enumerate(lines(opened.stream, file.name, MAX_RECORD_BYTES), 1):
+            if line is None or line.strip():
+                yield f"line {number}", _decode(line)
+        return
+    values = _Values(opened.stream, file.name)
+    for number, value in enumerate(_flatten(values, columns), 1):
+        yield f"row {number}", value if isinstance(value, dict) else "not a JSON object"
+
+
+def _decode(line: bytes | None) -> dict[str, Any] | str:
+    if line is None:
+        return RECORD_TOO_LONG
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except (ValueError, RecursionError):
+        return "not JSON"
+    return value if isinstance(value, dict) else "not a JSON object"
+
+
+def _is_lines(head: str) -> bool:
+    """Whether a file that begins with `head` has an object a line, and more than one line."""
+    text = head.lstrip()
+    if not text.startswith(("[", "{")):
+        return bool(text)
+    first, _, rest = text.partition("\n")
+    if _is_json(first):
+        return bool(rest.strip())  # one array, or one object, may be all rows in a line
+    if text.startswith("["):
+        return False
+    with contextlib.suppress(ValueError, RecursionError):
+        json.JSONDecoder().raw_decode(text)
+        return False  # an object over several lines
+    tested = rest.splitlines()[:_TESTED_LINES]
+    return any(line.startswith("{") and _is_json(line) for line in tested)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+class _Values:
+    """Decodes the values of a stream one after the other."""
+
+    def __init__(self, stream: Any, name: str) -> None:
+        self._text = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="")
+        self._name, self._buffer, self._at = name, "", 0
+        self._number = 0
+
+    def _more(self, count: int) -> bool:
+        """Append at least one character; False at the end."""
+        try:
+            piece = self._text.read(count)
+        except DAMAGED as error:
+            raise damaged(self._name, error) from None
+        self._buffer, self._at = self._buffer[self._at :] + piece, 0
+        return bool(piece)
+
+    def peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            while self._at < len(self._buffer):
+                if self._buffer[self._at] not in " \t\r\n":
+                    return self._buffer[self._at]
+                self._at += 1
+            if not self._more(_PIECE_CHARS):
+                return ""
+
+    def skip(self) -> None:
+        """Pass the character that `peek` has found."""
+        self._at += 1
+
+    def take(self) -> Any:
+        """Decode the next value; a DataError where there is none."""
+        self._number += 1
+        count = _PIECE_CHARS
+        while True:
+            at = self._at
+            try:
+                value, end = json.JSONDecoder().raw_decode(self._buffer, at)
+            except RecursionError:
+                raise self.error("nested too deep") from None
+            except ValueError as error:
+                reason = str(error).partition(":")[0]
+            else:  # more digits of a number may follow
+                if end < len(self._buffer):
+                    self._at = end
+                    return value
+                if not self._more(count):  # which drops what was read
+                    self._at = end - at
+                    return value
+                continue
+            if len(self._buffer) - at > MAX_RECORD_BYTES:
+                raise self.error(f"{reason}, or {RECORD_TOO_LONG}: write an object a line")
+            if not self._more(count):
+                raise self.error(reason)
+            count *= 2
+
+    def error(self, reason: str) -> DataError:
+        """The error for text that is not JSON."""
+        return DataError(f"{self._name}: row {self._number}: not JSON ({reason}); fix the file")
+
+
+def _flatten(values: _Values, columns: Columns) -> Iterator[Any]:
+    """Yield the elements of arrays, and the rows of objects."""
+    while first := values.peek():
+        if first != "[":
+            yield from _rows_of(values.take(), columns)
+            continue
+        values.skip()
+        sign = values.peek()
+        while sign != "]":
+            yield values.take()
+            sign = values.peek()
+            if sign not in (",", "]"):
+                raise values.error("an array is not closed" if not sign else "no comma follows it")
+            if sign == ",":
+                values.skip()
+        values.skip()
+
+
+def _rows_of(value: Any, columns: Columns) -> list[Any]:
+    """The rows of an object: in the one field that has rows, or as pandas' columns; else itself."""
+    if not isinstance(value, dict):
+        return [value]
+    texts = nested(value, columns.text)
+    if texts is MISSING:
+        found = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        return found[0] if len(found) == 1 else [value]
+    if isinstance(texts, dict):
+        given = {name: cells for name, cells in value.items() if isinstance(cells, dict)}
+        return [{name: cells.get(key) for name, cells in given.items()} for key in texts]
+    return [value]
+
+
+def json_columns(file: File, options: ReadOptions) -> list[str]:
+    """The keys of the first objects; empty where there are none."""
+    names: dict[str, None] = {}
+    with contextlib.suppress(DataError):
+        opened = open_text(file, options.encoding)
+        with opened.stream:
+            for _, value in itertools.islice(_records(opened, file, Columns("text")), _NAMED_ROWS):
+                names |= dict.fromkeys(value) if isinstance(value, dict) else {}
+    return list(names)
+
+
+def describe_json(file: File, options: ReadOptions, columns: Columns) -> str:
+    """How the objects are written."""
+    opened = open_text(file, options.encoding)
+    with opened.stream:
+        form = "an object a line" if _is_lines(opened.head) else "objects in one text"
+        return f"{form}, {opened.encoding}"
