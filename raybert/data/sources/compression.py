@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import lzma
 import re
+import zipfile
+import zlib
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +24,7 @@ _MAGIC = {
 }
 _BUFFER_BYTES = 1 << 20  # read at once
 #: What the libraries raise for compressed data that is cut short or damaged.
-DAMAGED = (OSError, EOFError, lzma.LZMAError, pa.ArrowException)
+DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, pa.ArrowException)
 
 
 def compression_of(head: bytes) -> str | None:

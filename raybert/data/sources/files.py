@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import posixpath
 import struct
 import zipfile
@@ -14,13 +15,14 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from raybert.data.sources.compression import SUFFIXES, decompressed
+from raybert.data.sources.compression import DAMAGED, SUFFIXES, decompressed, take_head
 from raybert.errors import DataError, one_line
 from raybert.storage.folder import Folder
 
 Purpose = Literal["corpus", "train", "evaluate"]
 
 _BUFFER_BYTES = 1 << 20
+_MEMBER_BYTES = 512 << 20  # of a Parquet file in an archive, at most: it is held in memory
 _SHARD_FILES, _SHARD_BYTES = 2000, 16 << 20  # of small files in one shard, at most
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # how Hive and Spark write a missing value
 #: What `zipfile` raises for archives that are damaged, encrypted or of an unknown method.
@@ -62,15 +64,25 @@ class File:
 
     def open_stream(self) -> Any:
         """Open for one pass, decompressed; a DataError if it can't be read."""
-        raw = self._open("open_input_stream", buffer_size=_BUFFER_BYTES)
+        # Arrow would go by the suffix.
+        raw = self._open("open_input_stream", compression=None, buffer_size=_BUFFER_BYTES)
         try:
             return decompressed(raw)
-        except (OSError, EOFError, pa.ArrowException) as error:
+        except DAMAGED as error:
             raise DataError(f"{self.name}: can't be read: {one_line(error)}") from None
 
     def open_seekable(self) -> Any:
         """Open for reads at any offset; raises as `open_stream`."""
-        return self._open("open_input_file")
+        opened = self._open("open_input_file")
+        if self.member is None:
+            return opened
+        if self.size > _MEMBER_BYTES:
+            raise DataError(f"{self.name}: has {self.size:,} bytes; unpack the archive")
+        try:  # a compressed member can't be read at any offset
+            content, _ = take_head(opened, _MEMBER_BYTES + 1)
+        except DAMAGED as error:
+            raise DataError(f"{self.name}: can't be read: {one_line(error)}") from None
+        return io.BytesIO(content)
 
     def _open(self, method: str, **options: Any) -> Any:
         try:
@@ -78,7 +90,7 @@ class File:
                 return open_zip(self).open(self.member)
             folder = Folder(self.uri)
             return getattr(folder.filesystem, method)(folder.path, **options)
-        except ZIP_ERRORS as error:  # pa.ArrowException's subclasses are among them
+        except (*ZIP_ERRORS, pa.ArrowException) as error:
             raise DataError(f"{self.name}: can't be read: {one_line(error)}") from None
 
 

@@ -152,6 +152,7 @@ class _Values:
     def take(self) -> Any:
         """Decode the next value; a DataError where there is none."""
         self._number += 1
+        self.peek()
         count = _PIECE_CHARS
         while True:
             at = self._at
