@@ -30,21 +30,21 @@ class _Smallest:
     def __init__(self, count: int) -> None:
         self._count = count
         self._added: list[_Entries] = []
-        self._size = self.total = 0
+        self.kept = self.total = 0  # entries
 
     def add(self, entries: _Entries) -> None:
         """Add entries, in the order of their rows."""
         self._added.append(entries)
-        self._size += len(entries)
+        self.kept += len(entries)
         self.total += len(entries)
-        if self._size > _KEPT * self._count:
+        if self.kept > _KEPT * self._count:
             self._added = [self.take(self._count)]
-            self._size = len(self._added[0])
+            self.kept = len(self._added[0])
 
     def take(self, count: int) -> _Entries:
         """The smallest `count`, of equal hashes the first ones."""
         merged = np.concatenate(self._added)
-        return merged[np.argsort(merged, order=["hash", "shard", "row"])[:count]]
+        return merged[np.lexsort((merged["row"], merged["shard"], merged["hash"]))[:count]]
 
 
 class Sampler:
