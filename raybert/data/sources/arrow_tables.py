@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raybert.data.sources.columns import MISSING, Columns, nested
+from raybert.data.sources.cells import MISSING, Columns, nested
 from raybert.data.sources.files import File, ReadOptions, Row, Shard
 from raybert.errors import DataError, one_line
 

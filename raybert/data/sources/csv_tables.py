@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from raybert.data.sources.columns import Columns
+from raybert.data.sources.cells import Columns
 from raybert.data.sources.compression import DAMAGED
 from raybert.data.sources.csv_records import records
 from raybert.data.sources.dialect import Table, detect_table

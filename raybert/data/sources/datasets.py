@@ -19,7 +19,7 @@ from typing import Any
 from raybert.data.keyed import text_hash
 from raybert.data.preprocess import replace_line_breaks
 from raybert.data.sources import archive
-from raybert.data.sources.columns import Columns
+from raybert.data.sources.cells import Columns
 from raybert.data.sources.compression import SUFFIXES
 from raybert.data.sources.files import File, Purpose, Row, Shard, group_small_files
 from raybert.data.sources.opening import TOO_LONG, read_document

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from raybert.data.sources.columns import Columns
+from raybert.data.sources.cells import Columns
 from raybert.data.sources.csv_records import Dialect, records
 from raybert.data.sources.files import File, ReadOptions
 

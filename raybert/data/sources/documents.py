@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from raybert.data.sources import datasets
-from raybert.data.sources.columns import Columns
+from raybert.data.sources.cells import Columns
 from raybert.data.sources.files import File, Purpose, Row, Shard
 from raybert.data.sources.formats import FORMATS, reader_of
 from raybert.data.sources.layouts import Found, Request, find_shards

@@ -22,7 +22,7 @@ from raybert.data.sources.arrow_tables import (
     read_arrow,
     read_parquet,
 )
-from raybert.data.sources.columns import Columns
+from raybert.data.sources.cells import Columns
 from raybert.data.sources.csv_tables import csv_columns, describe_csv, read_csv
 from raybert.data.sources.files import File, ReadOptions, Row, Shard
 from raybert.data.sources.json_records import describe_json, json_columns, read_json

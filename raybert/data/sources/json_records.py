@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from raybert.data.sources.columns import MISSING, Columns, missing, nested
+from raybert.data.sources.cells import KEEP, MISSING, Columns, missing, nested
 from raybert.data.sources.compression import DAMAGED
 from raybert.data.sources.files import File, ReadOptions, Row, Shard
 from raybert.data.sources.opening import (
@@ -43,14 +43,15 @@ def read_json(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
                 yield Row(None, None, place, value)
                 continue
             if unfound:
-                keys |= dict.fromkeys(list(value)[:_NAMED_ROWS])
+                if len(keys) < _NAMED_ROWS:
+                    keys |= dict.fromkeys(value)
                 unfound = {
                     c: key for c, key in unfound.items()
-                    if c not in constants and nested(value, c) is MISSING and key != "keep_columns"
+                    if c not in constants and nested(value, c) is MISSING and key != KEEP
                 }  # fmt: skip
             yield _row(value, columns, constants, place)
-    for column, key in unfound.items() if keys else ():
-        raise DataError(f"{file.name}: {missing(column, key, list(keys))}")
+    if unfound and keys:
+        raise DataError(f"{file.name}: {missing(unfound, list(keys))}")
 
 
 def _row(
@@ -60,9 +61,9 @@ def _row(
     for column, key in columns.keys().items():
         value = nested(record, column)
         value = constants.get(column, MISSING) if value is MISSING else value
-        if value is MISSING and key != "keep_columns":
+        if value is MISSING and key != KEEP:
             what = "no label" if key == "label_column" else f"no {key.replace('_', ' ')}"
-            return Row(None, None, place, f"{what} ({missing(column, key, list(record))})")
+            return Row(None, None, place, f"{what} ({missing({column: key}, list(record))})")
         cells[column] = None if value is MISSING else value
     return columns.row(cells.__getitem__, place)
 

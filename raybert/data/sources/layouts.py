@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from raybert.data.sources import archive, datasets
-from raybert.data.sources.columns import Columns
+from raybert.data.sources.cells import Columns
 from raybert.data.sources.csv_tables import csv_columns
 from raybert.data.sources.files import ZIP_ERRORS, File, Purpose, ReadOptions, Shard, open_zip
 from raybert.data.sources.files import group_small_files as group

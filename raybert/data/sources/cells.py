@@ -13,6 +13,8 @@ from raybert.data.sources.files import File, Row
 from raybert.errors import DataError
 
 _SHOWN = 12  # names in a message
+KEEP = "keep_columns"  # the setting of columns that are null where a file lacks them
+_OPTIONS: dict[str, str] = {}  # of the command line that set a setting, with its name
 MISSING = object()  # the value of a column that a record does not have
 
 
@@ -28,7 +30,7 @@ class Columns(NamedTuple):
         """The setting that names each column."""
         labels = (self.label,) if isinstance(self.label, str) else self.label or ()
         others = {column: f"{name}_column" for name, column in self.others.items()}
-        kept = dict.fromkeys(self.kept, "keep_columns")
+        kept = dict.fromkeys(self.kept, KEEP)
         return {
             **kept, self.text: "text_column", **others, **dict.fromkeys(labels, "label_column")
         }  # fmt: skip
@@ -50,21 +52,25 @@ class Columns(NamedTuple):
             for column, value in file.partition.items()
             if column in self.keys() and not is_present(column, present)
         }
+        for column in self.kept:
+            if not is_present(column, present):
+                found.setdefault(column, None)
         if file.label is not None and isinstance(self.label, str) and self.label not in present:
             found[self.label] = file.label
         return found
 
     def check(self, file: File, present: Sequence[str]) -> None:
         """Raise a DataError for a column that neither the file nor its path has, or has twice."""
-        constants = self.constants(file, present)
-        for column, key in self.keys().items():
-            if present.count(column) > 1:
+        constants, keys = self.constants(file, present), self.keys()
+        for column, key in keys.items():
+            if present.count(column) > 1 and key != KEEP:
                 raise DataError(
                     f"{file.name}: {present.count(column)} columns have the name {column!r}; "
                     f"rename one of them, or set {key} to another one"
                 )
-            if column not in constants and not is_present(column, present):
-                raise DataError(f"{file.name}: {missing(column, key, present)}")
+        lacking = [c for c in keys if c not in constants and not is_present(c, present)]
+        if lacking:
+            raise DataError(f"{file.name}: {missing({c: keys[c] for c in lacking}, present)}")
 
 
 def is_present(column: str, present: Sequence[str]) -> bool:
@@ -72,11 +78,15 @@ def is_present(column: str, present: Sequence[str]) -> bool:
     return column in present or column.partition(".")[0] in present
 
 
-def missing(column: str, key: str, present: Sequence[str]) -> str:
-    """The problem of a column that is not there."""
+def missing(columns: Mapping[str, str], present: Sequence[str]) -> str:
+    """The problem of columns that are not there; `columns` are the settings that name them."""
     shown = ", ".join(name or "(no name)" for name in present[:_SHOWN])
     more = ", ..." if len(present) > _SHOWN else ""
-    return f"no column {column!r}; set {key} to one of: {shown}{more}"
+    keys = dict.fromkeys(_OPTIONS.get(key, key) for key in columns.values())
+    return (
+        f"no column {' and no column '.join(map(repr, columns))}; set {' and '.join(keys)} to one "
+        f"of: {shown}{more}"
+    )
 
 
 def nested(record: Mapping[str, Any], column: str) -> Any:
