@@ -38,7 +38,12 @@ def predict(
         str | None, typer.Option("--input", "-i", help="A file of texts, read through Ray Data.")
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="With --input: a .jsonl or .parquet file.")
+        str | None,
+        typer.Option("--output", "-o", help="With --input: a .jsonl, .csv or .parquet file."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="With --input: a column to write, too; ids (the default), or all."),
     ] = None,
     pairs: Annotated[
         list[str] | None,
@@ -65,7 +70,7 @@ def predict(
 
     Examples: `raybert predict -m runs/mine "A joy."`,
     `raybert predict -m runs/pairs "A dog runs." --pair "An animal moves."`,
-    `raybert predict -m runs/mine -i reviews.parquet -o labels.jsonl`
+    `raybert predict -m runs/mine -i reviews.csv -o labels.csv --keep author`
     """
     from raybert.pipeline import predict_stage
     from raybert.tasks.protocol import AnswerOptions
@@ -81,9 +86,11 @@ def predict(
     predict_stage.check_answer_options(folder, options, has_pairs=pairs is not None)
     if source is not None:
         if output is None:
-            raise UserError("--input needs --output: name a .jsonl or a .parquet file")
+            raise UserError("--input needs --output: name a .jsonl, a .csv or a .parquet file")
         print_json(
-            predict_stage.predict_file(experiment, folder, source, output, new_display(), options)
+            predict_stage.predict_file(
+                experiment, folder, source, output, new_display(), options, keep or ()
+            )
         )
         return
     for what, several in (("text", texts), ("--pair", pairs)):

@@ -6,35 +6,33 @@ does not grow with the number of texts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence, Set
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raybert.cluster.internals.data import ordered_execution
 from raybert.cluster.machine import cores
 from raybert.data.corpus.tokenize_job import read_dataset
 from raybert.data.sources import documents
-from raybert.data.sources.row_table import LabelParser, accept
+from raybert.data.sources.row_table import KEPT, LabelParser, accept
 from raybert.data.sources.settings import SourceConfig
-from raybert.errors import DataError, StorageError, UserError, one_line
+from raybert.errors import DataError
 from raybert.inference.classifier import Text, TextClassifier, pool
+from raybert.inference.prediction_file import PredictionWriter
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
-from raybert.storage.staged import staged_file
 from raybert.tasks.comparison import Predictions
 from raybert.tasks.labelled import Labelled
 from raybert.tasks.linear.store import load_baseline, load_part
-from raybert.tasks.protocol import ALL_SCORES, AnswerOptions, Outputs, Targets, TextTask
+from raybert.tasks.protocol import ALL_SCORES, AnswerOptions, Outputs, Targets
 from raybert.tasks.registry import read_task
 
 _BLOCK_BYTES = 1 << 20  # of Ray Data's blocks
@@ -179,11 +177,18 @@ def predict_source(
         options=options,
     )
     given = ["row", "text", *(["pair"] if source.pair_column is not None else [])]
-    with PredictionWriter(output, given, task) as writer:
+    kept = _kept_types(source, {*given, *(field.name for field in task.column_types())})
+    with PredictionWriter(output, given, task, kept) as writer:
         for table in scored:
-            answers = map(json.loads, table["answer"].to_pylist())
             rows = table.select(given).to_pylist()
-            writer.write([row | answer for row, answer in zip(rows, answers, strict=True)])
+            columns = map(json.loads, table[KEPT].to_pylist()) if kept else itertools.repeat([])
+            answers = map(json.loads, table["answer"].to_pylist())
+            writer.write(
+                [
+                    row | dict(zip(kept, values, strict=True)) | answer
+                    for row, values, answer in zip(rows, columns, answers, strict=False)
+                ]
+            )
             done += len(table)
             on_progress(done)
         if not done:
@@ -191,60 +196,19 @@ def predict_source(
     return {"texts": done, "skipped": dict(skipped), "output": output}
 
 
-class PredictionWriter:
-    """Writes predictions to a JSONL or Parquet file, which exists only once it is complete."""
+def _kept_types(source: SourceConfig, taken: Set[str]) -> dict[str, pa.DataType]:
+    """The types of the source's columns that are written, by the names that they are written under.
 
-    def __init__(self, path: str, given: Sequence[str], task: TextTask) -> None:
-        """Open a .jsonl or .parquet path or URI (else a UserError).
-
-        Its columns are `given`, among row, text and pair, and those of the task.
-        """
-        self._folder, self._name = Folder.of_file(path)
-        if not self._name.endswith((".jsonl", ".parquet")):
-            raise UserError(f"--output {path}: name a .jsonl or a .parquet file")
-        types = {"row": pa.int64(), "text": pa.string(), "pair": pa.string()}
-        self._schema = pa.schema([*((name, types[name]) for name in given), *task.column_types()])
-        self._exits = ExitStack()
-        try:
-            self._stream = self._exits.enter_context(staged_file(self._folder, self._name))
-        except (OSError, StorageError) as error:
-            raise UserError(f"--output {path}: can't be written: {one_line(error)}") from None
-        self._parquet: pq.ParquetWriter | None = None
-
-    def write(self, records: list[dict[str, Any]]) -> None:
-        """Append rows."""
-        with self._folder.storage_errors("writing", self._folder.join(self._name)):
-            if self._name.endswith(".jsonl"):
-                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records)
-                self._stream.write(lines.encode())
-                return
-            table = pa.Table.from_pylist(records, schema=self._schema)
-            if self._parquet is None:
-                self._parquet = pq.ParquetWriter(self._stream, table.schema)
-            self._parquet.write_table(table)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Complete the file, which replaces one of its name; after an error, leave that one."""
-        with self._exits.pop_all() as exits:
-            if kind is None:
-                with self._folder.storage_errors("writing", self._folder.join(self._name)):
-                    self._close_parquet()
-                return
-            with suppress(OSError, pa.ArrowException):  # Parquet's footer, of a file that goes
-                self._close_parquet()
-            exits.__exit__(kind, error, trace)
-
-    def _close_parquet(self) -> None:
-        if self._parquet is not None:
-            self._parquet.close()
+    A column whose name a prediction has, as `label`, is written as `input_label`.
+    """
+    known = documents.column_types(source) if source.keep_columns else {}
+    types = {}
+    for column in source.keep_columns:
+        name = column
+        while name in taken or name in types:
+            name = f"input_{name}"
+        types[name] = known.get(column, pa.string())
+    return types
 
 
 def evaluate(

@@ -42,6 +42,7 @@ def prepare_finetune(
     `fold` (i, n): validate on the i-th of n parts; `fit_baseline` gets the texts before they are
     tokenized.
     """
+    from raybert.data.sources.documents import describe
     from raybert.inference.ensemble import Teacher
     from raybert.jobs.doctor.run_checks import run_requested_checks
     from raybert.tasks.finetune import FinetuneSpec
@@ -56,6 +57,8 @@ def prepare_finetune(
         if config.distill.teacher is not None:
             models = teachers(experiment)
             teacher = Teacher(models, lambda done: display.progress(f"teacher: {done:,} texts"))
+        for line in describe(config.source, labels=True):
+            display.print(f"texts     reads {line}")
         session: AbstractContextManager[Resources | None] = (
             ray_session(experiment.ray) if on_ray else nullcontext()
         )

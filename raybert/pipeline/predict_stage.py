@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from raybert.cluster.session import ray_session
-from raybert.data.sources.documents import fingerprint
-from raybert.data.sources.settings import SourceConfig
+from raybert.data.sources.cells import is_present
+from raybert.data.sources.documents import column_names, describe, partition_names
+from raybert.data.sources.settings import READING, SourceConfig
 from raybert.errors import DataError, UserError
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
@@ -127,6 +129,33 @@ def _pair_of(numbered: NumberedText) -> tuple[str, str]:
     return first, second
 
 
+IDS, ALL = "ids", "all"
+# As id, review_id, Review-ID, reviewId, index.
+_ID = re.compile(r"(?i:id|idx|index|uuid|guid|key)|.*(?:(?i:[_\-. ]id)|[a-z]I[dD])")
+
+
+def choose_columns(source: SourceConfig, wanted: Sequence[str]) -> list[str]:
+    """The names of the columns that predictions keep; a UserError for one that is not there."""
+    present = column_names(source, labels=False)
+    read = {source.text_column, source.pair_column}
+    others = [name for name in dict.fromkeys(present) if name not in read]
+    chosen: dict[str, None] = {}
+    for column in wanted:
+        if column == ALL:
+            chosen |= dict.fromkeys(others)
+        elif column == IDS and column not in present:
+            chosen |= dict.fromkeys(name for name in others if _ID.fullmatch(name))
+        elif is_present(column, present) or column in partition_names(source):
+            chosen[column] = None
+        else:
+            known = ", ".join(others) or "none beside the text"
+            raise UserError(
+                f"--keep {column}: {', '.join(source.paths)} has no column of that name; there are "
+                f"{known}"
+            )
+    return list(chosen)
+
+
 def predict_file(
     experiment: Experiment,
     model: Folder,
@@ -134,20 +163,31 @@ def predict_file(
     output: str,
     display: Display,
     options: AnswerOptions = ALL_SCORES,
+    keep: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Predict files by Ray Data; returns the counts."""
+    """Predict files by Ray Data; returns the counts.
+
+    `keep` are columns that are written beside the predictions, "ids" or "all"; by default the
+    configured ones, or the ids.
+    """
     from raybert.inference.bulk import predict_source
+    from raybert.inference.prediction_file import check_output
     from raybert.model import huggingface
     from raybert.tasks.labelled import with_columns_of
 
+    check_output(output)
     columns = read_columns(model)
     huggingface.check_weights(model)  # missing or damaged weights are an error before Ray starts
     given = experiment.evaluate.source.model_dump(
-        include={"text_column", "pair_column", "on_bad_row", "document", "format"}
+        include={"text_column", "pair_column", "on_bad_row", "document", "format", *READING}
     )
     # The model's own preprocessing handles HTML.
     source = with_columns_of(SourceConfig(path=path, html_breaks="keep", **given), columns)
-    fingerprint(source)  # a missing file is an error before Ray starts
+    wanted = keep or experiment.evaluate.source.keep_columns or [IDS]
+    kept = choose_columns(source, wanted)  # a missing file is an error before Ray starts
+    source = source.model_copy(update={"keep_columns": kept})
+    for line in describe(source):
+        display.print(f"predict   reads {line}")
     with display.stage("predict"), ray_session(experiment.ray) as resources:
         return predict_source(
             source,

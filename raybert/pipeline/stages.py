@@ -54,6 +54,8 @@ def make_corpus(experiment: Experiment, display: Display, *, force: bool = False
         tokens = tokens if progress.tokens else ""
         display.progress(f"{prefix}{progress.documents:,} documents{tokens}")
 
+    for line in documents.describe(experiment.corpus.source):
+        display.print(f"corpus    reads {line}")
     with display.stage("corpus"), ray_session(experiment.ray):
         manifest = corpus.build(experiment.corpus, folder, progress=show, force=force)
     display.print(f"corpus    {_format_corpus(manifest)}")
@@ -222,6 +224,8 @@ def evaluate_model(
     source = with_columns_of(experiment.evaluate.source, read_columns(model))
     # Missing or damaged weights are an error before Ray starts.
     inputs = _evaluation_inputs(experiment, huggingface.check_weights(model))
+    for line in documents.describe(source, labels=True):
+        display.print(f"evaluate  reads {line}")
     with display.stage("evaluate"), ray_session(experiment.ray) as resources:
         metrics = bulk.evaluate(
             source,

@@ -188,9 +188,7 @@ def test_a_table_without_a_header_has_numbered_columns(tmp_path, header):
     path = write(tmp_path / "a.csv", table(rows, header=None).encode())
     texts, labels, _ = read(path, header=header, text_column=3, label_column=2)
     assert (texts, labels) == ([r[2] for r in rows], [r[1] for r in rows])
-    with pytest.raises(
-        DataError, match=r"no column 'text' .* to one of: 1, 2, 3 \(it h"
-    ):
+    with pytest.raises(DataError, match=r"no column 'text' .* to one of: 1, 2, 3 \(it h"):
         read(path, header=header)
     assert "no header" in describe(SourceConfig(path=str(path), header=header))[0]
 
@@ -209,7 +207,8 @@ def test_of_two_columns_without_a_header_the_longer_is_the_text(tmp_path, order)
 def test_own_column_names_are_a_header(tmp_path):
     path = write(tmp_path / "a.csv", table(GOOD, header=("review body", "stars")).encode())
     with pytest.raises(
-        DataError, match="no column 'text' and no column 'label'; set .* to one of: review body, stars"
+        DataError,
+        match="no column 'text' and no column 'label'; set .* to one of: review body, stars",
     ):
         read(path)
     assert len(read(path, text_column="review body", label_column="stars")[0]) == len(GOOD)

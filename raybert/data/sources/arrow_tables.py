@@ -169,21 +169,38 @@ def class_names(schema: pa.Schema) -> dict[str, list[str]]:
     return found
 
 
-def parquet_columns(file: File, options: ReadOptions) -> list[str]:
+def parquet_columns(file: File, options: ReadOptions, columns: Columns) -> list[str]:
     """The columns of a Parquet file; empty where it can't be read."""
-    return list(column_types(file, _open_parquet))
+    schema = _schema(file, _open_parquet)
+    return [] if schema is None else [str(name) for name in schema.names]
 
 
-def arrow_columns(file: File, options: ReadOptions) -> list[str]:
+def arrow_columns(file: File, options: ReadOptions, columns: Columns) -> list[str]:
     """The columns of an Arrow file; empty where it can't be read."""
-    return list(column_types(file, _open_arrow))
+    schema = _schema(file, _open_arrow)
+    return [] if schema is None else [str(name) for name in schema.names]
 
 
-def column_types(
-    file: File, open_file: Callable[[Any], tuple[Any, pa.Schema]] = _open_parquet
-) -> dict[str, pa.DataType]:
-    """The types of the columns by their names."""
+def parquet_types(file: File) -> dict[str, pa.DataType]:
+    """The types of a Parquet file's columns of numbers, booleans and strings."""
+    return _plain_types(_schema(file, _open_parquet))
+
+
+def arrow_types(file: File) -> dict[str, pa.DataType]:
+    """The types of an Arrow file's columns of numbers, booleans and strings."""
+    return _plain_types(_schema(file, _open_arrow))
+
+
+def _schema(file: File, open_file: Callable[[Any], tuple[Any, pa.Schema]]) -> pa.Schema | None:
     with contextlib.suppress(*_DAMAGED), file.open_seekable() as stream:
-        _, schema = open_file(stream)
-        return {str(name): kind for name, kind in zip(schema.names, schema.types, strict=True)}
-    return {}
+        return open_file(stream)[1]
+    return None
+
+
+def _plain_types(schema: pa.Schema | None) -> dict[str, pa.DataType]:
+    is_plain = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    return {
+        str(field.name): field.type
+        for field in schema or ()
+        if any(test(field.type) for test in is_plain)
+    }

@@ -65,12 +65,12 @@ def _check(file: File, table: Table, columns: Columns) -> None:
         ) from None
 
 
-def csv_columns(file: File, options: ReadOptions) -> list[str]:
+def csv_columns(file: File, options: ReadOptions, columns: Columns) -> list[str]:
     """The names of a table's columns; empty where it can't be read."""
     with contextlib.suppress(DataError):
         opened = open_text(file, options.encoding)
         with opened.stream:
-            return detect_table(opened.head, file, options, Columns("text", "label")).names
+            return detect_table(opened.head, file, options, columns).names
     return []
 
 

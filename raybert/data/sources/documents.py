@@ -23,6 +23,8 @@ from raybert.data.sources.sampling import Sampler, chosen_rows
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 
+_TYPED_FILES = 100  # whose types are looked up, at most
+
 
 def shards(config: SourceConfig, *, labels: bool = False) -> list[Shard]:
     """List the shards of a source, in the order of its documents.
@@ -176,7 +178,28 @@ def column_names(config: SourceConfig, *, labels: bool = True) -> list[str]:
     """The columns of a source's first file; empty for formats without columns."""
     shard = shards(config, labels=labels)[0]
     find = FORMATS[shard.reader].columns if shard.reader in FORMATS else None
-    return [] if find is None else find(shard.files[0], config.read_options)
+    return (
+        [] if find is None else find(shard.files[0], config.read_options, _columns(config, labels))
+    )
+
+
+def partition_names(config: SourceConfig) -> set[str]:
+    """The columns that the paths of the files have."""
+    return {n for shard in shards(config) for file in shard.files for n in file.partition}
+
+
+def column_types(config: SourceConfig) -> dict[str, pa.DataType]:
+    """The types of the columns that are the same in all files, where formats have them."""
+    files = [(shard.reader, file) for shard in shards(config) for file in shard.files]
+    if len(files) > _TYPED_FILES:
+        return {}
+    found: dict[str, pa.DataType] | None = None
+    for reader, file in files:
+        find = FORMATS[reader].types if reader in FORMATS else None
+        types = {} if find is None else find(file)
+        known = types if found is None else found
+        found = {name: kind for name, kind in known.items() if types.get(name) == kind}
+    return found or {}
 
 
 def documents(

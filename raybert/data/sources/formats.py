@@ -15,10 +15,14 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import pyarrow as pa
+
 from raybert.data.sources import archive, datasets
 from raybert.data.sources.arrow_tables import (
     arrow_columns,
+    arrow_types,
     parquet_columns,
+    parquet_types,
     read_arrow,
     read_parquet,
 )
@@ -77,18 +81,20 @@ class Format(NamedTuple):
     read: Reader
     suffixes: tuple[str, ...]  # lower case; one of a compression may follow them
     #: The names of a file's columns; None: it has no names.
-    columns: Callable[[File, ReadOptions], list[str]] | None = None
+    columns: Callable[[File, ReadOptions, Columns], list[str]] | None = None
     #: How a file is written, as it was found out; None: there is nothing to find out.
     describe: Callable[[File, ReadOptions, Columns], str] | None = None
+    #: The types of its columns that are plain, by name; None: it has no types.
+    types: Callable[[File], dict[str, pa.DataType]] | None = None
 
 
 FORMATS = {
-    "parquet": Format(read_parquet, (".parquet", ".pq"), parquet_columns),
+    "parquet": Format(read_parquet, (".parquet", ".pq"), parquet_columns, None, parquet_types),
     "csv": Format(read_csv, (".csv", ".tsv", ".tab"), csv_columns, describe_csv),
     "jsonl": Format(read_json, (".jsonl", ".ndjson", ".json"), json_columns, describe_json),
     "conll": Format(read_conll, (".conll", ".bio", ".iob2")),
     "text": Format(read_text, (".txt", ".text")),
-    "arrow": Format(read_arrow, (".arrow", ".feather"), arrow_columns),
+    "arrow": Format(read_arrow, (".arrow", ".feather"), arrow_columns, None, arrow_types),
 }
 
 

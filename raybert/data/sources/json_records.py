@@ -214,13 +214,13 @@ def _rows_of(value: Any, columns: Columns) -> list[Any]:
     return [value]
 
 
-def json_columns(file: File, options: ReadOptions) -> list[str]:
+def json_columns(file: File, options: ReadOptions, columns: Columns) -> list[str]:
     """The keys of the first objects; empty where there are none."""
     names: dict[str, None] = {}
     with contextlib.suppress(DataError):
         opened = open_text(file, options.encoding)
         with opened.stream:
-            for _, value in itertools.islice(_records(opened, file, Columns("text")), _NAMED_ROWS):
+            for _, value in itertools.islice(_records(opened, file, columns), _NAMED_ROWS):
                 names |= dict.fromkeys(value) if isinstance(value, dict) else {}
     return list(names)
 

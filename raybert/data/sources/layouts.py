@@ -151,9 +151,9 @@ def _format_by_content(
         return magic
     if head.startswith(("{", "[")):
         return "jsonl"
-    names = csv_columns(file, request.options)
+    names = csv_columns(file, request.options, request.columns)
     if example is not None:
-        return "csv" if names == csv_columns(example, request.options) else None
+        return "csv" if names == csv_columns(example, request.options, request.columns) else None
     if request.columns.text in names:
         return "csv"
     # part-0003 and 10456 are texts, README and LICENSE are not.

@@ -19,6 +19,7 @@ from raybert.data.sources.files import Row
 from raybert.data.sources.labels import name_of
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
+from raybert.records import finite
 
 _BATCH_ROWS = 2048
 _BATCH_CHARS = 1 << 21
@@ -138,7 +139,7 @@ def _plain_json(values: Sequence[Any]) -> str:
             return value.decode("utf-8", "replace")
         return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
-    text = json.dumps(values, ensure_ascii=False, default=plain)
+    text = json.dumps(finite(values), ensure_ascii=False, default=plain)
     return text.encode("utf-8", "replace").decode()
 
 

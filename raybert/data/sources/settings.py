@@ -17,6 +17,8 @@ _ADDED = {
     "encoding", "delimiter", "quote", "escape", "header", "follow_links", "keep_columns", "sample",
     "sample_seed",
 }  # fmt: skip
+#: Settings of how files are read, whatever is done with their texts.
+READING = frozenset({"encoding", "delimiter", "quote", "escape", "header", "follow_links"})
 FormatName = Annotated[str, KeyOf(FORMATS, "auto", "imdb")]
 
 
