@@ -1,5 +1,6 @@
 """The exceptions of raybert; all but Superseded and RaybertError end a command with exit code 2."""
 
+_LONGEST_REASON = 1000  # characters of a library's message
 INTERRUPTED = 130  # the exit code after Ctrl-C or SIGTERM
 
 
@@ -31,7 +32,15 @@ class Superseded(RaybertError):
     """A later attempt at the same run has taken over its storage."""
 
 
-def one_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where the message is empty."""
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where the message is empty.
+
+    Characters that are not printable are escaped, since messages of libraries quote files.
+    """
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return (str(reason).strip().splitlines() or [type(error).__name__])[0]
+    return printable((str(reason).strip().splitlines() or [type(error).__name__])[0])
+
+
+def printable(text: str, most: int = _LONGEST_REASON) -> str:
+    """What a file says, for a message: cut, and without control characters and line ends."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])

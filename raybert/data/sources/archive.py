@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 from raybert.data.sources.compression import DAMAGED, decompressed
 from raybert.data.sources.files import File
 from raybert.data.sources.opening import damaged
-from raybert.errors import DataError
+from raybert.errors import DataError, printable
 
 _BLOCK = 512
 _CHUNK = 1 << 20
@@ -64,7 +64,7 @@ def members(
             path, size, begin, following = info.name, info.size, info.offset_data, tar.offset
             is_file = info.isreg()
             if is_file and info.issparse() and is_wanted(path):
-                raise DataError(f"{name}: {path} is a sparse file; unpack the archive")
+                raise DataError(f"{name}: {printable(path)} is a sparse file; unpack the archive")
         if size < 0 or following < window.tell():
             raise damaged(name, "a member's header has no valid size")
         if is_file and is_wanted(path):
@@ -196,5 +196,5 @@ class MemberFile(File):
 
 def member_file(archive: File, member: Member) -> MemberFile:
     """The file that a member is."""
-    name = f"{archive.name}: {member.path}"
+    name = f"{archive.name}: {printable(member.path)}"
     return MemberFile(name, f"/{member.path}", member.size, None, stream=member.stream)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raybert.data.sources.files import File, Row
-from raybert.errors import DataError
+from raybert.errors import DataError, printable
 
-_SHOWN = 12  # names in a message
+_SHOWN, _SHOWN_CHARS = 12, 60  # names in a message
 KEEP = "keep_columns"  # the setting of columns that are null where a file lacks them
 _OPTIONS: dict[str, str] = {}  # of the command line that set a setting, with its name
 MISSING = object()  # the value of a column that a record does not have
@@ -80,13 +80,18 @@ def is_present(column: str, present: Sequence[str]) -> bool:
 
 def missing(columns: Mapping[str, str], present: Sequence[str]) -> str:
     """The problem of columns that are not there; `columns` are the settings that name them."""
-    shown = ", ".join(name or "(no name)" for name in present[:_SHOWN])
+    shown = ", ".join(_shown_name(name) for name in present[:_SHOWN])
     more = ", ..." if len(present) > _SHOWN else ""
     keys = dict.fromkeys(_OPTIONS.get(key, key) for key in columns.values())
     return (
         f"no column {' and no column '.join(map(repr, columns))}; set {' and '.join(keys)} to one "
         f"of: {shown}{more}"
     )
+
+
+def _shown_name(name: str) -> str:
+    more = "..." if len(name) > _SHOWN_CHARS else ""
+    return (printable(name, _SHOWN_CHARS) or "(no name)") + more
 
 
 def nested(record: Mapping[str, Any], column: str) -> Any:

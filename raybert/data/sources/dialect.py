@@ -24,6 +24,7 @@ _SNIFFED_CHARS, _SNIFFED_LINES = 1 << 14, 200  # for clevercsv, which takes 0.1 
 _SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n")  # the first line of Excel's files, at times
 # A number, or the end of a sentence.
 _NO_NAME = re.compile(r"^[+-]?\d+(?:[.,]\d+)?$|[.!?\u3002]$|\n")
+_UNKNOWN_TO_CLEVERCSV = re.compile("[\0\ud800-\udfff]")  # it raises for them
 _NAME_CHARS = 64  # of a column, at most
 _NAMES = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
 
@@ -131,7 +132,11 @@ def _find_delimiter(sample: str, file: File, columns: Columns) -> str:
 
     lines = sample[:_SNIFFED_CHARS].splitlines(keepends=True)[:_SNIFFED_LINES]
     present = [delimiter for delimiter in candidates if delimiter in sample]
-    sniffed = clevercsv.Sniffer().sniff("".join(lines), delimiters=present) if present else None
+    try:
+        known = _UNKNOWN_TO_CLEVERCSV.sub("?", "".join(lines))
+        sniffed = clevercsv.Sniffer().sniff(known, delimiters=present) if present else None
+    except clevercsv.Error:
+        sniffed = None
     return str(sniffed.delimiter) if sniffed and sniffed.delimiter else usual
 
 

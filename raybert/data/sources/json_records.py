@@ -72,7 +72,7 @@ def _records(
     opened: Opened, file: File, columns: Columns
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Yield the place of each object, and it or its problem."""
-    if _is_lines(opened.head):
+    if _is_lines(opened.head, file):
         for number, line in enumerate(lines(opened.stream, file.name, MAX_RECORD_BYTES), 1):
             if line is None or line.strip():
                 yield f"line {number}", _decode(line)
@@ -94,7 +94,7 @@ def _decode(line: bytes | None) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else "not a JSON object"
 
 
-def _is_lines(head: str) -> bool:
+def _is_lines(head: str, file: File) -> bool:
     """Whether a file that begins with `head` has an object a line, and more than one line."""
     text = head.lstrip()
     if not text.startswith(("[", "{")):
@@ -107,6 +107,8 @@ def _is_lines(head: str) -> bool:
     with contextlib.suppress(ValueError, RecursionError):
         json.JSONDecoder().raw_decode(text)
         return False  # an object over several lines
+    if not rest:  # the first line goes on
+        return file.suffix in (".jsonl", ".ndjson")
     tested = rest.splitlines()[:_TESTED_LINES]
     return any(line.startswith("{") and _is_json(line) for line in tested)
 
@@ -229,5 +231,5 @@ def describe_json(file: File, options: ReadOptions, columns: Columns) -> str:
     """How the objects are written."""
     opened = open_text(file, options.encoding)
     with opened.stream:
-        form = "an object a line" if _is_lines(opened.head) else "objects in one text"
+        form = "an object a line" if _is_lines(opened.head, file) else "objects in one text"
         return f"{form}, {opened.encoding}"

@@ -21,7 +21,7 @@ from raybert.data.sources.files import group_small_files as group
 from raybert.data.sources.formats import FORMATS, format_of, suffixes
 from raybert.data.sources.listing import LeftOut, list_files
 from raybert.data.sources.opening import open_text
-from raybert.errors import DataError, one_line
+from raybert.errors import DataError, one_line, printable
 
 _MAGIC = {"PAR1": "parquet", "ARROW1": "arrow"}
 _SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")  # by datasets' save_to_disk
@@ -105,10 +105,11 @@ def _expanded(file: File, format: str) -> Iterator[File]:
         ) from None
     for member in members:
         is_hidden = any(part.startswith((".", "_")) for part in member.filename.split("/"))
-        if not member.is_dir() and not is_hidden:
+        is_file = bool(member.filename) and not member.is_dir()
+        if is_file and not is_hidden:
             yield replace(
                 file,
-                name=f"{file.name}/{member.filename}",
+                name=f"{file.name}/{printable(member.filename)}",
                 size=member.file_size,
                 member=member.filename,
             )

@@ -106,6 +106,7 @@ class RowTable:
         texts.append(None)
         place = f"{file_name}: {row.place}" if row.place else file_name
         places.append(place.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+        problems[-1] = problem.encode("utf-8", "backslashreplace").decode()
         return False
 
     def _check_text(self, value: Any) -> tuple[str | None, str | None]:
