@@ -43,4 +43,7 @@ def one_line(error: BaseException) -> str:
 
 def printable(text: str, most: int = _LONGEST_REASON) -> str:
     """What a file says, for a message: cut, and without control characters and line ends."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])
+    text = text[:most]
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -95,3 +95,38 @@ def test_a_truncated_tar_always_raises(cut_at):
             list(read_members)
     else:
         assert len(list(read_members)) == 4
+
+
+def hostile(kind):
+    """A tar archive with one header that is wrong, though its checksum is right."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.txt")
+        info.size, info.pax_headers = 4, {"comment": "c" * 5000}
+        tar.addfile(info, io.BytesIO(b"text"))
+    data = bytearray(out.getvalue())
+    at = 0
+    if kind == "negative size":
+        at = (
+            len(data)
+            - len(data) % 512
+            - next(n for n in range(512, len(data), 512) if data[-n:][257:262] == b"ustar")
+        )
+        data[at + 124 : at + 136] = b"-1000\0      "
+    elif kind == "huge header":
+        data[124:136] = b"77777777777\0"
+    else:
+        record = {"zero length": b"0 path=a\n", "digits": b"1" * 5000}[kind]
+        data[512 : 512 + len(record)] = record
+    checksum = sum(data[at : at + 148]) + sum(data[at + 156 : at + 512]) + 8 * 32
+    data[at + 148 : at + 156] = b"%06o\0 " % checksum
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["zero length", "negative size", "huge header", "digits"])
+def test_hostile_headers_are_an_error_in_a_line(tmp_path, kind):
+    (tmp_path / "a.tar").write_bytes(hostile(kind))
+    with pytest.raises(
+        DataError, match=r"^\S*a.tar is truncated or damaged \(a member's header .*\)"
+    ):
+        texts_of(SourceConfig(path=str(tmp_path / "a.tar")))

@@ -23,7 +23,7 @@ from raybert.data.sources.cells import Columns
 from raybert.data.sources.compression import SUFFIXES
 from raybert.data.sources.files import File, Purpose, Row, Shard, group_small_files
 from raybert.data.sources.opening import TOO_LONG, read_document
-from raybert.errors import DataError, UserError, printable
+from raybert.errors import DataError, UserError
 
 _IMDB_SPLITS = ("train", "unsup", "test")
 _SAMPLE_SPLITS = ("train", "test")
@@ -83,7 +83,7 @@ def read_imdb_archive(file: File, shard: Shard, columns: Columns) -> Iterator[Ro
     with file.open_stream() as stream:
         for member in archive.members(stream, file.name, wanted):
             found = split_and_label(member.path, shard.splits)
-            yield _review(member.stream, file.name, found, printable(member.path))
+            yield _review(member.stream, file.name, found, member.path)
 
 
 def read_imdb_file(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:

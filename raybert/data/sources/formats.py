@@ -31,7 +31,7 @@ from raybert.data.sources.csv_tables import csv_columns, describe_csv, read_csv
 from raybert.data.sources.files import File, ReadOptions, Row, Shard
 from raybert.data.sources.json_records import describe_json, json_columns, read_json
 from raybert.data.sources.opening import TOO_LONG, lines, open_text, read_document
-from raybert.errors import DataError, printable
+from raybert.errors import DataError
 
 Reader = Callable[[File, Shard, Columns], Iterator[Row]]
 
@@ -105,7 +105,7 @@ def read_tar(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
             inner = archive.member_file(file, member)
             reader = FORMATS[str(_in_tar(member.path))].read
             for row in reader(inner, shard, columns):
-                place = ": ".join(filter(None, (printable(member.path), row.place)))
+                place = ": ".join(filter(None, (member.path, row.place)))
                 yield row._replace(place=place)
 
 

@@ -18,7 +18,7 @@ from raybert.data.preprocess import replace_line_breaks
 from raybert.data.sources.files import Row
 from raybert.data.sources.labels import name_of
 from raybert.data.sources.settings import SourceConfig
-from raybert.errors import DataError
+from raybert.errors import DataError, printable
 from raybert.records import finite
 
 _BATCH_ROWS = 2048
@@ -105,8 +105,9 @@ class RowTable:
             return True
         texts.append(None)
         place = f"{file_name}: {row.place}" if row.place else file_name
-        places.append(place.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
-        problems[-1] = problem.encode("utf-8", "backslashreplace").decode()
+        place = place.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        places.append(printable(place))
+        problems[-1] = printable(problem)
         return False
 
     def _check_text(self, value: Any) -> tuple[str | None, str | None]:
