@@ -21,6 +21,7 @@ from raybert.errors import DataError
 from raybert.tasks.protocol import TextTask
 from raybert.tasks.registry import choose_task
 
+_STRATA = 100  # classes at most, each of which a random split shall have
 _SAMPLED_ROWS = 1000  # by whose labels a task is chosen
 #: Usual names of two text columns, of words and of their tags.
 _PAIRS = (
@@ -191,6 +192,19 @@ def split_by_class(
                 held.add(unit)
                 taken += sizes[unit]
     return _split(units, held)
+
+
+def split_at_random(
+    units: Sequence[str], classes: Sequence[str], fraction: float, *, seed: int = 0
+) -> Split:
+    """As `split_rows`; as `split_by_class` if that leaves a class out that has enough rows."""
+    split = split_rows(units, round(len(units) * fraction), seed=seed)
+    held = {classes[row] for row in split.heldout.tolist()}
+    sizes = Counter(classes)
+    is_lost = any(name not in held and size * fraction >= 1 for name, size in sizes.items())
+    if is_lost and len(sizes) <= _STRATA:
+        return split_by_class(units, classes, fraction, seed=seed)
+    return split
 
 
 def fold_rows(

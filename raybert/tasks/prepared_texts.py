@@ -36,8 +36,8 @@ from raybert.tasks.labelled import (
     fold_rows,
     read_labelled,
     resolve_source,
+    split_at_random,
     split_by_class,
-    split_rows,
     units_of,
 )
 from raybert.tasks.protocol import NO_LABEL, Targets, TextTask
@@ -431,7 +431,8 @@ def read_and_split(
         classes = task(names).groups(texts.labels.to_pylist())
         parts = split_by_class(units, classes, fraction, seed=seed)
     else:
-        parts = split_rows(units, round(len(units) * fraction), seed=seed)
+        classes = task(names).groups(texts.labels.to_pylist())
+        parts = split_at_random(units, classes, fraction, seed=seed)
     if not len(parts.heldout) or not len(parts.rest):
         if fold is not None:
             raise DataError(

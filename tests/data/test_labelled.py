@@ -13,7 +13,13 @@ from source_files import csv_bytes, texts_of, write, write_parquet
 from raybert.data.sources.documents import documents
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
-from raybert.tasks.labelled import fold_rows, peek, split_by_class, split_rows
+from raybert.tasks.labelled import (
+    fold_rows,
+    peek,
+    split_at_random,
+    split_by_class,
+    split_rows,
+)
 from raybert.tasks.single_label import SingleLabel
 
 
@@ -84,6 +90,18 @@ def test_a_split_keeps_copies_together_for_any_order(texts, rows, seed):
     assert not held & {texts[row] for row in one.rest}
     other = split_rows(texts[::-1], rows, seed=seed)
     assert {texts[::-1][row] for row in other.heldout} == held
+
+
+def test_a_random_split_holds_out_every_class_that_is_large_enough():
+    for seed in range(20):
+        classes = ["common"] * 480 + ["rare"] * 12 + ["single"] * 3
+        units = [str(number) for number in range(len(classes))]
+        split = split_at_random(units, classes, 0.1, seed=seed)
+        assert abs(len(split.heldout) - 50) <= 1
+        held = {classes[row] for row in split.heldout}
+        assert {"common", "rare"} <= held
+    exact = split_at_random(units, ["one"] * len(units), 0.1)
+    assert exact.heldout.tolist() == split_rows(units, 50).heldout.tolist()
 
 
 def test_a_split_of_different_texts_is_exact():

@@ -149,6 +149,20 @@ def test_a_folder_for_each_class_labels_its_texts(tmp_path, suffix):
     assert len(texts_of(SourceConfig(path=str(tmp_path)))) == 12  # a corpus reads lines as before
 
 
+def test_the_folders_of_classes_may_be_in_another_one_or_in_an_archive(tmp_path):
+    members = [
+        (f"reviews/{label}/{number}.txt", f"{label}\n{number}".encode())
+        for label in ("neg", "pos")
+        for number in range(2)
+    ]
+    expected = [(f"{label}\n{number}", label) for label in ("neg", "pos") for number in range(2)]
+    for name, data in members:
+        write(tmp_path / "all" / name, data)
+    assert pairs(tmp_path / "all") == expected
+    assert pairs(zip_of(tmp_path / "a.zip", members)) == expected
+    assert pairs(write_tar(tmp_path / "a.tar.gz", members)) == expected
+
+
 def test_a_class_with_one_file_has_a_document_a_line(tmp_path):
     for label in ("neg", "pos"):
         write(tmp_path / label / "all.txt", f"{label} 1\n{label} 2\n".encode())

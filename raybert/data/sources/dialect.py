@@ -77,6 +77,8 @@ def detect_table(head: str, file: File, options: ReadOptions, columns: Columns) 
 def _is_header(names: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """Whether the first record is names: short and different, no numbers, no values of others."""
     named = [name for at, name in enumerate(names) if name or at]  # pandas: an index without one
+    if len(named) > 1 and named == [str(at) for at in range(len(named))]:
+        return True  # pandas: columns without names
     return len(set(named)) == len(named) and not any(
         not name
         or len(name) > _NAME_CHARS

@@ -12,7 +12,9 @@ stream in constant memory, name the row that is wrong, and continue with the nex
 from __future__ import annotations
 
 import itertools
+import posixpath
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -103,8 +105,11 @@ def read_tar(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
     with file.open_stream() as stream:
         for member in archive.members(stream, file.name, lambda path: _in_tar(path) is not None):
             inner = archive.member_file(file, member)
-            reader = FORMATS[str(_in_tar(member.path))].read
-            for row in reader(inner, shard, columns):
+            format = str(_in_tar(member.path))
+            folder = posixpath.basename(posixpath.dirname(member.path))
+            if format == "text" and columns.label is not None and folder:  # a folder for each class
+                inner, shard = replace(inner, label=folder), replace(shard, document="file")
+            for row in FORMATS[format].read(inner, shard, columns):
                 place = ": ".join(filter(None, (member.path, row.place)))
                 yield row._replace(place=place)
 

@@ -72,7 +72,7 @@ def _records(
     opened: Opened, file: File, columns: Columns
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Yield the place of each object, and it or its problem."""
-    if _is_lines(opened.head, file):
+    if _is_lines(opened.head, file, columns):
         for number, line in enumerate(lines(opened.stream, file.name, MAX_RECORD_BYTES), 1):
             if line is None or line.strip():
                 yield f"line {number}", _decode(line)
@@ -94,14 +94,15 @@ def _decode(line: bytes | None) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else "not a JSON object"
 
 
-def _is_lines(head: str, file: File) -> bool:
-    """Whether a file that begins with `head` has an object a line, and more than one line."""
+def _is_lines(head: str, file: File, columns: Columns) -> bool:
+    """Whether a file that begins with `head` has an object a line."""
     text = head.lstrip()
     if not text.startswith(("[", "{")):
         return bool(text)
     first, _, rest = text.partition("\n")
     if _is_json(first):
-        return bool(rest.strip())  # one array, or one object, may be all rows in a line
+        # One array, or one object, may be all rows in a line.
+        return bool(rest.strip()) or (first[0] == "{" and _is_record(json.loads(first), columns))
     if text.startswith("["):
         return False
     with contextlib.suppress(ValueError, RecursionError):
@@ -111,6 +112,11 @@ def _is_lines(head: str, file: File) -> bool:
         return file.suffix in (".jsonl", ".ndjson")
     tested = rest.splitlines()[:_TESTED_LINES]
     return any(line.startswith("{") and _is_json(line) for line in tested)
+
+
+def _is_record(value: dict[str, Any], columns: Columns) -> bool:
+    rows = _rows_of(value, columns)
+    return len(rows) == 1 and rows[0] is value
 
 
 def _is_json(text: str) -> bool:
@@ -231,5 +237,7 @@ def describe_json(file: File, options: ReadOptions, columns: Columns) -> str:
     """How the objects are written."""
     opened = open_text(file, options.encoding)
     with opened.stream:
-        form = "an object a line" if _is_lines(opened.head, file) else "objects in one text"
+        form = (
+            "an object a line" if _is_lines(opened.head, file, columns) else "objects in one text"
+        )
         return f"{form}, {opened.encoding}"

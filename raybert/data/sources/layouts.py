@@ -79,8 +79,8 @@ def find_shards(path: str, request: Request) -> Found:
     if not found:
         raise DataError(f"{path}: {_unknown(is_folder, listing.left_out)}")
     document, layout = request.document, ""
-    if request.columns.label is not None and listing.folder is not None:
-        found, document, layout = _label_by_folder(path, listing.folder, found, request)
+    if request.columns.label is not None and is_folder:
+        found, document, layout = _label_by_folder(path, listing.folder or path, found, request)
     return Found(list(group(found, (), document, request.options)), listing.left_out, layout)
 
 
@@ -174,6 +174,9 @@ def _label_by_folder(
     relative = {file: file.name[len(root) :].lstrip("/") for _, file in found}
     if any(name != "text" or "/" not in relative[file] for name, file in found):
         return found, request.document, ""
+    above = posixpath.commonpath({posixpath.dirname(name) for name in relative.values()})
+    if above and above not in {posixpath.dirname(name) for name in relative.values()}:
+        relative = {file: name[len(above) + 1 :] for file, name in relative.items()}
     sizes = Counter(relative[file].split("/")[0] for _, file in found)
     splits = sorted(_SPLITS & {name.lower() for name in sizes})
     if splits:
