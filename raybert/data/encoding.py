@@ -84,6 +84,17 @@ def pair_template(hf: HfTokenizer) -> PairTemplate | None:
     return template if template.between else None
 
 
+def undefined_special_tokens(processor: dict[str, Any] | None) -> list[str]:
+    """The special tokens that the template of a `tokenizer.json` uses and does not define."""
+    parts = [processor or {}, *(processor or {}).get("processors", ())]
+    return [
+        piece["SpecialToken"]["id"]
+        for part in parts
+        for piece in [*part.get("single", ()), *part.get("pair", ())]
+        if "SpecialToken" in piece and piece["SpecialToken"]["id"] not in part["special_tokens"]
+    ]
+
+
 def encode_plain(
     hf: HfTokenizer,
     texts: Sequence[str],

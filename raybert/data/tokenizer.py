@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from raybert.data.encoding import (
     offsets_of,
     pair_template,
     splits_at_spaces,
+    undefined_special_tokens,
     word_start_table,
 )
-from raybert.errors import ConfigError, DamagedError, DataError
+from raybert.errors import ConfigError, DamagedError, DataError, RaybertError, one_line
 from raybert.storage.folder import Folder
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -41,6 +43,9 @@ _USUAL_NAMES = {
     "sep_token": ("[SEP]", "</s>"),
     "mask_token": ("[MASK]", "<mask>"),
 }
+_MAX_UNUSED_IDS = 10_000  # beside as many as there are tokens
+#: Texts that use each part of a tokenizer: words, digits, other scripts, unknown characters.
+_PROBES = ["", " ", "A probe, with naïve words: 1234! \t\n", "не 文字 \U0001f600 \u0e01 \uffff"]
 SPECIAL_TOKENS = [names[0] for names in _USUAL_NAMES.values()]
 
 
@@ -53,15 +58,32 @@ class Tokenizer:
         try:
             self.hf = HfTokenizer.from_str(spec)
         except Exception as error:  # tokenizers raises bare Exception
-            raise DamagedError(f"{self.name} is no tokenizer: {error}") from None
+            raise DamagedError(f"{self.name} is no tokenizer: {one_line(error)}") from None
         # The corpus and the model truncate and pad; the file's settings for both are ignored.
         self.hf.no_truncation()
         self.hf.no_padding()
+        self._check_ids()
+        unknown = undefined_special_tokens(self.spec.get("post_processor"))
+        if unknown:  # the first text would panic
+            raise DamagedError(
+                f"{self.name} is damaged: its template uses the special token {unknown[0]!r} and "
+                "does not define it"
+            )
         self._roles = {
             role: _content((config or {}).get(role))
             or next((name for name in names if self.hf.token_to_id(name) is not None), None)
             for role, names in _USUAL_NAMES.items()
         }
+
+    def _check_ids(self) -> None:
+        """Raise DamagedError for an id that is far above the others: tables over all are made."""
+        found = self.hf.get_vocab(with_added_tokens=True)
+        token, largest = max(found.items(), key=itemgetter(1), default=("", -1))
+        if largest >= 2 * len(found) + _MAX_UNUSED_IDS:
+            raise DamagedError(
+                f"{self.name} is damaged: of {len(found)} tokens, {token!r} has the id {largest}"
+            )
+        self._largest_id = largest
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.to_json(), self._roles, self.name)
@@ -78,6 +100,29 @@ class Tokenizer:
             raise DamagedError(f"{name} is no tokenizer: {error}") from None
         config = folder.read_json(CONFIG_FILE) if folder.exists(CONFIG_FILE) else None
         return cls(spec, config if isinstance(config, dict) else None, name)
+
+    def check(self, vocab_size: int) -> None:
+        """Raise DamagedError unless texts become ids below `vocab_size`, the model's."""
+        if self.vocab_size > vocab_size:
+            raise DamagedError(
+                f"{self.name} has {self.vocab_size} tokens and the model knows {vocab_size}; take "
+                "the tokenizer that belongs to the model"
+            )
+        try:
+            largest = int(self.encode(_PROBES).values.max(initial=0))
+            self.hf.encode_batch(_PROBES)  # which tasks on tokens use
+            largest = max(largest, self.pad_id, *self.hf.encode(_PROBES[2], _PROBES[3]).ids)
+        except (RaybertError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # as which tokenizers raises a panic
+            raise DamagedError(
+                f"{self.name} is damaged: it tokenizes no text ({one_line(error)})"
+            ) from None
+        if largest >= vocab_size:
+            raise DamagedError(
+                f"{self.name} is damaged: it gives the id {largest}, and the model knows "
+                f"{vocab_size} tokens"
+            )
 
     def save(self, folder: Folder) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`."""
@@ -106,7 +151,7 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        return max(self.hf.get_vocab(with_added_tokens=True).values()) + 1
+        return self._largest_id + 1
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
@@ -183,16 +228,18 @@ class Tokenizer:
         """The special ids before and after a text."""
         empty, with_text = self.hf.encode("").ids, self.hf.encode("a").ids
         text = self.hf.encode("a", add_special_tokens=False).ids
-        split = next(n for n in range(len(empty) + 1) if with_text == empty[:n] + text + empty[n:])
-        return empty[:split], empty[split:]
+        for n in range(len(empty) + 1):
+            if with_text == empty[:n] + text + empty[n:]:
+                return empty[:n], empty[n:]
+        raise DamagedError(f"{self.name} is damaged: its special tokens are not around the text")
 
     def _id(self, role: str) -> int:
         token = self._roles[role]
         index = None if token is None else self.hf.token_to_id(token)
         if index is None:
-            names = " or ".join(_USUAL_NAMES[role])
+            names = " or ".join(_USUAL_NAMES[role]) if token is None else repr(token)
             raise ConfigError(
-                f"{self.name}: the tokenizer has no {role} ({token or names}); use one that has, "
+                f"{self.name}: the tokenizer has no {role} ({names}); use one that has, "
                 "or corpus.tokenizer.kind=wordpiece"
             )
         return index
@@ -202,4 +249,5 @@ def _content(token: Any) -> str | None:
     """A token of `tokenizer_config.json`, which is a string or an object with the string."""
     if isinstance(token, dict):
         token = token.get("content")
-    return token if isinstance(token, str) else None
+    is_text = isinstance(token, str) and not any("\ud800" <= c <= "\udfff" for c in token)
+    return token if is_text else None

@@ -19,6 +19,7 @@ import torch
 
 from raybert.data.preprocess import Preprocessing, pad
 from raybert.data.tokenizer import Tokenizer
+from raybert.errors import DamagedError
 from raybert.inference.precision import build_model, resolve_precision
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
@@ -109,9 +110,12 @@ class TextClassifier:
         if self.ngrams is not None:  # thresholds and the like were fitted for both parts together
             self.task = self.ngrams.task
         self.tokenizer = Tokenizer.load(folder)
+        self.tokenizer.check(model.encoder.vocab_size)
         self.preprocessing = Preprocessing.read(
             huggingface.read_preprocessing(folder), model.encoder.config.max_seq_len
         )
+        #: What the logits were divided by to calibrate them; None: nothing.
+        self.calibrated_temperature = huggingface.read_calibration(folder)
         self.longest = self.preprocessing.seq_len  # tokens that the model reads at once, at most
         self._device = torch.device(device)
         self._concatenates = self._device.type == "cpu"  # into one row per batch, without padding
@@ -122,14 +126,30 @@ class TextClassifier:
         self.tokens_per_batch = TOKENS_PER_BATCH.get(self._device.type, TOKENS_PER_BATCH["cuda"])
 
     def warm(self) -> None:
-        """Score a full batch, so that kernels are selected or compiled for that size."""
+        """Score a full batch, so that kernels are selected or compiled for that size.
+
+        DamagedError: the outputs are not finite in this precision.
+        """
         count = max(2, self.tokens_per_batch // self.longest)
         lengths = [self.longest - 1, *[self.longest] * (count - 1)]  # two lengths: GPUs pad
-        self.score([np.full(length, self.tokenizer.pad_id) for length in lengths])
+        self._finite(self.score([np.full(length, self.tokenizer.pad_id) for length in lengths]))
 
     def logits(self, texts: Sequence[Text]) -> Outputs:
-        """The outputs of texts; the middle of a text that is too long is left out."""
-        return self.with_ngrams(self.score(self.encode(texts)), self.ngram_outputs(texts))
+        """The outputs of texts; the middle of a text that is too long is left out.
+
+        DamagedError: they are not finite.
+        """
+        outputs = self._finite(self.score(self.encode(texts)))
+        return self.with_ngrams(outputs, self.ngram_outputs(texts))
+
+    def _finite(self, outputs: Outputs) -> Outputs:
+        each = [outputs] if isinstance(outputs, np.ndarray) else outputs
+        if all(np.isfinite(values).all() for values in each):
+            return outputs
+        raise DamagedError(
+            f"the model's outputs are not finite (precision {self.precision}): its weights have "
+            "diverged; take an earlier version, or train again with a lower lr"
+        )
 
     def probabilities(self, texts: Sequence[Text]) -> Outputs:
         """The outputs as answers show them: calibrated probabilities, or numbers in their unit."""
@@ -142,7 +162,7 @@ class TextClassifier:
         if cut:
             return self.task.answers(self.logits(texts), self.words(texts), options)
         rows, lengths = self.encode_windows(texts)
-        outputs = pool(self.score(rows), lengths, self.longest)
+        outputs = self._finite(pool(self.score(rows), lengths, self.longest))
         outputs = self.with_ngrams(outputs, self.ngram_outputs(texts))
         return self.task.answers(outputs, self.words(texts), options)
 

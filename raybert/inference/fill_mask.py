@@ -18,6 +18,7 @@ class MaskFiller:
         """Load a `model/` directory; a UserError if it has no masked language model."""
         self._model = huggingface.load_masked_lm(folder).to(device).eval()
         self._tokenizer = Tokenizer.load(folder)
+        self._tokenizer.check(self._model.encoder.vocab_size)
         self.longest = self._model.encoder.config.max_seq_len  # tokens of a text, at most
         settings = huggingface.read_preprocessing(folder)
         self._preprocessing = Preprocessing.read(settings, self.longest)

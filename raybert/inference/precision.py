@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from raybert.cluster.machine import cores, device_name, has_fast_bf16
-from raybert.errors import StorageError, UserError
+from raybert.errors import DamagedError, StorageError, UserError
 from raybert.inference.compiled import can_compile, compile_modules
 from raybert.inference.int8 import has_int8, to_int8
 from raybert.inference.onednn import has_onednn, pack, replace_modules
@@ -163,8 +163,12 @@ def read_choice(folder: Folder, device: torch.device) -> dict[str, Any] | None:
     name = _file_name(folder, device)
     if name not in names:
         return None
-    found = folder.read_json(name)
-    return found if isinstance(found, dict) and found.get("precision") in PRECISIONS else None
+    try:
+        found = folder.read_json(name)
+    except DamagedError:
+        return None
+    is_choice = isinstance(found, dict) and found.get("precision") in [*PRECISIONS]
+    return found if is_choice else None
 
 
 def store_choice(

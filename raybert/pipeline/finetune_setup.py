@@ -114,9 +114,11 @@ def starting_point(experiment: Experiment) -> tuple[Folder | None, Folder]:
 
 def input_length(experiment: Experiment, start: Folder | None, seq_len: int | None) -> int:
     """The largest number of tokens of a text: `seq_len`, or the corpus's."""
+    from raybert.model.huggingface import read_model_config
+
     longest = experiment.model.max_seq_len
     if start is not None:
-        longest = int(start.read_json("config.json").get("max_position_embeddings", 512))
+        longest = read_model_config(start)[0].max_seq_len
     if seq_len is not None and seq_len > longest:
         raise UserError(
             f"finetune.seq_len={seq_len} exceeds the model's {longest} tokens; lower it, or "

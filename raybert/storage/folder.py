@@ -195,8 +195,9 @@ class Folder:
         """Read a JSON file; DamagedError if it is not JSON."""
         try:
             return json.loads(self.read_bytes(name))
-        except ValueError as error:
-            raise DamagedError(f"{self.join(name)} is damaged: it is not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets
+            reason = one_line(error)
+            raise DamagedError(f"{self.join(name)} is damaged: it is not JSON ({reason})") from None
 
     def open_input(self, name: str) -> pa.NativeFile:
         """Open a file for reads at any offset (`read_at`, safe from several threads)."""

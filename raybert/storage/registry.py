@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from typing import Any
+from contextlib import suppress
+from typing import Annotated, Any
 
-from raybert.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from raybert.errors import DamagedError, UserError
 from raybert.storage.exclusive import take_number
 from raybert.storage.folder import Folder
 
@@ -23,6 +26,19 @@ CHOICES = "serving-"  # prefix of a model's files with the precision that was ch
 _VERSION, _CURRENT = "version.json", "current.json"
 _FOLDER = re.compile(r"v(\d+)")
 _MOST_HISTORY = 100  # rollbacks
+
+
+_Number = Annotated[int, Field(ge=1)]
+
+
+class _Pointer(BaseModel):
+    """The content of `current.json`."""
+
+    model_config = ConfigDict(strict=True)
+
+    format_version: _Number
+    version: _Number
+    history: list[_Number]
 
 
 class Registry:
@@ -54,11 +70,11 @@ class Registry:
 
     def current(self, name: str) -> Folder:
         """The model directory of the current version; UserError if there is no such model."""
-        return self.folder(name, int(self._read_pointer(name)["version"]))
+        return self.folder(name, self._read_pointer(name).version)
 
     def describe(self, name: str, version: int) -> dict[str, Any]:
         """The source, time and weights' hash of a version."""
-        return dict(self.folder(name, version).read_json(_VERSION))
+        return _read_object(self.folder(name, version), _VERSION)
 
     def promote(self, name: str, model: Folder) -> int:
         """Copy a model into the registry, make it the current one, and return its version.
@@ -69,7 +85,7 @@ class Registry:
             raise UserError(f"{model}: no model here (config.json is missing); name a model/")
         digest = _digest(model)
         for version in reversed(self.versions(name)):
-            if self.describe(name, version)["digest"] == digest:
+            if self.describe(name, version).get("digest") == digest:
                 _copy_choices(model, self.folder(name, version))
                 self._set_current(name, version)
                 return version
@@ -85,14 +101,14 @@ class Registry:
     def rollback(self, name: str, version: int | None = None) -> int:
         """Make a version, by default the one before, the current one; return its number."""
         pointer = self._read_pointer(name)
-        history = list(pointer["history"])
+        history = list(pointer.history)
         if version is None:
             if not history:
                 raise UserError(
-                    f"{self._model(name)}: version {pointer['version']} is the first one; there "
+                    f"{self._model(name)}: version {pointer.version} is the first one; there "
                     "is nothing to go back to"
                 )
-            version = int(history.pop())
+            version = history.pop()
             self.folder(name, version)  # raises where there is none
             self._write_pointer(name, version, history)
         else:
@@ -104,36 +120,53 @@ class Registry:
         """Make a version the current one and add the previous one to the history."""
         history: list[int] = []
         if self._model(name).exists(_CURRENT):
-            pointer = self._read_pointer(name)
-            if pointer["version"] == version:
-                return
-            history = [*pointer["history"], pointer["version"]][-_MOST_HISTORY:]
+            with suppress(DamagedError):  # which the new pointer mends
+                pointer = self._read_pointer(name)
+                if pointer.version == version:
+                    return
+                history = [*pointer.history, pointer.version][-_MOST_HISTORY:]
         self._write_pointer(name, version, history)
 
     def _write_pointer(self, name: str, version: int, history: list[int]) -> None:
         pointer = {"format_version": FORMAT_VERSION, "version": version, "history": history}
         self._model(name).write_json(_CURRENT, pointer)
 
-    def _read_pointer(self, name: str) -> dict[str, Any]:
+    def _read_pointer(self, name: str) -> _Pointer:
+        model = self._model(name)
         try:
-            pointer = self._model(name).read_json(_CURRENT)
+            found = _read_object(model, _CURRENT)
         except FileNotFoundError:
             known = ", ".join(self.names()) or "none as yet"
             raise UserError(
                 f"{self._folder} has no model {name!r}; it has {known}; make one with `raybert "
                 "promote`"
             ) from None
-        if int(pointer["format_version"]) > FORMAT_VERSION:
+        try:
+            pointer = _Pointer.model_validate(found)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise DamagedError(
+                f"{model.join(_CURRENT)} is damaged: {first['loc'][0]}: {first['msg'].lower()}; "
+                "promote a model again"
+            ) from None
+        if pointer.format_version > FORMAT_VERSION:
             raise UserError(
-                f"{self._model(name)} has format {pointer['format_version']}, this raybert reads "
-                f"up to {FORMAT_VERSION}; upgrade raybert"
+                f"{model} has format {pointer.format_version}, this raybert reads up to "
+                f"{FORMAT_VERSION}; upgrade raybert"
             )
-        return dict(pointer)
+        return pointer
 
     def _model(self, name: str) -> Folder:
         if not NAME.fullmatch(name):
             raise UserError(f"{name!r} is no name for a model; use letters, digits, . _ -")
         return self._folder / name
+
+
+def _read_object(folder: Folder, name: str) -> dict[str, Any]:
+    found = folder.read_json(name)
+    if not isinstance(found, dict):
+        raise DamagedError(f"{folder.join(name)} is damaged: it holds no JSON object")
+    return found
 
 
 def _digest(model: Folder) -> str:
@@ -151,10 +184,18 @@ def _copy_choices(model: Folder, version: Folder) -> None:
     for name in model.names():
         if not name.startswith(CHOICES):
             continue
-        choice = model.read_json(name)
-        if name in existing and "texts" not in choice and "texts" in version.read_json(name):
-            continue
-        version.write_json(name, choice)
+        with suppress(DamagedError):  # then a replica chooses again
+            choice = _read_object(model, name)
+            if name in existing and "texts" not in choice and _is_by_accuracy(version, name):
+                continue
+            version.write_json(name, choice)
+
+
+def _is_by_accuracy(version: Folder, name: str) -> bool:
+    try:
+        return "texts" in _read_object(version, name)
+    except DamagedError:
+        return False
 
 
 _STAGES = ("pretrain", "finetune", "tune")  # whose runs have a model

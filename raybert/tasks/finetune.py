@@ -144,6 +144,7 @@ class FinetuneSpec:
             **task.task.fitted,
             **{k: metrics[k] for k in task.task.fitted_keys if k in metrics},
         }
+        temperature = fitted.pop("temperature", None)  # it goes into the weights
         huggingface.save_classifier(
             task.task.export(task.model),
             self.prepared.labels,
@@ -162,7 +163,7 @@ class FinetuneSpec:
                 "fitted": fitted,
                 "columns": self.prepared.columns,
             },
-            temperature=fitted.get("temperature"),
+            temperature=temperature,
         )
         return {"model": folder.uri}
 

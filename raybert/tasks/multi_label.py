@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,7 @@ class MultiLabel(TextTask):
     output_kind: ClassVar = "decision"
     problem_type: ClassVar = "multi_label_classification"
     fitted_keys: ClassVar = ("thresholds",)
+    fitted_types: ClassVar = {"thresholds": dict[str, Annotated[float, Field(ge=0, le=1)]]}
     selection_metrics: ClassVar = {
         "f1_micro": True,
         "f1_macro": True,

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
 from raybert.data.sources.row_table import LabelParser
@@ -104,6 +104,8 @@ class TextTask(ABC):
     selection_metrics: ClassVar[Mapping[str, bool]]
     #: Keys of `fitted` that `fit` sets; an evaluation's metrics have them, too.
     fitted_keys: ClassVar[tuple[str, ...]] = ()
+    #: Types of what `fitted` may hold, for pydantic; a list has a value for each output.
+    fitted_types: ClassVar[Mapping[str, Any]] = {}
     #: Dotted keys with ranges that a search varies for this task, beside those of every task.
     search_space: ClassVar[Mapping[str, Any]] = {}
     #: Dotted keys of settings that have no effect on this task, which a search leaves out.
@@ -130,6 +132,15 @@ class TextTask(ABC):
     def describes(cls, architecture: str, problem_type: str | None, num_labels: int) -> bool:
         """Whether a `config.json` of Hugging Face's describes this task."""
         return architecture.endswith(cls.architecture) and problem_type == cls.problem_type
+
+    def check_fitted(self) -> None:
+        """Raise ValueError if `fitted`, as read from a file, does not fit the outputs."""
+        for key, kind in self.fitted_types.items():
+            if key not in self.fitted:
+                continue
+            value = TypeAdapter(kind).validate_python(self.fitted[key], strict=True)
+            if isinstance(value, list) and len(value) != len(self.labels):
+                raise ValueError(f"{key} has {len(value)} values for {len(self.labels)} outputs")
 
     # Data.
 

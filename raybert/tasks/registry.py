@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from raybert.errors import UserError
+from pydantic import ValidationError
+
+from raybert.errors import DamagedError, UserError, one_line
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
 from raybert.tasks.multi_label import MultiLabel
@@ -56,7 +58,7 @@ def read_columns(folder: Folder) -> dict[str, Any]:
 
 
 def _columns(config: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(config.get("raybert", {}).get("task", {}).get("columns", {}))
+    return dict((config.get("raybert", {}).get("task") or {}).get("columns", {}))
 
 
 def read_task(folder: Folder) -> tuple[TextTask, bool]:
@@ -67,10 +69,27 @@ def read_task(folder: Folder) -> tuple[TextTask, bool]:
     """
     config = huggingface.read_config_json(folder)
     task = task_of_config_json(config, huggingface.read_label_names(folder), str(folder))
-    if "temperature" in config.get("raybert", {}):
-        temperature = huggingface.read_temperature(folder)  # which checks it
-        task = replace(task, fitted={**task.fitted, "temperature": temperature})
+    if "temperature" in config.get("raybert", {}):  # `load_classifier` has divided the logits
+        fitted = {key: value for key, value in task.fitted.items() if key != "temperature"}
+        task = replace(task, fitted=fitted)
+    try:
+        task.check_fitted()
+    except ValueError as error:
+        where, problem = folder.join("config.json"), _first_problem(error)
+        raise DamagedError(f"{where} is damaged: raybert.task.fitted: {problem}") from None
+    if task.is_per_token != huggingface.is_per_token(config):
+        raise DamagedError(
+            f"{folder.join('config.json')} is damaged: raybert.task is {task.name}, and the "
+            f"architecture is {huggingface.architecture_of(config)}"
+        )
     return task, _columns(config).get("pair_column") is not None
+
+
+def _first_problem(error: ValueError) -> str:
+    """One line about a pydantic error or another one."""
+    if isinstance(error, ValidationError):
+        return str(error.errors(include_url=False, include_input=False)[0]["msg"]).lower()
+    return one_line(error)
 
 
 def task_of_config_json(config: Mapping[str, Any], labels: Sequence[str], where: str) -> TextTask:
@@ -82,8 +101,9 @@ def task_of_config_json(config: Mapping[str, Any], labels: Sequence[str], where:
     own = config.get("raybert", {}).get("task") or {}
     architecture = next(iter(config.get("architectures") or []), "ForSequenceClassification")
     problem_type = config.get("problem_type")
-    found = TASKS.get(str(own["name"])) if "name" in own else None
-    if "name" not in own:  # of another origin, or made before there were tasks
+    name = own.get("name")
+    found = TASKS.get(str(name)) if name is not None else None
+    if name is None:  # of another origin, or made before there were tasks
         described = (
             t for t in TASKS.values() if t.describes(str(architecture), problem_type, len(labels))
         )
@@ -92,7 +112,7 @@ def task_of_config_json(config: Mapping[str, Any], labels: Sequence[str], where:
         return found(list(labels), dict(own.get("fitted", {})))
     known = ", ".join(task.problem_type or task.name for task in TASKS.values())
     raise UserError(
-        f"{where} was trained for {own.get('name') or f'problem_type={problem_type}'} "
+        f"{where} was trained for {name or f'problem_type={problem_type}'} "
         f"({architecture}); raybert reads "
         f"{known}"
     )

@@ -16,13 +16,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, FiniteFloat
 from torch import Tensor
 
 from raybert.data.sources.row_table import LabelParser
@@ -68,6 +68,11 @@ class Regression(TextTask):
     output_kind: ClassVar = "number"
     problem_type: ClassVar = "regression"
     fitted_keys: ClassVar = ("intervals",)
+    fitted_types: ClassVar = {
+        "mean": list[FiniteFloat],
+        "std": list[Annotated[FiniteFloat, Field(gt=0)]],
+        "intervals": list[Annotated[FiniteFloat, Field(ge=0)] | None],
+    }
     selection_metrics: ClassVar = {
         "rmse": False,
         "mae": False,

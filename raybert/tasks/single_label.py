@@ -9,12 +9,12 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, FiniteFloat
 from torch import Tensor
 
 from raybert.data.sources.row_table import LabelParser, parse_label
@@ -62,6 +62,7 @@ class SingleLabel(TextTask):
     answer_form: ClassVar = "labels"
     problem_type: ClassVar = "single_label_classification"
     fitted_keys: ClassVar = ("temperature",)
+    fitted_types: ClassVar = {"temperature": Annotated[FiniteFloat, Field(gt=0)]}
     selection_metrics: ClassVar = {"accuracy": True, "loss": False, "f1_macro": True}
     search_space: ClassVar = {"finetune.label_smoothing": {"choice": [0.0, 0.05, 0.1]}}
 

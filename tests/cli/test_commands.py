@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from commands import Experiment, refused, start, wait_for
 from making import reviews, tokenizer_of, write_csv
@@ -121,6 +122,20 @@ def test_a_broken_model_is_not_promoted(raybert, trained, tmp_path):
     done = raybert("promote", "reviews", "-m", tmp_path / "model", "-c", trained.config,
                    "--set", f"run.storage={tmp_path}")  # fmt: skip
     assert refused(done).startswith(f"{weights} is damaged: ")
+    assert not (tmp_path / "registry").exists()
+
+
+def test_a_diverged_model_is_neither_promoted_nor_predicts(raybert, trained, tmp_path):
+    shutil.copytree(trained.run / "finetune" / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["classifier.bias"][0] = float("nan")
+    safetensors.torch.save_file(tensors, weights)
+    at = ("-m", tmp_path / "model")
+    promoted = raybert("promote", "reviews", *at, "-c", trained.config,
+                       "--set", f"run.storage={tmp_path}")  # fmt: skip
+    for done in (promoted, raybert("predict", "a film", *at), raybert("evaluate", *at)):
+        assert "classifier.bias has values that are not finite" in refused(done)
     assert not (tmp_path / "registry").exists()
 
 

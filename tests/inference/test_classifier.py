@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+import safetensors.torch
 from making import reviews
 
 from raybert.errors import DataError, RaybertError
@@ -84,14 +85,42 @@ def test_windows_read_the_middle_that_truncation_leaves_out(model):
     ]
 
 
-def test_probabilities_are_scaled_by_the_temperature(model):
-    classifier = TextClassifier(model, precision="fp32")
-    temperature = classifier.task.fitted["temperature"]
-    assert temperature == huggingface.read_temperature(model) != 1.0
-    logits = classifier.logits(TEXTS)
-    expected = softmax(logits / np.float32(temperature))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_probabilities_are_the_softmax_of_the_logits(model, precision):
+    """The temperature is in the weights, whatever they are computed in."""
+    classifier = TextClassifier(model, precision=precision)
+    assert classifier.calibrated_temperature not in (None, 1.0)
+    assert huggingface.read_temperature(model) == 1.0
+    expected = softmax(classifier.logits(TEXTS))
     np.testing.assert_allclose(classifier.probabilities(TEXTS), expected, atol=1e-6)
-    assert (classifier.probabilities(TEXTS).argmax(1) == logits.argmax(1)).all()
+
+
+def test_a_model_with_a_temperature_in_its_configuration_gives_the_same(model, tmp_path):
+    """As earlier releases wrote it: the weights of training, and the temperature beside them."""
+    old, classifier = Folder(tmp_path), TextClassifier(model, precision="fp32")
+    temperature = classifier.calibrated_temperature
+    model.copy_to(old, last="config.json")
+    tensors = safetensors.torch.load(model.read_bytes("model.safetensors"))
+    for name in ("classifier.weight", "classifier.bias"):
+        tensors[name] = tensors[name] * temperature
+    old.write_bytes("model.safetensors", safetensors.torch.save(tensors))
+    config = old.read_json("config.json")
+    del config["raybert"]["calibrated_temperature"]
+    config["raybert"]["temperature"] = temperature
+    config["raybert"]["task"]["fitted"]["temperature"] = temperature
+    old.write_json("config.json", config)
+    again = TextClassifier(old, precision="fp32")
+    assert huggingface.read_temperature(old) == again.calibrated_temperature == temperature
+    np.testing.assert_allclose(again.logits(TEXTS), classifier.logits(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(
+        again.probabilities(TEXTS), classifier.probabilities(TEXTS), atol=1e-6
+    )
+    del config["raybert"]["task"]  # before there were tasks
+    old.write_json("config.json", config)
+    again = TextClassifier(old, precision="fp32")
+    np.testing.assert_allclose(
+        again.probabilities(TEXTS), classifier.probabilities(TEXTS), atol=1e-6
+    )
 
 
 def test_probabilities_sum_to_one_and_are_highest_for_the_right_label(model):
@@ -181,7 +210,7 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
 def test_warming_up_scores_a_full_batch_of_two_lengths(model, monkeypatch):
     """Loops compiled for a few tokens would run on one core."""
     classifier, rows = TextClassifier(model, precision="fp32"), []
-    monkeypatch.setattr(classifier, "score", rows.extend)
+    monkeypatch.setattr(classifier, "score", lambda given: rows.extend(given) or np.zeros((1, 2)))
     classifier.warm()
     tokens = sum(map(len, rows))
     assert classifier.tokens_per_batch - classifier.longest < tokens <= classifier.tokens_per_batch

@@ -6,13 +6,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from raybert.errors import DamagedError, UserError
+from raybert.errors import DamagedError, RaybertError, UserError
 from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.huggingface import (
+    check_weights,
     load_classifier,
     load_masked_lm,
     make_classifier_on,
+    read_calibration,
     read_label_names,
     read_preprocessing,
     read_temperature,
@@ -304,20 +306,92 @@ def test_damaged_files_are_reported(saved):
         load_masked_lm(saved)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("head", ["classifier", "masked"])
+def test_diverged_weights_are_neither_saved_nor_loaded(head, value, tmp_path, tokenizer):
+    folder, encoder = Folder(tmp_path / "model"), encoder_of("classic")
+    model = Classifier(encoder, 2) if head == "classifier" else MaskedLM(encoder)
+
+    def save():
+        if head == "classifier":
+            save_classifier(model, ["no", "yes"], tokenizer, folder, "card")
+        else:
+            save_masked_lm(model, tokenizer, folder, "card")
+
+    save()
+    good = folder.read_bytes("model.safetensors")
+    tensors = safetensors.torch.load(good)
+    for name in [
+        "bert.embeddings.word_embeddings.weight",
+        "bert.encoder.layer.2.output.dense.bias",
+    ]:
+        changed = {key: tensor.clone() for key, tensor in tensors.items()}
+        changed[name].view(-1)[-1] = value  # of the last token, which few texts have
+        folder.write_bytes("model.safetensors", safetensors.torch.save(changed))
+        load = load_classifier if head == "classifier" else load_masked_lm
+        for use in (load, check_weights, lambda at: make_classifier_on(at, 2, HeadConfig())):
+            with pytest.raises(DamagedError, match=f"{name} has values that are not finite"):
+                use(folder)
+    with torch.no_grad():
+        encoder.layers[0].feed_forward.down.weight[3, 4] = value
+    folder.delete("")
+    with pytest.raises(RaybertError, match="not saved: encoder.layers.0.* diverged.* lower lr"):
+        save()
+    assert not folder.exists()
+
+
+def test_finite_weights_whose_outputs_overflow_are_neither_saved_nor_loaded(tmp_path, tokenizer):
+    model = Classifier(encoder_of("modern"), 2)
+    save_classifier(model, ["no", "yes"], tokenizer, Folder(tmp_path), "card")
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    tensors["classifier.weight"] = torch.full_like(tensors["classifier.weight"], 3e38)
+    tensors["head.norm.weight"] = torch.full_like(tensors["head.norm.weight"], 3e38)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(DamagedError, match="outputs are not finite"):
+        load_classifier(Folder(tmp_path))
+    with torch.no_grad():
+        model.classifier.weight.fill_(3e38)
+        model.transform.norm.weight.fill_(3e38)
+    with pytest.raises(RaybertError, match="outputs are not finite"):
+        save_classifier(model, ["no", "yes"], tokenizer, Folder(tmp_path / "new"), "card")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_rejected(saved):
     make_classifier_on(saved, 2, HeadConfig(), vocab_size=50)
     with pytest.raises(UserError, match="tokenizer has 51 tokens and the model in .* knows 50"):
         make_classifier_on(saved, 2, HeadConfig(), vocab_size=51)
 
 
-def test_the_temperature_is_saved_and_a_damaged_one_is_rejected(tmp_path, tokenizer):
+@pytest.mark.parametrize(
+    ("layout", "head"),
+    [("modern", HeadConfig()), ("classic", HeadConfig()), ("modern", HeadConfig(kind="keras"))],
+)
+def test_the_temperature_divides_the_written_output_layer(layout, head, tmp_path, tokenizer):
+    model = with_noise(Classifier(encoder_of(layout), 3, head))
+    ids, mask = batch()
+    with torch.no_grad():
+        expected = model(ids, mask) / 1.5
+        names = ["bad", "fair", "good"]
+        save_classifier(model, names, tokenizer, Folder(tmp_path), "card", temperature=1.5)
+        torch.testing.assert_close(model(ids, mask), 1.5 * expected)  # it is not changed
+        again, _ = load_classifier(Folder(tmp_path))
+        torch.testing.assert_close(again.eval()(ids, mask), expected)
+        if head.kind == "standard":
+            from transformers import AutoModelForSequenceClassification
+
+            theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+            found = theirs(input_ids=ids, attention_mask=mask.long()).logits
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert read_temperature(Folder(tmp_path)) == 1.0
+    assert read_calibration(Folder(tmp_path)) == 1.5
+
+
+def test_a_damaged_temperature_is_rejected(tmp_path, tokenizer):
     model = Classifier(encoder_of("modern"), 2)
     save_classifier(model, ["no", "yes"], tokenizer, Folder(tmp_path), "card")
-    assert read_temperature(Folder(tmp_path)) == 1.0
-    save_classifier(model, ["no", "yes"], tokenizer, Folder(tmp_path), "card", temperature=1.5)
-    assert read_temperature(Folder(tmp_path)) == 1.5
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["raybert"]["temperature"] = 0
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DamagedError, match="temperature=0 is no positive number"):
-        read_temperature(Folder(tmp_path))
+    assert read_calibration(Folder(tmp_path)) is None
+    for value in (0, -1, "1", float("nan"), True):
+        change_config(Folder(tmp_path), raybert={"temperature": value})
+        with pytest.raises(DamagedError, match=f"raybert.temperature={value!r}: input should"):
+            read_temperature(Folder(tmp_path))

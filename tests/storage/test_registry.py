@@ -1,8 +1,10 @@
 """The registry: versions, the pointer to the current one, rollbacks."""
 
+import json
+
 import pytest
 
-from raybert.errors import UserError
+from raybert.errors import DamagedError, UserError
 from raybert.storage.folder import Folder
 from raybert.storage.registry import Registry
 
@@ -84,6 +86,46 @@ def test_models_of_different_names_are_separate(registry, tmp_path):
     registry.promote("b", model(tmp_path, "two"))
     assert (registry.versions("a"), registry.versions("b")) == ([1], [1])
     assert registry.current("b").read_text("model.safetensors") == "two"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", "null", '{"version": 1}', "[" * 9000]
+    + [
+        json.dumps({"format_version": 1, "version": 1, "history": []} | changed)
+        for changed in (
+            {"version": "1"},
+            {"version": 0},
+            {"version": None},
+            {"version": 1.5},
+            {"history": [None]},
+            {"history": 0},
+            {"format_version": None},
+        )
+    ],
+)
+def test_a_damaged_pointer_is_named_and_mended_by_promoting(tmp_path, content):
+    registry, source = Registry(str(tmp_path)), model(tmp_path, "one")
+    registry.promote("reviews", source)
+    (tmp_path / "registry/reviews/current.json").write_text(content)
+    for ask in (registry.current, registry.rollback):
+        with pytest.raises(DamagedError, match="reviews/current.json is damaged") as caught:
+            ask("reviews")
+        assert str(caught.value).isprintable()
+    assert registry.promote("reviews", source) == 1
+    assert registry.current("reviews").read_text("model.safetensors") == "one"
+
+
+def test_damaged_records_of_versions_and_precisions_are_passed_over(tmp_path):
+    registry, source = Registry(str(tmp_path)), model(tmp_path, "one")
+    registry.promote("reviews", source)
+    (tmp_path / "registry/reviews/v1/version.json").write_text('{"version": 1}')
+    source.write_text("serving-a-b.json", "[1")
+    assert registry.promote("reviews", source) == 2
+    source.write_json("serving-a-b.json", {"precision": "bf16"})
+    (tmp_path / "registry/reviews/v2/serving-a-b.json").write_text("[]")
+    assert registry.promote("reviews", source) == 2
+    assert registry.current("reviews").read_json("serving-a-b.json") == {"precision": "bf16"}
 
 
 def test_an_incomplete_version_does_not_count(registry, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_a_classifier_learns_the_words_that_decide_the_label(folder):
     model, labels = huggingface.load_classifier(folder / "run" / "model")
     assert labels == ["neg", "pos"]
     assert huggingface.read_preprocessing(folder / "run" / "model")["seq_len"] == 32
-    assert huggingface.read_temperature(folder / "run" / "model") == result["temperature"]
+    assert huggingface.read_calibration(folder / "run" / "model") == result["temperature"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ cut short, lacks a value or does not fit the others.
 """
 
 from raybert.model.huggingface.config_json import (
+    architecture_of,
+    is_per_token,
+    read_calibration,
     read_config_json,
     read_label_names,
     read_model_config,
@@ -27,10 +30,13 @@ from raybert.model.huggingface.weights import Weights, check_weights, read_weigh
 
 __all__ = [
     "Weights",
+    "architecture_of",
     "check_weights",
+    "is_per_token",
     "load_classifier",
     "load_masked_lm",
     "make_classifier_on",
+    "read_calibration",
     "read_config_json",
     "read_label_names",
     "read_model_config",

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from raybert.config import build
 from raybert.errors import DamagedError, UserError
 from raybert.model.encoder import Encoder
+from raybert.model.huggingface.config_schema import (
+    CONFIG_JSON,
+    EncoderValues,
+    ModelValues,
+    RopeParameters,
+    check_values,
+)
 from raybert.model.settings import HeadConfig, ModelConfig
 from raybert.storage.folder import Folder
 
@@ -56,7 +64,14 @@ def unsupported_by_transformers(head: HeadConfig, model: ModelConfig) -> str | N
     )
 
 
-CONFIG_JSON = "config.json"
+#: The dimensions of an encoder: key in `config.json` -> setting.
+_SIZES = {
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "intermediate_size",
+    "max_position_embeddings": "max_seq_len",
+}
 FORMAT_VERSION = 1  # of the `raybert` section
 PROBLEM_TYPE = "single_label_classification"
 
@@ -129,12 +144,14 @@ def read_config_json(folder: Folder) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict):
         raise DamagedError(f"{folder.join(CONFIG_JSON)} is damaged: it holds no JSON object")
-    version = config.get("raybert", {}).get("format_version", FORMAT_VERSION)
-    if version > FORMAT_VERSION:
+    section = config.get("raybert")
+    version = section.get("format_version") if isinstance(section, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
             f"{folder} was written by a newer raybert: its model format is {version}, and this "
             f"raybert reads up to {FORMAT_VERSION}; update raybert"
         )
+    check_values(ModelValues, config, folder)
     return config
 
 
@@ -149,14 +166,24 @@ def read_preprocessing(folder: Folder) -> dict[str, Any]:
     return dict(read_config_json(folder).get("raybert", {}).get("preprocessing", {}))
 
 
+def temperature_of(config: Mapping[str, Any]) -> float:
+    """The divisor of a classifier's logits that is not in its weights yet.
+
+    1.0 but for models of earlier releases, whose logits `load_classifier` divides.
+    """
+    return float(config.get("raybert", {}).get("temperature") or 1.0)
+
+
 def read_temperature(folder: Folder) -> float:
-    """Read the number that a classifier's logits are divided by; 1.0 where none was saved."""
-    value = read_config_json(folder).get("raybert", {}).get("temperature", 1.0)
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise DamagedError(
-            f"{folder.join(CONFIG_JSON)} is damaged: temperature={value!r} is no positive number"
-        )
-    return float(value)
+    """Read `temperature_of` a model directory."""
+    return temperature_of(read_config_json(folder))
+
+
+def read_calibration(folder: Folder) -> float | None:
+    """Read the temperature that a classifier's probabilities were calibrated with; None: none."""
+    section = read_config_json(folder).get("raybert", {})
+    found = section.get("calibrated_temperature") or section.get("temperature")
+    return None if found is None else float(found)
 
 
 def read_label_names(folder: Folder) -> list[str]:
@@ -180,12 +207,17 @@ def no_classification_head(folder: Folder, config: Mapping[str, Any]) -> UserErr
 def label_names(folder: Folder, config: Mapping[str, Any], num_labels: int) -> list[str]:
     """The label of each logit; transformers' default names where `config.json` has none."""
     names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(num_labels)}
-    if sorted(names) != sorted(str(i) for i in range(num_labels)):
+    where = folder.join(CONFIG_JSON)
+    if len(names) != num_labels or any(str(i) not in names for i in range(num_labels)):
         raise DamagedError(
-            f"{folder.join(CONFIG_JSON)} is damaged: id2label names {len(names)} labels, "
-            f"and model.safetensors scores {num_labels}"
+            f"{where} is damaged: id2label names {len(names)} labels, and the weights score "
+            f"{num_labels}"
         )
-    return [str(names[str(i)]) for i in range(num_labels)]
+    found = [str(names[str(i)]) for i in range(num_labels)]
+    [(most, times)] = Counter(found).most_common(1) or [("", 1)]
+    if times > 1:
+        raise DamagedError(f"{where} is damaged: id2label names the label {most!r} {times} times")
+    return found
 
 
 def is_per_token(config: Mapping[str, Any]) -> bool:
@@ -201,16 +233,6 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 def from_config_json(folder: Folder, config: Mapping[str, Any]) -> tuple[ModelConfig, int, int]:
     """The encoder's configuration, the size of its vocabulary, and the id of the padding token."""
-    try:
-        model = _model_config(folder, config)
-        return model, int(config["vocab_size"]), config.get("pad_token_id") or 0
-    except KeyError as error:
-        raise DamagedError(
-            f"{folder.join(CONFIG_JSON)} is damaged: {error.args[0]} is missing"
-        ) from None
-
-
-def _model_config(folder: Folder, config: Mapping[str, Any]) -> ModelConfig:
     model_type = str(config.get("model_type")).removeprefix(RAYBERT_ONLY)
     layouts = {name: layout for layout, name in MODEL_TYPES.items()}
     if model_type not in layouts:
@@ -218,59 +240,74 @@ def _model_config(folder: Folder, config: Mapping[str, Any]) -> ModelConfig:
             f"{folder} holds a model of type {model_type}; raybert reads {' and '.join(layouts)}"
         )
     layout = layouts[model_type]
+    where = folder.join(CONFIG_JSON)
     for key, value in IMPLIED_VALUES[layout].items():
         if config.get(key, value) != value:
             raise UserError(
-                f"{folder.join(CONFIG_JSON)}: {key}={config[key]!r} is not supported; "
+                f"{where}: {key}={config[key]!r} is not supported; "
                 f"raybert reads {model_type} with {key}={value!r}"
             )
+    found = check_values(EncoderValues, config, folder)
+    for key in ("vocab_size", *_SIZES):
+        if getattr(found, key) is None:
+            raise DamagedError(f"{where} is damaged: {key} is missing")
     values = {
         "layout": layout,
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "intermediate_size": config["intermediate_size"],
-        "max_seq_len": config["max_position_embeddings"],
-        "initializer_range": config.get("initializer_range", 0.02),
+        "initializer_range": found.initializer_range,
+        **{ours: getattr(found, theirs) for theirs, ours in _SIZES.items()},
     }
     if layout == "classic":
-        values["dropout"] = config.get("hidden_dropout_prob", 0.1)
-        values["norm_eps"] = config.get("layer_norm_eps", 1e-12)
+        values |= {"dropout": found.hidden_dropout_prob, "norm_eps": found.layer_norm_eps}
     else:
-        values["dropout"] = config.get("mlp_dropout", 0.0)
-        values["norm_eps"] = config.get("norm_eps", 1e-5)
-        values["local_attention"] = config.get("local_attention", 128)
-        values["global_attention_every"] = _global_attention_every(folder, config)
-        values |= _rope_thetas(folder, config)
-    return build(ModelConfig, values, folder.join(CONFIG_JSON))
+        values |= {"dropout": found.mlp_dropout, "norm_eps": found.norm_eps}
+        values["local_attention"] = found.local_attention
+        values["global_attention_every"] = _global_attention_every(where, found)
+        values |= _rope_thetas(where, found)
+    assert found.vocab_size is not None
+    pad_id = found.pad_token_id or 0
+    if pad_id >= found.vocab_size:
+        raise DamagedError(
+            f"{where} is damaged: pad_token_id={pad_id} is not below vocab_size={found.vocab_size}"
+        )
+    return build(ModelConfig, values, where), found.vocab_size, pad_id
 
 
-def _rope_thetas(folder: Folder, config: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_thetas(where: str, found: EncoderValues) -> dict[str, float]:
     """The rotary bases; where `config.json` has none, transformers' defaults."""
-    rope = config.get("rope_parameters") or {}
-    full, local = (rope.get(kind, {}) for kind in ("full_attention", "sliding_attention"))
-    if any(kind.get("rope_type", "default") != "default" for kind in (full, local)):
+    ropes = found.rope_parameters or RopeParameters()
+    if any(rope.rope_type != "default" for rope in (ropes.full_attention, ropes.sliding_attention)):
         raise UserError(
-            f"{folder.join(CONFIG_JSON)}: rope_parameters={rope} is not supported; "
+            f"{where}: rope_parameters={ropes.model_dump()} is not supported; "
             "raybert reads rope_type='default'"
         )
-    global_theta = full.get("rope_theta", config.get("global_rope_theta", 160_000.0))
-    local_theta = local.get("rope_theta", config.get("local_rope_theta", 10_000.0))
-    return {"global_rope_theta": global_theta, "local_rope_theta": local_theta or global_theta}
+    full = ropes.full_attention.rope_theta or found.global_rope_theta or 160_000.0
+    if "rope_theta" in ropes.sliding_attention.model_fields_set:
+        local = ropes.sliding_attention.rope_theta
+    elif "local_rope_theta" in found.model_fields_set:
+        local = found.local_rope_theta
+    else:
+        local = 10_000.0
+    return {"global_rope_theta": full, "local_rope_theta": local or full}
 
 
-def _global_attention_every(folder: Folder, config: Mapping[str, Any]) -> int:
+def _global_attention_every(where: str, found: EncoderValues) -> int:
     """The n for which exactly the layers 0, n, 2n, ... attend globally."""
-    kinds = config.get("layer_types")
+    kinds = found.layer_types
     if kinds is None:
-        return int(config.get("global_attn_every_n_layers", 3))
-    for every in range(1, len(kinds) + 1):
-        if all((kind != "full_attention") == (i % every != 0) for i, kind in enumerate(kinds)):
-            return every
-    raise UserError(
-        f"{folder.join(CONFIG_JSON)}: layer_types={kinds} is not supported; raybert reads models "
-        "in which every n-th layer, from the first on, is full_attention"
-    )
+        return found.global_attn_every_n_layers
+    is_global = [kind == "full_attention" for kind in kinds]
+    every = is_global.index(True, 1) if True in is_global[1:] else max(1, len(kinds))
+    if is_global != [layer % every == 0 for layer in range(len(kinds))]:
+        raise UserError(
+            f"{where}: layer_types={reprlib.repr(kinds)} is not supported; raybert reads models "
+            "in which every n-th layer, from the first on, is full_attention"
+        )
+    if len(kinds) != found.num_hidden_layers:
+        raise DamagedError(
+            f"{where} is damaged: layer_types has {len(kinds)} layers and num_hidden_layers is "
+            f"{found.num_hidden_layers}"
+        )
+    return every
 
 
 def head_config(folder: Folder, config: Mapping[str, Any], model: ModelConfig) -> HeadConfig:

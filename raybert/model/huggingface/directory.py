@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from raybert.errors import UserError
+from raybert.errors import DamagedError, RaybertError, UserError
 from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.huggingface.config_json import (
-    CONFIG_JSON,
     PROBLEM_TYPE,
     RAYBERT_CLASSIFIER,
     RAYBERT_ONLY,
@@ -22,19 +22,22 @@ from raybert.model.huggingface.config_json import (
     label_names,
     no_classification_head,
     read_config_json,
+    temperature_of,
     to_config_json,
     unsupported_by_transformers,
 )
+from raybert.model.huggingface.config_schema import CONFIG_JSON
 from raybert.model.huggingface.weights import (
     WEIGHTS_FILE,
+    Source,
     Weights,
-    copy_into,
     read_tensors,
     serialize,
 )
 from raybert.model.settings import HeadConfig
 from raybert.storage.folder import Folder
 
+_DIVERGED = "the weights have diverged; take an earlier checkpoint, or train again with a lower lr"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -42,14 +45,14 @@ def load_masked_lm(folder: Folder, dropout: float | None = None) -> MaskedLM:
     """Read a masked language model; `dropout` replaces the one it was trained with."""
     config = read_config_json(folder)
     tensors = read_tensors(folder)
-    model = MaskedLM(_make_encoder(folder, config, dropout))
     if not any("decoder" in name or "predictions" in name for name in tensors):
         raise UserError(
             f"{folder} has no head that predicts masked tokens (it holds "
             f"{architecture_of(config)}); give a model that was pretrained as a masked language "
             "model"
         )
-    copy_into(model, tensors, folder)
+    model = _make(folder, config, tensors, MaskedLM, dropout=dropout)
+    _check_outputs(model, folder, DamagedError)
     return model
 
 
@@ -57,14 +60,22 @@ def load_classifier(folder: Folder) -> tuple[Classifier, list[str]]:
     """Read a classifier and the names of its labels, in the order of its logits."""
     config = read_config_json(folder)
     tensors = read_tensors(folder)
-    if "classifier.weight" not in tensors:
+    weight = tensors.get("classifier.weight")
+    if weight is None or not weight.ndim:
         raise no_classification_head(folder, config)
-    num_labels = len(tensors["classifier.weight"])
+    num_labels = len(weight)
     names = label_names(folder, config, num_labels)
-    encoder = _make_encoder(folder, config)
-    head = head_config(folder, config, encoder.config)
-    model = Classifier(encoder, num_labels, head, per_token=is_per_token(config))
-    copy_into(model, tensors, folder)
+
+    def make(encoder: Encoder) -> Classifier:
+        head = head_config(folder, config, encoder.config)
+        return Classifier(encoder, num_labels, head, per_token=is_per_token(config))
+
+    model = _make(folder, config, tensors, make)
+    temperature = temperature_of(config)
+    with torch.no_grad():
+        model.classifier.weight.div_(temperature)
+        model.classifier.bias.div_(temperature)
+    _check_outputs(model, folder, DamagedError)
     return model, names
 
 
@@ -89,25 +100,76 @@ def make_classifier_on(
         tensors = read_tensors(folder)
     else:
         tensors = {name: torch.tensor(array) for name, array in weights.items()}
-    encoder = _make_encoder(folder, config, dropout)
-    if vocab_size is not None and vocab_size > encoder.vocab_size:
-        raise UserError(
-            f"the tokenizer has {vocab_size} tokens and the model in {folder} knows "
-            f"{encoder.vocab_size}; use the tokenizer that lies beside the model"
-        )
-    model = Classifier(encoder, num_labels, head, per_token=per_token)
-    copy_into(model, tensors, folder, optional=("transform.", "classifier."))
+
+    def make(encoder: Encoder) -> Classifier:
+        if vocab_size is not None and vocab_size > encoder.vocab_size:
+            raise UserError(
+                f"the tokenizer has {vocab_size} tokens and the model in {folder} knows "
+                f"{encoder.vocab_size}; use the tokenizer that lies beside the model"
+            )
+        return Classifier(encoder, num_labels, head, per_token=per_token)
+
+    optional = ("transform.", "classifier.")
+    return _make(folder, config, tensors, make, dropout=dropout, optional=optional)
+
+
+M = TypeVar("M", MaskedLM, Classifier)
+
+
+def _make(
+    folder: Folder,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    make: Callable[[Encoder], M],
+    *,
+    dropout: float | None = None,
+    optional: tuple[str, ...] = (),
+) -> M:
+    """Make the model that `config.json` describes, and copy tensors into it.
+
+    All shapes are compared on the device meta, with two layers at most, before the model is built:
+    `config.json` may ask for any size.
+    """
+    settings, vocab_size, pad_id = from_config_json(folder, config)
+    if dropout is not None:
+        settings = settings.model_copy(update={"dropout": dropout})
+    source = Source(tensors, folder, settings.layout, optional)
+    two = settings.model_copy(update={"num_layers": min(2, settings.num_layers)})
+    with torch.device("meta"):
+        outline = make(Encoder(two, vocab_size, pad_id))
+    source.check(outline, settings.num_layers)
+    model = make(Encoder(settings, vocab_size, pad_id))
+    source.copy_into(model)
     return model
 
 
-def _make_encoder(
-    folder: Folder, config: Mapping[str, Any], dropout: float | None = None
-) -> Encoder:
-    """Make the encoder that `config.json` describes, randomly initialized."""
-    model, vocab_size, pad_id = from_config_json(folder, config)
-    if dropout is not None:
-        model = model.model_copy(update={"dropout": dropout})
-    return Encoder(model, vocab_size, pad_id)
+def _check_outputs(
+    model: MaskedLM | Classifier, folder: Folder, error_type: type[RaybertError]
+) -> None:
+    """Score a short text once; raise `error_type` if the outputs are not finite."""
+    encoder = model.encoder
+    length = min(8, encoder.vocab_size, encoder.config.max_seq_len)
+    device = encoder.embeddings.tokens.weight.device
+    ids = torch.arange(encoder.vocab_size - length, encoder.vocab_size, device=device)[None]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            if isinstance(model, MaskedLM):
+                outputs = model.logits(ids, None, torch.ones_like(ids, dtype=torch.bool))
+            else:
+                outputs = model(ids)
+    finally:
+        model.train(was_training)
+    if not outputs.isfinite().all():
+        raise error_type(f"{folder}: the model's outputs are not finite: {_DIVERGED}")
+
+
+def _check_before_saving(model: MaskedLM | Classifier, folder: Folder) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise RaybertError(f"{folder} is not saved: {name} is not finite: {_DIVERGED}")
+    _check_outputs(model, folder, RaybertError)
 
 
 def save_masked_lm(
@@ -120,7 +182,9 @@ def save_masked_lm(
     """Write a masked language model to `folder`, with the files of the folder `tokenizer`.
 
     `card` is the model card, Markdown; `read_preprocessing` returns `preprocessing`, plain JSON.
+    RaybertError: the weights have diverged; nothing is written.
     """
+    _check_before_saving(model, folder)
     config = to_config_json(model.encoder, preprocessing)
     classic = model.encoder.config.layout == "classic"
     config["architectures"] = ["BertForMaskedLM" if classic else "ModernBertForMaskedLM"]
@@ -139,14 +203,16 @@ def save_classifier(
     task: Mapping[str, Any] | None = None,
     temperature: float | None = None,
 ) -> None:
-    """Write a classifier, as `save_masked_lm`; `temperature` divides the logits before the softmax.
+    """Write a classifier, as `save_masked_lm`.
 
     `architecture` is the end of the name of transformers' class. `task` is what a task stores,
-    plain JSON. `temperature` is the divisor of the logits before the softmax. Where `transformers`
-    can't load the model, `config.json` and the card contain the reason.
+    plain JSON. `temperature` divides the logits: the written output layer is divided by it, so that
+    the softmax of any program that reads the directory is calibrated. Where `transformers` can't
+    load the model, `config.json` and the card contain the reason.
     """
     if len(label_names) != model.num_labels:
         raise ValueError(f"{len(label_names)} label names for {model.num_labels} labels")
+    _check_before_saving(model, folder)
     config = to_config_json(model.encoder, preprocessing)
     config["id2label"] = {str(index): name for index, name in enumerate(label_names)}
     config["label2id"] = {name: index for index, name in enumerate(label_names)}
@@ -156,7 +222,7 @@ def save_classifier(
         config["raybert"]["task"] = dict(task)
     config["classifier_dropout"] = model.config.dropout
     if temperature is not None:
-        config["raybert"]["temperature"] = temperature
+        config["raybert"]["calibrated_temperature"] = temperature
     unsupported = None
     if not model.per_token:
         unsupported = unsupported_by_transformers(model.config, model.encoder.config)
@@ -173,7 +239,7 @@ def save_classifier(
             config["classifier_pooling"] = model.pooling
     else:
         config["architectures"] = [f"Bert{architecture}"]
-    _write(model, config, tokenizer, folder, card)
+    _write(model, config, tokenizer, folder, card, temperature or 1.0)
 
 
 def _write(
@@ -182,8 +248,9 @@ def _write(
     tokenizer: Folder,
     folder: Folder,
     card: str,
+    temperature: float = 1.0,
 ) -> None:
-    folder.write_bytes(WEIGHTS_FILE, serialize(model))
+    folder.write_bytes(WEIGHTS_FILE, serialize(model, temperature))
     for name in TOKENIZER_FILES:
         folder.write_bytes(name, tokenizer.read_bytes(name))
     if isinstance(model, Classifier):  # pipelines cut texts there, and use no token types

@@ -91,7 +91,8 @@ def server_info(service: Service) -> dict[str, Any]:
             "task": default.classifier.task.name,
             "answer_form": default.classifier.task.answer_form,
             "reads_pairs": default.classifier.reads_pairs,
-            "temperature": 1.0,
+            "temperature": 1.0,  # raw scores are calibrated already
+            "calibrated_temperature": default.classifier.calibrated_temperature,
             **{k: v for k, v in fitted.items() if k in default.classifier.task.fitted_keys},
             "max_batch_tokens": default.classifier.tokens_per_batch,
         }

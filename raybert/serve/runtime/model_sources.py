@@ -10,6 +10,7 @@ from pathlib import Path
 from raybert.errors import ConfigError, DamagedError, UserError
 from raybert.inference.classifier import TextClassifier
 from raybert.inference.fill_mask import MaskFiller
+from raybert.model import huggingface
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder
 from raybert.storage.registry import NAME, Registry, resolve_model
@@ -61,7 +62,7 @@ def is_registered_name(location: str, registry: str | None) -> bool:
 
 def is_masked_lm(folder: Folder) -> bool:
     """Return whether a model directory has a pretrained model and no classifier."""
-    architectures = folder.read_json("config.json").get("architectures") or [""]
+    architectures = huggingface.read_config_json(folder).get("architectures") or [""]
     return str(architectures[0]).endswith("MaskedLM")
 
 
