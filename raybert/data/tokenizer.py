@@ -29,6 +29,7 @@ from raybert.data.encoding import (
     undefined_special_tokens,
     word_start_table,
 )
+from raybert.data.vocab_file import VOCAB_FILE, wordpiece_of
 from raybert.errors import ConfigError, DamagedError, DataError, RaybertError, one_line
 from raybert.storage.folder import Folder
 
@@ -92,14 +93,26 @@ class Tokenizer:
     def load(cls, folder: Folder) -> Tokenizer:
         """Read the tokenizer of a corpus or model folder; a DataError where there is none."""
         name = folder.join(TOKENIZER_FILE)
+        config = folder.read_json(CONFIG_FILE) if folder.exists(CONFIG_FILE) else {}
+        config = config if isinstance(config, dict) else {}
         try:
-            spec = folder.read_text(TOKENIZER_FILE)
+            if not folder.exists(TOKENIZER_FILE) and folder.exists(VOCAB_FILE):
+                name = folder.join(VOCAB_FILE)
+                usual = {role: names[0] for role, names in _USUAL_NAMES.items()}
+                special = {role: _content(config.get(role)) or usual[role] for role in usual}
+                spec = wordpiece_of(folder.read_text(VOCAB_FILE), config, special)
+            else:
+                spec = folder.read_text(TOKENIZER_FILE)
         except FileNotFoundError:
             raise DataError(f"{name}: no such file; name a folder with a tokenizer") from None
-        except UnicodeDecodeError as error:
-            raise DamagedError(f"{name} is no tokenizer: {error}") from None
-        config = folder.read_json(CONFIG_FILE) if folder.exists(CONFIG_FILE) else None
-        return cls(spec, config if isinstance(config, dict) else None, name)
+        except ValueError as error:  # also what is not UTF-8
+            raise DamagedError(f"{name} is no tokenizer: {one_line(error)}") from None
+        return cls(spec, config, name)
+
+    @staticmethod
+    def exists(folder: Folder) -> bool:
+        """Whether a folder has the files of a tokenizer."""
+        return folder.exists(TOKENIZER_FILE) or folder.exists(VOCAB_FILE)
 
     def check(self, vocab_size: int) -> None:
         """Raise DamagedError unless texts become ids below `vocab_size`, the model's."""

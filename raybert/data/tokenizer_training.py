@@ -23,6 +23,7 @@ from raybert.config import Settings
 from raybert.data.encoding import STRIP_PATTERN
 from raybert.data.keyed import text_hash
 from raybert.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_FILE, Tokenizer
+from raybert.data.vocab_file import VOCAB_FILE
 from raybert.errors import DataError
 from raybert.storage.folder import Folder
 
@@ -192,7 +193,7 @@ def _finish(tokenizer: HfTokenizer) -> Tokenizer:
 
 
 def load_file(path: str) -> Tokenizer:
-    """Load a tokenizer from a `tokenizer.json`, or from a folder that has one."""
+    """Load a tokenizer from a `tokenizer.json` or `vocab.txt`, or from a folder that has one."""
     folder = Folder(path)
     if folder.path.endswith(".json"):
         parent, name = Folder.of_file(folder.uri)
@@ -202,7 +203,9 @@ def load_file(path: str) -> Tokenizer:
             return Tokenizer(parent.read_text(name), None, path)
         except FileNotFoundError:
             raise DataError(f"{path}: no such file") from None
-    if not folder.exists(TOKENIZER_FILE):
+    if folder.path.endswith(f"/{VOCAB_FILE}"):
+        folder, _ = Folder.of_file(folder.uri)
+    if not Tokenizer.exists(folder):
         hub = " (names on a hub are not looked up: download it first)" if "/" in path else ""
         raise DataError(f"{folder / TOKENIZER_FILE}: no such file{hub}")
     return Tokenizer.load(folder)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from raybert.cluster.session import Resources, ray_session
-from raybert.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from raybert.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
@@ -50,6 +50,9 @@ def prepare_finetune(
 
     config = experiment.finetune
     start, tokenizer = starting_point(experiment)
+    if not all(tokenizer.exists(name) for name in (TOKENIZER_FILE, CONFIG_FILE)):
+        Tokenizer.load(tokenizer).save(data)  # a vocab.txt, whose ids a model is to be saved with
+        tokenizer = data
     prepared = read_prepared_texts(data) if has_begun else None
     if prepared is None:
         seq_len = input_length(experiment, start, config.seq_len)

@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 REGISTRY = "registry"  # the folder, in a storage
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a model
 CHOICES = "serving-"  # prefix of a model's files with the precision that was chosen to serve it
+_HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 _VERSION, _CURRENT = "version.json", "current.json"
 _FOLDER = re.compile(r"v(\d+)")
 _MOST_HISTORY = 100  # rollbacks
@@ -171,9 +172,13 @@ def _read_object(folder: Folder, name: str) -> dict[str, Any]:
 
 def _digest(model: Folder) -> str:
     """A hash of the files that determine a model's predictions."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if model.exists(name):
+    digest, names = hashlib.sha256(), model.names()
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if "model.safetensors" in names:  # otherwise they are in several files
+        weights = ["model.safetensors"]
+    tokenizer = "tokenizer.json" if "tokenizer.json" in names else "vocab.txt"
+    for name in ("config.json", *weights, tokenizer):
+        if name in names:
             digest.update(hashlib.sha256(model.read_bytes(name)).digest())
     return digest.hexdigest()
 
@@ -217,5 +222,19 @@ def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
                 raise UserError(
                     f"{named}: no model of {stage} here, but one of {other}; name {path}/{other}"
                 )
-        raise UserError(f"{named}: no model here (config.json is missing); name a model/ or a run")
+        hint = hub_hint(path)
+        raise UserError(
+            f"{named}: no model here (config.json is missing); name a model/ or a run{hint}"
+        )
     return found
+
+
+def hub_hint(path: str) -> str:
+    """The end of a message about a path that is no folder but could be a name on a hub."""
+    if not _HUB_NAME.fullmatch(path) or Folder(path).exists():
+        return ""
+    name = path.rpartition("/")[2]
+    return (
+        f", or download a model of huggingface.co first: `hf download {path} --local-dir {name}`, "
+        f"then name {name}"
+    )

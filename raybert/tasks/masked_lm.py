@@ -20,7 +20,7 @@ from raybert.data.corpus.parts import PartReader
 from raybert.data.loader import BatchPlan, MicroBatch, ray_micro_batches
 from raybert.data.masking import EVALUATION, IGNORE_INDEX, Vocabulary, mask_rows
 from raybert.data.order import CorpusOrder, assign_to_ranks
-from raybert.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError, DataError
 from raybert.model import huggingface
 from raybert.model.cost import flops_per_token
@@ -109,7 +109,7 @@ class PretrainSpec:
                 f"pretrain.initialize_from={start} knows {known:,} tokens, the corpus has "
                 f"{self.manifest.vocab_size:,}; {_USE_ITS_TOKENIZER}"
             )
-        if not start.exists(TOKENIZER_FILE):
+        if not Tokenizer.exists(start):
             return
         if Tokenizer.load(start).hf.get_vocab() != tokenizer.hf.get_vocab():
             raise ConfigError(

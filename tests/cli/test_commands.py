@@ -327,6 +327,22 @@ def test_pretraining_starts_from_a_model_wherever_the_workers_run(
     assert refused(gone).startswith("pretrain.initialize_from=none: no model here")
 
 
+def test_a_model_with_a_vocabulary_alone_is_fine_tuned(raybert, trained, tmp_path):
+    start = tmp_path / "bert"
+    shutil.copytree(trained.run / "pretrain" / "model", start)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (start / name).unlink()
+    size = json.loads((start / "config.json").read_text())["vocab_size"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "superb", "awful", "film"]
+    (start / "vocab.txt").write_text("\n".join([*special, *map(str, range(size - len(special)))]))
+    changes = (f"run.storage={tmp_path}", f"finetune.initialize_from={start}")
+    options = [option for change in changes for option in ("--set", change)]
+    done = raybert("finetune", "-c", trained.config, "--bare", "--json", *options)
+    assert done.code == 0, done.err
+    answered = raybert("predict", "-m", done.json["model"], "a superb film")
+    assert answered.code == 0, answered.err
+
+
 def test_a_measurement_counts_for_its_texts_and_weights_alone(
     raybert, trained, tmp_path, monkeypatch
 ):

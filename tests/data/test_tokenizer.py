@@ -274,6 +274,39 @@ def test_a_files_truncation_and_padding_are_ignored():
     assert len(tokenizer.encode(["a b c d e f g"]).split()[0]) == 9
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"do_lower_case": False}, {"strip_accents": False, "unk_token": "[MASK]"}]
+)
+def test_a_vocabulary_gives_the_ids_of_transformers(tmp_path, config):
+    from transformers import BertTokenizer
+
+    words = "a the was film superb sup ##erb ##s 文 é e caf ##é ##e Film ! ##! - 1 ##2".split()
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(Folder(tmp_path))
+    theirs = BertTokenizer.from_pretrained(tmp_path)
+    texts = [
+        "A Film was SUPERB!",
+        "café, cafe 文文 12 xyz",
+        "",
+        "a [MASK] film",
+        "e\u0301 \ufffd\t!!",
+    ]
+    for text in texts:
+        assert tokenizer.hf.encode(text).ids == theirs(text)["input_ids"], text
+    assert tokenizer.hf.encode(texts[0], texts[1]).ids == theirs(texts[0], texts[1])["input_ids"]
+    assert load_file(str(tmp_path / "vocab.txt")).hash == tokenizer.hash
+    tokenizer.save(Folder(tmp_path / "saved"))
+    assert Tokenizer.load(Folder(tmp_path / "saved")).hash == tokenizer.hash
+
+
+def test_a_vocabulary_without_special_tokens_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    with pytest.raises(DamagedError, match=r"vocab.txt is no tokenizer: it lacks .* '\[UNK\]'"):
+        Tokenizer.load(Folder(tmp_path))
+
+
 def test_missing_and_damaged_tokenizers_are_named(tmp_path):
     folder = Folder(tmp_path)
     with pytest.raises(DataError, match=f"{tmp_path}/tokenizer.json: no such file"):

@@ -20,6 +20,7 @@ from raybert.model.huggingface import (
     read_temperature,
     save_classifier,
     save_masked_lm,
+    weights_hash,
 )
 from raybert.model.settings import HeadConfig, ModelConfig
 from raybert.storage.folder import Folder
@@ -163,6 +164,68 @@ def test_a_classifier_starts_from_the_pretrained_encoder(layout, tmp_path, token
     assert model.classifier.weight.shape == (4, 32)
     if layout == "modern":
         assert torch.equal(model.transform.dense.weight, pretrained.head.dense.weight)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A masked language model that transformers has written in several files."""
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 40, "max_position_embeddings": 24}
+    model = with_noise(transformers.BertForMaskedLM(transformers.BertConfig(**shape)))
+    model.save_pretrained(tmp_path, max_shard_size="20kB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    return Folder(tmp_path), model
+
+
+def test_weights_in_several_files_are_read(sharded):
+    folder, theirs = sharded
+    ids, mask = batch()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask.long()).logits[mask]
+        ours = load_masked_lm(folder).eval().logits(ids, mask, mask)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    first = weights_hash(folder)
+    assert first == check_weights(folder)
+    name = next(name for name in folder.names() if name.startswith("model-00002"))
+    tensors = safetensors.torch.load(folder.read_bytes(name))
+    folder.write_bytes(name, safetensors.torch.save({k: v + 1 for k, v in tensors.items()}))
+    assert weights_hash(folder) not in ("", first)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{}",
+        "[]",
+        '{"weight_map": null}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "../model.safetensors"}}',
+        '{"weight_map": {"a": "x.bin"}}',
+    ],
+)
+def test_a_damaged_index_of_weights_is_named(sharded, index):
+    folder, _ = sharded
+    folder.write_text("model.safetensors.index.json", index)
+    with pytest.raises(DamagedError, match="model.safetensors.index.json is damaged"):
+        load_masked_lm(folder)
+
+
+def test_a_missing_file_of_weights_is_named(sharded):
+    folder, _ = sharded
+    name = next(name for name in folder.names() if name.startswith("model-00002"))
+    content = folder.read_bytes(name)
+    folder.delete(name)
+    with pytest.raises(DamagedError, match=f"{name} is missing, which .* names"):
+        load_masked_lm(folder)
+    tensors = safetensors.torch.load(content)
+    del tensors[min(tensors)]
+    folder.write_bytes(name, safetensors.torch.save(tensors or {"x": torch.zeros(1)}))
+    with pytest.raises(DamagedError, match="does not fit its files: .* is in none"):
+        load_masked_lm(folder)
 
 
 def test_an_encoder_saved_without_a_head_can_be_fine_tuned(tmp_path):

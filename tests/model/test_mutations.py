@@ -7,19 +7,16 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from making import reviews, tokenizer_of
+from model_directories import TASKS, make_directory
 from mutations import as_json, byte_strings, json_values, safetensors_headers
 
 from raybert.errors import RaybertError
 from raybert.inference.classifier import TextClassifier
 from raybert.inference.fill_mask import MaskFiller
-from raybert.model.encoder import Encoder
-from raybert.model.heads import Classifier, MaskedLM
-from raybert.model.huggingface import make_classifier_on, save_classifier, save_masked_lm
-from raybert.model.settings import HeadConfig, ModelConfig
+from raybert.model.huggingface import make_classifier_on
+from raybert.model.settings import HeadConfig
 from raybert.serve.runtime.model_sources import is_masked_lm
 from raybert.storage.folder import Folder
 from raybert.tasks.protocol import ALL_SCORES
@@ -28,53 +25,12 @@ TEXT = "a superb film, 1 2 3 文字"
 _BYTES = 2 << 30  # beyond what the process has before
 _HANGS_S = 60
 
-#: By name: the task, its labels, what was fitted, and its columns.
-TASKS = {
-    "single_label": (["neg", "pos"], {"temperature": 1.5}, {}),
-    "multi_label": (["a", "b", "c"], {"thresholds": {"a": 0.5, "b": 0.1, "c": 0.9}}, {}),
-    "regression": (["stars"], {"mean": [3.0], "std": [2.0], "intervals": [0.5]}, {}),
-    "token_classification": (["O", "B-PER", "I-PER"], {}, {"label_column": "tags"}),
-    "pairs": (["other", "same"], {"temperature": 0.5}, {"pair_column": "second"}),
-}
-
 
 class Files(dict):
     """A dictionary that failing tests do not print."""
 
     def __repr__(self):
         return f"{len(self)} directories"
-
-
-def make_directory(folder, name):
-    """Write a tiny model of a task, or a masked language model, and return its files."""
-    from raybert.tasks.registry import TASKS as KNOWN
-
-    torch.manual_seed(0)
-    tokenizer = tokenizer_of([text for text, _ in reviews(40)])
-    tokenizer.save(folder / "tokenizer")
-    layout = "classic" if name in ("multi_label", "pairs") else "modern"
-    shape = ModelConfig(layout=layout, hidden_size=16, num_layers=3, num_heads=2, max_seq_len=32)
-    encoder = Encoder(shape, tokenizer.vocab_size, tokenizer.pad_id)
-    how = {"seq_len": 32, "head_tokens": 8, "html_breaks": "space"}
-    target = folder / "model"
-    if name == "masked":
-        save_masked_lm(MaskedLM(encoder), folder / "tokenizer", target, "card", how)
-    else:
-        labels, fitted, columns = TASKS[name]
-        task = KNOWN["single_label" if name == "pairs" else name]
-        model = Classifier(encoder, len(labels), HeadConfig(), per_token=task.is_per_token)
-        save_classifier(
-            model,
-            labels,
-            folder / "tokenizer",
-            target,
-            "card",
-            how,
-            task.architecture,
-            task.problem_type,
-            {"name": task.name, "fitted": fitted, "columns": columns},
-        )
-    return {file: target.read_bytes(file) for file in target.names()}
 
 
 @pytest.fixture(scope="module")

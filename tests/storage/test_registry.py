@@ -6,7 +6,7 @@ import pytest
 
 from raybert.errors import DamagedError, UserError
 from raybert.storage.folder import Folder
-from raybert.storage.registry import Registry
+from raybert.storage.registry import Registry, resolve_model
 
 
 @pytest.fixture
@@ -160,6 +160,34 @@ def test_a_missing_model_is_an_error_that_lists_the_known_ones(registry, tmp_pat
         with pytest.raises(UserError, match="is no name for a model"):
             registry.current(name)
     assert registry.versions("reviews") == []
+
+
+def test_weights_in_several_files_are_told_apart(tmp_path):
+    registry, source = Registry(str(tmp_path)), model(tmp_path, "one")
+    source.write_text("model-1-of-2.safetensors", "same")
+    source.write_text("model-2-of-2.safetensors", "one")
+    assert registry.promote("reviews", source) == 1
+    source.write_text("model-2-of-2.safetensors", "two")
+    assert registry.promote("reviews", source) == 1  # model.safetensors is what is read
+    source.delete("model.safetensors")
+    assert registry.promote("reviews", source) == 2
+    source.write_text("model-2-of-2.safetensors", "one")
+    assert registry.promote("reviews", source) == 3
+    assert registry.promote("reviews", source) == 3
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "answerdotai/ModernBERT-base"])
+def test_a_name_on_a_hub_is_to_be_downloaded_first(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    local = name.split("/")[-1]
+    with pytest.raises(
+        UserError, match=f"no model here.* `hf download {name} --local-dir {local}`"
+    ):
+        resolve_model(name)
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="no model here") as caught:
+        resolve_model(name)
+    assert "download" not in str(caught.value)
 
 
 def test_a_registry_of_a_newer_format_is_refused(registry, anywhere, tmp_path):

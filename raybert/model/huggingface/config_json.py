@@ -244,7 +244,7 @@ def from_config_json(folder: Folder, config: Mapping[str, Any]) -> tuple[ModelCo
     for key, value in IMPLIED_VALUES[layout].items():
         if config.get(key, value) != value:
             raise UserError(
-                f"{where}: {key}={config[key]!r} is not supported; "
+                f"{where}: {key}={reprlib.repr(config[key])} is not supported; "
                 f"raybert reads {model_type} with {key}={value!r}"
             )
     found = check_values(EncoderValues, config, folder)

@@ -47,6 +47,13 @@ class PreprocessingValues(_Values):
     html_breaks: Literal["space", "keep"] = "space"
 
 
+class HeadValues(_Values):
+    """A head that only raybert loads."""
+
+    kind: Literal["standard", "keras"] = "standard"
+    pooling: Literal["cls", "mean", "max"] | None = None
+
+
 class TaskValues(_Values):
     """What a task stores; `TextTask.check_fitted` checks `fitted`."""
 
@@ -60,7 +67,7 @@ class RaybertValues(_Values):
 
     format_version: Annotated[int, Field(ge=1)] = 1
     preprocessing: PreprocessingValues = PreprocessingValues()
-    head: dict[str, Any] = {}
+    head: HeadValues = HeadValues()
     task: TaskValues | None = None
     temperature: _Positive | None = None
     calibrated_temperature: _Positive | None = None
@@ -102,6 +109,7 @@ class EncoderValues(_Values):
     hidden_dropout_prob: _Share = 0.1
     mlp_dropout: _Share = 0.0
     classifier_dropout: _Share | None = None
+    classifier_pooling: Literal["cls", "mean"] = "cls"
     layer_norm_eps: _Positive = 1e-12
     norm_eps: _Positive = 1e-5
     local_attention: Annotated[int, Field(ge=2, le=1 << 24)] = 128

@@ -253,10 +253,10 @@ def _write(
     folder.write_bytes(WEIGHTS_FILE, serialize(model, temperature))
     for name in TOKENIZER_FILES:
         folder.write_bytes(name, tokenizer.read_bytes(name))
-    if isinstance(model, Classifier):  # pipelines cut texts there, and use no token types
-        values = folder.read_json(TOKENIZER_FILES[1])
-        values["model_max_length"] = config["max_position_embeddings"]
-        values["model_input_names"] = ["input_ids", "attention_mask"]
-        folder.write_json(TOKENIZER_FILES[1], values)
+    values = folder.read_json(TOKENIZER_FILES[1])
+    # Pipelines cut texts there with truncation=True, and give the model no token types.
+    values["model_max_length"] = config["max_position_embeddings"]
+    values["model_input_names"] = ["input_ids", "attention_mask"]
+    folder.write_json(TOKENIZER_FILES[1], values)
     folder.write_text("README.md", card)
     folder.write_json(CONFIG_JSON, config)  # last: a directory with it is complete

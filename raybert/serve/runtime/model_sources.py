@@ -13,7 +13,7 @@ from raybert.inference.fill_mask import MaskFiller
 from raybert.model import huggingface
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder
-from raybert.storage.registry import NAME, Registry, resolve_model
+from raybert.storage.registry import NAME, Registry, hub_hint, resolve_model
 
 _GENERIC = ("model", "finetune", "pretrain")  # folders of a run, which do not name the model
 
@@ -47,7 +47,7 @@ def find_source(
             return ModelSource(name or location, location, registry)
         raise UserError(
             f"{location}: neither a folder nor a name in the registry of {registry}; name a "
-            "model/, a run, an experiment or a registered model"
+            f"model/, a run, an experiment or a registered model{hub_hint(location)}"
         )
     folder = resolve_model(location, stage)
     parts = [part for part in folder.path.split("/") if part and part not in _GENERIC]
