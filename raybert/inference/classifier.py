@@ -130,9 +130,13 @@ class TextClassifier:
 
         DamagedError: the outputs are not finite in this precision.
         """
+        self._finite(self.score(self.full_batch()))
+
+    def full_batch(self) -> list[Row]:
+        """Rows of padding that fill a batch, of two lengths: GPUs pad."""
         count = max(2, self.tokens_per_batch // self.longest)
-        lengths = [self.longest - 1, *[self.longest] * (count - 1)]  # two lengths: GPUs pad
-        self._finite(self.score([np.full(length, self.tokenizer.pad_id) for length in lengths]))
+        lengths = [self.longest - 1, *[self.longest] * (count - 1)]
+        return [np.full(length, self.tokenizer.pad_id) for length in lengths]
 
     def logits(self, texts: Sequence[Text]) -> Outputs:
         """The outputs of texts; the middle of a text that is too long is left out.

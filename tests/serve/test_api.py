@@ -601,6 +601,23 @@ def test_a_full_queue_is_reported_before_the_body_is_read(api, monkeypatch):
     assert api.post("/fill-mask", {"inputs": "a [MASK]"}).is_success  # it does not use this queue
 
 
+def test_a_short_request_is_accepted_after_long_ones_where_it_fits(api, monkeypatch):
+    """The mean of the last requests does not fit, and their bodies' sizes say which."""
+    batcher = api.service.find(None).batcher
+    monkeypatch.setattr(batcher, "_speed", 1000.0)  # 4,096 tokens may wait
+    monkeypatch.setattr(batcher, "_queued_tokens", batcher.capacity - 20)
+    monkeypatch.setattr(batcher, "_mean_request_tokens", 2000.0)
+    monkeypatch.setattr(api.service, "_tokens_per_character", 0.2)
+    assert api.post("/predict", {"inputs": "a superb film"}).is_success
+    monkeypatch.setattr(batcher, "_mean_request_tokens", 2000.0)
+    assert_error(api.post("/predict", {"inputs": ["superb film " * 20]}), 429)
+
+
+def test_the_warm_up_measures_the_speed(api):
+    batcher = api.service.find(None).batcher
+    assert batcher._speed and batcher.capacity >= 2 * batcher._tokens_per_batch
+
+
 def test_requests_without_room_are_rejected_before_they_are_tokenized(api, monkeypatch):
     served = api.service.find(None)
     read = []

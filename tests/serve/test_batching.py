@@ -307,14 +307,46 @@ def test_a_failure_is_raised_for_each_request_of_its_batch_and_no_other(executor
     run(score_all())
 
 
-def test_the_speed_follows_full_batches_more_than_small_ones(executor):
+class SlowToStart:
+    """A clock, and a model whose batches take 0.1 s and 1 ms a token by it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def __call__(self, rows):
+        self.now += 0.1 + sum(map(len, rows)) / 1000
+        return scores_of(rows)
+
+
+@pytest.mark.parametrize("speed", [None, 200 / 0.3])
+def test_after_a_short_text_what_the_queue_can_compute_in_time_is_accepted(
+    executor, monkeypatch, speed
+):
+    """Full batches of 200 tokens take 0.3 s: in 3 s they compute 2,000 tokens."""
+    model = SlowToStart()
+    monkeypatch.setattr("raybert.serve.runtime.batching.time", model)
+
     async def score_all():
-        made = batcher(scores_of, executor, tokens_per_batch=100)
-        made._speed = 1000.0
-        made._update_speed(1, 1.0)
-        assert made._speed == pytest.approx(1000, rel=0.01)
-        for _ in range(30):
-            made._update_speed(100, 1.0)
-        assert made._speed == pytest.approx(100, rel=0.05)
+        made = batcher(model, executor, tokens_per_batch=200, queue_s=3.0, speed=speed)
+        await made.score([np.ones(5)])  # 48 tokens per second
+        lists = [made.score([np.ones(1)] * 100) for _ in range(12)]
+        answers = await asyncio.gather(*lists)
+        assert [len(scores) for scores in answers] == [100] * 12
+        assert made._speed == pytest.approx(200 / 0.3, rel=0.1)
+        assert made.capacity == pytest.approx(2000, rel=0.1)
 
     run(score_all())
+
+
+@given(st.lists(st.tuples(st.integers(1, 49), st.floats(1e-6, 1e3)), max_size=20))
+def test_small_batches_do_not_change_the_speed(batches):
+    made = batcher(scores_of, None, tokens_per_batch=100, speed=1000.0)
+    for tokens, seconds in batches:
+        made._update_speed(tokens, seconds)
+    assert made._speed == 1000.0
+    for _ in range(30):
+        made._update_speed(100, 1.0)
+    assert made._speed == pytest.approx(100, rel=0.05)

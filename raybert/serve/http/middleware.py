@@ -125,7 +125,7 @@ class AdmissionControl:
                     {"WWW-Authenticate": "Bearer"},
                 )
         if self.is_queued(scope):
-            wait_s = self._service.full_for_s()
+            wait_s = self._service.full_for_s(_content_length(scope))
             if wait_s is not None:
                 raise request_errors.overloaded(wait_s)
 

@@ -6,7 +6,8 @@ does not wait. A single batch is computed by all cores together, which takes the
 more than one waits, several are computed at once, with a share of the cores each: throughput is
 higher, since cores that share a batch wait for each other after every matrix product.
 
-A queue is full when its work would take longer than `queue_s`. That is decided here only:
+A queue is full when its work would take longer than `queue_s` at the speed of full batches, which
+the warm-up measures first: small ones take long for their size. That is decided here only:
 `full_for_s` before a request's body is read, `reserve` before its texts are tokenized, `score` by
 their tokens. All methods of Batcher belong to one event loop.
 """
@@ -34,6 +35,7 @@ T = TypeVar("T")
 Scores = Sequence[npt.NDArray[np.float32]]  # the outputs of each row, [L] or [tokens, L]
 
 _NEWEST_WEIGHT = 0.2  # of the last full batch in the moving averages of speed and request size
+_FULL = 0.5  # of the maximum tokens, in all running batches, from which they count as full
 _INITIAL_BATCHES = 16  # that may wait before the speed is known
 _MIN_BATCHES = 2  # that may wait at any speed
 _MAX_SHARES = 4  # with more, a request waits longer for its batch than throughput gains
@@ -94,6 +96,7 @@ class Batcher:
         tokens_per_batch: int,
         queue_s: float,
         wait_s: float = 0.0,
+        speed: float | None = None,
         on_batch: Callable[[int, int, float], None] = lambda rows, tokens, seconds: None,
     ) -> None:
         """Set up an empty queue.
@@ -104,6 +107,7 @@ class Batcher:
             tokens_per_batch: maximum, unless a single row has more.
             queue_s: maximum seconds of work in the queue, at the speed of the last batches.
             wait_s: time that a batch which is not full waits for more rows on an idle server.
+            speed: tokens per second of a full batch; None: not known yet.
             on_batch: called with rows, tokens and seconds of every batch.
         """
         self._compute, self._threads = compute, threads
@@ -114,7 +118,7 @@ class Batcher:
         self._reserved_tokens = 0  # of accepted requests that are being tokenized
         self._mean_request_tokens = 0.0  # moving average
         self._running: dict[asyncio.Future[Outputs], _Batch] = {}
-        self._speed: float | None = None  # tokens per second
+        self._speed = speed  # tokens per second
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -128,6 +132,11 @@ class Batcher:
         if self._speed is None:
             return _INITIAL_BATCHES * self._tokens_per_batch
         return max(_MIN_BATCHES * self._tokens_per_batch, int(self._queue_s * self._speed))
+
+    @property
+    def mean_request_tokens(self) -> float:
+        """Tokens of a request, the mean of the last ones."""
+        return self._mean_request_tokens
 
     @property
     def expected_wait_s(self) -> float:
@@ -245,7 +254,7 @@ class Batcher:
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
         if error is None:
             tokens = sum(_cost(item.row) for item in items)
-            self._update_speed(tokens, seconds / concurrent)
+            self._update_speed(tokens * concurrent, seconds)
             self._on_batch(len(items), tokens, seconds)
             scores = future.result()
         for row, item in enumerate(items):
@@ -261,7 +270,9 @@ class Batcher:
                 request.future.set_result(request.scores)
 
     def _update_speed(self, tokens: int, seconds: float) -> None:
-        """Update the moving average; small batches, slow for their size, have a small weight."""
+        """Update the moving average with all batches that ran at once, unless they were small."""
+        if tokens < _FULL * self._tokens_per_batch:
+            return
         speed = tokens / seconds
         before = speed if self._speed is None else self._speed
         weight = _NEWEST_WEIGHT * min(1.0, tokens / self._tokens_per_batch)
@@ -293,6 +304,16 @@ class ModelThreads:
         """
         for threads in {self.threads, self._share if self.count > 1 else self.threads}:
             run_in_new_thread(work, threads)
+
+    def measure(self, work: Callable[[], object]) -> float:
+        """Return the seconds that `work` takes with all cores."""
+
+        def timed() -> float:
+            begun = time.monotonic()
+            work()
+            return time.monotonic() - begun
+
+        return run_in_new_thread(timed, self.threads)
 
     def close(self) -> None:
         """Stop the threads."""

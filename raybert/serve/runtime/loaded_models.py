@@ -65,15 +65,17 @@ class LoadedModel:
             metrics.add("batch_tokens_total", tokens, model=self.name)
             metrics.add("batch_seconds_total", seconds, model=self.name)
 
+        threads.warm_up(self.classifier.warm)
+        tokens = sum(map(len, self.classifier.full_batch()))
         self.batcher = Batcher(
             self.classifier.score,
             threads,
             tokens_per_batch=self.classifier.tokens_per_batch,
             queue_s=config.queue_s,
             wait_s=config.wait_ms / 1000,
+            speed=tokens / max(1e-9, threads.measure(self.classifier.warm)),
             on_batch=count_batch,
         )
-        threads.warm_up(self.classifier.warm)
 
     @property
     def labels(self) -> list[str]:

@@ -96,12 +96,21 @@ class Service:
             if seconds > _STUCK_S:
                 raise RuntimeError(f"model {model.name}: a batch has run for {seconds:.0f} s")
 
-    def full_for_s(self) -> float | None:
+    def full_for_s(self, size: int) -> float | None:
         """Return the seconds until a full queue is empty; None: a request can be accepted.
 
-        Only the request's body names its model: the queues of all classifiers must be full.
+        `size` bytes of its body have at least so many tokens that it can be rejected before they
+        are read; 0: unknown. Only the body names its model: the queues of all classifiers must be
+        full.
         """
-        waits = [model.batcher.full_for_s() for model in self.models.classifiers.values()]
+        cuts, rate = self.config.long_texts == "cut", self._tokens_per_character
+        waits = []
+        for model in self.models.classifiers.values():
+            tokens = model.batcher.mean_request_tokens
+            if size:
+                tokens = min(tokens, size * rate)
+                tokens = min(tokens, model.classifier.longest) if cuts else tokens
+            waits.append(model.batcher.full_for_s(tokens))
         full = [wait for wait in waits if wait is not None]
         return min(full) if full and len(full) == len(waits) else None
 
