@@ -245,7 +245,9 @@ def test_the_client_needs_nothing():
 
 
 # Only `config.json` of a model directory, a format of others, has a problem type elsewhere.
-_WRITERS = {"model/huggingface/config_json.py", "model/huggingface/directory.py"}
+_WRITERS = {
+    f"model/huggingface/{name}.py" for name in ("config_json", "config_schema", "directory")
+}
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,12 @@ class ServeConfig(Settings):
     cors: list[str] = Field(
         [], description="origins whose pages may send requests; none by default"
     )
+    allowed_hosts: list[str] | None = Field(
+        None,
+        description="names by which requests may address the server (Host), *.example.org and * "
+        "among them; null: any where keys are required, else localhost and `host`: pages of other "
+        "sites can't send requests through a name that they let point here",
+    )
     tls_cert: str | None = Field(None, description="certificate chain, PEM; with tls_key: HTTPS")
     tls_key: str | None = Field(None, description="its private key, PEM")
     ingress: Literal["auto", "haproxy", "proxy"] = Field(
@@ -147,6 +153,14 @@ class ServeConfig(Settings):
         if values["registry"] is None:
             values["registry"] = registry
         return build(_Section, {"serve": values}, "").serve
+
+    def with_allowed_hosts(self, *, has_keys: bool) -> ServeConfig:
+        """Return the same with the default of `allowed_hosts`, None where any is allowed."""
+        hosts = self.allowed_hosts
+        if hosts is None and not has_keys:
+            own = f"[{self.host}]" if ":" in self.host else self.host
+            hosts = [*dict.fromkeys(["localhost", "127.0.0.1", "[::1]", own])]
+        return self.model_copy(update={"allowed_hosts": hosts})
 
     @property
     def max_replicas(self) -> int:

@@ -124,6 +124,7 @@ def check_access(host: str, digests: list[str]) -> None:
 
 def application(config: ServeConfig, digests: list[str]) -> serve.Application:
     """Bind the deployment to a resolved configuration and the digests of the accepted keys."""
+    config = config.with_allowed_hosts(has_keys=bool(digests))
     replicas: dict[str, Any] = {"num_replicas": config.replicas}
     if not isinstance(config.replicas, int):
         scaling = config.replicas

@@ -4,7 +4,7 @@
    replica that HAProxy connects to, unless `serve.cors` is set, it also checks the key and the
    queue of a prediction, since Serve's own work takes several times longer than a rejection.
 2. CORSMiddleware of Starlette, if `serve.cors` is set.
-3. AccessMiddleware: checks the key and the queue, and records the request in log and metrics.
+3. AccessMiddleware: checks Host, the key and the queue, and records the request in log and metrics.
 4. BodyLimitMiddleware: limits the bytes of a body and the seconds in which it must arrive.
 
 The log gets a route's pattern, and never a path, a query, a header or a text. Serve's proxies
@@ -28,12 +28,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raybert.serve import request_errors
 from raybert.serve.http.authentication import Keys
-from raybert.serve.request_errors import QUEUE_FULL_HEADER, QUEUED_PATHS, RequestError
+from raybert.serve.http.hosts import is_allowed_host
+from raybert.serve.request_errors import (
+    HEALTH_PATHS,
+    QUEUE_FULL_HEADER,
+    QUEUED_PATHS,
+    RequestError,
+)
 
 if TYPE_CHECKING:
     from raybert.serve.runtime.service import Service
     from raybert.serve.settings import ServeConfig
 
+MAX_BYTES = "raybert.max_bytes"  # key in the scope: of a body, also once it is decompressed
 TEXT_COUNT = "raybert.text_count"  # key in the scope: texts of the request
 _NO_ROUTE = "-"
 _TOO_MANY_REQUESTS = 429
@@ -97,6 +104,8 @@ class AdmissionControl:
         """Set up; `open_paths` need no key, and `log` gets a record for each request."""
         self._service, self._keys, self._log = service, keys, log
         self._open_paths = frozenset(open_paths)
+        hosts = service.config.allowed_hosts
+        self._hosts = None if hosts is None else frozenset(map(str.lower, hosts))
         self._unlogged, self._logged_at = 0, -math.inf  # rejections by a full queue
 
     def reject(self, scope: Scope) -> CachedResponse | None:
@@ -115,6 +124,12 @@ class AdmissionControl:
 
     def _check(self, scope: Scope) -> None:
         path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+        if not path.isprintable():  # Starlette takes /predict%0A for /predict
+            raise request_errors.not_found("a path has no control characters")
+        if path in HEALTH_PATHS:  # checks of load balancers name any host
+            return
+        if self._hosts is not None:
+            self._check_host(scope, self._hosts)
         if path not in self._open_paths:
             given = [value for name, value in scope["headers"] if name == b"authorization"]
             if not self._keys.allow(given[0] if given else None):
@@ -128,6 +143,13 @@ class AdmissionControl:
             wait_s = self._service.full_for_s(_content_length(scope))
             if wait_s is not None:
                 raise request_errors.overloaded(wait_s)
+
+    def _check_host(self, scope: Scope, allowed: Collection[str]) -> None:
+        for name, value in scope["headers"]:
+            if name == b"host" and not is_allowed_host(value.decode("latin-1"), allowed):
+                raise request_errors.bad_request(
+                    "this server is not known by the name in Host; serve.allowed_hosts adds names"
+                )
 
     def record(self, scope: Scope, status: int, begun: float) -> None:
         """Count and log a request that began at `begun` of `time.perf_counter`."""
@@ -265,6 +287,7 @@ class BodyLimitMiddleware:
             complete = not message.get("more_body", False)
             return message
 
+        scope[MAX_BYTES] = self._max_bytes
         await self._app(scope, limited, send)
 
     def _check(self, size: int) -> None:

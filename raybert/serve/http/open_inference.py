@@ -90,14 +90,18 @@ class InferRequest(RequestBody):
 
 
 class InferRoute(JSONRoute):
-    """Accepts a body without Content-Type, as clients of the protocol send it."""
+    """Accepts a body without Content-Type, as clients of the protocol send it, but not from pages.
+
+    A browser asks the server before a page of another origin sends JSON, and not before it sends a
+    body without a type.
+    """
 
     def check_headers(self, headers: Headers) -> None:
         """Raise RequestError, 415, for a body that is not JSON."""
         if "inference-header-content-length" in headers:
             message = "tensors are read as JSON here, not as binary data"
             raise RequestError(415, "Validation", message)
-        if content_type(headers):
+        if content_type(headers) or "origin" in headers or "sec-fetch-site" in headers:
             super().check_headers(headers)
 
 

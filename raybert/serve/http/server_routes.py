@@ -9,13 +9,11 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 
 from raybert import __version__
 from raybert.serve.http.openapi import DOCS_HEADERS, error_responses, render_docs
-from raybert.serve.request_errors import RequestError
+from raybert.serve.request_errors import HEALTH_PATHS, LIVE_PATHS, READY_PATHS, RequestError
 from raybert.serve.runtime.service import Service
 
-_READY = ("/health", "/health/ready", "/v2/health/ready")
-_LIVE = ("/health/live", "/v2/health/live")
 #: Paths that need no key.
-OPEN_PATHS = ("/docs", "/openapi.json", *_READY, *_LIVE)
+OPEN_PATHS = ("/docs", "/openapi.json", *HEALTH_PATHS)
 
 
 def add_server_routes(app: FastAPI, service: Service) -> None:
@@ -27,12 +25,12 @@ def add_server_routes(app: FastAPI, service: Service) -> None:
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    for path in _READY:
+    for path in READY_PATHS:
         app.get(path, responses=error_responses(503), summary="Whether the server is ready")(ready)
-    for path in _LIVE:
+    for path in LIVE_PATHS:
         app.get(path, summary="Whether the server runs")(live)
-    for path in (*_READY, *_LIVE):  # some load balancers send HEAD
-        app.head(path, include_in_schema=False)(ready if path in _READY else live)
+    for path in (*READY_PATHS, *LIVE_PATHS):  # some load balancers send HEAD
+        app.head(path, include_in_schema=False)(ready if path in READY_PATHS else live)
 
     @app.get("/info", responses=error_responses(401), summary="The models and limits")
     async def info() -> dict[str, Any]:
