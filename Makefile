@@ -25,7 +25,7 @@ test-local: $(VENV)/.dev
 test-ray: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "ray and not slow and not peers"
 
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.dev $(VENV)/.kserve
 	$(BIN)/python -m pytest -m "slow"
 
 lint: $(VENV)/.dev
@@ -47,6 +47,12 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e ".[dev]"
+	touch $@
+
+# Its client needs older versions of psutil, protobuf and pandas than raybert and Ray.
+$(VENV)/.kserve: | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)/kserve
+	$(VENV)/kserve/bin/python -m pip install --disable-pip-version-check --quiet --no-compile kserve==0.21.0
 	touch $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python

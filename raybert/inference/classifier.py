@@ -11,7 +11,7 @@ scores do not depend on the other texts of its batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 
 Row = npt.NDArray[Any]  # token ids of a text or of a window, [tokens]
 Text = str | tuple[str, str]  # a text, or a pair for a model that reads pairs
+
+
+class Encoded(NamedTuple):
+    """Texts as a model reads them."""
+
+    rows: list[Row]  # of all texts, in their order
+    lengths: list[int]  # tokens of each text
+    is_cut: list[bool]  # whether a text had more tokens than the model reads
+    ngrams: F32 | None = None  # outputs of the n-gram part, [n, L]
+
 
 #: A quarter of a window is also in the next one, so that no phrase is cut in both.
 OVERLAP = 4
@@ -184,9 +194,23 @@ class TextClassifier:
 
     def encode(self, texts: Sequence[Text]) -> list[Row]:
         """Tokenize texts, each cut to the model's length. Thread-safe."""
+        return self.encode_cut(texts).rows
+
+    def encode_cut(self, texts: Sequence[Text]) -> Encoded:
+        """As `encode`, with which of them were longer than the model's length. Thread-safe."""
+        how = self.preprocessing
         if self.reads_pairs:
-            return self._encode_pairs(texts)
-        return self.preprocessing.encode(self.tokenizer, [str(text) for text in texts])
+            firsts, seconds = ([text[i] for text in texts] for i in (0, 1))
+            pairs = how.encode_pairs(self.tokenizer, firsts, seconds)
+            rows = [how.join_pair(self.tokenizer, pair) for pair in pairs]
+            room = how.seq_len - self.tokenizer.pair_template.length
+            is_cut = [len(first) + len(second) > room for first, second in pairs]
+        else:
+            cleaned = [how.clean(str(text)) for text in texts]
+            whole = self.tokenizer.encode(cleaned).split()
+            rows = [how.shorten(ids) for ids in whole]
+            is_cut = [len(ids) > how.seq_len for ids in whole]
+        return Encoded(rows, [len(row) for row in rows], is_cut)
 
     def encode_windows(self, texts: Sequence[Text]) -> tuple[list[Row], list[int]]:
         """Tokenize texts into windows that cover them; pairs are cut. Thread-safe.
@@ -194,17 +218,12 @@ class TextClassifier:
         Returns the windows of all texts, and the tokens of each text.
         """
         if self.reads_pairs:
-            rows = self._encode_pairs(texts)
-            return rows, [len(row) for row in rows]
+            encoded = self.encode_cut(texts)
+            return encoded.rows, encoded.lengths
         cleaned = [self.preprocessing.clean(str(text)) for text in texts]
-        encoded = self.tokenizer.encode(cleaned).split()
-        rows = [row for ids in encoded for row in windows(ids, self.longest)]
-        return rows, [len(ids) for ids in encoded]
-
-    def _encode_pairs(self, texts: Sequence[Text]) -> list[Row]:
-        firsts, seconds = ([text[i] for text in texts] for i in (0, 1))
-        pairs = self.preprocessing.encode_pairs(self.tokenizer, firsts, seconds)
-        return [self.preprocessing.join_pair(self.tokenizer, pair) for pair in pairs]
+        whole = self.tokenizer.encode(cleaned).split()
+        rows = [row for ids in whole for row in windows(ids, self.longest)]
+        return rows, [len(ids) for ids in whole]
 
     def words(self, texts: Sequence[Text]) -> list[list[Word]] | None:
         """The words of each text, for a task on tokens; None for others."""

@@ -15,7 +15,11 @@ QUEUE_FULL_HEADER = "x-raybert-full"  # on a replica's 429; HAProxy reads and re
 READY_PATHS = ("/health", "/health/ready", "/v2/health/ready")
 LIVE_PATHS = ("/health/live", "/v2/health/live")
 HEALTH_PATHS = frozenset((*READY_PATHS, *LIVE_PATHS))
-QUEUED_PATHS = ("/predict", "/infer")  # ends of the paths whose requests enter a classifier's queue
+QUEUED_PATHS = (
+    "/predict",
+    "/infer",
+    ":predict",
+)  # ends of the paths whose requests enter a classifier's queue
 
 
 class RequestError(HTTPException):

@@ -5,6 +5,7 @@ Shapes: T tokens, M masks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,27 @@ from raybert.model.heads import MaskedLM
 
 
 def predict_masks(
-    model: MaskedLM, tokenizer: Tokenizer, text: str, top: int = 5
+    model: MaskedLM,
+    tokenizer: Tokenizer,
+    text: str,
+    top: int = 5,
+    among: Sequence[int] | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """The `top` tokens of each mask, {"token", "probability"}, the most probable first."""
+    """The `top` tokens of each mask, {"token", "probability"}, the most probable first.
+
+    `among` are the ids of the tokens that are considered; None: all.
+    """
     ids, positions = encode_masked(tokenizer, text, model.encoder.config.max_seq_len)
     device = next(model.parameters()).device
     batch = torch.from_numpy(ids)[None].to(device)  # [1, T]
     with torch.inference_mode():
         logits = model.logits(batch, None, torch.from_numpy(positions).to(device))  # [M, V]
-    probabilities, tokens = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+    scores = logits.float().softmax(-1)
+    if among is not None:
+        kept = torch.tensor(among, device=device)
+        scores = torch.full_like(scores, -1.0).index_copy(1, kept, scores[:, kept])
+        top = min(top, len(among))
+    probabilities, tokens = scores.topk(min(top, scores.shape[-1]))
     return [
         [
             {"token": tokenizer.hf.id_to_token(int(token)), "probability": round(float(p), 5)}

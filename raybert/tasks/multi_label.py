@@ -29,6 +29,7 @@ from raybert.errors import DataError
 from raybert.tasks.entities import Word
 from raybert.tasks.protocol import (
     F32,
+    AnswerElement,
     AnswerOptions,
     Loss,
     LossSettings,
@@ -48,7 +49,7 @@ _MAX_WEIGHT = 100.0  # of the positive texts of a rare label
 _TRUE, _FALSE = {"1", "true", "yes"}, {"0", "false", "no", ""}
 
 
-class LabelDecision(BaseModel):
+class LabelDecision(AnswerElement):
     """A label with its probability."""
 
     label: str

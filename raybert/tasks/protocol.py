@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 from torch import Tensor
 
 from raybert.data.sources.row_table import LabelParser
@@ -83,6 +83,13 @@ class AnswerOptions:
 
 
 ALL_SCORES = AnswerOptions()
+TRUNCATED: Any = Field(None, description="true: the text was longer than the model reads, and cut")
+
+
+class AnswerElement(BaseModel):
+    """What all elements of an answer have."""
+
+    truncated: bool | None = TRUNCATED
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from raybert.model.heads import Classifier
 from raybert.tasks.entities import Word
 from raybert.tasks.protocol import (
     F32,
+    AnswerElement,
     AnswerOptions,
     Loss,
     LossSettings,
@@ -49,7 +50,7 @@ _EXAMPLES = 8  # for the report
 _F64 = npt.NDArray[np.float64]
 
 
-class Estimate(BaseModel):
+class Estimate(AnswerElement):
     """An estimated number, in the unit of the training texts."""
 
     label: str

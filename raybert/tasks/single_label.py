@@ -32,6 +32,7 @@ from raybert.tasks.entities import Word
 from raybert.tasks.protocol import (
     F32,
     NO_LABEL,
+    AnswerElement,
     AnswerOptions,
     Loss,
     LossSettings,
@@ -46,7 +47,7 @@ from raybert.tasks.protocol import (
 _WRONG_EXAMPLES, _RIGHT_EXAMPLES = 8, 4  # for the report
 
 
-class Score(BaseModel):
+class Score(AnswerElement):
     """A label with its probability."""
 
     label: str

@@ -45,6 +45,7 @@ from raybert.tasks.entities import (
 from raybert.tasks.protocol import (
     F32,
     NO_LABEL,
+    AnswerElement,
     AnswerOptions,
     Loss,
     LossSettings,
@@ -57,7 +58,7 @@ from raybert.tasks.protocol import (
 )
 
 
-class Entity(BaseModel):
+class Entity(AnswerElement):
     """An entity, with its characters in the text."""
 
     entity_group: str

@@ -55,7 +55,7 @@ def service_of(storage, **changes):
 
 
 async def label(service, text="a superb film", name=None):
-    logits, model = await service.score([text], name, None)
+    logits, model, _ = await service.score([text], name, None)
     return model.labels[int(logits[0].argmax())]
 
 

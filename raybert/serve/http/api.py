@@ -22,12 +22,15 @@ from raybert import __version__
 from raybert.errors import DataError
 from raybert.serve import request_errors
 from raybert.serve.http.authentication import Keys
+from raybert.serve.http.hub_routes import add_hub_routes
 from raybert.serve.http.json_route import JSONRoute
+from raybert.serve.http.kserve_v1 import add_kserve_v1_routes
 from raybert.serve.http.middleware import AdmissionControl, application_middleware
 from raybert.serve.http.open_inference import add_open_inference_routes
 from raybert.serve.http.openapi import openapi
 from raybert.serve.http.server_routes import OPEN_PATHS, add_server_routes
 from raybert.serve.http.text_routes import add_text_routes
+from raybert.serve.http.triton_routes import add_triton_routes
 from raybert.serve.request_errors import RequestError
 from raybert.serve.runtime.batching import ModelFailed, Overloaded
 from raybert.serve.runtime.service import Service
@@ -76,6 +79,9 @@ def make_api(
     )
     app.router.route_class = JSONRoute
     add_text_routes(app, service)
+    add_hub_routes(app, service)
+    add_triton_routes(app, service)
+    add_kserve_v1_routes(app, service)
     add_open_inference_routes(app, service)
     add_server_routes(app, service)
     app.router.routes.extend(page_routes)

@@ -34,11 +34,43 @@ from raybert.serve.http.middleware import MAX_BYTES
 from raybert.serve.request_errors import RequestError
 
 _MAX_DESCRIBED_ERRORS = 100  # describing one takes 3 µs, and a megabyte can have 100,000
+_TEXT_KEYS = (("inputs",), ("instances",))
 _MAX_KEY_LENGTH = 60  # characters of an unknown key in a message
+
+
+class JSONRequest(Request):
+    """A request whose body is JSON."""
+
+    async def body(self) -> bytes:
+        """Read the body, decompressed, without a byte order mark."""
+        if not hasattr(self, "_decoded"):
+            encoding = self.headers.get("content-encoding")
+            body = await super().body()
+            if encoding is not None:
+                body = await decompress(body, encoding, self.scope[MAX_BYTES])
+            self._decoded = body.removeprefix(codecs.BOM_UTF8)
+        return self._decoded
+
+    async def json(self) -> Any:
+        """Parse an object."""
+        return parse_object(await self.body())
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Parse a JSON object; RequestError: it is none. from_json limits the depth."""
+    try:
+        value = from_json(body)
+    except ValueError as error:
+        raise request_errors.bad_request(f"Invalid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise request_errors.invalid("the body: input should be an object")
+    return value
 
 
 class JSONRoute(APIRoute):
     """A route whose body, where it has one, is JSON."""
+
+    request_class: type[JSONRequest] = JSONRequest
 
     def check_headers(self, headers: Headers) -> None:
         """Raise RequestError, 415, before a body is read that is not declared as JSON."""
@@ -53,7 +85,7 @@ class JSONRoute(APIRoute):
 
         async def read_json(request: Request) -> Response:
             self.check_headers(request.headers)
-            request = _JSONRequest(request.scope, request.receive)
+            request = self.request_class(request.scope, request.receive)
             if not (await request.body()).strip():
                 raise request_errors.bad_request("the request has no body; send JSON")
             return await handle(request)
@@ -64,28 +96,6 @@ class JSONRoute(APIRoute):
 def content_type(headers: Headers) -> str:
     """Return a request's media type without parameters, in lower case."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-class _JSONRequest(Request):
-    async def body(self) -> bytes:
-        """Read the body, decompressed, without a byte order mark."""
-        if not hasattr(self, "_decoded"):
-            encoding = self.headers.get("content-encoding")
-            body = await super().body()
-            if encoding is not None:
-                body = await decompress(body, encoding, self.scope[MAX_BYTES])
-            self._decoded = body.removeprefix(codecs.BOM_UTF8)
-        return self._decoded
-
-    async def json(self) -> Any:
-        """Parse an object; from_json accepts UTF-8 only, and limits the depth."""
-        try:
-            value = from_json(await self.body())
-        except ValueError as error:
-            raise request_errors.bad_request(f"Invalid JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise request_errors.invalid("the body: input should be an object")
-        return value
 
 
 class ClosedModel(BaseModel):
@@ -114,8 +124,8 @@ def _describe(error: ValidationError, keys: Sequence[str]) -> RequestError:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     location, message = first["loc"], str(first["msg"])
     union_member = str(location[1]) if len(location) > 1 else ""
-    if location[:1] == ("inputs",) and union_member.startswith(("str", "list")):
-        return request_errors.invalid("inputs: give a text, or a list of texts")
+    if location[:1] in _TEXT_KEYS and union_member.startswith(("str", "list")):
+        return request_errors.invalid(f"{location[0]}: give a text, or a list of texts")
     most = _MAX_KEY_LENGTH
     parts = (key if len(key) <= most else f"{key[:most]}..." for key in map(str, location))
     path = ".".join(parts) or "the body"
@@ -158,19 +168,24 @@ class Error(BaseModel):
     error_type: str
 
 
-def check_texts(inputs: Inputs, max_texts: int, *, pairs: bool = False) -> Sequence[Text]:
-    """Return the texts of a request, or its pairs, as a list; or raise RequestError, 400 or 413."""
-    texts = _pairs_of(inputs) if pairs else _texts_of(inputs)
+def check_texts(
+    inputs: Inputs, max_texts: int, *, pairs: bool = False, key: str = "inputs"
+) -> Sequence[Text]:
+    """Return the texts of a request, or its pairs, as a list; or raise RequestError, 400 or 413.
+
+    `key` is that of the texts in the body.
+    """
+    texts = _pairs_of(inputs, key) if pairs else _texts_of(inputs, key)
     if not texts:
-        raise request_errors.empty("inputs is empty; give it a text")
+        raise request_errors.empty(f"{key} is empty; give it a text")
     if len(texts) > max_texts:
         raise request_errors.too_large(
             f"{len(texts):,} texts are more than the {max_texts:,} that are read in a request"
         )
     for index, text in enumerate(texts):
         if not all(part.strip() for part in ((text,) if isinstance(text, str) else text)):
-            key = "inputs" if len(texts) == 1 else f"inputs.{index}"
-            raise request_errors.empty(f"{key} is empty; give it a text")
+            place = key if len(texts) == 1 else f"{key}.{index}"
+            raise request_errors.empty(f"{place} is empty; give it a text")
     return texts
 
 
@@ -181,18 +196,18 @@ def is_single(inputs: Inputs, *, pairs: bool) -> bool:
     return isinstance(inputs, str)
 
 
-def _texts_of(inputs: Inputs) -> Sequence[str]:
+def _texts_of(inputs: Inputs, key: str) -> Sequence[str]:
     texts = [inputs] if isinstance(inputs, str) else inputs
     if not all(isinstance(text, str) for text in texts):
-        raise request_errors.invalid("inputs: give a text, or a list of texts")
+        raise request_errors.invalid(f"{key}: give a text, or a list of texts")
     return [text for text in texts if isinstance(text, str)]
 
 
-def _pairs_of(inputs: Inputs) -> Sequence[tuple[str, str]]:
+def _pairs_of(inputs: Inputs, key: str) -> Sequence[tuple[str, str]]:
     given: Sequence[Any] = [inputs] if is_single(inputs, pairs=True) and inputs else inputs
     pairs = [(item[0], item[1]) for item in given if isinstance(item, list) and len(item) == 2]
     if len(pairs) < len(given):
         raise request_errors.invalid(
-            'inputs: this model reads pairs of texts; give ["a", "b"], or a list of such pairs'
+            f'{key}: this model reads pairs of texts; give ["a", "b"], or a list of such pairs'
         )
     return pairs

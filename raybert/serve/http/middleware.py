@@ -101,7 +101,7 @@ class AdmissionControl:
     def __init__(
         self, service: Service, keys: Keys, open_paths: Collection[str], log: logging.Logger
     ) -> None:
-        """Set up; `open_paths` need no key, and `log` gets a record for each request."""
+        """Set up; GET of `open_paths` needs no key, and `log` gets a record for each request."""
         self._service, self._keys, self._log = service, keys, log
         self._open_paths = frozenset(open_paths)
         hosts = service.config.allowed_hosts
@@ -120,7 +120,7 @@ class AdmissionControl:
     def is_queued(self, scope: Scope) -> bool:
         """Return whether a request will enter the queue of a classifier."""
         path: str = scope["path"]
-        return scope["method"] == "POST" and path.endswith(QUEUED_PATHS)
+        return scope["method"] == "POST" and (path.endswith(QUEUED_PATHS) or path == "/")
 
     def _check(self, scope: Scope) -> None:
         path: str = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -130,7 +130,7 @@ class AdmissionControl:
             return
         if self._hosts is not None:
             self._check_host(scope, self._hosts)
-        if path not in self._open_paths:
+        if path not in self._open_paths or scope["method"] not in ("GET", "HEAD"):
             given = [value for name, value in scope["headers"] if name == b"authorization"]
             if not self._keys.allow(given[0] if given else None):
                 raise RequestError(

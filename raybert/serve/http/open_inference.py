@@ -18,9 +18,11 @@ from starlette.responses import JSONResponse, Response
 
 from raybert import __version__
 from raybert.serve import request_errors
+from raybert.serve.http.binary_tensors import LENGTH_HEADER, BinaryRequest, respond
 from raybert.serve.http.json_route import (
     ClosedModel,
     Inputs,
+    JSONRequest,
     JSONRoute,
     RequestBody,
     check_texts,
@@ -29,12 +31,14 @@ from raybert.serve.http.json_route import (
 from raybert.serve.http.middleware import TEXT_COUNT
 from raybert.serve.http.openapi import error_responses, example
 from raybert.serve.http.server_routes import check_ready
-from raybert.serve.request_errors import RequestError
 from raybert.serve.runtime.loaded_models import LoadedModel
 from raybert.serve.runtime.service import Service
 
+#: Of the protocol; `triton_routes` has those but the first.
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 _MODEL = "/v2/models/{name}"
 _VERSION = _MODEL + "/versions/{version}"
+_BINARY = "application/octet-stream"
 _ALSO = f"also at {_VERSION}"
 _TEXT = "The plot was thin, but the actors made it a joy to watch."
 _EXAMPLE = example(
@@ -76,17 +80,23 @@ class InferOutput(ClosedModel):
     """A requested output."""
 
     name: str = Field(description="as in the model's metadata: label or scores, for instance")
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, Any] | None = Field(None, description="binary_data: after the JSON")
 
 
 class InferRequest(RequestBody):
     """A request of the Open Inference Protocol, version 2."""
 
     id: str | None = Field(None, max_length=256)
+    model_name: str | None = Field(None, description="accepted; the path names the model")
+    model_version: str | None = Field(None, description="accepted; the path names the version")
     inputs: Annotated[list[InferInput], Field(fail_fast=True, max_length=1)]
     # Bounded: each output is sent in full, and a small request would get a large response.
     outputs: Annotated[list[InferOutput], Field(fail_fast=True, max_length=2)] | None = None
-    parameters: dict[str, Any] | None = Field(None, description="truncate: as in PredictRequest")
+    parameters: dict[str, Any] | None = Field(
+        None,
+        description="truncate: as in PredictRequest; binary_data_output: all outputs after the "
+        "JSON",
+    )
 
 
 class InferRoute(JSONRoute):
@@ -96,29 +106,35 @@ class InferRoute(JSONRoute):
     body without a type.
     """
 
+    request_class: type[JSONRequest] = BinaryRequest
+
     def check_headers(self, headers: Headers) -> None:
-        """Raise RequestError, 415, for a body that is not JSON."""
-        if "inference-header-content-length" in headers:
-            message = "tensors are read as JSON here, not as binary data"
-            raise RequestError(415, "Validation", message)
+        """Raise RequestError, 415, for a body that is not JSON, or JSON with tensors after it."""
+        if LENGTH_HEADER in headers and content_type(headers) in ("", _BINARY):
+            return  # a browser asks before a page sends this header
         if content_type(headers) or "origin" in headers or "sec-fetch-site" in headers:
             super().check_headers(headers)
+
+
+def find_version(service: Service, name: str, version: str | None) -> LoadedModel:
+    """Return a model by its name and version, None: any; or raise RequestError, 404."""
+    model = service.find(name)
+    if version is not None and version != model.version:
+        raise request_errors.not_found(
+            f"no such version of {name}; version {model.version} is served"
+        )
+    return model
 
 
 def add_open_inference_routes(app: FastAPI, service: Service) -> None:
     """Add the protocol's routes, except its health checks."""
 
     def find(name: str, request: Request) -> LoadedModel:
-        model, version = service.find(name), request.path_params.get("version")
-        if version is not None and version != model.version:
-            raise request_errors.not_found(
-                f"no such version of {name}; version {model.version} is served"
-            )
-        return model
+        return find_version(service, name, request.path_params.get("version"))
 
     @app.get("/v2", responses=error_responses(401), summary="The server's metadata")
     async def server_metadata() -> dict[str, Any]:
-        return {"name": "raybert", "version": __version__, "extensions": []}
+        return {"name": "raybert", "version": __version__, "extensions": EXTENSIONS}
 
     @app.get(_VERSION, include_in_schema=False)
     @app.get(_MODEL, responses=error_responses(401, 404), summary=f"A model's metadata; {_ALSO}")
@@ -166,11 +182,15 @@ def add_open_inference_routes(app: FastAPI, service: Service) -> None:
         }
         if body.id is not None:
             answer["id"] = body.id
+        if any(scored.is_cut):
+            answer["parameters"] = {"truncated": True}
         task = scored.model.classifier.task
         words = await service.words(texts, scored)
         tensors = {tensor.name: tensor for tensor in task.tensors(scored.outputs, words)}
-        outputs = [tensors[each]._asdict() for each in names]
-        return JSONResponse({**answer, "outputs": outputs})
+        outputs, is_binary = [tensors[each] for each in names], _are_binary(body, names)
+        if any(is_binary):
+            return respond(answer, outputs, is_binary)
+        return JSONResponse({**answer, "outputs": [each._asdict() for each in outputs]})
 
     summary = f"Classify texts, as tensors; {_ALSO}/infer"
     for path, in_schema in ((_MODEL, True), (_VERSION, False)):
@@ -184,6 +204,13 @@ def add_open_inference_routes(app: FastAPI, service: Service) -> None:
             summary=summary,
             **_EXAMPLE,
         )
+
+
+def _are_binary(body: InferRequest, names: Sequence[str]) -> list[bool]:
+    """Return for each output whether it is sent after the JSON."""
+    default = (body.parameters or {}).get("binary_data_output") is True
+    wanted = {output.name: output.parameters or {} for output in body.outputs or []}
+    return [wanted.get(name, {}).get("binary_data", default) is True for name in names]
 
 
 def _parse(

@@ -10,11 +10,13 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
 from raybert.serve import request_errors
+from raybert.serve.http import hub_routes
+from raybert.serve.http.hub_routes import HubParameters
 from raybert.serve.http.json_route import RequestBody, Texts, check_texts, is_single
 from raybert.serve.http.middleware import TEXT_COUNT
 from raybert.serve.http.openapi import example
 from raybert.serve.runtime.service import Service
-from raybert.tasks.protocol import AnswerOptions
+from raybert.tasks.protocol import TRUNCATED, AnswerOptions
 from raybert.tasks.registry import TASKS
 
 _MAX_EXPLAINED = 8  # texts of a request
@@ -47,8 +49,8 @@ class PredictRequest(RequestBody):
         description="accepted for text-embeddings-inference's clients and ignored: truncation "
         "removes the middle",
     )
-    parameters: dict[str, Any] | None = Field(
-        None, max_length=0, description="accepted, when empty, for huggingface_hub's client"
+    parameters: HubParameters | None = Field(
+        None, description="of huggingface_hub's client, which is answered as its methods read it"
     )
     raw_scores: bool = Field(False, description="logits in place of probabilities")
     all_scores: bool = Field(
@@ -70,6 +72,9 @@ class FillMaskRequest(RequestBody):
 
     inputs: Texts
     top_k: int = Field(5, ge=1, le=100, description="predictions for each mask")
+    parameters: HubParameters | None = Field(
+        None, description="of huggingface_hub's client, which is answered as its methods read it"
+    )
 
 
 class WordWeight(BaseModel):
@@ -92,6 +97,7 @@ class Explained(BaseModel):
         description="completeness error: |sum of the words' weights - (margin of the text - margin "
         "with all words masked)|; margin: the label's logit minus the mean of the other logits"
     )
+    truncated: bool | None = TRUNCATED
 
 
 class TokenScore(BaseModel):
@@ -123,8 +129,15 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
                 "request"
             )
         async with asyncio.timeout(config.timeout_s):
-            scored = await service.score(texts, body.model, body.truncate)
+            truncate, parameters = body.truncate, body.parameters
+            if truncate is None and parameters is not None:
+                truncate = parameters.truncation
+            scored = await service.score(texts, body.model, truncate)
             options = AnswerOptions(body.raw_scores, body.all_scores, body.top_k, body.threshold)
+            if parameters is not None and not body.explain:
+                single = is_single(body.inputs, pairs=pairs)
+                given = (service, texts, scored, parameters, options)
+                return JSONResponse(await hub_routes.answer(*given, single=single))
             answers = await service.answer(texts, scored, options)
             if body.explain:
                 explanations = await service.explain(texts, scored)
@@ -134,8 +147,11 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
                         "label": one.label,
                         "words": list(map(vars, one.words)),
                         "error": one.error,
+                        **({"truncated": True} if is_cut else {}),
                     }
-                    for answer, one in zip(answers, explanations, strict=True)
+                    for answer, one, is_cut in zip(
+                        answers, explanations, scored.is_cut, strict=True
+                    )
                 ]
         return JSONResponse(answers[0] if is_single(body.inputs, pairs=pairs) else answers)
 
@@ -149,6 +165,9 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
         texts = [str(text) for text in check_texts(body.inputs, config.max_texts)]
         request.scope[TEXT_COUNT] = len(texts)
         async with asyncio.timeout(config.timeout_s):
+            if body.parameters is not None:
+                found = await hub_routes.fill_masks(service, texts, body.parameters)
+                return JSONResponse(found[0] if isinstance(body.inputs, str) else found)
             filled = await service.fill_masks(texts, body.top_k)
         answers = [
             [

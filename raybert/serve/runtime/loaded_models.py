@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from raybert.errors import ConfigError, RaybertError, StorageError
 from raybert.inference import precision_choice
-from raybert.inference.classifier import Row, Text, TextClassifier, pool
+from raybert.inference.classifier import Encoded, Text, TextClassifier, pool
 from raybert.inference.explanations import Explainer
 from raybert.inference.fill_mask import MaskFiller
 from raybert.model import huggingface
@@ -21,15 +21,7 @@ from raybert.serve.runtime.metrics import ServeMetrics
 from raybert.serve.runtime.model_sources import ModelSource, find_source
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder
-from raybert.tasks.protocol import F32, Outputs
-
-
-class Encoded(NamedTuple):
-    """Texts as a model reads them."""
-
-    rows: list[Row]  # token ids of texts, or of their windows
-    lengths: list[int]  # tokens of each text
-    ngrams: F32 | None  # outputs of the n-gram part, [n, L]
+from raybert.tasks.protocol import Outputs
 
 
 class LoadedModel:
@@ -51,6 +43,7 @@ class LoadedModel:
         UserError: there is no classifier; DamagedError: a file is cut short or altered.
         """
         self.source, self.folder, self.name = source, folder, source.name
+        self.last_scored_ms = 0  # Unix time
         self.classifier = TextClassifier(folder, device=device, precision=precision)
         if config.tokens_per_batch is not None:
             self.classifier.tokens_per_batch = config.tokens_per_batch
@@ -88,12 +81,13 @@ class LoadedModel:
         return Explainer(self.classifier)
 
     def encode(self, texts: Sequence[Text], *, windows: bool) -> Encoded:
-        """Tokenize texts, and count their n-grams if the model has a part for them. Thread-safe."""
-        ngrams = self.classifier.ngram_outputs(texts)
-        if windows:
-            return Encoded(*self.classifier.encode_windows(texts), ngrams)
-        rows = self.classifier.encode(texts)
-        return Encoded(rows, [len(row) for row in rows], ngrams)
+        """Tokenize texts, cut or in windows; count n-grams for a part of the model. Thread-safe."""
+        if windows and not self.classifier.reads_pairs:
+            rows, lengths = self.classifier.encode_windows(texts)
+            encoded = Encoded(rows, lengths, [False] * len(texts))
+        else:
+            encoded = self.classifier.encode_cut(texts)
+        return encoded._replace(ngrams=self.classifier.ngram_outputs(texts))
 
     async def score(self, encoded: Encoded) -> Outputs:
         """Compute the outputs of each text of what `encode` returned.
@@ -101,6 +95,7 @@ class LoadedModel:
         Raises Overloaded, or ModelFailed, also if they are not finite.
         """
         scored: Outputs = await self.batcher.score(encoded.rows)
+        self.last_scored_ms = int(1000 * time.time())
         if not self.classifier.task.is_per_token:
             scored = np.stack(list(scored))
         outputs = pool(scored, encoded.lengths, self.classifier.longest)

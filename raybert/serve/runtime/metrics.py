@@ -79,6 +79,11 @@ class ServeMetrics:
         """Add to one of the counters."""
         self._labelled(self._counters[name], **labels).inc(value)
 
+    def read(self, name: str, **labels: str) -> float:
+        """Return one of the counters; 0 where nothing was added."""
+        found = self.registry.get_sample_value(f"raybert_{name}", {**self._constant, **labels})
+        return found or 0.0
+
     def observe(self, route: str, seconds: float) -> None:
         """Record how long a request to a route took."""
         self._labelled(self._seconds, route=route).observe(seconds)

@@ -110,9 +110,13 @@ class NewThreadExecutor(Executor):
 
 
 async def fill_masks(
-    mask_filler: MaskFiller, texts: Sequence[str], top_k: int, slot: Slot
+    mask_filler: MaskFiller,
+    texts: Sequence[str],
+    top_k: int,
+    slot: Slot,
+    targets: Sequence[str] | None = None,
 ) -> list[Filled]:
-    """Return the `top_k` most probable tokens for each mask of each text.
+    """Return the `top_k` most probable tokens for each mask of each text, of `targets` if given.
 
     Raises:
         RequestError: 413, too many texts or predictions.
@@ -129,11 +133,15 @@ async def fill_masks(
             f"{predictions:,} predictions are more than the {_MAX_PREDICTIONS:,} that are answered "
             "in a request; send fewer masks, or a smaller top_k"
         )
-    return [await slot.run(functools.partial(_fill, mask_filler, text, top_k)) for text in texts]
+    options = {} if targets is None else {"targets": targets}
+    return [
+        await slot.run(functools.partial(_fill, mask_filler, text, top_k, **options))
+        for text in texts
+    ]
 
 
-def _fill(mask_filler: MaskFiller, text: str, top_k: int) -> Filled:
-    filled = mask_filler.fill(text, top_k)
+def _fill(mask_filler: MaskFiller, text: str, top_k: int, **options: Any) -> Filled:
+    filled = mask_filler.fill(text, top_k, **options)
     if not all(math.isfinite(one["probability"]) for mask in filled for one in mask):
         raise ModelFailed(ValueError("scores are not finite: the weights have diverged"))
     return filled

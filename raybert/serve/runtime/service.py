@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from raybert.inference.classifier import Text
+from raybert.inference.classifier import Encoded, Text
 from raybert.inference.explanations import Explanation
 from raybert.serve import request_errors
 from raybert.serve.request_errors import RequestError
 from raybert.serve.runtime.batching import ModelFailed, ModelThreads, Overloaded, run_in_new_thread
-from raybert.serve.runtime.loaded_models import Encoded, LoadedModel, LoadedModels
+from raybert.serve.runtime.loaded_models import LoadedModel, LoadedModels
 from raybert.serve.runtime.metrics import ServeMetrics
 from raybert.serve.runtime.serial_executor import (
     Filled,
@@ -45,10 +45,11 @@ _LOG_INTERVAL_S = 10.0  # between two log lines about failures of the canary
 
 
 class Scored(NamedTuple):
-    """The outputs of a request's texts, and the model that computed them."""
+    """The outputs of a request's texts, the model that computed them, and which texts were cut."""
 
     outputs: Outputs
     model: LoadedModel
+    is_cut: Sequence[bool]
 
 
 class Service:
@@ -140,12 +141,15 @@ class Service:
         expected = self._expected_tokens(model, texts, windows)
         with model.batcher.reserve(expected):
             encoded = await self._encode(model, texts, windows)
-        scored, canary = Scored(await model.score(encoded), model), self.models.canary
+        outputs = await model.score(encoded)
+        scored, canary = Scored(outputs, model, encoded.is_cut), self.models.canary
         if canary is not None and name is None and self._canary.is_selected():
             remaining_s = self.config.timeout_s - (loop.time() - begun)
 
-            async def score_with_canary() -> Outputs:
-                return await canary.score(await self._encode(canary, texts, windows))
+            async def score_with_canary() -> Scored:
+                encoded = await self._encode(canary, texts, windows)
+                outputs = await canary.score(encoded)
+                return Scored(outputs, canary, encoded.is_cut)
 
             scored = await self._canary.replace(scored, canary, score_with_canary, remaining_s)
         self.metrics.add("texts_total", len(texts), model=scored.model.name)
@@ -173,9 +177,8 @@ class Service:
             raise request_errors.not_tokenizable("a text can't be turned into tokens") from None
         finally:
             self._untokenized -= characters
-        lengths = [len(row) for row in encoded.rows]
-        tokens = sum(lengths)
-        if windows or max(lengths) < model.classifier.longest:  # no characters were cut off
+        tokens = sum(map(len, encoded.rows))
+        if not any(encoded.is_cut):
             rate = tokens / characters
             self._tokens_per_character += _NEWEST_WEIGHT * (rate - self._tokens_per_character)
         if tokens > self.config.max_tokens:
@@ -188,9 +191,14 @@ class Service:
     async def answer(
         self, texts: Sequence[Text], scored: Scored, options: AnswerOptions
     ) -> list[Any]:
-        """Return the task's answer for each text."""
+        """Return the task's answer for each text; elements of one that was cut say so."""
         words = await self.words(texts, scored)
-        return scored.model.classifier.task.answers(scored.outputs, words, options)
+        answers = scored.model.classifier.task.answers(scored.outputs, words, options)
+        for answer, is_cut in zip(answers, scored.is_cut, strict=True):
+            if is_cut:
+                for element in answer:
+                    element["truncated"] = True
+        return answers
 
     async def words(self, texts: Sequence[Text], scored: Scored) -> list[list[Word]] | None:
         """Return the words of each text, for a task on tokens; None for others."""
@@ -218,7 +226,9 @@ class Service:
                 for text, choice in zip(texts, chosen, strict=True)
             ]
 
-    async def fill_masks(self, texts: Sequence[str], top_k: int) -> list[Filled]:
+    async def fill_masks(
+        self, texts: Sequence[str], top_k: int, targets: Sequence[str] | None = None
+    ) -> list[Filled]:
         """As `serial_executor.fill_masks`, or raise RequestError, 404, or Overloaded."""
         mask_filler = self.models.mask_filler
         if mask_filler is None:
@@ -226,7 +236,7 @@ class Service:
                 "no model that fills masks is served here (serve.fill_mask)"
             )
         with self._serial.reserve() as slot:
-            return await fill_masks(mask_filler, texts, top_k, slot)
+            return await fill_masks(mask_filler, texts, top_k, slot, targets)
 
 
 class Canary:
@@ -248,16 +258,16 @@ class Canary:
         self,
         current: Scored,
         canary: LoadedModel,
-        score: Callable[[], Awaitable[Outputs]],
+        score: Callable[[], Awaitable[Scored]],
         remaining_s: float,
     ) -> Scored:
         """Return the canary's scores, or the current ones if it has none in time.
 
-        `score` computes the canary's outputs; `remaining_s`: until the request's time-out.
+        `score` computes with the canary; `remaining_s`: until the request's time-out.
         """
         try:
             async with asyncio.timeout(_CANARY_TIME * remaining_s):
-                new = Scored(await score(), canary)
+                new = await score()
         except (Overloaded, ModelFailed, RequestError, TimeoutError) as error:
             self._count_failure(canary, error)
             return current

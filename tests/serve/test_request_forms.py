@@ -1,0 +1,143 @@
+"""Requests in other forms and to other names: compressed, with odd paths, Host and types."""
+
+import gzip
+import json
+import zlib
+
+import pytest
+from in_process import Api, assert_error
+
+from raybert.serve.http.hosts import is_allowed_host
+from raybert.serve.settings import ServeConfig
+
+
+@pytest.fixture(scope="module")
+def api(model, pretrained):
+    made = Api(model, pretrained)
+    yield made
+    made.service.close()
+
+
+def compressed(body, how):
+    data = json.dumps(body).encode()
+    if how == "raw deflate":
+        made = zlib.compressobj(wbits=-15)
+        return made.compress(data) + made.flush()
+    if how == "two members":
+        return gzip.compress(data[:9]) + gzip.compress(data[9:])
+    return {"gzip": gzip.compress, "deflate": zlib.compress, "identity": bytes}[how](data)
+
+
+ENCODINGS = ["gzip", "deflate", "identity", "raw deflate", "two members"]
+
+
+@pytest.mark.parametrize("how", ENCODINGS)
+def test_compressed_bodies_are_read(api, how):
+    body = {"inputs": ["a superb film " * 200, "an awful film"]}
+    name = {"raw deflate": "deflate", "two members": "GZip"}.get(how, how)
+    headers = {"Content-Type": "application/json", "Content-Encoding": name}
+    sent = compressed(body, how)
+    answer = api.ask("POST", "/predict", content=sent, headers=headers)
+    assert answer.json() == api.post("/predict", body).json()
+    if how != "identity":
+        for damaged in (sent[:-6], sent[:9], b"x" + sent):
+            cut = api.ask("POST", "/predict", content=damaged, headers=headers)
+            assert_error(cut, 400, "Content-Encoding")
+
+
+@pytest.mark.parametrize("how", ["gzip", "deflate"])
+def test_a_compressed_body_is_limited_by_what_it_holds(api, how):
+    bomb = compressed({"inputs": "a" * (1 << 26)}, how)  # 64 MB in 64 KB
+    headers = {"Content-Type": "application/json", "Content-Encoding": how}
+    large = api.ask("POST", "/predict", content=bomb[:60_000], headers=headers)
+    assert_error(large, 413, "decompressed body has more than 65,536 bytes")
+    many = api.ask("POST", "/predict", content=gzip.compress(b"") * 2000,
+                   headers={**headers, "Content-Encoding": "gzip"})  # fmt: skip
+    assert_error(many, 400, "Content-Encoding")
+
+
+def test_other_encodings_are_refused(api):
+    for name in ("br", "zstd", "gzip, gzip", "x"):
+        headers = {"Content-Type": "application/json", "Content-Encoding": name}
+        refused = api.ask("POST", "/predict", content=b"{}", headers=headers)
+        assert_error(refused, 415, "gzip or deflate")
+        assert refused.headers["Accept-Encoding"] == "gzip, deflate"
+
+
+def test_a_byte_order_mark_is_passed_over(api):
+    body = {"inputs": "a superb film"}
+    marked = api.send("/predict", b"\xef\xbb\xbf" + json.dumps(body).encode())
+    assert marked.json() == api.post("/predict", body).json()
+    assert_error(api.send("/predict", b"\xef\xbb\xbf"), 400, "no body")
+
+
+@pytest.mark.parametrize("end", ["%0a", "%0d%0a", "%00", "%7f", "%c2%85", "%0A%0A"])
+def test_a_path_with_control_characters_does_not_exist(api, end):
+    for path in ("/predict", "/fill-mask", "/v2/models/run/infer"):
+        assert_error(api.post(f"{path}{end}", {"inputs": "a"}), 404)
+    for path in ("/info", "/metrics", "/docs", "/"):
+        assert_error(api.ask("GET", f"{path}{end}"), 404)
+
+
+@pytest.fixture(scope="module")
+def named(model, pretrained):
+    hosts = ServeConfig(host="10.1.2.3").with_allowed_hosts(has_keys=False).allowed_hosts
+    made = Api(model, pretrained, allowed_hosts=[*hosts, "*.Example.org"])
+    yield made
+    made.service.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "is_known"),
+    [
+        ("localhost:8000", True),
+        ("LOCALHOST", True),
+        ("127.0.0.1:8000", True),
+        ("[::1]:8000", True),
+        ("10.1.2.3", True),
+        ("api.example.org:443", True),
+        ("evil.example", False),
+        ("evil.example:8000", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("example.org", False),
+        ("evilexample.org", False),
+        ("", False),
+        ("[::1", False),
+    ],
+)
+def test_requests_to_another_name_are_refused(named, host, is_known):
+    headers = {"Host": host}
+    for method, path in (("POST", "/predict"), ("GET", "/info"), ("GET", "/docs"), ("GET", "/x")):
+        body = {"json": {"inputs": "a superb film"}} if method == "POST" else {}
+        answer = named.ask(method, path, headers=headers, **body)
+        if is_known:
+            assert answer.status_code == (404 if path == "/x" else 200)
+        else:
+            assert_error(answer, 400, "serve.allowed_hosts")
+    assert named.ask("GET", "/health", headers=headers).is_success  # load balancers name any
+
+
+def test_any_name_is_allowed_where_keys_are_required_or_all_are_named():
+    assert ServeConfig().with_allowed_hosts(has_keys=True).allowed_hosts is None
+    assert ServeConfig(allowed_hosts=["a"]).with_allowed_hosts(has_keys=False).allowed_hosts == [
+        "a"
+    ]
+    assert is_allowed_host("evil.example", ["*"])
+
+
+@pytest.mark.parametrize("header", [{"Origin": "https://a.example"}, {"Sec-Fetch-Site": "none"}])
+def test_a_page_can_not_send_a_body_without_its_type(api, header):
+    """A browser would send it without asking the server first."""
+    body = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a film"]}]}
+    path, content = "/v2/models/run/infer", json.dumps(body).encode()
+    assert api.ask("POST", path, content=content).is_success  # as clients of the protocol do
+    assert_error(api.ask("POST", path, content=content, headers=header), 415)
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        assert_error(api.send(path, content, kind), 415)
+    typed = api.ask(
+        "POST", path, content=content, headers={**header, "Content-Type": "application/json"}
+    )
+    assert typed.is_success
+    for path in ("/predict", "/fill-mask"):
+        assert_error(api.ask("POST", path, content=b'{"inputs": "a"}'), 415)
