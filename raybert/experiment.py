@@ -19,8 +19,10 @@ from raybert.storage.registry import REGISTRY
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
 from raybert.tune.settings import TuneConfig
 
-#: The keys that `--data` sets.
+#: The keys that `--data`, `--text-column` and `--label-column` set.
 DATA_KEYS = ("corpus.source.path", "finetune.source.path", "evaluate.source.path")
+TEXT_KEYS = tuple(key.replace("path", "text_column") for key in DATA_KEYS)
+LABEL_KEYS = tuple(key.replace("path", "label_column") for key in DATA_KEYS[1:])
 
 
 class RunConfig(Settings):
@@ -77,6 +79,17 @@ class Experiment(Settings):
                     check_address(str(text))
                 except UserError as error:
                     raise ValueError(f"{key}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        for key, source in (
+            ("corpus.overlap", self.corpus.overlap),
+            ("finetune.validation", self.finetune.validation),
+            ("finetune.distill.unlabelled", self.finetune.distill.unlabelled),
+        ):
+            if source is not None and source.path is None:
+                raise ValueError(f"{key}.path is not set; name its texts, or leave {key} out")
         return self
 
     @property

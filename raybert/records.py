@@ -1,7 +1,8 @@
 """The records of training, as in `metrics.jsonl`: their kinds, keys and events, with units.
 
 The loop, the tasks and the checkpoint saver write them; the terminal, Prometheus, the search and
-the report read them. Files of earlier versions may lack keys. In files NaN and infinity are null.
+the report read them. Files of earlier versions may lack keys. A mean over nothing, as the loss of
+rows without a predicted token, is NaN and never the best; in files NaN and infinity are null.
 """
 
 from __future__ import annotations
@@ -94,23 +95,36 @@ def metric_of(metrics: Mapping[str, Any]) -> str:
 
 
 def selected(metrics: Mapping[str, Any]) -> tuple[str, float]:
-    """The name and value of the metric of a task."""
+    """The name and value of the metric of a task; NaN where there was nothing to measure."""
     name = metric_of(metrics)
-    return name, float(metrics[name])
+    value = metrics[name]
+    return name, math.nan if value is None else float(value)
 
 
 def measures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """What a task measured, by name: its metric, the loss, then the others; no counts, no speed."""
+    """What a task measured, by name: its metric, the loss, then the others; no counts, no speed.
+
+    Without what there was nothing to measure of.
+    """
     first = [name for name in (metric_of(metrics), "loss") if name in metrics]
     names = dict.fromkeys([*first, *metrics])
     found = {name: metrics[name] for name in names if name not in _NOT_MEASURED}
-    return {name: value for name, value in found.items() if isinstance(value, float)}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, float) and math.isfinite(value)
+    }
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
     """That metric in words, as `accuracy 0.8440`."""
     name, value = selected(metrics)
-    return f"{name} {value:.4f}"
+    return f"{name} {format_mean(value)}"
+
+
+def format_mean(value: float | None, digits: int = 4) -> str:
+    """A mean with its digits; none where it is one over nothing."""
+    return "none" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 _NOT_MEASURED = ("score", "texts_per_second")  # by a task

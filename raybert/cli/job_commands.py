@@ -13,8 +13,10 @@ from raybert.cli.options import (
     ConfigOption,
     DataOption,
     JsonOption,
+    LabelColumnOption,
     NameOption,
     SetOption,
+    TextColumnOption,
     load_experiment,
     new_display,
     print_result,
@@ -73,6 +75,8 @@ def submit(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
     wait: Annotated[bool, typer.Option(help="Follow the job and exit with its code.")] = True,
     checks: Annotated[
         bool, typer.Option("--check/--no-check", help="Check the cluster first.")
@@ -87,7 +91,9 @@ def submit(
     from raybert.jobs.submit import check, follow
     from raybert.jobs.submit import submit as send
 
-    experiment = load_experiment(config, overrides, name, data)
+    experiment = load_experiment(
+        config, overrides, name, data, text_column=text_column, label_column=label_column
+    )
     check(experiment, command, _parse_arguments(context, command, arguments or []))
     cluster, display = Cluster(address), new_display()
     job = send(cluster, command, experiment, arguments or [], display, checks=checks)

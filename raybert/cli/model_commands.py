@@ -14,6 +14,7 @@ from raybert.cli.options import (
     ModelOption,
     NameOption,
     SetOption,
+    TextColumnOption,
     load_experiment,
     load_model_folder,
     new_display,
@@ -56,6 +57,7 @@ def predict(
         float | None,
         typer.Option(help="Leave lower scores out; replaces the thresholds of the model."),
     ] = None,
+    text_column: TextColumnOption = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
     name: NameOption = None,
@@ -75,7 +77,7 @@ def predict(
     from raybert.pipeline import predict_stage
     from raybert.tasks.protocol import AnswerOptions
 
-    experiment = load_experiment(config, overrides, name)
+    experiment = load_experiment(config, overrides, name, text_column=text_column)
     folder = load_model_folder(model, experiment)
     options = AnswerOptions(top_k=top_k, threshold=threshold)
     if pairs is not None and len(pairs) != len(texts or []):

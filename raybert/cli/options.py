@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,17 @@ DataOption = Annotated[
     str | None,
     typer.Option("--data", "-d", help="Texts for every stage: sets all `source.path` keys."),
 ]
+TextColumnOption = Annotated[
+    str | None,
+    typer.Option("--text-column", help="Column of the texts: sets all `source.text_column` keys."),
+]
+LabelColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label-column",
+        help="Column of the labels: sets `source.label_column` keys. Several: repeat it.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="A `model/` folder, a run or an experiment.")
@@ -37,21 +49,36 @@ InProcessOption = Annotated[
 
 
 def load_experiment(
-    path: Path | None, overrides: list[str] | None, name: str | None = None, data: str | None = None
+    path: Path | None,
+    overrides: list[str] | None,
+    name: str | None = None,
+    data: str | None = None,
+    *,
+    text_column: str | None = None,
+    label_column: list[str] | None = None,
 ) -> Experiment:
-    """Read the configuration and apply `--data`, then `--set`, then `--name`."""
+    """Read the configuration and apply `--data` and columns, then `--set`, then `--name`."""
     from raybert.config import load
-    from raybert.experiment import DATA_KEYS, Experiment
+    from raybert.experiment import DATA_KEYS, LABEL_KEYS, TEXT_KEYS, Experiment
 
-    given = [f"{key}={json.dumps(data)}" for key in DATA_KEYS] if data is not None else []
-    named = [f"run.name={json.dumps(name)}"] if name is not None else []
-    options = {"--data": given, "--set": overrides, "--name": named}
+    label: Any = label_column[0] if label_column and len(label_column) == 1 else label_column
+    options = {
+        "--data": _assign(DATA_KEYS, data),
+        "--text-column": _assign(TEXT_KEYS, text_column),
+        "--label-column": _assign(LABEL_KEYS, label),
+        "--set": overrides or [],
+        "--name": _assign(("run.name",), name),
+    }
     return load(
         Experiment,
         path,
-        [*given, *(overrides or []), *named],
-        options=", ".join(option for option, value in options.items() if value),
+        [override for given in options.values() for override in given],
+        options=", ".join(option for option, given in options.items() if given),
     )
+
+
+def _assign(keys: Sequence[str], value: Any) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key in keys] if value is not None else []
 
 
 def new_display() -> Display:

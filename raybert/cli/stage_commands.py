@@ -14,16 +14,18 @@ from raybert.cli.options import (
     DataOption,
     InProcessOption,
     JsonOption,
+    LabelColumnOption,
     ModelOption,
     NameOption,
     SetOption,
+    TextColumnOption,
     load_experiment,
     load_model_folder,
     new_display,
     print_result,
 )
 from raybert.errors import UserError
-from raybert.records import measures, metric_of, selected
+from raybert.records import format_mean, measures, metric_of, selected
 
 app = typer.Typer()
 
@@ -57,6 +59,8 @@ def run(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run all stages of a configuration: corpus, pretraining, fine-tuning, evaluation, report.
@@ -65,7 +69,15 @@ def run(
     """
     from raybert.pipeline.run_stages import run_stages
 
-    print_result(run_stages(load_experiment(config, overrides, name, data), new_display()), as_json)
+    print_result(
+        run_stages(
+            load_experiment(
+                config, overrides, name, data, text_column=text_column, label_column=label_column
+            ),
+            new_display(),
+        ),
+        as_json,
+    )
 
 
 @app.command()
@@ -74,6 +86,7 @@ def corpus(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
+    text_column: TextColumnOption = None,
     force: Annotated[bool, typer.Option(help="Rebuild a corpus that exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -83,7 +96,7 @@ def corpus(
     """
     from raybert.pipeline import stages
 
-    experiment = load_experiment(config, overrides, name, data)
+    experiment = load_experiment(config, overrides, name, data, text_column=text_column)
     print_result(stages.make_corpus(experiment, new_display(), force=force), as_json)
 
 
@@ -112,6 +125,8 @@ def finetune(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
     in_process: InProcessOption = False,
     seeds: Annotated[
         int | None, typer.Option(min=2, help="Train an ensemble of so many seeds.")
@@ -137,7 +152,14 @@ def finetune(
     from raybert.pipeline import stages
 
     distill = [f"finetune.distill.teacher={json.dumps(teacher)}"] if teacher is not None else []
-    experiment = load_experiment(config, [*(overrides or []), *distill], name, data)
+    experiment = load_experiment(
+        config,
+        [*(overrides or []), *distill],
+        name,
+        data,
+        text_column=text_column,
+        label_column=label_column,
+    )
     if seeds is not None and folds is not None:
         raise UserError(
             "--seeds trains on one split, --folds on several: leave one out, or run them one after "
@@ -165,6 +187,8 @@ def evaluate(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
     model: ModelOption = None,
     split: Annotated[
         str | None, typer.Option(help="train or test; sets evaluate.source.split.")
@@ -178,7 +202,14 @@ def evaluate(
     from raybert.pipeline import stages
 
     splits = [f"evaluate.source.split={split}"] if split is not None else []
-    experiment = load_experiment(config, [*(overrides or []), *splits], name, data)
+    experiment = load_experiment(
+        config,
+        [*(overrides or []), *splits],
+        name,
+        data,
+        text_column=text_column,
+        label_column=label_column,
+    )
     if model is None:
         metrics = stages.evaluate(experiment, new_display())
     else:
@@ -231,6 +262,8 @@ def tune(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Sets tune.trials.")] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="Minutes of the search; sets tune.minutes.")
@@ -248,7 +281,14 @@ def tune(
 
     given = {"tune.trials": trials, "tune.minutes": minutes}
     more = [f"{key}={value}" for key, value in given.items() if value is not None]
-    experiment = load_experiment(config, [*(overrides or []), *more], name, data)
+    experiment = load_experiment(
+        config,
+        [*(overrides or []), *more],
+        name,
+        data,
+        text_column=text_column,
+        label_column=label_column,
+    )
     result = search(experiment, new_display(), dashboard=dashboard)
     print_result(result, as_json, None if as_json else _format_search(result))
 
@@ -286,7 +326,7 @@ def _format_search(result: dict[str, Any]) -> str:
             lines.append(f"{title:<22}{_format_spread(found):<28}{json.dumps(found['config'])}")
     if "test" in result:
         lines.append(
-            f"{'winner on the test':<22}{selected(result['test'])[1]:.4f} "
+            f"{'winner on the test':<22}{format_mean(selected(result['test'])[1])} "
             f"({result['test']['n']:,} texts)"
         )
     lines += ["", f"Model: {result['model']}", f"Configuration: {result['config']}"]

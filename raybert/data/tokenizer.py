@@ -2,6 +2,10 @@
 
 `tokenizer.json`, of Hugging Face's `tokenizers`, is all that ids depend on; `tokenizer_config.json`
 assigns roles to special tokens, so that `transformers.AutoTokenizer` gives the same ids.
+
+The spelling of a special token in a text, as `[SEP]` in a page on BERT, is text: otherwise a
+document could contain the ids that divide documents. `encode_masked` is for texts with masks.
+`transformers` reads such spellings so with `split_special_tokens=True`.
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ _MAX_UNUSED_IDS = 10_000  # beside as many as there are tokens
 #: Texts that use each part of a tokenizer: words, digits, other scripts, unknown characters.
 _PROBES = ["", " ", "A probe, with naïve words: 1234! \t\n", "не 文字 \U0001f600 \u0e01 \uffff"]
 SPECIAL_TOKENS = [names[0] for names in _USUAL_NAMES.values()]
+_SPELLED = "special_tokens_in_text"  # a key of `tokenizer_config.json`: they are tokens in a text
 
 
 class Tokenizer:
@@ -70,6 +75,8 @@ class Tokenizer:
                 f"{self.name} is damaged: its template uses the special token {unknown[0]!r} and "
                 "does not define it"
             )
+        self._are_spelled = bool((config or {}).get(_SPELLED))
+        self.hf.encode_special_tokens = not self._are_spelled
         self._roles = {
             role: _content((config or {}).get(role))
             or next((name for name in names if self.hf.token_to_id(name) is not None), None)
@@ -87,7 +94,15 @@ class Tokenizer:
         self._largest_id = largest
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self.to_json(), self._roles, self.name)
+        return Tokenizer, (self.to_json(), self._config, self.name)
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        return {**self._roles, **({_SPELLED: True} if self._are_spelled else {})}
+
+    def with_special_tokens_in_text(self) -> Tokenizer:
+        """The same tokenizer, for which the spelling of a special token in a text is that token."""
+        return Tokenizer(self.to_json(), {**self._config, _SPELLED: True}, self.name)
 
     @classmethod
     def load(cls, folder: Folder) -> Tokenizer:
@@ -143,7 +158,7 @@ class Tokenizer:
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            **{role: token for role, token in self._roles.items() if token is not None},
+            **{key: value for key, value in self._config.items() if value is not None},
         }
         folder.write_json(CONFIG_FILE, config)
 
@@ -159,7 +174,8 @@ class Tokenizer:
     @cached_property
     def hash(self) -> str:
         """The sha256 of the canonical `tokenizer.json`, hexadecimal."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        spelled = _SPELLED.encode() if self._are_spelled else b""
+        return hashlib.sha256(self.to_json().encode() + spelled).hexdigest()
 
     @cached_property
     def vocab_size(self) -> int:
@@ -198,6 +214,15 @@ class Tokenizer:
         return str(self._roles["mask_token"])
 
     @cached_property
+    def unknown_id(self) -> int | None:
+        """The id of what the vocabulary can't express; None: it can express every text."""
+        model = self.spec["model"]
+        if model.get("type") == "Unigram":
+            return None if model.get("byte_fallback") else model.get("unk_id")
+        token = model.get("unk_token")
+        return None if token is None else self.hf.token_to_id(token)
+
+    @cached_property
     def is_special(self) -> npt.NDArray[np.bool_]:
         """For each id, bool [V], whether it is a special token rather than text."""
         table = np.zeros(self.vocab_size, np.bool_)
@@ -224,6 +249,30 @@ class Tokenizer:
         values = np.frombuffer(b"".join(joined), self.dtype)
         lengths = np.fromiter(map(len, joined), np.int64, len(joined)) // self.dtype.itemsize
         return Ragged(values, offsets_of(lengths), starts[values])
+
+    def encode_masked(self, text: str) -> npt.NDArray[np.int64]:
+        """The ids of a text in which the mask token's spelling is a mask, [T]."""
+        mask = self.hf.get_added_tokens_decoder().get(self.mask_id)
+        parts = text.split(self.mask_token)
+        if mask is not None and mask.lstrip:  # it includes the spaces before it
+            parts = [part.rstrip() for part in parts[:-1]] + parts[-1:]
+        if mask is not None and mask.rstrip:
+            parts = parts[:1] + [part.lstrip() for part in parts[1:]]
+        before, after = self.template
+        ids = list(before)
+        for number, part in enumerate(parts):
+            ids += [self.mask_id] if number else []
+            ids += self.hf.encode(part, add_special_tokens=False).ids
+        return np.array([*ids, *after], np.int64)
+
+    def token_text(self, index: int) -> str:
+        """A token as people read it."""
+        decoder = (self.spec.get("decoder") or {}).get("type")
+        token = str(self.hf.id_to_token(index))
+        if decoder != "ByteLevel" or self.is_special[index]:
+            return token
+        text = self.hf.decode([index]).strip()
+        return token if not text or "\ufffd" in text else text  # a part of a character
 
     @cached_property
     def pair_template(self) -> PairTemplate:

@@ -11,7 +11,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -20,37 +20,52 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
 from raybert.config import Settings
+from raybert.data.byte_level import BYTES, train_byte_level
 from raybert.data.encoding import STRIP_PATTERN
 from raybert.data.keyed import text_hash
+from raybert.data.scripts import share_without_spaces
 from raybert.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_FILE, Tokenizer
+from raybert.data.unknown import WARNED, count_unknown_of_sample
 from raybert.data.vocab_file import VOCAB_FILE
 from raybert.errors import DataError
 from raybert.storage.folder import Folder
 
 _PREFIX = "##"
-_MAX_ALPHABET = 1000  # the most frequent characters are kept, as in BERT's own vocabulary
+_MIN_ALPHABET = 1000  # the most frequent characters are kept, as in BERT's own vocabulary
+_COVERAGE = 0.9995  # of the text, by so many more of them, as by default in SentencePiece
+_MIN_COVERAGE = 0.8
+_WITHOUT_SPACES = 0.1  # share of the letters from which words are not to be looked for by spaces
 _SAMPLE_KEY = 0x5A3D
+_BYTE_LEVEL_SIZE = BYTES + len(SPECIAL_TOKENS)
 
 
 class TokenizerConfig(Settings):
     """The tokenizer of a corpus."""
 
-    kind: Literal["wordpiece", "words", "file"] = Field(
-        "wordpiece",
-        description="wordpiece: trained on the corpus; words: the most frequent words, lower-case "
-        "and without punctuation, as Keras' TextVectorization; file: an existing tokenizer.json",
+    kind: Literal["auto", "wordpiece", "byte_bpe", "words", "file"] = Field(
+        "auto",
+        description="wordpiece: trained on the corpus; byte_bpe: byte-level BPE, trained on the "
+        "corpus, for any script; auto: byte_bpe for scripts without spaces and where wordpiece "
+        "leaves more than 1% unknown, wordpiece otherwise; words: the most frequent words, "
+        "lower-case and without punctuation, as Keras' TextVectorization; file: an existing "
+        "tokenizer.json",
     )
     path: str | None = Field(
         None, description="for kind file: a tokenizer.json, or a folder that has one"
     )
     vocab_size: int = Field(8192, ge=16, description="tokens, including special tokens")
-    lowercase: bool = Field(True, description="for kind wordpiece: also strips accents")
+    lowercase: bool = Field(True, description="read text in lower case; wordpiece strips accents")
     min_frequency: int = Field(2, ge=1, description="least frequency of a merge or a word")
     train_chars: int | None = Field(
         20_000_000,
         ge=1,
         description="characters to train on, at most, of documents drawn by a hash of their text; "
         "null: all, in memory that grows with the text",
+    )
+    special_tokens_in_text: bool = Field(
+        False,
+        description="whether the spelling of a special token in a text, such as [SEP], is that "
+        "token; by default it is text",
     )
 
     @model_validator(mode="after")
@@ -61,18 +76,55 @@ class TokenizerConfig(Settings):
             raise ValueError(f"path={self.path} goes with kind=file, not with kind={self.kind}")
         if self.kind == "words" and not self.lowercase:
             raise ValueError("lowercase=false goes with kind=wordpiece; words are lower-case")
+        if self.kind == "byte_bpe" and self.vocab_size < _BYTE_LEVEL_SIZE:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} is too small for kind=byte_bpe, which has "
+                f"{BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens; use at least "
+                f"{_BYTE_LEVEL_SIZE}"
+            )
         return self
 
 
+class TrainedTokenizer(NamedTuple):
+    """A tokenizer, what kind it is, and what share of the texts it can't express."""
+
+    tokenizer: Tokenizer
+    kind: str
+    unknown: float | None = None  # None where it was not measured, or there is no token
+
+
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """As `train_tokenizer`; only the tokenizer."""
+    return train_tokenizer(config, texts).tokenizer
+
+
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> TrainedTokenizer:
     """Train the configured tokenizer on texts (DataError if there are none), or load it."""
+    found = _load_or_train(config, texts)
+    if not config.special_tokens_in_text:
+        return found
+    return found._replace(tokenizer=found.tokenizer.with_special_tokens_in_text())
+
+
+def _load_or_train(config: TokenizerConfig, texts: Iterable[str]) -> TrainedTokenizer:
     if config.kind == "file":
         assert config.path is not None  # TokenizerConfig requires it
-        return load_file(config.path)
+        return TrainedTokenizer(load_file(config.path), config.kind)
     drawn = draw_texts(texts, config.train_chars)
     if not drawn:
         raise DataError("no text to train a tokenizer on")
-    return _wordpiece(config, drawn) if config.kind == "wordpiece" else _words(config, drawn)
+    if config.kind != "auto":
+        return _measured(_TRAINERS[config.kind](config, drawn), config.kind, drawn)
+    has_room = config.vocab_size >= _BYTE_LEVEL_SIZE
+    if not (has_room and share_without_spaces(count_characters(drawn)) >= _WITHOUT_SPACES):
+        found = _measured(_wordpiece(config, drawn), "wordpiece", drawn)
+        if not has_room or found.unknown is None or found.unknown < WARNED:
+            return found
+    return _measured(_byte_level(config, drawn), "byte_bpe", drawn)
+
+
+def _measured(tokenizer: Tokenizer, kind: str, texts: list[str]) -> TrainedTokenizer:
+    return TrainedTokenizer(tokenizer, kind, count_unknown_of_sample(texts, tokenizer).share)
 
 
 def draw_texts(texts: Iterable[str], chars: int | None) -> list[str]:
@@ -100,14 +152,9 @@ def draw_texts(texts: Iterable[str], chars: int | None) -> list[str]:
 
 def _wordpiece(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
     untrained = _untrained_wordpiece(config, {"[UNK]": 0})
-    alphabet = _alphabet(untrained, texts)
+    alphabet = _alphabet(untrained, texts, config.vocab_size)
     continuing = [_PREFIX + c for c in alphabet if _continues(untrained, c)]
     fixed = [*SPECIAL_TOKENS, *continuing]
-    if len(fixed) + len(alphabet) > config.vocab_size:
-        raise DataError(
-            f"corpus.tokenizer.vocab_size={config.vocab_size} is too small for the text's "
-            f"{len(alphabet)} characters; use at least {len(fixed) + len(alphabet) + 1}"
-        )
     trainer = WordPieceTrainer(
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
@@ -138,19 +185,39 @@ def _untrained_wordpiece(config: TokenizerConfig, vocab: dict[str, int]) -> HfTo
     return tokenizer
 
 
-def _alphabet(tokenizer: HfTokenizer, texts: list[str]) -> list[str]:
-    """The most frequent characters after normalization, in code-point order."""
+def count_characters(texts: list[str]) -> dict[str, int]:
+    """How often each character occurs, in code-point order."""
     counts = np.zeros(0x110000, np.int64)
     for begin in range(0, len(texts), 1024):
         points = np.frombuffer("".join(texts[begin : begin + 1024]).encode("utf-32-le"), np.uint32)
         counts += np.bincount(points, minlength=len(counts))
+    return {chr(point): int(counts[point]) for point in np.flatnonzero(counts).tolist()}
+
+
+def _alphabet(tokenizer: HfTokenizer, texts: list[str], vocab_size: int) -> list[str]:
+    """The most frequent characters after normalization that fit, in code-point order."""
     normal: Counter[str] = Counter()
-    for point in np.flatnonzero(counts).tolist():
-        for character in tokenizer.normalizer.normalize_str(chr(point)):
+    for raw, count in count_characters(texts).items():
+        for character in tokenizer.normalizer.normalize_str(raw):
             if not character.isspace():
-                normal[character] += int(counts[point])
+                normal[character] += count
     ranked = sorted(normal, key=lambda character: (-normal[character], character))
-    return sorted(ranked[:_MAX_ALPHABET])
+    total, covered, kept, room = normal.total(), 0, list[str](), vocab_size - len(SPECIAL_TOKENS)
+    for character in ranked:
+        entries = 1 + _continues(tokenizer, character)
+        is_covered = len(kept) >= _MIN_ALPHABET and covered >= _COVERAGE * total
+        if is_covered or entries > room:
+            break
+        kept.append(character)
+        covered, room = covered + normal[character], room - entries
+    if covered < _MIN_COVERAGE * total:
+        entries = len(SPECIAL_TOKENS) + sum(1 + _continues(tokenizer, c) for c in ranked)
+        raise DataError(
+            f"corpus.tokenizer.vocab_size={vocab_size} is too small for the text's "
+            f"{len(ranked):,} characters; use at least {entries + 1}, or "
+            "corpus.tokenizer.kind=byte_bpe"
+        )
+    return sorted(kept)
 
 
 def _continues(tokenizer: HfTokenizer, character: str) -> bool:
@@ -181,14 +248,37 @@ def _words(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
     return _finish(tokenizer)
 
 
-def _finish(tokenizer: HfTokenizer) -> Tokenizer:
+def _byte_level(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
+    special = [
+        # The space before a mask belongs to it, as in RoBERTa: it is that of the predicted word.
+        AddedToken(token, special=True, lstrip=token == "[MASK]")
+        for token in SPECIAL_TOKENS
+    ]
+    return _finish(
+        train_byte_level(
+            texts,
+            vocab_size=config.vocab_size,
+            min_frequency=config.min_frequency,
+            lowercase=config.lowercase,
+            special_tokens=special,
+        ),
+        special,
+    )
+
+
+_TRAINERS = {"wordpiece": _wordpiece, "words": _words, "byte_bpe": _byte_level}
+
+
+def _finish(tokenizer: HfTokenizer, special: list[AddedToken] | None = None) -> Tokenizer:
     """Add the special tokens and the template `[CLS] text [SEP]`."""
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
-    tokenizer.post_processor = processors.TemplateProcessing(
+    tokenizer.add_special_tokens(special or [AddedToken(t, special=True) for t in SPECIAL_TOKENS])
+    template = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("[CLS]", "[SEP]")],
     )
+    before = tokenizer.post_processor
+    tokenizer.post_processor = processors.Sequence([before, template]) if before else template
     return Tokenizer(tokenizer.to_str())
 
 

@@ -21,16 +21,21 @@ def folder_of(experiment: Experiment) -> Folder:
 
 def baseline(experiment: Experiment, display: Display) -> dict[str, Any]:
     """Fit a linear model on the experiment's labelled texts, and evaluate it; without Ray."""
-    from raybert.tasks.labelled import COLUMNS, resolve_source, with_columns_of
+    from raybert.data.sources.columns import REMEMBERED, with_columns_of
+    from raybert.pipeline.named_sources import require_source, with_sources
+    from raybert.tasks.labelled import resolve_source
     from raybert.tasks.linear.store import load_baseline
     from raybert.tasks.prepared_texts import read_and_split
 
+    experiment = with_sources(experiment)
     config = experiment.finetune
+    require_source(config.source, "finetune.source")
+    require_source(experiment.evaluate.source, "evaluate.source")
     with display.stage("baseline"):
         display.progress("reading labelled texts")
         resolved = resolve_source(config.source, config.task)
         fit(experiment, display, read_and_split(config, resolved, config.seed))
-        columns = resolved.source.model_dump(include=set(COLUMNS))
+        columns = resolved.source.model_dump(include=set(REMEMBERED))
         display.progress("scoring the evaluation texts")
         fitted = load_baseline(folder_of(experiment))
         assert fitted is not None

@@ -17,13 +17,15 @@ from raybert.data.corpus.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from raybert.data.corpus.parts import PartWriter
 from raybert.data.encoding import id_dtype
 from raybert.data.preprocess import Preprocessing
+from raybert.data.sources.columns import with_columns_of
 from raybert.data.tokenizer import Tokenizer
 from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
+from raybert.pipeline.named_sources import require_source, with_sources
 from raybert.records import Record
 from raybert.storage.folder import Folder
-from raybert.tasks.labelled import read_labelled, with_columns_of
+from raybert.tasks.labelled import read_labelled
 from raybert.tasks.masked_lm import PretrainSpec
 from raybert.tasks.prepared_texts import tokenize_labelled
 from raybert.tasks.registry import read_columns, read_task
@@ -78,6 +80,8 @@ def bench_serve(
 
     task, has_pairs = read_task(model)
     # The model's own preprocessing handles HTML.
+    experiment = with_sources(experiment)
+    require_source(experiment.evaluate.source, "evaluate.source")
     given = experiment.evaluate.source.model_copy(update={"html_breaks": "keep"})
     source = with_columns_of(given, read_columns(model))
     found = read_labelled(source, type(task), task.labels)
@@ -105,8 +109,14 @@ def generate_corpus(folder: Folder, rows: int, seq_len: int, vocab_size: int) ->
     ordinary = np.flatnonzero(~tokenizer.is_special)
     splits = {}
     for split, count in (("train", rows), ("heldout", 64)):
-        sizes = {"seq_len": seq_len, "vocab_size": vocab_size}
-        writer = PartWriter(folder, split, **sizes, rows_per_part=2048, rows_per_group=32)
+        writer = PartWriter(
+            folder,
+            split,
+            seq_len=seq_len,
+            vocab_size=vocab_size,
+            rows_per_part=2048,
+            rows_per_group=32,
+        )
         for begin in range(0, count, 1024):
             size = (min(1024, count - begin), seq_len)
             ids = ordinary[np.minimum(rng.zipf(1.2, size), len(ordinary)) - 1]

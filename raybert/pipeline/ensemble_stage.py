@@ -20,11 +20,12 @@ from raybert.data.tokenizer import Tokenizer
 from raybert.errors import RaybertError
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
-from raybert.pipeline.finetune_setup import input_length, prepare_finetune
-from raybert.records import metric_of
+from raybert.pipeline.finetune_setup import input_length, known_inputs, prepare_finetune
+from raybert.pipeline.named_sources import with_sources
+from raybert.records import finite, format_mean, metric_of
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
-from raybert.tasks.prepared_texts import TokenizedTexts
+from raybert.tasks.prepared_texts import TokenizedTexts, check_same_texts
 from raybert.tasks.protocol import Outputs
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock, mean_and_deviation
@@ -40,7 +41,7 @@ _SCORES = ("accuracy", "loss", "f1_macro", "expected_calibration_error")
 
 def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict[str, Any]:
     """Fine-tune with several seeds; measure each member and their ensemble."""
-    stage = experiment.folder / "ensemble"
+    experiment, stage = with_sources(experiment), experiment.folder / "ensemble"
     if stage.exists(RESULT):
         result = _open_ensemble(experiment, stage)
         if result is not None and len(result["members"]) == seeds:
@@ -76,7 +77,10 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
     from raybert.inference.ensemble import write_ensemble
 
     write_ensemble(stage, [f"members/{name}/model" for name in names])
-    result |= {"model": stage.uri, "seconds": round(time.monotonic() - begun, 1)}
+    result = dict(finite(result)) | {
+        "model": stage.uri,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
     stage.write_json(RESULT, result)
     display.print(f"ensemble  {_format_result(result)}, in {clock(result['seconds'])}; {stage}")
     return result
@@ -96,11 +100,13 @@ def check_members(members: Sequence[TrialRecord]) -> None:
 def _open_ensemble(
     experiment: Experiment, stage: Folder, spec: FinetuneSpec | None = None
 ) -> dict[str, Any] | None:
-    inputs = None if spec is None else spec.inputs()
+    inputs = known_inputs(experiment) if spec is None else spec.inputs()
     may_change = dotted("finetune", ALIKE_MAY_CHANGE)
-    return open_run(
+    result = open_run(
         stage, dump(experiment), "finetune", ("model",), inputs=inputs, may_change=may_change
     )
+    check_same_texts(experiment.finetune, stage / "data")
+    return result
 
 
 def measure(
@@ -140,9 +146,10 @@ def measure(
 
 
 def _format_result(result: dict[str, Any]) -> str:
-    metric = metric_of(result)
+    metric, gain = metric_of(result), result["gain"]
     return (
         f"{len(result['members'])} members {metric} {mean_and_deviation(result)}, together "
-        f"{result['ensemble'][metric]:.4f} "
-        f"({result['gain']:+.4f}) on {result['n']:,} validation texts"
+        f"{format_mean(result['ensemble'][metric])} "
+        f"({'none' if gain is None else format(gain, '+.4f')}) "
+        f"on {result['n']:,} validation texts"
     )

@@ -5,7 +5,7 @@ Single runs, trials of a search and members of an ensemble share it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from raybert.cluster.session import Resources, ray_session
 from raybert.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from raybert.errors import UserError
 from raybert.experiment import Experiment
+from raybert.pipeline.named_sources import require_source, with_sources
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
 from raybert.terminal.display import Display
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 #: Input length of texts that several runs share: each run truncates them to its own.
 FULL_LENGTH = 1 << 20
+_SHOWN_LABELS = 20
 
 
 def prepare_finetune(
@@ -48,6 +50,7 @@ def prepare_finetune(
     from raybert.tasks.finetune import FinetuneSpec
     from raybert.tasks.prepared_texts import prepare_texts, read_prepared_texts
 
+    experiment = with_sources(experiment)
     config = experiment.finetune
     start, tokenizer = starting_point(experiment)
     if not all(tokenizer.exists(name) for name in (TOKENIZER_FILE, CONFIG_FILE)):
@@ -55,6 +58,7 @@ def prepare_finetune(
         tokenizer = data
     prepared = read_prepared_texts(data) if has_begun else None
     if prepared is None:
+        require_source(config.source, "finetune.source")
         seq_len = input_length(experiment, start, config.seq_len)
         teacher = None
         if config.distill.teacher is not None:
@@ -80,12 +84,33 @@ def prepare_finetune(
                 fold=fold,
                 fit_baseline=fit_baseline,
             )
+        unknown = "" if prepared.unknown is None else f", {prepared.unknown:.2%} unknown tokens"
         display.print(
             f"texts     {prepared.train.rows:,} for training, {prepared.validation.rows:,} for "
-            f"validation{format_skipped(prepared.skipped)}; labels {', '.join(prepared.labels)}"
+            f"validation, of {', '.join(config.source.paths)}{unknown}"
+            f"{format_skipped(prepared.skipped)}; labels {format_labels(prepared.labels)}"
         )
         display.print(f"task      {prepared.description}; finetune.task sets another one")
+        for warning in prepared.warnings:
+            display.print(f"warning   {warning}")
     return FinetuneSpec(config, experiment.model, start, tokenizer, data, prepared)
+
+
+def known_inputs(experiment: Experiment) -> dict[str, str]:
+    """The hashes of what a finished run has read, by name, as far as it is still there."""
+    from raybert.tasks.finetune import hash_inputs
+
+    try:
+        return hash_inputs(*starting_point(experiment))
+    except UserError:  # it was deleted after the run
+        return {}
+
+
+def format_labels(labels: Sequence[str]) -> str:
+    """Format label names, of many only the first."""
+    more = len(labels) - _SHOWN_LABELS
+    shown = ", ".join(labels[:_SHOWN_LABELS])
+    return f"{shown} and {more:,} more" if more > 0 else shown
 
 
 def format_skipped(skipped: Mapping[str, int]) -> str:
@@ -148,10 +173,13 @@ def peek_evaluation(experiment: Experiment) -> None:
     Raises:
         DataError: for mistakes that all rows share, as a missing column.
     """
-    from raybert.tasks.labelled import COLUMNS, peek, resolve_source, with_columns_of
+    from raybert.data.sources.columns import REMEMBERED, with_columns_of
+    from raybert.tasks.labelled import peek, resolve_source
 
+    require_source(experiment.finetune.source, "finetune.source")
+    require_source(experiment.evaluate.source, "evaluate.source")
     found = resolve_source(experiment.finetune.source, experiment.finetune.task)
-    columns = found.source.model_dump(include=set(COLUMNS))
+    columns = found.source.model_dump(include=set(REMEMBERED))
     if experiment.finetune.validation is not None:
         peek(with_columns_of(experiment.finetune.validation, columns), found.task)
     peek(with_columns_of(experiment.evaluate.source, columns), found.task)

@@ -16,11 +16,13 @@ from raybert.cluster.session import Resources, ray_session
 from raybert.config import dump
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
-from raybert.pipeline.finetune_setup import prepare_finetune
+from raybert.pipeline.finetune_setup import known_inputs, prepare_finetune
+from raybert.pipeline.named_sources import with_sources
 from raybert.pipeline.stages import train
-from raybert.records import measures, metric_of
+from raybert.records import format_mean, measures, metric_of
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
+from raybert.tasks.prepared_texts import check_same_texts
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock, mean_and_deviation
 from raybert.train.run_folder import CONFIG, RESULT, open_run
@@ -41,7 +43,7 @@ def finetune_folds(
             "finetune.validation names texts to validate on, and --folds validates on parts of "
             "finetune.source; leave one of them out"
         )
-    stage = experiment.folder / "folds"
+    experiment, stage = with_sources(experiment), experiment.folder / "folds"
     stored = _stored_result(experiment, stage, folds)
     if stored is not None:
         display.print(f"folds     {stage} is finished already: {_format_mean(stored)}")
@@ -59,14 +61,15 @@ def finetune_folds(
             for number in range(1, folds + 1)
         ]
         if not stage.exists(CONFIG):  # settings that were rejected leave none
-            stage.write_text(CONFIG, dump(experiment))
+            inputs = runs[0].spec.inputs()
+            open_run(stage, dump(experiment), "finetune", _SECTIONS, inputs=inputs)
         found = [fold.train(experiment, display, in_process=in_process) for fold in runs]
     metric = metric_of(found[0])
-    values = [fold[metric] for fold in found]
-    summary = {
+    values = [fold[metric] for fold in found if metric in fold]
+    summary: dict[str, Any] = {
         "metric": metric,
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values),
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
         "folds": found,
         "seconds": round(time.monotonic() - begun, 1),
     }
@@ -82,7 +85,8 @@ def format_folds(result: dict[str, Any]) -> str:
     metric = result["metric"]
     lines = [f"{'fold':<6}{metric:>10}  {'loss':>10}  texts"]
     lines += [
-        f"{fold['fold']:<6}{fold[metric]:>10.4f}  {fold['loss']:>10.4f}  {fold['n']:,}"
+        f"{fold['fold']:<6}{format_mean(fold.get(metric)):>10}  "
+        f"{format_mean(fold.get('loss')):>10}  {fold['n']:,}"
         for fold in result["folds"]
     ]
     return "\n".join([*lines, _format_mean(result)])
@@ -92,7 +96,9 @@ def _stored_result(experiment: Experiment, stage: Folder, folds: int) -> dict[st
     """The stored result; None where there is none, or one of another number of folds."""
     if not stage.exists(CONFIG):
         return None
-    result = open_run(stage, dump(experiment), "finetune", _SECTIONS)
+    inputs = known_inputs(experiment)
+    result = open_run(stage, dump(experiment), "finetune", _SECTIONS, inputs=inputs)
+    check_same_texts(experiment.finetune, stage / f"1-of-{folds}" / "data")
     if result is not None and len(result["folds"]) != folds:
         stage.delete(RESULT)
         return None
@@ -137,7 +143,9 @@ class _Fold:
     ) -> dict[str, Any]:
         """Train the run, unless it is finished; returns the metrics of its best evaluation."""
         if self.run.exists(RESULT):
-            result = open_run(self.run, dump(experiment), "finetune", _SECTIONS) or {}
+            inputs = self.spec.inputs()
+            result = open_run(self.run, dump(experiment), "finetune", _SECTIONS, inputs=inputs)
+            result = result or {}
             display.print(f"{self.title:<9} {self.run} is finished already")
         else:
             result = train(

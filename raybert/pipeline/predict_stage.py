@@ -170,17 +170,17 @@ def predict_file(
     `keep` are columns that are written beside the predictions, "ids" or "all"; by default the
     configured ones, or the ids.
     """
+    from raybert.data.sources.columns import with_columns_of
     from raybert.inference.bulk import predict_source
     from raybert.inference.prediction_file import check_output
     from raybert.model import huggingface
-    from raybert.tasks.labelled import with_columns_of
 
     check_output(output)
     columns = read_columns(model)
     huggingface.check_weights(model)  # missing or damaged weights are an error before Ray starts
-    given = experiment.evaluate.source.model_dump(
-        include={"text_column", "pair_column", "on_bad_row", "document", "format", *READING}
-    )
+    own = experiment.evaluate.source
+    names = {"text_column", "pair_column", "on_bad_row", "document", "format", *READING}
+    given = own.model_dump(include=names & own.model_fields_set)
     # The model's own preprocessing handles HTML.
     source = with_columns_of(SourceConfig(path=path, html_breaks="keep", **given), columns)
     wanted = keep or experiment.evaluate.source.keep_columns or [IDS]

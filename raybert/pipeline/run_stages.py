@@ -18,7 +18,8 @@ from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.pipeline import stages
 from raybert.pipeline.finetune_setup import peek_evaluation, teachers
-from raybert.records import selected
+from raybert.pipeline.named_sources import require_source, with_sources
+from raybert.records import format_mean, selected
 from raybert.storage.folder import Folder
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
@@ -32,6 +33,7 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
     from raybert.jobs.doctor.run_checks import run_requested_checks
     from raybert.report import check_report, write_report
 
+    experiment = with_sources(experiment)
     check_sources(experiment)
     has_report = True
     try:
@@ -77,6 +79,7 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
 def check_sources(experiment: Experiment) -> None:
     """Raise a UserError if a source, a length, an example or a teacher can't be used."""
     _check_lengths(experiment)
+    require_source(experiment.corpus.source, "corpus.source")
     documents.fingerprint(experiment.corpus.source)
     if experiment.corpus.overlap is not None:
         documents.fingerprint(experiment.corpus.overlap)
@@ -101,7 +104,7 @@ def _check_lengths(experiment: Experiment) -> None:
             f"finetune.seq_len={seq_len} exceeds model.max_seq_len={model}; raise "
             "model.max_seq_len, or lower finetune.seq_len"
         )
-    for text in experiment.pretrain.examples:
+    for text in experiment.pretrain.examples or []:
         if experiment.corpus.tokenizer.kind != "file" and MASK not in text:
             raise ConfigError(
                 f"pretrain.examples: {text!r} has no {MASK}; put it in place of a word"
@@ -140,7 +143,7 @@ def _format_summary(experiment: Experiment, result: dict[str, Any]) -> str:
     metric, value = selected(result)
     gain = (
         f", {unigram - loss:.2f} below the unigram model's {unigram:.3f}"
-        if unigram is not None
+        if unigram is not None and loss is not None
         else ""
     )
     guesses = [f"  {guess['probability']:.3f}  {guess['token']}" for guess in result["fill_mask"]]
@@ -148,8 +151,8 @@ def _format_summary(experiment: Experiment, result: dict[str, Any]) -> str:
     return "\n".join(
         [
             "",
-            f"Held-out masked-token loss  {loss:.3f} nats{gain}",
-            f"{metric.capitalize()} on {result['texts']:,} test reviews  {value:.4f}",
+            f"Held-out masked-token loss  {format_mean(loss, 3)} nats{gain}",
+            f"{metric.capitalize()} on {result['texts']:,} test reviews  {format_mean(value)}",
             "",
             str(result["example"] or ""),
             *guesses,

@@ -6,6 +6,7 @@ gets few requests.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -152,7 +153,7 @@ def _read_folds(folder: Folder, names: set[str], finished: bool) -> dict[str, An
 
 def _test_figure(metrics: Mapping[str, Any]) -> dict[str, float]:
     name, value = selected(metrics)
-    return {f"test_{name}": value}
+    return {f"test_{name}": value} if math.isfinite(value) else {}
 
 
 def _read_training(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:

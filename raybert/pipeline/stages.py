@@ -14,19 +14,22 @@ from typing import Any
 from raybert.cluster.session import ray_session
 from raybert.config import build, dump, parse_yaml
 from raybert.data.corpus import build as corpus
-from raybert.data.corpus.manifest import Manifest
+from raybert.data.corpus.manifest import MANIFEST, Manifest
+from raybert.data.corpus.verification import verify_parts
 from raybert.data.sources import documents
+from raybert.data.sources.columns import with_columns_of
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.model import huggingface
 from raybert.pipeline import baseline_stage
-from raybert.pipeline.finetune_setup import format_skipped, prepare_finetune
+from raybert.pipeline.finetune_setup import format_skipped, known_inputs, prepare_finetune
+from raybert.pipeline.named_sources import require_source, with_sources
 from raybert.pipeline.ngrams_stage import add_ngrams
-from raybert.records import headline
+from raybert.records import finite, headline
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
-from raybert.tasks.labelled import with_columns_of
+from raybert.tasks.prepared_texts import check_same_texts
 from raybert.tasks.registry import read_columns
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
@@ -37,11 +40,13 @@ METRICS = "metrics.json"
 
 def make_corpus(experiment: Experiment, display: Display, *, force: bool = False) -> dict[str, Any]:
     """Build the tokenizer and the corpus from raw text."""
+    experiment = with_sources(experiment)
+    require_source(experiment.corpus.source, "corpus.source")
     folder = experiment.folder / "corpus"
     manifest = None if force else corpus.existing(experiment.corpus, folder)
     if manifest is not None:
         display.print(f"corpus    {folder} is built already: {_format_corpus(manifest)}")
-        return _corpus_result(folder, manifest)
+        return _corpus_result(experiment, display, manifest)
 
     def show(progress: corpus.Progress) -> None:
         rate = progress.tokens / max(1e-9, progress.seconds)
@@ -59,7 +64,7 @@ def make_corpus(experiment: Experiment, display: Display, *, force: bool = False
     with display.stage("corpus"), ray_session(experiment.ray):
         manifest = corpus.build(experiment.corpus, folder, progress=show, force=force)
     display.print(f"corpus    {_format_corpus(manifest)}")
-    return _corpus_result(folder, manifest)
+    return _corpus_result(experiment, display, manifest)
 
 
 def _format_corpus(manifest: Manifest) -> str:
@@ -68,16 +73,25 @@ def _format_corpus(manifest: Manifest) -> str:
     counts = [
         f", {info[k]:,} {name}" for k, name in removed.items() if isinstance(info.get(k), int)
     ]
+    unknown = "" if info.get("unknown") is None else f", {info['unknown']:.2%} unknown tokens"
+    paths = build(SourceConfig, info.get("config", {}).get("source", {}), MANIFEST).paths
+    source = f", from {', '.join(paths)}" if paths else ""
+    kind = f" ({info['tokenizer_kind']})" if "tokenizer_kind" in info else ""
     return (
-        f"{rows['train']:,} rows of {manifest.seq_len} tokens, vocabulary {manifest.vocab_size:,}, "
-        f"{rows['heldout']:,} rows held out{''.join(counts)}"
+        f"{rows['train']:,} rows of {manifest.seq_len} tokens, vocabulary {manifest.vocab_size:,}"
+        f"{kind}{unknown}, {rows['heldout']:,} rows held out{''.join(counts)}{source}"
         f"{format_skipped(info.get('skipped', {}))}"
     )
 
 
-def _corpus_result(folder: Folder, manifest: Manifest) -> dict[str, Any]:
+def _corpus_result(experiment: Experiment, display: Display, manifest: Manifest) -> dict[str, Any]:
+    """What the command prints; first a warning of unknown tokens, if there are many."""
+    warning = corpus.warn_of_unknown(experiment.corpus, manifest.info.get("unknown"))
+    if warning is not None:
+        display.print(f"corpus    {warning}")
     rows = {name: split.rows for name, split in manifest.splits.items()}
     info = {key: value for key, value in manifest.info.items() if key not in ("config", "inputs")}
+    folder = experiment.folder / "corpus"
     return {"corpus": folder.uri, "rows": rows, "vocab_size": manifest.vocab_size, **info}
 
 
@@ -87,12 +101,15 @@ def pretrain(
     """Pretrain on the corpus; the run directory then holds `model/`."""
     from raybert.tasks.masked_lm import PretrainSpec
 
-    sections = ("corpus", "model")
-    result = _stored_result("pretrain", experiment, display, sections)
+    sections, folder = ("corpus", "model"), experiment.folder / "corpus"
+    experiment = with_sources(experiment)
+    manifest = Manifest.read(folder) if folder.exists(MANIFEST) else None
+    inputs = {} if manifest is None else {"corpus": manifest.digest}
+    result = _stored_result("pretrain", experiment, display, sections, inputs)
     if result is not None:
+        warn_above_unigram(result, display)
         return result
-    folder = experiment.folder / "corpus"
-    manifest = Manifest.read(folder)
+    manifest = manifest or Manifest.read(folder)  # which raises
     # Only settings are compared: the text may have been deleted since.
     corpus.check_config(experiment.corpus, manifest, folder)
     model, start, path = experiment.model, None, experiment.pretrain.initialize_from
@@ -102,17 +119,43 @@ def pretrain(
         model = own.model_copy(update={"dropout": model.dropout})
     source = ", ".join(experiment.corpus.source.paths)
     spec = PretrainSpec(experiment.pretrain, model, folder, manifest, source, start)
-    return train("pretrain", spec, experiment, display, sections, in_process)
+    spec.check()
+    with display.stage("pretrain"):
+        verify_parts(
+            folder,
+            manifest,
+            lambda done, of: display.progress(f"verified {done:,} of {of:,} parts of the corpus"),
+        )
+    result = train("pretrain", spec, experiment, display, sections, in_process)
+    warn_above_unigram(result, display)
+    return result
+
+
+def warn_above_unigram(result: dict[str, Any], display: Display) -> None:
+    """Warn of a masked language model that predicts no better than token frequencies do."""
+    loss, unigram = result.get("loss"), result.get("unigram_loss")
+    if loss is None:
+        display.print(
+            "warning   no held-out token was predicted, so the model was not measured: raise "
+            "corpus.heldout_fraction, or give more text"
+        )
+    elif unigram is not None and loss >= unigram:
+        display.print(
+            f"warning   the held-out loss {loss:.3f} is not below the unigram model's "
+            f"{unigram:.3f}: the model has learned no more than how frequent tokens are; train "
+            "longer (pretrain.steps, pretrain.minutes), or lower pretrain.lr"
+        )
 
 
 def finetune(
     experiment: Experiment, display: Display, *, in_process: bool = False
 ) -> dict[str, Any]:
     """Fine-tune a model on labelled texts; the run directory then holds `model/`."""
-    result = _stored_result("finetune", experiment, display, ("model",))
+    experiment, run = with_sources(experiment), experiment.folder / "finetune"
+    inputs = known_inputs(experiment) if run.exists(RESULT) else {}
+    result = _stored_result("finetune", experiment, display, ("model",), inputs)
     if result is not None:
         return result
-    run = experiment.folder / "finetune"
     fit = functools.partial(baseline_stage.fit, experiment, display)
     spec = prepare_finetune(
         experiment,
@@ -128,10 +171,18 @@ def finetune(
 
 
 def _stored_result(
-    stage: str, experiment: Experiment, display: Display, sections: tuple[str, ...]
+    stage: str,
+    experiment: Experiment,
+    display: Display,
+    sections: tuple[str, ...],
+    inputs: dict[str, str],
 ) -> dict[str, Any] | None:
+    """The result of a finished run; raises as `open_run` where it had other settings or inputs."""
     run = experiment.folder / stage
-    result = open_run(run, dump(experiment), stage, sections) if run.exists(RESULT) else None
+    if not run.exists(RESULT):
+        return None
+    result = open_run(run, dump(experiment), stage, sections, inputs=inputs)
+    check_same_texts(experiment.finetune, run / "data")  # of a stage that has some
     if result is not None:
         display.print(f"{stage:<9} {run} is finished already, at step {result['step']:,}")
     return result
@@ -163,6 +214,7 @@ def train(
         inputs=spec.inputs(),
         log=lambda text: display.print(f"{title:<9} {text}"),
     )
+    spec.check_sources()
     spec = replace(spec, order_micro_batch_size=order_micro_batch_size(run))
     begun = time.monotonic()
     with display.stage(title):
@@ -184,7 +236,8 @@ def train(
 
 def evaluate(experiment: Experiment, display: Display) -> dict[str, Any]:
     """Evaluate the classifier on the test texts; writes `metrics.json` into its run."""
-    run = experiment.folder / "finetune"
+    experiment, run = with_sources(experiment), experiment.folder / "finetune"
+    require_source(experiment.evaluate.source, "evaluate.source")
     stored = stored_metrics(experiment, run)
     if stored is not None:
         display.print(f"evaluate  {run} is evaluated already: {headline(stored)}")
@@ -199,7 +252,7 @@ def evaluate(experiment: Experiment, display: Display) -> dict[str, Any]:
         experiment, run / "model", display, baseline=baseline_stage.folder_of(experiment)
     )
     metrics["seen_in_training"] = shared is not None
-    run.write_json(METRICS, metrics)
+    run.write_json(METRICS, finite(metrics))
     return metrics
 
 
@@ -221,6 +274,8 @@ def evaluate_model(
     """Evaluate any classifier on the experiment's evaluation source, beside a linear model."""
     from raybert.inference import bulk
 
+    experiment = with_sources(experiment)
+    require_source(experiment.evaluate.source, "evaluate.source")
     source = with_columns_of(experiment.evaluate.source, read_columns(model))
     # Missing or damaged weights are an error before Ray starts.
     inputs = _evaluation_inputs(experiment, huggingface.check_weights(model))
@@ -235,7 +290,7 @@ def evaluate_model(
             baseline=baseline,
         )
     display.print(
-        f"evaluate  {headline(metrics)} on {metrics['n']:,} texts"
+        f"evaluate  {headline(metrics)} on {metrics['n']:,} texts of {', '.join(source.paths)}"
         + format_skipped(metrics["skipped"])
     )
     if "baseline" in metrics:

@@ -101,8 +101,9 @@ def finish_search(
         metrics = stored_metrics(experiment, stage)  # by a session that was killed afterwards
         if metrics is None:
             metrics = evaluate_model(experiment, stage / "model", display)
-            stage.write_json(METRICS, metrics)
-        result["test"] = {**_test_scores(metrics, metric), "seen_in_training": seen_in_training}
+            stage.write_json(METRICS, finite(metrics))
+        scores = finite(_test_scores(metrics, metric))
+        result["test"] = {**scores, "seen_in_training": seen_in_training}
     stage.delete("ray")  # left by sessions that were killed
     result = write_report_and_result(stage, result, display)
     if not config.keep_models:

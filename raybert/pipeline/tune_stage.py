@@ -14,7 +14,13 @@ from raybert.cluster.session import Resources, dashboard_url, ray_session
 from raybert.config import dump
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
-from raybert.pipeline.finetune_setup import input_length, peek_evaluation, prepare_finetune
+from raybert.pipeline.finetune_setup import (
+    input_length,
+    known_inputs,
+    peek_evaluation,
+    prepare_finetune,
+)
+from raybert.pipeline.named_sources import with_sources
 from raybert.pipeline.stages import find_shared_file
 from raybert.pipeline.tune_result import (
     Cost,
@@ -25,7 +31,7 @@ from raybert.pipeline.tune_result import (
 )
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
-from raybert.tasks.prepared_texts import TokenizedTexts
+from raybert.tasks.prepared_texts import TokenizedTexts, check_same_texts
 from raybert.terminal.display import Display
 from raybert.train.run_folder import CONFIG, RESULT, open_run
 from raybert.tune.finalists import Finalist, choose_finalists, finalist_runs, rank_finalists
@@ -47,6 +53,7 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
 
     `dashboard` starts Ray's dashboard and TensorBoard.
     """
+    experiment = with_sources(experiment)
     stage, config = experiment.folder / "tune", experiment.tune
     if stage.exists(RESULT):
         return _finished_search(experiment, stage, display)
@@ -87,15 +94,17 @@ def open_search(
     experiment: Experiment, stage: Folder, display: Display, spec: FinetuneSpec | None = None
 ) -> dict[str, Any] | None:
     """Create or reopen the search's folder, as `open_run`."""
-    return open_run(
+    result = open_run(
         stage,
         dump(experiment),
         "tune",
         _SECTIONS,
-        inputs=None if spec is None else spec.inputs(),
+        inputs=known_inputs(experiment) if spec is None else spec.inputs(),
         log=lambda text: display.print(f"tune      {text}"),
         may_change=MAY_CHANGE,
     )
+    check_same_texts(experiment.finetune, stage / "data")
+    return result
 
 
 def _finished_search(experiment: Experiment, stage: Folder, display: Display) -> dict[str, Any]:

@@ -197,10 +197,14 @@ class _Mistake(NamedTuple):
 def _confusion_table(scores: Mapping[str, Any]) -> Table:
     """The confusion matrix, shaded by the share of the true label; empty if there is none."""
     matrix, names = scores.get("confusion"), _label_names(scores)
+    if scores.get("confusions"):
+        return _confusion_list(scores["confusions"], names)
     if not matrix or len(names) != len(matrix):
         return Table("Confusion matrix", ())
     if len(names) > MAX_LABELS:
-        return _most_frequent_confusions(matrix, names)
+        counts = ((i, j, c) for i, row in enumerate(matrix) for j, c in enumerate(row) if i != j)
+        found = sorted((each for each in counts if each[2]), key=lambda each: each[2])
+        return _confusion_list(found[::-1], names)
     rows: list[list[str | Cell]] = []
     for name, counts in zip(names, matrix, strict=True):
         shares = [count / max(1, sum(counts)) for count in counts]
@@ -213,12 +217,9 @@ def _confusion_table(scores: Mapping[str, Any]) -> Table:
     return Table("Confusion matrix", rows, head, has_row_headers=True)
 
 
-def _most_frequent_confusions(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Table:
-    pairs = sorted(
-        ((c, i, j) for i, row in enumerate(matrix) for j, c in enumerate(row) if i != j and c),
-        reverse=True,
-    )[:MAX_LABELS]
-    rows = [(names[i], names[j], format_value(count)) for count, i, j in pairs]
+def _confusion_list(found: Sequence[Sequence[int]], names: Sequence[str]) -> Table:
+    """The most frequent confusions, given (label, predicted, count), the most frequent first."""
+    rows = [(names[i], names[j], format_value(count)) for i, j, count in found[:MAX_LABELS]]
     return Table("Most frequent confusions", rows, ("label", "predicted", "rows"))
 
 

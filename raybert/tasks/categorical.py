@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raybert.records import format_mean
 from raybert.tasks.protocol import F32, NO_LABEL, Loss, LossSettings, Metrics, TableData
 
 _MIN_PROBABILITY = 1e-7  # for its logarithm
@@ -77,7 +78,7 @@ def class_table(title: str, head: str, counted: str, metrics: Metrics) -> TableD
     """A table of `per_class`: precision, recall, F1 and support; `head`, `counted`: its columns."""
     ratios = ("precision", "recall", "f1")
     rows = [
-        [name, *(f"{found[ratio]:.4f}" for ratio in ratios), f"{found['support']:,}"]
+        [name, *(format_mean(found[ratio]) for ratio in ratios), f"{found['support']:,}"]
         for name, found in metrics.get("per_class", {}).items()
     ]
     return TableData(title, [head, *ratios, counted], rows)

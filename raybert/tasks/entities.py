@@ -7,6 +7,8 @@ outside. Malformed sequences are read by seqeval's default rules, which are thos
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -76,8 +78,11 @@ def entity_scores(
 
     Returns:
         precision, recall, f1: over all entities (micro average).
-        f1_macro: the mean over the types that occur or are predicted; 0 where there are none.
+        f1_macro: the mean over the types that occur or are predicted.
         per_class: `{type: {precision, recall, f1, support}}`.
+
+        NaN is a ratio of nothing: the precision of a type that is never predicted, the recall and
+        the F1 of one that never occurs.
     """
     counts = {name: Counter[str]() for name in ("support", "predicted", "correct")}
     for truth, found in zip(expected, predicted, strict=True):
@@ -92,22 +97,21 @@ def entity_scores(
     }
     totals = (counts[name].total() for name in ("correct", "predicted", "support"))
     micro = _ratios(*totals)
-    f1 = [scores["f1"] for scores in per_class.values()]
+    # A type that never occurs but is predicted counts as 0.
+    f1 = [0.0 if math.isnan(scores["f1"]) else scores["f1"] for scores in per_class.values()]
+    f1 = f1 if micro["support"] else []
     return {
         **{name: micro[name] for name in ("precision", "recall", "f1")},
-        "f1_macro": sum(f1) / len(f1) if f1 else 0.0,
+        "f1_macro": statistics.fmean(f1) if f1 else math.nan,
         "per_class": per_class,
     }
 
 
 def _ratios(correct: int, predicted: int, support: int) -> dict[str, float]:
-    precision = correct / predicted if predicted else 0.0
-    recall = correct / support if support else 0.0
-    total = predicted + support
     return {
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * correct / total if total else 0.0,
+        "precision": correct / predicted if predicted else math.nan,
+        "recall": correct / support if support else math.nan,
+        "f1": 2 * correct / (predicted + support) if support else math.nan,
         "support": support,
     }
 

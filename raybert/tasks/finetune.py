@@ -15,9 +15,10 @@ from raybert.model import huggingface
 from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
 from raybert.model.settings import ModelConfig
+from raybert.records import format_mean
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune_task import FinetuneTask
-from raybert.tasks.prepared_texts import PreparedTexts, TokenizedTexts
+from raybert.tasks.prepared_texts import PreparedTexts, TokenizedTexts, check_same_texts
 from raybert.tasks.protocol import TextTask
 from raybert.tasks.settings import FinetuneConfig
 from raybert.train.distributed import Group
@@ -90,10 +91,11 @@ class FinetuneSpec:
 
     def inputs(self) -> dict[str, str]:
         """Hashes of the tokenizer that prepared the texts, and of the weights to start from."""
-        hashes = {"tokenizer": Tokenizer.load(self.tokenizer).hash}
-        if self.start is not None:
-            hashes["model to start from"] = huggingface.weights_hash(self.start)
-        return hashes
+        return hash_inputs(self.start, self.tokenizer)
+
+    def check_sources(self) -> None:
+        """Raise DataError if the texts have changed since they were prepared."""
+        check_same_texts(self.config, self.data)
 
     def read_texts(self) -> tuple[TokenizedTexts, TokenizedTexts]:
         """The texts to train on and to validate on, at the length they were prepared with."""
@@ -168,11 +170,19 @@ class FinetuneSpec:
         return {"model": folder.uri}
 
 
+def hash_inputs(start: Folder | None, tokenizer: Folder) -> dict[str, str]:
+    """Hashes of the tokenizer in a folder, and of the weights of the model to start from."""
+    hashes = {"tokenizer": Tokenizer.load(tokenizer).hash}
+    if start is not None:
+        hashes["model to start from"] = huggingface.weights_hash(start)
+    return hashes
+
+
 def model_card(spec: FinetuneSpec, metrics: dict[str, Any]) -> str:
     """The model card of a fine-tuned model, Markdown."""
-    source, task = spec.config.source.path, spec.prepared.make_task()
+    source, task = ", ".join(spec.config.source.paths), spec.prepared.make_task()
     scores = ", ".join(
-        f"{name} {metrics[name]:.4f}" for name in task.selection_metrics if name in metrics
+        f"{name} {format_mean(metrics[name])}" for name in task.selection_metrics if name in metrics
     )
     read = "pairs of texts" if spec.prepared.has_pairs else "texts"
     example = '"a text" --pair "another text"' if spec.prepared.has_pairs else '"a text"'

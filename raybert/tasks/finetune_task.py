@@ -172,7 +172,8 @@ class FinetuneTask:
     def _score(self, metrics: Mapping[str, Any], name: str, rows: int) -> float:
         """The metric that selects a model, higher is better; the loss breaks ties.
 
-        A tie's weight is below that of one text in a share of texts.
+        A tie's weight is below that of one text in a share of texts. NaN where there was nothing to
+        measure, which is never the best.
         """
         value = float(metrics[name])
         if not self.task.selection_metrics[name]:

@@ -7,8 +7,8 @@ decides, so the choice depends neither on the order of the rows nor on other fil
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +36,6 @@ _PAIRS = (
     ("query", "passage"),
 )
 _WORDS, _TAGS = ("tokens", "words"), ("tags", "ner_tags")
-
-#: The settings of a source that name its columns; a model remembers them.
-COLUMNS = frozenset({"text_column", "label_column", "pair_column"})
 
 _Rows = npt.NDArray[np.int64]
 
@@ -139,16 +136,6 @@ def _find_columns(config: SourceConfig) -> tuple[SourceConfig, list[str]]:
     return config.model_copy(update=update), found
 
 
-def with_columns_of(config: SourceConfig, columns: Mapping[str, Any]) -> SourceConfig:
-    """A source that reads the columns that a model was trained on, where none are configured."""
-    unset = {
-        name: columns[name]
-        for name in sorted(COLUMNS)
-        if name in columns and getattr(config, name) == type(config).model_fields[name].default
-    }
-    return config.model_copy(update=unset)
-
-
 class Split(NamedTuple):
     """The row numbers of two parts of one set, ascending."""
 
@@ -245,9 +232,9 @@ def _split(units: Sequence[str], held: set[str]) -> Split:
     return Split(np.flatnonzero(~is_held), np.flatnonzero(is_held))
 
 
-def units_of(labelled: Labelled) -> list[str]:
-    """What is never split: the group of each row, or its texts."""
-    if labelled.groups is not None:
+def units_of(labelled: Labelled, *, by_text: bool = False) -> list[str]:
+    """What is never split: the group of each row, or its texts; `by_text`: always its texts."""
+    if labelled.groups is not None and not by_text:
         return [str(group) for group in labelled.groups.to_pylist()]
     texts: list[str] = labelled.texts.to_pylist()
     if labelled.pairs is None:

@@ -41,7 +41,7 @@ def predict_masks(
     probabilities, tokens = scores.topk(min(top, scores.shape[-1]))
     return [
         [
-            {"token": tokenizer.hf.id_to_token(int(token)), "probability": round(float(p), 5)}
+            {"token": tokenizer.token_text(int(token)), "probability": round(float(p), 5)}
             for p, token in zip(*row, strict=True)
         ]
         for row in zip(probabilities.tolist(), tokens.tolist(), strict=True)
@@ -52,7 +52,7 @@ def encode_masked(
     tokenizer: Tokenizer, text: str, max_seq_len: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Tokenize a text: its ids, int64 [T], and the positions of its masks, int64 [M]."""
-    ids = tokenizer.encode([text]).values.astype(np.int64)
+    ids = tokenizer.encode_masked(text)
     positions = np.flatnonzero(ids == tokenizer.mask_id).astype(np.int64)
     if not len(positions):
         raise DataError(

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,8 +28,9 @@ from raybert.model.cost import flops_per_token
 from raybert.model.encoder import Encoder
 from raybert.model.heads import MaskedLM
 from raybert.model.settings import ModelConfig
-from raybert.records import Metrics
+from raybert.records import Metrics, format_mean
 from raybert.storage.folder import Folder
+from raybert.tasks.mask_examples import MaskExample, heldout_examples
 from raybert.tasks.mask_predictions import encode_masked, predict_masks
 from raybert.tasks.settings import PretrainConfig
 from raybert.train.distributed import Group
@@ -95,7 +97,7 @@ class PretrainSpec:
         return tokenizer
 
     def _check_examples(self, tokenizer: Tokenizer) -> None:
-        for number, text in enumerate(self.config.examples):
+        for number, text in enumerate(self.config.examples or []):
             try:
                 encode_masked(tokenizer, text, self.model.max_seq_len)
             except DataError as error:
@@ -118,8 +120,14 @@ class PretrainSpec:
             )
 
     def inputs(self) -> dict[str, str]:
-        """The hash of the corpus: its manifest contains those of its parts."""
-        return {"corpus": self.manifest.digest}
+        """Hashes of the corpus, whose manifest contains those of its parts, and of the weights."""
+        hashes = {"corpus": self.manifest.digest}
+        if self.start is not None:
+            hashes["model to start from"] = huggingface.weights_hash(self.start)
+        return hashes
+
+    def check_sources(self) -> None:
+        """Do nothing: a run reads the corpus, not the text that it was made from."""
 
     def make_task(self, group: Group, loader: LoaderConfig) -> MaskedLMTask:
         """Build the task on a worker."""
@@ -258,27 +266,42 @@ class MaskedLMTask:
             loss, predicted = self._loss(self.model, inputs[rows], labels[rows])
             total, count = total + float(loss), count + predicted
         total, count = self._group.sum([total, count])
-        loss_mean = total / max(1.0, count)
+        loss_mean = total / count if count else math.nan
         metrics: Metrics = {"score": -loss_mean, "loss": round(loss_mean, 5)}
         unigram = self._spec.manifest.info.get("unigram_loss")
         if unigram is not None:  # null where held-out text has tokens that training text lacks
             metrics["unigram_loss"] = round(unigram, 5)
         if self._group.rank == 0:
             metrics["fillings"] = [
-                {"text": text, "tokens": predict_masks(self.model, self._tokenizer, text)[0]}
-                for text in self._spec.config.examples
+                {
+                    "text": text,
+                    "tokens": predict_masks(self.model, self._tokenizer, text)[0],
+                    **({} if expected is None else {"expected": expected}),
+                }
+                for text, expected in self._examples
             ]
         return metrics
+
+    @cached_property
+    def _examples(self) -> list[MaskExample]:
+        """The configured sentences, or some of the held-out text."""
+        given = self._spec.config.examples
+        if given is not None:
+            return [MaskExample(text) for text in given]
+        reader = PartReader(self._spec.corpus, self._spec.manifest, "heldout")
+        return heldout_examples(reader, self._tokenizer)
 
 
 def model_card(spec: PretrainSpec, metrics: dict[str, Any]) -> str:
     """The model card of a pretrained model, Markdown."""
     shape = spec.model
-    loss = f"{metrics['loss']:.4f} nats per masked token" if "loss" in metrics else "not measured"
+    loss = format_mean(metrics.get("loss"))
+    loss = "not measured" if loss == "none" else f"{loss} nats per masked token"
     if "unigram_loss" in metrics:
         loss += f"\n  (a unigram model: {metrics['unigram_loss']:.4f})"
     start = f"\n- Started from: {spec.start}" if spec.start is not None else ""
-    example = next(iter(spec.config.examples), "This is [MASK].")
+    examples = [each["text"] for each in metrics.get("fillings") or []]
+    example = next(iter(examples), "This is [MASK].").replace('"', "'")
     return f"""---
 library_name: transformers
 pipeline_tag: fill-mask

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
@@ -26,6 +29,7 @@ from raybert.data.sources.labels import NO_LABEL_GIVEN, name_of, spell
 from raybert.data.sources.row_table import LabelParser
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
+from raybert.records import format_mean
 from raybert.tasks.entities import Word
 from raybert.tasks.protocol import (
     F32,
@@ -41,6 +45,7 @@ from raybert.tasks.protocol import (
     TextTask,
     parse_with,
 )
+from raybert.tasks.suspicions import label_suspicions
 
 _EXAMPLES = 8  # for the report
 _DEFAULT_THRESHOLD = 0.5
@@ -129,6 +134,17 @@ class MultiLabel(TextTask):
                 targets[row, index[name]] = 1
         return targets
 
+    def suspicions(
+        self, train: Sequence[str], validation: Sequence[str], source: SourceConfig
+    ) -> list[str]:
+        trained, validated = (
+            Counter(name for label in part for name in json.loads(label))
+            for part in (train, validation)
+        )
+        return label_suspicions(
+            self.labels, trained, validated, len(train) + len(validation), source
+        )
+
     def make_loss(self, config: LossSettings, targets: Targets) -> Loss:
         weights = _positive_weights(config, np.asarray(targets))
         gamma, smoothing = config.focal_gamma, config.label_smoothing
@@ -178,10 +194,10 @@ class MultiLabel(TextTask):
         probabilities = sigmoid(logits)
         predicted = probabilities >= self.thresholds
         precision, recall, f1, support = precision_recall_fscore_support(
-            truth, predicted, zero_division=0.0
+            truth, predicted, zero_division=np.nan
         )
         micro = precision_recall_fscore_support(
-            truth, predicted, average="micro", zero_division=0.0
+            truth, predicted, average="micro", zero_division=np.nan
         )
         occurs: npt.NDArray[np.bool_] = np.asarray(truth.any(axis=0))
         average_precision = [
@@ -193,13 +209,13 @@ class MultiLabel(TextTask):
         loss = F.binary_cross_entropy_with_logits(x, torch.from_numpy(truth.astype(np.float64)))
         return {
             "n": len(truth),
-            "f1_micro": float(micro[2]),
+            "f1_micro": float(micro[2]) if occurs.any() else math.nan,
             "precision_micro": float(micro[0]),
             "recall_micro": float(micro[1]),
-            "f1_macro": float(np.mean(f1, where=occurs | predicted.any(axis=0)))
-            if (truth | predicted).any()
-            else 0.0,
-            "average_precision": float(np.mean(known)) if known else 0.0,
+            "f1_macro": float(np.mean(np.nan_to_num(f1), where=occurs | predicted.any(axis=0)))
+            if occurs.any()
+            else math.nan,
+            "average_precision": statistics.fmean(known) if known else math.nan,
             "accuracy": float((truth == predicted).all(axis=1).mean()),  # the exact set of labels
             "loss": float(loss),
             "label_names": self.labels,
@@ -207,7 +223,7 @@ class MultiLabel(TextTask):
                 name: {
                     "precision": float(precision[i]),
                     "recall": float(recall[i]),
-                    "f1": float(f1[i]),
+                    "f1": float(f1[i]) if occurs[i] else math.nan,
                     "support": int(support[i]),
                     "average_precision": average_precision[i],
                     "threshold": float(self.thresholds[i]),
@@ -321,7 +337,7 @@ class MultiLabel(TextTask):
         rows = [
             [
                 name,
-                *("-" if found[ratio] is None else f"{found[ratio]:.4f}" for ratio in ratios),
+                *(format_mean(found[ratio]) for ratio in ratios),
                 f"{found['support']:,}",
             ]
             for name, found in metrics.get("per_class", {}).items()

@@ -23,10 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raybert.config import Settings
+from raybert.data.encoding import Ragged
 from raybert.data.loader import digest, parts_of
 from raybert.data.preprocess import Preprocessing, tokenize
 from raybert.data.sources import documents
+from raybert.data.sources.changes import changes, hash_files
+from raybert.data.sources.columns import REMEMBERED
+from raybert.data.sources.files import File
+from raybert.data.sources.settings import SourceConfig
 from raybert.data.tokenizer import Tokenizer
+from raybert.data.unknown import UnknownCount, check_unknown, count_unknown
 from raybert.errors import DamagedError, DataError
 from raybert.storage.folder import Folder
 from raybert.tasks.entities import words_of
@@ -43,6 +49,7 @@ from raybert.tasks.labelled import (
 from raybert.tasks.protocol import NO_LABEL, Targets, TextTask
 from raybert.tasks.registry import TASKS
 from raybert.tasks.settings import TextsConfig
+from raybert.tasks.suspicions import shared_texts
 
 DATA_FILE = "data.json"
 
@@ -247,6 +254,9 @@ class PreparedTexts(Settings):
     columns: dict[str, Any] = {}
     #: Of the linear model on the same texts: description, metrics, seconds.
     baseline: dict[str, Any] | None = None
+    sha256: dict[str, str] = {}  # of the files that were read, by name
+    unknown: float | None = None  # the share of unknown tokens, where there are tokens
+    warnings: list[str] = []
 
     def make_task(self) -> TextTask:
         """The task, with what the data says about it."""
@@ -291,6 +301,10 @@ def prepare_texts(
     source = resolved.source
     split = read_and_split(config, resolved, seed, fold)
     train, validation, task, skipped = split
+    warnings = [
+        *task.suspicions(train.labels.to_pylist(), validation.labels.to_pylist(), source),
+        *shared_texts(units_of(train, by_text=True), units_of(validation, by_text=True)),
+    ]
     baseline = fit_baseline(split) if fit_baseline is not None else None
     if config.distill.unlabelled is not None:
         train = _add_unlabelled(config, train, validation, skipped)
@@ -303,8 +317,16 @@ def prepare_texts(
         name: tokenize_labelled(part, task, tokenizer, preprocessing)
         for name, part in (("train", train), ("validation", validation))
     }
+    unknown = _unknown_share([train, validation], list(tokenized.values()), tokenizer)
+    unknown_warning = check_unknown(
+        unknown,
+        ", ".join(source.paths),
+        "start from a model of this language: set finetune.initialize_from, or pretrain with "
+        "corpus.tokenizer.kind=auto",
+    )
     if teach is not None:
         tokenized["train"] = replace(tokenized["train"], teacher=teach(train, task))
+    sources = [*_sources(config), *filter(None, [config.distill.unlabelled])]
     prepared = PreparedTexts(
         made_from=made_from,
         **{name: part.save(folder, f"{name}.parquet") for name, part in tokenized.items()},
@@ -315,11 +337,10 @@ def prepare_texts(
         task=task.name,
         description=resolved.description,
         baseline=baseline,
-        columns={
-            "text_column": source.text_column,
-            "label_column": source.label_column,
-            "pair_column": source.pair_column,
-        },
+        sha256=hash_files([f for source in sources for f in _files(config, source)]),
+        unknown=unknown,
+        warnings=[*warnings, *([unknown_warning] if unknown_warning else [])],
+        columns={name: getattr(source, name) for name in sorted(REMEMBERED)},
     )
     folder.write_json(DATA_FILE, prepared.model_dump())
     return prepared
@@ -343,6 +364,20 @@ def tokenize_labelled(
     return TokenizedTexts(firsts, targets, None, seconds)
 
 
+def _unknown_share(
+    labelled: Sequence[Labelled], tokenized: Sequence[TokenizedTexts], tokenizer: Tokenizer
+) -> float | None:
+    """The share of the texts that is unknown to the tokenizer."""
+    counted = UnknownCount()
+    for part, texts in zip(labelled, tokenized, strict=True):
+        for strings, ids in ((part.texts, texts.input_ids), (part.pairs, texts.seconds)):
+            if strings is not None and ids:
+                flat, offsets = _flatten(ids)
+                encoded = Ragged(flat, offsets, np.empty(0, np.bool_))
+                counted = counted.plus(count_unknown(strings.to_pylist(), encoded, tokenizer))
+    return counted.share
+
+
 def _tokenize_words(
     part: Labelled, task: TextTask, tokenizer: Tokenizer, how: Preprocessing
 ) -> TokenizedTexts:
@@ -364,15 +399,54 @@ def read_prepared_texts(folder: Folder) -> PreparedTexts | None:
     return PreparedTexts.model_validate(folder.read_json(DATA_FILE))
 
 
+def check_same_texts(config: TextsConfig, folder: Folder) -> None:
+    """Raise DataError if the texts that were prepared in a folder have changed since.
+
+    Texts that were deleted have not: what was prepared of them stays.
+    """
+    prepared = read_prepared_texts(folder)
+    if prepared is None:
+        return
+    unlabelled = prepared.made_from.get("unlabelled") or {}
+    known = [*prepared.made_from.get("files", []), unlabelled.get("files", [])]
+    for source, before in zip([*_sources(config), config.distill.unlabelled], known, strict=False):
+        if source is None:
+            continue
+        try:
+            files = _files(config, source)
+        except DataError:
+            continue
+        by_name = {file.name: file for file in files}
+        for change in changes(before, _identify(files), prepared.sha256, by_name):
+            raise DataError(
+                f"{folder} was prepared from {change.name} {change.before}, now {change.now}; "
+                "restore it, or choose another run.name"
+            )
+
+
+def _sources(config: TextsConfig) -> list[SourceConfig]:
+    """The labelled sources."""
+    return [config.source, *([config.validation] if config.validation else [])]
+
+
+def _files(config: TextsConfig, source: SourceConfig) -> list[File]:
+    labels = source is not config.distill.unlabelled
+    return [f for shard in documents.shards(source, labels=labels) for f in shard.files]
+
+
+def _identify(files: Sequence[File]) -> list[list[Any]]:
+    """As `documents.fingerprint`."""
+    return [[file.name, file.size, file.mtime] for file in files]
+
+
 def _made_from(config: TextsConfig, tokenizer: Tokenizer, seq_len: int) -> dict[str, Any]:
     """Everything that decides the result of `prepare_texts`, but the seed and the teacher."""
     used = {"validation_fraction", "head_share"}
-    sources = [config.source, *([config.validation] if config.validation else [])]
     made_from = {
         **config.model_dump(mode="json", include=used),
         "source": config.source.identity(),
         "validation": None if config.validation is None else config.validation.identity(),
-        "files": [documents.fingerprint(source, labels=True) for source in sources],
+        "files": [_identify(_files(config, source)) for source in _sources(config)],
         "tokenizer": tokenizer.hash,
         "seq_len": seq_len,
     }
@@ -382,7 +456,7 @@ def _made_from(config: TextsConfig, tokenizer: Tokenizer, seq_len: int) -> dict[
         made_from["validation_split"] = config.validation_split
     unlabelled = config.distill.unlabelled
     if unlabelled is not None:
-        files = documents.fingerprint(unlabelled)
+        files = _identify(_files(config, unlabelled))
         made_from["unlabelled"] = {**unlabelled.identity(), "files": files}
     return made_from
 

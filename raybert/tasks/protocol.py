@@ -187,6 +187,12 @@ class TextTask(ABC):
         """A class of each text, in whose proportions a stratified split divides the texts."""
         return labels
 
+    def suspicions(
+        self, train: Sequence[str], validation: Sequence[str], source: SourceConfig
+    ) -> list[str]:
+        """What looks wrong with the labels, as `parser` gives them, and what to set, in lines."""
+        return []
+
     # Training.
 
     def prepare(self, targets: Targets) -> TextTask:

@@ -44,6 +44,7 @@ from raybert.tasks.protocol import (
     TextTask,
     parse_with,
 )
+from raybert.tasks.suspicions import list_names
 
 _COVERAGE = 0.9  # of intervals
 _EXAMPLES = 8  # for the report
@@ -141,6 +142,18 @@ class Regression(TextTask):
                 )
         return np.array(values, np.float32).reshape(len(values), len(self.labels))
 
+    def suspicions(
+        self, train: Sequence[str], validation: Sequence[str], source: SourceConfig
+    ) -> list[str]:
+        values = self.targets([*train, *validation])
+        constant = [n for i, n in enumerate(self.labels) if np.ptp(values[:, i]) == 0]
+        if not constant:
+            return []
+        return [
+            f"every text has the same number in {list_names(constant)}: nothing can be learned "
+            "from it; set finetune.source.label_column to another column"
+        ]
+
     def prepare(self, targets: Targets) -> Regression:
         values = np.asarray(targets, np.float64)
         std = np.nanstd(values, axis=0)
@@ -201,23 +214,24 @@ class Regression(TextTask):
             is_known = ~np.isnan(truth[:, i])
             x, y = found[is_known, i], truth[is_known, i]
             error = x - y
-            varies = len(y) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
+            can_rank, varies = len(y) > 1 and np.ptp(y) > 0, len(x) > 1 and np.ptp(x) > 0
             variance = float(np.var(y)) if len(y) else 0.0
-            mse = float(np.mean(error**2)) if len(y) else 0.0
+            mse = float(np.mean(error**2)) if len(y) else math.nan
+            spearman = 0.0 if can_rank else math.nan  # of equal predictions
             per_target[name] = {
                 "rmse": math.sqrt(mse),
-                "mae": float(np.mean(np.abs(error))) if len(y) else 0.0,
-                "spearman": float(spearmanr(x, y).statistic) if varies else 0.0,
-                "r2": 1 - mse / variance if variance > 0 else 0.0,
+                "mae": float(np.mean(np.abs(error))) if len(y) else math.nan,
+                "spearman": float(spearmanr(x, y).statistic) if can_rank and varies else spearman,
+                "r2": 1 - mse / variance if variance > 0 else math.nan,
                 "loss": mse / float(self._scale()[1][i]) ** 2,
                 "support": len(y),
             }
             interval = self._intervals()[i]
             if interval is not None:
-                covered = float(np.mean(np.abs(error) <= interval)) if len(y) else 0.0
+                covered = float(np.mean(np.abs(error) <= interval)) if len(y) else math.nan
                 per_target[name] |= {"interval": interval, "coverage": covered}
         means = {
-            metric: float(np.mean([scores[metric] for scores in per_target.values()]))
+            metric: _mean_of_known([scores[metric] for scores in per_target.values()])
             for metric in self.selection_metrics
         }
         return {"n": len(truth), **means, "label_names": self.labels, "per_target": per_target}
@@ -314,12 +328,18 @@ class Regression(TextTask):
         rows = [
             [
                 target,
-                *(f"{found[name]:.4g}" if name in found else "-" for name in names),
+                *("none" if found.get(n) is None else f"{found[n]:.4g}" for n in names),
                 f"{found['support']:,}",
             ]
             for target, found in metrics.get("per_target", {}).items()
         ]
         return [TableData("Scores per target", ["target", *names, "rows"], rows)]
+
+
+def _mean_of_known(values: Sequence[float]) -> float:
+    """The mean without targets of which there was nothing to measure; NaN if that are all."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _conformal_quantile(residuals: _F64) -> float | None:

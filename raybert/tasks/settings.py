@@ -33,9 +33,10 @@ class PretrainConfig(TrainConfig):
         None, description="a model/ folder whose weights training starts from; null: random"
     )
     evaluation_rows: int = Field(2048, ge=1, description="held-out rows that are evaluated on")
-    examples: list[str] = Field(
-        ["I have watched this [MASK] and it was awesome."],
-        description="sentences whose five most probable fillings are logged at every evaluation",
+    examples: list[str] | None = Field(
+        None,
+        description="sentences with [MASK] whose five most probable fillings are logged at every "
+        "evaluation; null: three of the held-out text",
     )
 
 

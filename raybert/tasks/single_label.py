@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
@@ -43,6 +44,7 @@ from raybert.tasks.protocol import (
     Tensors,
     TextTask,
 )
+from raybert.tasks.suspicions import label_suspicions
 
 _WRONG_EXAMPLES, _RIGHT_EXAMPLES = 8, 4  # for the report
 
@@ -104,6 +106,12 @@ class SingleLabel(TextTask):
 
     def no_targets(self, count: int) -> npt.NDArray[np.int64]:
         return np.full(count, NO_LABEL, np.int64)
+
+    def suspicions(
+        self, train: Sequence[str], validation: Sequence[str], source: SourceConfig
+    ) -> list[str]:
+        texts = len(train) + len(validation)
+        return label_suspicions(self.labels, Counter(train), Counter(validation), texts, source)
 
     def make_loss(self, config: LossSettings, targets: Targets) -> Loss:
         return cross_entropy(config, np.asarray(targets), len(self.labels))

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -56,6 +58,7 @@ from raybert.tasks.protocol import (
     Tensors,
     TextTask,
 )
+from raybert.tasks.suspicions import label_suspicions
 
 
 class Entity(AnswerElement):
@@ -139,6 +142,16 @@ class TokenClassification(TextTask):
             targets[word.token] = index[tag]
         return targets
 
+    def suspicions(
+        self, train: Sequence[str], validation: Sequence[str], source: SourceConfig
+    ) -> list[str]:
+        trained, validated = (
+            Counter(kind for label in part for _, _, kind in json.loads(label))
+            for part in (train, validation)
+        )
+        entities = trained.total() + validated.total()
+        return label_suspicions(self.types, trained, validated, entities, source)
+
     def groups(self, labels: Sequence[str]) -> Sequence[str]:
         """The types of entities in each text."""
         return [" ".join(sorted({kind for _, _, kind in json.loads(label)})) for label in labels]
@@ -178,8 +191,8 @@ class TokenClassification(TextTask):
             "n": len(expected),
             "words": count,
             **entity_scores(expected, predicted),
-            "accuracy": correct / max(1, count),
-            "loss": loss / max(1, count),
+            "accuracy": correct / count if count else math.nan,
+            "loss": loss / count if count else math.nan,
             "label_names": self.types,
         }
 

@@ -20,6 +20,7 @@ from raybert.records import (
     EvalRecord,
     Record,
     TrainRecord,
+    format_mean,
     headline,
     longest_data_wait,
     metric_of,
@@ -124,7 +125,9 @@ class Display:
         elif record["kind"] == "eval":
             self.print(f"{self._stage:<9} step {record['step']:>6,}  {_format_eval(record)}")
             for example in record.get("fillings", []):
-                self.print(f"{'':<9} {example['text']}  ->  {_format_tokens(example['tokens'])}")
+                expected = f" (in the text: {e})" if (e := example.get("expected")) else ""
+                tokens = _format_tokens(example["tokens"])
+                self.print(f"{'':<9} {example['text']}  ->  {tokens}{expected}")
         elif record["kind"] == "event" and record["event"] != "start":
             self.print(f"{self._stage:<9} step {record['step']:>6,}  {record.get('message', '')}")
 
@@ -138,7 +141,7 @@ def _format_train(record: TrainRecord, total: int | None) -> str:
     steps = f"{record['step']:,}" + (f"/{total:,}" if total else "")
     parts = [
         f"step {steps}",
-        f"loss {record['loss']:.3f}",
+        f"loss {format_mean(record['loss'], 3)}",
         f"lr {record['lr']:.1e}",
         f"{record['tokens_per_second']:,.0f} tokens/s",
     ]
@@ -157,8 +160,10 @@ def _format_train(record: TrainRecord, total: int | None) -> str:
 
 
 def _format_eval(record: EvalRecord) -> str:
-    parts = [f"held-out loss {record['loss']:.4f}"]
-    if "unigram_loss" in record:
+    parts = [f"held-out loss {format_mean(record['loss'])}"]
+    if format_mean(record["loss"]) == "none":
+        parts.append("(nothing held out was predicted)")
+    elif "unigram_loss" in record:
         parts.append(f"(unigram {record['unigram_loss']:.4f})")
     if metric_of(record) in record and metric_of(record) != "loss":
         parts.append(headline(record))

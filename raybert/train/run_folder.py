@@ -21,6 +21,8 @@ from raybert.train.settings import MAY_CHANGE, ROUNDING, defaults
 
 CONFIG, RESULT, INPUTS = "config.yaml", "result.json", "inputs.json"
 ORDER = "order.json"  # the micro-batches of a run that was resumed with others
+#: Values that leave a choice to the data: what was chosen is in the data's own description.
+_LEFT_OPEN = {"corpus.tokenizer.kind": "auto"}
 DIGESTS = "digests"  # of every micro-batch: `<attempt>-<rank>.txt`
 
 
@@ -106,7 +108,11 @@ def _changed_settings(
     # A run of an earlier version lacks the keys that were added since.
     known = dict(flatten({name: defaults(name) for name in sections}))
     changed = differences({**{key: known[key] for key in new if key in known}, **old}, new)
-    return {key: values for key, values in changed.items() if key.partition(".")[0] in sections}
+    return {
+        key: values
+        for key, values in changed.items()
+        if key.partition(".")[0] in sections and _LEFT_OPEN.get(key, ...) not in values
+    }
 
 
 def _format_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:

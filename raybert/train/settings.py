@@ -7,7 +7,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raybert.config import NumberOrRange, Range
+from raybert.config import NumberOrRange, Range, Settings
+from raybert.data.corpus.settings import CorpusConfig
+from raybert.model.settings import ModelConfig
 from raybert.train.autocast import PrecisionName
 from raybert.train.optimizers import OptimizerConfig
 from raybert.train.schedules import ScheduleConfig
@@ -167,12 +169,13 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
 
 
 def defaults(section: str) -> dict[str, Any]:
-    """The default settings of a section, if it is a stage of training.
+    """The default settings of a section, if it is a stage of training, or what one reads.
 
     A run of before a setting existed counts as having its default: add settings accordingly.
     """
-    stages = {stage.section: stage for stage in TrainConfig.__subclasses__()}
-    return stages[section]().model_dump(mode="json") if section in stages else {}
+    known: dict[str, type[Settings]] = {"corpus": CorpusConfig, "model": ModelConfig}
+    known |= {stage.section: stage for stage in TrainConfig.__subclasses__()}
+    return known[section]().model_dump(mode="json") if section in known else {}
 
 
 #: Settings that may differ when a run is resumed: its length, its workers, its logging.
@@ -180,7 +183,7 @@ MAY_CHANGE = frozenset(
     (
         "steps tokens epochs minutes evaluations log_every checkpoint_minutes checkpoint_steps "
         "keep_checkpoints on_checkpoint_failure workers gpu threads max_failures "
-        "collective_timeout_s digests on_non_finite"
+        "collective_timeout_s digests on_non_finite examples"
     ).split()
 )
 #: Settings that change nothing but how numbers are rounded, and dropout's draws. They may differ

@@ -109,7 +109,7 @@ class TrainStep:
     def mean_loss(self) -> float:
         """The mean loss over all ranks since the last call, which all ranks make together.
 
-        NaN if no step was taken since.
+        NaN if no step was taken since, or nothing was predicted.
         """
         loss, count = self._group.sum([float(self._loss), self._count])
         self._loss.zero_()

@@ -9,6 +9,7 @@ own folder; Ray Tune's checkpoint is only a pointer to them.
 from __future__ import annotations
 
 import gc
+import math
 import queue
 import threading
 import uuid
@@ -162,6 +163,8 @@ class FinetuneTrial(Trainable):  # type: ignore[misc]  # of an untyped package
         if evaluation is None:  # the last evaluation was before a restart
             return {**self._latest_result, "ended": True, "done": True}
         metric = metric_of(evaluation)
+        if not math.isfinite(evaluation["score"]):  # of nothing, or of broken weights
+            evaluation = {**evaluation, "score": FAILED_SCORE}
         is_last = evaluation["step"] >= (evaluation["total_steps"] or 0)
         if is_last:
             run.advance()  # writes the model and the result

@@ -239,14 +239,15 @@ def test_a_stored_configuration_takes_other_texts(raybert, experiment, tmp_path)
     from raybert.data.sources import documents
     from raybert.experiment import Experiment as Configured
     from raybert.pipeline import run_stages
+    from raybert.pipeline.named_sources import with_sources
 
     (tmp_path / "mine.yaml").write_text(raybert("config").out)
 
     def splits(*overrides):
-        source = load(Configured, tmp_path / "mine.yaml", overrides).evaluate.source
-        return [shard.splits for shard in documents.shards(source, labels=True)]
+        found = with_sources(load(Configured, tmp_path / "mine.yaml", overrides)).evaluate.source
+        return [shard.splits for shard in documents.shards(found, labels=True)]
 
-    assert splits() == [("test",)]
+    assert splits("corpus.source.path=sample:imdb") == [("test",)]
     assert splits(f"evaluate.source.path={experiment.texts}") == [()]
     assert splits("evaluate.source.path=sample:all") == [("test",)]
     given = load_experiment(None, None, None, "sample:rotten-tomatoes")

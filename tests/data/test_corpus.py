@@ -133,7 +133,8 @@ def documents_of(folder: Folder, manifest: Manifest, split: str) -> list[tuple[i
 
 
 def part_bytes(folder: Folder) -> dict[str, bytes]:
-    return {n: folder.read_bytes(n) for n in folder.names() if n != "manifest.json"}
+    other = ("manifest.json", "attempts")
+    return {n: folder.read_bytes(n) for n in folder.names() if n not in other}
 
 
 def small_blocks(monkeypatch, size):
@@ -250,7 +251,8 @@ def test_a_changed_source_file_is_refused_unless_forced(ray_session, tmp_path):
     folder.write_bytes("notes.txt", b"not ours")
     manifest = build(config, folder, force=True)
     assert manifest.info["documents_read"] == 90
-    expected = {"manifest.json", "notes.txt", "tokenizer.json", "tokenizer_config.json"}
+    expected = {"attempts", "manifest.json", "notes.txt"}
+    expected |= {"tokenizer.json", "tokenizer_config.json"}
     expected |= {part.name for split in manifest.splits.values() for part in split.parts}
     assert set(folder.names()) == expected
 
@@ -350,22 +352,53 @@ def test_word_starts_of_a_byte_level_tokenizer_are_stored(ray_session, tmp_path)
     assert written == int(ragged.word_starts.sum()) < len(ragged.values)
 
 
+@pytest.mark.ray
+def test_text_of_a_script_without_spaces_is_learned_and_unknown_text_refused(ray_session, tmp_path):
+    draw = random.Random(0)
+    lines = ["".join(chr(0x4E00 + draw.randrange(300)) for _ in range(60)) for _ in range(90)]
+    path, folder = write_lines(tmp_path / "han.txt", lines), Folder(tmp_path / "corpus")
+    with pytest.raises(
+        DataError, match=r"100.0% of .*han.txt is unknown .*kind=byte_bpe \(now wor"
+    ):
+        build(settings_for(path, tokenizer={"kind": "words", "vocab_size": 290}), folder)
+    assert not folder.exists()  # the tokenizer is measured before anything is written
+    manifest = build(settings_for(path, tokenizer={"vocab_size": 400}), folder)
+    assert (manifest.info["tokenizer_kind"], manifest.info["unknown"]) == ("byte_bpe", 0.0)
+    for kind in ("auto", "byte_bpe"):  # the kind that was chosen is the same by its name
+        assert existing(settings_for(path, tokenizer={"vocab_size": 400, "kind": kind}), folder)
+    with pytest.raises(UserError, match=r"tokenizer.kind='auto', now it is 'wordpiece'"):
+        existing(settings_for(path, tokenizer={"vocab_size": 400, "kind": "wordpiece"}), folder)
+    # A given tokenizer is measured while it reads: this one knows English only.
+    english = build(
+        settings_for(write_lines(tmp_path / "a.txt", reviews(60))), Folder(tmp_path / "english")
+    )
+    assert english.info["unknown"] == 0.0
+    tokenizer = {"kind": "file", "path": str(tmp_path / "english")}
+    with pytest.raises(DataError, match="100.0% of .*han.txt is unknown"):
+        build(settings_for(path, tokenizer=tokenizer), Folder(tmp_path / "other"))
+    assert not Folder(tmp_path / "other").exists("manifest.json")
+
+
+def test_a_corpus_of_before_a_setting_existed_is_that_of_its_default(tmp_path):
+    """And one of the kind that was the default, of the kind that chooses it."""
+    from making import make_corpus
+
+    config = settings_for(write_lines(tmp_path / "a.txt", reviews(30)))
+    folder = Folder(tmp_path / "corpus")
+    make_corpus(folder, config=config)
+    values = folder.read_json("manifest.json")
+    values["info"]["config"]["tokenizer"]["kind"] = "wordpiece"
+    del values["info"]["config"]["tokenizer"]["special_tokens_in_text"]
+    del values["info"]["config"]["overlap_drop"]
+    folder.write_json("manifest.json", values)
+    assert existing(config, folder) is not None
+    words = config.tokenizer.model_copy(update={"kind": "words"})
+    with pytest.raises(UserError, match="tokenizer.kind='wordpiece', now it is 'words'"):
+        existing(config.model_copy(update={"tokenizer": words}), folder)
+
+
 def test_the_default_configuration_is_valid():
     config = CorpusConfig()
     assert config.rows_per_part % config.rows_per_group == 0
     assert config.tokenizer == TokenizerConfig()
     assert config.source == SourceConfig()
-
-
-def test_a_build_deletes_only_the_files_of_an_earlier_build(tmp_path):
-    ours = [
-        "manifest.json",
-        "train-00000.parquet",
-        ".train-00001.parquet.0a1b2c3d",
-        "tokenizer.json",
-    ]
-    theirs = ["notes.txt", "train-x.parquet", ".hidden", ".train-00001.parquet.old"]
-    for name in [*ours, *theirs]:
-        (tmp_path / name).write_text("x")
-    build_module._delete_earlier_build(Folder(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)

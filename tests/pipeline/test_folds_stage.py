@@ -6,7 +6,7 @@ import statistics
 import pytest
 from commands import refused
 from made import TASKS
-from making import searchable
+from making import GOOD, NEUTRAL, searchable
 
 from raybert.config import build
 from raybert.errors import ConfigError, DataError
@@ -74,8 +74,13 @@ def test_finished_folds_are_kept(tmp_path):
 
 def test_folds_keep_groups_together(tmp_path):
     experiment = searchable(tmp_path, finetune={"steps": 1, "evaluations": 1})
+    names = [*NEUTRAL, *GOOD]
     rows = [
-        {"text": f"a film {group} {copy}", "label": ("neg", "pos")[group % 2], "author": group}
+        {
+            "text": f"a film {names[group]} {names[copy]}",
+            "label": ("neg", "pos")[group % 2],
+            "author": group,
+        }
         for group in range(12)
         for copy in range(3)
     ]

@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raybert.records import finite
 from raybert.tasks.entities import Span, entity_scores, spans_of_tags, tags_of_words
 
 TAGS = st.lists(st.sampled_from(["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]), max_size=12)
@@ -66,12 +67,17 @@ def test_scores_count_exact_matches_of_span_and_type():
     assert scores["f1_macro"] == 1 / 3
 
 
-def test_texts_without_entities_score_zero_and_not_nan():
-    assert entity_scores([[]], [[]])["f1"] == 0.0
-    assert entity_scores([], [])["f1_macro"] == 0.0
+def test_a_score_of_no_entity_is_no_number():
+    for texts in ([[]], []):
+        scores = finite(entity_scores(texts, texts))
+        assert scores == {
+            **dict.fromkeys(("precision", "recall", "f1", "f1_macro")), "per_class": {},
+        }  # fmt: skip
+    found = finite(entity_scores([[]], [[Span(0, 1, "PER")]]))
+    assert (found["precision"], found["recall"], found["f1"]) == (0.0, None, None)
 
 
 @given(st.lists(TAGS, max_size=4))
 def test_a_perfect_prediction_scores_one(texts):
     spans = [spans_of_tags(tags) for tags in texts]
-    assert entity_scores(spans, spans)["f1"] == float(any(spans))
+    assert finite(entity_scores(spans, spans))["f1"] == (1.0 if any(spans) else None)

@@ -72,7 +72,7 @@ def test_an_undefined_loss_can_be_shown(capsys):
     with display.stage("pretrain"):
         display._last_plain = 0.0
         display.record({**TRAIN, "loss": float("nan")})
-    assert "loss nan" in capsys.readouterr().err
+    assert "loss none" in capsys.readouterr().err
 
 
 def test_a_log_gets_a_line_every_few_seconds(capsys, monkeypatch):

@@ -2,14 +2,14 @@
 
 `tokenize_job` reads and tokenizes on any CPU of the cluster; this process receives its tables in
 the order of the source, and `corpus_writer` splits, packs and writes them. So the bytes are the
-same for any number of CPUs. The manifest is written last: a folder without one holds no corpus.
+same for any number of CPUs. The manifest is written last: a folder without one holds no corpus. Of
+two builds in one folder, the one that began last finishes (`attempts`).
 """
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,23 +17,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import ValidationError
 
+from raybert.config import build as build_settings
 from raybert.config import differences
-from raybert.data.corpus.corpus_writer import HELDOUT, TRAIN, CorpusWriter, DigestSet
+from raybert.data.corpus.attempts import Attempt
+from raybert.data.corpus.corpus_writer import CorpusWriter, DigestSet
 from raybert.data.corpus.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from raybert.data.corpus.parts import check_row_groups
 from raybert.data.corpus.settings import CorpusConfig
 from raybert.data.corpus.tokenize_job import tokenized_blocks
 from raybert.data.keyed import text_digest
+from raybert.data.sources.changes import changes
 from raybert.data.sources.documents import documents, fingerprint
-from raybert.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
-from raybert.data.tokenizer_training import make_tokenizer
-from raybert.errors import UserError
+from raybert.data.tokenizer import Tokenizer
+from raybert.data.tokenizer_training import TrainedTokenizer, make_tokenizer, train_tokenizer
+from raybert.data.unknown import check_unknown
+from raybert.errors import ConfigError, UserError
 from raybert.storage.folder import Folder
-
-_FILES = re.compile(rf"({TRAIN}|{HELDOUT})-\d+\.parquet|{TOKENIZER_FILE}|{CONFIG_FILE}|{MANIFEST}")
-_UNFINISHED = re.compile(rf"\.(?:{_FILES.pattern})\.[0-9a-f]{{8}}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def build(
 ) -> Manifest:
     """Make a corpus in `folder` unless it is there or `force` is set; Ray must be initialized.
 
-    `progress` is called after every block. The files of an unfinished build are deleted.
+    `progress` is called after every block. The files of an unfinished build are deleted. Superseded
+    if another build in this folder begins meanwhile.
     """
     manifest = None if force else existing(config, folder)
     if manifest is not None:
@@ -67,9 +68,12 @@ def build(
     if config.tokenizer.kind == "file":  # before anything is read
         _check_tokenizer(make_tokenizer(config.tokenizer, ()))
     overlap = _overlap_digests(config)
-    tokenizer, total = _make_tokenizer(config, progress)
-    _delete_earlier_build(folder)  # after training a tokenizer has read the source without error
-    writer = CorpusWriter(config, folder, tokenizer, overlap)
+    trained, total = _train_tokenizer(config, progress)
+    warn_of_unknown(config, trained.unknown)
+    tokenizer = trained.tokenizer
+    attempt = Attempt(folder)  # after training a tokenizer has read the source without error
+    attempt.delete_leftovers()
+    writer = CorpusWriter(config, folder, tokenizer, overlap, attempt)
     started = time.monotonic()
     for block in tokenized_blocks(config, tokenizer, writer.skipped):
         writer.add(block)
@@ -78,7 +82,7 @@ def build(
         if writer.is_full:
             break
     splits, info = writer.close()
-    tokenizer.save(folder)
+    warn_of_unknown(config, info["unknown"])
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         seq_len=config.seq_len,
@@ -90,6 +94,7 @@ def build(
             "config": config.model_dump(mode="json"),
             "inputs": inputs,
             **info,
+            "tokenizer_kind": trained.kind,
             "seed": config.seed,
             "seconds": round(time.monotonic() - began, 1),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -99,16 +104,8 @@ def build(
             },
         },
     )
-    folder.write_json(MANIFEST, manifest.model_dump(mode="json"))
+    attempt.commit(tokenizer, manifest)
     return manifest
-
-
-def _delete_earlier_build(folder: Folder) -> None:
-    """Delete the files that an earlier build wrote, finished or not; no other file."""
-    # The manifest first: without it, the folder holds no corpus.
-    for name in [MANIFEST, *folder.names(hidden=True)]:
-        if _FILES.fullmatch(name) or _UNFINISHED.fullmatch(name):
-            folder.delete(name)
 
 
 def _check_tokenizer(tokenizer: Tokenizer) -> None:
@@ -122,12 +119,12 @@ def _check_tokenizer(tokenizer: Tokenizer) -> None:
         )
 
 
-def _make_tokenizer(
+def _train_tokenizer(
     config: CorpusConfig, progress: Callable[[Progress], None]
-) -> tuple[Tokenizer, int | None]:
+) -> tuple[TrainedTokenizer, int | None]:
     """The tokenizer, and the number of documents, which only training one counts."""
     if config.tokenizer.kind == "file":
-        return make_tokenizer(config.tokenizer, ()), None
+        return train_tokenizer(config.tokenizer, ()), None
     count = 0
     began = time.monotonic()
 
@@ -138,8 +135,17 @@ def _make_tokenizer(
             count += table.num_rows
             progress(Progress("tokenizer", count, 0, None, time.monotonic() - began))
 
-    tokenizer = make_tokenizer(config.tokenizer, texts())
-    return tokenizer, count
+    trained = train_tokenizer(config.tokenizer, texts())
+    return trained, count
+
+
+def warn_of_unknown(config: CorpusConfig, share: float | None) -> str | None:
+    """A warning if the tokenizer can't express much of the text; a DataError if it is too much."""
+    kind, size = config.tokenizer.kind, config.tokenizer.vocab_size
+    remedy = f"set corpus.tokenizer.kind=byte_bpe (now {kind})"
+    if kind != "file":
+        remedy += f", or raise corpus.tokenizer.vocab_size={size}"
+    return check_unknown(share, ", ".join(config.source.paths), remedy)
 
 
 def _overlap_digests(config: CorpusConfig) -> DigestSet | None:
@@ -153,6 +159,7 @@ def _overlap_digests(config: CorpusConfig) -> DigestSet | None:
     return digests
 
 
+_AUTOMATIC = {"wordpiece", "byte_bpe"}  # kinds that `auto` chooses from
 _REMEDY = "name another folder, or pass --force to make this corpus again"
 
 
@@ -162,17 +169,24 @@ def existing(config: CorpusConfig, folder: Folder) -> Manifest | None:
         return None
     manifest = Manifest.read(folder)
     check_config(config, manifest, folder)
-    for name, was, now in _changes(manifest.info.get("inputs", {}), inputs_of(config)):
-        raise UserError(f"{folder}: its corpus was made from {name} {was}, now {now}; {_REMEDY}")
+    known = manifest.info.get("inputs", {})
+    for key, files in inputs_of(config).items():
+        for name, was, now in changes(known.get(key, []), files):
+            raise UserError(
+                f"{folder}: its corpus was made from {name} {was}, now {now}; {_REMEDY}"
+            )
     return manifest
 
 
 def check_config(config: CorpusConfig, manifest: Manifest, folder: Folder) -> None:
     """Raise UserError if another configuration than `config` made a corpus; reads no source."""
-    before = manifest.info.get("config", {})
-    with suppress(ValidationError):  # the settings that it lacks had their defaults
-        before = CorpusConfig.model_validate(before).model_dump(mode="json")
-    changed = differences(before, config.model_dump(mode="json"))
+    old = manifest.info.get("config", {})
+    with suppress(ConfigError):  # a corpus of an earlier version lacks keys that were added since
+        old = build_settings(CorpusConfig, old, "").model_dump(mode="json")
+    changed = differences(old, config.model_dump(mode="json"))
+    kinds = {old.get("tokenizer", {}).get("kind"), manifest.info.get("tokenizer_kind")}
+    if config.tokenizer.kind in kinds or (config.tokenizer.kind == "auto" and kinds & _AUTOMATIC):
+        changed.pop("tokenizer.kind", None)
     if changed:
         key, (old, new) = next(iter(changed.items()))
         more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
@@ -190,27 +204,3 @@ def inputs_of(config: CorpusConfig) -> dict[str, list[list[Any]]]:
     if config.tokenizer.kind == "file":
         inputs["tokenizer"] = [["hash", make_tokenizer(config.tokenizer, ()).hash, None]]
     return inputs
-
-
-def _changes(
-    old: dict[str, list[list[Any]]], new: dict[str, list[list[Any]]]
-) -> Iterator[tuple[str, str, str]]:
-    """Yield (file, description before, description now) for every input that differs."""
-    for key in new:
-        before = {name: rest for name, *rest in old.get(key, [])}
-        after = {name: rest for name, *rest in new[key]}
-        for name in [*before, *(name for name in after if name not in before)]:
-            if before.get(name) != after.get(name):
-                yield name, _describe(before.get(name)), _describe(after.get(name))
-
-
-def _describe(values: list[Any] | None) -> str:
-    if values is None:
-        return "(not there)"
-    size, mtime = values
-    if isinstance(size, str):  # a tokenizer's hash
-        return size[:12]
-    if mtime is None:
-        return f"of {size:,} bytes"
-    when = datetime.datetime.fromtimestamp(mtime / 1e9, datetime.UTC)
-    return f"of {size:,} bytes from {when:%Y-%m-%d %H:%M:%S} UTC"

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raybert.data.corpus.attempts import Attempt
 from raybert.data.corpus.manifest import SplitManifest
 from raybert.data.corpus.parts import PartWriter
 from raybert.data.corpus.settings import CorpusConfig
@@ -20,6 +21,7 @@ from raybert.data.keyed import U64
 from raybert.data.sources.documents import no_documents
 from raybert.data.sources.row_table import accept, first_good
 from raybert.data.tokenizer import Tokenizer
+from raybert.data.unknown import UnknownCount, text_tokens
 from raybert.errors import DataError
 from raybert.storage.folder import Folder
 
@@ -120,6 +122,7 @@ class CorpusWriter:
         folder: Folder,
         tokenizer: Tokenizer,
         overlap: DigestSet | None,
+        attempt: Attempt,
     ) -> None:
         self._config, self._tokenizer, self._overlap = config, tokenizer, overlap
         self._writers = {
@@ -130,6 +133,8 @@ class CorpusWriter:
                 vocab_size=tokenizer.vocab_size,
                 rows_per_part=config.rows_per_part,
                 rows_per_group=config.rows_per_group,
+                suffix=attempt.suffix,
+                before_part=attempt.check,
             )
             for split in (TRAIN, HELDOUT)
         }
@@ -146,7 +151,7 @@ class CorpusWriter:
         self._seen = DigestSet()
         self._heldout_digests: set[int] = set()  # copies of a held-out text are held out, too
         self.skipped: Counter[str] = Counter()
-        self._duplicates = self._overlapping = 0
+        self._duplicates = self._overlapping = self._chars = self._unknown_chars = 0
         self.documents_read = 0  # without bad rows
 
     @property
@@ -186,6 +191,8 @@ class CorpusWriter:
         ids, offsets = _flat(block["ids"])
         by_id = self._tokenizer.starts_by_id
         starts = _flat(block["starts"])[0] if by_id is None else by_id[ids]
+        self._chars += int(block["chars"].to_numpy()[keep].sum())
+        self._unknown_chars += int(block["unknown_chars"].to_numpy()[keep].sum())
         for split, chosen in ((TRAIN, keep & ~heldout), (HELDOUT, heldout)):
             if chosen.any():
                 tokens = slice(None) if chosen.all() else np.repeat(chosen, np.diff(offsets))
@@ -220,6 +227,12 @@ class CorpusWriter:
                     f"corpus.heldout_fraction={config.heldout_fraction} or give more text"
                 )
         loss = unigram_loss(train.counts, heldout.counts, self._tokenizer.is_special)
+        unknown = self._unknown(train.counts + heldout.counts)
+        if unknown is None:
+            raise DataError(
+                f"{', '.join(config.source.paths)}: no document has a token of text; check "
+                "corpus.source.text_column and corpus.tokenizer"
+            )
         info: dict[str, Any] = {
             "documents": {TRAIN: train.documents, HELDOUT: heldout.documents},
             "tokens": {TRAIN: train.tokens, HELDOUT: heldout.tokens},
@@ -228,8 +241,19 @@ class CorpusWriter:
             "skipped": dict(sorted(self.skipped.items())),
             "overlap": None if self._overlap is None else self._overlapping,
             "unigram_loss": loss,
+            "unknown": unknown,
         }
         return {split: writer.close() for split, writer in self._writers.items()}, info
+
+    def _unknown(self, counts: npt.NDArray[np.int64]) -> float | None:
+        """The share of the text that is unknown to the tokenizer; `counts` of every id, [V]."""
+        unknown_id = self._tokenizer.unknown_id
+        return UnknownCount(
+            0 if unknown_id is None else int(counts[unknown_id]),
+            int(counts[text_tokens(self._tokenizer)].sum()),
+            self._unknown_chars,
+            self._chars,
+        ).share
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 from raybert.config import Settings, build
@@ -76,8 +77,11 @@ class Manifest(Settings):
 
     @property
     def digest(self) -> str:
-        """A hash of the content, not of the time, the sources or the versions that made it."""
+        """A hash of the content, not of the build, the sources or the versions that made it."""
         content = self.model_dump(mode="json", exclude={"info"})
+        for split in content["splits"].values():
+            for part in split["parts"]:
+                part["name"] = re.sub(r"-a\d+(?=\.)", "", part["name"])  # which build wrote it
         # The unigram model's loss depends on every token of the training split.
         content["content"] = {key: self.info.get(key) for key in ("tokens", "unigram_loss")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,9 +41,13 @@ class PartWriter:
         vocab_size: int,
         rows_per_part: int,
         rows_per_group: int,
+        suffix: str = "",
+        before_part: Callable[[], None] = lambda: None,
     ) -> None:
+        """Set up; parts' names end in `suffix`; `before_part` is called before each is written."""
         check_row_groups(rows_per_part, rows_per_group)
         self._folder, self._split, self._seq_len = folder, split, seq_len
+        self._suffix, self._before_part = suffix, before_part
         self._dtype = id_dtype(vocab_size)
         self._rows_per_part, self._rows_per_group = rows_per_part, rows_per_group
         self._ids: list[npt.NDArray[Any]] = []
@@ -104,7 +109,8 @@ class PartWriter:
         )
         data = sink.getvalue()
         self._record_layout(data, ids.shape[1] * ids.itemsize, starts.shape[1])
-        name = f"{self._split}-{len(self._parts):05d}.parquet"
+        name = f"{self._split}-{len(self._parts):05d}{self._suffix}.parquet"
+        self._before_part()
         self._folder.write_bytes(name, data)
         digest = hashlib.sha256(data).hexdigest()
         self._parts.append(PartFile(name=name, rows=len(ids), bytes=len(data), sha256=digest))
@@ -178,7 +184,7 @@ class PartReader:
 
     def __init__(self, folder: Folder, manifest: Manifest, split: str) -> None:
         self._folder, self._seq_len = folder, manifest.seq_len
-        self._dtype = np.dtype(manifest.dtype)
+        self._dtype, self._vocab_size = np.dtype(manifest.dtype), manifest.vocab_size
         described = manifest.splits[split]
         self._split = described.model_copy(update={"parts": []})
         self.rows, self.rows_per_group = described.rows, described.rows_per_group
@@ -218,6 +224,11 @@ class PartReader:
         # of full groups hold.
         at = inverse * per_group + row_ids % per_group
         ids, packed = (np.concatenate(arrays)[at] for arrays in zip(*read, strict=True))
+        if int(ids.max()) >= self._vocab_size:
+            raise DamagedError(
+                f"{self._folder}: a row has the id {int(ids.max()):,}, and the vocabulary has "
+                f"{self._vocab_size:,} tokens; make the corpus again with `raybert corpus --force`"
+            )
         starts = np.unpackbits(packed, axis=1, bitorder="little", count=self._seq_len)
         return Rows(ids, starts.view(np.bool_))
 

@@ -25,6 +25,7 @@ from raybert.data.sources.files import Shard
 from raybert.data.sources.row_table import LabelParser, schema_of
 from raybert.data.sources.settings import SourceConfig
 from raybert.data.tokenizer import Tokenizer
+from raybert.data.unknown import unknown_characters
 from raybert.errors import RaybertError
 
 _BLOCK_BYTES = 2 << 20  # of text or ids between operators
@@ -103,11 +104,13 @@ def tokenize(batch: pa.Table, spec: Any, hash: str, seed: int) -> pa.Table:
     `hash`. Returns the columns ids: list of uint16 or uint32, of bad rows those of an empty text;
     starts: list of bool (whether a word starts), null where the id alone determines it; digest:
     uint64, equal for texts that differ only in white space; split_hash: uint64, a uniform hash that
-    selects held-out documents; problem and place.
+    selects held-out documents; chars: int64, of the text, and unknown_chars of them; problem and
+    place.
     """
     tokenizer = _tokenizer(spec, hash)
     texts = batch.column("text").to_pylist()
-    ragged = tokenizer.encode(["" if text is None else text for text in texts])
+    known = ["" if text is None else text for text in texts]
+    ragged = tokenizer.encode(known)
     offsets = pa.array(ragged.offsets, pa.int32())
     starts = pa.nulls(len(texts), pa.list_(pa.bool_()))
     if tokenizer.starts_by_id is None:
@@ -119,6 +122,8 @@ def tokenize(batch: pa.Table, spec: Any, hash: str, seed: int) -> pa.Table:
             "starts": starts,
             "digest": pa.array(words[::2]),
             "split_hash": pa.array(words[1::2]),
+            "chars": pa.array([len(text) for text in known], pa.int64()),
+            "unknown_chars": pa.array(unknown_characters(known, ragged, tokenizer)),
             "problem": batch.column("problem"),
             "place": batch.column("place"),
         }

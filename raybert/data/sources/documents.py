@@ -37,6 +37,8 @@ def shards(config: SourceConfig, *, labels: bool = False) -> list[Shard]:
 
 def _find(config: SourceConfig, labels: bool) -> Iterator[tuple[str, Found]]:
     """Yield each path and what it holds."""
+    if config.path is None:
+        raise DataError("a source has no path: name its texts, or sample:imdb")
     purpose: Purpose = "train" if labels else "corpus"
     if config.is_for_evaluation:
         purpose = "evaluate"

@@ -27,10 +27,11 @@ class SourceConfig(Settings):
 
     is_for_evaluation: ClassVar[bool] = False
 
-    path: str | list[str] = Field(
-        "sample:imdb",
+    path: str | list[str] | None = Field(
+        None,
         description="local paths, URIs that pyarrow's filesystems read, globs, or the embedded "
-        "default: sample:imdb, sample:rotten-tomatoes, sample:all; {split} is replaced by `split`",
+        "reviews: sample:imdb, sample:rotten-tomatoes, sample:all; {split} is replaced by `split`; "
+        "null: fine-tuning reads what the corpus was made from, evaluation what fine-tuning reads",
     )
     format: FormatName = Field(
         "auto",
@@ -65,7 +66,10 @@ class SourceConfig(Settings):
         "of the sample; null: train for labels, all but test for a corpus, test for evaluation",
     )
     text_column: str = Field(
-        "text", description="column of the texts; review.text is a field of a nested column"
+        "text",
+        description="column of the texts; review.text is a field of a nested column; --text-column "
+        "sets it for every stage; where it is not set, the corpus's is read, and the model's in "
+        "evaluation and prediction",
     )
     pair_column: str | None = Field(
         None, description="column of a second text, for tasks on pairs of texts; null: none"
@@ -76,7 +80,9 @@ class SourceConfig(Settings):
         "never split between training and validation; null: copies of a text are a group",
     )
     label_column: str | list[str] = Field(
-        "label", description="column of the labels, or several: of 0 and 1, or of numbers"
+        "label",
+        description="column of the labels, or several: of 0 and 1, or of numbers; --label-column "
+        "sets it for every stage; where it is not set, the model's is read in evaluation",
     )
     keep_columns: list[str] = Field(
         [],
@@ -151,8 +157,9 @@ class SourceConfig(Settings):
 
     @field_validator("path")
     @classmethod
-    def _path(cls, value: str | list[str]) -> str | list[str]:
-        if not value or not all([value] if isinstance(value, str) else value):
+    def _path(cls, value: str | list[str] | None) -> str | list[str] | None:
+        given = [value] if isinstance(value, str) else value
+        if given is not None and not (given and all(given)):
             raise ValueError(
                 f"path={value!r}: name a file, a folder, a glob, a URI, or sample:imdb"
             )
@@ -160,8 +167,8 @@ class SourceConfig(Settings):
 
     @property
     def paths(self) -> list[str]:
-        """The configured paths as a list."""
-        return [self.path] if isinstance(self.path, str) else self.path
+        """The configured paths as a list; empty where none is."""
+        return [self.path] if isinstance(self.path, str) else self.path or []
 
     @property
     def other_columns(self) -> dict[str, str]:
