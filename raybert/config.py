@@ -5,7 +5,6 @@ Every error is one line that names key, value and remedy; an unknown key, the ne
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,22 +143,8 @@ def load(
     A missing file, a syntax error, an unknown key or an invalid value is a ConfigError, which names
     the file or `options`, the command-line options of the overrides.
     """
-    values: Any = {}
     source = str(path) if path else "the defaults"
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"--config {path}: {reason}") from None
-        values = parse_yaml(text, source) or {}
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"{source}: expected `section:` keys at the top, got {type(values).__name__}"
-            )
-    before = copy.deepcopy(values)
-    for override in overrides:
-        _override(values, override)
+    before, values = read_values(path), read_values(path, overrides)
     try:
         return build(root, values, "")
     except ConfigError as error:
@@ -169,6 +154,25 @@ def load(
     except ConfigError as error:  # the same error without the overrides comes from the file
         options = source if str(error) == message else options
     raise ConfigError(f"{options}: {message}")
+
+
+def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a configuration file, if any, with overrides, not validated yet."""
+    values: Any = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"--config {path}: {reason}") from None
+        values = parse_yaml(text, str(path)) or {}
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{path}: expected `section:` keys at the top, got {type(values).__name__}"
+            )
+    for override in overrides:
+        _override(values, override)
+    return dict(values)
 
 
 def build(root: type[S], values: Mapping[str, Any], source: str) -> S:

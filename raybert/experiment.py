@@ -19,11 +19,6 @@ from raybert.storage.registry import REGISTRY
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
 from raybert.tune.settings import TuneConfig
 
-#: The keys that `--data`, `--text-column` and `--label-column` set.
-DATA_KEYS = ("corpus.source.path", "finetune.source.path", "evaluate.source.path")
-TEXT_KEYS = tuple(key.replace("path", "text_column") for key in DATA_KEYS)
-LABEL_KEYS = tuple(key.replace("path", "label_column") for key in DATA_KEYS[1:])
-
 
 class RunConfig(Settings):
     """Name and location of an experiment."""

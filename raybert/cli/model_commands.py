@@ -15,6 +15,7 @@ from raybert.cli.options import (
     NameOption,
     SetOption,
     TextColumnOption,
+    check_model,
     load_experiment,
     load_model_folder,
     new_display,
@@ -74,10 +75,15 @@ def predict(
     `raybert predict -m runs/pairs "A dog runs." --pair "An animal moves."`,
     `raybert predict -m runs/mine -i reviews.csv -o labels.csv --keep author`
     """
+    check_model(model)
+    if source is not None:
+        from raybert.pipeline import preflight
+
+        preflight.check_texts(source)
+    experiment = load_experiment(config, overrides, name, text_column=text_column)
     from raybert.pipeline import predict_stage
     from raybert.tasks.protocol import AnswerOptions
 
-    experiment = load_experiment(config, overrides, name, text_column=text_column)
     folder = load_model_folder(model, experiment)
     options = AnswerOptions(top_k=top_k, threshold=threshold)
     if pairs is not None and len(pairs) != len(texts or []):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,29 +58,64 @@ def load_experiment(
     *,
     text_column: str | None = None,
     label_column: list[str] | None = None,
+    reads: Sequence[str] = (),
+    run: str = "finetune",
 ) -> Experiment:
-    """Read the configuration and apply `--data` and columns, then `--set`, then `--name`."""
-    from raybert.config import load
-    from raybert.experiment import DATA_KEYS, LABEL_KEYS, TEXT_KEYS, Experiment
+    """Read the configuration and apply `--data` and columns, then `--set`, then `--name`.
 
-    label: Any = label_column[0] if label_column and len(label_column) == 1 else label_column
+    The sources of the stages in `reads` are looked at first, since the import of the configuration
+    takes seconds, with PyTorch; `run` is the folder of the fine-tuning.
+    """
+    from raybert.config import load, read_values
+
+    columns = label_column or None  # an option that is not given may be an empty list
+    label: Any = columns[0] if columns and len(columns) == 1 else columns
     options = {
-        "--data": _assign(DATA_KEYS, data),
-        "--text-column": _assign(TEXT_KEYS, text_column),
-        "--label-column": _assign(LABEL_KEYS, label),
+        "--data": _assign("path", _STAGES, data),
+        "--text-column": _assign("text_column", _STAGES, text_column),
+        "--label-column": _assign("label_column", _STAGES[1:], label),
         "--set": overrides or [],
-        "--name": _assign(("run.name",), name),
+        "--name": [] if name is None else [f"run.name={json.dumps(name)}"],
     }
-    return load(
-        Experiment,
-        path,
-        [override for given in options.values() for override in given],
-        options=", ".join(option for option, given in options.items() if given),
-    )
+    given = [override for some in options.values() for override in some]
+    if reads:
+        from raybert.pipeline import preflight
+
+        preflight.check_sources(read_values(path, given), reads, run)
+    with _loading():
+        from raybert.experiment import Experiment
+
+    names = ", ".join(option for option, some in options.items() if some)
+    return load(Experiment, path, given, options=names)
 
 
-def _assign(keys: Sequence[str], value: Any) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key in keys] if value is not None else []
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Show on a terminal what takes the first seconds."""
+    is_shown = sys.stderr.isatty()
+    if is_shown:
+        print("\r\x1b[2Kloading PyTorch", end="", file=sys.stderr, flush=True)
+    yield
+    if is_shown:
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+_STAGES = ("corpus", "finetune", "evaluate")
+
+
+def _assign(key: str, stages: Sequence[str], value: Any) -> list[str]:
+    """The overrides that set a key of the sources of stages."""
+    if value is None:
+        return []
+    return [f"{stage}.source.{key}={json.dumps(value)}" for stage in stages]
+
+
+def check_model(path: str | None) -> None:
+    """Raise UserError if `--model` names no model, before PyTorch is imported."""
+    from raybert.storage.registry import resolve_model
+
+    if path is not None:
+        resolve_model(path)
 
 
 def new_display() -> Display:

@@ -19,6 +19,7 @@ from raybert.cli.options import (
     NameOption,
     SetOption,
     TextColumnOption,
+    check_model,
     load_experiment,
     load_model_folder,
     new_display,
@@ -67,17 +68,19 @@ def run(
 
     Example: `raybert run -c configs/keras-mini.yaml`
     """
-    from raybert.pipeline.run_stages import run_stages
-
-    print_result(
-        run_stages(
-            load_experiment(
-                config, overrides, name, data, text_column=text_column, label_column=label_column
-            ),
-            new_display(),
-        ),
-        as_json,
+    experiment = load_experiment(
+        config,
+        overrides,
+        name,
+        data,
+        text_column=text_column,
+        label_column=label_column,
+        reads=("finetune", "corpus", "evaluate"),  # the first names all columns
     )
+    from raybert.pipeline.run_stages import format_run, run_stages
+
+    result = run_stages(experiment, new_display())
+    print_result(result, as_json, None if as_json else format_run(experiment, result))
 
 
 @app.command()
@@ -94,9 +97,11 @@ def corpus(
 
     Example: `raybert corpus -n mine --set corpus.source.path=reviews.parquet`
     """
+    experiment = load_experiment(
+        config, overrides, name, data, text_column=text_column, reads=("corpus",)
+    )
     from raybert.pipeline import stages
 
-    experiment = load_experiment(config, overrides, name, data, text_column=text_column)
     print_result(stages.make_corpus(experiment, new_display(), force=force), as_json)
 
 
@@ -113,9 +118,9 @@ def pretrain(
 
     Example: `raybert pretrain -n mine --set pretrain.minutes=30 --set pretrain.workers=2`
     """
+    experiment = load_experiment(config, overrides, name, data)
     from raybert.pipeline import stages
 
-    experiment = load_experiment(config, overrides, name, data)
     print_result(stages.pretrain(experiment, new_display(), in_process=in_process), as_json)
 
 
@@ -149,8 +154,6 @@ def finetune(
     `raybert finetune -n mine --folds 5`, `raybert finetune -n large --seeds 5`,
     `raybert finetune -n small --distill-from runs/large`
     """
-    from raybert.pipeline import stages
-
     distill = [f"finetune.distill.teacher={json.dumps(teacher)}"] if teacher is not None else []
     experiment = load_experiment(
         config,
@@ -159,7 +162,11 @@ def finetune(
         data,
         text_column=text_column,
         label_column=label_column,
+        reads=("finetune",),
+        run="ensemble" if seeds is not None else "finetune" if folds is None else "folds",
     )
+    from raybert.pipeline import stages
+
     if seeds is not None and folds is not None:
         raise UserError(
             "--seeds trains on one split, --folds on several: leave one out, or run them one after "
@@ -199,9 +206,8 @@ def evaluate(
 
     Example: `raybert evaluate -m runs/mine --set evaluate.source.path=test.csv`
     """
-    from raybert.pipeline import stages
-
     splits = [f"evaluate.source.split={split}"] if split is not None else []
+    check_model(model)
     experiment = load_experiment(
         config,
         [*(overrides or []), *splits],
@@ -209,7 +215,10 @@ def evaluate(
         data,
         text_column=text_column,
         label_column=label_column,
+        reads=("evaluate",),
     )
+    from raybert.pipeline import stages
+
     if model is None:
         metrics = stages.evaluate(experiment, new_display())
     else:
@@ -277,8 +286,6 @@ def tune(
 
     Example: `raybert tune -c configs/tune.yaml --trials 40 --minutes 120`
     """
-    from raybert.pipeline.tune_stage import tune as search
-
     given = {"tune.trials": trials, "tune.minutes": minutes}
     more = [f"{key}={value}" for key, value in given.items() if value is not None]
     experiment = load_experiment(
@@ -288,7 +295,11 @@ def tune(
         data,
         text_column=text_column,
         label_column=label_column,
+        reads=("finetune", "evaluate"),
+        run="tune",
     )
+    from raybert.pipeline.tune_stage import tune as search
+
     result = search(experiment, new_display(), dashboard=dashboard)
     print_result(result, as_json, None if as_json else _format_search(result))
 

@@ -13,15 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from raybert.cluster.session import ray_session
 from raybert.config import dump
 from raybert.data.preprocess import Preprocessing
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import RaybertError
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
-from raybert.pipeline.finetune_setup import input_length, known_inputs, prepare_finetune
+from raybert.pipeline.finetune_setup import (
+    input_length,
+    known_inputs,
+    peek_training,
+    prepare_finetune,
+)
 from raybert.pipeline.named_sources import with_sources
+from raybert.pipeline.ray_stage import shown_ray_session
 from raybert.records import finite, format_mean, metric_of
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
@@ -49,7 +54,10 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
             return result
         stage.delete(RESULT)  # the number of members has changed
     has_begun = stage.exists(CONFIG)
-    with ray_session(experiment.ray, experiment.finetune.max_workers) as resources:
+    if not has_begun:
+        peek_training(experiment)
+    workers = experiment.finetune.max_workers
+    with shown_ray_session(experiment, display, workers) as resources:
         run_requested_checks(experiment, resources, display, ("finetune",))
         spec = prepare_finetune(experiment, display, stage / "data", has_begun=has_begun)
         spec.check()

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from raybert.cluster.session import Resources, ray_session
+from raybert.data.sources import documents
 from raybert.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from raybert.errors import UserError
 from raybert.experiment import Experiment
@@ -20,6 +21,7 @@ from raybert.terminal.display import Display
 
 if TYPE_CHECKING:
     from raybert.tasks.finetune import FinetuneSpec
+    from raybert.tasks.labelled import ResolvedSource
     from raybert.tasks.prepared_texts import SplitTexts
 
 #: Input length of texts that several runs share: each run truncates them to its own.
@@ -58,7 +60,7 @@ def prepare_finetune(
         tokenizer = data
     prepared = read_prepared_texts(data) if has_begun else None
     if prepared is None:
-        require_source(config.source, "finetune.source")
+        peek_training(experiment)
         seq_len = input_length(experiment, start, config.seq_len)
         teacher = None
         if config.distill.teacher is not None:
@@ -69,7 +71,8 @@ def prepare_finetune(
         session: AbstractContextManager[Resources | None] = (
             ray_session(experiment.ray) if on_ray else nullcontext()
         )
-        with display.stage("texts"), session as resources:
+        begins = "starting Ray" if on_ray else "reading labelled texts"
+        with display.stage("texts", begins), session as resources:
             if resources is not None:
                 run_requested_checks(experiment, resources, display, ("finetune",))
             display.progress("reading and tokenizing labelled texts")
@@ -167,19 +170,33 @@ def teachers(experiment: Experiment) -> list[Folder]:
     return found
 
 
-def peek_evaluation(experiment: Experiment) -> None:
-    """Read the first document of the texts to train, validate and evaluate on.
+def peek_training(experiment: Experiment) -> ResolvedSource:
+    """Read the first documents of the texts to train and validate on, before Ray starts.
 
     Raises:
+        ConfigError: no texts are named.
         DataError: for mistakes that all rows share, as a missing column.
     """
     from raybert.data.sources.columns import REMEMBERED, with_columns_of
     from raybert.tasks.labelled import peek, resolve_source
 
-    require_source(experiment.finetune.source, "finetune.source")
+    config = experiment.finetune
+    require_source(config.source, "finetune.source")
+    found = resolve_source(config.source, config.task)
+    if config.validation is not None:
+        columns = found.source.model_dump(include=set(REMEMBERED))
+        peek(with_columns_of(config.validation, columns), found.task)
+    if config.distill.unlabelled is not None:
+        documents.shards(config.distill.unlabelled)
+    return found
+
+
+def peek_evaluation(experiment: Experiment) -> None:
+    """As `peek_training`, and the first document of the texts to evaluate on."""
+    from raybert.data.sources.columns import REMEMBERED, with_columns_of
+    from raybert.tasks.labelled import peek
+
     require_source(experiment.evaluate.source, "evaluate.source")
-    found = resolve_source(experiment.finetune.source, experiment.finetune.task)
+    found = peek_training(experiment)
     columns = found.source.model_dump(include=set(REMEMBERED))
-    if experiment.finetune.validation is not None:
-        peek(with_columns_of(experiment.finetune.validation, columns), found.task)
     peek(with_columns_of(experiment.evaluate.source, columns), found.task)

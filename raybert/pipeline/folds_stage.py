@@ -12,12 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from raybert.cluster.session import Resources, ray_session
+from raybert.cluster.session import Resources
 from raybert.config import dump
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
-from raybert.pipeline.finetune_setup import known_inputs, prepare_finetune
+from raybert.pipeline.finetune_setup import known_inputs, peek_training, prepare_finetune
 from raybert.pipeline.named_sources import with_sources
+from raybert.pipeline.ray_stage import shown_ray_session
 from raybert.pipeline.stages import train
 from raybert.records import format_mean, measures, metric_of
 from raybert.storage.folder import Folder
@@ -52,8 +53,10 @@ def finetune_folds(
     session: AbstractContextManager[Resources | None] = (
         nullcontext()
         if in_process
-        else ray_session(experiment.ray, experiment.finetune.max_workers)
+        else shown_ray_session(experiment, display, experiment.finetune.max_workers)
     )
+    if not stage.exists(CONFIG):
+        peek_training(experiment)
     with session:
         # All texts first: a mistake in one part is found before the first run.
         runs = [

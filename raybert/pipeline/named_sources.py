@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from raybert.config import build
 from raybert.data.corpus.manifest import MANIFEST, Manifest
 from raybert.data.sources.columns import with_columns_of
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
-from raybert.storage.folder import Folder
 
 #: Settings that say how much of a source a stage reads: each stage has its own.
 _OWN = frozenset({"path", "split", "limit"})
@@ -26,8 +24,9 @@ def with_sources(experiment: Experiment) -> Experiment:
     """The experiment with the sources that its stages inherit; an unnamed one stays so."""
     corpus, finetune, evaluate = experiment.corpus, experiment.finetune, experiment.evaluate
     source = corpus.source
-    if source.path is None:
-        source = _inherit(source, _source_of_corpus(experiment.folder / "corpus"))
+    folder = experiment.folder / "corpus"
+    if source.path is None and folder.exists(MANIFEST):
+        source = _inherit(source, Manifest.read(folder).source)
     remembered = {"text_column": source.text_column}
     update: dict[str, Any] = {"source": source}
     if corpus.overlap is not None:
@@ -47,14 +46,6 @@ def with_sources(experiment: Experiment) -> Experiment:
         evaluate = evaluate.model_copy(update={"source": _inherit(evaluate.source, labelled)})
     found = {"corpus": corpus, "finetune": finetune, "evaluate": evaluate}
     return experiment.model_copy(update=found)
-
-
-def _source_of_corpus(folder: Folder) -> SourceConfig | None:
-    """The source that a corpus was made from; None where none is built."""
-    if not folder.exists(MANIFEST):
-        return None
-    given = Manifest.read(folder).info.get("config", {}).get("source")
-    return None if given is None else build(SourceConfig, given, folder.join(MANIFEST))
 
 
 def _inherit(source: S, parent: SourceConfig | None) -> S:

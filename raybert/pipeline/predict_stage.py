@@ -188,7 +188,8 @@ def predict_file(
     source = source.model_copy(update={"keep_columns": kept})
     for line in describe(source):
         display.print(f"predict   reads {line}")
-    with display.stage("predict"), ray_session(experiment.ray) as resources:
+    with display.stage("predict", "starting Ray"), ray_session(experiment.ray) as resources:
+        display.progress("starting workers: they import PyTorch and load the model")
         return predict_source(
             source,
             model,

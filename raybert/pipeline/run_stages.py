@@ -12,15 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raybert.cluster.session import ray_session
 from raybert.data.sources import documents
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.pipeline import stages
 from raybert.pipeline.finetune_setup import peek_evaluation, teachers
 from raybert.pipeline.named_sources import require_source, with_sources
+from raybert.pipeline.preflight import peek_corpus
+from raybert.pipeline.ray_stage import shown_ray_session
 from raybert.records import format_mean, selected
 from raybert.storage.folder import Folder
+from raybert.tasks.registry import read_task
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
 from raybert.train.run_folder import CONFIG
@@ -43,8 +45,7 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
         display.print(f"report    not written: {error}")
     begun, seconds, results = time.monotonic(), {}, {}
     workers = max(experiment.pretrain.max_workers, experiment.finetune.max_workers)
-    display.print("ray       starting")
-    with ray_session(experiment.ray, workers) as resources:
+    with shown_ray_session(experiment, display, workers) as resources:
         run_requested_checks(experiment, resources, display, ("pretrain", "finetune"))
         for name, stage in (
             ("corpus", stages.make_corpus),
@@ -76,11 +77,35 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
     }
 
 
+def format_run(experiment: Experiment, result: dict[str, Any]) -> str:
+    """The end of a run: its score, where the report is, and what to do next."""
+    metric, value = selected(result)
+    lines = [
+        f"{metric.capitalize()} on {result['texts']:,} texts  {format_mean(value)}",
+        f"Took {clock(result['seconds']['all'])}.",
+    ]
+    if result["report"]:
+        lines.append(f"Report: {result['report']}")
+    return "\n".join([*lines, "Next:", *_next_commands(experiment, result)])
+
+
+def _next_commands(experiment: Experiment, result: dict[str, Any]) -> list[str]:
+    """Commands that use what a run has made."""
+    raybert, folder = shlex.quote(str(Path(sys.argv[0]))), shlex.quote(experiment.folder.uri)
+    has_pairs = read_task(Folder(result["model"]))[1]
+    text = '"a text" --pair "another text"' if has_pairs else '"a text"'
+    return [
+        f"  {raybert} predict -m {folder} {text}",
+        f"  {raybert} serve {folder}   # answers over HTTP, and has a page",
+        f"  {raybert} tune {shlex.join(sys.argv[2:])}   # searches for better settings",
+    ]
+
+
 def check_sources(experiment: Experiment) -> None:
     """Raise a UserError if a source, a length, an example or a teacher can't be used."""
     _check_lengths(experiment)
     require_source(experiment.corpus.source, "corpus.source")
-    documents.fingerprint(experiment.corpus.source)
+    peek_corpus(experiment.corpus.source)
     if experiment.corpus.overlap is not None:
         documents.fingerprint(experiment.corpus.overlap)
     if not (experiment.folder / "finetune").exists(CONFIG):  # a begun run keeps its prepared texts

@@ -26,6 +26,7 @@ from raybert.pipeline import baseline_stage
 from raybert.pipeline.finetune_setup import format_skipped, known_inputs, prepare_finetune
 from raybert.pipeline.named_sources import require_source, with_sources
 from raybert.pipeline.ngrams_stage import add_ngrams
+from raybert.pipeline.preflight import peek_corpus
 from raybert.records import finite, headline
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
@@ -59,9 +60,11 @@ def make_corpus(experiment: Experiment, display: Display, *, force: bool = False
         tokens = tokens if progress.tokens else ""
         display.progress(f"{prefix}{progress.documents:,} documents{tokens}")
 
+    peek_corpus(experiment.corpus.source)
     for line in documents.describe(experiment.corpus.source):
         display.print(f"corpus    reads {line}")
-    with display.stage("corpus"), ray_session(experiment.ray):
+    with display.stage("corpus", "starting Ray"), ray_session(experiment.ray):
+        display.progress("reading the texts")
         manifest = corpus.build(experiment.corpus, folder, progress=show, force=force)
     display.print(f"corpus    {_format_corpus(manifest)}")
     return _corpus_result(experiment, display, manifest)
@@ -74,8 +77,7 @@ def _format_corpus(manifest: Manifest) -> str:
         f", {info[k]:,} {name}" for k, name in removed.items() if isinstance(info.get(k), int)
     ]
     unknown = "" if info.get("unknown") is None else f", {info['unknown']:.2%} unknown tokens"
-    paths = build(SourceConfig, info.get("config", {}).get("source", {}), MANIFEST).paths
-    source = f", from {', '.join(paths)}" if paths else ""
+    source = f", from {', '.join(manifest.source.paths)}" if manifest.source else ""
     kind = f" ({info['tokenizer_kind']})" if "tokenizer_kind" in info else ""
     return (
         f"{rows['train']:,} rows of {manifest.seq_len} tokens, vocabulary {manifest.vocab_size:,}"
@@ -217,7 +219,7 @@ def train(
     spec.check_sources()
     spec = replace(spec, order_micro_batch_size=order_micro_batch_size(run))
     begun = time.monotonic()
-    with display.stage(title):
+    with display.stage(title, "building the model" if in_process else "starting Ray"):
         if in_process:
             result = train_in_process(spec, run, on_progress=display.record)
         else:
@@ -226,6 +228,10 @@ def train(
 
             with ray_session(experiment.ray, spec.config.max_workers) as resources:
                 run_requested_checks(experiment, resources, display, (stage,))
+                display.progress(
+                    f"starting {spec.config.max_workers} workers: they import PyTorch, connect, "
+                    "and read the first batch"
+                )
                 result = train_on_ray(spec, run, resources, on_progress=display.record)
     display.print(
         f"{title:<9} {result['step']:,} steps, {result['tokens']:,.0f} tokens in "
@@ -281,7 +287,8 @@ def evaluate_model(
     inputs = _evaluation_inputs(experiment, huggingface.check_weights(model))
     for line in documents.describe(source, labels=True):
         display.print(f"evaluate  reads {line}")
-    with display.stage("evaluate"), ray_session(experiment.ray) as resources:
+    with display.stage("evaluate", "starting Ray"), ray_session(experiment.ray) as resources:
+        display.progress("starting workers: they import PyTorch and load the model")
         metrics = bulk.evaluate(
             source,
             model,

@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from raybert.cluster.session import Resources, dashboard_url, ray_session
+from raybert.cluster.session import Resources, dashboard_url
 from raybert.config import dump
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
@@ -18,9 +18,11 @@ from raybert.pipeline.finetune_setup import (
     input_length,
     known_inputs,
     peek_evaluation,
+    peek_training,
     prepare_finetune,
 )
 from raybert.pipeline.named_sources import with_sources
+from raybert.pipeline.ray_stage import shown_ray_session
 from raybert.pipeline.stages import find_shared_file
 from raybert.pipeline.tune_result import (
     Cost,
@@ -61,13 +63,15 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
     read_space(config, base)  # mistakes that need no texts
     if config.test:
         peek_evaluation(experiment)
+    elif not stage.exists(CONFIG):
+        peek_training(experiment)
     if dashboard:
         check_tensorboard(stage / "tensorboard")
         with_dashboard = experiment.ray.model_copy(update={"dashboard": True})
         experiment = experiment.model_copy(update={"ray": with_dashboard})
     with ExitStack() as stack:
         workers = experiment.finetune.max_workers
-        resources = stack.enter_context(ray_session(experiment.ray, workers))
+        resources = stack.enter_context(shown_ray_session(experiment, display, workers))
         run_requested_checks(experiment, resources, display, ("tune",))
         has_begun = stage.exists(CONFIG)
         spec = prepare_finetune(

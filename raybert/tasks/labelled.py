@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raybert.data.keyed import text_hash
-from raybert.data.sources.documents import column_names, documents, raw_rows
+from raybert.data.sources.columns import with_usual_columns
+from raybert.data.sources.documents import documents, raw_rows
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 from raybert.tasks.protocol import TextTask
@@ -23,20 +24,6 @@ from raybert.tasks.registry import choose_task
 
 _STRATA = 100  # classes at most, each of which a random split shall have
 _SAMPLED_ROWS = 1000  # by whose labels a task is chosen
-#: Usual names of two text columns, of words and of their tags.
-_PAIRS = (
-    ("text", "text_pair"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "answer"),
-    ("query", "document"),
-    ("query", "passage"),
-)
-_WORDS, _TAGS = ("tokens", "words"), ("tags", "ner_tags")
-
 _Rows = npt.NDArray[np.int64]
 
 
@@ -97,7 +84,7 @@ def resolve_source(config: SourceConfig, task: str = "auto") -> ResolvedSource:
     Raises:
         DataError: as `documents`, for what is wrong with the first rows.
     """
-    config, found = _find_columns(config)
+    config, found = with_usual_columns(config)
     rows = [row for row in raw_rows(config, _SAMPLED_ROWS) if row.problem is None]
     chosen = choose_task(task, [row.text for row in rows], [row.label for row in rows])
     reasons = [*found, chosen.reason]
@@ -114,26 +101,6 @@ def peek(config: SourceConfig, task: type[TextTask]) -> None:
     """Read the first document of a labelled source, to find mistakes that all rows share."""
     first = config.model_copy(update={"limit": 1, "sample": "first"})
     next(documents(first, labels=task.parser(first)))
-
-
-def _find_columns(config: SourceConfig) -> tuple[SourceConfig, list[str]]:
-    """Fill in columns with usual names; return what was found, for the user."""
-    present = column_names(config)
-    update: dict[str, str] = {}
-    if config.pair_column is None:
-        for first, second in _PAIRS:
-            is_first = config.text_column == first or config.text_column not in present
-            if is_first and {first, second} <= set(present):
-                update = {"text_column": first, "pair_column": second}
-                break
-    if not update and config.text_column not in present:
-        words = next((name for name in _WORDS if name in present), None)
-        update = {} if words is None else {"text_column": words}
-    if config.label_column == "label" and "label" not in present:
-        tags = next((name for name in _TAGS if name in present), None)
-        update |= {} if tags is None else {"label_column": tags}
-    found = [f"{key}={column}" for key, column in update.items()]
-    return config.model_copy(update=update), found
 
 
 class Split(NamedTuple):

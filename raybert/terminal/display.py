@@ -1,12 +1,14 @@
 """Progress on standard error: one rewritten line on a terminal, plain lines in a log.
 
-Standard output is reserved for results, so that `--json` can be piped.
+Standard output is reserved for results, so that `--json` can be piped. A thread shows the last
+progress again, with the time since, while nothing newer comes: Ray and its workers start silently.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from raybert.records import (
 from raybert.terminal.formats import clock
 
 PLAIN_SECONDS = 10.0  # between lines of progress without a terminal
+TICK_SECONDS = 1.0  # between looks at whether the last progress is to be shown again
 FOLLOWED_SECONDS = 2.0  # the same in a submitted job, whose log is followed on a terminal
 #: Set in a submitted job: its progress lines are marked, and the follower rewrites them.
 FOLLOWED = "RAYBERT_FOLLOWED"
@@ -50,26 +53,46 @@ class Display:
         self._stage = ""
         self._panel: Live | None = None
         self._begun = self._last_plain = time.monotonic()
+        self._text: str | None = None  # of the last progress; None: it is not shown any more
+        self._lock = threading.RLock()
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Begin a stage; its name and duration precede its lines."""
+    def stage(self, name: str, begins: str = "starting") -> Iterator[None]:
+        """Begin a stage; its name and duration precede its lines. `begins`: what it does first."""
         self._stage, self._begun = name, time.monotonic()
         self._last_plain = 0.0
-        self.progress("starting")
+        self.progress(begins)
+        ended = threading.Event()
+        ticking = threading.Thread(target=self._tick, args=(ended,), daemon=True)
+        if not self._quiet:
+            ticking.start()
         try:
             yield
         finally:
-            if self._panel is not None:
-                self._panel.stop()
-                self._panel = None
-            self._clear()
-            self._stage = ""
+            ended.set()
+            with self._lock:
+                if self._panel is not None:
+                    self._panel.stop()
+                    self._panel = None
+                self._clear()
+                self._stage, self._text = "", None
+
+    def _tick(self, ended: threading.Event) -> None:
+        """Show the last progress again every second; without a terminal, as often as others."""
+        while not ended.wait(TICK_SECONDS):
+            with self._lock:
+                if self._text is not None and self._panel is None and not ended.is_set():
+                    self._show(self._text)
 
     def progress(self, text: str) -> None:
         """Show progress: rewrite the live line; without a terminal, print it every few seconds."""
         if self._quiet:
             return
+        with self._lock:
+            self._text = text
+            self._show(text)
+
+    def _show(self, text: str) -> None:
         spent = clock(time.monotonic() - self._begun)
         self._write_progress(f"{self._stage:<9} {spent:>6}  {text}")
 
@@ -78,6 +101,10 @@ class Display:
         if not self._live:
             self.progress(text)
             return
+        with self._lock:
+            self._update_panel(content, text)
+
+    def _update_panel(self, content: RenderableType, text: str) -> None:
         if self._panel is None:
             self._clear()
             self._panel = Live(
@@ -113,9 +140,10 @@ class Display:
 
     def print(self, text: str) -> None:
         """Print a permanent line."""
-        self._clear()
-        if not self._quiet:
-            self._console.print(text)
+        with self._lock:
+            self._clear()
+            if not self._quiet:
+                self._console.print(text)
 
     def record(self, record: Record) -> None:
         """Show a record of the training loop."""

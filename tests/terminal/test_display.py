@@ -174,3 +174,23 @@ def test_an_evaluation_shows_the_metric_that_selects(capsys, scores, shown):
     with display.stage("finetune"):
         display.record({"kind": "eval", "step": 9, "loss": 0.5, "score": 1.0, **scores})
     assert capsys.readouterr().err.splitlines()[-1].endswith(shown)
+
+
+def test_what_takes_long_is_shown_again_while_nothing_newer_comes(capsys, monkeypatch):
+    """Ray and its workers start silently: the time shows that the command is alive."""
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module, "TICK_SECONDS", 0.001)
+    display, shown = Display(), ""
+    with display.stage("corpus", "starting Ray"):
+        for seconds in (0, 10, 20):
+            now[0] = 1000.0 + seconds
+            while f"corpus      0:{seconds:02}  starting Ray" not in shown:
+                shown += capsys.readouterr().err
+        display.progress("reading")
+        now[0] = 1031.0
+        while "corpus      0:31  reading" not in shown:
+            shown += capsys.readouterr().err
+    assert len(shown.splitlines()) == 4
+    now[0] = 2000.0
+    assert display._text is None  # the thread has ended with the stage

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from raybert.config import Settings, build
+from raybert.data.sources.settings import SourceConfig
 from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.storage.folder import Folder
 
@@ -74,6 +75,12 @@ class Manifest(Settings):
             return build(cls, values, folder.join(MANIFEST))
         except ConfigError as error:
             raise DamagedError(f"{error}; make the corpus again") from None
+
+    @property
+    def source(self) -> SourceConfig | None:
+        """The source that the corpus was made from; None where the manifest does not say."""
+        given = self.info.get("config", {}).get("source")
+        return None if given is None else build(SourceConfig, given, MANIFEST)
 
     @property
     def digest(self) -> str:

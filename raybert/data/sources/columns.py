@@ -1,4 +1,4 @@
-"""The columns of a source that is read after another one: those that were read there."""
+"""The columns of a source: by their usual names, or those that were read before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,41 @@ COLUMNS = frozenset({"text_column", "label_column", "pair_column"})
 #: What a model remembers of its source: how to read texts and labels like those.
 REMEMBERED = COLUMNS | {"label_separator"}
 
+#: Usual names of two text columns, of words and of their tags.
+_PAIRS = (
+    ("text", "text_pair"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "answer"),
+    ("query", "document"),
+    ("query", "passage"),
+)
+_WORDS, _TAGS = ("tokens", "words"), ("tags", "ner_tags")
+
 S = TypeVar("S", bound=SourceConfig)
+
+
+def with_usual_columns(config: SourceConfig) -> tuple[SourceConfig, list[str]]:
+    """Fill in columns with usual names; return what was found, for the user."""
+    present = column_names(config)
+    update: dict[str, str] = {}
+    if config.pair_column is None:
+        for first, second in _PAIRS:
+            is_first = config.text_column == first or config.text_column not in present
+            if is_first and {first, second} <= set(present):
+                update = {"text_column": first, "pair_column": second}
+                break
+    if not update and config.text_column not in present:
+        words = next((name for name in _WORDS if name in present), None)
+        update = {} if words is None else {"text_column": words}
+    if config.label_column == "label" and "label" not in present:
+        tags = next((name for name in _TAGS if name in present), None)
+        update |= {} if tags is None else {"label_column": tags}
+    found = [f"{key}={column}" for key, column in update.items()]
+    return config.model_copy(update=update), found
 
 
 def with_columns_of(config: S, columns: Mapping[str, Any]) -> S:

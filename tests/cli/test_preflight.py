@@ -1,0 +1,79 @@
+"""Misspelt files, columns and models are found before PyTorch is imported and Ray is started."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from commands import refused
+from making import make_corpus, reviews, write_csv
+
+from raybert.data.corpus.settings import CorpusConfig
+from raybert.data.sources.settings import SourceConfig
+from raybert.storage.folder import Folder
+
+SCRIPT = """
+import io, json, sys
+from contextlib import redirect_stderr
+from raybert.cli import commands
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["raybert", *arguments]
+    error = io.StringIO()
+    try:
+        with redirect_stderr(error):
+            commands.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    heavy = sorted({"torch", "ray", "sklearn"} & set(sys.modules))
+    print(json.dumps([code, error.getvalue(), heavy]))
+"""
+
+
+def mistakes(tmp_path):
+    """Commands with a mistake, and the words of their message."""
+    texts = write_csv(Folder(tmp_path), "a.csv", reviews(6), header="body,stars")
+    usual = write_csv(Folder(tmp_path), "usual.csv", reviews(6))
+    (tmp_path / "no.yaml").write_text(f"run: {{storage: {tmp_path}/runs}}\n")
+    config = ["-c", str(tmp_path / "no.yaml")]
+    for command in ("corpus", "run", "finetune", "tune", "evaluate"):
+        yield [command, *config, "--data", "/typo.csv"], "/typo.csv: no such file or folder"
+    for command in ("finetune --seeds 2", "finetune --folds 2"):
+        yield [*command.split(), *config, "--data", "/typo.csv"], "/typo.csv: no such file"
+    for command in ("corpus", "run"):
+        yield [command, *config, "--data", texts, "--text-column", "x"], "no column 'x'; set tex"
+    for command in ("run", "finetune", "tune"):
+        columns = ["--text-column", "text", "--label-column", "y"]
+        yield [command, *config, "--data", usual, *columns], "no column 'y'; set label_column"
+    for key in ("corpus.overlap", "finetune.validation", "evaluate.source"):
+        given = ["--data", usual, "--set", f"{key}.path=/typo.csv"]
+        yield ["run", *config, *given], "/typo.csv: no such file or folder"
+    yield ["evaluate", *config, "--data", usual, "-m", "/no"], "/no: no model here"
+    yield ["predict", *config, "-m", "/no", "a text"], "/no: no model here"
+    yield ["predict", *config, "-i", "/typo.csv", "-o", "a.jsonl"], "/typo.csv: no such file"
+
+
+def test_a_misspelt_name_is_found_before_anything_heavy_is_imported(tmp_path):
+    given = list(mistakes(tmp_path))
+    command = [sys.executable, "-c", SCRIPT, json.dumps([arguments for arguments, _ in given])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(given)
+    for (code, error, heavy), (arguments, words) in zip(found, given, strict=True):
+        assert (code, heavy) == (2, []), arguments
+        assert error.startswith("raybert: ") and error.count("\n") == 1 and words in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_columns_that_the_corpus_remembers_are_no_mistake(raybert, tmp_path, named):
+    """The first looks find no mistake where the stages would read a file."""
+    texts = write_csv(Folder(tmp_path), "mine.csv", reviews(20), header="body,label")
+    config = CorpusConfig(source=SourceConfig(path=texts, text_column="body"))
+    make_corpus(Folder(tmp_path / "runs" / "mine" / "corpus"), config=config)
+    (tmp_path / "tokenizer").mkdir()
+    given = ["--set", f"finetune.source.path={texts}"] if named else []
+    done = raybert("finetune", "-n", "mine", "--bare", "--set", f"run.storage={tmp_path}/runs",
+                   "--set", "finetune.initialize_from=/no", *given)  # fmt: skip
+    assert "finetune.initialize_from=/no: no model here" in refused(done)
