@@ -15,6 +15,7 @@ from raybert.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.pipeline.named_sources import require_source, with_sources
+from raybert.pipeline.ray_stage import first_progress
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
 from raybert.terminal.display import Display
@@ -71,7 +72,7 @@ def prepare_finetune(
         session: AbstractContextManager[Resources | None] = (
             ray_session(experiment.ray) if on_ray else nullcontext()
         )
-        begins = "starting Ray" if on_ray else "reading labelled texts"
+        begins = first_progress() if on_ray else "reading labelled texts"
         with display.stage("texts", begins), session as resources:
             if resources is not None:
                 run_requested_checks(experiment, resources, display, ("finetune",))

@@ -14,6 +14,7 @@ from raybert.data.sources.documents import column_names, describe, partition_nam
 from raybert.data.sources.settings import READING, SourceConfig
 from raybert.errors import DataError, UserError
 from raybert.experiment import Experiment
+from raybert.pipeline.ray_stage import first_progress
 from raybert.storage.folder import Folder
 from raybert.tasks.protocol import ALL_SCORES, AnswerOptions
 from raybert.tasks.registry import read_columns, read_task
@@ -188,8 +189,8 @@ def predict_file(
     source = source.model_copy(update={"keep_columns": kept})
     for line in describe(source):
         display.print(f"predict   reads {line}")
-    with display.stage("predict", "starting Ray"), ray_session(experiment.ray) as resources:
-        display.progress("starting workers: they import PyTorch and load the model")
+    with display.stage("predict", first_progress()), ray_session(experiment.ray) as resources:
+        display.progress("starting workers, which import PyTorch and load the model")
         return predict_source(
             source,
             model,

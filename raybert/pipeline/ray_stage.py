@@ -1,13 +1,20 @@
-"""Start Ray for several stages, and show that it starts."""
+"""Start Ray for one stage or several, and show that it starts."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from raybert.cluster.session import Resources, ray_session
 from raybert.experiment import Experiment
 from raybert.terminal.display import Display
+
+
+def first_progress() -> str:
+    """What a stage on Ray does first."""
+    ray = sys.modules.get("ray")
+    return "starting" if ray is not None and ray.is_initialized() else "starting Ray"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -91,7 +92,7 @@ def format_run(experiment: Experiment, result: dict[str, Any]) -> str:
 
 def _next_commands(experiment: Experiment, result: dict[str, Any]) -> list[str]:
     """Commands that use what a run has made."""
-    raybert, folder = shlex.quote(str(Path(sys.argv[0]))), shlex.quote(experiment.folder.uri)
+    raybert, folder = _this_command(), shlex.quote(experiment.folder.uri)
     has_pairs = read_task(Folder(result["model"]))[1]
     text = '"a text" --pair "another text"' if has_pairs else '"a text"'
     return [
@@ -99,6 +100,15 @@ def _next_commands(experiment: Experiment, result: dict[str, Any]) -> list[str]:
         f"  {raybert} serve {folder}   # answers over HTTP, and has a page",
         f"  {raybert} tune {shlex.join(sys.argv[2:])}   # searches for better settings",
     ]
+
+
+def _this_command() -> str:
+    """How this command line was started."""
+    path = Path(sys.argv[0])
+    if path.name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m raybert"
+    is_found = shutil.which(path.name) == str(path)
+    return shlex.quote(path.name if is_found else str(path))
 
 
 def check_sources(experiment: Experiment) -> None:
@@ -172,7 +182,7 @@ def _format_summary(experiment: Experiment, result: dict[str, Any]) -> str:
         else ""
     )
     guesses = [f"  {guess['probability']:.3f}  {guess['token']}" for guess in result["fill_mask"]]
-    raybert = shlex.quote(str(Path(sys.argv[0])))
+    raybert = _this_command()
     return "\n".join(
         [
             "",

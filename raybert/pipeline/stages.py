@@ -27,6 +27,7 @@ from raybert.pipeline.finetune_setup import format_skipped, known_inputs, prepar
 from raybert.pipeline.named_sources import require_source, with_sources
 from raybert.pipeline.ngrams_stage import add_ngrams
 from raybert.pipeline.preflight import peek_corpus
+from raybert.pipeline.ray_stage import first_progress
 from raybert.records import finite, headline
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
@@ -63,7 +64,7 @@ def make_corpus(experiment: Experiment, display: Display, *, force: bool = False
     peek_corpus(experiment.corpus.source)
     for line in documents.describe(experiment.corpus.source):
         display.print(f"corpus    reads {line}")
-    with display.stage("corpus", "starting Ray"), ray_session(experiment.ray):
+    with display.stage("corpus", first_progress()), ray_session(experiment.ray):
         display.progress("reading the texts")
         manifest = corpus.build(experiment.corpus, folder, progress=show, force=force)
     display.print(f"corpus    {_format_corpus(manifest)}")
@@ -219,7 +220,7 @@ def train(
     spec.check_sources()
     spec = replace(spec, order_micro_batch_size=order_micro_batch_size(run))
     begun = time.monotonic()
-    with display.stage(title, "building the model" if in_process else "starting Ray"):
+    with display.stage(title, "building the model" if in_process else first_progress()):
         if in_process:
             result = train_in_process(spec, run, on_progress=display.record)
         else:
@@ -228,9 +229,10 @@ def train(
 
             with ray_session(experiment.ray, spec.config.max_workers) as resources:
                 run_requested_checks(experiment, resources, display, (stage,))
+                count = spec.config.max_workers
                 display.progress(
-                    f"starting {spec.config.max_workers} workers: they import PyTorch, connect, "
-                    "and read the first batch"
+                    f"starting {count} worker{'s' if count > 1 else ''}, which import PyTorch, "
+                    "connect and read the first batch"
                 )
                 result = train_on_ray(spec, run, resources, on_progress=display.record)
     display.print(
@@ -287,8 +289,8 @@ def evaluate_model(
     inputs = _evaluation_inputs(experiment, huggingface.check_weights(model))
     for line in documents.describe(source, labels=True):
         display.print(f"evaluate  reads {line}")
-    with display.stage("evaluate", "starting Ray"), ray_session(experiment.ray) as resources:
-        display.progress("starting workers: they import PyTorch and load the model")
+    with display.stage("evaluate", first_progress()), ray_session(experiment.ray) as resources:
+        display.progress("starting workers, which import PyTorch and load the model")
         metrics = bulk.evaluate(
             source,
             model,

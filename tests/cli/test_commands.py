@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -223,6 +224,31 @@ def test_a_report_is_written(raybert, trained):
     path = Path(done.out.strip())
     assert "<html" in path.read_text()
     assert path.parent == trained.run
+
+
+def test_a_run_ends_with_its_report_and_what_to_do_next(raybert, trained, monkeypatch):
+    from raybert.config import load
+    from raybert.experiment import Experiment as Configured
+    from raybert.pipeline.run_stages import format_run
+
+    result = {
+        "metric": "accuracy", "accuracy": 0.875, "texts": 80, "seconds": {"all": 61.0},
+        "report": str(trained.run / "report.html"), "model": str(trained.run / "finetune"/ "model"),
+    }  # fmt: skip
+    options = ["run", "-c", str(trained.config), "--data", "my texts.csv"]
+    monkeypatch.setattr("sys.argv", ["raybert", *options])
+    shown = format_run(load(Configured, trained.config), result).splitlines()
+    assert shown[:3] == [
+        "Accuracy on 80 texts  0.8750",
+        "Took 1:01.",
+        f"Report: {result['report']}",
+    ]
+    predict, serve, tune = (shlex.split(line, comments=True)[1:] for line in shown[4:])
+    assert serve == ["serve", str(trained.run)]
+    assert tune == ["tune", *options[1:]]
+    assert raybert(*predict).json["text"] == "a text"
+    without = format_run(load(Configured, trained.config), {**result, "report": None})
+    assert "Report" not in without
 
 
 def test_config_prints_what_it_reads(raybert, experiment, tmp_path):

@@ -42,7 +42,7 @@ def mistakes(tmp_path):
     for command in ("finetune --seeds 2", "finetune --folds 2"):
         yield [*command.split(), *config, "--data", "/typo.csv"], "/typo.csv: no such file"
     for command in ("corpus", "run"):
-        yield [command, *config, "--data", texts, "--text-column", "x"], "no column 'x'; set tex"
+        yield [command, *config, "--data", texts, "--text-column", "x"], "no column 'x'"
     for command in ("run", "finetune", "tune"):
         columns = ["--text-column", "text", "--label-column", "y"]
         yield [command, *config, "--data", usual, *columns], "no column 'y'; set label_column"
