@@ -1,5 +1,10 @@
 """The exceptions of raybert; all but Superseded and RaybertError end a command with exit code 2."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 _LONGEST_REASON = 1000  # characters of a library's message
 INTERRUPTED = 130  # the exit code after Ctrl-C or SIGTERM
 
@@ -30,6 +35,24 @@ class DamagedError(RaybertError):
 
 class Superseded(RaybertError):
     """A later attempt at the same run has taken over its storage."""
+
+
+#: What code that reads values of JSON raises where they are not what was written.
+_UNEXPECTED = (
+    ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
+
+
+@contextmanager
+def damaged_file(path: str) -> Iterator[None]:
+    """Raise what unexpected content of a file causes as a DamagedError that names the file."""
+    try:
+        yield
+    except _UNEXPECTED as error:
+        what = f"{type(error).__name__}: {one_line(error)}"[:100]
+        raise DamagedError(
+            f"{path} is damaged: its content is not what was written ({what})"
+        ) from (error)
 
 
 def one_line(error: BaseException) -> str:

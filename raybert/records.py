@@ -19,6 +19,7 @@ EventName = Literal[
     "checkpoint failed",
     "checkpoint written",  # after one that failed
     "damaged checkpoint",
+    "damaged log",  # lines of earlier attempts were left out
     "best checkpoint lost",
     "storage",  # it refuses, or works again
     "preempted",  # a node will be taken away

@@ -93,6 +93,8 @@ def _storage(storage: str | None, config: ConfigOption) -> Folder:
 
 
 def _format_stage(stage: Stage) -> str:
+    if stage.problem is not None:
+        return f"{stage.state}: {stage.problem}"
     steps = "" if stage.step is None else f" step {stage.step:,}"
     steps += f"/{stage.total_steps:,}" if stage.total_steps and stage.state != "finished" else ""
     figures = "".join(

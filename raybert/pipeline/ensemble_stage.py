@@ -16,7 +16,7 @@ import numpy as np
 from raybert.config import dump
 from raybert.data.preprocess import Preprocessing
 from raybert.data.tokenizer import Tokenizer
-from raybert.errors import RaybertError
+from raybert.errors import RaybertError, damaged_file
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
 from raybert.pipeline.finetune_setup import (
@@ -49,9 +49,10 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
     experiment, stage = with_sources(experiment), experiment.folder / "ensemble"
     if stage.exists(RESULT):
         result = _open_ensemble(experiment, stage)
-        if result is not None and len(result["members"]) == seeds:
-            display.print(f"ensemble  {stage} is finished already: {_format_result(result)}")
-            return result
+        with damaged_file(stage.join(RESULT)):
+            if result is not None and len(result["members"]) == seeds:
+                display.print(f"ensemble  {stage} is finished already: {_format_result(result)}")
+                return result
         stage.delete(RESULT)  # the number of members has changed
     has_begun = stage.exists(CONFIG)
     if not has_begun:

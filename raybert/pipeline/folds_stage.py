@@ -14,7 +14,7 @@ from typing import Any
 
 from raybert.cluster.session import Resources
 from raybert.config import dump
-from raybert.errors import ConfigError
+from raybert.errors import ConfigError, damaged_file
 from raybert.experiment import Experiment
 from raybert.pipeline.finetune_setup import known_inputs, peek_training, prepare_finetune
 from raybert.pipeline.named_sources import with_sources
@@ -102,10 +102,13 @@ def _stored_result(experiment: Experiment, stage: Folder, folds: int) -> dict[st
     inputs = known_inputs(experiment)
     result = open_run(stage, dump(experiment), "finetune", _SECTIONS, inputs=inputs)
     check_same_texts(experiment.finetune, stage / f"1-of-{folds}" / "data")
-    if result is not None and len(result["folds"]) != folds:
-        stage.delete(RESULT)
+    if result is None:
         return None
-    return result
+    with damaged_file(stage.join(RESULT)):
+        if len(result["folds"]) == folds and format_folds(result):
+            return result
+    stage.delete(RESULT)  # of another number of folds
+    return None
 
 
 @dataclass(frozen=True)

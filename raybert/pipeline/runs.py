@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 from raybert.config import build
 from raybert.data.corpus.manifest import MANIFEST, Manifest
-from raybert.errors import RaybertError, UserError
+from raybert.errors import RaybertError, UserError, damaged_file
 from raybert.experiment import RunConfig
 from raybert.pipeline.stages import METRICS
 from raybert.records import metric_of, selected
 from raybert.storage.folder import File, Folder
 from raybert.storage.registry import REGISTRY
 from raybert.train.metrics_log import read_metrics
-from raybert.train.run_folder import RESULT
+from raybert.train.run_folder import RESULT, read_result
 
 STAGES = ("corpus", "pretrain", "finetune", "tune", "ensemble", "folds")
 BUSY_SECONDS = 600.0  # since the last change; by default an active run writes more often
@@ -39,13 +39,14 @@ class Stage:
     """Progress of a stage."""
 
     name: str
-    state: Literal["finished", "begun"]
+    state: Literal["finished", "begun", "damaged"]
     bytes: int
     changed: float  # Unix time, seconds
     step: int | None = None  # of a stage that trains
     total_steps: int | None = None
     attempts: int = 0
     figures: dict[str, float] = field(default_factory=dict)  # metric, loss, rows, trials
+    problem: str | None = None  # of a damaged stage: which file, and what is wrong
 
 
 @dataclass(frozen=True)
@@ -103,18 +104,36 @@ def _read_stage(folder: Folder, name: str, experiment_files: Sequence[File]) -> 
         return None
     names = {file.name.removeprefix(f"{name}/") for file in files}
     finished = (MANIFEST if name == "corpus" else RESULT) in names
+    state: Literal["finished", "begun", "damaged"] = "finished" if finished else "begun"
+    progress: dict[str, Any] = {}
     try:
-        progress = _READERS.get(name, _read_training)(folder, names, finished)
-    except (RaybertError, FileNotFoundError):  # damaged, or just being written
-        progress = {}
+        with damaged_file(folder.join(MANIFEST if name == "corpus" else RESULT)):
+            progress = _numbers_of(_READERS.get(name, _read_training)(folder, names, finished))
+    except FileNotFoundError:  # just being written
+        pass
+    except RaybertError as error:
+        state, progress = "damaged", {"problem": str(error)}
     return Stage(
         name=name,
-        state="finished" if finished else "begun",
+        state=state,
         bytes=sum(file.bytes for file in files),
         changed=max(file.changed for file in files),
         attempts=sum(other.startswith("attempts/") for other in names),
         **progress,
     )
+
+
+def _numbers_of(progress: dict[str, Any]) -> dict[str, Any]:
+    """The same progress; a ValueError if what is to be a number is none."""
+    figures = progress.get("figures", {})
+    for name, value in [*progress.items(), *figures.items()]:
+        if name == "figures" or (name in ("step", "total_steps") and value is None):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} is {type(value).__name__}")
+        if name in ("step", "total_steps") and not isinstance(value, int):
+            raise ValueError(f"{name} is no integer")
+    return progress
 
 
 def _read_corpus(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
@@ -128,7 +147,7 @@ def _read_corpus(folder: Folder, names: set[str], finished: bool) -> dict[str, A
 def _read_search(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {"trials": sum(map(bool, map(_TRIAL.fullmatch, names)))}
     if finished:
-        result = folder.read_json(RESULT)
+        result = read_result(folder)
         metric = metric_of(result["best"])
         figures[metric] = result["best"]["seeds"][metric]["mean"]
         if "test" in result:
@@ -139,7 +158,7 @@ def _read_search(folder: Folder, names: set[str], finished: bool) -> dict[str, A
 def _read_ensemble(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {"members": sum(map(bool, map(_MEMBER.fullmatch, names)))}
     if finished:
-        result = folder.read_json(RESULT)
+        result = read_result(folder)
         figures[metric_of(result)] = result["ensemble"][metric_of(result)]
     return {"figures": figures}
 
@@ -147,7 +166,7 @@ def _read_ensemble(folder: Folder, names: set[str], finished: bool) -> dict[str,
 def _read_folds(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
     if not finished:
         return {"figures": {"folds": sum(map(bool, map(_FOLD.fullmatch, names)))}}
-    result = folder.read_json(RESULT)
+    result = read_result(folder)
     return {"figures": {"folds": len(result["folds"]), metric_of(result): result["mean"]}}
 
 
@@ -159,11 +178,12 @@ def _test_figure(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _read_training(folder: Folder, names: set[str], finished: bool) -> dict[str, Any]:
     """Return the steps and figures of a run, from its result, its log or its checkpoints."""
     if finished:
-        result = folder.read_json(RESULT)
+        result = read_result(folder)
         keys = (metric_of(result), "loss")
         figures = {key: result[key] for key in keys if result.get(key) is not None}
         if METRICS in names:
-            figures |= _test_figure(folder.read_json(METRICS))
+            with damaged_file(folder.join(METRICS)):
+                figures |= _numbers_of(_test_figure(folder.read_json(METRICS)))
         steps = {key: result.get(key) for key in ("step", "total_steps")}
         return {**steps, "figures": figures}
     trained = [record for record in read_metrics(folder) if record["kind"] == "train"]

@@ -19,7 +19,7 @@ from raybert.data.corpus.verification import verify_parts
 from raybert.data.sources import documents
 from raybert.data.sources.columns import with_columns_of
 from raybert.data.sources.settings import SourceConfig
-from raybert.errors import UserError
+from raybert.errors import DamagedError, UserError, damaged_file
 from raybert.experiment import Experiment
 from raybert.model import huggingface
 from raybert.pipeline import baseline_stage
@@ -187,6 +187,8 @@ def _stored_result(
     result = open_run(run, dump(experiment), stage, sections, inputs=inputs)
     check_same_texts(experiment.finetune, run / "data")  # of a stage that has some
     if result is not None:
+        with damaged_file(run.join(RESULT)):
+            result = {**result, "step": int(result["step"]), "model": str(result["model"])}
         display.print(f"{stage:<9} {run} is finished already, at step {result['step']:,}")
     return result
 
@@ -270,10 +272,13 @@ def stored_metrics(experiment: Experiment, run: Folder) -> dict[str, Any] | None
 
     if not (run.exists(METRICS) and run.exists("model/config.json")):
         return None
-    metrics = run.read_json(METRICS)
+    try:
+        metrics = run.read_json(METRICS)
+    except DamagedError:  # it is written again
+        return None
     inputs = _evaluation_inputs(experiment, weights_hash(run / "model"))
-    is_current = metrics.get("made_from") == inputs
-    return dict(metrics) if is_current else None
+    is_current = isinstance(metrics, dict) and metrics.get("made_from") == inputs
+    return metrics if is_current else None
 
 
 def evaluate_model(

@@ -12,6 +12,7 @@ from typing import Any
 
 from raybert.cluster.session import Resources, dashboard_url
 from raybert.config import dump
+from raybert.errors import damaged_file
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
 from raybert.pipeline.finetune_setup import (
@@ -115,7 +116,8 @@ def _finished_search(experiment: Experiment, stage: Folder, display: Display) ->
     """The result of a search that is finished; makes the report if it is missing."""
     result = open_search(experiment, stage, display)
     assert result is not None
-    display.print(f"tune      {stage} is finished already: {format_best(result)}")
+    with damaged_file(stage.join(RESULT)):
+        display.print(f"tune      {stage} is finished already: {format_best(result)}")
     if result.get("report") is None:
         result = write_report_and_result(stage, result, display)
     config, done = experiment.tune, result["trials"]["all"]

@@ -18,6 +18,7 @@ from raybert.config import flatten
 from raybert.report.stage_files import number
 from raybert.terminal.formats import format_duration
 
+_LATEST = 253_402_300_800  # seconds from 1970 to the year 10000, which a date does not have
 _METRIC_NAMES = {
     "expected_calibration_error": "calibration error",
     "f1": "F1",
@@ -109,6 +110,6 @@ def format_value(value: Any, key: str = "") -> str:
 def format_time(seconds: Any) -> str:
     """Format seconds since 1970 as a date and a time of day; empty where it is no number."""
     value = number(seconds)
-    if value is None:
+    if value is None or not 0 <= value < _LATEST:
         return ""
     return datetime.datetime.fromtimestamp(value, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
 import yaml
 
 from raybert import __version__
-from raybert.errors import UserError
+from raybert.errors import DamagedError, UserError, damaged_file
 from raybert.records import measures
 from raybert.report.elements import (
     Cell,
@@ -105,31 +105,58 @@ def render(title: str, stages: Sequence[Stage]) -> str:
 
 def _section(stage: Stage, alone: bool) -> dict[str, Any]:
     """What the template shows of a stage, in the order of the page."""
-    status, is_finished = _status(stage)
-    hidden = ("fillings", "folds", *HARDWARE_KEYS)  # shown in tables of their own
-    result = {key: value for key, value in stage.result.items() if key not in hidden}
-    sources = (stage.result, as_mapping(stage.manifest.get("info")))
-    hardware = {key: source[key] for source in sources for key in HARDWARE_KEYS if source.get(key)}
+    problems = list(stage.problems)
+
+    def show(what: str, make: Callable[[], Any], nothing: Any) -> Any:
+        """A part of the section; `nothing`, and a problem, where its file is damaged."""
+        try:
+            with damaged_file(what):
+                return make()
+        except DamagedError as error:
+            problems.append(str(error))
+            return nothing
+
+    none = Table("", ())
+    parts: dict[str, Any] = dict(
+        tiles=show("a result", lambda: stage_tiles(stage), []),
+        figures=show("a metrics log", lambda: training_plots(stage), []),
+        search=show("trials.json", lambda: search_section(stage.search), None),
+        predicted_tokens=show("a metrics log", lambda: _predicted_tokens(stage), []),
+        confusion=show("metrics.json", lambda: _confusion_table(stage.scores), none),
+        tables=show("metrics.json", lambda: _task_tables(stage.scores), []),
+        folds=show("result.json", lambda: _fold_table(stage.result), none),
+        mistakes=show("metrics.json", lambda: _confident_mistakes(stage.scores), []),
+        events=show("a metrics log", lambda: _events(stage), none),
+        corpus=show("manifest.json", lambda: _corpus_table(stage), none),
+        result=show("result.json", lambda: _result_table(stage), none),
+        configuration=show("manifest.json", lambda: _configuration(stage), ""),
+        hardware=show("result.json", lambda: _hardware_table(stage), none),
+    )
+    status, is_finished = show("a metrics log", lambda: _status(stage), ("damaged", False))
     return dict(
         id=stage.name or "summary",
         title=TITLES.get(stage.name, stage.name) or ("Run" if alone else "Summary"),
         status=status,
         is_finished=is_finished,
-        problems=stage.problems,
-        tiles=stage_tiles(stage),
-        figures=training_plots(stage),
-        search=search_section(stage.search),
-        predicted_tokens=_predicted_tokens(stage),
-        confusion=_confusion_table(stage.scores),
-        tables=_task_tables(stage.scores),
-        folds=_fold_table(stage.result),
-        mistakes=_confident_mistakes(stage.scores),
-        events=_events(stage),
-        corpus=key_value_table("Corpus facts", corpus_facts(stage.manifest)),
-        result=key_value_table("Result", result),
-        configuration=_configuration(stage),
-        hardware=key_value_table("Versions and hardware", hardware),
+        problems=list(dict.fromkeys(problems)),
+        **parts,
     )
+
+
+def _corpus_table(stage: Stage) -> Table:
+    return key_value_table("Corpus facts", corpus_facts(stage.manifest))
+
+
+def _result_table(stage: Stage) -> Table:
+    hidden = ("fillings", "folds", *HARDWARE_KEYS)  # shown in tables of their own
+    result = {key: value for key, value in stage.result.items() if key not in hidden}
+    return key_value_table("Result", result)
+
+
+def _hardware_table(stage: Stage) -> Table:
+    sources = (stage.result, as_mapping(stage.manifest.get("info")))
+    found = {key: source[key] for source in sources for key in HARDWARE_KEYS if source.get(key)}
+    return key_value_table("Versions and hardware", found)
 
 
 def _status(stage: Stage) -> tuple[str, bool]:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from raybert.errors import DamagedError
+from raybert.errors import DamagedError, RaybertError
 from raybert.storage.folder import Folder
-from raybert.train.metrics_log import read_metrics
+from raybert.train.metrics_log import read_log
 
 #: The report has a section for each folder that holds one of these.
 STAGE_FILES = {
@@ -61,14 +61,22 @@ def _read_stage(folder: Folder, name: str, names: set[str]) -> Stage:
     if "config.yaml" in names:
         stage.config = folder.read_bytes("config.yaml").decode("utf-8", "replace")
     if names & {"metrics", "metrics.jsonl"}:
-        stage.records = [r for r in read_metrics(folder) if number(r.get("step")) is not None]
+        try:
+            stage.records, damaged = read_log(folder)
+        except RaybertError as error:
+            stage.problems.append(str(error))
+        else:
+            if damaged:
+                stage.problems.append(f"{damaged:,} lines of the metrics log are no records")
     for attribute, file in _MAPPINGS.items():
         try:
             value = folder.read_json(file) if file in names else {}
-        except DamagedError as error:
+            if not isinstance(value, dict):
+                raise DamagedError(f"{folder.join(file)} is damaged: it is no JSON object")
+        except RaybertError as error:
             stage.problems.append(str(error))
             continue
-        setattr(stage, attribute, value if isinstance(value, dict) else {})
+        setattr(stage, attribute, value)
     return stage
 
 

@@ -3,15 +3,17 @@
 Object stores can't append, and an attempt that was killed may have logged steps that its successor
 computes again. So each attempt writes a segment of its own, `metrics/<attempt>.jsonl`, and readers
 merge them: from the step where a later attempt starts, the earlier one's lines no longer count. A
-finished run has the merged lines in `metrics.jsonl`.
+finished run has the merged lines in `metrics.jsonl`. A line that is no record, as the last one of
+an attempt that was killed, is left out and counted.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from raybert.records import EventName, EventRecord, OnRecord, Record, finite
 from raybert.storage.folder import Folder
@@ -58,7 +60,7 @@ class MetricsLog:
     def _write_line(self, record: Record) -> None:
         if self._lines is not None:
             timed = {"kind": record["kind"], "time": round(time.time(), 3), **record}
-            self._lines.write(json.dumps(finite(timed), ensure_ascii=False))
+            self._lines.write(_to_line(timed))
 
     def event(self, event: EventName, message: str) -> None:
         """Log an event of the current step."""
@@ -81,27 +83,58 @@ class MetricsLog:
             self._lines = None
 
 
+class StoredLog(NamedTuple):
+    """The records of a run, and how many lines of its log are none."""
+
+    records: list[dict[str, Any]]
+    damaged: int
+
+
 def read_metrics(run: Folder) -> list[dict[str, Any]]:
     """Read a run's records in the order of steps, each step as its last attempt logged it."""
-    return parse_lines(run.read_text(MERGED)) if run.exists(MERGED) else _merged(run)
+    return read_log(run).records
 
 
-def merge_metrics(run: Folder) -> None:
-    """Write the merged records of a finished run."""
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in _merged(run))
-    run.write_text(MERGED, "".join(lines))
+def read_log(run: Folder) -> StoredLog:
+    """As `read_metrics`, with the number of lines that are no records."""
+    return parse_lines(run.read_bytes(MERGED)) if run.exists(MERGED) else _merged(run)
 
 
-def _merged(run: Folder) -> list[dict[str, Any]]:
+def merge_metrics(run: Folder) -> str | None:
+    """Write the merged records of a finished run; return a message if lines were left out.
+
+    The last record says so, too.
+    """
+    records, damaged = _merged(run)
+    message = None
+    if damaged:
+        step = records[-1]["step"] if records else 0
+        message = f"{damaged:,} lines of {run / SEGMENTS} are no records and were left out"
+        event = {"kind": "event", "time": round(time.time(), 3), "step": step}
+        records.append({**event, "event": "damaged log", "message": message})
+    run.write_text(MERGED, "".join(f"{_to_line(record)}\n" for record in records))
+    return message
+
+
+def _to_line(record: Mapping[str, Any]) -> str:
+    """A record as JSON; a lone surrogate, which UTF-8 lacks, as its escape."""
+    line = json.dumps(finite(dict(record)), ensure_ascii=False)
+    return line.encode("utf-8", "backslashreplace").decode()
+
+
+def _merged(run: Folder) -> StoredLog:
     folder = run / SEGMENTS
     merged: list[dict[str, Any]] = []
+    damaged = 0
     files = sorted(folder.names(), key=_attempt_and_chunk)
     for _, names in groupby(files, lambda name: _attempt_and_chunk(name)[0]):
-        segment = [record for name in names for record in parse_lines(folder.read_text(name))]
+        parsed = [parse_lines(folder.read_bytes(name)) for name in names]
+        damaged += sum(each.damaged for each in parsed)
+        segment = [record for each in parsed for record in each.records]
         if segment:
             first = segment[0]["step"]
             merged = [record for record in merged if record["step"] <= first] + segment
-    return merged
+    return StoredLog(merged, damaged)
 
 
 def _attempt_and_chunk(name: str) -> tuple[str, str]:
@@ -110,12 +143,25 @@ def _attempt_and_chunk(name: str) -> tuple[str, str]:
     return attempt, "".join(number)
 
 
-def parse_lines(text: str) -> list[dict[str, Any]]:
-    """Parse the records of a segment; a line that was cut off is left out."""
-    records = []
-    for line in text.splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # the attempt was killed while it wrote its last line
-            continue
-    return records
+def parse_lines(data: bytes) -> StoredLog:
+    """Parse the lines of a segment, which end at line feeds: a record may hold other line breaks.
+
+    A record has a kind and a step; anything else is a line that was cut off or altered.
+    """
+    lines = [line for line in data.split(b"\n") if line.strip()]
+    records = [record for line in lines if (record := _parse(line)) is not None]
+    return StoredLog(records, len(lines) - len(records))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # the attempt was killed while it wrote its last line
+        return None
+    is_record = (
+        isinstance(record, dict)
+        and isinstance(record.get("kind"), str)
+        and type(record.get("step")) is int
+        and record["step"] >= 0
+    )
+    return record if is_record else None

@@ -118,7 +118,9 @@ class TrainingRun:
             }
         )
         check_attempt(run, attempt)  # again: writing the model may have taken minutes
-        merge_metrics(run)
+        message = merge_metrics(run)
+        if message is not None:
+            self.loop.log.event("damaged log", message)
         run.write_json(RESULT, result)
         return result
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from raybert.config import differences, flatten, parse_yaml
-from raybert.errors import ConfigError, DataError, Superseded
+from raybert.errors import ConfigError, DamagedError, DataError, Superseded, damaged_file
 from raybert.storage.exclusive import numbers_taken, take_number
 from raybert.storage.folder import Folder
 from raybert.storage.retry import retry
@@ -68,14 +68,15 @@ def open_run(
             log(f"goes on with other settings: {_format_changes(changed)}")
             _keep_order(run, changed.get(f"{stage}.micro_batch_size"))
     if inputs is not None and run.exists(INPUTS):
-        known = run.read_json(INPUTS)
+        with damaged_file(run.join(INPUTS)):
+            known = dict(run.read_json(INPUTS))
         for name, digest in inputs.items():
             if known.get(name, digest) != digest:
                 raise DataError(
                     f"{run} was started with another {name}; restore it, or choose another run.name"
                 )
     if is_finished:
-        return dict(run.read_json(RESULT))
+        return read_result(run)
     if inputs is not None and not run.exists(INPUTS):
         run.write_json(INPUTS, dict(inputs))
     run.write_text(CONFIG, config_yaml)
@@ -97,6 +98,17 @@ def order_micro_batch_size(run: Folder) -> int | None:
     A step of smaller ones reads the same rows in more forward passes.
     """
     return int(run.read_json(ORDER)["micro_batch_size"]) if run.exists(ORDER) else None
+
+
+def read_result(run: Folder) -> dict[str, Any]:
+    """The result of a finished run; a DamagedError if it is none."""
+    result = run.read_json(RESULT)
+    if not isinstance(result, dict) or not result:
+        raise DamagedError(
+            f"{run.join(RESULT)} is damaged: it holds no result; delete it, and the same command "
+            "continues from the last checkpoint"
+        )
+    return result
 
 
 def _changed_settings(
@@ -141,9 +153,7 @@ def read_digests(run: Folder) -> dict[tuple[int, int], set[str]]:
     folder = run / DIGESTS
     found: dict[tuple[int, int], set[str]] = {}
     for name in folder.names():
-        for line in folder.read_text(name).splitlines(keepends=True):
-            if not line.endswith("\n"):  # cut off where a worker was killed
-                continue
-            step, index, digest = line.split()
+        for line in folder.read_bytes(name).split(b"\n")[:-1]:  # the last one may be cut off
+            step, index, digest = line.decode().split()
             found.setdefault((int(step), int(index)), set()).add(digest)
     return found

@@ -177,7 +177,8 @@ def training_seconds(run: Folder) -> float:
     """The seconds of a run's attempts, each from its first logged line to its last."""
     total = 0.0
     for name in (run / SEGMENTS).names():
-        times = [r["time"] for r in parse_lines((run / SEGMENTS).read_text(name)) if "time" in r]
+        records = parse_lines((run / SEGMENTS).read_bytes(name)).records
+        times = [record["time"] for record in records if "time" in record]
         total += max(times) - min(times) if times else 0.0
     return total
 

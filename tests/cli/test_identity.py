@@ -73,6 +73,14 @@ def test_texts_that_were_deleted_do_not_stand_in_the_way(raybert, experiment):
     assert done.code == 0, done.err
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"step": "x", "model": 1}', "[" * 100_000])
+def test_a_damaged_result_is_one_line(raybert, experiment, content):
+    path = experiment.run / "finetune" / "result.json"
+    path.write_text(content)
+    message = refused(raybert("finetune", "-c", experiment.config, "--bare"))
+    assert message.startswith(f"{path} is damaged: ")
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_changed_tokenizer_model_or_corpus_is_refused(raybert, experiment, stage):
     if stage == "pretrain":

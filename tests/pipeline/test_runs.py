@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import tempfile
 import time
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from making import Attempt, make_corpus, pretrain_job, reviews
 
 from raybert.errors import UserError
@@ -118,10 +121,62 @@ def test_without_a_log_the_step_of_the_last_checkpoint_is_reported(storage):
     assert (stage.step, stage.total_steps) == (3, None)
 
 
-def test_a_damaged_run_is_listed(storage):
-    storage.write_text("done/pretrain/result.json", "{")
-    storage.write_text("texts/corpus/manifest.json", "[]")
-    assert [run.name for run in runs.list_runs(storage)] == ["begun", "done", "texts"]
+DEEP = "[" * 100_000
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(
+            ["step", "total_steps", "loss", "metric", "accuracy", "best", "seeds", "test", "mean",
+             "folds", "members", "ensemble", "splits", "rows", "format_version", "kind", "time"]
+        ),
+        inner,
+        max_size=4,
+    ),
+    max_leaves=12,
+)  # fmt: skip
+CONTENTS = JSON.map(json.dumps) | st.text(max_size=8) | st.just(DEEP)
+FILES = ["corpus/manifest.json", "pretrain/result.json", "finetune/result.json",
+         "finetune/metrics.json", "finetune/metrics.jsonl", "tune/result.json",
+         "ensemble/result.json", "folds/result.json"]  # fmt: skip
+
+
+@given(contents=st.dictionaries(st.sampled_from(FILES), CONTENTS, min_size=1, max_size=4))
+@example(contents={"pretrain/result.json": "[]"})
+@example(contents={"finetune/result.json": '{"step": 1}', "finetune/metrics.json": "{}"})
+@example(contents={"tune/result.json": "{}", "folds/result.json": '{"folds": [], "mean": "x"}'})
+@example(contents={"corpus/manifest.json": DEEP, "finetune/metrics.jsonl": '{"step": 1e300}'})
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+def test_a_damaged_run_is_listed_as_damaged_and_the_others_as_they_are(raybert, contents):
+    """Whatever its files hold."""
+    with tempfile.TemporaryDirectory() as path:
+        storage = Folder(path)
+        make_corpus(storage / "texts" / "corpus")
+        storage.write_text("bad/corpus/notes", "")
+        for name, content in contents.items():
+            storage.write_bytes(f"bad/{name}", content.encode("utf-8", "surrogatepass"))
+        bad, good = runs.list_runs(storage)
+        assert (bad.name, [stage.state for stage in good.stages]) == ("bad", ["finished"])
+        done = raybert("runs", "ls", "--storage", path)
+        assert done.code == 0, done.err
+        for stage in bad.stages:
+            assert (stage.problem is not None) == (stage.state == "damaged")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("pretrain/result.json", "[]"), ("pretrain/result.json", "{}"), ("pretrain/result.json", DEEP),
+     ("pretrain/result.json", '{"step": 1e300}'), ("pretrain/metrics.json", "{}"),
+     ("pretrain/metrics.json", '{"accuracy": "high"}')],
+)  # fmt: skip
+def test_the_file_of_a_damaged_run_is_named(raybert, storage, name, content):
+    storage.write_text(f"done/{name}", content)
+    listed = {run.name: run.stages for run in runs.list_runs(storage)}
+    [stage] = listed["done"]
+    assert stage.state == "damaged" and f"{storage.join('done')}/{name} is damaged" in stage.problem
+    assert [s.state for s in listed["texts"] + listed["begun"]] == ["finished", "begun"]
+    shown = raybert("runs", "ls", "--storage", storage.path).out
+    assert f"damaged: {storage.join('done')}/{name} is damaged" in shown
 
 
 def test_the_command_line_lists_experiments(raybert, made):

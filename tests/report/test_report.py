@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from markupsafe import Markup
 
 from raybert.errors import UserError
@@ -251,6 +253,48 @@ def test_a_truncated_json_file_is_reported_and_the_rest_is_shown(tmp_path, undra
     (tmp_path / name).write_text(content[: len(content) // 2])
     text = Page(report(tmp_path)).text
     assert (f"{name} is damaged" in text) == name.endswith(".json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(
+            ["step", "kind", "time", "loss", "event", "metric", "accuracy", "per_class", "bins",
+             "confusion", "label_names", "examples", "fillings", "tokens", "trials", "finalists",
+             "seeds", "mean", "values", "dimensions", "key", "folds", "seconds", "splits", "info",
+             "config", "task", "n", "state", "cost", "importance", "shares", "train", "eval"]
+        ),
+        inner,
+        max_size=5,
+    ),
+    max_leaves=20,
+)  # fmt: skip
+
+
+JSON_FILES = [*(n for n in FILES if n.endswith((".json", ".jsonl"))), "tune/trials.json"]
+
+
+@given(name=st.sampled_from(JSON_FILES), value=JSON)
+@example(name="pretrain/result.json", value=[])
+@example(name="evaluate/metrics.json", value={"confusion": 3, "label_names": ["a"], "bins": [1]})
+@example(name="pretrain/metrics.jsonl", value={"kind": "event", "step": 1, "time": 1e300})
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+def test_a_damaged_file_is_reported_and_the_rest_is_shown(tmp_path_factory, undrawn, name, value):
+    root = tmp_path_factory.mktemp("report")
+    make_pipeline(root)
+    lines = value if isinstance(value, list) and name.endswith(".jsonl") else [value]
+    write(root, name, "\n".join(map(json.dumps, lines)))
+    text = Page(report(root)).text
+    for title in ("Pretraining", "Fine-tuning", "Corpus"):
+        assert title in text
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 100_000, "1"])
+def test_a_result_that_is_none_is_named(tmp_path, undrawn, content):
+    make_pipeline(tmp_path)
+    write(tmp_path, "pretrain/result.json", content)
+    assert "pretrain/result.json is damaged: it is" in Page(report(tmp_path)).text
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,13 +2,14 @@
 
 import json
 import tempfile
+from pathlib import Path
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from making import metrics_log
 
 from raybert.storage.folder import Folder
-from raybert.train.metrics_log import MERGED, merge_metrics, read_metrics
+from raybert.train.metrics_log import MERGED, merge_metrics, parse_lines, read_log, read_metrics
 
 
 def train(step, **values):
@@ -53,14 +54,56 @@ def test_merged_steps_increase_without_gaps(attempts):
         assert steps(read_metrics(run)) == list(range(1, reached + 1))
 
 
-def test_a_line_cut_short_is_left_out(tmp_path):
-    run = Folder(tmp_path)
-    log = metrics_log(run, 1, 0)
-    log.write(train(1))
-    log.close()
-    path = tmp_path / "metrics" / "0001.jsonl"
-    path.write_text(path.read_text() + '{"kind": "train", "st')
-    assert steps(read_metrics(run)) == [1]
+LINE_BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\r"  # of `str.splitlines`, beside the line feed
+
+
+@given(
+    messages=st.lists(st.text(st.characters(categories=None) | st.sampled_from(LINE_BREAKS))),
+    cut=st.integers(1, 40),
+)
+@example(messages=[LINE_BREAKS, "\ud800 alone", "ü"], cut=8)
+def test_a_record_may_hold_any_text_and_a_torn_one_is_dropped_and_told(messages, cut):
+    """The last attempt was killed while it wrote a line, inside of a character or between two."""
+    with tempfile.TemporaryDirectory() as path:
+        run = Folder(path)
+        log = metrics_log(run, 1, 0)
+        for step, message in enumerate(messages, 1):
+            log.write(train(step, text=message))
+        log.close()
+        before = read_log(run)
+        assert [r["text"] for r in before.records[1:]] == messages and not before.damaged
+        torn = json.dumps(train(99, text="ü" * 20), ensure_ascii=False).encode()[:cut]
+        segment = Path(path) / "metrics" / "0001.jsonl"
+        segment.write_bytes(segment.read_bytes() + torn)
+        assert read_log(run) == (before.records, 1)
+        assert merge_metrics(run) == f"1 lines of {path}/metrics are no records and were left out"
+        merged = read_log(run)
+        assert (merged.records[:-1], merged.damaged) == (before.records, 0)
+        assert merged.records[-1]["event"] == "damaged log"
+
+
+@given(st.lists(st.binary(max_size=60) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["kind", "step", "time", "loss"]), inner, max_size=4),
+).map(lambda value: json.dumps(value).encode()), max_size=6))  # fmt: skip
+def test_any_bytes_are_a_log(lines):
+    """What is no record is counted, whatever it is, and the run can finish."""
+    with tempfile.TemporaryDirectory() as path:
+        (Path(path) / "metrics").mkdir()
+        (Path(path) / "metrics" / "0001.jsonl").write_bytes(b"\n".join(lines))
+        run = Folder(path)
+        found = read_log(run)
+        merge_metrics(run)
+        assert read_metrics(run)[: len(found.records)] == found.records
+        assert all(type(r["step"]) is int and isinstance(r["kind"], str) for r in found.records)
+
+
+def test_deep_json_is_no_record():
+    assert parse_lines(b'{"kind": "train", "step": 1}\n' + b"[" * 100_000) == (
+        [{"kind": "train", "step": 1}],
+        1,
+    )
 
 
 def test_records_are_written_at_once_as_strict_json(tmp_path):
