@@ -72,6 +72,7 @@ class CheckpointStore:
         self._error: Exception | None = None
         self._committed: CheckpointRecord | None = None
         self._damaged: set[Commit] = set()  # that were found damaged when they were read
+        self._has_looked = False  # for a checkpoint to begin from
         self._swept = False  # False: there may be folders that no commit names
         self.last: int | None = None  # the step of the last complete checkpoint
         self.is_failing = False  # whether the last write failed
@@ -139,6 +140,7 @@ class CheckpointStore:
         started again would delete them.
         """
         messages: list[str] = []
+        self._has_looked = True
         for commit in reversed(self._commits()):
             try:
                 snapshot = self.read(commit)
@@ -250,9 +252,10 @@ class CheckpointStore:
     def _prune(self, written: int, best_step: int | None) -> None:
         """Delete all checkpoints but the last `keep` and the best; commits before their files.
 
-        Of later steps than the one just written those are deleted that were damaged. Others this
-        attempt would have begun from: the storage did not list them then. Those of later attempts
-        are left alone.
+        Of later steps than the one just written an attempt deletes its own, and those that it found
+        damaged. Others it would have begun from: the storage did not list them then. Who has looked
+        for none, as a trial that takes over another's weights, replaces them. Those of later
+        attempts are left alone.
         """
         check_attempt(self.run, self.attempt)
         commits = self._commits()
@@ -260,7 +263,8 @@ class CheckpointStore:
         keep = {*[step for step in latest if step <= written][-self._keep :], best_step}
         for commit in commits:
             is_kept = commit.step in keep and commit == latest[commit.step]
-            is_kept |= commit.step > written and commit not in self._damaged
+            if self._has_looked and commit.step > written and commit.attempt < self.attempt:
+                is_kept |= commit not in self._damaged
             if not is_kept and commit.attempt <= self.attempt:
                 self._folder.delete(commit.name)
         self._sweep()
