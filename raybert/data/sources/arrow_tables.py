@@ -198,7 +198,9 @@ def arrow_types(file: File) -> dict[str, pa.DataType]:
 
 def _schema(file: File, open_file: Callable[[Any], tuple[Any, pa.Schema]]) -> pa.Schema | None:
     with contextlib.suppress(*_DAMAGED), file.open_seekable() as stream:
-        return open_file(stream)[1]
+        schema = open_file(stream)[1]
+        _ = schema.names  # they are decoded only here
+        return schema
     return None
 
 
