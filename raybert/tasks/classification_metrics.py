@@ -165,8 +165,8 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """
     found, truth = np.asarray(logits), np.asarray(labels)
     n, num_labels = found.shape
-    if n * num_labels > _MAX_CELLS:  # as many evenly spaced rows as fit
-        n = max(1, _MAX_CELLS // num_labels)
+    if n * num_labels > _MAX_CELLS:  # some evenly spaced rows: each bisection computes them all
+        n = max(1, _MAX_CELLS // 8 // num_labels)
         chosen = np.arange(n) * len(truth) // n
         found, truth = found[chosen], truth[chosen]
     if not n:

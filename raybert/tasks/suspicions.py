@@ -51,7 +51,7 @@ def label_suspicions(
             f"no text to train on has the label {list_names(untrained)}: it can't be learned; add "
             "texts, or leave it out of labels"
         )
-    if validation and (unseen := [n for n in labels if train[n] > 1 and not validation[n]]):
+    if unseen := [n for n in labels if train[n] > 1 and not validation[n]]:
         found.append(
             f"no text to validate on has the label {list_names(unseen)}: its scores can't be "
             "measured; set finetune.validation_split=stratified, or add texts"

@@ -36,7 +36,13 @@ def test_the_margin_is_the_difference_of_logits_from_the_masked_text(classifier,
     text = "the film was superb"
     found = explainer.explain(text, POS)
     masked = " ".join([classifier.tokenizer.mask_token] * 4)
-    here, there = classifier.logits([text, masked])
+    [here], [there] = (
+        classifier.score([ids])
+        for ids in (
+            classifier.tokenizer.encode([text]).values,
+            classifier.tokenizer.encode_masked(masked),
+        )
+    )
     assert found.label == "pos"
     assert found.margin == pytest.approx((here[1] - here[0]) - (there[1] - there[0]), abs=1e-3)
 
