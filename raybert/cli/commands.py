@@ -102,4 +102,6 @@ def version(as_json: JsonOption = False) -> None:
 
 
 def _print_error(text: str) -> None:
-    print(f"raybert: {text}", file=sys.stderr)
+    from raybert.terminal.formats import one_printable_line
+
+    print(f"raybert: {one_printable_line(text)}", file=sys.stderr)

@@ -133,11 +133,12 @@ def logs(
     """
     from raybert.jobs.ray_jobs import Cluster
     from raybert.jobs.submit import follow
+    from raybert.terminal.display import printable_log
 
     cluster = Cluster(address)
     job = cluster.latest(run)
     if not (wait and job.is_alive):
-        print(cluster.logs(job), end="")
+        print(printable_log(cluster.logs(job)), end="")
         return
     sys.exit(follow(cluster, job, new_display())["exit_code"])
 

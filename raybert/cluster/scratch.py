@@ -1,4 +1,4 @@
-"""Folders of this machine for as long as a process lives: Ray's session, HAProxy's files.
+"""Folders of this machine for as long as a process needs them.
 
 Only their owner can enter them. A process that is killed leaves them; the next one deletes them. A
 folder is in use while its process holds the lock on a file in it, which the kernel releases when
@@ -19,7 +19,9 @@ from pathlib import Path
 
 from raybert.cluster import interrupts
 
-PREFIXES = ("rbr-", "rbs-")  # Ray's and HAProxy's; short, since a socket's path has 107 bytes
+#: Ray's session, HAProxy's files, a job's package, a benchmark's data; short, since the path of a
+#: socket has 107 bytes at most.
+PREFIXES = ("rbr-", "rbs-", "rbj-", "rbb-")
 _LOCK = "lock"
 _UNLOCKED_S = 86_400  # the age at which a folder without a lock is a leftover of an old version
 

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ class RayConfig(Settings):
     logs: bool = Field(False, description="show what Ray and the workers print")
 
 
+_SECRETS = ("RAYBERT_API_KEYS",)  # variables that no process of Ray needs
 _CONNECT_SECONDS = 10  # for a cluster's head to accept a connection
 
 _started_here = False  # whether `ray_session` started the connected Ray
@@ -61,6 +62,16 @@ def environment(values: Mapping[str, str], *, overwrite: bool = False) -> Iterat
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _without(names: Sequence[str]) -> Iterator[None]:
+    """Remove environment variables for a context: a process that starts in it has none of them."""
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,13 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
 def _connect(config: RayConfig, address: str) -> Any:
     import ray
 
-    if token.is_required(address):
+    state = token.state_of_head(address)
+    if state == "silent":
+        raise UserError(
+            f"{address}: something listens there, but it does not answer as a Ray head does; name "
+            "the head's own port, 6379, or set ray.address to null"
+        )
+    if state == "token":
         token.use_token()
     with _init_errors(f"the Ray cluster at {address}"):
         return ray.init(address, **_options(config))
@@ -135,7 +152,7 @@ def _start(config: RayConfig, workers: int, folder: Path) -> Any:
     import ray
 
     token.make_token()
-    with _init_errors("Ray on this machine"):
+    with _without(_SECRETS), _init_errors("Ray on this machine"):
         return ray.init(
             "local",  # even if `ray start` has started a cluster on this machine
             num_cpus=max(cores(), workers) + 2,

@@ -25,7 +25,7 @@ HOW_TO_MAKE = (
 
 _MODE, _TOKEN, _PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _OTHERS = 0o077  # the permissions of everybody but the owner
-_CALL_SECONDS = 5
+_CALL_SECONDS = 10
 
 Privacy = Literal["none", "private", "closed", "open"]
 
@@ -55,21 +55,34 @@ def use_token() -> None:
         core.reload_environment()
 
 
-def is_required(address: str) -> bool:
-    """Whether a Ray head, at `host:port`, requires a token; False if it can't be found out.
+HeadState = Literal["open", "token", "silent", "unknown"]
 
-    A driver without a required token is refused after 20 s of retries. A driver that sends one to a
-    cluster without tokens refuses the cluster's own calls, and loses its actors.
+
+def is_required(address: str) -> bool:
+    """Whether a Ray head, at `host:port`, requires a token; False if it can't be found out."""
+    return state_of_head(address) == "token"
+
+
+def state_of_head(address: str) -> HeadState:
+    """Ask the Ray head at `host:port` for a sign of life.
+
+    open: it requires no token; token: it does; silent: nothing answers as a head does. A driver
+    without a required token is refused after 20 s of retries, and one of a silent address waits for
+    minutes. A driver that sends a token to a cluster without tokens refuses the cluster's own
+    calls, and loses its actors.
     """
-    if "://" in address or ":" not in address:
-        return False
+    if "://" in address or ":" not in address or os.environ.get(core.USE_TLS, "0") != "0":
+        return "unknown"
     grpc = importlib.import_module("grpc")
+    silent = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
     with grpc.insecure_channel(address) as channel:
         try:
             channel.unary_unary(core.CHECK_ALIVE)(b"", timeout=_CALL_SECONDS)
         except grpc.RpcError as error:
-            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
-    return False
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                return "token"
+            return "silent" if error.code() in silent else "unknown"
+    return "open"
 
 
 def format_refusal(where: str) -> str:

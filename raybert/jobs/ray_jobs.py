@@ -8,6 +8,7 @@ next one, as on one machine.
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
@@ -16,6 +17,8 @@ import shlex
 import socket
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,10 +32,12 @@ import aiohttp
 
 from raybert.cluster import token
 from raybert.cluster.internals.core import JOB_CLIENT_LOGGERS
+from raybert.cluster.scratch import scratch_folder
 from raybert.config import Settings, differences, flatten
 from raybert.errors import RaybertError, StorageError, UserError, one_line
 from raybert.jobs.log_stream import read_stream
-from raybert.jobs.package import CONFIG, write_package
+from raybert.jobs.package import CONFIG, ENTRYPOINT, write_package
+from raybert.storage.folder import check_texts
 
 PORT = 8265  # Ray's dashboard, which accepts jobs
 CHECK_COMMAND = "doctor"
@@ -43,6 +48,7 @@ _WRITTEN_STAGES = {
     CHECK_COMMAND: frozenset[str](),
 }
 _CONNECT_SECONDS = 4
+_ANSWER_SECONDS = 10  # for the dashboard's version
 _RETRY_SECONDS = 1.0
 _AGENT_SECONDS = 60.0
 _HEAD_TIMEOUT_S = 300  # a head may be replaced in this time
@@ -91,6 +97,7 @@ class Cluster:
 
         address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or f"http://127.0.0.1:{PORT}"
         self.address = _check_address(address)
+        _check_answers(self.address)
         for name in JOB_CLIENT_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         token.use_token()
@@ -111,22 +118,25 @@ class Cluster:
         """Submit a command of a run, or return the active job of the same run and command.
 
         `environment` has variables of the job, visible to everybody who can list jobs. UserError:
-        an active job of another command writes the same stages, or the package is too large.
+        an active job of another command writes the same stages, the package is too large, or an
+        address holds credentials: a job's command and settings can be read by all who can list it.
         """
+        check_texts([*arguments, *texts_of(settings.model_dump(mode="json"))])
         active = self.active_job(command, run, settings, arguments)
         if active is not None:
             return active
         mine = [job for job in self.jobs() if (job.command, job.run) == (command, run)]
         numbers = [int(match["number"]) for job in mine if (match := _ID.fullmatch(job.id))]
         identity = f"raybert-{run}-{command}-{1 + max(numbers, default=0)}"
-        with tempfile.TemporaryDirectory(prefix="raybert-job-") as folder:
-            size = write_package(Path(folder), settings)
-            words = ["python", "-u", "-m", "raybert", command, "-c", CONFIG, *arguments, "--json"]
+        with scratch_folder("rbj-", Path(tempfile.gettempdir())) as folder:
+            package = folder / "package"
+            size = write_package(package, settings)
+            words = ["sh", ENTRYPOINT, command, "-c", CONFIG, *arguments, "--json"]
             with self._client_errors():
                 self._send(
                     entrypoint=shlex.join(words),
                     submission_id=identity,
-                    runtime_env={"working_dir": folder, "env_vars": dict(environment)},
+                    runtime_env={"working_dir": str(package), "env_vars": dict(environment)},
                     metadata={
                         "raybert.run": run,
                         "raybert.command": command,
@@ -319,6 +329,15 @@ def result_of(lines: list[str]) -> dict[str, Any] | None:
     return None
 
 
+def texts_of(value: Any) -> Iterator[str]:
+    """Yield the texts in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from texts_of(inner)
+
+
 def _job(details: Any) -> ClusterJob:
     match = _ID.fullmatch(details.submission_id or "")
     metadata = details.metadata or {}
@@ -370,3 +389,17 @@ def _check_address(address: str) -> str:
             f"dashboard, or name another address: http://HEAD:{PORT}"
         ) from None
     return f"{url.scheme}://{f'[{host}]' if ':' in host else host}:{port}{path}"
+
+
+def _check_answers(address: str) -> None:
+    """Raise UserError unless HTTP is answered there, for which Ray's client would wait minutes."""
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=_ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # without a token
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)  # of a URLError
+        raise UserError(
+            f"--address {address}: something listens there, but it does not answer as Ray's "
+            f"dashboard does ({one_line(reason)}); name its address: http://HEAD:{PORT}"
+        ) from None

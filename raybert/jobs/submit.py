@@ -15,7 +15,8 @@ from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import check_request
 from raybert.jobs.estimate import TRAINING_STAGES, estimate_lines
-from raybert.jobs.ray_jobs import CHECK_COMMAND, Cluster, ClusterJob, result_of
+from raybert.jobs.ray_jobs import CHECK_COMMAND, Cluster, ClusterJob, result_of, texts_of
+from raybert.storage.folder import check_texts
 from raybert.terminal.display import FOLLOWED, Display
 from raybert.terminal.formats import clock, size
 from raybert.tune.settings import TrialConfig
@@ -56,6 +57,7 @@ def check(
     """
     if command not in INPUT_KEYS:
         raise ConfigError(f"submit {command}: choose one of {', '.join(INPUT_KEYS)}")
+    check_texts(texts_of([*options.values(), experiment.model_dump(mode="json")]))
     check_storage(experiment)
     for name, option in _PATH_OPTIONS.items():
         path = options.get(name)

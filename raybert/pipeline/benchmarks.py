@@ -7,11 +7,13 @@ first steps, in which libraries select their kernels.
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from raybert.cluster.scratch import scratch_folder
 from raybert.cluster.session import ray_session
 from raybert.data.corpus.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from raybert.data.corpus.parts import PartWriter
@@ -48,7 +50,10 @@ def bench_train(experiment: Experiment, *, in_process: bool, display: Display) -
         if record["kind"] == "train" and record["step"] > WARMUP_STEPS:
             seconds.append(record["step_seconds"])
 
-    with tempfile.TemporaryDirectory(prefix="raybert-bench-") as scratch, display.stage("bench"):
+    with (
+        scratch_folder("rbb-", Path(tempfile.gettempdir())) as scratch,
+        display.stage("bench"),
+    ):
         folder, run = Folder(scratch) / "corpus", Folder(scratch) / "run"
         corpus = experiment.corpus
         manifest = generate_corpus(folder, _ROWS, corpus.seq_len, corpus.tokenizer.vocab_size)

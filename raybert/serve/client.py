@@ -77,7 +77,7 @@ class Client:
         transport: Transport | None = None,
         patience_s: float | None = None,
     ) -> None:
-        """Set up without connecting; ValueError: the URL is invalid.
+        """Set up without connecting; ValueError: the URL or the key is invalid.
 
         Args:
             url: of the server, http or https.
@@ -97,6 +97,9 @@ class Client:
         self._root, self._retry_timeout_s = parts.path.rstrip("/"), retry_timeout_s
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
+            key = key.strip()  # a file ends with a line break
+            if not all("!" <= character <= "~" for character in key):
+                raise ValueError("key: it has other characters than printable ASCII")
             self._headers["Authorization"] = f"Bearer {key}"
         connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if parts.scheme == "https":

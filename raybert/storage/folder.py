@@ -10,7 +10,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ _CONNECT_TIMEOUT_S = 5
 _REQUEST_TIMEOUT_S = 10  # without a byte in either direction
 _TRIES = 4
 
+_SCHEME = re.compile(r"(?=(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]*://)")  # where a URI begins
 _SECRET_PARAMETER = re.compile(r"[?&][^=&]*(key|secret|password|token)[^=&]*=", re.IGNORECASE)
 
 
@@ -43,6 +44,13 @@ def check_address(address: str) -> None:
             "address is; leave it out, and give it to every node by AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, by ~/.aws/credentials, or as its store's own tools take it"
         )
+
+
+def check_texts(texts: Iterable[str]) -> None:
+    """Raise UserError if a text has a URI in it that holds credentials."""
+    for text in texts:
+        for part in _SCHEME.split(text)[1:]:
+            check_address(part.split(maxsplit=1)[0])
 
 
 def split_query(address: str) -> tuple[str, str]:

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+#: Control characters but tab and line break, and what changes the direction of a text: a label or a
+#: file's name with them could rewrite what the terminal shows.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Write control characters as escapes: that of ESC begins with a backslash, x1b."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def one_printable_line(text: str) -> str:
+    """As `printable`, in one line."""
+    return printable(text).replace("\n", "\\n")
 
 
 def clock(seconds: float) -> str:

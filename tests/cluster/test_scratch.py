@@ -72,3 +72,27 @@ def test_a_ray_that_is_started_here_keeps_its_files_in_such_a_folder(ray_session
     assert folder.name.startswith("rbr-")
     assert (folder.stat().st_mode & 0o777, folder.stat().st_uid) == (0o700, os.getuid())
     assert (folder / "lock").exists()
+
+
+_KEYS = """
+import os
+import ray
+from raybert.cluster.session import RayConfig, ray_session
+
+with ray_session(RayConfig(object_store_gb=0.2)):
+    task = ray.remote(lambda: "RAYBERT_API_KEYS" in os.environ)
+    print(ray.get(task.remote()), "RAYBERT_API_KEYS" in os.environ)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_no_process_of_ray_has_the_keys_of_the_server(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _KEYS],
+        env={**os.environ, "RAYBERT_API_KEYS": "k" * 32, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["False", "True"], done.stderr

@@ -1,6 +1,7 @@
 """Submitting to a cluster: a real head with a token, real jobs, real refusals."""
 
 import asyncio
+import contextlib
 import json
 import re
 import shutil
@@ -8,6 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +19,7 @@ from commands import refused
 from head import RAYBERT, ray_head, token_file
 from making import MODEL, make_corpus, reviews, write_csv
 
+from raybert.cluster import session, token
 from raybert.cluster.internals.train import controller_environment
 from raybert.config import Settings, build
 from raybert.data.corpus.settings import CorpusConfig
@@ -35,6 +40,25 @@ def test_a_package_is_code_and_configuration(tmp_path):
     assert {"experiment.yaml", "raybert/cli/commands.py", "raybert/demo.yaml"} <= files
     assert not [name for name in files if "__pycache__" in name]
     assert 100_000 < size < 2_000_000
+
+
+def test_a_package_has_the_files_of_the_repository_and_no_others(tmp_path, monkeypatch):
+    """Keys that somebody keeps beside the code stay on this machine."""
+    source = tmp_path / "raybert"
+    shutil.copytree(Path(package.__file__).parents[1], source)
+    for name in (".env", ".netrc", "jobs/.env.local", "id_rsa", "jobs/key.pem", "notes.txt"):
+        (source / name).write_text("AWS_SECRET_ACCESS_KEY=secret")
+    (source / ".git").mkdir()
+    (source / ".git" / "config.py").write_text("secret")
+    monkeypatch.setattr(package, "__file__", str(source / "jobs" / "package.py"))
+    package.write_package(tmp_path / "sent", Settings())
+    sent = {str(path.relative_to(tmp_path / "sent")) for path in (tmp_path / "sent").rglob("*.*")
+            if path.is_file()}  # fmt: skip
+    listed = subprocess.run(["git", "ls-files", "raybert"], capture_output=True, text=True,
+                            cwd=Path(__file__).parents[2], check=True).stdout.split()  # fmt: skip
+    assert sent >= {name for name in listed if Path(name).exists()}
+    for path in (tmp_path / "sent").rglob("*"):
+        assert path.is_dir() or b"secret" not in path.read_bytes()[:40]
 
 
 def test_a_large_file_is_named_and_refused(tmp_path, monkeypatch):
@@ -87,6 +111,33 @@ def test_a_relative_path_in_the_arguments_of_a_job_is_refused(raybert, words, sa
     assert message.startswith(said) and message.endswith("an absolute path, or a URI")
 
 
+SECRET = "s3://AKIAEXAMPLE:5EcReT@bucket/x"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"predict -- -m /m -i {SECRET} -o /o.jsonl",
+        f"predict -- -m /m -i /a.csv --output={SECRET}.jsonl",
+        f"predict -- -m {SECRET} -i /a.csv -o /o.jsonl",
+        f"finetune -- --set finetune.source.path=[/a.csv,{SECRET}]",
+        f"corpus -- --data {SECRET}",
+        f"corpus --data {SECRET}",
+        f"corpus --set corpus.source.path={SECRET}",
+        "predict -- -m /m -i s3://b/x?secret_key=5EcReT -o /o.jsonl",
+    ],
+)
+def test_credentials_in_a_job_are_refused_and_not_shown(raybert, words):
+    """Everybody who can list jobs sees its command, its settings and its metadata."""
+    at = ("--set", "run.storage=/runs", "--address", "http://127.0.0.1:1")
+    command, *rest = words.split()
+    message = refused(raybert("submit", command, *at, *rest))
+    assert "s3://... holds a key or a password" in message
+    assert "5EcReT" not in message
+    with pytest.raises(UserError, match="holds a key"):
+        cluster_of(Client()).submit("predict", "x", Settings(), [SECRET])
+
+
 def test_arguments_of_a_job_are_parsed_as_by_its_command(raybert):
     at = ("--set", "run.storage=/runs", "--address", "http://127.0.0.1:1")
     fine = raybert("submit", "predict", *at, "--", "-m", "/m", "-i", "/a.csv", "-o", "/o.jsonl")
@@ -119,6 +170,86 @@ def test_an_address_without_a_listener_is_refused():
         ray_jobs.Cluster(f"127.0.0.1:{port}")
     with pytest.raises(UserError, match=rf"http://127.0.0.1:{port}/ray: nobody answers"):
         ray_jobs.Cluster(f"http://127.0.0.1:{port}/ray")
+
+
+@contextlib.contextmanager
+def listener(answer):
+    """A server that accepts connections and answers each with some bytes, or never."""
+    stopped = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.05)
+        open_ones = []
+
+        def serve():
+            while not stopped.is_set():
+                with contextlib.suppress(TimeoutError):
+                    open_ones.append(server.accept()[0])
+                    if answer:
+                        open_ones[-1].sendall(answer)
+                        open_ones.pop().close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield server.getsockname()[1]
+        finally:
+            stopped.set()
+            thread.join()
+            for connection in open_ones:
+                connection.close()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"\x00\x00\x06\x04\x00\x00\x00\x00\x00"], ids=["silent", "gRPC"]
+)
+def test_an_address_that_does_not_answer_as_a_dashboard_is_refused(answer, monkeypatch):
+    """Ray's own client waits for minutes."""
+    monkeypatch.setattr(ray_jobs, "_ANSWER_SECONDS", 0.2)
+    with listener(answer) as port, pytest.raises(UserError) as refusal:
+        ray_jobs.Cluster(f"http://127.0.0.1:{port}")
+    assert str(refusal.value).startswith(f"--address http://127.0.0.1:{port}: something listens")
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "HTTP"]
+)
+def test_a_ray_address_that_does_not_answer_as_a_head_is_refused(answer, monkeypatch):
+    monkeypatch.setattr(token, "_CALL_SECONDS", 0.5)
+    with listener(answer) as port:
+        address = f"127.0.0.1:{port}"
+        assert token.state_of_head(address) == "silent"
+        with pytest.raises(UserError, match=f"^{address}: something listens there"):
+            session._connect(session.RayConfig(address=address), address)
+
+
+def test_a_job_runs_with_a_python_that_has_ray(tmp_path):
+    """`python` on the PATH of the head is another one."""
+    package.write_package(tmp_path, Settings())
+    other = tmp_path / "bin"
+    other.mkdir()
+    for name in ("python", "python3"):
+        (other / name).write_text("#!/bin/sh\necho the wrong one; exit 1\n")
+        (other / name).chmod(0o755)
+    command = ["sh", package.ENTRYPOINT, "version", "--json"]
+    env = {"PATH": f"{other}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    # A process of Ray has its library loaded, and starts the job by a shell.
+    code = "import ctypes, os, subprocess, sys, importlib.util as u\n" \
+           "ctypes.CDLL(u.find_spec('ray').submodule_search_locations[0] + '/_raylet.so')\n" \
+           "sys.exit(subprocess.run(' '.join(sys.argv[1:]), shell=True).returncode)"  # fmt: skip
+    by_ray = subprocess.run([sys.executable, "-c", code, *command], env=env, cwd=tmp_path,
+                            capture_output=True, text=True)  # fmt: skip
+    assert by_ray.returncode == 0, by_ray.stderr
+    assert "ray" in json.loads(by_ray.stdout)
+    # Without such a parent: that of the inner shell ends before it looks.
+    alone = f"(sleep 0.2; {' '.join(command)} 2>error; echo $? >code.new; mv code.new code) &"
+    subprocess.run(["sh", "-c", alone], env=env, cwd=tmp_path, check=True)
+    ends = time.monotonic() + 60
+    while not (tmp_path / "code").exists():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+    assert (tmp_path / "code").read_text() == "2\n"
+    error = (tmp_path / "error").read_text()
+    assert error.startswith("raybert: no python on the cluster's head can import ray")
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,28 @@ def test_a_missing_file(tmp_path):
         read_keys(str(tmp_path / "none"))
 
 
+@pytest.mark.parametrize("given", [KEYS[0], f"{KEYS[0]}\n{KEYS[1]}", f"./a\n{KEYS[0]}"])
+def test_keys_in_the_place_of_their_file_are_not_shown(given):
+    with pytest.raises(
+        UserError, match="^serve.keys: .*name a file with one key per line"
+    ) as error:
+        read_keys(given)
+    assert KEYS[0] not in str(error.value)
+
+
+def test_the_mode_of_a_file_of_keys_is_checked(tmp_path, caplog):
+    path = tmp_path / "keys"
+    path.write_text(KEYS[0])
+    for mode, line in ((0o600, ""), (0o640, ""), (0o644, "other users of this machine can read")):
+        path.chmod(mode)
+        caplog.clear()
+        assert len(read_keys(str(path))) == 1
+        assert line in caplog.text and bool(line) == bool(caplog.text)
+    path.chmod(0o666)
+    with pytest.raises(UserError, match="other users can write to it, and add keys"):
+        read_keys(str(path))
+
+
 @given(st.binary(max_size=80))
 def test_only_the_keys_are_accepted(value):
     keys = Keys([digest(key.encode()) for key in KEYS])

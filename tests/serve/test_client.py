@@ -195,3 +195,11 @@ def test_retries_end_after_the_time_out():
 def test_an_invalid_url_is_rejected(url):
     with pytest.raises(ValueError, match="expected http://HOST:PORT"):
         Client(url)
+
+
+def test_a_key_is_never_shown_nor_sent_with_a_line_break():
+    assert Client(key="abc\n")._headers["Authorization"] == "Bearer abc"
+    for key in ("secret\nX-Injected: 1", "secret key", "secret\x00", "sécret"):
+        with pytest.raises(ValueError, match="key: it has other characters") as error:
+            Client(key=key)
+        assert "cret" not in str(error.value)

@@ -1,12 +1,15 @@
 """Progress: a live line on a terminal, plain lines in a log, nothing on standard output."""
 
 import re
+import unicodedata
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raybert.terminal import display as module
 from raybert.terminal.display import Display
-from raybert.terminal.formats import clock
+from raybert.terminal.formats import clock, one_printable_line, printable
 
 TRAIN = {
     "kind": "train",
@@ -19,6 +22,31 @@ TRAIN = {
     "data_wait": 0.0,
     "mfu": None,
 }
+
+
+@given(st.text())
+def test_no_text_controls_the_terminal(text):
+    for shown in (printable(text), one_printable_line(text)):
+        assert not {c for c in shown if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
+        assert not {"\u202e", "\u2066", "\u2067", "\u2068"} & set(shown)
+    assert "\n" not in one_printable_line(text)
+    assert printable(printable(text)) == printable(text)
+    if text.isprintable():
+        assert printable(text) == text
+
+
+def test_labels_and_names_are_shown_without_their_escape_sequences(capsys):
+    display = Display()
+    display._live = True
+    label = "pos\x1b]0;owned\x07\x1b[2J\x9b31m\r"
+    with display.stage("evaluate"):
+        display.print(f"label {label}")
+        display.progress(f"label {label}")
+        display.forward(f"label {label}")
+        display.forward(f"\x1flabel {label}")
+    shown = capsys.readouterr().err
+    assert shown.count(r"pos\x1b]0;owned\x07\x1b[2J\x9b31m\r") == 4
+    assert set(re.findall("\x1b.{3}", shown)) <= {"\x1b[2K"} and "\x9b" not in shown
 
 
 @pytest.mark.parametrize(

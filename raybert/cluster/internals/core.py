@@ -18,6 +18,9 @@ JOB_STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S"
 #: Where Ray makes its temporary files, instead of /tmp.
 TEMPORARY = "RAY_TMPDIR"
 
+#: Makes Ray's connections TLS ones, where it is not 0.
+USE_TLS = "RAY_USE_TLS"
+
 #: The RPC of a head that takes no arguments: it fails where a token is required.
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 

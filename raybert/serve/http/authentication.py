@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,10 +25,11 @@ def read_keys(path: str | None) -> list[str]:
     too short or not printable ASCII.
     """
     if path is not None:
-        where = f"serve.keys={path}"
+        where = f"serve.keys={path}" if _is_path(path) else "serve.keys"
         try:
+            _check_mode(Path(path).expanduser(), where)
             text = Path(path).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             problem = getattr(error, "strerror", None) or "not UTF-8"
             raise UserError(f"{where}: {problem}; name a file with one key per line") from None
         keys = [line.strip() for line in text.splitlines() if not line.startswith("#")]
@@ -43,6 +46,24 @@ def read_keys(path: str | None) -> list[str]:
                 "`openssl rand -hex 32` makes one"
             )
     return [digest(key.encode()) for key in keys]
+
+
+def _is_path(value: str) -> bool:
+    """Whether a value may be shown: not the keys themselves in the place of their file."""
+    if not value.isprintable():
+        return False
+    return value.startswith(("/", "~", ".")) or "." in value or len(value) < MIN_LENGTH
+
+
+def _check_mode(path: Path, where: str) -> None:
+    """Raise UserError if everybody can add keys to a file; warn if they can read them."""
+    mode = path.stat().st_mode
+    if mode & stat.S_IWOTH:
+        raise UserError(f"{where}: other users can write to it, and add keys; run chmod 600 on it")
+    if mode & stat.S_IROTH:
+        logging.getLogger(__name__).warning(
+            "%s: other users of this machine can read it; run chmod 600 on it", where
+        )
 
 
 def digest(key: bytes) -> str:
