@@ -27,10 +27,11 @@ _UNLOCKED_S = 86_400  # the age at which a folder without a lock is a leftover o
 
 
 @contextmanager
-def scratch_folder(prefix: str, parent: Path) -> Iterator[Path]:
-    """Make a folder with one of PREFIXES, and delete it at the end, or after an error later.
+def scratch_folder(prefix: str, parent: Path, *, has_logs: bool = False) -> Iterator[Path]:
+    """Make a folder with one of PREFIXES, and delete it at the end.
 
-    An error's message may name a log in it: it stays until the next process makes a folder.
+    If it `has_logs`, which an error's message may name, it stays after an error, until the next
+    process makes a folder.
     """
     parent.mkdir(parents=True, exist_ok=True)
     sweep(parent)
@@ -39,10 +40,15 @@ def scratch_folder(prefix: str, parent: Path) -> Iterator[Path]:
     forget = interrupts.at_end(lambda: shutil.rmtree(folder, ignore_errors=True))
     try:
         yield folder
-        shutil.rmtree(folder, ignore_errors=True)
-    except (KeyboardInterrupt, SystemExit):
+    except Exception:
+        if not has_logs:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except BaseException:  # Ctrl-C
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
     finally:
         forget()
         os.close(lock)

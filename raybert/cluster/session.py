@@ -111,7 +111,7 @@ def ray_session(config: RayConfig, workers: int = 1) -> Iterator[Resources]:
             _context = _connect(config, address)
         else:
             parent = Path(os.environ.get(core.TEMPORARY) or "/tmp")
-            folder = own.enter_context(scratch_folder("rbr-", parent))
+            folder = own.enter_context(scratch_folder("rbr-", parent, has_logs=True))
             _context = _start(config, workers, folder)
         _started_here = not address
         try:

@@ -39,11 +39,18 @@ def test_the_folder_of_a_killed_process_is_deleted_by_the_next(tmp_path, prefix)
 
 
 def test_after_an_error_the_logs_stay_until_the_next_start(tmp_path):
-    with pytest.raises(RuntimeError), scratch_folder("rbr-", tmp_path) as folder:
+    with pytest.raises(RuntimeError), scratch_folder("rbr-", tmp_path, has_logs=True) as folder:
         raise RuntimeError(f"see {folder}")
     assert folder.exists()
     sweep(tmp_path)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_other_folders_are_deleted_after_an_error(tmp_path, error):
+    with pytest.raises(error), scratch_folder("rbs-", tmp_path):
+        raise error
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_is_not_a_leftover_stays(tmp_path):
