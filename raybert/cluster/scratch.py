@@ -38,18 +38,15 @@ def scratch_folder(prefix: str, parent: Path, *, has_logs: bool = False) -> Iter
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     lock = _take_lock(folder)
     forget = interrupts.at_end(lambda: shutil.rmtree(folder, ignore_errors=True))
+    stays = False
     try:
         yield folder
-    except Exception:
-        if not has_logs:
-            shutil.rmtree(folder, ignore_errors=True)
+    except Exception:  # not Ctrl-C
+        stays = has_logs
         raise
-    except BaseException:  # Ctrl-C
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
     finally:
+        if not stays:
+            shutil.rmtree(folder, ignore_errors=True)
         forget()
         os.close(lock)
 
