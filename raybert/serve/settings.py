@@ -16,7 +16,12 @@ class Autoscaling(Range):
 
     min: int = Field(1, ge=1, description="minimum number, kept ready")
     max: int = Field(ge=1, description="maximum number")
-    target: float = Field(32, gt=0, description="running requests per replica to aim at")
+    target: float = Field(
+        32,
+        gt=0,
+        description="running requests per replica to aim at, and fewer where their texts are work "
+        "for more than 0.7 of the time",
+    )
 
 
 Replicas = NumberOrRange[Autoscaling]

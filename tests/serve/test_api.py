@@ -635,6 +635,21 @@ def test_a_short_request_is_accepted_after_long_ones_where_it_fits(api, monkeypa
     assert_error(api.post("/predict", {"inputs": ["superb film " * 20]}), 429)
 
 
+def test_the_load_is_what_waits_and_the_time_that_was_computed(api, monkeypatch):
+    service = api.service
+    batcher = service.find(None).batcher
+    service.load_since_last()
+    assert service.load_since_last() == 0
+    monkeypatch.setattr(batcher, "_queued_tokens", batcher.capacity // 2)
+    assert service.load_since_last() == pytest.approx(0.5, abs=0.01)
+    monkeypatch.setattr(batcher, "_queued_tokens", 3 * batcher.capacity)
+    monkeypatch.setattr(batcher, "_busy_s", batcher.busy_s + 3600)
+    assert service.load_since_last() == 2  # it computed all the time, and the queue is full
+    monkeypatch.undo()
+    monkeypatch.setattr(service._serial, "_count", 4)  # explanations and masks
+    assert service.load_since_last() == 0.5
+
+
 def test_the_warm_up_measures_the_speed(api):
     batcher = api.service.find(None).batcher
     assert batcher._speed and batcher.capacity >= 2 * batcher._tokens_per_batch

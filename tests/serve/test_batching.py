@@ -350,3 +350,28 @@ def test_small_batches_do_not_change_the_speed(batches):
     for _ in range(30):
         made._update_speed(100, 1.0)
     assert made._speed == pytest.approx(100, rel=0.05)
+
+
+def test_the_share_of_busy_time_and_of_the_queue_are_measured(executor, monkeypatch):
+    release, model = threading.Event(), SlowToStart()
+    monkeypatch.setattr("raybert.serve.runtime.batching.time", model)
+
+    def compute(rows):
+        assert release.wait(30)
+        return model(rows)
+
+    async def score_all():
+        made = batcher(compute, executor, tokens_per_batch=200, queue_s=3.0, speed=100.0)
+        assert (made.busy_s, made.fill) == (0, 0)
+        tasks = [asyncio.create_task(made.score([np.ones(200)])) for _ in range(3)]
+        await until(lambda: made.queued_tokens == 400)
+        model.now = 5.0
+        assert made.busy_s == 5.0 and made.fill == 400 / made.capacity
+        release.set()
+        await asyncio.gather(*tasks)
+        busy = made.busy_s
+        assert busy == pytest.approx(5.9) and made.fill == 0
+        model.now += 100
+        assert made.busy_s == busy
+
+    run(score_all())

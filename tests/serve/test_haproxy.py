@@ -16,6 +16,8 @@ import pytest
 
 from raybert.serve.deploy import haproxy as ingress_module
 from raybert.serve.deploy.haproxy import serve_environment, uses_haproxy
+from raybert.serve.deploy.haproxy_messages import with_messages
+from raybert.serve.deploy.haproxy_socket import count_refused
 from raybert.serve.deploy.launch import find_listener
 from raybert.serve.http.authentication import digest
 from raybert.serve.request_errors import QUEUE_FULL_HEADER
@@ -195,6 +197,14 @@ def started(tmp_path):
         ingress.stop()
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One HAProxy for tests that change nothing."""
+    ingress = Ingress(tmp_path_factory.mktemp("shared"))
+    yield ingress
+    ingress.stop()
+
+
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv, of util-linux")
 def test_haproxy_ends_with_the_process_that_started_it(tmp_path):
     """Also when that one is killed, as Ray's processes are with `raybert serve`."""
@@ -271,6 +281,46 @@ def test_without_a_replica_requests_end_with_503_in_the_common_form(started):
     }
 
 
+def assert_common_form(answer, status, error_type):
+    """Check a response from the socket: HAProxy's own, in the form of all others."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status), answer
+    assert b"content-type: application/json" in head.lower()
+    assert set(json.loads(body)) == {"error", "error_type"}
+    assert json.loads(body)["error_type"] == error_type
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET /\x00 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + 200_000 * b"x" + b"\r\n\r\n",
+    ],
+)
+def test_what_is_no_request_gets_400_in_the_common_form(shared, request_head):
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=20) as client:
+        with contextlib.suppress(OSError):  # it may close before it has read everything
+            client.sendall(request_head)
+        answer = b""
+        with contextlib.suppress(OSError):
+            while part := client.recv(4096):
+                answer += part
+    assert_common_form(answer, 400, "Validation")
+
+
+def test_another_haproxy_is_started_as_it_is(tmp_path):
+    other = tmp_path / "other"
+    errors = {400: ("Bad Request", {"error": "x" * 200, "error_type": "Validation"})}
+    for content in (b"no constants", b"HTTP/1.1 400 Bad request\r\nshort\0"):
+        other.write_bytes(content)
+        assert with_messages(str(other), tmp_path, errors) == str(other)
+        assert list(tmp_path.iterdir()) == [other]
+
+
 def test_a_client_that_does_not_finish_its_headers_gets_408(started, monkeypatch):
     monkeypatch.setattr(ingress_module, "_HEAD_S", 1)
     ingress = started()
@@ -279,7 +329,7 @@ def test_a_client_that_does_not_finish_its_headers_gets_408(started, monkeypatch
         answer = b""
         while part := slow.recv(4096):
             answer += part
-    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert_common_form(answer, 408, "Timeout")
     # An unused connection, as browsers open it in advance, is closed without a response.
     with socket.create_connection(("127.0.0.1", ingress.port), timeout=20) as early:
         assert early.recv(4096) == b""
@@ -311,6 +361,17 @@ def test_while_all_replicas_are_full_haproxy_rejects_by_itself(started):
         replica.full = False
     time.sleep(0.3)
     assert [ingress.ask()[0] for _ in range(4)] == [200] * 4
+
+
+def test_what_haproxy_rejects_itself_is_counted(started, tmp_path):
+    ingress = started()
+    path = str(tmp_path / "admin.sock")
+    assert count_refused(path) == 0
+    ingress.fill()
+    begun = count_refused(path)
+    refused = sum(ingress.ask()[3] == 0 for _ in range(20))
+    assert refused and count_refused(path) == begun + refused
+    assert count_refused(str(tmp_path / "none.sock")) is None
 
 
 def test_haproxy_forwards_again_after_many_rejections(started):

@@ -7,23 +7,30 @@ the `serve` section as `args`.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
+import os
 from typing import Any
 
 import ray
 import torch
 from fastapi import FastAPI
+from prometheus_client.core import Metric
 from ray import serve
+from ray.serve.config import AutoscalingPolicy
+from ray.serve.exceptions import RayServeException
 
-from raybert.cluster.internals.serve import http_options
+from raybert.cluster.internals.serve import HAPROXY, http_options
 from raybert.cluster.machine import KEEP_FREED_MEMORY, keep_freed_memory
 from raybert.config import build as build_settings
 from raybert.errors import ConfigError, UserError
+from raybert.serve.deploy.haproxy_socket import count_refused
+from raybert.serve.deploy.scaling import LOAD, count_replicas
 from raybert.serve.http.api import flush, make_api
 from raybert.serve.http.authentication import VARIABLE, Keys, read_keys
 from raybert.serve.http.middleware import set_admission
-from raybert.serve.runtime.metrics import ServeMetrics
+from raybert.serve.runtime.metrics import ServeMetrics, render
 from raybert.serve.runtime.model_sources import check_names, resolve
 from raybert.serve.runtime.service import Service
 from raybert.serve.settings import ServeConfig, is_loopback
@@ -34,6 +41,10 @@ APP = "raybert"
 #: Requests in a replica at once. Below this number the replica rejects by itself, with a reason;
 #: above it Serve rejects, without one.
 _MAX_ONGOING = 2048
+
+
+#: For the other replicas' metrics; Prometheus waits 10 s for a scrape.
+_SCRAPE_S = 2.0
 
 
 class Server:
@@ -59,10 +70,34 @@ class Server:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Serve calls this once, after the constructor."""
-        api = make_api(self._service, self._keys, log=self._log)
+        api = make_api(
+            self._service, self._keys, log=self._log, metrics_of_all=self._metrics_of_all
+        )
         if not self._service.config.cors:  # only the application adds CORS headers
             set_admission(api.state.admission)
         return api
+
+    def metrics(self) -> list[Metric]:
+        """Return this replica's metrics; the others call this."""
+        return self._service.metrics.families()
+
+    async def _metrics_of_all(self) -> str:
+        """Return the metrics of all replicas, or of this one if they do not answer in time."""
+        families = [self._service.metrics.families()]
+        try:
+            handle = serve.get_deployment_handle(NAME, serve.get_replica_context().app_name)
+            asked = handle.broadcast("metrics")
+            answers = await asked.results_async(timeout_s=_SCRAPE_S, return_exceptions=True)
+            families = [each for each in answers if isinstance(each, list)] or families
+        except (TimeoutError, RuntimeError, RayServeException) as error:
+            self._log.warning("metrics of this replica only: %s", type(error).__name__)
+        socket = os.environ.get(f"{HAPROXY}SOCKET_PATH")
+        refused = await asyncio.to_thread(count_refused, socket) if socket else None
+        return render(families, refused)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the load for `count_replicas`; Serve calls this regularly."""
+        return {LOAD: self._service.load_since_last()}
 
     def check_health(self) -> None:
         """Raise where the replica is unhealthy; Serve calls this, and replaces it after 3 times."""
@@ -133,6 +168,7 @@ def application(config: ServeConfig, digests: list[str]) -> serve.Application:
                 "min_replicas": scaling.min,
                 "max_replicas": scaling.max,
                 "target_ongoing_requests": scaling.target,
+                "policy": AutoscalingPolicy(policy_function=count_replicas),
             }
         }
     gpus = _gpus(config)

@@ -31,6 +31,8 @@ from raybert.cluster.machine import cores
 from raybert.errors import UserError
 from raybert.serve import request_errors
 from raybert.serve.deploy import haproxy_config
+from raybert.serve.deploy.haproxy_messages import error_response, with_messages
+from raybert.serve.deploy.haproxy_socket import REFUSED_TABLE
 from raybert.serve.request_errors import QUEUE_FULL_HEADER, QUEUED_PATHS
 from raybert.serve.settings import ServeConfig
 
@@ -73,10 +75,19 @@ _OWN_PORTS = range(20_000, 30_000)
 #: HAProxy's own error responses, in the format of all others. Ray's template turns 502, 503 and 504
 #: into a plain 500, from which a client can't tell whether to try again.
 _ERRORS = {
-    502: ("Bad Gateway", "Unhealthy", "a replica broke off its response; try again"),
-    503: ("Service Unavailable", "Unhealthy", "no replica is ready; try again"),
-    504: ("Gateway Timeout", "Timeout", "no replica answered in time; try again later"),
+    status: (reason, {"error": message, "error_type": kind})
+    for status, reason, kind, message in (
+        (400, "Bad Request", "Validation", "this is no valid HTTP request"),
+        (408, "Request Timeout", "Timeout", "the request did not come in time"),
+        (413, "Content Too Large", "Validation", "the request is too large; send less at once"),
+        (500, "Internal Server Error", "Internal", "the server failed; try again"),
+        (501, "Not Implemented", "Validation", "this server does not know the request's method"),
+        (502, "Bad Gateway", "Unhealthy", "a replica broke off its response; try again"),
+        (503, "Service Unavailable", "Unhealthy", "no replica is ready; try again"),
+        (504, "Gateway Timeout", "Timeout", "no replica answered in time; try again later"),
+    )
 }
+_PARSER_ERRORS = (400, 408)  # come from its parser, too, which reads no file
 #: Servers, numbered from 1, whose state is counted; with more of them HAProxy never rejects.
 _SERVERS = range(1, 17)
 _EVENTS_PER_REPORT = 8
@@ -113,12 +124,16 @@ def serve_environment(
     files = {
         "python": sys.executable,
         "adapter": haproxy_config.__file__,
-        "binary": get_haproxy_binary(),
+        "binary": with_messages(
+            get_haproxy_binary(),
+            scratch,
+            {status: _ERRORS[status] for status in _PARSER_ERRORS},
+        ),
         "defaults": write(
             "defaults.cfg", headers_s=_HEAD_S, error_files=_write_error_responses(scratch)
         ),
         "rules": write("rules.cfg", full_ms=full_ms, **_rule_values(config, scratch, digests)),
-        "table": write("table.cfg", full_ms=full_ms),
+        "table": write("table.cfg", full_ms=full_ms, refused_table=REFUSED_TABLE),
     }
     wrapper = write("wrapper.sh", **{name: shlex.quote(path) for name, path in files.items()})
     Path(wrapper).chmod(0o700)
@@ -161,14 +176,9 @@ def _write(scratch: Path, name: str, **values: Any) -> str:
 def _write_error_responses(scratch: Path) -> dict[int, str]:
     """Write the files of HAProxy's error responses; return their paths by status."""
     files = {}
-    for status, (reason, kind, message) in _ERRORS.items():
-        body = json.dumps({"error": message, "error_type": kind}, separators=(",", ":"))
-        head = (
-            f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nCache-Control: no-cache\r\nConnection: close\r\n\r\n"
-        )
+    for status, (reason, body) in _ERRORS.items():
         file = scratch / f"{status}.http"
-        file.write_bytes((head + body).encode())
+        file.write_bytes(error_response(status, reason, body))
         files[status] = str(file)
     return files
 
@@ -185,6 +195,7 @@ def _rule_values(config: ServeConfig, scratch: Path, digests: Sequence[str]) -> 
         "servers": _SERVERS,
         "events": _EVENTS_PER_REPORT,
         "longest_body": _LONGEST_REJECTED,
+        "refused_table": REFUSED_TABLE,
         "cors": bool(config.cors),
         "digests": str(file) if digests else None,
         "retry_after_s": (rejection.headers or {})["Retry-After"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -42,12 +42,18 @@ FLUSH_INTERVAL_S = 1.0
 
 
 def make_api(
-    service: Service, keys: Keys, *, log: logging.Logger, page: Path | None = PAGE
+    service: Service,
+    keys: Keys,
+    *,
+    log: logging.Logger,
+    page: Path | None = PAGE,
+    metrics_of_all: Callable[[], Awaitable[str]] | None = None,
 ) -> FastAPI:
     """Make the application of a service that has loaded its models.
 
     `log` gets a record for each request. The files of the folder `page` are served at `/`, unless
-    it is None or has no index.html.
+    it is None or has no index.html. `metrics_of_all` returns the metrics of all replicas; None:
+    there is one.
     """
     page_routes = _page_routes(page)
     open_paths = [*OPEN_PATHS, *(route.path for route in page_routes)]
@@ -83,7 +89,7 @@ def make_api(
     add_triton_routes(app, service)
     add_kserve_v1_routes(app, service)
     add_open_inference_routes(app, service)
-    add_server_routes(app, service)
+    add_server_routes(app, service, metrics_of_all)
     app.router.routes.extend(page_routes)
     _add_exception_handlers(app, service, log)
     app.state.admission = admission

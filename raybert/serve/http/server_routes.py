@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,14 +12,22 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 from raybert import __version__
 from raybert.serve.http.openapi import DOCS_HEADERS, error_responses, render_docs
 from raybert.serve.request_errors import HEALTH_PATHS, LIVE_PATHS, READY_PATHS, RequestError
+from raybert.serve.runtime.metrics import render
 from raybert.serve.runtime.service import Service
 
 #: Paths that need no key.
 OPEN_PATHS = ("/docs", "/openapi.json", *HEALTH_PATHS)
 
 
-def add_server_routes(app: FastAPI, service: Service) -> None:
-    """Add the routes."""
+async def _own_metrics(service: Service) -> str:
+    return render([service.metrics.families()])
+
+
+def add_server_routes(
+    app: FastAPI, service: Service, metrics_of_all: Callable[[], Awaitable[str]] | None = None
+) -> None:
+    """Add the routes; `metrics_of_all` replicas, None: of this one."""
+    read_metrics = metrics_of_all or functools.partial(_own_metrics, service)
 
     async def ready() -> dict[str, bool]:
         return check_ready(service)
@@ -43,7 +53,7 @@ def add_server_routes(app: FastAPI, service: Service) -> None:
         summary="Metrics for Prometheus",
     )
     async def metrics() -> str:
-        return service.metrics.render()
+        return await read_metrics()
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:

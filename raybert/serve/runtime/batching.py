@@ -120,6 +120,17 @@ class Batcher:
         self._running: dict[asyncio.Future[Outputs], _Batch] = {}
         self._speed = speed  # tokens per second
         self._timer: asyncio.TimerHandle | None = None
+        self._busy_s, self._busy_since = 0.0, 0.0  # before and since the first running batch
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which a batch was computed, since the start."""
+        return self._busy_s + (time.monotonic() - self._busy_since if self._running else 0.0)
+
+    @property
+    def fill(self) -> float:
+        """The work that waits, as a share of what may wait; a large request can make it more."""
+        return (self._queued_tokens + self._reserved_tokens) / self.capacity
 
     @property
     def queued_tokens(self) -> int:
@@ -211,6 +222,8 @@ class Batcher:
             rows = [item.row for item in items]
             loop = asyncio.get_running_loop()
             begun = time.monotonic()
+            if not self._running:
+                self._busy_since = begun
             future = loop.run_in_executor(executor, self._compute, rows)
             self._running[future] = _Batch(items, begun, executor is self._threads.shares)
             future.add_done_callback(self._finish)
@@ -249,7 +262,10 @@ class Batcher:
         """Distribute the scores of a batch, or its exception."""
         concurrent = len(self._running)  # batches, including this one
         items, begun, _ = self._running.pop(future)
-        seconds = max(1e-9, time.monotonic() - begun)
+        now = time.monotonic()
+        seconds = max(1e-9, now - begun)
+        if not self._running:
+            self._busy_s += now - self._busy_since
         self._start(forced=False)  # first of all, so that the thread does not idle
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
         if error is None:

@@ -1,14 +1,16 @@
-"""The metrics of one replica, as a Prometheus registry of its own; all their names are here.
+"""The metrics of a replica, as a Prometheus registry of its own; all their names are here.
 
-Ray exports what Serve itself counts (`ray_serve_*`), for all replicas; these are the figures that
-only the application knows. HAProxy sends a scrape to any one replica: the label `replica` says
-which. Requests that HAProxy rejects itself reach no replica and are not counted.
+Ray exports what Serve itself counts (`ray_serve_*`); these are the figures that only the
+application knows. HAProxy sends a scrape to any one replica, which asks the others for theirs: the
+label `replica` says whose they are. What HAProxy rejects itself, it counts itself.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,6 +20,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, Metric
 
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 #: Counters, with their labels.
@@ -98,6 +101,36 @@ class ServeMetrics:
         )
         (gauge.labels(**self._constant) if self._constant else gauge).set_function(read)
 
-    def render(self) -> str:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self.registry).decode()
+    def families(self) -> list[Metric]:
+        """Return all metrics as they are now."""
+        return list(self.registry.collect())
+
+
+class _Collected:
+    """Metrics that were collected before, as a registry of prometheus_client."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        return iter(self._families)
+
+
+def render(replicas: Iterable[Iterable[Metric]], refused: int | None = None) -> str:
+    """Return the metrics of some replicas in Prometheus' text format.
+
+    `refused` is the number of requests that HAProxy rejected itself; None: unknown.
+    """
+    families: dict[str, Metric] = {}
+    for family in itertools.chain.from_iterable(replicas):
+        empty = Metric(family.name, family.documentation, family.type)
+        families.setdefault(family.name, empty).samples.extend(family.samples)
+    if refused is not None:
+        counted = CounterMetricFamily(
+            "raybert_refused_by_haproxy",
+            "Requests that HAProxy answered 429 itself, while all replicas were full.",
+            refused,
+        )
+        families[counted.name] = counted
+    collected: Any = _Collected(list(families.values()))
+    return generate_latest(collected).decode()

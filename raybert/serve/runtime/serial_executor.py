@@ -67,6 +67,11 @@ class SerialExecutor:
         self._count = 0
         self._seconds = 0.5  # moving average per request
 
+    @property
+    def fill(self) -> float:
+        """The requests that wait or run, as a share of those that may."""
+        return self._count / self._max_requests
+
     @contextmanager
     def reserve(self) -> Iterator[Slot]:
         """Reserve a slot for a request; Overloaded: all are in use."""

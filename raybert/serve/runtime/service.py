@@ -75,6 +75,7 @@ class Service:
         self._tokens_per_character = 0.2  # moving average
         share = config.canary.share if config.canary else 0.0
         self._canary = Canary(share, self.metrics, self._log)
+        self._load_at, self._load_busy_s = time.monotonic(), 0.0
         self.models = LoadedModels(config, self._threads, self.metrics, self._log, device)
         self.metrics.watch_queue(
             lambda: sum(model.batcher.queued_tokens for model in self.models.all())
@@ -96,6 +97,20 @@ class Service:
             seconds = model.batcher.running_s
             if seconds > _STUCK_S:
                 raise RuntimeError(f"model {model.name}: a batch has run for {seconds:.0f} s")
+
+    def load_since_last(self) -> float:
+        """Return the load since the last call, as `deploy.scaling` reads it.
+
+        The models share the threads: of their waiting work the most counts, as for admission.
+        """
+        now = time.monotonic()
+        models = self.models.all()
+        busy_s = sum(model.batcher.busy_s for model in models)
+        elapsed = max(1e-9, now - self._load_at)
+        share = min(1.0, max(0.0, busy_s - self._load_busy_s) / elapsed)
+        self._load_at, self._load_busy_s = now, busy_s
+        fill = max((model.batcher.fill for model in models), default=0.0)
+        return max(share + min(1.0, fill), self._serial.fill)
 
     def full_for_s(self, size: int) -> float | None:
         """Return the seconds until a full queue is empty; None: a request can be accepted.
