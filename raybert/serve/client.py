@@ -75,6 +75,7 @@ class Client:
         retry_timeout_s: float = 60,
         context: ssl.SSLContext | None = None,
         transport: Transport | None = None,
+        headers: Mapping[str, str] | None = None,
         patience_s: float | None = None,
     ) -> None:
         """Set up without connecting; ValueError: the URL or the key is invalid.
@@ -85,6 +86,7 @@ class Client:
             timeout_s: time without a byte after which an attempt ends.
             retry_timeout_s: time for which a request is repeated.
             context: for https, in place of the system's certificates.
+            headers: sent with every request, such as traceparent.
             transport: sends requests in place of a connection, for instance in tests.
             patience_s: deprecated name of `retry_timeout_s`.
         """
@@ -95,7 +97,7 @@ class Client:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url}: expected http://HOST:PORT")
         self._root, self._retry_timeout_s = parts.path.rstrip("/"), retry_timeout_s
-        self._headers = {"Content-Type": "application/json"}
+        self._headers = {**(headers or {}), "Content-Type": "application/json"}
         if key is not None:
             key = key.strip()  # a file ends with a line break
             if not all("!" <= character <= "~" for character in key):

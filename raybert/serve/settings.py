@@ -63,6 +63,12 @@ class ServeConfig(Settings):
     keys: str | None = Field(
         None, description="file with one bearer key per line; null: RAYBERT_API_KEYS, if it is set"
     )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[\w.~-]+)*$",
+        description="path under which a proxy in front publishes the server, such as /reviews, "
+        "whether it removes it from the requests or not",
+    )
     cors: list[str] = Field(
         [], description="origins whose pages may send requests; none by default"
     )

@@ -1,9 +1,26 @@
 """The page in a real browser: Debian's Chromium, driven by Playwright."""
 
+import logging
 import re
 
 import pytest
-from page_driver import blank_field, classify, expect, fill_in, problem, send, text_field, verdict
+from page_driver import (
+    TIMEOUT_MS,
+    blank_field,
+    classify,
+    expect,
+    fill_in,
+    problem,
+    send,
+    text_field,
+    verdict,
+)
+from stand_in import Running
+
+from raybert.serve.http.api import make_api
+from raybert.serve.http.authentication import Keys
+from raybert.serve.runtime.service import Service
+from raybert.serve.settings import ServeConfig
 
 NASTY = "<img src=x onerror='window.broken=1'><script>window.broken=1</script> superb & moving"
 
@@ -47,6 +64,46 @@ def test_the_weights_of_words_are_shown(visit):
         "all => all.map(mark => parseFloat(mark.style.getPropertyValue('--weight')))"
     )
     assert max(weights) == 1 and min(weights) > 0
+
+
+def test_a_very_long_word_is_wrapped_and_its_weight_is_not(visit):
+    page = visit(viewport={"width": 400, "height": 900})
+    classify(page, "superb" * 200 + " awful film")
+    figures = page.locator("#predict .weights .figure, #predict .bars .figure")
+    count_lines = """all => all.map(one => {
+        const range = document.createRange();
+        range.selectNodeContents(one);
+        return range.getClientRects().length;
+    })"""
+    assert set(figures.evaluate_all(count_lines)) == {1}
+    width = "document.documentElement"
+    assert page.evaluate(f"{width}.scrollWidth <= {width}.clientWidth")
+
+
+def test_a_text_that_was_cut_is_said(visit):
+    page = visit()
+    classify(page, "superb " * 100)
+    expect(verdict(page)).to_contain_text("too long for the model")
+    classify(page, "a superb film")
+    expect(verdict(page)).not_to_contain_text("too long")
+
+
+@pytest.mark.parametrize("address", ["reviews", "reviews/"])
+def test_the_page_works_under_a_path(browser, model, pretrained, address):
+    config = ServeConfig(
+        model=model.uri, fill_mask=pretrained.uri, precision="fp32", root_path="/reviews"
+    )
+    service = Service(config, threads=1)
+    service.load()
+    app = make_api(service, Keys([]), log=logging.getLogger("raybert.test"))
+    with Running(app, lifespan="on") as server:
+        page = browser.new_page()
+        page.set_default_timeout(TIMEOUT_MS)
+        page.goto(f"{server.url}{address}")
+        classify(page, "a superb film")
+        expect(verdict(page)).to_contain_text("pos")
+        page.close()
+    service.close()
 
 
 def test_the_label_is_shown_before_the_explanation(stand_in, visit):

@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import logging
 import zlib
 
 import pytest
-from in_process import Api, assert_error
+from in_process import LOG, Api, assert_error
 
+from raybert.serve.http.api import PAGE
 from raybert.serve.http.hosts import is_allowed_host
 from raybert.serve.settings import ServeConfig
 
@@ -141,3 +143,61 @@ def test_a_page_can_not_send_a_body_without_its_type(api, header):
     assert typed.is_success
     for path in ("/predict", "/fill-mask"):
         assert_error(api.ask("POST", path, content=b'{"inputs": "a"}'), 415)
+
+
+# Behind a proxy ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(model, pretrained):
+    """A server that a proxy publishes under /reviews."""
+    made = Api(model, pretrained, root_path="/reviews", page=PAGE)
+    yield made
+    made.service.close()
+
+
+@pytest.mark.parametrize("prefix", ["", "/reviews"])  # which the proxy removes, or does not
+def test_a_server_under_a_path_answers_with_and_without_it(published, prefix):
+    page = published.ask("GET", f"{prefix}/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert '<base href="/reviews/">' in page.text and "base-uri 'self'" in page.text
+    for file in ("app.js", "style.css", "docs", "info", "health"):
+        assert published.ask("GET", f"{prefix}/{file}").is_success
+    assert published.post(f"{prefix}/predict", {"inputs": "a superb film"}).is_success
+    assert published.post(f"{prefix}/v2/models/run/infer", {"inputs": []}).status_code == 422
+    document = published.ask("GET", f"{prefix}/openapi.json").json()
+    assert document["servers"] == [{"url": "/reviews"}]
+    assert_error(published.ask("GET", f"{prefix}/nothing"), 404)
+
+
+def test_the_page_under_a_path_is_found_without_the_last_slash(published):
+    assert '<base href="/reviews/">' in published.ask("GET", "/reviews").text
+    assert_error(published.ask("GET", "/reviewsx"), 404)
+
+
+@pytest.mark.parametrize("path", ["reviews", "/a/", "/a//b", "/a b", '/"><script>', "/a?b"])
+def test_a_root_path_that_is_none_is_refused(path):
+    with pytest.raises(ValueError, match="root_path"):
+        ServeConfig(root_path=path)
+
+
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def test_the_trace_of_a_request_is_logged_and_returned(api, caplog):
+    caplog.set_level(logging.INFO, logger=LOG.name)
+    headers = {"traceparent": TRACE}
+    for method, path, body in (("POST", "/predict", {"inputs": "a film"}), ("GET", "/x", None)):
+        answer = api.ask(method, path, json=body, headers=headers)
+        assert answer.headers["traceparent"] == TRACE
+    found = [vars(record).get("trace_id") for record in caplog.records if record.name == LOG.name]
+    assert found == ["4bf92f3577b34da6a3ce929d0e0e4736"] * 2
+
+
+@pytest.mark.parametrize("value", ["", "x", TRACE[:-1], f"{TRACE}-x", TRACE.upper(), "\u00e9"])
+def test_what_is_no_trace_is_dropped(api, caplog, value):
+    caplog.set_level(logging.INFO, logger=LOG.name)
+    headers = [(b"traceparent", value.encode()), (b"content-type", b"application/json")]
+    answer = api.ask("POST", "/predict", content=b'{"inputs": "a film"}', headers=headers)
+    assert answer.is_success and "traceparent" not in answer.headers
+    assert all("trace_id" not in vars(record) for record in caplog.records)

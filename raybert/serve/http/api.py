@@ -15,7 +15,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from raybert import __version__
@@ -55,7 +55,7 @@ def make_api(
     it is None or has no index.html. `metrics_of_all` returns the metrics of all replicas; None:
     there is one.
     """
-    page_routes = _page_routes(page)
+    page_routes = _page_routes(page, service.config.root_path)
     open_paths = [*OPEN_PATHS, *(route.path for route in page_routes)]
     admission = AdmissionControl(service, keys, open_paths, log)
 
@@ -93,11 +93,11 @@ def make_api(
     app.router.routes.extend(page_routes)
     _add_exception_handlers(app, service, log)
     app.state.admission = admission
-    app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi(app, service.config.root_path)  # type: ignore[method-assign]
     return app
 
 
-def _page_routes(page: Path | None) -> list[Route]:
+def _page_routes(page: Path | None, root_path: str) -> list[Route]:
     """Return a route for each file of a folder.
 
     A mounted folder would match every path, and answer GET /predict with 404 in place of 405.
@@ -106,8 +106,18 @@ def _page_routes(page: Path | None) -> list[Route]:
         return []
     files = (file.relative_to(page) for file in page.rglob("*") if file.is_file())
     static = StaticFiles(directory=page, html=True)
-    paths = ["/", *(f"/{file.as_posix()}" for file in files)]
-    return [Route(path, static, methods=["GET"]) for path in paths]
+    routes = [Route(f"/{file.as_posix()}", static, methods=["GET"]) for file in files]
+    if not root_path:
+        return [Route("/", static, methods=["GET"]), *routes]
+    # Without its last slash, an address would have the page's files beside it.
+    text = (page / "index.html").read_text(encoding="utf-8")
+    text = text.replace("<head>", f'<head>\n  <base href="{root_path}/">')
+    answer = HTMLResponse(text.replace("base-uri 'none'", "base-uri 'self'"))
+
+    async def index(request: Request) -> Response:
+        return answer
+
+    return [Route("/", index, methods=["GET"]), *routes]
 
 
 def flush(log: logging.Logger) -> None:

@@ -17,6 +17,7 @@ import asyncio
 import functools
 import logging
 import math
+import re
 import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 MAX_BYTES = "raybert.max_bytes"  # key in the scope: of a body, also once it is decompressed
 TEXT_COUNT = "raybert.text_count"  # key in the scope: texts of the request
 _NO_ROUTE = "-"
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _TOO_MANY_REQUESTS = 429
 _CLIENT_CLOSED_REQUEST = 499  # as Serve counts clients that did not wait
 _LOG_INTERVAL_S = 1.0  # between two log lines about rejections by a full queue
@@ -59,12 +61,12 @@ def application_middleware(config: ServeConfig, admission: AdmissionControl) -> 
         CORSMiddleware,
         allow_origins=config.cors,
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type"],
+        allow_headers=["Authorization", "Content-Type", "Traceparent", "Tracestate"],
         expose_headers=["Retry-After"],
     )
     return [
         *([cors] if config.cors else []),
-        Middleware(AccessMiddleware, admission=admission),
+        Middleware(AccessMiddleware, admission=admission, root_path=config.root_path),
         Middleware(
             BodyLimitMiddleware, max_bytes=1024 * config.max_body_kb, timeout_s=config.timeout_s
         ),
@@ -151,8 +153,11 @@ class AdmissionControl:
                     "this server is not known by the name in Host; serve.allowed_hosts adds names"
                 )
 
-    def record(self, scope: Scope, status: int, begun: float) -> None:
-        """Count and log a request that began at `begun` of `time.perf_counter`."""
+    def record(self, scope: Scope, status: int, begun: float, trace: bytes | None = None) -> None:
+        """Count and log a request that began at `begun` of `time.perf_counter`.
+
+        The log has the id of its trace, the second part of a traceparent.
+        """
         seconds = time.perf_counter() - begun
         route = getattr(scope.get("route"), "path", _NO_ROUTE)
         metrics = self._service.metrics
@@ -169,6 +174,7 @@ class AdmissionControl:
                     "http_status": status,
                     "milliseconds": round(1000 * seconds, 2),
                     "texts": scope.get(TEXT_COUNT, 0),
+                    **({"trace_id": trace.split(b"-")[1].decode()} if trace else {}),
                 },
             )
         now = time.monotonic()
@@ -224,8 +230,8 @@ def _has_utf8_headers(scope: Scope) -> bool:
 class AccessMiddleware:
     """Rejects or passes on each request to the application, and records it."""
 
-    def __init__(self, app: ASGIApp, *, admission: AdmissionControl) -> None:
-        self._app, self._admission = app, admission
+    def __init__(self, app: ASGIApp, *, admission: AdmissionControl, root_path: str = "") -> None:
+        self._app, self._admission, self._root_path = app, admission, root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
@@ -236,11 +242,18 @@ class AccessMiddleware:
                 await send({"type": "websocket.close", "code": 1000})
             return
         begun, status = time.perf_counter(), 0
+        if self._root_path:  # which a proxy may have removed from the path, or not
+            scope["root_path"] = self._root_path
+            if scope["path"] == self._root_path:  # without its last slash
+                scope["path"] += "/"
+        trace = _traceparent(scope)
 
         async def send_noting_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if trace is not None:
+                    message["headers"] = [*message["headers"], (b"traceparent", trace)]
             await send(message)
 
         try:
@@ -250,7 +263,15 @@ class AccessMiddleware:
             status = status or _CLIENT_CLOSED_REQUEST
             raise
         finally:
-            self._admission.record(scope, status or 500, begun)
+            self._admission.record(scope, status or 500, begun, trace)
+
+
+def _traceparent(scope: Scope) -> bytes | None:
+    """Return the trace that a request belongs to (W3C Trace Context); None: it names none."""
+    for name, value in scope["headers"]:
+        if name == b"traceparent":
+            return bytes(value) if _TRACEPARENT.fullmatch(value) else None
+    return None
 
 
 class BodyLimitMiddleware:

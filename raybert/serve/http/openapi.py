@@ -63,7 +63,7 @@ def example(request: Any, response: Any) -> dict[str, Any]:
     }
 
 
-def openapi(app: FastAPI) -> dict[str, Any]:
+def openapi(app: FastAPI, root_path: str) -> dict[str, Any]:
     """Return the document; it is made once."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
@@ -75,6 +75,8 @@ def openapi(app: FastAPI) -> dict[str, Any]:
             document["components"]["schemas"].pop(name, None)
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}, {}]  # {}: for a server without keys
+        if root_path:
+            document["servers"] = [{"url": root_path}]
         app.openapi_schema = document
     return app.openapi_schema
 

@@ -1,7 +1,7 @@
 // The page of `raybert serve`: two forms, the form for a key, and recent texts.
 
 import { request, RequestError, stored, useKey } from "./client.js";
-import { ANSWERS, filled, guessBars, make, reasons, took } from "./render.js";
+import { ANSWERS, cutNote, filled, guessBars, make, reasons, took } from "./render.js";
 
 const RECENT = "raybert.recent"; // in localStorage: [{section, text}], the newest first
 const MAX_RECENT = 8;
@@ -44,7 +44,7 @@ async function classify(text, parts) {
   const body = { inputs, truncate: true, raw_scores: false, explain: false };
   const { answer, took: ms } = await request("predict", body, parts);
   const { verdict, details } = ANSWERS[form];
-  parts.verdict.replaceChildren(verdict(answer, text), took(ms));
+  parts.verdict.replaceChildren(verdict(answer, text), ...cutNote(answer), took(ms));
   parts.details.replaceChildren(details(answer));
   if (!explains) return;
   // The answer is shown first: the explanation takes many times as long.

@@ -18,6 +18,12 @@ export function took(ms) {
   return make("p", { class: "quiet" }, `Answered in ${shown}`);
 }
 
+/** A note where the text was longer than the model reads. */
+export function cutNote(answer) {
+  if (!answer.some(({ truncated }) => truncated)) return [];
+  return [make("p", { class: "quiet" }, "The text is too long for the model; a part was left out.")];
+}
+
 /** For each form of answers: the answer in short, and its details. */
 export const ANSWERS = {
   labels: { verdict: likeliest, details: labelBars },
