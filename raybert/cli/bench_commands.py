@@ -73,5 +73,7 @@ def bench_serve(
         f"{metric} {found[metric]:.4f} ({0.0 - found['points_lost']:+.2f} {unit})"
         for precision, found in result["measured"].items()
     ]
+    if not result["stable"]:
+        lines.append("the times differ much: other work runs on this machine; measure again")
     lines.append(f"{result['precision']} for {result['machine']}: {stored}")
     print_result(result, as_json, "\n".join(lines))

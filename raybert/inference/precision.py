@@ -178,10 +178,10 @@ def store_choice(
     name = _file_name(folder, device)
     content = {"machine": machine_type(device), **choice}
     try:
-        if replace:
-            folder.write_json(name, content)
-        else:
+        if not replace:
             create_json(folder, name, content)
+        if replace or read_choice(folder, device) is None:  # what is there is damaged
+            folder.write_json(name, content)
     except (OSError, StorageError):
         return None
     return read_choice(folder, device)

@@ -1,6 +1,7 @@
 """Precisions: the error of each, and that all replicas select the same one."""
 
 import functools
+import itertools
 import json
 import logging
 import shutil
@@ -279,6 +280,72 @@ def test_of_replicas_that_start_at_once_one_measures(own, monkeypatch, tmp_path)
     assert found == ["fp32"] * 4 and len(measured) == 1
 
 
+class Thrashing:
+    """A clock, and a classifier whose passes take these seconds by it, again and again."""
+
+    def __init__(self, *seconds):
+        self.now, self._seconds, self.passes = 0.0, itertools.cycle(seconds), 0
+
+    def perf_counter(self):
+        return self.now
+
+    def score(self, rows):
+        self.passes += 1
+        self.now += next(self._seconds)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spread", "windows"),
+    [([0.1], 0, 1), ([0.1, 0.12], 0.1, 1), ([0.1, 0.5, 0.5], 0.8, 3), ([3.0], 0, 1)],
+)
+def test_a_speed_has_a_spread_and_is_measured_longer_where_it_is_large(
+    monkeypatch, seconds, spread, windows
+):
+    model = Thrashing(*seconds)
+    monkeypatch.setattr(precision_choice, "time", model)
+    speed = precision_choice._tokens_per_second(model, [np.zeros(50), np.zeros(50)])
+    assert speed.best == pytest.approx(100 / min(seconds), abs=0.1)
+    assert speed.spread == pytest.approx(spread, abs=0.1)
+    assert model.passes >= 2 * windows
+    assert model.now <= windows * max(1.6, 2 * max(seconds))
+    assert (speed.spread <= precision_choice.MAX_SPREAD) == (windows == 1)
+
+
+def test_an_unstable_choice_is_measured_again_a_few_times(own, monkeypatch):
+    measured = []
+
+    def benchmark(folder, device):
+        measured.append(device)
+        return {"precision": "bf16" if len(measured) % 2 else "fp32", "stable": False}
+
+    monkeypatch.setattr(precision_choice, "benchmark", benchmark)
+    found = [precision_choice.select_precision(own, "cpu") for _ in range(6)]
+    assert found == ["bf16", "fp32", "bf16", "bf16", "bf16", "bf16"]
+    assert len(measured) == 3 and read_choice(own, CPU)["tries"] == 3
+
+
+def test_a_stable_choice_is_kept_and_so_is_one_by_accuracy(own, monkeypatch):
+    answers = [{"precision": "bf16", "stable": False}, {"precision": "fp32", "stable": True}]
+    monkeypatch.setattr(precision_choice, "benchmark", lambda folder, device: answers.pop(0))
+    assert precision_choice.select_precision(own, "cpu") == "bf16"
+    assert precision_choice.select_precision(own, "cpu", "bf16") == "bf16"  # of a running server
+    assert len(answers) == 1
+    assert [precision_choice.select_precision(own, "cpu") for _ in range(3)] == ["fp32"] * 3
+    by_accuracy = {"precision": "bf16", "stable": False, "texts": 900}
+    store_choice(own, CPU, by_accuracy, replace=True)
+    assert precision_choice.select_precision(own, "cpu") == "bf16"
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"precision": ["bf16"]}', '{"precision": 1}', ""])
+def test_a_damaged_choice_is_made_again(own, content, monkeypatch):
+    store_choice(own, CPU, {"precision": "fp32"})
+    Path(own.join(choices(own)[0])).write_text(content)
+    assert read_choice(own, CPU) is None
+    monkeypatch.setattr(precision_choice, "benchmark", lambda folder, device: {"precision": "bf16"})
+    assert precision_choice.select_precision(own, "cpu") == "bf16"
+    assert read_choice(own, CPU)["precision"] == "bf16"
+
+
 def test_without_a_lock_file_the_choice_is_made_all_the_same(own, monkeypatch, tmp_path):
     monkeypatch.setattr(precision_choice.tempfile, "tempdir", str(tmp_path / "nowhere"))
     monkeypatch.setattr(precision_choice, "benchmark", lambda folder, device: {"precision": "fp32"})
@@ -317,6 +384,9 @@ def test_the_benchmark_selects_among_precisions_close_to_fp32(own, monkeypatch):
     assert found["measured"]["fp32"]["max_difference"] == 0
     assert found["measured"]["fp32"]["batch_difference"] < 1e-5
     assert all(one["tokens_per_second"] > 0 for one in found["measured"].values())
+    assert all(0 <= one["spread"] < 1 for one in found["measured"].values())
+    spreads = [one["spread"] for one in found["measured"].values()]
+    assert found["stable"] == (max(spreads) <= precision_choice.MAX_SPREAD)
     assert found["precision"] in UNCOMPILED
     monkeypatch.setattr(precision_choice, "MAX_DIFFERENCE", 0.0)
     assert precision_choice.benchmark(own, "cpu")["precision"] == "fp32"
@@ -340,6 +410,7 @@ def test_comparing_on_labelled_texts_measures_the_accuracy_lost(own, monkeypatch
     assert found["measured"]["fp32"]["points_lost"] == 0
     assert found["measured"]["fp32"]["accuracy"] > 0.9
     assert len(lines) == len(UNCOMPILED)
-    assert found["stored"]
+    assert all(0 <= one["spread"] < 1 for one in found["measured"].values())
+    assert found["stored"] and found["stable"] in (True, False)
     assert read_choice(own, CPU)["precision"] == found["precision"]
     assert TextClassifier(own).precision == found["precision"]
