@@ -81,7 +81,9 @@ def private_names(code):
         uses_ray |= any(m.split(".")[0] == "ray" or ".internals" in m for m in modules)
         yield from filter(is_private, modules)
         match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name):
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                own.add(node.name)
+            case ast.Name(id=name):
                 own.add(name)
             case ast.Attribute(attr=name, ctx=ast.Store()):
                 own.add(name)
@@ -250,7 +252,7 @@ def source_of_ray():
     import ray
 
     root = Path(ray.__file__).parent
-    folders = ("_private", "serve/_private", "train", "tune", "dashboard/modules/job")
+    folders = ("_common", "_private", "serve/_private", "train", "tune", "dashboard/modules/job")
     files = [file for folder in folders for file in (root / folder).rglob("*.py")]
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
@@ -281,7 +283,8 @@ def make_trainer(folder, started_here=True, workers=2):
     from raybert.train.ray.worker import WorkerInputs
 
     run = Folder(folder)
-    job = SimpleNamespace(config=build(PretrainConfig, {"workers": workers}, "pretrain"))
+    config = build(PretrainConfig, {"workers": workers}, "pretrain")
+    job = SimpleNamespace(config=config, order_micro_batch_size=None)
     inputs = WorkerInputs(job, run, gpu=False, data_memory=1 << 20, channel=DriverChannel())
     return _make_trainer(inputs, Resources(4, 0, 1 << 30, started_here), run / "ray", "name")
 
@@ -338,6 +341,9 @@ def controller(tmp_path):
     class Scaling(NodeScalingPolicy):
         def usable_cpus(self):
             raise Called("usable_cpus")
+
+        def on_count(self, workers):
+            pass
 
         def keep_requesting(self):
             pass

@@ -96,11 +96,13 @@ def test_a_record_without_the_key_is_a_bad_row_wherever_it_is(tmp_path):
     path = str(write(tmp_path / "a.jsonl", rows))
     assert pairs(path, on_bad_row="skip") == [("a", "x"), ("c", "y")]
     with pytest.raises(
-        DataError, match=r"line 1: no text column \(no column 'text'; set text_column to"
+        DataError,
+        match=r"line 1: no text column \(no column 'text'; set text_column .--text-column. to",
     ):
         labelled(SourceConfig(path=path))
     with pytest.raises(
-        DataError, match="no column 'body'; set text_column to one of: id, text, label"
+        DataError,
+        match=r"no column 'body'; set text_column \(--text-column\) to one of: id, text, label",
     ):
         texts_of(SourceConfig(path=path, text_column="body", on_bad_row="skip"))
 

@@ -99,7 +99,7 @@ def test_texts_that_are_trained_and_validated_on_are_told(tmp_path, share):
             "label_column=label has 60 different labels in 60 texts, as an id",
         ),
         (
-            [{"text": "it", "label": [["a", "b"][i % 2]]} for i in range(20)]
+            [{"text": f"it {i}", "label": [["a", "b"][i % 2]]} for i in range(20)]
             + [{"text": "the film", "label": ["A"]}],
             "the labels 'A', 'a' differ only in case or spaces",
         ),

@@ -14,7 +14,11 @@ from raybert.errors import DataError, printable
 
 _SHOWN, _SHOWN_CHARS = 12, 60  # names in a message
 KEEP = "keep_columns"  # the setting of columns that are null where a file lacks them
-_OPTIONS: dict[str, str] = {}  # of the command line that set a setting, with its name
+#: How a message names a setting that an option of the command line sets, too.
+_OPTIONS = {
+    "text_column": "text_column (--text-column)",
+    "label_column": "label_column (--label-column)",
+}
 MISSING = object()  # the value of a column that a record does not have
 
 
