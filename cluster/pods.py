@@ -115,6 +115,7 @@ def ray_cluster(
     on_head: Volumes = NOTHING,
     everywhere: Volumes = NOTHING,
     environment: Mapping[str, str] = NOTHING,
+    ports: Mapping[str, int] = NOTHING,
 ) -> Manifest:
     """The spec of a cluster.
 
@@ -125,13 +126,20 @@ def ray_cluster(
         on_head: further volumes of the head.
         everywhere: further volumes of every pod.
         environment: variables that are set before Ray starts, in every pod.
+        ports: further named ports of every pod.
     """
-    ports = v["ports"]
-    worker_ports = {"metrics": ports["metrics"], "serve": ports["serve"]}
-    head_ports = {"gcs-server": ports["gcs"], "dashboard": ports["dashboard"], **worker_ports}
+    known = v["ports"]
+    worker_ports = {"metrics": known["metrics"], "serve": known["serve"], **ports}
+    head_ports = {
+        "gcs-server": known["gcs"],
+        "dashboard": known["dashboard"],
+        "as-metrics": known["autoscaler_metrics"],  # KubeRay's names of these two
+        "dash-metrics": known["dashboard_metrics"],
+        **worker_ports,
+    }
     in_redis = {
         "gcsFaultToleranceOptions": {
-            "redisAddress": f"{REDIS}:{ports['redis']}",
+            "redisAddress": f"{REDIS}:{known['redis']}",
             "redisPassword": secret_key(v["secrets"]["redis"], "password"),
         }
     }

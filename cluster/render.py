@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from monitoring import monitors
 from pods import (
     LOCKED,
     RAY_POD,
@@ -31,10 +32,16 @@ from pods import (
     ray_cluster,
     secret_key,
 )
-
-from raybert.config import build
-from raybert.serve.deploy.haproxy import haproxy_environment
-from raybert.serve.settings import ServeConfig
+from services import (
+    ENTRY,
+    GRADUAL,
+    NAME,
+    entry,
+    gradual_upgrade,
+    plain_upgrade,
+    ray_service,
+    serve_config,
+)
 
 HERE = Path(__file__).resolve().parent
 CONFIG = "/etc/raybert/experiment.yaml"  # on the head of a job
@@ -183,62 +190,45 @@ def ray_job(v: Values, command: str, entrypoint: str, experiment: str) -> list[M
     ]
 
 
-def serve_config(v: Values, host: str) -> Manifest:
-    """The configuration for `serve deploy`, and for `serveConfigV2` of a RayService.
-
-    `raybert/serve/deploy/deployment.py` derives the deployment's options from the arguments;
-    options in this file would replace all of them.
-
-    Raises:
-        ConfigError: an unknown key in `serve`, or an invalid value.
-    """
-    build(ServeConfig, v["serve"], "serve")
-    application = {
-        "name": "raybert",
-        "route_prefix": "/",
-        "import_path": "raybert.serve.deploy.deployment:build",
-        "args": v["serve"],
+def install(v: Values, what: str) -> str:
+    """The commands, as lines of a comment, that install what a file needs."""
+    versions, clients, spaces = v["versions"], v["clients"], v["gateway"]["namespace"]
+    crds = "https://github.com/kubernetes-sigs/gateway-api/releases/download"
+    crds = f"{crds}/{versions['gateway_api']}/standard-install.yaml"
+    lines = {
+        "kuberay": [
+            "helm repo add kuberay https://ray-project.github.io/kuberay-helm",
+            "helm install kuberay-operator kuberay/kuberay-operator --version "
+            f"{versions['kuberay']} -n {clients['operator']['namespace']} --create-namespace",
+        ],
+        "gateway": [
+            f"kubectl apply --server-side -f {crds}",
+            "helm repo add istio https://istio-release.storage.googleapis.com/charts",
+            f"helm install istio-base istio/base --version {versions['istio']} -n {spaces} "
+            "--create-namespace",
+            f"helm install istiod istio/istiod --version {versions['istio']} -n {spaces} --wait",
+            f"kubectl -n {v['namespace']} create secret tls {v['secrets']['tls']} --cert=tls.crt "
+            "--key=tls.key",
+        ],
+        "prometheus": [
+            "helm repo add prometheus-community https://prometheus-community.github.io/helm-charts",
+            f"helm install {clients['prometheus']['release']} "
+            f"prometheus-community/kube-prometheus-stack --version {versions['prometheus_stack']} "
+            f"-n {clients['prometheus']['namespace']} --create-namespace",
+        ],
     }
-    return {
-        "proxy_location": "EveryNode",
-        "http_options": {"host": host, "port": v["ports"]["serve"]},
-        "applications": [application],
-    }
+    return "\n".join(f"  {line}" for line in lines[what])
 
 
-def ray_service(v: Values) -> Manifest:
-    """The HTTP service, with incremental upgrades to a second cluster."""
-    keys = {"secret": {"secretName": v["secrets"]["keys"], "defaultMode": 0o440}}
-    cluster = ray_cluster(
-        v,
-        {"cpu": v["nodes"]["cpu"]["min"]},
-        outlives_its_head=True,
-        everywhere={"keys": (posixpath.dirname(v["serve"]["keys"]), keys)},
-        environment=haproxy_environment(build(ServeConfig, v["serve"], "serve")),
-    )
-    spec = {
-        # An upgrade needs 50% more nodes; a plain new cluster needs 100% more.
-        "upgradeStrategy": {
-            "type": "NewClusterWithIncrementalUpgrade",
-            "clusterUpgradeOptions": {
-                "gatewayClassName": "istio",
-                "maxSurgePercent": 50,
-                "stepSizePercent": 25,
-                "intervalSeconds": 30,
-            },
-        },
-        "rayClusterDeletionDelaySeconds": v["grace_seconds"],  # for the last responses
-        "excludeHeadPodFromServeSvc": True,  # it has no replica and would forward every request
-        # The Service connects to the pods' addresses; every request needs a key.
-        "serveConfigV2": as_yaml(serve_config(v, "0.0.0.0")),
-        "rayClusterConfig": cluster,
-    }
-    return manifest(v, "ray.io/v1", "RayService", "raybert", spec=spec)
+def entry_host(v: Values) -> str:
+    """The name of the Gateway's Service, as Istio makes it."""
+    return f"{ENTRY}-{v['gateway']['class']}.{v['namespace']}.svc"
 
 
 def files(v: Values, experiment: str) -> dict[str, str]:
     """Return the text of every file by its path under `cluster/`."""
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": v["namespace"]}}
+    served = as_yaml(serve_config(v, "0.0.0.0"))
     least = {kind: v["nodes"][kind]["min"] for kind in ("cpu", "gpu")}
     cluster = ray_cluster(v, least, outlives_its_head=True)
     run = f"python -m raybert {{}} -c {CONFIG}".format
@@ -254,7 +244,8 @@ def files(v: Values, experiment: str) -> dict[str, str]:
     )
     return {
         "kuberay/base.yaml": as_file(
-            "Required by the other files: namespace, shared storage, Redis, network policies.",
+            "Required by the other files: namespace, shared storage, Redis, network policies. "
+            f"KubeRay first:\n{install(v, 'kuberay')}",
             *(namespace, *shared_storage(v), *redis(v), *network_policies(v)),
         ),
         "kuberay/raycluster.yaml": as_file(
@@ -270,8 +261,21 @@ def files(v: Values, experiment: str) -> dict[str, str]:
             *ray_job(v, "tune", tune, experiment),
         ),
         "kuberay/rayservice.yaml": as_file(
-            "The HTTP service. Its upgrade needs KubeRay 1.7 and Istio's Gateway class.",
-            ray_service(v),
+            f"The HTTP service, at {NAME}-serve-svc:{v['ports']['serve']}.\n"
+            "It needs KubeRay alone; an upgrade needs as many nodes again.",
+            ray_service(v, NAME, plain_upgrade(), served),
+        ),
+        "kuberay/rayservice-gateway.yaml": as_file(
+            f"The same service behind a Gateway with TLS, at https://{entry_host(v)}:\n"
+            f"an upgrade needs {v['upgrade']['surge_percent']}% more nodes, and moves the traffic "
+            f"in steps.\nIt needs Istio, and a certificate for that name:\n{install(v, 'gateway')}",
+            *entry(v),
+            ray_service(v, GRADUAL, gradual_upgrade(v), served),
+        ),
+        "kuberay/monitoring.yaml": as_file(
+            "What Prometheus scrapes, and the alerts of prometheus/alerts.yml, for its operator:\n"
+            f"{install(v, 'prometheus')}",
+            *monitors(v),
         ),
         "serve.yaml": as_file(
             "For `serve deploy` to an existing cluster; the application of rayservice.yaml.\n"

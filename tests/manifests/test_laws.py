@@ -70,6 +70,7 @@ def test_all_interfaces_are_named_only_where_a_key_or_a_token_is_asked_for():
     }
     assert found == {
         ("kuberay/rayservice.yaml", "host: 0.0.0.0"),
+        ("kuberay/rayservice-gateway.yaml", "host: 0.0.0.0"),
         ("compose/compose.yaml", "--dashboard-host=0.0.0.0"),
     }
     (compose,) = documents(COMPOSE)

@@ -16,7 +16,7 @@ from raybert.serve.deploy.haproxy import serve_environment, uses_haproxy
 from raybert.serve.settings import ServeConfig
 
 CONFIG = documents(SERVE)[0]
-(SERVICE,) = (service for _, service in of_kind("RayService"))
+SERVICE, *OTHERS = (service for _, service in of_kind("RayService"))
 IN_SERVICE = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])
 
 
@@ -46,6 +46,12 @@ def unknown(model, values, where=""):
             for part in value if isinstance(value, list) else [value]:
                 if isinstance(part, dict):
                     yield from unknown(inner, part, f"{where}{key}.")
+
+
+def test_all_services_serve_the_same():
+    for other in OTHERS:
+        assert other["spec"]["serveConfigV2"] == SERVICE["spec"]["serveConfigV2"]
+        assert other["spec"]["rayClusterConfig"] == SERVICE["spec"]["rayClusterConfig"]
 
 
 def check(config):
