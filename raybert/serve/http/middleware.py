@@ -19,7 +19,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from starlette.middleware import Middleware
@@ -107,7 +107,12 @@ class AdmissionControl:
         self._service, self._keys, self._log = service, keys, log
         self._open_paths = frozenset(open_paths)
         hosts = service.config.allowed_hosts
-        self._hosts = None if hosts is None else frozenset(map(str.lower, hosts))
+        self._is_known: Callable[[bytes], bool] | None = None
+        if hosts is not None:
+            allowed = frozenset(map(str.lower, hosts))
+            self._is_known = functools.lru_cache(64)(
+                lambda host: is_allowed_host(host.decode("latin-1"), allowed)
+            )
         self._unlogged, self._logged_at = 0, -math.inf  # rejections by a full queue
 
     def reject(self, scope: Scope) -> CachedResponse | None:
@@ -130,8 +135,13 @@ class AdmissionControl:
             raise request_errors.not_found("a path has no control characters")
         if path in HEALTH_PATHS:  # checks of load balancers name any host
             return
-        if self._hosts is not None:
-            self._check_host(scope, self._hosts)
+        if self._is_known is not None:
+            for name, value in scope["headers"]:
+                if name == b"host" and not self._is_known(value):
+                    raise request_errors.bad_request(
+                        "this server is not known by the name in Host; serve.allowed_hosts adds "
+                        "names"
+                    )
         if path not in self._open_paths or scope["method"] not in ("GET", "HEAD"):
             given = [value for name, value in scope["headers"] if name == b"authorization"]
             if not self._keys.allow(given[0] if given else None):
@@ -145,13 +155,6 @@ class AdmissionControl:
             wait_s = self._service.full_for_s(_content_length(scope))
             if wait_s is not None:
                 raise request_errors.overloaded(wait_s)
-
-    def _check_host(self, scope: Scope, allowed: Collection[str]) -> None:
-        for name, value in scope["headers"]:
-            if name == b"host" and not is_allowed_host(value.decode("latin-1"), allowed):
-                raise request_errors.bad_request(
-                    "this server is not known by the name in Host; serve.allowed_hosts adds names"
-                )
 
     def record(self, scope: Scope, status: int, begun: float, trace: bytes | None = None) -> None:
         """Count and log a request that began at `begun` of `time.perf_counter`.
