@@ -359,4 +359,6 @@ def test_rays_page_of_training_runs_shows_the_run_and_no_setting_of_it(head, tra
         except OSError:  # before the first run there is no page
             pass
         time.sleep(1)
-    assert [run["run_settings"]["train_loop_config"] for run in runs] == [{"work": "_Work"}]
+    assert [run["run_settings"]["train_loop_config"] for run in runs] == [
+        {"inputs": "WorkerInputs"}
+    ]
