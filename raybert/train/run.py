@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -130,9 +131,20 @@ def train_in_process(spec: TrainSpec, run: Folder, *, on_progress: OnRecord) -> 
     device = torch.device("cuda" if _wants_gpu(spec.config) else "cpu")
     attempt = begin_attempt(run, spec.config.retry_timeout_s)
     group = Group(device=device)
+    polls = 0
+    interrupted: threading.Event | None = None
+
+    def is_interrupted() -> bool:
+        """Asked before every step: until the first one is taken, there is nothing to save."""
+        nonlocal polls, interrupted
+        polls += 1
+        if polls == 2:
+            interrupted = contexts.enter_context(deferred())
+        return interrupted is not None and interrupted.is_set()
+
+    signals = ControlSignals(stop=is_interrupted)
     try:
-        with deferred() as interrupted:
-            signals = ControlSignals(stop=interrupted.is_set)
+        with ExitStack() as contexts:
             training = TrainingRun(
                 spec, run, attempt, group, on_progress=on_progress, signals=signals
             )

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import signal
 import threading
 import time
 
@@ -11,7 +12,7 @@ from raybert.cluster.internals import core
 from raybert.errors import ConfigError
 from raybert.train.ray import driver_channel as module
 from raybert.train.ray.driver import _fit
-from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel
+from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel, run_fit
 
 
 @pytest.fixture
@@ -27,6 +28,14 @@ def test_records_are_received_once_in_the_order_of_attempts_and_numbers(channel)
         channel.send(json.dumps({"position": position}), position)
     assert [tuple(r["position"]) for r in channel.receive()] == [(1, 2), (1, 10), (2, 0), (10, 0)]
     assert list(channel.receive()) == []
+
+
+@pytest.mark.ray
+def test_events_are_no_progress(channel):
+    channel.send_event("waiting", "for nodes", 0)
+    assert len(list(channel.receive())) == 1 and not channel.has_progress
+    channel.send('{"kind": "train", "step": 1}', (1, 0))
+    assert len(list(channel.receive())) == 1 and channel.has_progress
 
 
 @pytest.mark.ray
@@ -163,6 +172,41 @@ def test_a_finished_run_clears_its_channel():
     _fit(trainer.fit, store, shown.append)
     assert shown == [{"step": 7}]
     assert store.kept == {}
+
+
+def interrupt(trainer, store, when):
+    """Run `fit`, press Ctrl-C at a poll, and return at which polls the workers were to stop."""
+    polls = []
+
+    def poll():
+        polls.append(store.is_stopping())
+        list(store.receive())
+        if len(polls) == when:
+            signal.raise_signal(signal.SIGINT)
+        if len(polls) == when + 3:
+            trainer.may_end.set()  # its checkpoint took a while
+
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(trainer.fit, store, poll)
+    return polls
+
+
+def test_ctrl_c_waits_for_the_checkpoint_of_workers_that_train(monkeypatch):
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    store, trainer = Store(), Trainer()
+    store.has_progress = True
+    assert interrupt(trainer, store, when=2) == [False, False, True, True, True]
+    assert trainer.may_end.is_set() and store.kept == {}
+
+
+def test_ctrl_c_before_the_first_step_waits_for_no_worker(monkeypatch):
+    """A worker that starts later finds the stop."""
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_START_SECONDS", 0.05)
+    store, trainer = Store(), Trainer()
+    assert interrupt(trainer, store, when=2) == [False, False]
+    assert not trainer.may_end.is_set() and store.is_over()
+    trainer.may_end.set()
 
 
 def test_a_save_request_is_seen_once_and_again_when_repeated(monkeypatch):
