@@ -158,7 +158,7 @@ def test_a_command_ends_at_any_moment_of_its_start(tmp_path):
     """Of its imports, of Ray's start and of the workers'."""
     experiment = Experiment(tmp_path)
     command = ["pretrain", "-c", experiment.config, "--set", "pretrain.steps=1000000"]
-    draw, count, found = random.Random(0), 40, []
+    draw, count, found = random.Random(0), 24, []
     for index in range(count):
         number = (signal.SIGINT, signal.SIGTERM)[index % 2]
         moment = 0.1 + 25 * (index + draw.random()) / count
