@@ -98,11 +98,13 @@ def end() -> NoReturn:
     """End the process now, with the processes that it started; KeyboardInterrupt if not ours."""
     if not _is_installed:
         raise KeyboardInterrupt
+    _print()
+    with suppress(OSError):  # threads that lose their connection to Ray print tracebacks
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     _kill_descendants()
     for clean_up in _at_end:
         with suppress(Exception):
             clean_up()
-    _print()
     os._exit(INTERRUPTED)
 
 
