@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from raybert.errors import DataError
+from raybert.errors import DamagedError, DataError
 from raybert.inference.classifier import Text, TextClassifier
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
@@ -23,7 +23,22 @@ def members(folder: Folder) -> list[Folder]:
     """The models of an ensemble; empty if the folder is not one."""
     if not folder.exists(ENSEMBLE):
         return []
-    return [folder / name for name in folder.read_json(ENSEMBLE)["models"]]
+    found = folder.read_json(ENSEMBLE)
+    names = found.get("models") if isinstance(found, dict) else None
+    if not isinstance(names, list) or not names or not all(map(_is_inside, names)):
+        raise DamagedError(
+            f"{folder.join(ENSEMBLE)} is damaged: models are not paths in its folder"
+        )
+    return [folder / name for name in names]
+
+
+def _is_inside(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and ".." not in name.split("/")
+        and (not name.startswith("/"))
+    )
 
 
 def write_ensemble(folder: Folder, models: Sequence[str]) -> None:

@@ -2,14 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
+import safetensors.torch
 from made import TASKS, measured_run
 from making import searchable
 
 from raybert.config import build
 from raybert.data.preprocess import Preprocessing
 from raybert.data.tokenizer import Tokenizer
+from raybert.errors import DamagedError
 from raybert.experiment import Experiment
+from raybert.inference.classifier import TextClassifier
+from raybert.inference.ensemble import members as members_of
 from raybert.model import huggingface
 from raybert.pipeline import stages
 from raybert.pipeline.ensemble_stage import finetune_seeds, measure
@@ -37,6 +42,34 @@ def test_an_ensemble_of_equal_models_gains_nothing(tmp_path, name):
     assert (result["agreement"], result["std"]) == (1.0, 0.0)
     other = [m for m in prepared.make_task().selection_metrics if m != metric][0]
     assert measure([run / "model"] * 2, texts, other)["metric"] == other
+
+
+def test_an_ensemble_averages_the_calibrated_probabilities_of_its_members(tmp_path):
+    """Each member has a temperature of its own; the second's answers are half as sure."""
+    folder = Folder(tmp_path)
+    run = measured_run(folder, "single_label")
+    models = [run / "model", folder / "flat"]
+    models[0].copy_to(models[1], last="config.json")
+    tensors = safetensors.torch.load(models[0].read_bytes("model.safetensors"))
+    for name in ("classifier.weight", "classifier.bias"):
+        tensors[name] = tensors[name] * 3
+    models[1].write_bytes("model.safetensors", safetensors.torch.save(tensors))
+    prepared = read_prepared_texts(folder / "data")
+    how = Preprocessing(prepared.seq_len, prepared.head_tokens)
+    texts = TokenizedTexts.load(folder / "data", prepared.validation)
+    texts = texts.shortened(how, Tokenizer.load(folder / "tokenizer"))
+    members = [TextClassifier(model) for model in models]
+    shares = [one.task.scores(one.score(texts.input_ids)) for one in members]
+    mean = np.mean(shares, axis=0)[np.arange(len(texts.labels)), texts.labels]
+    found = measure(models, texts)["ensemble"]["loss"]
+    assert found == pytest.approx(-np.log(mean).mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"models": 1}', '{"models": ["../x"]}', "{"])
+def test_a_damaged_ensemble_is_named(tmp_path, content):
+    (tmp_path / "ensemble.json").write_text(content)
+    with pytest.raises(DamagedError, match="ensemble.json is damaged"):
+        members_of(Folder(tmp_path))
 
 
 @pytest.mark.ray
