@@ -118,7 +118,12 @@ class TextClassifier:
         self.task, self.reads_pairs = read_task(folder)
         self.ngrams = _read_ngrams(folder)
         if self.ngrams is not None:  # thresholds and the like were fitted for both parts together
-            self.task = self.ngrams.task
+            found, linear = self.ngrams.task, self.ngrams.model
+            sides = 3 if self.reads_pairs else 1  # the first text, the second, and both
+            fits = len(linear.weights.matrix) == sides * len(linear.ngrams.index)
+            if (found.name, found.labels) != (self.task.name, self.labels) or not fits:
+                raise DamagedError(f"{folder}: ngrams.json is of another model; delete it")
+            self.task = found
         self.tokenizer = Tokenizer.load(folder)
         self.tokenizer.check(model.encoder.vocab_size)
         self.preprocessing = Preprocessing.read(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 from making import reviews
+from model_directories import make_directory
 
 from raybert.errors import DataError, RaybertError
 from raybert.inference.classifier import TextClassifier, round_up
@@ -243,3 +244,14 @@ def test_filler_rows_have_no_scores_and_change_none(model, monkeypatch, count):
     [(length, lengths)] = seen
     assert length == sum(lengths) == round_up(sum(map(len, rows)))
     assert lengths[:count] == [len(row) for row in rows] and max([0, *lengths[count:]]) <= 7
+
+
+def test_the_temperature_of_both_parts_is_in_their_weights(tmp_path):
+    make_directory(Folder(tmp_path), "ngrams")
+    classifier = TextClassifier(Folder(tmp_path) / "model", precision="fp32")
+    assert "temperature" not in classifier.task.fitted
+    encoder = classifier.score(classifier.encode(TEXTS))
+    linear = classifier.ngrams.model.outputs([(text,) for text in TEXTS])
+    expected = (0.5 * encoder + 1.5 * linear) / 2.0
+    np.testing.assert_allclose(classifier.logits(TEXTS), expected, atol=1e-6)
+    np.testing.assert_allclose(classifier.probabilities(TEXTS), softmax(expected), atol=1e-6)

@@ -92,6 +92,8 @@ def mutate(data, directories, folder):
     files = directories[data.draw(st.sampled_from(sorted(directories)))]
     kinds = ["config.json"] * 4 + ["tokenizer.json"] * 3
     kinds += ["model.safetensors"] * 3 + ["tokenizer_config.json"]
+    if "ngrams.json" in files:
+        kinds += ["ngrams.json", "ngrams.safetensors"] * 4
     file = data.draw(st.sampled_from(kinds))
     given = files[file]
     if data.draw(st.integers(0, 4)) == 0:

@@ -31,6 +31,19 @@ class NgramPart:
     linear_weight: float
     task: TextTask  # with what was fitted for the sums
 
+    def calibrated(self) -> NgramPart:
+        """The same with the temperature in the weights, as a model has it in its output layer."""
+        temperature = self.task.fitted.get("temperature")
+        if temperature is None:
+            return self
+        fitted = {key: value for key, value in self.task.fitted.items() if key != "temperature"}
+        return NgramPart(
+            self.model,
+            self.encoder_weight / temperature,
+            self.linear_weight / temperature,
+            replace(self.task, fitted=fitted),
+        )
+
     def add(self, encoder: F32, linear: F32) -> F32:
         """The outputs of both parts together, float32 [n, L]."""
         together = self.encoder_weight * encoder + self.linear_weight * linear
@@ -46,7 +59,7 @@ def fit_part(
     else:
         weights = _most_likely(task, encoder, linear, targets)
     part = NgramPart(model, *weights, task)
-    return replace(part, task=task.fit(part.add(encoder, linear), targets))
+    return replace(part, task=task.fit(part.add(encoder, linear), targets)).calibrated()
 
 
 def _most_likely(

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as read_tensors
 from safetensors.numpy import save as write_tensors
 
-from raybert.errors import DamagedError
+from raybert.errors import DamagedError, one_line
 from raybert.storage.folder import Folder
 from raybert.tasks.linear.baseline import Baseline
 from raybert.tasks.linear.mixture import NgramPart
-from raybert.tasks.linear.model import NgramModel, Weights
+from raybert.tasks.linear.model import NgramModel, Weighting, Weights
 from raybert.tasks.linear.ngrams import Ngrams
 from raybert.tasks.linear.words import WordModel
 from raybert.tasks.protocol import F32, TextTask
@@ -44,9 +45,10 @@ def load_baseline(folder: Folder) -> Baseline | None:
     if found is None:
         return None
     model, task, described, tensors = found
-    return Baseline(
-        task, model, described["metrics"], described["seconds"], tensors.get(_VALIDATION)
-    )
+    metrics, seconds = described.get("metrics"), described.get("seconds")
+    if not isinstance(metrics, dict) or not isinstance(seconds, int | float):
+        raise DamagedError(f"{folder.join(f'{_BASELINE}.json')} is damaged: it has no metrics")
+    return Baseline(task, model, metrics, seconds, tensors.get(_VALIDATION))
 
 
 def save_part(part: NgramPart, folder: Folder) -> None:
@@ -65,8 +67,10 @@ def load_part(folder: Folder) -> NgramPart | None:
     if found is None:
         return None
     model, task, described, _ = found
-    assert isinstance(model, NgramModel)
-    return NgramPart(model, described["encoder_weight"], described["linear_weight"], task)
+    encoder, linear = described.get("encoder_weight"), described.get("linear_weight")
+    if not isinstance(model, NgramModel) or encoder is None or linear is None:
+        raise DamagedError(f"{folder.join(f'{_PART}.json')} is damaged: it is no n-gram part")
+    return NgramPart(model, encoder, linear, task).calibrated()
 
 
 def _save(
@@ -96,18 +100,62 @@ def _load(
         return None
     try:
         found = folder.read_json(file)
+        described = _Described.model_validate(found)
         tensors = read_tensors(folder.read_bytes(f"{name}.safetensors"))
         weights = Weights(tensors["matrix"], tensors["bias"])
+        task = TASKS[described.task](described.labels, described.fitted)
+        task.check_fitted()
         model: NgramModel | WordModel = WordModel(weights)
-        if "ngrams" in found:
-            index = {key: column for column, key in enumerate(found["ngrams"])}
-            model = NgramModel(found["weighting"], Ngrams(index), tensors.get("idf"), weights)
-        task = TASKS[found["task"]](found["labels"], found["fitted"])
-        if weights.bias.shape != (len(task.labels),):
-            raise ValueError(f"{weights.bias.shape} biases of {len(task.labels)} labels")
+        if described.ngrams is not None:
+            index = {key: column for column, key in enumerate(described.ngrams)}
+            model = NgramModel(described.weighting, Ngrams(index), tensors.get("idf"), weights)
+        _check(model, len(task.labels), described.ngrams)
     except (FileNotFoundError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
         raise DamagedError(
-            f"{folder.join(file)} is damaged ({type(error).__name__}: {error}); delete it to use "
-            "the encoder alone, or train again"
+            f"{folder.join(file)} is damaged ({reason}); delete it to use the encoder alone, or "
+            "train again"
         ) from None
     return model, task, found, tensors
+
+
+class _Described(BaseModel):
+    """What is read of a JSON file."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    task: str
+    labels: list[str]
+    fitted: dict[str, Any]
+    weighting: Weighting = "tf-idf"
+    ngrams: list[str] | None = None
+    encoder_weight: float | None = None
+    linear_weight: float | None = None
+
+
+def _check(model: NgramModel | WordModel, num_labels: int, ngrams: list[str] | None) -> None:
+    """Raise ValueError unless the tensors fit each other, and are finite."""
+    tensors = [model.weights.matrix, model.weights.bias]
+    rows = tensors[0].shape[:1]
+    if ngrams is not None and isinstance(model, NgramModel):
+        size = len(model.ngrams.index)
+        if size < len(ngrams) or rows not in ((size,), (3 * size,)):
+            raise ValueError(f"{rows} rows of {size} n-grams")
+        if (model.idf is None) != (model.weighting != "tf-idf"):
+            raise ValueError(f"weighting={model.weighting} does not fit the tensors")
+        if model.idf is not None:
+            tensors.append(model.idf)
+            if model.idf.shape != rows:
+                raise ValueError(f"idf has the shape {model.idf.shape}")
+    if tensors[0].shape != (*rows, num_labels) or tensors[1].shape != (num_labels,):
+        raise ValueError(f"{tensors[1].shape} biases of {num_labels} labels")
+    for tensor in tensors:
+        if not np.issubdtype(tensor.dtype, np.floating) or not np.isfinite(tensor).all():
+            raise ValueError("a tensor holds no finite numbers")
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return one_line(ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"))
+    return one_line(error)
