@@ -77,6 +77,8 @@ def use(folder):
 
 
 def check(folder, files, file, data):
+    for name in set(folder.names()) - set(files):  # of the example before
+        folder.delete(name)
     for name, content in files.items():
         folder.write_bytes(name, data if name == file else content)
     with bounded():
