@@ -79,7 +79,9 @@ def predict(
     if source is not None:
         from raybert.pipeline import preflight
 
-        preflight.check_texts(source)
+        if output is None:
+            raise UserError("--input needs --output: name a .jsonl, a .csv or a .parquet file")
+        preflight.check_prediction(source, output, text_column)
     experiment = load_experiment(config, overrides, name, text_column=text_column)
     from raybert.pipeline import predict_stage
     from raybert.tasks.protocol import AnswerOptions
@@ -92,9 +94,7 @@ def predict(
             "text argument, or write lines of two texts with a tab between them"
         )
     predict_stage.check_answer_options(folder, options, has_pairs=pairs is not None)
-    if source is not None:
-        if output is None:
-            raise UserError("--input needs --output: name a .jsonl, a .csv or a .parquet file")
+    if source is not None and output is not None:
         print_json(
             predict_stage.predict_file(
                 experiment, folder, source, output, new_display(), options, keep or ()

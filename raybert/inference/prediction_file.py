@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +19,9 @@ from raybert.errors import StorageError, UserError, one_line
 from raybert.records import finite
 from raybert.storage.folder import Folder
 from raybert.storage.staged import staged_file
-from raybert.tasks.protocol import TextTask
+
+if TYPE_CHECKING:  # it imports PyTorch, and a path is checked before that
+    from raybert.tasks.protocol import TextTask
 
 _GIVEN_TYPES = {"row": pa.int64(), "text": pa.string(), "pair": pa.string()}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from raybert.cluster.session import Resources, ray_session
 from raybert.data.sources import documents
 from raybert.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
-from raybert.errors import UserError
+from raybert.errors import DataError, UserError
 from raybert.experiment import Experiment
 from raybert.pipeline.named_sources import require_source, with_sources
 from raybert.pipeline.ray_stage import first_progress
@@ -60,7 +60,9 @@ def prepare_finetune(
         Tokenizer.load(tokenizer).save(data)  # a vocab.txt, whose ids a model is to be saved with
         tokenizer = data
     prepared = read_prepared_texts(data) if has_begun else None
-    if prepared is None:
+    if prepared is not None:
+        check_same_teacher(experiment, data)
+    else:
         peek_training(experiment)
         seq_len = input_length(experiment, start, config.seq_len)
         teacher = None
@@ -108,6 +110,26 @@ def known_inputs(experiment: Experiment) -> dict[str, str]:
         return hash_inputs(*starting_point(experiment))
     except UserError:  # it was deleted after the run
         return {}
+
+
+def check_same_teacher(experiment: Experiment, data: Folder) -> None:
+    """Raise DataError if another teacher has scored the texts in `data`; one may be deleted."""
+    from raybert.inference.ensemble import Teacher
+    from raybert.tasks.prepared_texts import read_prepared_texts
+
+    distill = experiment.finetune.distill
+    prepared = None if distill.teacher is None else read_prepared_texts(data)
+    if prepared is None:
+        return
+    try:
+        models = teachers(experiment)
+    except UserError:
+        return
+    if prepared.made_from.get("teacher", "") not in ("", Teacher(models).identity):
+        raise DataError(
+            f"{data} was prepared with another teacher than finetune.distill.teacher="
+            f"{distill.teacher} is now; restore it, or choose another run.name"
+        )
 
 
 def format_labels(labels: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from raybert.data.sources.documents import column_names, describe, partition_nam
 from raybert.data.sources.settings import READING, SourceConfig
 from raybert.errors import DataError, UserError
 from raybert.experiment import Experiment
+from raybert.pipeline.preflight import peek_corpus
 from raybert.pipeline.ray_stage import first_progress
 from raybert.storage.folder import Folder
 from raybert.tasks.protocol import ALL_SCORES, AnswerOptions
@@ -187,6 +188,7 @@ def predict_file(
     wanted = keep or experiment.evaluate.source.keep_columns or [IDS]
     kept = choose_columns(source, wanted)  # a missing file is an error before Ray starts
     source = source.model_copy(update={"keep_columns": kept})
+    peek_corpus(source)
     for line in describe(source):
         display.print(f"predict   reads {line}")
     with display.stage("predict", first_progress()), ray_session(experiment.ray) as resources:

@@ -16,6 +16,7 @@ from raybert.data.sources import documents
 from raybert.data.sources.columns import with_columns_of, with_usual_columns
 from raybert.data.sources.settings import EvaluationSource, SourceConfig
 from raybert.errors import ConfigError, RaybertError
+from raybert.inference.prediction_file import check_output
 from raybert.storage.folder import Folder
 
 #: Sources of each stage whose columns may be inherited; only whether they are there is checked.
@@ -58,9 +59,13 @@ def peek_corpus(source: SourceConfig) -> None:
     next(documents.read(documents.shards(source)[0], source), None)
 
 
-def check_texts(path: str) -> None:
-    """Raise UserError if there are no texts at a path."""
-    documents.shards(SourceConfig(path=path))
+def check_prediction(path: str, output: str, text_column: str | None) -> None:
+    """Raise UserError if there are no texts at a path, or predictions can't be written."""
+    check_output(output)
+    if text_column is not None:
+        peek_corpus(SourceConfig(path=path, text_column=text_column))
+    else:  # the model says which column it reads
+        documents.shards(SourceConfig(path=path))
 
 
 def _source(values: Mapping[str, Any], key: str, kind: type[SourceConfig]) -> SourceConfig | None:

@@ -23,7 +23,12 @@ from raybert.errors import DamagedError, UserError, damaged_file
 from raybert.experiment import Experiment
 from raybert.model import huggingface
 from raybert.pipeline import baseline_stage
-from raybert.pipeline.finetune_setup import format_skipped, known_inputs, prepare_finetune
+from raybert.pipeline.finetune_setup import (
+    check_same_teacher,
+    format_skipped,
+    known_inputs,
+    prepare_finetune,
+)
 from raybert.pipeline.named_sources import require_source, with_sources
 from raybert.pipeline.ngrams_stage import add_ngrams
 from raybert.pipeline.preflight import peek_corpus
@@ -31,8 +36,9 @@ from raybert.pipeline.ray_stage import first_progress
 from raybert.records import finite, headline
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
+from raybert.tasks.labelled import peek
 from raybert.tasks.prepared_texts import check_same_texts
-from raybert.tasks.registry import read_columns
+from raybert.tasks.registry import read_columns, read_task
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
 from raybert.train.run_folder import CONFIG, RESULT, open_run, order_micro_batch_size
@@ -186,6 +192,7 @@ def _stored_result(
         return None
     result = open_run(run, dump(experiment), stage, sections, inputs=inputs)
     check_same_texts(experiment.finetune, run / "data")  # of a stage that has some
+    check_same_teacher(experiment, run / "data")
     if result is not None:
         with damaged_file(run.join(RESULT)):
             result = {**result, "step": int(result["step"]), "model": str(result["model"])}
@@ -292,6 +299,8 @@ def evaluate_model(
     source = with_columns_of(experiment.evaluate.source, read_columns(model))
     # Missing or damaged weights are an error before Ray starts.
     inputs = _evaluation_inputs(experiment, huggingface.check_weights(model))
+    task, _ = read_task(model)
+    peek(source.model_copy(update={"labels": task.labels}), type(task))
     for line in documents.describe(source, labels=True):
         display.print(f"evaluate  reads {line}")
     with display.stage("evaluate", first_progress()), ray_session(experiment.ray) as resources:

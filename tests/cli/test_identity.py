@@ -96,3 +96,21 @@ def test_a_changed_tokenizer_model_or_corpus_is_refused(raybert, experiment, sta
         path.write_bytes(content)
     message = refused(raybert(stage, "-c", experiment.config, "--bare"))
     assert f"was started with another {what}; restore it, or choose another run.name" in message
+
+
+def test_a_changed_teacher_is_refused(raybert, experiment):
+    shutil.copytree(experiment.run / "finetune" / "model", experiment.path / "teacher")
+    at = ("finetune", "-c", experiment.config, "--bare", "-n", "student",
+          "--set", f"run.storage={experiment.path}/runs",
+          "--set", f"finetune.initialize_from={experiment.run}/pretrain/model",
+          "--distill-from", experiment.path / "teacher")  # fmt: skip
+    assert raybert(*at).code == 0
+    assert raybert(*at).code == 0
+    weights = experiment.path / "teacher" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "was prepared with another teacher than finetune.distill." in refused(raybert(*at))
+    shutil.rmtree(experiment.path / "teacher")  # then nothing can be compared
+    done = raybert(*at)
+    assert done.code == 0 and "is finished already" in done.err

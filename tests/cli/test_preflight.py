@@ -52,6 +52,11 @@ def mistakes(tmp_path):
     yield ["evaluate", *config, "--data", usual, "-m", "/no"], "/no: no model here"
     yield ["predict", *config, "-m", "/no", "a text"], "/no: no model here"
     yield ["predict", *config, "-i", "/typo.csv", "-o", "a.jsonl"], "/typo.csv: no such file"
+    yield ["predict", *config, "-i", usual], "--input needs --output"
+    for output, words in (("a.txt", "name a .jsonl"), (f"{usual}/a.csv", "can't be written")):
+        yield ["predict", *config, "-i", usual, "-o", output], words
+    columns = ["--text-column", "x", "-o", "a.csv"]
+    yield ["predict", *config, "-i", usual, *columns], "no column 'x'; set text_column"
 
 
 def test_a_misspelt_name_is_found_before_anything_heavy_is_imported(tmp_path):

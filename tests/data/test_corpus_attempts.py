@@ -124,6 +124,14 @@ def test_a_corpus_of_before_there_were_attempts_is_replaced_as_others(tmp_path):
     check(folder, manifest)
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"format_version": 99}'])
+def test_a_corpus_with_a_damaged_manifest_is_replaced(tmp_path, content):
+    folder = Folder(tmp_path)
+    Build(folder, 1).commit()
+    (tmp_path / "manifest.json").write_text(content)
+    check(folder, Build(folder, 2).commit())
+
+
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_damaged_part_is_named_before_a_run_reads_it(tmp_path_factory, data):

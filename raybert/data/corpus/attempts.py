@@ -16,8 +16,10 @@ from raybert.storage.folder import Folder
 
 _ATTEMPTS = "attempts"
 _PART = re.compile(r"(?:train|heldout)-\d+(?:-a(\d+))?\.parquet")
-_UNFINISHED = re.compile(rf"\.(?P<name>{_PART.pattern}|[a-z_]+\.json)\.[0-9a-f]{{8}}")
 _JSON = {MANIFEST, TOKENIZER_FILE, CONFIG_FILE}
+_UNFINISHED = re.compile(
+    rf"\.(?P<name>{_PART.pattern}|{'|'.join(map(re.escape, _JSON))})\.[0-9a-f]{{8}}"
+)
 
 
 class Attempt:
@@ -43,7 +45,8 @@ class Attempt:
         """Write the tokenizer and the manifest, and delete what the corpus replaces."""
         self.check()
         folder = self._folder
-        if folder.exists(MANIFEST) and Manifest.read(folder).tokenizer_hash != tokenizer.hash:
+        replaced = self._committed()
+        if replaced is None or replaced.tokenizer_hash != tokenizer.hash:
             folder.delete(MANIFEST)  # no moment with the parts of one tokenizer beside another
         tokenizer.save(folder)
         folder.write_json(MANIFEST, manifest.model_dump(mode="json"))
@@ -51,12 +54,10 @@ class Attempt:
 
     def delete_leftovers(self) -> None:
         """Delete the files of earlier attempts that belong to no corpus; no other file."""
-        folder = self._folder
-        try:
-            splits = Manifest.read(folder).splits.values()
-            kept = {part.name for split in splits for part in split.parts} | _JSON
-        except (DataError, DamagedError):
-            kept = set()
+        folder, manifest = self._folder, self._committed()
+        kept: set[str] = set()
+        if manifest is not None:
+            kept = {part.name for split in manifest.splits.values() for part in split.parts} | _JSON
         for name in folder.names(hidden=True):
             unfinished = _UNFINISHED.fullmatch(name)
             part = _PART.fullmatch(unfinished["name"] if unfinished else name)
@@ -66,3 +67,10 @@ class Attempt:
             is_own = part is not None and self.suffix == (f"-a{part[1]}" if part[1] else "")
             if number <= self.number and not is_own:
                 folder.delete(name)
+
+    def _committed(self) -> Manifest | None:
+        """The manifest of the corpus in the folder; None where there is none that can be read."""
+        try:
+            return Manifest.read(self._folder)
+        except (DataError, DamagedError):
+            return None
