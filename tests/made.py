@@ -16,7 +16,7 @@ from raybert.data.tokenizer import Tokenizer
 from raybert.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from raybert.inference.classifier import TextClassifier
 from raybert.tasks.entities import Span, entity_scores
-from raybert.tasks.prepared_texts import TokenizedTexts
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.run import train_in_process
 
 FILLER = "the a some of in on with and people town day story music film it was had this".split()

@@ -30,8 +30,9 @@ from raybert.pipeline.ray_stage import shown_ray_session
 from raybert.records import finite, format_mean, metric_of
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
-from raybert.tasks.prepared_texts import TokenizedTexts, check_same_texts
+from raybert.tasks.prepared_texts import check_same_texts
 from raybert.tasks.protocol import Outputs
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock, mean_and_deviation
 from raybert.train.run_folder import CONFIG, RESULT, dotted, open_run

@@ -34,7 +34,8 @@ from raybert.pipeline.tune_result import (
 )
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
-from raybert.tasks.prepared_texts import TokenizedTexts, check_same_texts
+from raybert.tasks.prepared_texts import check_same_texts
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.terminal.display import Display
 from raybert.train.run_folder import CONFIG, RESULT, open_run
 from raybert.tune.finalists import Finalist, choose_finalists, finalist_runs, rank_finalists

@@ -18,9 +18,10 @@ from raybert.model.settings import ModelConfig
 from raybert.records import format_mean
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune_task import FinetuneTask
-from raybert.tasks.prepared_texts import PreparedTexts, TokenizedTexts, check_same_texts
+from raybert.tasks.prepared_texts import PreparedTexts, check_same_texts
 from raybert.tasks.protocol import TextTask
 from raybert.tasks.settings import FinetuneConfig
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.distributed import Group
 from raybert.train.task import LoaderConfig
 

@@ -23,10 +23,10 @@ from raybert.data.tokenizer import Tokenizer
 from raybert.model.cost import flops_per_token
 from raybert.model.heads import Classifier
 from raybert.records import Metrics
-from raybert.tasks.prepared_texts import TextBatch, TokenizedTexts
 from raybert.tasks.protocol import NO_LABEL, TextTask
 from raybert.tasks.regularization import RegularizedLoss, SupervisedLoss
 from raybert.tasks.settings import FinetuneConfig
+from raybert.tasks.tokenized_texts import TextBatch, TokenizedTexts
 from raybert.train.distributed import Group
 from raybert.train.task import Batch
 

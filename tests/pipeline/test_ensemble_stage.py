@@ -20,7 +20,8 @@ from raybert.pipeline import stages
 from raybert.pipeline.ensemble_stage import finetune_seeds, measure
 from raybert.pipeline.finetune_setup import teachers
 from raybert.storage.folder import Folder
-from raybert.tasks.prepared_texts import TokenizedTexts, read_prepared_texts
+from raybert.tasks.prepared_texts import read_prepared_texts
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.terminal.display import Display
 from raybert.tune.trial_store import TrialStore
 

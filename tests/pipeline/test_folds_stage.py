@@ -14,7 +14,8 @@ from raybert.experiment import Experiment
 from raybert.pipeline import runs
 from raybert.pipeline.folds_stage import finetune_folds, format_folds
 from raybert.storage.folder import Folder
-from raybert.tasks.prepared_texts import TokenizedTexts, read_prepared_texts
+from raybert.tasks.prepared_texts import read_prepared_texts
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.terminal.display import Display
 
 QUIET = Display(quiet=True)

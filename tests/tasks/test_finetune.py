@@ -20,7 +20,7 @@ from raybert.errors import ConfigError
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import SharedInputs
-from raybert.tasks.prepared_texts import TokenizedTexts
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.distributed import Group
 from raybert.train.run import train_in_process
 from raybert.train.task import LoaderConfig

@@ -10,7 +10,7 @@ from making import (
 )
 
 from raybert.storage.folder import Folder
-from raybert.tasks.prepared_texts import TokenizedTexts
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.distributed import Group
 from raybert.train.task import LoaderConfig
 

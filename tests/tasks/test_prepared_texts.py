@@ -16,8 +16,9 @@ from raybert.data.preprocess import Preprocessing
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.storage.folder import Folder
-from raybert.tasks.prepared_texts import TokenizedTexts, prepare_texts
+from raybert.tasks.prepared_texts import prepare_texts
 from raybert.tasks.settings import DistillConfig
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.distributed import Group
 from raybert.train.task import LoaderConfig
 

@@ -16,10 +16,11 @@ from raybert.inference.explanations import Explainer
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune import FinetuneSpec
 from raybert.tasks.labelled import resolve_source
-from raybert.tasks.prepared_texts import TokenizedTexts, prepare_texts
+from raybert.tasks.prepared_texts import prepare_texts
 from raybert.tasks.protocol import AnswerOptions
 from raybert.tasks.registry import read_task, task_of_config_json
 from raybert.tasks.settings import FinetuneConfig
+from raybert.tasks.tokenized_texts import TokenizedTexts
 from raybert.train.distributed import Group
 from raybert.train.run import train_in_process
 from raybert.train.task import LoaderConfig
