@@ -68,6 +68,15 @@ def softmax(logits: F32) -> F32:
     return np.asarray(exp / exp.sum(axis=-1, keepdims=True), np.float32)
 
 
+def ranking(scores: F32) -> list[int]:
+    """Indices of scores [L], the highest first; of equal ones the first.
+
+    In Python: np.argsort releases the GIL, and a server's event loop then waits for it.
+    """
+    values = scores.tolist()
+    return sorted(range(len(values)), key=values.__getitem__, reverse=True)
+
+
 def mean_logits(outputs: Sequence[F32]) -> F32:
     """The logits of the mean probability of several models, from the logits of each."""
     mean = np.mean([softmax(each) for each in outputs], axis=0)

@@ -30,6 +30,7 @@ from raybert.data.sources.row_table import LabelParser
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 from raybert.records import format_mean
+from raybert.tasks.categorical import ranking
 from raybert.tasks.entities import Word
 from raybert.tasks.protocol import (
     F32,
@@ -264,7 +265,7 @@ class MultiLabel(TextTask):
                     "score": round(float(shown[row, i]), 6),
                     "selected": bool(selected[row, i]),
                 }
-                for i in np.argsort(-shown[row], kind="stable")
+                for i in ranking(shown[row])
                 if selected[row, i] or (options.all_scores and options.threshold is None)
             ][: options.top_k]
             for row in range(len(logits))

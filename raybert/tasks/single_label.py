@@ -26,6 +26,7 @@ from raybert.tasks.categorical import (
     cross_entropy,
     kl_divergence,
     mean_logits,
+    ranking,
     softmax,
 )
 from raybert.tasks.classification_metrics import classification_scores, fit_temperature
@@ -162,7 +163,7 @@ class SingleLabel(TextTask):
         return [
             [
                 {"label": self.labels[i], "score": round(float(row[i]), 6)}
-                for i in np.argsort(-row, kind="stable")[:count]
+                for i in ranking(row)[:count]
                 if options.threshold is None or row[i] >= options.threshold
             ]
             for row in scores

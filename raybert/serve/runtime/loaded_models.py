@@ -100,7 +100,8 @@ class LoadedModel:
             scored = np.stack(list(scored))
         outputs = pool(scored, encoded.lengths, self.classifier.longest)
         outputs = self.classifier.with_ngrams(outputs, encoded.ngrams)
-        if not all(np.isfinite(each).all() for each in outputs):
+        parts = [outputs] if isinstance(outputs, np.ndarray) else outputs
+        if not all(np.isfinite(each).all() for each in parts):
             raise ModelFailed(ValueError("scores are not finite: the weights have diverged"))
         return outputs
 
