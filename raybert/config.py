@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -30,6 +30,9 @@ class Settings(BaseModel):
     """A section of the configuration: immutable, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    #: Keys of which one has a value; an override of one replaces another's.
+    alternatives: ClassVar[Sequence[str]] = ()
 
 
 class Range(Settings):
@@ -145,6 +148,7 @@ def load(
     """
     source = str(path) if path else "the defaults"
     before, values = read_values(path), read_values(path, overrides)
+    _drop_alternatives(root, values, overrides)
     try:
         return build(root, values, "")
     except ConfigError as error:
@@ -223,6 +227,20 @@ def _override(values: dict[str, Any], override: str) -> None:
             values[parent] = {}
         values = values[parent]
     values[leaf] = parse_yaml(text, f"--set {key}")
+
+
+def _drop_alternatives(
+    root: type[Settings], values: Mapping[str, Any], overrides: Sequence[str]
+) -> None:
+    """Remove a file's value where an override sets an alternative, minutes for epochs."""
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    for name, field in root.model_fields.items():
+        alternatives = getattr(field.annotation, "alternatives", ())
+        section = values.get(name)
+        given = [each for each in alternatives if f"{name}.{each}" in keys]
+        if isinstance(section, dict) and any(section[each] is not None for each in given):
+            for each in set(alternatives) - set(given):
+                section.pop(each, None)
 
 
 def _format_error(root: type[Settings], error: ValidationError) -> str:

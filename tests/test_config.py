@@ -11,6 +11,7 @@ from raybert.cli.options import load_experiment
 from raybert.config import Settings, build, differences, dump, flatten, load, parse_yaml
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
+from raybert.train.settings import LIMITS
 
 
 def refused(values=None, *overrides, path=None):
@@ -121,6 +122,25 @@ def test_batch_sizes_that_do_not_divide_are_refused_with_valid_ones():
 )
 def test_an_invalid_value_is_refused(values, message):
     assert refused(values).startswith(message)
+
+
+@pytest.mark.parametrize("limit", ["steps=5", "tokens=1000", "minutes=2", "epochs=3"])
+def test_a_limit_on_the_command_line_replaces_the_file_s(tmp_path, limit):
+    path = tmp_path / "mine.yaml"
+    path.write_text(dump(build(Experiment, {"finetune": {"steps": 7}}, "")))
+    loaded = load(Experiment, path, [f"pretrain.{limit}", f"finetune.{limit}"])
+    for config in (loaded.pretrain, loaded.finetune):
+        given = {name: getattr(config, name) for name in LIMITS}
+        name, _, value = limit.partition("=")
+        assert given == {**dict.fromkeys(LIMITS), name: int(value)}
+
+
+def test_no_limit_on_the_command_line_leaves_the_file_s(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("finetune: {steps: 7}")
+    assert load(Experiment, path, ["finetune.minutes=null"]).finetune.steps == 7
+    with pytest.raises(ConfigError, match="one limit"):
+        load(Experiment, path, ["finetune.minutes=1", "finetune.steps=8"])
 
 
 def test_a_missing_key_is_refused_with_the_option_that_sets_it():

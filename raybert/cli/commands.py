@@ -13,6 +13,7 @@ import typer
 
 from raybert.cli import bench_commands, job_commands, model_commands, run_commands, stage_commands
 from raybert.cli.options import ConfigOption, JsonOption, SetOption, load_experiment, print_result
+from raybert.cluster import interrupts
 from raybert.errors import INTERRUPTED, DamagedError, RaybertError, StorageError, UserError
 
 # Errors that a user can correct: the input, the storage, a damaged file. They exit with 2.
@@ -41,7 +42,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer's usual exit
             raise
-        _print_error(INTERRUPTED_MESSAGE)
+        _print_error(interrupts.say("") or INTERRUPTED_MESSAGE)
         sys.exit(INTERRUPTED)
     except RaybertError as error:
         if _DEBUG:

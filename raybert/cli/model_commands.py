@@ -163,10 +163,11 @@ def serve(
 
     Example: `raybert serve runs/demo`, then open http://127.0.0.1:8000
     """
-    from raybert.cluster.interrupts import deferred
+    from raybert.cluster.interrupts import deferred, say
     from raybert.serve.deploy.launch import log_folder, read_state, serving
     from raybert.serve.deploy.status import watch
 
+    say("interrupted; serving has ended")
     given = {"model": model, "host": host, "port": port, "keys": keys}
     experiment = load_experiment(config, overrides, name)
     serve_config = experiment.serve.changed(

@@ -32,6 +32,7 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
 
     section: ClassVar[str]  # the stage's section of the configuration, for messages
     default_epochs: ClassVar[float | None] = None  # the limit where none is configured
+    alternatives: ClassVar = LIMITS
 
     seed: int = Field(0, ge=0, description="decides the order, the masks, dropout and the weights")
 
