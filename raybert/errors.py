@@ -64,8 +64,8 @@ def one_line(error: BaseException) -> str:
     return printable((str(reason).strip().splitlines() or [type(error).__name__])[0])
 
 
-def printable(text: str, most: int = _LONGEST_REASON) -> str:
-    """What a file says, for a message: cut, and without control characters and line ends."""
+def printable(text: str, most: int | None = _LONGEST_REASON) -> str:
+    """One line of what a file says, for a message: cut, and all but printable signs escaped."""
     text = text[:most]
     if text.isprintable():
         return text

@@ -14,7 +14,14 @@ import typer
 from raybert.cli import bench_commands, job_commands, model_commands, run_commands, stage_commands
 from raybert.cli.options import ConfigOption, JsonOption, SetOption, load_experiment, print_result
 from raybert.cluster import interrupts
-from raybert.errors import INTERRUPTED, DamagedError, RaybertError, StorageError, UserError
+from raybert.errors import (
+    INTERRUPTED,
+    DamagedError,
+    RaybertError,
+    StorageError,
+    UserError,
+    printable,
+)
 
 # Errors that a user can correct: the input, the storage, a damaged file. They exit with 2.
 _USER_ERRORS = (UserError, StorageError, DamagedError)
@@ -103,6 +110,4 @@ def version(as_json: JsonOption = False) -> None:
 
 
 def _print_error(text: str) -> None:
-    from raybert.terminal.formats import one_printable_line
-
-    print(f"raybert: {one_printable_line(text)}", file=sys.stderr)
+    print(f"raybert: {printable(text, None)}", file=sys.stderr)

@@ -138,9 +138,9 @@ def print_result(result: Any, as_json: bool, text: str | None = None) -> None:
     if as_json:
         print_json(result)
     elif text is not None:
-        from raybert.terminal.formats import printable
+        from raybert.terminal.formats import escape_controls
 
-        print(printable(text))
+        print(escape_controls(text))
 
 
 def load_model_folder(path: str | None, experiment: Experiment, stage: str = "finetune") -> Folder:

@@ -31,7 +31,7 @@ def list_runs(
     Example: `raybert runs ls --storage s3://bucket/runs`
     """
     from raybert.pipeline import runs
-    from raybert.terminal.formats import printable, size
+    from raybert.terminal.formats import escape_controls, size
 
     folder = _storage(storage, config)
     found = runs.list_runs(folder)
@@ -41,7 +41,7 @@ def list_runs(
         return
     for run in found:
         changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
-        print(f"{printable(run.name):<20} {size(run.bytes):>8}  {changed}")
+        print(f"{escape_controls(run.name):<20} {size(run.bytes):>8}  {changed}")
         for stage in run.stages:
             print(f"  {stage.name:<18} {size(stage.bytes):>8}  {_format_stage(stage)}")
     if not found:

@@ -58,11 +58,6 @@ def use_token() -> None:
 HeadState = Literal["open", "token", "silent", "unknown"]
 
 
-def is_required(address: str) -> bool:
-    """Whether a Ray head, at `host:port`, requires a token; False if it can't be found out."""
-    return state_of_head(address) == "token"
-
-
 def state_of_head(address: str) -> HeadState:
     """Ask the Ray head at `host:port` for a sign of life.
 

@@ -25,13 +25,12 @@ from raybert.data.sources import documents
 from raybert.data.sources.row_table import KEPT, LabelParser, accept
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
-from raybert.inference.classifier import Text, TextClassifier, pool
+from raybert.inference.classifier import Text, TextClassifier, pool, read_ngrams
 from raybert.inference.prediction_file import PredictionWriter
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
 from raybert.tasks.comparison import Predictions
 from raybert.tasks.labelled import Labelled
-from raybert.tasks.linear.store import load_baseline, load_part
 from raybert.tasks.protocol import ALL_SCORES, AnswerOptions, Outputs, Targets
 from raybert.tasks.registry import read_task
 
@@ -226,7 +225,7 @@ def evaluate(
     `examples` and `baseline`. A DataError as in `score`.
     """
     encoder_task, _ = read_task(model)
-    part = load_part(model) if model.exists("ngrams.json") else None
+    part = read_ngrams(model)
     task = encoder_task if part is None else part.task
     # The model's own preprocessing, as in training and in serving.
     breaks = huggingface.read_preprocessing(model).get("html_breaks", "space")
@@ -281,6 +280,7 @@ def _labelled(tables: Sequence[pa.Table]) -> Labelled:
 def _beside_baseline(ours: Predictions, folder: Folder, texts: Labelled) -> dict[str, Any]:
     """The scores of a linear model that was fitted for the same outputs; {} without one."""
     from raybert.tasks.linear.baseline import beside_baseline
+    from raybert.tasks.linear.store import load_baseline  # imports scikit-learn
 
     fitted = load_baseline(folder)
     if fitted is None or fitted.task.labels != ours.task.labels:

@@ -87,6 +87,12 @@ def pool(outputs: Outputs, lengths: Sequence[int], seq_len: int) -> Outputs:
     ]
 
 
+def is_finite(outputs: Outputs) -> bool:
+    """Whether all outputs are finite numbers; those of diverged weights are not."""
+    each = [outputs] if isinstance(outputs, np.ndarray) else outputs
+    return all(np.isfinite(values).all() for values in each)
+
+
 def _join_tokens(
     outputs: Sequence[npt.NDArray[np.float32]], starts: Sequence[int], length: int
 ) -> npt.NDArray[np.float32]:
@@ -116,7 +122,7 @@ class TextClassifier:
         """Load a `model/` directory; `precision` is as in `resolve_precision`."""
         model, self.labels = huggingface.load_classifier(folder)
         self.task, self.reads_pairs = read_task(folder)
-        self.ngrams = _read_ngrams(folder)
+        self.ngrams = read_ngrams(folder)
         if self.ngrams is not None:  # thresholds and the like were fitted for both parts together
             found, linear = self.ngrams.task, self.ngrams.model
             sides = 3 if self.reads_pairs else 1  # the first text, the second, and both
@@ -162,8 +168,7 @@ class TextClassifier:
         return self.with_ngrams(outputs, self.ngram_outputs(texts))
 
     def _finite(self, outputs: Outputs) -> Outputs:
-        each = [outputs] if isinstance(outputs, np.ndarray) else outputs
-        if all(np.isfinite(values).all() for values in each):
+        if is_finite(outputs):
             return outputs
         raise DamagedError(
             f"the model's outputs are not finite (precision {self.precision}): its weights have "
@@ -304,7 +309,8 @@ def round_up(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def _read_ngrams(folder: Folder) -> NgramPart | None:
+def read_ngrams(folder: Folder) -> NgramPart | None:
+    """The n-gram part of a model; None where it has none. Raises as `load_part`."""
     if not folder.exists("ngrams.json"):
         return None
     from raybert.tasks.linear.store import load_part  # imports scikit-learn

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raybert.data.sources.settings import SourceConfig
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
 from raybert.tasks.prepared_texts import SplitTexts
 from raybert.terminal.display import Display
+
+if TYPE_CHECKING:
+    from raybert.tasks.linear.baseline import Baseline
 
 
 def folder_of(experiment: Experiment) -> Folder:
@@ -24,7 +27,6 @@ def baseline(experiment: Experiment, display: Display) -> dict[str, Any]:
     from raybert.data.sources.columns import REMEMBERED, with_columns_of
     from raybert.pipeline.named_sources import require_source, with_sources
     from raybert.tasks.labelled import resolve_source
-    from raybert.tasks.linear.store import load_baseline
     from raybert.tasks.prepared_texts import read_and_split
 
     experiment = with_sources(experiment)
@@ -34,16 +36,14 @@ def baseline(experiment: Experiment, display: Display) -> dict[str, Any]:
     with display.stage("baseline"):
         display.progress("reading labelled texts")
         resolved = resolve_source(config.source, config.task)
-        fit(experiment, display, read_and_split(config, resolved, config.seed))
+        fitted = fit(experiment, display, read_and_split(config, resolved, config.seed))
         columns = resolved.source.model_dump(include=set(REMEMBERED))
         display.progress("scoring the evaluation texts")
-        fitted = load_baseline(folder_of(experiment))
-        assert fitted is not None
         return evaluate(fitted, with_columns_of(experiment.evaluate.source, columns))
 
 
-def fit(experiment: Experiment, display: Display, texts: SplitTexts) -> dict[str, Any]:
-    """Fit the linear model, keep it, and return what is told of it."""
+def fit(experiment: Experiment, display: Display, texts: SplitTexts) -> Baseline:
+    """Fit the linear model, and keep it."""
     from raybert.tasks.linear.baseline import fit_baseline
     from raybert.tasks.linear.store import save_baseline
 
@@ -58,14 +58,10 @@ def fit(experiment: Experiment, display: Display, texts: SplitTexts) -> dict[str
         f"baseline  {found.description}: validation {metric} {found.metrics[metric]:.4f}, "
         f"{found.seconds:.0f} s"
     )
-    return {
-        "description": found.description,
-        "metrics": found.metrics,
-        "seconds": round(found.seconds, 1),
-    }
+    return found
 
 
-def evaluate(fitted: Any, source: SourceConfig) -> dict[str, Any]:
+def evaluate(fitted: Baseline, source: SourceConfig) -> dict[str, Any]:
     """Score a baseline on labelled texts, as a model is scored."""
     from raybert.tasks.labelled import read_labelled
 

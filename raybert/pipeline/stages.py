@@ -6,7 +6,6 @@ stage returns its stored result, so the pipeline can be run again after an inter
 
 from __future__ import annotations
 
-import functools
 import time
 from dataclasses import replace
 from typing import Any
@@ -37,7 +36,7 @@ from raybert.records import finite, headline
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
 from raybert.tasks.labelled import peek
-from raybert.tasks.prepared_texts import check_same_texts
+from raybert.tasks.prepared_texts import SplitTexts, check_same_texts
 from raybert.tasks.registry import read_columns, read_task
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
@@ -165,14 +164,17 @@ def finetune(
     result = _stored_result("finetune", experiment, display, ("model",), inputs)
     if result is not None:
         return result
-    fit = functools.partial(baseline_stage.fit, experiment, display)
+
+    def fit_baseline(texts: SplitTexts) -> dict[str, Any]:
+        return baseline_stage.fit(experiment, display, texts).summary
+
     spec = prepare_finetune(
         experiment,
         display,
         run / "data",
         has_begun=run.exists(CONFIG),
         on_ray=not in_process,
-        fit_baseline=fit if experiment.finetune.baseline else None,
+        fit_baseline=fit_baseline if experiment.finetune.baseline else None,
     )
     result = train("finetune", spec, experiment, display, ("model",), in_process)
     add_ngrams(experiment, display, spec, Folder(result["model"]))

@@ -8,10 +8,9 @@ import re
 import time
 import uuid
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from raybert.storage.folder import Folder
+from raybert.storage.folder import Folder, new_file
 
 _NUMBER = re.compile(r"(\d+)-[0-9a-f]{8}\.json")
 #: Longer than an object store takes to look up one file and to write another.
@@ -43,22 +42,15 @@ def numbers_taken(folder: Folder) -> list[int]:
 def create_json(folder: Folder, name: str, value: Any) -> None:
     """Write a JSON file unless there is one; of many writers at once, all find the same file."""
     if folder.is_local:
-        _create_local(Path(folder.join(name)), json.dumps(value, indent=2) + "\n")
+        with new_file(folder.join(name), _link_if_absent) as file:
+            file.write(json.dumps(value, indent=2).encode() + b"\n")
     elif not folder.exists(name):
         _create_remote(folder, name, value)
 
 
-def _create_local(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _link_if_absent(file: str, path: str) -> None:
+    with suppress(FileExistsError):
+        os.link(file, path)
 
 
 def _create_remote(folder: Folder, name: str, value: Any) -> None:

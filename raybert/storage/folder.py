@@ -10,9 +10,10 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -218,12 +219,11 @@ class Folder:
         pieces = [data] if isinstance(data, bytes | memoryview) else data
         path = self.join(name)
         with self.storage_errors("writing", path):
-            if self.is_local:
-                _write_local(Path(path), pieces)
-            else:
-                with self.filesystem.open_output_stream(path) as stream:
-                    for piece in pieces:
-                        stream.write(piece)
+            opened: Any
+            opened = new_file(path) if self.is_local else self.filesystem.open_output_stream(path)
+            with opened as stream:
+                for piece in pieces:
+                    stream.write(piece)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a UTF-8 file; no reader ever sees a part of it."""
@@ -261,16 +261,21 @@ class Folder:
             raise StorageError(f"{doing} {path} failed: {one_line(error)}") from error
 
 
-def _write_local(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
-    """Write a local file atomically: beside its place, synced, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+@contextmanager
+def new_file(path: str, place: Callable[[str, str], None] = os.replace) -> Iterator[BufferedWriter]:
+    """Write a local file beside its place; synced, it gets its name when the context ends.
+
+    After an error it is deleted. `place` moves it; `os.link` leaves a file that is there already.
+    """
+    folder, name = os.path.split(path)
+    beside = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}")
+    os.makedirs(folder, exist_ok=True)
     try:
-        with beside.open("xb") as file:  # never through a link that is there already
-            file.writelines(pieces)
+        with open(beside, "xb") as file:  # never through a link that is there already
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+        place(beside, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(beside)

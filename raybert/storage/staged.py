@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pyarrow.fs as pafs
 
 from raybert.errors import StorageError
-from raybert.storage.folder import Folder
+from raybert.storage.folder import Folder, new_file
 
 
 @contextmanager
@@ -23,39 +21,31 @@ def staged_file(folder: Folder, name: str) -> Iterator[Any]:
     that somebody has planted there is not followed. StorageError if it can't be opened or
     completed.
     """
-    hidden = f".{name}.{uuid.uuid4().hex}"
     path = folder.join(name)
-    with folder.storage_errors("writing", path):
-        stream = _create(Path(folder.join(hidden))) if folder.is_local else None
-        if stream is None:
-            stream = folder.filesystem.open_output_stream(folder.join(hidden))
-    try:
+    with ExitStack() as exits:
+        with folder.storage_errors("writing", path):
+            opened = new_file(path) if folder.is_local else _copied_file(folder, name)
+            stream = exits.enter_context(opened)
         yield stream
         with folder.storage_errors("writing", path):
-            if folder.is_local:
-                stream.flush()
-                os.fsync(stream.fileno())
-            stream.close()
-            _rename(folder, hidden, name)
+            exits.close()
+
+
+@contextmanager
+def _copied_file(folder: Folder, name: str) -> Iterator[Any]:
+    """Write a file on an object store, which can't rename it."""
+    hidden = f".{name}.{uuid.uuid4().hex}"
+    begin, end = folder.join(hidden), folder.join(name)
+    stream = folder.filesystem.open_output_stream(begin)
+    try:
+        yield stream
+        stream.close()
+        try:
+            folder.filesystem.copy_file(begin, end)
+        except OSError:  # S3 copies at most 5 GB by itself
+            pafs.copy_files(begin, end, folder.filesystem, folder.filesystem)
     finally:
-        with suppress(OSError, StorageError):
-            stream.close()  # on an object store this creates the file
+        with suppress(OSError):
+            stream.close()  # which creates the file
         with suppress(StorageError):
             folder.delete(hidden)
-
-
-def _create(path: Path) -> Any:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("xb")
-
-
-def _rename(folder: Folder, hidden: str, name: str) -> None:
-    if folder.is_local:
-        os.replace(folder.join(hidden), folder.join(name))
-        return
-    try:
-        folder.filesystem.copy_file(folder.join(hidden), folder.join(name))
-    except OSError:  # S3 copies at most 5 GB by itself
-        pafs.copy_files(
-            folder.join(hidden), folder.join(name), folder.filesystem, folder.filesystem
-        )

@@ -29,11 +29,6 @@ class Difference(NamedTuple):
     low: float
     high: float
 
-    @property
-    def is_certain(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
-
 
 def paired_difference(first: Predictions, second: Predictions, seed: int = 0) -> Difference:
     """Compare two models on the same texts by the task's default metric.

@@ -27,7 +27,7 @@ from raybert.records import (
     longest_data_wait,
     metric_of,
 )
-from raybert.terminal.formats import clock, printable
+from raybert.terminal.formats import clock, escape_controls
 
 PLAIN_SECONDS = 10.0  # between lines of progress without a terminal
 TICK_SECONDS = 1.0  # between looks at whether the last progress is to be shown again
@@ -94,7 +94,7 @@ class Display:
 
     def _show(self, text: str) -> None:
         spent = clock(time.monotonic() - self._begun)
-        self._write_progress(f"{self._stage:<9} {spent:>6}  {printable(text)}")
+        self._write_progress(f"{self._stage:<9} {spent:>6}  {escape_controls(text)}")
 
     def panel(self, content: RenderableType, text: str) -> None:
         """Show a renderable that is rewritten; without a terminal, show `text` as progress."""
@@ -122,7 +122,7 @@ class Display:
     def forward(self, line: str) -> None:
         """Show a line of a followed job's log: rewrite progress, print the rest."""
         if line.startswith(_PROGRESS):
-            self._write_progress(printable(line.removeprefix(_PROGRESS)))
+            self._write_progress(escape_controls(line.removeprefix(_PROGRESS)))
         else:
             self.print(line)
 
@@ -143,7 +143,7 @@ class Display:
         with self._lock:
             self._clear()
             if not self._quiet:
-                self._console.print(printable(text))
+                self._console.print(escape_controls(text))
 
     def record(self, record: Record) -> None:
         """Show a record of the training loop."""
@@ -167,7 +167,7 @@ class Display:
 
 def printable_log(text: str) -> str:
     """The log of a job, without the marks of its lines of progress."""
-    return printable(text.replace(_PROGRESS, ""))
+    return escape_controls(text.replace(_PROGRESS, ""))
 
 
 def _format_train(record: TrainRecord, total: int | None) -> str:

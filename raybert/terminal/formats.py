@@ -11,14 +11,9 @@ from typing import Any
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def printable(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Write control characters as escapes: that of ESC begins with a backslash, x1b."""
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-def one_printable_line(text: str) -> str:
-    """As `printable`, in one line."""
-    return printable(text).replace("\n", "\\n")
 
 
 def clock(seconds: float) -> str:

@@ -72,19 +72,28 @@ class CheckpointStore:
         self._error: Exception | None = None
         self._committed: CheckpointRecord | None = None
         self._damaged: set[Commit] = set()  # that were found damaged when they were read
-        self._has_looked = False  # for a checkpoint to begin from
         self._swept = False  # False: there may be folders that no commit names
         self.last: int | None = None  # the step of the last complete checkpoint
         self.is_failing = False  # whether the last write failed
 
-    def save(self, snapshot: Snapshot, *, best_step: int | None, wait: bool = False) -> None:
-        """Write a checkpoint in the background; Superseded, or the last write's StorageError."""
+    def save(
+        self,
+        snapshot: Snapshot,
+        *,
+        best_step: int | None,
+        wait: bool = False,
+        replaces_later: bool = False,
+    ) -> None:
+        """Write a checkpoint in the background; Superseded, or the last write's StorageError.
+
+        `replaces_later`: it takes the place of later steps that earlier attempts have saved.
+        """
         self.wait()
 
         def write() -> None:
             try:
                 self._write(snapshot)
-                self._prune(snapshot.step, best_step)
+                self._prune(snapshot.step, best_step, replaces_later)
                 self.is_failing = False
             except Exception as error:  # raised again in the training thread
                 self._error, self.is_failing, self._swept = error, True, False
@@ -140,7 +149,6 @@ class CheckpointStore:
         started again would delete them.
         """
         messages: list[str] = []
-        self._has_looked = True
         for commit in reversed(self._commits()):
             try:
                 snapshot = self.read(commit)
@@ -249,13 +257,12 @@ class CheckpointStore:
         )
         self.last = snapshot.step
 
-    def _prune(self, written: int, best_step: int | None) -> None:
+    def _prune(self, written: int, best_step: int | None, replaces_later: bool) -> None:
         """Delete all checkpoints but the last `keep` and the best; commits before their files.
 
         Of later steps than the one just written an attempt deletes its own, and those that it found
-        damaged. Others it would have begun from: the storage did not list them then. Who has looked
-        for none, as a trial that takes over another's weights, replaces them. Those of later
-        attempts are left alone.
+        damaged. Others, unless this one replaces them, it would have begun from: the storage did
+        not list them then. Those of later attempts are left alone.
         """
         check_attempt(self.run, self.attempt)
         commits = self._commits()
@@ -263,7 +270,8 @@ class CheckpointStore:
         keep = {*[step for step in latest if step <= written][-self._keep :], best_step}
         for commit in commits:
             is_kept = commit.step in keep and commit == latest[commit.step]
-            if self._has_looked and commit.step > written and commit.attempt < self.attempt:
+            is_unlisted = commit.step > written and commit.attempt < self.attempt
+            if is_unlisted and not replaces_later:
                 is_kept |= commit not in self._damaged
             if not is_kept and commit.attempt <= self.attempt:
                 self._folder.delete(commit.name)

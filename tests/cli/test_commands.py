@@ -711,14 +711,14 @@ def test_a_full_disk_is_one_line(raybert, experiment, monkeypatch, name):
 
     from raybert.storage import folder
 
-    write = folder._write_local
+    new_file = folder.new_file
 
-    def full(path, data):
-        if path.name == name:
+    def full(path, *place):
+        if path.endswith(f"/{name}"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, data)
+        return new_file(path, *place)
 
-    monkeypatch.setattr(folder, "_write_local", full)
+    monkeypatch.setattr(folder, "new_file", full)
     at = ("-c", experiment.config, "--set", "pretrain.collective_timeout_s=0.1")
     message = refused(raybert("pretrain", *at, "--bare"))
     assert message.startswith("writing ")

@@ -148,7 +148,7 @@ def test_a_head_tells_whether_it_requires_a_token(is_open):
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        assert token.is_required(f"127.0.0.1:{port}") == (not is_open)
+        assert token.state_of_head(f"127.0.0.1:{port}") == ("open" if is_open else "token")
     finally:
         server.stop(None).wait()
 
@@ -156,7 +156,7 @@ def test_a_head_tells_whether_it_requires_a_token(is_open):
 def test_an_address_that_does_not_answer_requires_no_token(monkeypatch):
     monkeypatch.setattr(token, "_CALL_SECONDS", 0.5)
     for address in ("auto", "ray://head:10001", "127.0.0.1:1"):
-        assert not token.is_required(address)
+        assert token.state_of_head(address) in ("unknown", "silent")
 
 
 _STARTED = """

@@ -134,8 +134,7 @@ def test_a_full_device_is_a_storage_error(monkeypatch):
     with pytest.raises(OSError) as caught, open("/dev/full", "wb") as file:
         file.write(b"x" * 100_000)
     monkeypatch.setattr(
-        "raybert.storage.folder._write_local",
-        lambda path, data: (_ for _ in ()).throw(caught.value),
+        "raybert.storage.folder.new_file", lambda path: (_ for _ in ()).throw(caught.value)
     )
     with pytest.raises(StorageError, match="No space left on device"):
         Folder("/dev").write_bytes("full", b"x")

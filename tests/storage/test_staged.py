@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from raybert.errors import StorageError
-from raybert.storage import exclusive, folder
+from raybert.storage import exclusive
 from raybert.storage.folder import Folder
 from raybert.storage.staged import staged_file
 
@@ -70,7 +70,7 @@ def test_a_planted_link_is_not_followed(tmp_path, monkeypatch, how):
             with staged_file(Folder(here), "a") as stream:
                 stream.write(b"over it")
         elif how == "written":
-            folder._write_local(here / "a", [b"over it"])
+            Folder(here).write_bytes("a", b"over it")
         else:
             exclusive.create_json(Folder(here), "a", "over it")
     assert victim.read_text() == "precious"

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raybert.errors import printable
 from raybert.terminal import display as module
 from raybert.terminal.display import Display
-from raybert.terminal.formats import clock, one_printable_line, printable
+from raybert.terminal.formats import clock, escape_controls
 
 TRAIN = {
     "kind": "train",
@@ -26,13 +27,13 @@ TRAIN = {
 
 @given(st.text())
 def test_no_text_controls_the_terminal(text):
-    for shown in (printable(text), one_printable_line(text)):
+    for shown in (escape_controls(text), printable(text, None)):
         assert not {c for c in shown if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
         assert not {"\u202e", "\u2066", "\u2067", "\u2068"} & set(shown)
-    assert "\n" not in one_printable_line(text)
-    assert printable(printable(text)) == printable(text)
+    assert "\n" not in printable(text, None)
+    assert escape_controls(escape_controls(text)) == escape_controls(text)
     if text.isprintable():
-        assert printable(text) == text
+        assert escape_controls(text) == printable(text, None) == text
 
 
 def test_labels_and_names_are_shown_without_their_escape_sequences(capsys):

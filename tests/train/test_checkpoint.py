@@ -315,6 +315,8 @@ def test_checkpoints_that_the_storage_did_not_list_are_not_deleted(run, monkeypa
         assert again.load_latest(pytest.fail) is None
     again.save(snapshot(2), best_step=None, wait=True)
     assert store_of(run).load_latest(pytest.fail).step == 10
+    again.save(snapshot(3), best_step=None, wait=True, replaces_later=True)
+    assert store_of(run).load_latest(pytest.fail).step == 3
 
 
 def test_attempts_that_begin_at_the_same_time_get_different_numbers(run, monkeypatch):

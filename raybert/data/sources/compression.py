@@ -34,9 +34,9 @@ def compression_of(head: bytes) -> str | None:
 
 def decompressed(stream: Any) -> Any:
     """A stream's content, decompressed if it is compressed; raises `DAMAGED` when it is read."""
-    head, rest = take_head(stream, 16)
+    head = take_head(stream, 16)
     name = compression_of(head)
-    whole: Any = Rejoined(head, rest)
+    whole: Any = Rejoined(head, stream)
     if name is None:
         return whole
     if name == "xz":
@@ -44,13 +44,13 @@ def decompressed(stream: Any) -> Any:
     return pa.CompressedInputStream(pa.PythonFile(whole, "r"), name)
 
 
-def take_head(stream: Any, size: int) -> tuple[bytes, Any]:
-    """Read the first `size` bytes, fewer only at the end; return them with the stream."""
+def take_head(stream: Any, size: int) -> bytes:
+    """Read the first `size` bytes, fewer only at the end."""
     pieces = []
     while size > 0 and (piece := stream.read(min(size, _BUFFER_BYTES))):
         pieces.append(piece)
         size -= len(piece)
-    return b"".join(pieces), stream
+    return b"".join(pieces)
 
 
 class Rejoined(io.RawIOBase):

@@ -79,7 +79,7 @@ class File:
         if self.size > _MEMBER_BYTES:
             raise DataError(f"{self.name}: has {self.size:,} bytes; unpack the archive")
         try:  # a compressed member can't be read at any offset
-            content, _ = take_head(opened, _MEMBER_BYTES + 1)
+            content = take_head(opened, _MEMBER_BYTES + 1)
         except DAMAGED as error:
             raise DataError(f"{self.name}: can't be read: {one_line(error)}") from None
         return io.BytesIO(content)

@@ -54,7 +54,7 @@ def open_text(file: File, encoding: str | None = None) -> Opened:
     """Open a file for one pass; a DataError if it can't be read or its encoding is unknown."""
     raw = file.open_stream()
     try:
-        head, rest = take_head(raw, _HEAD_BYTES)
+        head = take_head(raw, _HEAD_BYTES)
     except DAMAGED as error:
         raise damaged(file.name, error) from None
     known = detect_encoding(head) if encoding is None else encoding
@@ -62,7 +62,7 @@ def open_text(file: File, encoding: str | None = None) -> Opened:
         if head.startswith(mark) and codecs.lookup(name).name == codecs.lookup(known).name:
             head = head[len(mark) :]
             break
-    stream: Any = Rejoined(head, rest)
+    stream: Any = Rejoined(head, raw)
     is_utf8 = codecs.lookup(known).name == "utf-8"
     if not is_utf8:
         stream = _Transcoded(stream, known, file.name)
@@ -181,7 +181,7 @@ def read_document(stream: Any, name: str) -> bytes | None:
     A DataError if it is damaged.
     """
     try:
-        content, _ = take_head(stream, MAX_DOCUMENT_BYTES + 1)
+        content = take_head(stream, MAX_DOCUMENT_BYTES + 1)
     except DAMAGED as error:
         raise damaged(name, error) from None
     return content if len(content) <= MAX_DOCUMENT_BYTES else None

@@ -12,7 +12,7 @@ import numpy as np
 
 from raybert.errors import ConfigError, RaybertError, StorageError
 from raybert.inference import precision_choice
-from raybert.inference.classifier import Encoded, Text, TextClassifier, pool
+from raybert.inference.classifier import Encoded, Text, TextClassifier, is_finite, pool
 from raybert.inference.explanations import Explainer
 from raybert.inference.fill_mask import MaskFiller
 from raybert.model import huggingface
@@ -100,8 +100,7 @@ class LoadedModel:
             scored = np.stack(list(scored))
         outputs = pool(scored, encoded.lengths, self.classifier.longest)
         outputs = self.classifier.with_ngrams(outputs, encoded.ngrams)
-        parts = [outputs] if isinstance(outputs, np.ndarray) else outputs
-        if not all(np.isfinite(each).all() for each in parts):
+        if not is_finite(outputs):
             raise ModelFailed(ValueError("scores are not finite: the weights have diverged"))
         return outputs
 

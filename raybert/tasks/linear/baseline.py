@@ -45,6 +45,15 @@ class Baseline:
         kind = "ridge" if self.task.output_kind == "number" else "logistic"
         return f"{kind} regression on 1- and 2-grams, {self.model.weighting}"
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What results keep of it."""
+        return {
+            "description": self.description,
+            "metrics": self.metrics,
+            "seconds": round(self.seconds, 1),
+        }
+
     def outputs(self, texts: Labelled) -> Outputs:
         """The outputs for texts: [n, L], or of the words of each [W, L]."""
         if isinstance(self.model, WordModel):
@@ -65,8 +74,7 @@ def beside_baseline(ours: Predictions, baseline: Baseline, texts: Labelled) -> M
     difference = paired_difference(ours, theirs)
     scores = theirs.task.validate(theirs.outputs, theirs.targets)
     return {
-        "description": baseline.description,
-        "seconds": round(baseline.seconds, 1),
+        **baseline.summary,
         "metrics": scores,
         "metric": metric,
         "difference": difference.value,

@@ -116,7 +116,6 @@ def _fit_each(decisions: F32, num_outputs: int, scaled: Any) -> Weights:
 
     Of two classes one regression is fitted: the logits are its half with both signs.
     """
-    matrix, bias = np.zeros((decisions.shape[1], 0)), np.zeros(0)
     is_pair = num_outputs == 2 and np.array_equal(decisions[:, 0], 1 - decisions[:, 1])
     outputs = [1] if is_pair else range(num_outputs)
 

@@ -119,7 +119,8 @@ def copy_donor(
     no_best = {"best_score": None, "best_step": None, "best_metrics": None}
     snapshot.state = {**snapshot.state, **no_best}
     store = CheckpointStore(folder, attempt, config.keep_checkpoints)
-    store.save(snapshot, best_step=None, wait=True)
+    # The trial's own later steps are of the weights that it gives up.
+    store.save(snapshot, best_step=None, wait=True, replaces_later=True)
     weights = pointer["weights"]
     if snapshot.step != pointer["step"]:
         weights = hash_tensors(snapshot.model)
