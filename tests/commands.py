@@ -44,7 +44,7 @@ def run_here(arguments, stdin, capsys, monkeypatch):
     return Result(code, *capsys.readouterr())
 
 
-def start(*arguments):
+def start(*arguments, cwd=None):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [SCRIPT, *map(str, arguments)],
@@ -52,6 +52,7 @@ def start(*arguments):
         stderr=subprocess.PIPE,
         text=True,
         env=env,
+        cwd=cwd,
     )
 
 

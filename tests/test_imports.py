@@ -208,40 +208,39 @@ def test_the_homes_forbid(edge):
     assert list(strangers([edge]))
 
 
-def loaded_by(code):
-    check = f"{code}\nimport sys\nprint(*(m for m in {HEAVY!r} if m in sys.modules))"
+def loaded_by(*statements):
+    """Which heavy modules are loaded after each of some statements, run in one new process."""
+    code = ["import sys"]
+    for statement in statements:
+        code += [statement, f"print(*(m for m in {HEAVY!r} if m in sys.modules))"]
     done = subprocess.run(
-        [sys.executable, "-c", check], capture_output=True, text=True, timeout=120, check=True
-    )
-    return done.stdout.split()
+        [sys.executable, "-c", "\n".join(code)],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    return [line.split() for line in done.stdout.splitlines()]
 
 
-def test_the_command_line_starts_light():
+def test_the_command_line_serves_proxies_and_the_client_start_light():
     """`raybert --help` and a misspelt option answer at once: nothing heavy is imported for them."""
-    assert loaded_by("import raybert.cli.commands") == []
-    assert "numpy" in loaded_by("import numpy")  # the probe sees what there is
-
-
-def test_the_loop_knows_nothing_of_ray():
-    assert "ray" not in loaded_by("import raybert.train.run, raybert.tasks.masked_lm")
-
-
-def test_serving_texts_in_this_process_needs_no_ray():
-    assert "ray" not in loaded_by(
-        "import raybert.inference.classifier, raybert.pipeline.predict_stage"
+    *light, probe = loaded_by(
+        "import raybert.cli.commands",
+        "import raybert.serve.http.middleware",
+        "import raybert.serve.client",
+        "import numpy",
     )
+    assert light == [[]] * 3
+    assert probe == ["numpy"]  # the probe sees what there is
 
 
-def test_the_service_and_its_http_need_no_ray():
-    assert "ray" not in loaded_by("import raybert.serve.http.api, raybert.serve.deploy.launch")
-
-
-def test_what_serves_proxies_import_is_light():
-    assert loaded_by("import raybert.serve.http.middleware") == []
-
-
-def test_the_client_needs_nothing():
-    assert loaded_by("import raybert.serve.client") == []
+def test_training_inference_and_the_service_need_no_ray():
+    """In one process: what none of them loads, each alone does not load either."""
+    found = loaded_by(
+        "import raybert.train.run, raybert.tasks.masked_lm",
+        "import raybert.inference.classifier, raybert.pipeline.predict_stage",
+        "import raybert.serve.http.api, raybert.serve.deploy.launch",
+    )
+    assert ["ray" in loaded for loaded in found] == [False] * 3
+    assert "torch" in found[0]
 
 
 # Only `config.json` of a model directory, a format of others, has a problem type elsewhere.

@@ -7,16 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-from commands import Experiment
+from commands import Experiment, start
 
 from raybert.cluster import interrupts
 
 ENDED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # before Python runs a line of ours, by itself
-_SCRIPT = Path(sys.executable).with_name("raybert")
 
 
 def run(code, *signals, pause=0.1):
@@ -129,13 +127,7 @@ def test_an_event_that_nobody_looks_at_is_raised_at_the_end():
 
 def interrupted_start(command, moment, number, folder):
     """Send a command a signal a moment after its start, and return its exit code."""
-    with subprocess.Popen(
-        [_SCRIPT, *map(str, command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        cwd=folder,
-        text=True,
-    ) as process:
+    with start(*command, cwd=folder) as process:
         time.sleep(moment)
         process.send_signal(number)
         try:
