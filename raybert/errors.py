@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,14 +53,20 @@ def damaged_file(path: str) -> Iterator[None]:
         what = f"{type(error).__name__}: {one_line(error)}"[:100]
         raise DamagedError(
             f"{path} is damaged: its content is not what was written ({what})"
-        ) from (error)
+        ) from error
 
 
 def one_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where the message is empty.
 
-    Characters that are not printable are escaped, since messages of libraries quote files.
+    Of pydantic's errors the first one, with its key. Characters that are not printable are escaped,
+    since messages of libraries quote files.
     """
+    pydantic = sys.modules.get("pydantic")  # what starts light does without
+    if pydantic is not None and isinstance(error, pydantic.ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        parts = (".".join(map(str, first["loc"])), first["msg"].lower())
+        return printable(": ".join(filter(None, parts)))
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     return printable((str(reason).strip().splitlines() or [type(error).__name__])[0])
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from raybert.errors import DamagedError, UserError
+from raybert.errors import DamagedError, UserError, one_line
 from raybert.storage.exclusive import take_number
 from raybert.storage.folder import Folder
 
@@ -145,10 +145,8 @@ class Registry:
         try:
             pointer = _Pointer.model_validate(found)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
             raise DamagedError(
-                f"{model.join(_CURRENT)} is damaged: {first['loc'][0]}: {first['msg'].lower()}; "
-                "promote a model again"
+                f"{model.join(_CURRENT)} is damaged: {one_line(error)}; promote a model again"
             ) from None
         if pointer.format_version > FORMAT_VERSION:
             raise UserError(

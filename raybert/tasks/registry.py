@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
 from raybert.errors import DamagedError, UserError, one_line
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
@@ -75,21 +73,14 @@ def read_task(folder: Folder) -> tuple[TextTask, bool]:
     try:
         task.check_fitted()
     except ValueError as error:
-        where, problem = folder.join("config.json"), _first_problem(error)
-        raise DamagedError(f"{where} is damaged: raybert.task.fitted: {problem}") from None
+        where = folder.join("config.json")
+        raise DamagedError(f"{where} is damaged: raybert.task.fitted: {one_line(error)}") from None
     if task.is_per_token != huggingface.is_per_token(config):
         raise DamagedError(
             f"{folder.join('config.json')} is damaged: raybert.task is {task.name}, and the "
             f"architecture is {huggingface.architecture_of(config)}"
         )
     return task, _columns(config).get("pair_column") is not None
-
-
-def _first_problem(error: ValueError) -> str:
-    """One line about a pydantic error or another one."""
-    if isinstance(error, ValidationError):
-        return str(error.errors(include_url=False, include_input=False)[0]["msg"]).lower()
-    return one_line(error)
 
 
 def task_of_config_json(config: Mapping[str, Any], labels: Sequence[str], where: str) -> TextTask:

@@ -76,9 +76,7 @@ def _read_index(folder: Folder) -> dict[str, str]:
     try:
         found = _Index.model_validate(folder.read_json(INDEX_FILE)).weight_map
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "it"
-        raise DamagedError(f"{where} is damaged: {key!r}: {first['msg'].lower()}") from None
+        raise DamagedError(f"{where} is damaged: {one_line(error)}") from None
     for file in found.values():
         if not file.endswith(".safetensors") or "/" in file or not file.isprintable():
             raise DamagedError(f"{where} is damaged: {file!r} is no safetensors file beside it")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load as read_tensors
 from safetensors.numpy import save as write_tensors
@@ -111,7 +111,7 @@ def _load(
             model = NgramModel(described.weighting, Ngrams(index), tensors.get("idf"), weights)
         _check(model, len(task.labels), described.ngrams)
     except (FileNotFoundError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise DamagedError(
             f"{folder.join(file)} is damaged ({reason}); delete it to use the encoder alone, or "
             "train again"
@@ -152,10 +152,3 @@ def _check(model: NgramModel | WordModel, num_labels: int, ngrams: list[str] | N
     for tensor in tensors:
         if not np.issubdtype(tensor.dtype, np.floating) or not np.isfinite(tensor).all():
             raise ValueError("a tensor holds no finite numbers")
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        return one_line(ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"))
-    return one_line(error)
