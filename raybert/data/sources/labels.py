@@ -20,7 +20,7 @@ from raybert.data.sources.arrow_tables import NamedClass
 _WHOLE = re.compile(r"([+-]?)0*(\d+)\.0*")
 _BOOLEANS = {"true": "1", "false": "0"}
 _ID_DIGITS = 9  # of a number that may be a label's position
-_SHOWN_CHARS = 60
+_SHOWN_CHARS, _SHOWN_NAMES = 60, 20
 NO_LABEL_GIVEN = "no label"  # the problem of an empty value
 
 
@@ -112,8 +112,5 @@ def name_of(value: Any, names: Sequence[str] | None) -> tuple[str | None, str | 
         if len(number) <= _ID_DIGITS and int(number) < len(names):
             return names[int(number)], None
     shown = label if len(label) <= _SHOWN_CHARS else label[:_SHOWN_CHARS] + "..."
-    return None, f"label {shown!r} is not one of labels={_shown(names)}"
-
-
-def _shown(names: Sequence[str], most: int = 20) -> list[str]:
-    return [*names[:most], "..."] if len(names) > most else list(names)
+    most = [*names[:_SHOWN_NAMES], *(["..."] if len(names) > _SHOWN_NAMES else [])]
+    return None, f"label {shown!r} is not one of labels={most}"
