@@ -1,7 +1,9 @@
 """Shared fixtures."""
 
+import fcntl
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,24 +71,44 @@ def credentials():
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """A classifier of good and bad reviews; its input length is 32 tokens."""
-    torch.set_num_threads(1)
-    folder = Folder(tmp_path_factory.mktemp("classifier"))
-    job = finetune_job(folder, rows=reviews(200), steps=None, epochs=5, lr=1e-2)
-    train_in_process(job, folder / "run", on_progress=lambda record: None)
-    return folder / "run" / "model"
+def made_once(tmp_path_factory):
+    """Make a folder in the first of pytest-xdist's processes that wants it; each gets a copy."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def get(name, make):
+        torch.set_num_threads(1)
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (shared / name).exists():
+                make(Folder(own / f"{name}-made"))
+                (own / f"{name}-made").rename(shared / name)
+        return Folder(shutil.copytree(shared / name, own / f"{name}-copy"))
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def pretrained(tmp_path_factory):
+def model(made_once):
+    """A classifier of good and bad reviews; its input length is 32 tokens."""
+
+    def make(folder):
+        job = finetune_job(folder, rows=reviews(200), steps=None, epochs=5, lr=1e-2)
+        train_in_process(job, folder / "run", on_progress=lambda record: None)
+
+    return made_once("classifier", make) / "run" / "model"
+
+
+@pytest.fixture(scope="session")
+def pretrained(made_once):
     """A barely trained masked language model."""
-    torch.set_num_threads(1)
-    folder = Folder(tmp_path_factory.mktemp("pretrained"))
-    make_corpus(folder / "corpus")
-    job = pretrain_job(folder / "corpus", steps=2)
-    result = train_in_process(job, folder / "run", on_progress=lambda record: None)
-    return Folder(result["model"])
+
+    def make(folder):
+        make_corpus(folder / "corpus")
+        job = pretrain_job(folder / "corpus", steps=2)
+        train_in_process(job, folder / "run", on_progress=lambda record: None)
+
+    return made_once("pretrained", make) / "run" / "model"
 
 
 @pytest.fixture

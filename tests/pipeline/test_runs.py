@@ -9,6 +9,7 @@ import time
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from json_documents import json_documents
 from making import Attempt, make_corpus, pretrain_job, reviews
 
 from raybert.errors import UserError
@@ -122,19 +123,12 @@ def test_without_a_log_the_step_of_the_last_checkpoint_is_reported(storage):
 
 
 DEEP = "[" * 100_000
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(
-            ["step", "total_steps", "loss", "metric", "accuracy", "best", "seeds", "test", "mean",
-             "folds", "members", "ensemble", "splits", "rows", "format_version", "kind", "time"]
-        ),
-        inner,
-        max_size=4,
-    ),
+JSON = json_documents(
+    "step total_steps loss metric accuracy best seeds test mean folds members ensemble splits rows "
+    "format_version kind time",
+    max_size=4,
     max_leaves=12,
-)  # fmt: skip
+)
 CONTENTS = JSON.map(json.dumps) | st.text(max_size=8) | st.just(DEEP)
 FILES = ["corpus/manifest.json", "pretrain/result.json", "finetune/result.json",
          "finetune/metrics.json", "finetune/metrics.jsonl", "tune/result.json",

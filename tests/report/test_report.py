@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from json_documents import json_documents
 from markupsafe import Markup
 
 from raybert.errors import UserError
@@ -255,23 +256,13 @@ def test_a_truncated_json_file_is_reported_and_the_rest_is_shown(tmp_path, undra
     assert (f"{name} is damaged" in text) == name.endswith(".json")
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(
-            ["step", "kind", "time", "loss", "event", "metric", "accuracy", "per_class", "bins",
-             "confusion", "label_names", "examples", "fillings", "tokens", "trials", "finalists",
-             "seeds", "mean", "values", "dimensions", "key", "folds", "seconds", "splits", "info",
-             "config", "task", "n", "state", "cost", "importance", "shares", "train", "eval"]
-        ),
-        inner,
-        max_size=5,
-    ),
+JSON = json_documents(
+    "step kind time loss event metric accuracy per_class bins confusion label_names examples "
+    "fillings tokens trials finalists seeds mean values dimensions key folds seconds splits info "
+    "config task n state cost importance shares train eval",
+    max_size=5,
     max_leaves=20,
-)  # fmt: skip
-
-
+)
 JSON_FILES = [*(n for n in FILES if n.endswith((".json", ".jsonl"))), "tune/trials.json"]
 
 
