@@ -674,7 +674,10 @@ def test_prepared_texts_cut_short_say_what_to_delete(raybert, trained, tmp_path)
 # What goes wrong in between ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "asked",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],  # of one handler
+)
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(raybert, experiment, asked):
     command = ("pretrain", "-c", experiment.config, "--bare", "--set", "pretrain.steps=100000")
     process = start(*command)

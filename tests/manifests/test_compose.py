@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 from manifests import COMPOSE, VALUES, documents, misspelt, walk
-from ray.scripts.scripts import start
 
 TREE = documents(COMPOSE)[0]
 SERVICES = TREE["services"]
@@ -67,6 +66,8 @@ def test_ports_are_published_on_this_machine_alone():
 
 
 def test_ray_is_started_with_options_that_it_has():
+    from ray.scripts.scripts import start
+
     metrics = VALUES["ports"]["metrics"]
     for service in ("head", "worker"):
         words = shlex.split(SERVICES[service]["command"])
