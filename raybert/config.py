@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -140,15 +140,18 @@ def load(
     overrides: Sequence[str] = (),
     *,
     options: str = "--set",
+    adapt: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> S:
     """Read a configuration file, if any, apply `key.path=value` overrides, and validate the result.
 
     A missing file, a syntax error, an unknown key or an invalid value is a ConfigError, which names
-    the file or `options`, the command-line options of the overrides.
+    the file or `options`, the command-line options of the overrides. `adapt` changes the values
+    before they are validated.
     """
     source = str(path) if path else "the defaults"
     before, values = read_values(path), read_values(path, overrides)
     _drop_alternatives(root, values, overrides)
+    values = adapt(values)
     try:
         return build(root, values, "")
     except ConfigError as error:
@@ -197,6 +200,17 @@ def dump(settings: Settings) -> str:
         allow_unicode=True,
         width=100,
     )
+
+
+def comment_out(text: str, keys: Iterable[str]) -> str:
+    """Turn the lines of keys `section.key` of what `dump` returned into comments."""
+    wanted, section, lines = set(keys), "", []
+    for line in text.splitlines():
+        name = line.split(":")[0]
+        section = name if name == name.lstrip() else section
+        is_wanted = f"{section}.{name.removeprefix('  ')}" in wanted
+        lines.append(f"  # {line.lstrip()}" if is_wanted else line)
+    return "\n".join(lines) + "\n"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +14,7 @@ from raybert.data.corpus.settings import CorpusConfig
 from raybert.data.sources.settings import EvaluationSource
 from raybert.errors import UserError
 from raybert.model.settings import ModelConfig
+from raybert.model.sizes import with_size
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder, check_address
 from raybert.storage.registry import REGISTRY
@@ -65,6 +67,11 @@ class Experiment(Settings):
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_size(cls, values: Any) -> Any:
+        return with_size(values) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _check_credentials(self) -> Self:

@@ -12,7 +12,14 @@ from typing import Annotated
 import typer
 
 from raybert.cli import bench_commands, job_commands, model_commands, run_commands, stage_commands
-from raybert.cli.options import ConfigOption, JsonOption, SetOption, load_experiment, print_result
+from raybert.cli.options import (
+    ConfigOption,
+    FromOption,
+    JsonOption,
+    SetOption,
+    load_experiment,
+    print_result,
+)
 from raybert.cluster import interrupts
 from raybert.errors import (
     INTERRUPTED,
@@ -78,6 +85,7 @@ def set_debug(
 def show_config(
     config: ConfigOption = None,
     overrides: SetOption = None,
+    start: FromOption = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema instead.")
     ] = False,
@@ -85,19 +93,26 @@ def show_config(
 ) -> None:
     """Print the resolved configuration, or the JSON schema for editors.
 
+    What `model.size` decides is in comments, unless it is set.
+
     Example: `raybert config --schema > raybert.schema.json`
     """
-    from raybert.config import dump
+    from raybert.config import comment_out, dump, flatten, read_values
     from raybert.experiment import Experiment
+    from raybert.model.sizes import DECIDED
 
-    if schema and as_json:
-        print_result(Experiment.model_json_schema(), as_json)
-    elif schema:
-        print(json.dumps(Experiment.model_json_schema(), indent=2))
-    elif as_json:
-        print_result(load_experiment(config, overrides, None).model_dump(mode="json"), as_json)
-    else:
-        print(dump(load_experiment(config, overrides, None)), end="")
+    if schema:
+        found = Experiment.model_json_schema()
+        print_result(found, as_json, json.dumps(found, indent=2))
+        return
+    experiment = load_experiment(config, overrides, None, start=start)
+    if as_json:
+        print_result(experiment.model_dump(mode="json"), as_json)
+        return
+    decided = {f"{section}.{key}" for section, keys in DECIDED.items() for key in keys}
+    given = dict(flatten(read_values(config, overrides or ())))
+    left_open = decided - given.keys() if start is None else set()
+    print(comment_out(dump(experiment), left_open), end="")
 
 
 @app.command()

@@ -30,6 +30,14 @@ DataOption = Annotated[
     str | None,
     typer.Option("--data", "-d", help="Texts for every stage: sets all `source.path` keys."),
 ]
+FromOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        help="Start from a published encoder: a folder of BERT's or ModernBERT's family, a run, or "
+        "a name on huggingface.co.",
+    ),
+]
 TextColumnOption = Annotated[
     str | None,
     typer.Option("--text-column", help="Column of the texts: sets all `source.text_column` keys."),
@@ -60,13 +68,17 @@ def load_experiment(
     label_column: list[str] | None = None,
     reads: Sequence[str] = (),
     run: str = "finetune",
+    start: str | None = None,
+    command: str = "run",
 ) -> Experiment:
     """Read the configuration and apply `--data` and columns, then `--set`, then `--name`.
 
     The sources of the stages in `reads` are looked at first, since the import of the configuration
-    takes seconds, with PyTorch; `run` is the folder of the fine-tuning.
+    takes seconds, with PyTorch; `run` is the folder of the fine-tuning. `start` is what `--from` of
+    a command names.
     """
     from raybert.config import load, read_values
+    from raybert.pipeline.published import find_encoder, format_overruled, with_encoder
 
     columns = label_column or None  # an option that is not given may be an empty list
     label: Any = columns[0] if columns and len(columns) == 1 else columns
@@ -82,11 +94,24 @@ def load_experiment(
         from raybert.pipeline import preflight
 
         preflight.check_sources(read_values(path, given), reads, run)
+    encoder = None if start is None else find_encoder(start)
     with _loading():
         from raybert.experiment import Experiment
 
     names = ", ".join(option for option, some in options.items() if some)
-    return load(Experiment, path, given, options=names)
+    if encoder is None:
+        return load(Experiment, path, given, options=names)
+    overruled: list[str] = []
+
+    def adapt(values: dict[str, Any]) -> dict[str, Any]:
+        started, found = with_encoder(values, encoder, command)
+        overruled.extend(found)
+        return started
+
+    experiment = load(Experiment, path, given, options=names or "--from", adapt=adapt)
+    if overruled:
+        new_display().print(format_overruled(overruled, encoder))
+    return experiment
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import typer
 from raybert.cli.options import (
     ConfigOption,
     DataOption,
+    FromOption,
     InProcessOption,
     JsonOption,
     LabelColumnOption,
@@ -60,13 +61,15 @@ def run(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
+    start: FromOption = None,
     text_column: TextColumnOption = None,
     label_column: LabelColumnOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run all stages of a configuration: corpus, pretraining, fine-tuning, evaluation, report.
 
-    Example: `raybert run -c configs/keras-mini.yaml`
+    Examples: `raybert run -c configs/keras-mini.yaml`,
+    `raybert run -n mine --data reviews.csv --from sentence-transformers/all-MiniLM-L6-v2`
     """
     experiment = load_experiment(
         config,
@@ -76,6 +79,7 @@ def run(
         text_column=text_column,
         label_column=label_column,
         reads=("finetune", "corpus", "evaluate"),  # the first names all columns
+        start=start,
     )
     from raybert.pipeline.run_stages import format_run, run_stages
 
@@ -89,6 +93,7 @@ def corpus(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
+    start: FromOption = None,
     text_column: TextColumnOption = None,
     force: Annotated[bool, typer.Option(help="Rebuild a corpus that exists.")] = False,
     as_json: JsonOption = False,
@@ -98,7 +103,7 @@ def corpus(
     Example: `raybert corpus -n mine --set corpus.source.path=reviews.parquet`
     """
     experiment = load_experiment(
-        config, overrides, name, data, text_column=text_column, reads=("corpus",)
+        config, overrides, name, data, text_column=text_column, reads=("corpus",), start=start
     )
     from raybert.pipeline import stages
 
@@ -111,6 +116,7 @@ def pretrain(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
+    start: FromOption = None,
     in_process: InProcessOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -118,7 +124,7 @@ def pretrain(
 
     Example: `raybert pretrain -n mine --set pretrain.minutes=30 --set pretrain.workers=2`
     """
-    experiment = load_experiment(config, overrides, name, data)
+    experiment = load_experiment(config, overrides, name, data, start=start)
     from raybert.pipeline import stages
 
     print_result(stages.pretrain(experiment, new_display(), in_process=in_process), as_json)
@@ -130,6 +136,7 @@ def finetune(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
+    start: FromOption = None,
     text_column: TextColumnOption = None,
     label_column: LabelColumnOption = None,
     in_process: InProcessOption = False,
@@ -164,6 +171,8 @@ def finetune(
         label_column=label_column,
         reads=("finetune",),
         run="ensemble" if seeds is not None else "finetune" if folds is None else "folds",
+        start=start,
+        command="finetune",
     )
     from raybert.pipeline import stages
 
@@ -271,6 +280,7 @@ def tune(
     overrides: SetOption = None,
     name: NameOption = None,
     data: DataOption = None,
+    start: FromOption = None,
     text_column: TextColumnOption = None,
     label_column: LabelColumnOption = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Sets tune.trials.")] = None,
@@ -297,6 +307,8 @@ def tune(
         label_column=label_column,
         reads=("finetune", "evaluate"),
         run="tune",
+        start=start,
+        command="tune",
     )
     from raybert.pipeline.tune_stage import tune as search
 

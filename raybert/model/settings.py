@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from raybert.config import Settings
+from raybert.model.sizes import SizeName
 
 
 class ModelConfig(Settings):
@@ -16,6 +17,11 @@ class ModelConfig(Settings):
         "modern",
         description="modern: ModernBERT, the better one at equal cost; classic: BERT, for "
         "comparisons and for BERT's own weights",
+    )
+    size: SizeName | None = Field(
+        None,
+        description="decides width, layers and heads, and in pretrain and finetune learning rate "
+        "and batches, where they are not set; null: their own defaults",
     )
     hidden_size: int = Field(256, gt=0, description="width; a multiple of num_heads")
     num_layers: int = Field(4, gt=0, description="encoder layers")

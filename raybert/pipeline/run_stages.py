@@ -23,6 +23,7 @@ from raybert.pipeline.preflight import peek_corpus
 from raybert.pipeline.ray_stage import shown_ray_session
 from raybert.records import format_mean, selected
 from raybert.storage.folder import Folder
+from raybert.storage.registry import resolve_model
 from raybert.tasks.registry import read_task
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
@@ -126,19 +127,20 @@ def check_sources(experiment: Experiment) -> None:
 
 
 def _check_lengths(experiment: Experiment) -> None:
-    model = experiment.model.max_seq_len
-    if experiment.corpus.seq_len > model and experiment.pretrain.initialize_from is None:
-        raise ConfigError(
-            f"corpus.seq_len={experiment.corpus.seq_len} exceeds model.max_seq_len={model}; raise "
-            "model.max_seq_len, or lower corpus.seq_len"
-        )
-    seq_len, start = experiment.finetune.seq_len, experiment.finetune.initialize_from
-    own = experiment.pretrain.initialize_from is None and start in ("pretrain", "scratch")
-    if seq_len is not None and own and seq_len > model:
-        raise ConfigError(
-            f"finetune.seq_len={seq_len} exceeds model.max_seq_len={model}; raise "
-            "model.max_seq_len, or lower finetune.seq_len"
-        )
+    path, longest = experiment.pretrain.initialize_from, experiment.model.max_seq_len
+    known, remedy = f"model.max_seq_len={longest}", "raise model.max_seq_len, or lower"
+    if path is not None:
+        from raybert.model.huggingface import read_model_config
+
+        start = resolve_model(path, "pretrain", key="pretrain.initialize_from")
+        longest = read_model_config(start)[0].max_seq_len
+        known, remedy = f"the {longest} tokens that pretrain.initialize_from={path} reads", "lower"
+    lengths = {"corpus.seq_len": experiment.corpus.seq_len}
+    if experiment.finetune.initialize_from in ("pretrain", "scratch"):
+        lengths["finetune.seq_len"] = experiment.finetune.seq_len or 0
+    for key, seq_len in lengths.items():
+        if seq_len > longest:
+            raise ConfigError(f"{key}={seq_len} exceeds {known}; {remedy} {key}")
     for text in experiment.pretrain.examples or []:
         if experiment.corpus.tokenizer.kind != "file" and MASK not in text:
             raise ConfigError(

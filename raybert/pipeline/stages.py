@@ -124,6 +124,8 @@ def pretrain(
     if path is not None:
         start = resolve_model(path, "pretrain", key="pretrain.initialize_from")
         own = huggingface.read_model_config(start)[0]
+        if not huggingface.has_masked_lm_head(start):
+            display.print(f"pretrain  {start} predicts no masked tokens: its head begins random")
         model = own.model_copy(update={"dropout": model.dropout})
     source = ", ".join(experiment.corpus.source.paths)
     spec = PretrainSpec(experiment.pretrain, model, folder, manifest, source, start)

@@ -227,9 +227,14 @@ def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
     return found
 
 
+def is_hub_name(text: str) -> bool:
+    """Whether a text could be the name of a model on a hub."""
+    return _HUB_NAME.fullmatch(text) is not None
+
+
 def hub_hint(path: str) -> str:
     """The end of a message about a path that is no folder but could be a name on a hub."""
-    if not _HUB_NAME.fullmatch(path) or Folder(path).exists():
+    if not is_hub_name(path) or Folder(path).exists():
         return ""
     name = path.rpartition("/")[2]
     return (

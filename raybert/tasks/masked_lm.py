@@ -165,7 +165,7 @@ class MaskedLMTask:
         self._vocabulary = Vocabulary(self._tokenizer.mask_id, self._tokenizer.is_special)
         torch.manual_seed(config.seed)
         if spec.start is not None:
-            model = huggingface.load_masked_lm(spec.start, spec.model.dropout)
+            model = huggingface.make_masked_lm_on(spec.start, spec.model.dropout)
         else:
             encoder = Encoder(spec.model, self._tokenizer.vocab_size, self._tokenizer.pad_id)
             model = MaskedLM(encoder)

@@ -20,22 +20,32 @@ from raybert.model.huggingface.config_json import (
     unsupported_by_transformers,
 )
 from raybert.model.huggingface.directory import (
+    has_masked_lm_head,
     load_classifier,
     load_masked_lm,
     make_classifier_on,
+    make_masked_lm_on,
     save_classifier,
     save_masked_lm,
 )
-from raybert.model.huggingface.weights import Weights, check_weights, read_weights, weights_hash
+from raybert.model.huggingface.weights import (
+    Weights,
+    check_weights,
+    read_weights,
+    weight_files,
+    weights_hash,
+)
 
 __all__ = [
     "Weights",
     "architecture_of",
     "check_weights",
+    "has_masked_lm_head",
     "is_per_token",
     "load_classifier",
     "load_masked_lm",
     "make_classifier_on",
+    "make_masked_lm_on",
     "read_calibration",
     "read_config_json",
     "read_label_names",
@@ -46,5 +56,6 @@ __all__ = [
     "save_classifier",
     "save_masked_lm",
     "unsupported_by_transformers",
+    "weight_files",
     "weights_hash",
 ]

@@ -45,7 +45,7 @@ def load_masked_lm(folder: Folder, dropout: float | None = None) -> MaskedLM:
     """Read a masked language model; `dropout` replaces the one it was trained with."""
     config = read_config_json(folder)
     tensors = read_tensors(folder)
-    if not any("decoder" in name or "predictions" in name for name in tensors):
+    if not _has_masked_lm_head(tensors):
         raise UserError(
             f"{folder} has no head that predicts masked tokens (it holds "
             f"{architecture_of(config)}); give a model that was pretrained as a masked language "
@@ -54,6 +54,26 @@ def load_masked_lm(folder: Folder, dropout: float | None = None) -> MaskedLM:
     model = _make(folder, config, tensors, MaskedLM, dropout=dropout)
     _check_outputs(model, folder, DamagedError)
     return model
+
+
+def make_masked_lm_on(folder: Folder, dropout: float | None = None) -> MaskedLM:
+    """As `load_masked_lm`; an encoder without a head that predicts tokens gets a random one.
+
+    The dense layer of that head is the one of a ModernBERT classifier, if the model is such.
+    """
+    config, tensors = read_config_json(folder), read_tensors(folder)
+    if _has_masked_lm_head(tensors):
+        return load_masked_lm(folder, dropout)
+    return _make(folder, config, tensors, MaskedLM, dropout=dropout, optional=("head.", "bias"))
+
+
+def has_masked_lm_head(folder: Folder) -> bool:
+    """Whether a model has a head that predicts masked tokens."""
+    return _has_masked_lm_head(read_tensors(folder))
+
+
+def _has_masked_lm_head(tensors: Mapping[str, Tensor]) -> bool:
+    return any("decoder" in name or "predictions" in name for name in tensors)
 
 
 def load_classifier(folder: Folder) -> tuple[Classifier, list[str]]:
