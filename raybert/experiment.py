@@ -89,6 +89,7 @@ class Experiment(Settings):
             ("corpus.overlap", self.corpus.overlap),
             ("finetune.validation", self.finetune.validation),
             ("finetune.distill.unlabelled", self.finetune.distill.unlabelled),
+            ("finetune.unlabelled", self.finetune.unlabelled),
         ):
             if source is not None and source.path is None:
                 raise ValueError(f"{key}.path is not set; name its texts, or leave {key} out")

@@ -174,7 +174,7 @@ def finetune(
         start=start,
         command="finetune",
     )
-    from raybert.pipeline import stages
+    from raybert.pipeline import self_training_stage
 
     if seeds is not None and folds is not None:
         raise UserError(
@@ -188,7 +188,8 @@ def finetune(
         print_result(result, as_json, format_folds(result))
         return
     if seeds is None:
-        print_result(stages.finetune(experiment, new_display(), in_process=in_process), as_json)
+        result = self_training_stage.finetune(experiment, new_display(), in_process=in_process)
+        print_result(result, as_json)
         return
     if in_process:
         raise UserError("--seeds trains several seeds at a time on Ray; leave --bare out")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,13 @@ LINE_BREAK = re.compile(r"<\s*br\s*(?:/\s*)?>", re.IGNORECASE)
 def replace_line_breaks(text: str, html_breaks: str) -> str:
     """Replace HTML line breaks by spaces if `html_breaks` is "space"; "keep" changes nothing."""
     return LINE_BREAK.sub(" ", text) if html_breaks == "space" and "<" in text else text
+
+
+class Shortened(NamedTuple):
+    """Texts as a model reads them."""
+
+    rows: list[npt.NDArray[Any]]  # token ids of each
+    is_cut: list[bool]  # whether a text was longer
 
 
 Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # ids of two texts, without special tokens
@@ -50,10 +57,11 @@ class Preprocessing:
             html_breaks=str(values.get("html_breaks", "space")),
         )
 
-    def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+    def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Shortened:
         """Turn raw texts into ids, [up to seq_len] each."""
         cleaned = [self.clean(text) for text in texts]
-        return [self.shorten(ids) for ids in tokenizer.encode(cleaned).split()]
+        whole = tokenizer.encode(cleaned).split()
+        return Shortened([self.shorten(ids) for ids in whole], [self.cuts(ids) for ids in whole])
 
     def encode_pairs(
         self, tokenizer: Tokenizer, firsts: Sequence[str], seconds: Sequence[str]
@@ -79,9 +87,17 @@ class Preprocessing:
         """Return a text as the tokenizer reads it."""
         return replace_line_breaks(text, self.html_breaks)
 
+    def cuts(self, ids: npt.NDArray[Any]) -> bool:
+        """Whether `shorten` removes any of ids."""
+        return len(ids) > self.seq_len
+
+    def cuts_pair(self, tokenizer: Tokenizer, pair: Pair) -> bool:
+        """Whether `join_pair` removes any of a pair's ids."""
+        return len(pair[0]) + len(pair[1]) > self.seq_len - tokenizer.pair_template.length
+
     def shorten(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Remove the middle of ids [n] that are too long; the closing special token stays."""
-        if len(ids) <= self.seq_len:
+        if not self.cuts(ids):
             return ids
         head = min(max(1, self.head_tokens), self.seq_len - 1)
         return np.concatenate([ids[:head], ids[len(ids) - (self.seq_len - head) :]])
@@ -113,7 +129,7 @@ def pad(rows: Sequence[npt.NDArray[Any]], pad_id: int) -> tuple[I64, npt.NDArray
 
 def tokenize(
     texts: pa.ChunkedArray, tokenizer: Tokenizer, how: Preprocessing
-) -> list[npt.NDArray[Any]]:
+) -> Shortened:
     """Turn texts into ids, one array per text, in their order."""
     import ray
 
@@ -128,14 +144,13 @@ def tokenize(
         dataset = ray.data.from_arrow(tables).map_batches(
             _encode, fn_args=(tokenizer, how), batch_size=None, batch_format="pyarrow"
         )
-        return [
-            ids.values.to_numpy()
-            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-            for column in table["input_ids"].chunks
-            for ids in column
-        ]
+        rows, is_cut = [], []
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            rows += [ids.values.to_numpy() for chunk in table["input_ids"].chunks for ids in chunk]
+            is_cut += table["is_cut"].to_pylist()
+        return Shortened(rows, is_cut)
 
 
 def _encode(table: pa.Table, tokenizer: Tokenizer, how: Preprocessing) -> pa.Table:
-    rows = how.encode(tokenizer, table["text"].to_pylist())
-    return pa.table({"input_ids": pa.array(rows, pa.list_(pa.uint32()))})
+    rows, is_cut = how.encode(tokenizer, table["text"].to_pylist())
+    return pa.table({"input_ids": pa.array(rows, pa.list_(pa.uint32())), "is_cut": is_cut})

@@ -59,21 +59,27 @@ class _Scorer:
             seconds = [text or "" for text in table["pair"].to_pylist()]
             texts = list(zip(firsts, seconds, strict=True))
         if not self._has_labels:
-            answers = classifier.answers(texts, self._options, cut=not task.is_per_token)
+            answers = classifier.answers(texts, self._options)
             columns = task.columns(answers)
             found = pa.array([json.dumps(each, ensure_ascii=False) for each in columns])
             return table.append_column("answer", found)
         labels = table["label"].to_pylist()
-        if task.is_per_token:
+        if classifier.reads_pairs:
+            encoded = classifier.encode_cut(texts)
+            rows, lengths, is_long = encoded.rows, encoded.lengths, encoded.is_cut
+        else:
             rows, lengths = classifier.encode_windows(texts)
-            outputs = pool(classifier.score(rows), lengths, classifier.longest)
+            is_long = [length > classifier.longest for length in lengths]
+        table = table.append_column("is_long", pa.array(is_long))
+        encoder = pool(classifier.score(rows), lengths, classifier.longest)
+        if task.is_per_token:
+            outputs = encoder
             words = classifier.words(texts) or []
             targets = [
                 task.token_targets(label or "[]", row, length)
                 for label, row, length in zip(labels, words, lengths, strict=True)
             ]
         else:
-            encoder = classifier.score(classifier.encode(texts))
             outputs = classifier.with_ngrams(encoder, classifier.ngram_outputs(texts))
             if classifier.ngrams is not None:
                 table = table.append_column("encoder_outputs", _ragged(encoder))
@@ -222,7 +228,7 @@ def evaluate(
 
     `on_progress` gets the number of texts so far; `baseline` is the folder of the linear model, if
     there is one. Returns what the task's `evaluate` does, with `texts_per_second`, `skipped`,
-    `examples` and `baseline`. A DataError as in `score`.
+    `long_texts` (their number), `examples` and `baseline`. A DataError as in `score`.
     """
     encoder_task, _ = read_task(model)
     part = read_ngrams(model)
@@ -262,6 +268,7 @@ def evaluate(
         "metric": task.default_metric,
         "texts_per_second": round(done / max(1e-9, seconds), 1),
         "skipped": dict(skipped),
+        "long_texts": sum(sum(table["is_long"].to_pylist()) for table in tables),
         **parts,
         **beside,
         "examples": [

@@ -179,12 +179,8 @@ class TextClassifier:
         """The outputs as answers show them: calibrated probabilities, or numbers in their unit."""
         return self.task.scores(self.logits(texts))
 
-    def answers(
-        self, texts: Sequence[Text], options: AnswerOptions, *, cut: bool = False
-    ) -> list[Any]:
-        """The task's answers, of elements of its `answer_schema`; long texts cut or in windows."""
-        if cut:
-            return self.task.answers(self.logits(texts), self.words(texts), options)
+    def answers(self, texts: Sequence[Text], options: AnswerOptions) -> list[Any]:
+        """The task's answers, of elements of its `answer_schema`; long texts in windows."""
         rows, lengths = self.encode_windows(texts)
         outputs = self._finite(pool(self.score(rows), lengths, self.longest))
         outputs = self.with_ngrams(outputs, self.ngram_outputs(texts))
@@ -213,13 +209,9 @@ class TextClassifier:
             firsts, seconds = ([text[i] for text in texts] for i in (0, 1))
             pairs = how.encode_pairs(self.tokenizer, firsts, seconds)
             rows = [how.join_pair(self.tokenizer, pair) for pair in pairs]
-            room = how.seq_len - self.tokenizer.pair_template.length
-            is_cut = [len(first) + len(second) > room for first, second in pairs]
+            is_cut = [how.cuts_pair(self.tokenizer, pair) for pair in pairs]
         else:
-            cleaned = [how.clean(str(text)) for text in texts]
-            whole = self.tokenizer.encode(cleaned).split()
-            rows = [how.shorten(ids) for ids in whole]
-            is_cut = [len(ids) > how.seq_len for ids in whole]
+            rows, is_cut = how.encode(self.tokenizer, [str(text) for text in texts])
         return Encoded(rows, [len(row) for row in rows], is_cut)
 
     def encode_windows(self, texts: Sequence[Text]) -> tuple[list[Row], list[int]]:

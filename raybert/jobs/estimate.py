@@ -207,8 +207,9 @@ def read_or_none(read: Callable[[], T], reads: bool = True) -> T | None:
 
 def _seq_len(experiment: Experiment, stage: str) -> int:
     """Return the maximum tokens of a row."""
-    configured = None if stage == "pretrain" else experiment.finetune.seq_len
-    return configured or experiment.corpus.seq_len
+    if stage == "pretrain":
+        return experiment.corpus.seq_len
+    return experiment.finetune.seq_len or experiment.model.max_seq_len
 
 
 def _epoch(experiment: Experiment, stage: str) -> tuple[int, int] | None:

@@ -28,7 +28,7 @@ INPUT_KEYS = {
     "pretrain": ("pretrain.initialize_from",),
     "finetune": (
         *("finetune.source", "finetune.validation", "finetune.initialize_from"),
-        *("finetune.distill.teacher", "finetune.distill.unlabelled"),
+        *("finetune.distill.teacher", "finetune.distill.unlabelled", "finetune.unlabelled"),
     ),
     "evaluate": ("evaluate.source",),
     "predict": (),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from raybert.data.sources.settings import SourceConfig
@@ -42,8 +43,19 @@ def baseline(experiment: Experiment, display: Display) -> dict[str, Any]:
         return evaluate(fitted, with_columns_of(experiment.evaluate.source, columns))
 
 
-def fit(experiment: Experiment, display: Display, texts: SplitTexts) -> Baseline:
-    """Fit the linear model, and keep it."""
+def fitter(
+    experiment: Experiment, display: Display, folder: Folder | None = None
+) -> Callable[[SplitTexts], dict[str, Any]] | None:
+    """A function that fits the linear model of a split; None where none is configured."""
+    if not experiment.finetune.baseline:
+        return None
+    return lambda texts: fit(experiment, display, texts, folder).summary
+
+
+def fit(
+    experiment: Experiment, display: Display, texts: SplitTexts, folder: Folder | None = None
+) -> Baseline:
+    """Fit the linear model, and keep it in `folder`, by default the experiment's."""
     from raybert.tasks.linear.baseline import fit_baseline
     from raybert.tasks.linear.store import save_baseline
 
@@ -52,7 +64,7 @@ def fit(experiment: Experiment, display: Display, texts: SplitTexts) -> Baseline
     found = fit_baseline(
         texts.task, texts.train, texts.validation, metric=config.metric, seed=config.seed
     )
-    save_baseline(found, folder_of(experiment))
+    save_baseline(found, folder or folder_of(experiment))
     metric = config.metric or found.task.default_metric
     display.print(
         f"baseline  {found.description}: validation {metric} {found.metrics[metric]:.4f}, "

@@ -20,7 +20,6 @@ from raybert.errors import RaybertError, damaged_file
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
 from raybert.pipeline.finetune_setup import (
-    input_length,
     known_inputs,
     peek_training,
     prepare_finetune,
@@ -66,7 +65,7 @@ def finetune_seeds(experiment: Experiment, display: Display, seeds: int) -> dict
         _open_ensemble(experiment, stage, spec)
         begun = time.monotonic()
         with display.stage("ensemble"):
-            seq_len = input_length(experiment, spec.start, spec.config.seq_len)
+            seq_len = spec.prepared.seq_len
             runner = TrialRunner(
                 experiment.tune, spec, resources, stage, display, seq_len, experiment.ray.logs
             )

@@ -23,7 +23,7 @@ from raybert.terminal.display import Display
 if TYPE_CHECKING:
     from raybert.tasks.finetune import FinetuneSpec
     from raybert.tasks.labelled import ResolvedSource
-    from raybert.tasks.prepared_texts import SplitTexts
+    from raybert.tasks.prepared_texts import FitStudent, PreparedTexts, SplitTexts
 
 #: Input length of texts that several runs share: each run truncates them to its own.
 FULL_LENGTH = 1 << 20
@@ -40,12 +40,13 @@ def prepare_finetune(
     on_ray: bool = True,
     fold: tuple[int, int] | None = None,
     fit_baseline: Callable[[SplitTexts], dict[str, Any]] | None = None,
+    fit_student: FitStudent | None = None,
 ) -> FinetuneSpec:
     """Tokenize the labelled texts, unless that is done, and return the run's specification.
 
     `has_begun`: runs use the texts in `data` already; `full_length`: texts keep their full length;
     `fold` (i, n): validate on the i-th of n parts; `fit_baseline` gets the texts before they are
-    tokenized.
+    tokenized, `fit_student` what a teacher says of them.
     """
     from raybert.data.sources.documents import describe
     from raybert.inference.ensemble import Teacher
@@ -89,11 +90,12 @@ def prepare_finetune(
                 teacher="" if teacher is None else teacher.identity,
                 fold=fold,
                 fit_baseline=fit_baseline,
+                fit_student=fit_student,
             )
         unknown = "" if prepared.unknown is None else f", {prepared.unknown:.2%} unknown tokens"
         display.print(
             f"texts     {prepared.train.rows:,} for training, {prepared.validation.rows:,} for "
-            f"validation, of {', '.join(config.source.paths)}{unknown}"
+            f"validation, of {', '.join(config.source.paths)}{unknown}{_format_cut(prepared)}"
             f"{format_skipped(prepared.skipped)}; labels {format_labels(prepared.labels)}"
         )
         display.print(f"task      {prepared.description}; finetune.task sets another one")
@@ -139,6 +141,10 @@ def format_labels(labels: Sequence[str]) -> str:
     return f"{shown} and {more:,} more" if more > 0 else shown
 
 
+def _format_cut(prepared: PreparedTexts) -> str:
+    return f", {prepared.cut:,} cut to {prepared.seq_len:,} tokens" if prepared.cut else ""
+
+
 def format_skipped(skipped: Mapping[str, int]) -> str:
     """Format the numbers of skipped rows, by reason, as the end of a line."""
     return "".join(f", {count:,} skipped ({reason})" for reason, count in skipped.items())
@@ -167,7 +173,7 @@ def starting_point(experiment: Experiment) -> tuple[Folder | None, Folder]:
 
 
 def input_length(experiment: Experiment, start: Folder | None, seq_len: int | None) -> int:
-    """The largest number of tokens of a text: `seq_len`, or the corpus's."""
+    """The largest number of tokens of a text: `seq_len`, or the model's."""
     from raybert.model.huggingface import read_model_config
 
     longest = experiment.model.max_seq_len
@@ -178,7 +184,7 @@ def input_length(experiment: Experiment, start: Folder | None, seq_len: int | No
             f"finetune.seq_len={seq_len} exceeds the model's {longest} tokens; lower it, or "
             f"pretrain with model.max_seq_len={seq_len}"
         )
-    return min(seq_len or experiment.corpus.seq_len, longest)
+    return seq_len or longest
 
 
 def teachers(experiment: Experiment) -> list[Folder]:
@@ -209,8 +215,9 @@ def peek_training(experiment: Experiment) -> ResolvedSource:
     if config.validation is not None:
         columns = found.source.model_dump(include=set(REMEMBERED))
         peek(with_columns_of(config.validation, columns), found.task)
-    if config.distill.unlabelled is not None:
-        documents.shards(config.distill.unlabelled)
+    for unlabelled in (config.distill.unlabelled, config.unlabelled):
+        if unlabelled is not None:
+            documents.shards(unlabelled)
     return found
 
 

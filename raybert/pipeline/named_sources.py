@@ -37,15 +37,20 @@ def with_sources(experiment: Experiment) -> Experiment:
         labelled = _inherit(labelled, source)
     else:
         labelled = with_columns_of(labelled, remembered)
-    distill = finetune.distill
+    columns = {"text_column": labelled.text_column}
+    distill, unlabelled = finetune.distill, finetune.unlabelled
     if distill.unlabelled is not None:
-        unlabelled = with_columns_of(distill.unlabelled, {"text_column": labelled.text_column})
-        distill = distill.model_copy(update={"unlabelled": unlabelled})
-    finetune = finetune.model_copy(update={"source": labelled, "distill": distill})
+        found = with_columns_of(distill.unlabelled, columns)
+        distill = distill.model_copy(update={"unlabelled": found})
+    if unlabelled is not None:
+        unlabelled = with_columns_of(unlabelled, columns)
+    finetune = finetune.model_copy(
+        update={"source": labelled, "distill": distill, "unlabelled": unlabelled}
+    )
     if evaluate.source.path is None:
         evaluate = evaluate.model_copy(update={"source": _inherit(evaluate.source, labelled)})
-    found = {"corpus": corpus, "finetune": finetune, "evaluate": evaluate}
-    return experiment.model_copy(update=found)
+    sections = {"corpus": corpus, "finetune": finetune, "evaluate": evaluate}
+    return experiment.model_copy(update=sections)
 
 
 def _inherit(source: S, parent: SourceConfig | None) -> S:

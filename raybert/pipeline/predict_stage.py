@@ -102,7 +102,7 @@ def predict_texts(
                 text = str(numbered.text)
                 given.append({"row": numbered.row, "text": text})
                 texts.append(text)
-        answers = classifier.answers(texts, options or ALL_SCORES, cut=not task.is_per_token)
+        answers = classifier.answers(texts, options or ALL_SCORES)
         for known, columns in zip(given, task.columns(answers), strict=True):
             yield known | columns
 

@@ -25,6 +25,7 @@ _FURTHER: dict[str, list[tuple[str, type[SourceConfig]]]] = {
     "finetune": [
         ("finetune.validation", SourceConfig),
         ("finetune.distill.unlabelled", SourceConfig),
+        ("finetune.unlabelled", SourceConfig),
     ],
     "evaluate": [("evaluate.source", EvaluationSource)],
 }

@@ -16,7 +16,7 @@ from typing import Any
 from raybert.data.sources import documents
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
-from raybert.pipeline import stages
+from raybert.pipeline import self_training_stage, stages
 from raybert.pipeline.finetune_setup import peek_evaluation, teachers
 from raybert.pipeline.named_sources import require_source, with_sources
 from raybert.pipeline.preflight import peek_corpus
@@ -52,7 +52,7 @@ def run_stages(experiment: Experiment, display: Display) -> dict[str, Any]:
         for name, stage in (
             ("corpus", stages.make_corpus),
             ("pretrain", stages.pretrain),
-            ("finetune", stages.finetune),
+            ("finetune", self_training_stage.finetune),
             ("evaluate", stages.evaluate),
         ):
             stage_begun = time.monotonic()
@@ -122,8 +122,10 @@ def check_sources(experiment: Experiment) -> None:
     if not (experiment.folder / "finetune").exists(CONFIG):  # a begun run keeps its prepared texts
         peek_evaluation(experiment)
         teachers(experiment)
-        if experiment.finetune.distill.unlabelled is not None:
-            documents.fingerprint(experiment.finetune.distill.unlabelled)
+        config = experiment.finetune
+        for unlabelled in (config.distill.unlabelled, config.unlabelled):
+            if unlabelled is not None:
+                documents.fingerprint(unlabelled)
 
 
 def _check_lengths(experiment: Experiment) -> None:

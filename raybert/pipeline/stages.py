@@ -164,22 +164,18 @@ def finetune(
     experiment, run = with_sources(experiment), experiment.folder / "finetune"
     inputs = known_inputs(experiment) if run.exists(RESULT) else {}
     result = _stored_result("finetune", experiment, display, ("model",), inputs)
-    if result is not None:
-        return result
-
-    def fit_baseline(texts: SplitTexts) -> dict[str, Any]:
-        return baseline_stage.fit(experiment, display, texts).summary
-
-    spec = prepare_finetune(
-        experiment,
-        display,
-        run / "data",
-        has_begun=run.exists(CONFIG),
-        on_ray=not in_process,
-        fit_baseline=fit_baseline if experiment.finetune.baseline else None,
-    )
-    result = train("finetune", spec, experiment, display, ("model",), in_process)
-    add_ngrams(experiment, display, spec, Folder(result["model"]))
+    if result is None:
+        spec = prepare_finetune(
+            experiment,
+            display,
+            run / "data",
+            has_begun=run.exists(CONFIG),
+            on_ray=not in_process,
+            fit_baseline=baseline_stage.fitter(experiment, display),
+        )
+        result = train("finetune", spec, experiment, display, ("model",), in_process)
+    if add_ngrams(experiment, display, run, baseline_stage.folder_of(experiment)):
+        run.delete(METRICS)  # of the encoder alone
     return result
 
 
@@ -318,6 +314,7 @@ def evaluate_model(
         )
     display.print(
         f"evaluate  {headline(metrics)} on {metrics['n']:,} texts of {', '.join(source.paths)}"
+        + _format_long(metrics["long_texts"], source)
         + format_skipped(metrics["skipped"])
     )
     if "baseline" in metrics:
@@ -328,6 +325,12 @@ def evaluate_model(
         "model": model.uri,
         "made_from": inputs,
     }
+
+
+def _format_long(count: int, source: SourceConfig) -> str:
+    """How texts that are longer than the model's input were read."""
+    how = "read in windows" if source.pair_column is None else "cut"
+    return f", {count:,} longer than the model's input ({how})" if count else ""
 
 
 def _evaluation_inputs(experiment: Experiment, weights_hash: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from raybert.config import dump
 from raybert.errors import UserError
 from raybert.experiment import Experiment
+from raybert.pipeline.ngrams_stage import add_ngrams
 from raybert.pipeline.stages import METRICS, evaluate_model, stored_metrics
 from raybert.records import finite, headline, metric_of
 from raybert.storage.folder import Folder
@@ -79,6 +80,7 @@ def finish_search(
     config, stage = experiment.tune, experiment.folder / "tune"
     run = finalists[0].best_run()
     (stage / "seeds" / run.name / "model").copy_to(stage / "model", last="config.json")
+    add_ngrams(experiment, display, stage, stage / "baseline")
     base = TrialConfig(model=experiment.model, finetune=experiment.finetune)
     won = base.with_values({**run.values, "finetune.seed": run.seed})
     winner = experiment.model_copy(update={"model": won.model, "finetune": won.finetune})

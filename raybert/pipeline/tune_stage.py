@@ -6,6 +6,7 @@ finalists' runs), `model/`, `winner.yaml` and the report. Running the command ag
 
 from __future__ import annotations
 
+import functools
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -15,6 +16,7 @@ from raybert.config import dump
 from raybert.errors import damaged_file
 from raybert.experiment import Experiment
 from raybert.jobs.doctor.run_checks import run_requested_checks
+from raybert.pipeline import baseline_stage
 from raybert.pipeline.finetune_setup import (
     input_length,
     known_inputs,
@@ -76,8 +78,16 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
         resources = stack.enter_context(shown_ray_session(experiment, display, workers))
         run_requested_checks(experiment, resources, display, ("tune",))
         has_begun = stage.exists(CONFIG)
+        fit = functools.partial(
+            baseline_stage.fit, experiment, display, folder=stage / "baseline"
+        )
         spec = prepare_finetune(
-            experiment, display, stage / "data", has_begun=has_begun, full_length=True
+            experiment,
+            display,
+            stage / "data",
+            has_begun=has_begun,
+            full_length=True,
+            fit_baseline=fit if experiment.finetune.baseline else None,
         )
         spec.check()
         space = read_space(config, base, type(spec.prepared.make_task()))

@@ -136,9 +136,9 @@ class ServeConfig(Settings):
         description="maximum tokens of a request, after truncation; larger ones get 413",
     )
     long_texts: Literal["cut", "windows"] = Field(
-        "cut",
-        description="texts past the model's length: cut keeps head and tail, as in training; "
-        "windows reads all of it and averages the scores",
+        "windows",
+        description="texts past the model's length: windows reads all of it and averages the "
+        "scores, as `evaluate` and `predict` do; cut keeps head and tail, as in training",
     )
     explain: bool = Field(True, description="whether requests may ask for the weights of words")
 

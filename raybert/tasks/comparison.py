@@ -30,17 +30,20 @@ class Difference(NamedTuple):
     high: float
 
 
-def paired_difference(first: Predictions, second: Predictions, seed: int = 0) -> Difference:
-    """Compare two models on the same texts by the task's default metric.
+def paired_difference(
+    first: Predictions, second: Predictions, seed: int = 0, metric: str | None = None
+) -> Difference:
+    """Compare two models on the same texts by a metric, by default the task's.
 
     The difference is positive where the first model is better, for errors, too. Percentile
     bootstrap: Efron and Tibshirani, 1993.
     """
-    metric = first.task.default_metric
+    usual = first.task.default_metric
+    metric = metric or usual
     sign = 1 if first.task.selection_metrics[metric] else -1
     draw = np.random.default_rng(seed)
     parts = [m.task.ratio_parts(m.outputs, m.targets) for m in (first, second)]
-    if parts[0] is None or parts[1] is None:
+    if metric != usual or parts[0] is None or parts[1] is None:
         found = _resampled_metrics(first, second, metric, draw)
     else:
         found = _resampled_ratios(np.stack([parts[0], parts[1]], axis=1), draw)

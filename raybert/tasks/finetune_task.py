@@ -26,7 +26,7 @@ from raybert.records import Metrics
 from raybert.tasks.protocol import NO_LABEL, TextTask
 from raybert.tasks.regularization import RegularizedLoss, SupervisedLoss
 from raybert.tasks.settings import FinetuneConfig
-from raybert.tasks.tokenized_texts import TextBatch, TokenizedTexts
+from raybert.tasks.tokenized_texts import TextBatch, TokenizedTexts, rows_of_length
 from raybert.train.distributed import Group
 from raybert.train.task import Batch
 
@@ -148,8 +148,12 @@ class FinetuneTask:
         mine = by_length[self._group.rank :: self._group.world_size]
         size = 2 * self._config.micro_batch_size
         local: list[npt.NDArray[np.float32]] = []  # [L] of each text, or [T, L]
-        for begin in range(0, len(mine), size):
-            texts = [self._validation.input_ids[i] for i in mine[begin : begin + size]]
+        begin = 0
+        while begin < len(mine):
+            longest = len(self._validation.input_ids[mine[min(begin + size, len(mine)) - 1]])
+            end = begin + rows_of_length(size, longest)
+            texts = [self._validation.input_ids[i] for i in mine[begin:end]]
+            begin = end
             logits = self.model(*self._to_device(*pad(texts, self._tokenizer.pad_id)))
             rows = logits.float().cpu().numpy()
             if self.task.is_per_token:  # without padding

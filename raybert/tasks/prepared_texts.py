@@ -53,6 +53,10 @@ DATA_FILE = "data.json"
 Teach = Callable[[Labelled, TextTask], npt.NDArray[np.float32]]
 
 
+#: Learns from a split, and from all texts with a teacher's logits for them.
+FitStudent = Callable[["SplitTexts", Labelled, npt.NDArray[np.float32]], None]
+
+
 class PreparedTexts(Settings):
     """The content of `data.json`."""
 
@@ -71,6 +75,7 @@ class PreparedTexts(Settings):
     baseline: dict[str, Any] | None = None
     sha256: dict[str, str] = {}  # of the files that were read, by name
     unknown: float | None = None  # the share of unknown tokens, where there are tokens
+    cut: int = 0  # texts that were longer than `seq_len`
     warnings: list[str] = []
 
     def make_task(self) -> TextTask:
@@ -94,14 +99,16 @@ def prepare_texts(
     teacher: str = "",
     fold: tuple[int, int] | None = None,
     fit_baseline: Callable[[SplitTexts], dict[str, Any]] | None = None,
+    fit_student: FitStudent | None = None,
 ) -> PreparedTexts:
     """Read, split and tokenize labelled texts, or return what an earlier call has prepared.
 
     Tokenization runs in Ray Data where Ray is connected. The seed decides which texts are set apart
     for validation, where none are given for it. `teach` computes the teacher's logits, and
     `teacher` is its hash. `fold` (i, n): validate on the i-th of n parts of the source.
-    `fit_baseline` fits a linear model on the split and returns its description. A DataError names a
-    file, row or label that can't be used.
+    `fit_baseline` fits a linear model on the split and returns its description; `fit_student` gets
+    the split, all texts to train on, and the teacher's logits for them. A DataError names a file,
+    row or label that can't be used.
     """
     made_from = {**_made_from(config, tokenizer, seq_len), "seed": seed}
     if teach is not None:
@@ -140,7 +147,10 @@ def prepare_texts(
         "corpus.tokenizer.kind=auto",
     )
     if teach is not None:
-        tokenized["train"] = replace(tokenized["train"], teacher=teach(train, task))
+        logits = teach(train, task)
+        tokenized["train"] = replace(tokenized["train"], teacher=logits)
+        if fit_student is not None:
+            fit_student(split, train, logits)
     sources = [*_sources(config), *filter(None, [config.distill.unlabelled])]
     prepared = PreparedTexts(
         made_from=made_from,
@@ -154,6 +164,7 @@ def prepare_texts(
         baseline=baseline,
         sha256=hash_files([f for source in sources for f in _files(config, source)]),
         unknown=unknown,
+        cut=sum(part.cut for part in tokenized.values()),
         warnings=[*warnings, *([unknown_warning] if unknown_warning else [])],
         columns={name: getattr(source, name) for name in sorted(REMEMBERED)},
     )
@@ -172,11 +183,13 @@ def tokenize_labelled(
     targets = task.no_targets(len(known))
     targets[has_label] = task.targets([label for label in known if label is not None])
     if part.pairs is None:
-        return TokenizedTexts(tokenize(part.texts, tokenizer, how), targets)
+        rows, is_cut = tokenize(part.texts, tokenizer, how)
+        return TokenizedTexts(rows, targets, cut=sum(is_cut))
     pairs = how.encode_pairs(tokenizer, part.texts.to_pylist(), part.pairs.to_pylist())
     limit = how.seq_len  # of each text: more is never read
     firsts, seconds = ([pair[i][:limit] for pair in pairs] for i in (0, 1))
-    return TokenizedTexts(firsts, targets, None, seconds)
+    cut = sum(how.cuts_pair(tokenizer, pair) for pair in pairs)
+    return TokenizedTexts(firsts, targets, None, seconds, cut)
 
 
 def _unknown_share(
@@ -196,15 +209,17 @@ def _unknown_share(
 def _tokenize_words(
     part: Labelled, task: TextTask, tokenizer: Tokenizer, how: Preprocessing
 ) -> TokenizedTexts:
-    input_ids, targets = [], []
+    input_ids, targets, cut = [], [], 0
     labels = part.labels.to_pylist()
     for label, encoding in zip(
         labels, tokenizer.hf.encode_batch(part.texts.to_pylist()), strict=True
     ):
         words = words_of(encoding)
-        input_ids.append(how.shorten(np.array(encoding.ids, np.uint32)))
+        ids = np.array(encoding.ids, np.uint32)
+        cut += how.cuts(ids)
+        input_ids.append(how.shorten(ids))
         targets.append(how.shorten(task.token_targets(label, words, len(encoding.ids))))
-    return TokenizedTexts(input_ids, targets)
+    return TokenizedTexts(input_ids, targets, cut=cut)
 
 
 def read_prepared_texts(folder: Folder) -> PreparedTexts | None:

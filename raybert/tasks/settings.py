@@ -91,7 +91,7 @@ class TextsConfig(Settings):
         "random",
         description="how that share is chosen: by a hash of the text, or as much of each label",
     )
-    seq_len: int | None = Field(None, ge=8, description="tokens of a text; null: of a corpus row")
+    seq_len: int | None = Field(None, ge=8, description="most tokens of a text; null: the model's")
     head_share: float = Field(
         0.25, gt=0, le=1, description="share of the tokens that a longer text keeps from its start"
     )
@@ -108,6 +108,14 @@ class FinetuneConfig(TextsConfig, TrainConfig):
         "pretrain",
         description="pretrain: the model of this experiment's pretraining; scratch: random "
         "weights; or a folder with a model/ of raybert's or of Hugging Face's",
+    )
+    unlabelled: SourceConfig | None = Field(
+        None,
+        description="further texts without labels: the fine-tuned model labels them, and students "
+        "learn from its probabilities; the best on the validation texts is kept",
+    )
+    rounds: int = Field(
+        2, ge=1, description="students one after the other, each taught by the one before"
     )
     head: HeadConfig = HeadConfig()
     dropout: float = Field(
@@ -174,6 +182,15 @@ class FinetuneConfig(TextsConfig, TrainConfig):
     evaluations: int | None = Field(
         None, ge=1, description="evaluations spread evenly over the run; null: after every epoch"
     )
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Self:
+        if self.unlabelled is not None and self.distill.teacher is not None:
+            raise ValueError(
+                "unlabelled texts are labelled by this run's own model; leave "
+                "finetune.distill.teacher out, or name the texts as finetune.distill.unlabelled"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adversarial_needs_an_uncompiled_model(self) -> Self:

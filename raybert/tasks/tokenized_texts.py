@@ -44,6 +44,7 @@ class TokenizedTexts:
     #: Of pairs, ids of the second text; `input_ids` are then the first one's, both without special
     #: tokens, until `shortened` joins them.
     seconds: list[npt.NDArray[Any]] | None = None
+    cut: int = 0  # texts that were longer, where they were tokenized just now; not stored
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -159,6 +160,14 @@ def _read_column(column: pa.Array) -> Any:
     return column.to_numpy()
 
 
+_USUAL_LENGTH = 512
+
+
+def rows_of_length(rows: int, length: int) -> int:
+    """How many texts of a length take no more memory than `rows` of 512 tokens."""
+    return max(1, min(rows, rows * _USUAL_LENGTH // max(1, length)))
+
+
 @dataclass(frozen=True)
 class TextBatch:
     """A micro-batch of texts, padded to the longest one."""
@@ -191,7 +200,8 @@ class TextBatch:
         return digest(self.step, self.micro_batch_index, self.row_ids, self.input_ids, self.labels)
 
     def split(self, rows: int) -> Sequence[TextBatch]:
-        """The same texts in batches of at most `rows`; itself where it has no more."""
+        """The same texts in batches of at most `rows`, fewer where texts are very long."""
+        rows = rows_of_length(rows, self.input_ids.shape[1])
         if len(self.row_ids) <= rows:
             return [self]
         mask, teacher = self.attention_mask, self.teacher

@@ -93,14 +93,14 @@ def test_line_breaks_are_preprocessed_alike_in_training_and_serving(folder, brea
     tokenizer = Tokenizer.load(job.tokenizer)
     result = train_in_process(job, folder / "run", on_progress=lambda record: None)
     kept = huggingface.read_preprocessing(Folder(result["model"]))
-    served = Preprocessing.read(kept, 64).encode(tokenizer, [text for text, _ in rows])
+    served = Preprocessing.read(kept, 64).encode(tokenizer, [text for text, _ in rows]).rows
     trained = [
         ids.tobytes()
         for file in (job.prepared.train, job.prepared.validation)
         for ids in TokenizedTexts.load(job.data, file).input_ids
     ]
     assert sorted(ids.astype(np.uint32).tobytes() for ids in served) == sorted(trained)
-    spaced = Preprocessing(32, 8, "space").encode(tokenizer, [text for text, _ in rows])
+    spaced = Preprocessing(32, 8, "space").encode(tokenizer, [text for text, _ in rows]).rows
     assert (sorted(i.astype(np.uint32).tobytes() for i in spaced) == sorted(trained)) is equal
 
 

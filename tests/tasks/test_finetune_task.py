@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from making import (
     Attempt,
     finetune_job,
     reviews,
 )
 
+from raybert.data.preprocess import pad
 from raybert.storage.folder import Folder
-from raybert.tasks.tokenized_texts import TokenizedTexts
+from raybert.tasks.tokenized_texts import TextBatch, TokenizedTexts
 from raybert.train.distributed import Group
 from raybert.train.task import LoaderConfig
 
@@ -90,3 +93,20 @@ def test_evaluation_does_not_depend_on_the_batch_size(folder):
             found.append(task.evaluate())
     assert found[0]["accuracy"] == found[1]["accuracy"]
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], abs=1e-5)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=12),
+    rows=st.integers(1, 16),
+)
+def test_long_texts_go_through_the_model_in_smaller_batches(lengths, rows):
+    ids, mask = pad([np.ones(length, np.int64) for length in lengths], 0)
+    numbers = np.arange(len(lengths))
+    batch = TextBatch(0, 0, numbers, ids, mask, numbers)
+    parts = batch.split(rows)
+    assert [row for part in parts for row in part.row_ids] == list(numbers)
+    for part in parts:
+        assert len(part.row_ids) <= rows
+        assert len(part.row_ids) == 1 or part.input_ids.size <= rows * 512
+    if max(lengths) <= 512 and len(lengths) <= rows:
+        assert parts == [batch]

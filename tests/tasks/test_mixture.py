@@ -54,8 +54,6 @@ def test_outputs_are_the_weighted_sum_of_both_parts(model):
     expected = part.encoder_weight * encoder + part.linear_weight * linear
     np.testing.assert_allclose(classifier.logits(texts), expected, rtol=1e-4, atol=1e-4)
     assert classifier.task.fitted == part.task.fitted
-    windowed = classifier.answers(texts[:3], AnswerOptions())
-    assert windowed == classifier.answers(texts[:3], AnswerOptions(), cut=True)
 
 
 def test_both_parts_are_at_least_as_likely_as_either(model):

@@ -92,7 +92,6 @@ def fit_baseline(
 ) -> Baseline:
     """Fit the linear models of a task, and return the one with the best validation metric."""
     begun = time.monotonic()
-    metric = metric or task.default_metric
     labelled = np.flatnonzero(~np.asarray(train.labels.is_null()))
     if len(labelled) > MAX_TEXTS:
         labelled = np.sort(np.random.default_rng(seed).choice(labelled, MAX_TEXTS, replace=False))
@@ -104,7 +103,17 @@ def fit_baseline(
     else:
         targets = targets_of(task, train)
         models = fit_ngrams(strings(train), targets, task.output_kind, len(task.labels))
-    candidates = []
+    return replace(best_of(task, models, validation, metric), seconds=time.monotonic() - begun)
+
+
+def best_of(
+    task: TextTask,
+    models: Sequence[NgramModel | WordModel],
+    validation: Labelled,
+    metric: str | None = None,
+) -> Baseline:
+    """The model with the best validation metric."""
+    metric, candidates = metric or task.default_metric, []
     for model in models:
         _, outputs, wanted = Baseline(task, model, {}, 0.0).predictions(validation)
         fitted = task.fit(outputs, wanted)
@@ -112,8 +121,7 @@ def fit_baseline(
         value = scores[metric] if task.selection_metrics[metric] else -scores[metric]
         kept = outputs if isinstance(outputs, np.ndarray) else None
         candidates.append((value, Baseline(fitted, model, scores, 0.0, kept)))
-    _, best = max(candidates, key=lambda found: found[0])
-    return replace(best, seconds=time.monotonic() - begun)
+    return max(candidates, key=lambda found: found[0])[1]
 
 
 def targets_of(task: TextTask, texts: Labelled) -> npt.NDArray[Any]:
