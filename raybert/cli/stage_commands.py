@@ -181,6 +181,9 @@ def finetune(
             "--seeds trains on one split, --folds on several: leave one out, or run them one after "
             "the other"
         )
+    if experiment.finetune.unlabelled is not None and (seeds or folds) is not None:
+        option = "--seeds" if folds is None else "--folds"
+        raise UserError(f"finetune.unlabelled has no effect with {option}; leave one of them out")
     if folds is not None:
         from raybert.pipeline.folds_stage import finetune_folds, format_folds
 

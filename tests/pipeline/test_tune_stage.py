@@ -3,13 +3,18 @@
 from types import SimpleNamespace
 
 import pytest
-from making import searchable
+from making import reviews, searchable, tokenizer_of
 
 from raybert.config import dump
+from raybert.inference.classifier import TextClassifier
+from raybert.pipeline import baseline_stage
 from raybert.pipeline.tune_result import Cost, finish_search
 from raybert.pipeline.tune_stage import tune
 from raybert.storage.folder import Folder
+from raybert.tasks.finetune import FinetuneSpec
+from raybert.tasks.prepared_texts import prepare_texts
 from raybert.terminal.display import Display
+from raybert.train.run import train_in_process
 from raybert.train.run_folder import CONFIG, RESULT
 from raybert.tune.finalists import Finalist
 from raybert.tune.space import Space
@@ -28,7 +33,7 @@ def trial(name, score):
 @pytest.fixture
 def search(tmp_path):
     """A search whose trials and finalists' runs have ended."""
-    experiment = searchable(tmp_path, tune={"test": False})
+    experiment = searchable(tmp_path, tune={"test": False}, finetune={"ngrams": "on"})
     stage = experiment.folder / "tune"
     stage.write_text(CONFIG, dump(experiment))
     trials = [trial("0000", 0.5), trial("0001", 0.75)]
@@ -109,3 +114,21 @@ def test_a_finished_search_without_a_report_writes_it_when_it_is_run_again(searc
     assert search.stage.exists("report.html")
     assert again == search.stage.read_json(RESULT)
     assert again == {**result, "report": (search.stage / "report.html").uri}
+
+
+def test_the_winner_gets_n_grams_beside_its_encoder(search):
+    experiment, stage, quiet = search.experiment, search.stage, Display(quiet=True)
+    tokenizer = tokenizer_of([text for text, _ in reviews(160)])
+    tokenizer.save(experiment.folder / "corpus")
+
+    def fit(texts):
+        return baseline_stage.fit(experiment, quiet, texts, stage / "baseline")
+
+    config = experiment.finetune
+    prepared = prepare_texts(config, tokenizer, 1 << 20, 0, stage / "data", fit_baseline=fit)
+    prepared = prepared.model_copy(update={"seq_len": 32, "head_tokens": 8})
+    corpus, data = experiment.folder / "corpus", stage / "data"
+    spec = FinetuneSpec(config, experiment.model, None, corpus, data, prepared)
+    train_in_process(spec, stage / "seeds/0001-s1", on_progress=lambda record: None)
+    search.finish()
+    assert TextClassifier(stage / "model").ngrams is not None
