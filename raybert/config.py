@@ -80,7 +80,7 @@ NumberOrRange = Annotated[
     Discriminator(lambda value: "range" if isinstance(value, dict | Range) else "number"),
 ]
 
-_MAX_HINTS = 6  # suggested keys
+_MAX_HINTS = 8  # suggested keys
 _MAX_DEPTH = 8  # of sections; YAML anchors can make a recursive mapping
 
 

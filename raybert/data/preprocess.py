@@ -127,9 +127,7 @@ def pad(rows: Sequence[npt.NDArray[Any]], pad_id: int) -> tuple[I64, npt.NDArray
     return ids, None if mask.all() else mask
 
 
-def tokenize(
-    texts: pa.ChunkedArray, tokenizer: Tokenizer, how: Preprocessing
-) -> Shortened:
+def tokenize(texts: pa.ChunkedArray, tokenizer: Tokenizer, how: Preprocessing) -> Shortened:
     """Turn texts into ids, one array per text, in their order."""
     import ray
 

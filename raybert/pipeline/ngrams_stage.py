@@ -52,7 +52,9 @@ def add_ngrams(
     if is_kept:
         save_part(tried.part, model)
     both, alone, ngrams = tried.values
-    run.write_json(DECISION, {"kept": is_kept, "metric": tried.metric, "with": both, "alone": alone})
+    run.write_json(
+        DECISION, {"kept": is_kept, "metric": tried.metric, "with": both, "alone": alone}
+    )
     display.print(
         f"n-grams   validation {tried.metric} {both:.4f} with n-grams, {alone:.4f} of the "
         f"encoder, {ngrams:.4f} of n-grams alone: "

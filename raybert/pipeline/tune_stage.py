@@ -78,9 +78,7 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
         resources = stack.enter_context(shown_ray_session(experiment, display, workers))
         run_requested_checks(experiment, resources, display, ("tune",))
         has_begun = stage.exists(CONFIG)
-        fit = functools.partial(
-            baseline_stage.fit, experiment, display, folder=stage / "baseline"
-        )
+        fit = functools.partial(baseline_stage.fit, experiment, display, folder=stage / "baseline")
         spec = prepare_finetune(
             experiment,
             display,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import logsumexp
 
 from raybert.tasks.protocol import Outputs, Targets, TextTask
 
@@ -42,13 +43,33 @@ def paired_difference(
     metric = metric or usual
     sign = 1 if first.task.selection_metrics[metric] else -1
     draw = np.random.default_rng(seed)
-    parts = [m.task.ratio_parts(m.outputs, m.targets) for m in (first, second)]
-    if metric != usual or parts[0] is None or parts[1] is None:
+    parts = [
+        m.task.ratio_parts(m.outputs, m.targets) if metric == usual else _loss_parts(m)
+        for m in (first, second)
+    ]
+    if metric not in (usual, "loss") or parts[0] is None or parts[1] is None:
         found = _resampled_metrics(first, second, metric, draw)
     else:
         found = _resampled_ratios(np.stack([parts[0], parts[1]], axis=1), draw)
     low, high = np.nanpercentile(sign * found[1:], [2.5, 97.5])
     return Difference(sign * float(found[0]), float(low), float(high))
+
+
+def text_losses(task: TextTask, outputs: Any, targets: Any) -> npt.NDArray[np.float64] | None:
+    """The log-loss of each text, float64 [n]; None for numbers and tokens."""
+    if task.is_per_token or task.output_kind == "number":
+        return None
+    logits = np.asarray(outputs, np.float64) / float(task.fitted.get("temperature", 1.0))
+    if task.output_kind == "class":
+        losses = logsumexp(logits, axis=1) - logits[np.arange(len(logits)), targets]
+    else:
+        losses = (np.logaddexp(0, logits) - (np.asarray(targets) > 0.5) * logits).mean(axis=1)
+    return np.asarray(losses, np.float64)
+
+
+def _loss_parts(model: Predictions) -> npt.NDArray[np.float64] | None:
+    losses = text_losses(*model)
+    return None if losses is None else np.stack([losses, np.ones_like(losses)], axis=1)
 
 
 def _resampled_ratios(

@@ -16,7 +16,6 @@ from raybert.storage.folder import Folder
 from raybert.tasks.linear.baseline import fit_baseline
 from raybert.tasks.linear.mixture import fit_part
 from raybert.tasks.linear.store import load_part, save_part
-from raybert.tasks.protocol import AnswerOptions
 from raybert.train.run import train_in_process
 
 NAMES = [name for name in MADE if name != "token_classification"]  # it has no text features

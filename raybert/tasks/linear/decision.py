@@ -42,7 +42,8 @@ def try_part(
 ) -> Trial:
     """Fit an n-gram part on validation outputs [n, L], and compare it with the encoder alone.
 
-    The sums that are compared have weights that were fitted on other texts than their own.
+    The sums that are compared have weights that were fitted on other texts than their own, and the
+    encoder's outputs a scale that was fitted in the same way.
     """
     part = fit_part(task, model, encoder, linear, targets)
     metric = deciding_metric(task, len(targets))
@@ -52,6 +53,9 @@ def try_part(
     both, single, third = (
         float(m.task.validate(m.outputs, m.targets)[metric]) for m in (ours, alone, ngrams)
     )
+    if task.output_kind != "number":
+        scaled = _held_out_sums(task, part, encoder, np.zeros_like(linear), targets)
+        alone = Predictions(task, scaled, targets)
     difference = paired_difference(ours, alone, metric=metric)
     return Trial(part, metric, difference, (both, single, third))
 

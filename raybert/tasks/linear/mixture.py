@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize
 
+from raybert.tasks.comparison import text_losses
 from raybert.tasks.linear.model import NgramModel
 from raybert.tasks.protocol import F32, TextTask
 
@@ -68,8 +69,9 @@ def _most_likely(
     plain = replace(task, fitted={})  # no temperature
 
     def loss(weights: npt.NDArray[np.float64]) -> float:
-        outputs = np.asarray(weights[0] * encoder + weights[1] * linear, np.float32)
-        return float(plain.evaluate(outputs, targets)["loss"])
+        losses = text_losses(plain, weights[0] * encoder + weights[1] * linear, targets)
+        assert losses is not None  # of outputs that are no numbers
+        return float(losses.mean())
 
     found = minimize(
         loss, _START, method="Nelder-Mead", bounds=[(0, _MOST)] * 2, options={"maxfev": 80}

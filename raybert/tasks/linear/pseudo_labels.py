@@ -68,7 +68,7 @@ def _surest(rows: npt.NDArray[np.int64], margin: npt.NDArray[Any]) -> npt.NDArra
 def _answers(task: TextTask, outputs: F32) -> npt.NDArray[Any]:
     """What a model's outputs say, as targets."""
     if task.output_kind == "class":
-        return outputs.argmax(axis=1).astype(np.int64)
+        return np.asarray(outputs.argmax(axis=1), np.int64)
     if task.output_kind == "decision":
         return (outputs > 0).astype(np.float32)
     return outputs
