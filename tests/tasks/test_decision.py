@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from raybert.tasks.comparison import text_losses
 from raybert.tasks.linear.decision import FEW_TEXTS, deciding_metric, try_part
 from raybert.tasks.linear.model import NgramModel, Weights
 from raybert.tasks.linear.ngrams import Ngrams
@@ -28,6 +29,18 @@ def tried(count, linear_strength):
     fitted = task.fit(encoder, targets)
     temperature = fitted.fitted["temperature"]
     return try_part(task, MODEL, task, encoder / temperature, linear, targets)
+
+
+def test_the_loss_of_each_text_adds_up_to_that_of_all():
+    draw = np.random.default_rng(0)
+    logits = draw.normal(size=(20, 3)).astype(np.float32)
+    single, multi = SingleLabel(["a", "b", "c"]), MultiLabel(["a", "b", "c"])
+    classes = draw.integers(0, 3, 20)
+    decisions = draw.integers(0, 2, (20, 3)).astype(np.float32)
+    for task, targets in ((single, classes), (multi, decisions)):
+        expected = task.validate(logits, targets)["loss"]
+        assert text_losses(task, logits, targets).mean() == pytest.approx(expected, rel=1e-5)
+    assert text_losses(Regression(["x"]), logits[:, :1], logits[:, :1]) is None
 
 
 def test_few_texts_are_judged_by_their_loss():
