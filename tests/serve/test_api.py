@@ -110,33 +110,38 @@ def test_long_texts_are_truncated_or_read_in_windows(api):
         scores = api.post("/predict", {"inputs": text, **options}).json()
         return next(one["score"] for one in scores if one["label"] == "pos")
 
-    assert score(hidden) == score(hidden, truncate=True) == pytest.approx(score(plain), abs=1e-5)
-    assert score(hidden, truncate=False) > score(plain, truncate=False) + 0.01
-    assert score("superb", truncate=False) == score("superb")
+    cut = score(hidden, truncate=True)
+    assert cut == pytest.approx(score(plain, truncate=True), abs=1e-5)
+    assert score(hidden) == score(hidden, truncate=False) > score(plain) + 0.01
+    assert score("superb", truncate=True) == score("superb")
 
 
 def test_what_was_cut_is_said(api):
     long, short = "superb " * 100, "a superb film"
-    answers = api.post("/predict", {"inputs": [long, short]}).json()
+    cut = {"truncate": True}
+    answers = api.post("/predict", {"inputs": [long, short], **cut}).json()
     assert [["truncated" in each for each in answer] for answer in answers] == [
         [True] * 2,
         [False] * 2,
     ]
     assert answers[0][0]["truncated"] is True
-    whole = api.post("/predict", {"inputs": long, "truncate": False}).json()
+    whole = api.post("/predict", {"inputs": long}).json()
     assert not any("truncated" in each for each in whole)
-    explained = api.post("/predict", {"inputs": [long, short], "explain": True}).json()
+    explained = api.post("/predict", {"inputs": [long, short], "explain": True, **cut}).json()
     assert [each.get("truncated") for each in explained] == [True, None]
-    hub = api.post("/", {"inputs": [long, short]}).json()
+    asked = {"inputs": [long, short], "parameters": {"truncation": True}}
+    hub = api.post("/", asked).json()
     assert [answer[0].get("truncated") for answer in hub] == [True, None]
     for texts, parameters in (([short, long], {"truncated": True}), ([short], None)):
-        found = api.post("/v2/models/run/infer", {"inputs": [tensor(texts)]}).json()
+        asked = {"inputs": [tensor(texts)], "parameters": cut}
+        found = api.post("/v2/models/run/infer", asked).json()
         assert found.get("parameters") == parameters
     exact = api.service.models.default.classifier
     words = " ".join(["film"] * (exact.longest - 2))
     assert len(exact.encode([words])[0]) == exact.longest
     for text, is_cut in ((words, False), (f"{words} film", True)):
-        assert ("truncated" in api.post("/predict", {"inputs": text}).json()[0]) == is_cut
+        answer = api.post("/predict", {"inputs": text, **cut}).json()[0]
+        assert ("truncated" in answer) == is_cut
 
 
 def test_explanations(api):
@@ -693,7 +698,7 @@ def test_a_truncated_text_reserves_no_more_room_than_its_remaining_tokens(api, m
     monkeypatch.setattr(served, "encode", noting)
     monkeypatch.setattr(api.service, "_tokens_per_character", 0.2)
     for inputs in ("superb " * 8000, ["superb " * 4000, "superb"]):
-        assert api.post("/predict", {"inputs": inputs}).is_success
+        assert api.post("/predict", {"inputs": inputs, "truncate": True}).is_success
     assert seen == [32, 33]
     # A truncated text does not change the average of tokens per character.
     assert api.service._tokens_per_character == 0.2
