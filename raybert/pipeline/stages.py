@@ -36,7 +36,7 @@ from raybert.records import finite, headline
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
 from raybert.tasks.labelled import peek
-from raybert.tasks.prepared_texts import SplitTexts, check_same_texts
+from raybert.tasks.prepared_texts import check_same_texts
 from raybert.tasks.registry import read_columns, read_task
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock

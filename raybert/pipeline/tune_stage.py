@@ -6,7 +6,6 @@ finalists' runs), `model/`, `winner.yaml` and the report. Running the command ag
 
 from __future__ import annotations
 
-import functools
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -78,14 +77,13 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
         resources = stack.enter_context(shown_ray_session(experiment, display, workers))
         run_requested_checks(experiment, resources, display, ("tune",))
         has_begun = stage.exists(CONFIG)
-        fit = functools.partial(baseline_stage.fit, experiment, display, folder=stage / "baseline")
         spec = prepare_finetune(
             experiment,
             display,
             stage / "data",
             has_begun=has_begun,
             full_length=True,
-            fit_baseline=fit if experiment.finetune.baseline else None,
+            fit_baseline=baseline_stage.fitter(experiment, display, stage / "baseline"),
         )
         spec.check()
         space = read_space(config, base, type(spec.prepared.make_task()))

@@ -121,9 +121,7 @@ def test_the_winner_gets_n_grams_beside_its_encoder(search):
     tokenizer = tokenizer_of([text for text, _ in reviews(160)])
     tokenizer.save(experiment.folder / "corpus")
 
-    def fit(texts):
-        return baseline_stage.fit(experiment, quiet, texts, stage / "baseline")
-
+    fit = baseline_stage.fitter(experiment, quiet, stage / "baseline")
     config = experiment.finetune
     prepared = prepare_texts(config, tokenizer, 1 << 20, 0, stage / "data", fit_baseline=fit)
     prepared = prepared.model_copy(update={"seq_len": 32, "head_tokens": 8})
