@@ -22,7 +22,6 @@ _FILES = [
     *("config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.txt"),
 ]
-_LIMITS = ("steps", "tokens", "epochs", "minutes")
 _MOST_SHOWN = 3  # ignored settings in a line
 #: Sequences in a step, and in one forward pass, of continued pretraining. A user's text is little
 #: beside what the encoder has read: small batches make more steps of it.
@@ -51,7 +50,7 @@ def _download(name: str) -> str:
     except ImportError:
         raise UserError(
             f"--from {name}: no such folder; for a model of huggingface.co, `pip install "
-            "huggingface_hub`"
+            "raybert[hub]`"
         ) from None
     try:
         return str(snapshot_download(name, allow_patterns=_FILES))
@@ -120,13 +119,14 @@ def _filled(values: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     """The values with what suits a pretrained encoder, where they have none."""
     from raybert.data.corpus.settings import CorpusConfig
     from raybert.model.sizes import continued_lr, fill, published_lr
+    from raybert.train.settings import LIMITS
 
     width, batch, micro = model.hidden_size, _BATCH, _MICRO_BATCH
     own = _section(values, "pretrain")
     pretrain: dict[str, Any] = {"lr": continued_lr(width)}
     if own.get("global_batch_size") is None and own.get("micro_batch_size") is None:
         pretrain |= {"global_batch_size": batch, "micro_batch_size": micro}
-    if all(own.get(limit) is None for limit in _LIMITS):
+    if all(own.get(limit) is None for limit in LIMITS):
         pretrain["epochs"] = 1
     decided = {
         "corpus": {"seq_len": min(CorpusConfig().seq_len, model.max_seq_len)},
