@@ -191,7 +191,7 @@ def test_a_superseded_attempt_leaves_the_later_ones_checkpoint_of_the_same_step(
         with pytest.raises(Superseded):
             old.save(snapshot(step), best_step=None, wait=True)
     with pytest.raises(Superseded):
-        old._prune(1, None)
+        old._prune(1, None, replaces_later=False)
     assert (run / "checkpoints").names() == ["step-00000002-a0002", "step-00000002-a0002.json"]
     assert young.load_latest(pytest.fail).step == 2
 
@@ -315,7 +315,8 @@ def test_checkpoints_that_the_storage_did_not_list_are_not_deleted(run, monkeypa
         assert again.load_latest(pytest.fail) is None
     again.save(snapshot(2), best_step=None, wait=True)
     assert store_of(run).load_latest(pytest.fail).step == 10
-    again.save(snapshot(3), best_step=None, wait=True, replaces_later=True)
+    later = store_of(run)
+    later.save(snapshot(3), best_step=None, wait=True, replaces_later=True)
     assert store_of(run).load_latest(pytest.fail).step == 3
 
 

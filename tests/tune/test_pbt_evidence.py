@@ -34,7 +34,7 @@ def exploit_donor(root, snapshot, **settings):
     """Copy the donor's checkpoint, as a trial does, and train the child; returns its log."""
     attempt = begin_attempt(root / "child")
     store = CheckpointStore(root / "child", attempt, 2)
-    store.save(snapshot, best_step=None, wait=True)
+    store.save(snapshot, best_step=None, wait=True, replaces_later=True)
     exploit = {"step": STEP, "attempt": attempt, "weights": hash_tensors(snapshot.model)}
     job = job_of(root, seed=1, **settings)
     train_in_process(job, root / "child", on_progress=lambda record: None)
