@@ -26,7 +26,7 @@ test-ray: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "ray and not slow and not peers"
 
 test-slow: $(VENV)/.dev $(VENV)/.kserve
-	$(BIN)/python -m pytest -m "slow"
+	RAYBERT_MANY_EXAMPLES=1 $(BIN)/python -m pytest -m "slow or hypothesis"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -85,7 +85,18 @@ CORE = {
     "raybert.train.ray.prometheus",
 }
 
-HEAVY = ["torch", "ray", "pyarrow", "numpy", "tokenizers", "safetensors", "pydantic", "pandas"]
+HEAVY = [
+    "torch",
+    "ray",
+    "pyarrow",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "pydantic",
+    "pandas",
+    "sklearn",
+    "matplotlib",
+]
 
 
 def module_name(path):
@@ -240,12 +251,16 @@ def test_the_command_line_serves_proxies_and_the_client_start_light():
 
 def test_training_inference_and_the_service_need_no_ray():
     """In one process: what none of them loads, each alone does not load either."""
-    found = loaded_by(
+    *found, with_bulk, with_reports = loaded_by(
         "import raybert.train.run, raybert.tasks.masked_lm",
         "import raybert.inference.classifier, raybert.pipeline.predict_stage",
         "import raybert.serve.http.api, raybert.serve.deploy.launch",
+        "import raybert.inference.bulk",
+        "import raybert.report",
     )
     assert ["ray" in loaded for loaded in found] == [False] * 3
+    # They take seconds, which actors of bulk prediction and `raybert --help` do without.
+    assert not {"sklearn", "matplotlib"} & {*with_bulk, *with_reports}
     assert "torch" in found[0]
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import make_corpus
@@ -75,7 +76,7 @@ def check(folder, manifest):
 
 
 @given(first=st.integers(0, 39), second=st.integers(0, 39), more=st.integers(0, 39))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(10), deadline=None)
 def test_of_two_builds_the_later_one_finishes_however_they_take_turns(
     tmp_path_factory, first, second, more
 ):

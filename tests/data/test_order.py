@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +47,7 @@ def test_uniform_numbers_are_uniform_along_every_coordinate() -> None:
     assert np.histogram(draws, 10, (0, 1))[0].std() < 200
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(
     rows=sizes,
     rows_per_group=st.sampled_from([1, 4, 32]),

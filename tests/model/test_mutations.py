@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_directories import TASKS, make_directory
@@ -111,7 +112,7 @@ def mutate(data, directories, folder):
 UNLIMITED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=50, suppress_health_check=UNLIMITED)
+@settings(max_examples=examples(25), suppress_health_check=UNLIMITED)
 @given(data=st.data())
 def test_a_changed_model_directory_is_refused_or_answers(data, directories, tmp_path):
     mutate(data, directories, Folder(tmp_path))

@@ -7,6 +7,7 @@ import tempfile
 import time
 
 import pytest
+from examples import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from json_documents import json_documents
@@ -140,7 +141,7 @@ FILES = ["corpus/manifest.json", "pretrain/result.json", "finetune/result.json",
 @example(contents={"finetune/result.json": '{"step": 1}', "finetune/metrics.json": "{}"})
 @example(contents={"tune/result.json": "{}", "folds/result.json": '{"folds": [], "mean": "x"}'})
 @example(contents={"corpus/manifest.json": DEEP, "finetune/metrics.jsonl": '{"step": 1e300}'})
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(10))
 def test_a_damaged_run_is_listed_as_damaged_and_the_others_as_they_are(raybert, contents):
     """Whatever its files hold."""
     with tempfile.TemporaryDirectory() as path:
