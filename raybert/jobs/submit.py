@@ -43,7 +43,7 @@ _ENVIRONMENT = {
 }
 #: Options whose values are paths, by the names of their parameters.
 _PATH_OPTIONS = {"model": "--model", "source": "--input", "output": "--output"}
-_NO_PATHS = ("scratch", "pretrain")  # values of `initialize_from` that name no path
+_NO_PATHS = ("scratch", "pretrain", "baseline")  # values that name no path
 _TAIL = 50  # last lines of a log, which may hold the result
 _MAX_SHOWN = 3  # differing settings in a message
 

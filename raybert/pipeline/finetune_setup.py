@@ -21,12 +21,16 @@ from raybert.storage.registry import resolve_model
 from raybert.terminal.display import Display
 
 if TYPE_CHECKING:
+    from raybert.inference.ensemble import Teacher
     from raybert.tasks.finetune import FinetuneSpec
     from raybert.tasks.labelled import ResolvedSource
+    from raybert.tasks.linear.teacher import LinearTeacher
     from raybert.tasks.prepared_texts import FitStudent, PreparedTexts, SplitTexts
 
 #: Input length of texts that several runs share: each run truncates them to its own.
 FULL_LENGTH = 1 << 20
+#: In finetune.distill.teacher, the linear model on n-grams; a folder of this name is ./baseline.
+BASELINE = "baseline"
 _SHOWN_LABELS = 20
 
 
@@ -49,7 +53,6 @@ def prepare_finetune(
     tokenized, `fit_student` what a teacher says of them.
     """
     from raybert.data.sources.documents import describe
-    from raybert.inference.ensemble import Teacher
     from raybert.jobs.doctor.run_checks import run_requested_checks
     from raybert.tasks.finetune import FinetuneSpec
     from raybert.tasks.prepared_texts import prepare_texts, read_prepared_texts
@@ -68,8 +71,9 @@ def prepare_finetune(
         seq_len = input_length(experiment, start, config.seq_len)
         teacher = None
         if config.distill.teacher is not None:
-            models = teachers(experiment)
-            teacher = Teacher(models, lambda done: display.progress(f"teacher: {done:,} texts"))
+            teacher = make_teacher(
+                experiment, lambda done: display.progress(f"teacher: {done:,} texts")
+            )
         for line in describe(config.source, labels=True):
             display.print(f"texts     reads {line}")
         session: AbstractContextManager[Resources | None] = (
@@ -114,9 +118,20 @@ def known_inputs(experiment: Experiment) -> dict[str, str]:
         return {}
 
 
+def make_teacher(
+    experiment: Experiment, on_progress: Callable[[int], None] = lambda done: None
+) -> Teacher | LinearTeacher:
+    """The teacher that finetune.distill names; `on_progress` gets the number of scored texts."""
+    from raybert.inference.ensemble import Teacher
+    from raybert.tasks.linear.teacher import LinearTeacher
+
+    if experiment.finetune.distill.teachers == [BASELINE]:
+        return LinearTeacher(experiment.finetune.seed, on_progress)
+    return Teacher(teachers(experiment), on_progress)
+
+
 def check_same_teacher(experiment: Experiment, data: Folder) -> None:
     """Raise DataError if another teacher has scored the texts in `data`; one may be deleted."""
-    from raybert.inference.ensemble import Teacher
     from raybert.tasks.prepared_texts import read_prepared_texts
 
     distill = experiment.finetune.distill
@@ -124,10 +139,10 @@ def check_same_teacher(experiment: Experiment, data: Folder) -> None:
     if prepared is None:
         return
     try:
-        models = teachers(experiment)
+        teacher = make_teacher(experiment)
     except UserError:
         return
-    if prepared.made_from.get("teacher", "") not in ("", Teacher(models).identity):
+    if prepared.made_from.get("teacher", "") not in ("", teacher.identity):
         raise DataError(
             f"{data} was prepared with another teacher than finetune.distill.teacher="
             f"{distill.teacher} is now; restore it, or choose another run.name"

@@ -46,7 +46,8 @@ class DistillConfig(Settings):
     teacher: str | list[str] | None = Field(
         None,
         description="a model that teaches, an ensemble, or several models whose probabilities are "
-        "averaged; null: labels alone",
+        "averaged; baseline: a linear model on n-grams, of the other folds of the texts; null: "
+        "labels alone",
     )
     share: float = Field(
         0.5, gt=0, le=1, description="share of the teacher in the loss of a labelled text"

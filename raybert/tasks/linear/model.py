@@ -71,16 +71,46 @@ def fit_ngrams(
 
     `targets`: int64 [n], or float32 [n, L]; NaN where there is none.
     """
-    limit = min(_MAX_NGRAMS, _MAX_WEIGHTS // num_outputs)
-    ngrams, counts = Ngrams.fit(texts, limit // (3 if len(texts[0]) > 1 else 1))
+    ngrams, counts = Ngrams.fit(texts, _most_ngrams(texts, num_outputs))
     idf = inverse_frequency(counts)
     models = [
         NgramModel("tf-idf", ngrams, idf, fit(tf_idf(counts, idf), targets, kind, num_outputs))
     ]
-    if kind != "number" and num_outputs <= _REGULARIZED_OUTPUTS:
+    if _has_ratios(kind, num_outputs):
         weights = _fit_by_ratio(presence(counts), targets, num_outputs)
         models.append(NgramModel("log-count ratio", ngrams, None, weights))
     return models
+
+
+def _has_ratios(kind: OutputKind, num_outputs: int) -> bool:
+    return kind != "number" and num_outputs <= _REGULARIZED_OUTPUTS
+
+
+class NgramFeatures:
+    """The n-grams of texts, on parts of which linear models of one kind are fitted."""
+
+    def __init__(
+        self, texts: Sequence[tuple[str, ...]], kind: OutputKind, num_outputs: int
+    ) -> None:
+        self._kind, self._num_outputs = kind, num_outputs
+        self._by_ratio = _has_ratios(kind, num_outputs)
+        _, counts = Ngrams.fit(texts, _most_ngrams(texts, num_outputs))
+        #: What weights are applied to, float32 [n, F].
+        self.matrix: sparse.csr_matrix = (
+            presence(counts) if self._by_ratio else tf_idf(counts, inverse_frequency(counts))
+        )
+
+    def fit(self, rows: npt.NDArray[np.int64], targets: npt.NDArray[Any]) -> Weights:
+        """Fit a model on some of the texts; `targets` are theirs, as those of `fit_ngrams`."""
+        features = self.matrix[rows]
+        if self._by_ratio:
+            return _fit_by_ratio(features, targets, self._num_outputs)
+        return fit(features, targets, self._kind, self._num_outputs)
+
+
+def _most_ngrams(texts: Sequence[tuple[str, ...]], num_outputs: int) -> int:
+    columns = 3 if len(texts[0]) > 1 else 1
+    return min(_MAX_NGRAMS, _MAX_WEIGHTS // num_outputs) // columns
 
 
 def fit(
