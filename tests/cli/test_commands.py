@@ -458,7 +458,6 @@ def test_versions_are_shown(raybert):
             "use 6 or 9",
         ),
         ("pretrain.lr", "--set pretrain.lr: expected `key=value`"),
-        ("pretrain.minutes=5", "a run has one limit; keep one"),
         ("pretrain.examples=[no mask]", "'no mask' has no [MASK]: put one where a word is"),
         ("model.max_seq_len=8", "corpus.seq_len=16 is past model.max_seq_len=8; set model.max_"),
         ("corpus.seq_len=8", "was made with corpus.seq_len=16, now it is 8"),
