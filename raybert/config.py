@@ -193,13 +193,12 @@ def build(root: type[S], values: Mapping[str, Any], source: str) -> S:
 
 def dump(settings: Settings) -> str:
     """Return a configuration as YAML, with all keys in the order of their declaration."""
-    return yaml.dump(
-        settings.model_dump(mode="json"),
-        Dumper=_Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        width=100,
-    )
+    return write_yaml(settings.model_dump(mode="json"))
+
+
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """Return plain values as YAML that `parse_yaml` reads as the same values, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def comment_out(text: str, keys: Iterable[str]) -> str:

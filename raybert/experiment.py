@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from raybert.cluster.session import RayConfig
-from raybert.config import Settings, flatten
+from raybert.config import KeyOf, Settings, flatten
 from raybert.data.corpus.settings import CorpusConfig
 from raybert.data.sources.settings import EvaluationSource
 from raybert.errors import UserError
@@ -19,7 +19,10 @@ from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder, check_address
 from raybert.storage.registry import REGISTRY
 from raybert.tasks.settings import FinetuneConfig, PretrainConfig
+from raybert.train.trackers import TRACKERS
 from raybert.tune.settings import TuneConfig
+
+TrackerName = Annotated[str, KeyOf(TRACKERS)]
 
 
 class RunConfig(Settings):
@@ -30,6 +33,19 @@ class RunConfig(Settings):
     )
     storage: str = Field(
         "runs", description="the folder of all experiments: a path, or a URI that pyarrow reads"
+    )
+
+    license: str | None = Field(
+        None, description="of the models, as apache-2.0, for their cards; null: not stated"
+    )
+    language: str | None = Field(
+        None, description="of the texts, as en or de, for model cards; null: not stated"
+    )
+    trackers: list[TrackerName] = Field(
+        [],
+        description="where the curves of training are shown as well: tensorboard (in the run's "
+        "folder), mlflow, wandb; these two by their own environment variables; one that is not "
+        "installed, down or slow costs a warning",
     )
 
     @field_validator("name")

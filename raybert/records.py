@@ -22,6 +22,7 @@ EventName = Literal[
     "damaged log",  # lines of earlier attempts were left out
     "best checkpoint lost",
     "storage",  # it refuses, or works again
+    "tracker",  # it has failed, or is too slow
     "preempted",  # a node will be taken away
     # The driver's own, shown where the run is followed and in no file:
     "restart",  # of the workers

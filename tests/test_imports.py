@@ -24,7 +24,7 @@ LAYERS = [
     {"experiment"},
     {"jobs"},
     {"pipeline"},
-    {"cli"},
+    {"cli", "api"},
 ]
 BEFORE_ALL = ["__init__", "errors", "config", "records"]  # each imports those before it
 AFTER_ALL = "__main__"
@@ -262,6 +262,19 @@ def test_training_inference_and_the_service_need_no_ray():
     # They take seconds, which actors of bulk prediction and `raybert --help` do without.
     assert not {"sklearn", "matplotlib"} & {*with_bulk, *with_reports}
     assert "torch" in found[0]
+
+
+def test_no_module_needs_what_windows_lacks_to_be_imported():
+    lacking = {"fcntl", "grp", "pwd", "resource", "termios"}
+    found = {
+        (module_name(path), name)
+        for path in FILES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([a.name for a in node.names] + [getattr(node, "module", None)])
+        if name in lacking
+    }
+    assert not found
 
 
 # Only `config.json` of a model directory, a format of others, has a problem type elsewhere.

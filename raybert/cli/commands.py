@@ -11,7 +11,16 @@ from typing import Annotated
 
 import typer
 
-from raybert.cli import bench_commands, job_commands, model_commands, run_commands, stage_commands
+from raybert import __version__
+from raybert.cli import (
+    bench_commands,
+    exchange_commands,
+    job_commands,
+    model_commands,
+    run_commands,
+    stage_commands,
+    start_commands,
+)
 from raybert.cli.options import (
     ConfigOption,
     FromOption,
@@ -42,8 +51,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(start_commands.app)
 app.add_typer(stage_commands.app)
 app.add_typer(model_commands.app)
+app.add_typer(exchange_commands.app)
 app.add_typer(run_commands.app, name="runs")
 app.add_typer(job_commands.app)
 app.add_typer(bench_commands.app, name="bench")
@@ -72,9 +83,21 @@ def main() -> None:
         sys.exit(2)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"raybert {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
 def set_debug(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print raybert's version."
+        ),
+    ] = False,
 ) -> None:
     """Show tracebacks of errors that end in one line otherwise."""
     global _DEBUG
@@ -89,13 +112,17 @@ def show_config(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema instead.")
     ] = False,
+    commented: Annotated[
+        bool, typer.Option("--commented", help="Write what each key means above it.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Print the resolved configuration, or the JSON schema for editors.
 
     What `model.size` decides is in comments, unless it is set.
 
-    Example: `raybert config --schema > raybert.schema.json`
+    Examples: `raybert config --commented > mine.yaml`,
+    `raybert config --schema > raybert.schema.json`
     """
     from raybert.config import comment_out, dump, flatten, read_values
     from raybert.experiment import Experiment
@@ -112,7 +139,13 @@ def show_config(
     decided = {f"{section}.{key}" for section, keys in DECIDED.items() for key in keys}
     given = dict(flatten(read_values(config, overrides or ())))
     left_open = decided - given.keys() if start is None else set()
-    print(comment_out(dump(experiment), left_open), end="")
+    if commented:
+        from raybert.cli.commented_config import dump_commented
+
+        text = dump_commented(experiment)
+    else:
+        text = dump(experiment)
+    print(comment_out(text, left_open), end="")
 
 
 @app.command()

@@ -325,16 +325,16 @@ def _format_scores(metrics: dict[str, Any]) -> str:
 
     lines = [f"{name:<28}{value:.4f}" for name, value in measures(metrics).items()]
     for table in tables_of(metrics):
-        lines.append(_format_table([table.head, *table.rows]))
+        lines.append(format_table([table.head, *table.rows]))
     confusion = metrics.get("confusion", [])
     if 0 < len(confusion) <= _MATRIX_LABELS:  # a row for each label, a column for each prediction
         names = list(metrics.get("label_names") or metrics["per_class"])
         rows = [[n, *(f"{c:,}" for c in row)] for n, row in zip(names, confusion, strict=True)]
-        lines.append(_format_table([["label \\ predicted", *names], *rows]))
+        lines.append(format_table([["label \\ predicted", *names], *rows]))
     return "\n".join(lines)
 
 
-def _format_table(rows: Sequence[Sequence[str]]) -> str:
+def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Align columns: the first one to the left, the others to the right."""
     first, *rest = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -7,7 +7,6 @@ the process ends, however it ends.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import stat
@@ -18,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raybert.cluster import interrupts
+from raybert.cluster.file_lock import lock_file
 
 #: Ray's session, HAProxy's files, a job's package, a benchmark's data; short, since the path of a
 #: socket has 107 bytes at most.
@@ -71,7 +71,7 @@ def _delete_unused(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         return
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: in use
+        lock_file(lock, wait=False)  # OSError: in use
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
@@ -81,6 +81,6 @@ def _take_lock(folder: Path) -> int:
     """Lock a folder; the file gets its name once it is locked, so nobody else takes the lock."""
     made = folder / f".{_LOCK}"
     lock = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock_file(lock)
     made.rename(folder / _LOCK)
     return lock

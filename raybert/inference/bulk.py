@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from raybert.cluster.internals.data import ordered_execution
@@ -25,16 +24,20 @@ from raybert.data.sources import documents
 from raybert.data.sources.row_table import KEPT, LabelParser, accept
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
+from raybert.inference import scored_texts
 from raybert.inference.classifier import Text, TextClassifier, pool, read_ngrams
 from raybert.inference.prediction_file import PredictionWriter
+from raybert.inference.scored_texts import ragged, rows_of, stacked
+from raybert.inference.slices import slice_scores
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
 from raybert.tasks.comparison import Predictions
 from raybert.tasks.labelled import Labelled
-from raybert.tasks.protocol import ALL_SCORES, AnswerOptions, Outputs, Targets
+from raybert.tasks.protocol import ALL_SCORES, AnswerOptions
 from raybert.tasks.registry import read_task
 
 _BLOCK_BYTES = 1 << 20  # of Ray Data's blocks
+_SHOWN_LABEL_ERRORS = 20
 _ROWS_PER_CALL = 512  # enough texts to sort by length, few enough to show progress
 
 
@@ -82,25 +85,14 @@ class _Scorer:
         else:
             outputs = classifier.with_ngrams(encoder, classifier.ngram_outputs(texts))
             if classifier.ngrams is not None:
-                table = table.append_column("encoder_outputs", _ragged(encoder))
+                table = table.append_column("encoder_outputs", ragged(encoder))
             given = task.no_targets(len(labels))
             is_known = [label is not None for label in labels]
             given[is_known] = task.targets([label for label in labels if label is not None])
             targets = [np.atleast_1d(row) for row in given]
-        return table.append_column("outputs", _ragged(outputs)).append_column(
-            "targets", _ragged(targets)
+        return table.append_column("outputs", ragged(outputs)).append_column(
+            "targets", ragged(targets)
         )
-
-
-def _ragged(rows: Outputs | Targets) -> pa.Array:
-    """A column of arrays of any shape, flattened."""
-    offsets = np.cumsum([0, *(row.size for row in rows)]).astype(np.int32)
-    flat = np.concatenate([row.ravel() for row in rows])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
-
-
-def _rows_of(tables: Sequence[pa.Table], column: str) -> list[npt.NDArray[Any]]:
-    return [row.values.to_numpy() for t in tables for c in t[column].chunks for row in c]
 
 
 def score(
@@ -223,12 +215,14 @@ def evaluate(
     workers: int,
     on_progress: Callable[[int], None],
     baseline: Folder | None = None,
+    keep: Folder | None = None,
 ) -> dict[str, Any]:
     """Score labelled texts with the classifier in `model`, and compare it with a linear model.
 
     `on_progress` gets the number of texts so far; `baseline` is the folder of the linear model, if
-    there is one. Returns what the task's `evaluate` does, with `texts_per_second`, `skipped`,
-    `long_texts` (their number), `examples` and `baseline`. A DataError as in `score`.
+    there is one; the outputs are stored in the folder `keep`. Returns what the task's `evaluate`
+    does, with `texts_per_second`, `skipped`, `long_texts` (their number), `slices`, `label_errors`,
+    `examples` and `baseline`. A DataError as in `score`.
     """
     encoder_task, _ = read_task(model)
     part = read_ngrams(model)
@@ -245,23 +239,23 @@ def evaluate(
         on_progress(done)
     if not tables:
         raise DataError(f"{source.path}: no labelled texts")
-    shape = (-1, len(task.labels)) if task.is_per_token else (len(task.labels),)
-    rows = [row.reshape(shape) for row in _rows_of(tables, "outputs")]
-    labels = _rows_of(tables, "targets")
-    outputs: Outputs = rows if task.is_per_token else np.stack(rows)
-    targets: Targets = labels
-    if not task.is_per_token:
-        stacked = np.stack(labels)
-        targets = stacked[:, 0] if np.issubdtype(stacked.dtype, np.integer) else stacked
+    outputs, targets = stacked(
+        rows_of(tables, "outputs"),
+        rows_of(tables, "targets"),
+        len(task.labels),
+        per_token=task.is_per_token,
+    )
     seconds = time.monotonic() - begun
     parts = {}
     if "encoder_outputs" in tables[0].column_names:
-        alone = np.stack([row.reshape(shape) for row in _rows_of(tables, "encoder_outputs")])
+        alone = np.stack(rows_of(tables, "encoder_outputs"))
         parts["encoder_alone"] = encoder_task.validate(alone, targets)
     texts = _labelled(tables)
-    beside = {}
+    ours, beside = Predictions(task, outputs, targets), {}
+    if keep is not None:
+        scored_texts.save(keep, texts, ours)
     if baseline is not None:
-        beside = _beside_baseline(Predictions(task, outputs, targets), baseline, texts)
+        beside = _beside_baseline(ours, baseline, texts)
     return {
         **task.evaluate(outputs, targets),
         "task": task.name,
@@ -271,11 +265,31 @@ def evaluate(
         "long_texts": sum(sum(table["is_long"].to_pylist()) for table in tables),
         **parts,
         **beside,
+        "slices": slice_scores(ours, texts.texts.to_pylist(), _kept_values(source, tables)),
+        "label_errors": _label_errors(ours, texts),
         "examples": [
             {"text": texts.texts[row].as_py()[:1000], **found}
             for row, found in task.examples(outputs, targets)
         ],
     }
+
+
+def _label_errors(found: Predictions, texts: Labelled) -> dict[str, Any]:
+    """The number of labels that are probably wrong, and the surest ones."""
+    rows = found.task.label_errors(found.outputs, found.targets)
+    shown = [
+        {"text": texts.texts[row].as_py()[:1000], **about}
+        for row, about in rows[:_SHOWN_LABEL_ERRORS]
+    ]
+    return {"count": len(rows), "examples": shown}
+
+
+def _kept_values(source: SourceConfig, tables: Sequence[pa.Table]) -> dict[str, list[Any]]:
+    """The values of `keep_columns` for each text."""
+    if not source.keep_columns:
+        return {}
+    rows = [json.loads(value) for table in tables for value in table[KEPT].to_pylist()]
+    return dict(zip(source.keep_columns, map(list, zip(*rows, strict=True)), strict=True))
 
 
 def _labelled(tables: Sequence[pa.Table]) -> Labelled:

@@ -7,7 +7,6 @@ replicas that start measure again, a few times at most.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raybert.cluster.file_lock import lock_file
 from raybert.inference.classifier import Text, TextClassifier
 from raybert.inference.precision import (
     available_precisions,
@@ -29,7 +29,7 @@ from raybert.inference.precision import (
     store_choice,
 )
 from raybert.storage.folder import Folder
-from raybert.tasks.protocol import Outputs, Targets
+from raybert.tasks.protocol import Outputs, Targets, TextTask
 
 MAX_POINTS_LOST = 0.5  # of accuracy, for a faster precision
 MAX_DIFFERENCE = 0.05  # from fp32's probabilities, where no labels give an accuracy
@@ -87,7 +87,7 @@ def _machine_lock() -> Iterator[None]:
         yield
         return
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_file(lock)
         yield
     finally:
         os.close(lock)
@@ -105,7 +105,7 @@ def benchmark(folder: Folder, device: str) -> dict[str, Any]:
     measured: dict[str, dict[str, float]] = {}
     for name in available_precisions(torch.device(device)):
         classifier = TextClassifier(folder, device=device, precision=name)
-        rows = _random_rows(classifier)
+        rows = random_rows(classifier)
         compare = classifier.task.comparable
         scores = compare(classifier.score(rows))  # the first pass: kernels are selected
         reference = scores if reference is None else reference
@@ -148,15 +148,12 @@ def compare(
         task = classifier.task
         scores, metric = task.evaluate(logits, targets), task.default_metric
         exact = measured.get("fp32", scores)[metric]
-        lost = exact - scores[metric]
-        if not task.selection_metrics[metric]:  # lower is better
-            lost = -lost / max(abs(exact), 1e-9)
         measured[name] = {
             "texts_per_second": speed.best,
             "spread": speed.spread,
             metric: scores[metric],
             "loss": scores["loss"],
-            "points_lost": round(100 * lost, 3),
+            "points_lost": points_lost(task, exact, scores[metric]),
         }
     speeds = {
         name: found["texts_per_second"]
@@ -174,6 +171,14 @@ def compare(
     return {**result, "machine": machine_type(where), "stored": bool(stored)}
 
 
+def points_lost(task: TextTask, exact: float, found: float) -> float:
+    """What is lost of the task's default metric, in points; of an error, in per cent of it."""
+    lost = exact - found
+    if not task.selection_metrics[task.default_metric]:  # lower is better
+        lost = -lost / max(abs(exact), 1e-9)
+    return round(100 * lost, 3)
+
+
 def fastest(speeds: dict[str, float]) -> str:
     """The fastest of `speeds`, most exact first: it beats each more exact one by MIN_SPEEDUP."""
     best, *others = speeds
@@ -183,7 +188,7 @@ def fastest(speeds: dict[str, float]) -> str:
     return best
 
 
-def _random_rows(classifier: TextClassifier) -> list[npt.NDArray[np.int64]]:
+def random_rows(classifier: TextClassifier) -> list[npt.NDArray[np.int64]]:
     """Token ids of texts of random words."""
     rng = np.random.default_rng(0)
     words, longest = np.flatnonzero(~classifier.tokenizer.is_special), classifier.longest

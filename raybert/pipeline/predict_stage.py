@@ -136,6 +136,11 @@ IDS, ALL = "ids", "all"
 _ID = re.compile(r"(?i:id|idx|index|uuid|guid|key)|.*(?:(?i:[_\-. ]id)|[a-z]I[dD])")
 
 
+def is_id(column: str) -> bool:
+    """Whether a column is an id by its name, as review_id."""
+    return _ID.fullmatch(column) is not None
+
+
 def choose_columns(source: SourceConfig, wanted: Sequence[str]) -> list[str]:
     """The names of the columns that predictions keep; a UserError for one that is not there."""
     present = column_names(source, labels=False)
@@ -146,7 +151,7 @@ def choose_columns(source: SourceConfig, wanted: Sequence[str]) -> list[str]:
         if column == ALL:
             chosen |= dict.fromkeys(others)
         elif column == IDS and column not in present:
-            chosen |= dict.fromkeys(name for name in others if _ID.fullmatch(name))
+            chosen |= dict.fromkeys(name for name in others if is_id(name))
         elif is_present(column, present) or column in partition_names(source):
             chosen[column] = None
         else:

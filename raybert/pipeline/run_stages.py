@@ -93,7 +93,7 @@ def format_run(experiment: Experiment, result: dict[str, Any]) -> str:
 
 def _next_commands(experiment: Experiment, result: dict[str, Any]) -> list[str]:
     """Commands that use what a run has made."""
-    raybert, folder = _this_command(), shlex.quote(experiment.folder.uri)
+    raybert, folder = this_command(), shlex.quote(experiment.folder.uri)
     has_pairs = read_task(Folder(result["model"]))[1]
     text = '"a text" --pair "another text"' if has_pairs else '"a text"'
     return [
@@ -103,7 +103,7 @@ def _next_commands(experiment: Experiment, result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _this_command() -> str:
+def this_command() -> str:
     """How this command line was started."""
     path = Path(sys.argv[0])
     if path.name == "__main__.py":
@@ -186,7 +186,7 @@ def _format_summary(experiment: Experiment, result: dict[str, Any]) -> str:
         else ""
     )
     guesses = [f"  {guess['probability']:.3f}  {guess['token']}" for guess in result["fill_mask"]]
-    raybert = _this_command()
+    raybert = this_command()
     return "\n".join(
         [
             "",

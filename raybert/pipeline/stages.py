@@ -17,11 +17,13 @@ from raybert.data.corpus.manifest import MANIFEST, Manifest
 from raybert.data.corpus.verification import verify_parts
 from raybert.data.sources import documents
 from raybert.data.sources.columns import with_columns_of
+from raybert.data.sources.holding_out import divides
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DamagedError, UserError, damaged_file
 from raybert.experiment import Experiment
 from raybert.model import huggingface
 from raybert.pipeline import baseline_stage
+from raybert.pipeline.card_stage import complete_card
 from raybert.pipeline.finetune_setup import (
     check_same_teacher,
     format_skipped,
@@ -174,8 +176,10 @@ def finetune(
             fit_baseline=baseline_stage.fitter(experiment, display),
         )
         result = train("finetune", spec, experiment, display, ("model",), in_process)
+        complete_card(experiment, run, display)
     if add_ngrams(experiment, display, run, baseline_stage.folder_of(experiment)):
         run.delete(METRICS)  # of the encoder alone
+        complete_card(experiment, run, display)
     return result
 
 
@@ -266,10 +270,15 @@ def evaluate(experiment: Experiment, display: Display) -> dict[str, Any]:
             "other texts with --set evaluate.source.path=FILE"
         )
     metrics = evaluate_model(
-        experiment, run / "model", display, baseline=baseline_stage.folder_of(experiment)
+        experiment,
+        run / "model",
+        display,
+        baseline=baseline_stage.folder_of(experiment),
+        keep=run,
     )
     metrics["seen_in_training"] = shared is not None
     run.write_json(METRICS, finite(metrics))
+    complete_card(experiment, run, display, metrics)
     return metrics
 
 
@@ -289,9 +298,16 @@ def stored_metrics(experiment: Experiment, run: Folder) -> dict[str, Any] | None
 
 
 def evaluate_model(
-    experiment: Experiment, model: Folder, display: Display, baseline: Folder | None = None
+    experiment: Experiment,
+    model: Folder,
+    display: Display,
+    baseline: Folder | None = None,
+    keep: Folder | None = None,
 ) -> dict[str, Any]:
-    """Evaluate any classifier on the experiment's evaluation source, beside a linear model."""
+    """Evaluate any classifier on the experiment's evaluation source, beside a linear model.
+
+    The outputs of the texts are stored in the folder `keep`, for `raybert compare`.
+    """
     from raybert.inference import bulk
 
     experiment = with_sources(experiment)
@@ -311,6 +327,7 @@ def evaluate_model(
             workers=max(1, int(resources.cpus) - 2),
             on_progress=lambda done: display.progress(f"{done:,} texts"),
             baseline=baseline,
+            keep=keep,
         )
     display.print(
         f"evaluate  {headline(metrics)} on {metrics['n']:,} texts of {', '.join(source.paths)}"
@@ -355,6 +372,8 @@ def _find_training_file(run: Folder, source: SourceConfig) -> str | None:
 
 def find_shared_file(training: SourceConfig, source: SourceConfig) -> str | None:
     """Return a file whose splits overlap in both sources; None if there is none."""
+    if divides(training, source):
+        return None
     try:
         shards = documents.shards(training, labels=True)
     except UserError:

@@ -124,6 +124,8 @@ def _section(stage: Stage, alone: bool) -> dict[str, Any]:
         predicted_tokens=show("a metrics log", lambda: _predicted_tokens(stage), []),
         confusion=show("metrics.json", lambda: _confusion_table(stage.scores), none),
         tables=show("metrics.json", lambda: _task_tables(stage.scores), []),
+        slices=show("metrics.json", lambda: _slice_table(stage.scores), none),
+        label_errors=show("metrics.json", lambda: _label_error_table(stage.scores), none),
         folds=show("result.json", lambda: _fold_table(stage.result), none),
         mistakes=show("metrics.json", lambda: _confident_mistakes(stage.scores), []),
         events=show("a metrics log", lambda: _events(stage), none),
@@ -265,6 +267,27 @@ def _fold_table(result: Mapping[str, Any]) -> Table:
     rows = [[format_value(f.get("fold")), *(format_value(f.get(n)) for n in names)] for f in folds]
     head = ("fold", *map(metric_name, names))
     return Table("Each fold", rows, head, has_row_headers=True)
+
+
+def _slice_table(scores: Mapping[str, Any]) -> Table:
+    """The metric of groups of texts, by length and by the columns of `keep_columns`."""
+    rows = [
+        [str(s["by"]), str(s["value"]), format_value(s["texts"]), format_value(s["score"])]
+        for s in scores.get("slices") or []
+    ]
+    metric = metric_name(str(scores.get("metric", "score")))
+    return Table("Slices", rows, ("by", "value", "texts", metric))
+
+
+def _label_error_table(scores: Mapping[str, Any]) -> Table:
+    """The labels that are probably wrong."""
+    found = as_mapping(scores.get("label_errors"))
+    rows = [
+        [str(e["label"]), str(e["suggested"]), f"{e['probability']:.1%}", _shorten(str(e["text"]))]
+        for e in found.get("examples") or []
+    ]
+    title = f"Labels that may be wrong: {format_value(found.get('count', 0))}"
+    return Table(title, rows, ("label", "suggested", "probability", "text"))
 
 
 def _confident_mistakes(scores: Mapping[str, Any]) -> list[_Mistake]:

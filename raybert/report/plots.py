@@ -65,7 +65,7 @@ def training_plots(stage: Stage) -> list[Figure]:
     ]
     # The unit of a loss on labels is its task's.
     loss = "Loss" if last(evals, "unigram_loss") is None else "Loss, nats"
-    over_steps = {
+    titled = {
         loss: _loss_lines(train, evals),
         "Validation score": _score_lines(evals),
         "Learning rate": [Line(curve(train, "lr"), MAIN)],
@@ -74,8 +74,8 @@ def training_plots(stage: Stage) -> list[Figure]:
     }
     free_axis = (loss, "Validation score")  # the others start at zero
     figures = [
-        _over_steps(f"{stage.name}/{title}", title, lines, events, from_zero=title not in free_axis)
-        for title, lines in over_steps.items()
+        over_steps(f"{stage.name}/{title}", title, lines, events, from_zero=title not in free_axis)
+        for title, lines in titled.items()
         if any(line.points[0] for line in lines)
     ]
     return [*figures, *_reliability(stage.scores)]
@@ -107,9 +107,11 @@ def _loss_lines(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> lis
     return lines
 
 
-def _over_steps(
+def over_steps(
     salt: str, title: str, lines: Sequence[Line], events: Sequence[int], *, from_zero: bool
 ) -> Figure:
+    """Draw curves over steps, with a mark at each event."""
+
     def draw(axes: Axes) -> None:
         for line in lines:
             if line.points[0]:

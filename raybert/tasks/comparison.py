@@ -100,7 +100,7 @@ def _resampled_metrics(
     samples = [np.arange(count), *draw.integers(0, count, (_FEW_RESAMPLES, count))]
     scores = [
         [
-            m.task.validate(_take(m.outputs, rows), _take(m.targets, rows))[metric]
+            (part := take(m, rows)).task.validate(part.outputs, part.targets)[metric]
             for m in (first, second)
         ]
         for rows in samples
@@ -109,5 +109,10 @@ def _resampled_metrics(
     return np.asarray(both[:, 0] - both[:, 1])
 
 
-def _take(values: Any, rows: npt.NDArray[np.int64]) -> Any:
-    return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+def take(found: Predictions, rows: npt.NDArray[np.int64]) -> Predictions:
+    """The predictions of some rows."""
+
+    def chosen(values: Any) -> Any:
+        return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+
+    return found._replace(outputs=chosen(found.outputs), targets=chosen(found.targets))

@@ -15,9 +15,9 @@ from raybert.model import huggingface
 from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
 from raybert.model.settings import ModelConfig
-from raybert.records import format_mean
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune_task import FinetuneTask
+from raybert.tasks.model_cards import ClassifierCard, public_name
 from raybert.tasks.prepared_texts import PreparedTexts, check_same_texts
 from raybert.tasks.protocol import TextTask
 from raybert.tasks.settings import FinetuneConfig
@@ -153,7 +153,7 @@ class FinetuneSpec:
             self.prepared.labels,
             self.tokenizer,
             folder,
-            card=model_card(self, metrics),
+            card=card_of(self, metrics, temperature).render(),
             preprocessing={
                 "seq_len": self.prepared.seq_len,
                 "head_tokens": self.prepared.head_tokens,
@@ -179,37 +179,17 @@ def hash_inputs(start: Folder | None, tokenizer: Folder) -> dict[str, str]:
     return hashes
 
 
-def model_card(spec: FinetuneSpec, metrics: dict[str, Any]) -> str:
-    """The model card of a fine-tuned model, Markdown."""
-    source, task = ", ".join(spec.config.source.paths), spec.prepared.make_task()
-    scores = ", ".join(
-        f"{name} {format_mean(metrics[name])}" for name in task.selection_metrics if name in metrics
+def card_of(
+    spec: FinetuneSpec, metrics: dict[str, Any], temperature: float | None
+) -> ClassifierCard:
+    """The model card of a fine-tuned model."""
+    task = spec.prepared.make_task()
+    return ClassifierCard(
+        spec.prepared,
+        task,
+        spec.config.source.paths,
+        None if spec.start is None else public_name(spec.start.uri),
+        metrics,
+        spec.config.metric or task.default_metric,
+        temperature,
     )
-    read = "pairs of texts" if spec.prepared.has_pairs else "texts"
-    example = '"a text" --pair "another text"' if spec.prepared.has_pairs else '"a text"'
-    return f"""---
-library_name: transformers
-pipeline_tag: {task.pipeline_tag}
-tags: [raybert]
----
-# A model for {task.title}, fine-tuned with raybert
-
-Outputs: {", ".join(task.labels)}.
-
-- Texts: {source} ({spec.prepared.train.rows:,} for training, {spec.prepared.validation.rows:,} for
-  validation)
-- Started from: {spec.start or "random weights"}
-- Validation: {scores}{_beside(spec)}; {read} of up to
-  {spec.prepared.seq_len} tokens
-
-`raybert predict --model FOLDER {example}`
-"""
-
-
-def _beside(spec: FinetuneSpec) -> str:
-    """The validation metric of the linear baseline, for the card."""
-    found = spec.prepared.baseline
-    if found is None:
-        return ""
-    metric = spec.config.metric or spec.prepared.make_task().default_metric
-    return f" (a {found['description']}: {metric} {found['metrics'][metric]:.4f})"

@@ -32,6 +32,7 @@ from raybert.records import Metrics, format_mean
 from raybert.storage.folder import Folder
 from raybert.tasks.mask_examples import MaskExample, heldout_examples
 from raybert.tasks.mask_predictions import encode_masked, predict_masks
+from raybert.tasks.model_cards import public_name, public_names
 from raybert.tasks.settings import PretrainConfig
 from raybert.train.distributed import Group
 from raybert.train.task import Batch, LoaderConfig
@@ -299,7 +300,7 @@ def model_card(spec: PretrainSpec, metrics: dict[str, Any]) -> str:
     loss = "not measured" if loss == "none" else f"{loss} nats per masked token"
     if "unigram_loss" in metrics:
         loss += f"\n  (a unigram model: {metrics['unigram_loss']:.4f})"
-    start = f"\n- Started from: {spec.start}" if spec.start is not None else ""
+    start = f"\n- Started from: {public_name(spec.start.uri)}" if spec.start is not None else ""
     examples = [each["text"] for each in metrics.get("fillings") or []]
     example = next(iter(examples), "This is [MASK].").replace('"', "'")
     return f"""---
@@ -312,11 +313,11 @@ tags: [raybert]
 {shape.num_layers} layers, {shape.hidden_size} hidden, {shape.num_heads} heads, rows of
 {spec.manifest.seq_len} tokens, masked language modelling at {spec.config.masking.mask_rate:.0%}.
 
-- Text: {spec.source} ({spec.manifest.splits["train"].rows:,} rows)
+- Text: {public_names(spec.source.split(", "))} ({spec.manifest.splits["train"].rows:,} rows)
 - Held-out loss: {loss}{start}
 
 ```python
 from transformers import pipeline
-pipeline("fill-mask", model="path/of/this/folder")("{example}")
+pipeline("fill-mask", model="FOLDER")("{example}")
 ```
 """

@@ -306,6 +306,10 @@ class TextTask(ABC):
         """Rows that a report shows, with what it shows of them beside the text."""
         return []
 
+    def label_errors(self, outputs: Outputs, targets: Targets) -> list[tuple[int, dict[str, Any]]]:
+        """Rows whose labels are probably wrong, the surest first, with what is shown of them."""
+        return []
+
     def tables(self, metrics: Metrics) -> list[TableData]:
         """The tables of the report, from what `evaluate` returned."""
         return []

@@ -31,6 +31,7 @@ from raybert.tasks.categorical import (
 )
 from raybert.tasks.classification_metrics import classification_scores, fit_temperature
 from raybert.tasks.entities import Word
+from raybert.tasks.label_errors import likely_errors
 from raybert.tasks.protocol import (
     F32,
     NO_LABEL,
@@ -231,6 +232,19 @@ class SingleLabel(TextTask):
                 },
             )
             for row in chosen
+        ]
+
+    def label_errors(self, outputs: Outputs, targets: Targets) -> list[tuple[int, dict[str, Any]]]:
+        return [
+            (
+                found.row,
+                {
+                    "label": self.labels[int(np.asarray(targets)[found.row])],
+                    "suggested": self.labels[found.suggested],
+                    "probability": round(found.probability, 4),
+                },
+            )
+            for found in likely_errors(np.asarray(self.scores(outputs)), np.asarray(targets))
         ]
 
     def tables(self, metrics: Metrics) -> list[TableData]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from raybert.records import EventName, EventRecord, OnRecord, Record, finite
 from raybert.storage.folder import Folder
 from raybert.train.line_log import LineLog
 from raybert.train.state import Progress
+from raybert.train.trackers import Trackers
 
 MERGED = "metrics.jsonl"
 SEGMENTS = "metrics"
@@ -32,6 +33,7 @@ class MetricsLog:
         self._progress, self._is_first = progress, is_first
         self.on_record = on_record
         self._lines: LineLog | None = None
+        self._trackers: Trackers | None = None
 
     @property
     def is_open(self) -> bool:
@@ -49,6 +51,7 @@ class MetricsLog:
         if weights is not None:
             start["weights"] = weights
         self._write_line(start)
+        self._trackers = Trackers(run, self._progress.step)
 
     def write(self, record: Record) -> None:
         """Log a record."""
@@ -56,6 +59,9 @@ class MetricsLog:
             self._write_line(record)
             total = self._progress.total_steps
             self.on_record(cast(Record, {**record, "total_steps": total}))
+            if self._trackers is not None:
+                self._trackers.log(record)
+                self._tell(self._trackers.messages())
 
     def _write_line(self, record: Record) -> None:
         if self._lines is not None:
@@ -70,6 +76,20 @@ class MetricsLog:
     def storage_event(self, message: str) -> None:
         """Log a message about the storage."""
         self.event("storage", message)
+
+    def finish_trackers(self, result: Mapping[str, Any]) -> None:
+        """Give the trackers the result of a finished run."""
+        if self._trackers is not None:
+            self._tell(self._trackers.finish(result))
+
+    def leave_trackers(self) -> None:
+        """End the trackers of an attempt that has not finished."""
+        if self._trackers is not None:
+            self._trackers.leave()
+
+    def _tell(self, messages: Iterable[str]) -> None:
+        for message in messages:
+            self.event("tracker", message)
 
     def flush(self) -> None:
         """Store all records; called at evaluations and before checkpoints."""

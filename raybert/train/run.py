@@ -90,7 +90,11 @@ class TrainingRun:
 
     def _train(self) -> Generator[EvalRecord, None, None]:
         with closing(self._digests), advise_on_memory(self._spec.config, self._group.device):
-            outcome = yield from self.loop.evaluations()
+            try:
+                outcome = yield from self.loop.evaluations()
+            except BaseException:
+                self.loop.log.leave_trackers()
+                raise
 
         def finish() -> None:
             if self._group.rank > 0:
@@ -123,6 +127,7 @@ class TrainingRun:
         if message is not None:
             self.loop.log.event("damaged log", message)
         run.write_json(RESULT, result)
+        self.loop.log.finish_trackers(result)
         return result
 
 

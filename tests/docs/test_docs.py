@@ -16,7 +16,7 @@ from raybert.experiment import Experiment
 sys.path.insert(0, str(ROOT / "docs"))
 
 RUN = {"README.md", "docs/quick-start.md", "docs/your-data.md", "docs/pretraining.md",
-       "docs/fine-tuning.md", "docs/search.md", "docs/serving.md"}  # fmt: skip
+       "docs/fine-tuning.md", "docs/search.md", "docs/serving.md", "docs/python.md"}  # fmt: skip
 
 
 @pytest.mark.parametrize("page", ["command-line.md", "configuration.md"])

@@ -16,6 +16,7 @@ from raybert.data.sources import datasets
 from raybert.data.sources.cells import Columns
 from raybert.data.sources.files import File, Purpose, Row, Shard
 from raybert.data.sources.formats import FORMATS, reader_of
+from raybert.data.sources.holding_out import is_read
 from raybert.data.sources.layouts import Found, Request, find_shards
 from raybert.data.sources.listing import LeftOut
 from raybert.data.sources.row_table import LabelParser, RowTable, accept, first_good
@@ -167,12 +168,14 @@ def _columns(config: SourceConfig, labels: bool) -> Columns:
 
 def _rows(shard: Shard, config: SourceConfig, labels: bool) -> Iterator[tuple[File, Row]]:
     columns, reader = _columns(config, labels), reader_of(shard.reader)
-    return ((file, row) for file in shard.files for row in reader(file, shard, columns))
+    rows = ((file, row) for file in shard.files for row in reader(file, shard, columns))
+    return rows if not config.hold_out else ((f, row) for f, row in rows if is_read(row, config))
 
 
-def raw_rows(config: SourceConfig, count: int) -> list[Row]:
-    """The first rows of a labelled source as they are in the files, unchecked."""
-    rows = (row for shard in shards(config, labels=True) for _, row in _rows(shard, config, True))
+def raw_rows(config: SourceConfig, count: int, *, labels: bool = True) -> list[Row]:
+    """The first rows of a source as they are in the files, unchecked; by default with labels."""
+    found = shards(config, labels=labels)
+    rows = (row for shard in found for _, row in _rows(shard, config, labels))
     return list(itertools.islice(rows, count))
 
 

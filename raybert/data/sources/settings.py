@@ -15,7 +15,7 @@ _SIGNS = {"tab": "\t", "\\t": "\t", "none": ""}
 #: Settings that stored sources of earlier versions lack.
 _ADDED = {
     "encoding", "delimiter", "quote", "escape", "header", "follow_links", "keep_columns", "sample",
-    "sample_seed",
+    "sample_seed", "hold_out",
 }  # fmt: skip
 #: Settings of how files are read, whatever is done with their texts.
 READING = frozenset({"encoding", "delimiter", "quote", "escape", "header", "follow_links"})
@@ -114,6 +114,14 @@ class SourceConfig(Settings):
         "labels, for which the source is read twice; first: the first ones",
     )
     sample_seed: int = Field(0, description="of that sample")
+    hold_out: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of a source without a test split that only evaluation reads, and all "
+        "other stages leave out; chosen by a hash of the text, or of group_column, so that copies "
+        "are on one side; 0: none",
+    )
 
     @field_validator("labels", mode="before")
     @classmethod
