@@ -35,6 +35,7 @@ _LABELS = (
     "department type priority status"
 )
 _SHOWN_CHARS = 40
+_DATE = re.compile(r"\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{2,4}\b")
 
 
 class Column(NamedTuple):
@@ -45,6 +46,7 @@ class Column(NamedTuple):
     distinct: int  # different values
     words: float  # of a value, on average; 0: no strings
     is_number: bool
+    is_date: bool
     example: str
 
 
@@ -60,6 +62,7 @@ def describe_column(name: str, values: Sequence[Any]) -> Column:
         len({spell(v)[0] or str(v) for v in found}),
         sum(len(text.split()) for text in strings) / max(1, len(strings)),
         bool(found) and all(_is_number(v) for v in found),
+        bool(found) and all(_DATE.match(str(v)) for v in found),
         shown if len(shown) <= _SHOWN_CHARS else shown[:_SHOWN_CHARS] + "...",
     )
 
@@ -92,7 +95,8 @@ def possible_labels(columns: Sequence[Column], text: str) -> list[Column]:
         at = names.index(column.name.lower()) if column.name.lower() in names else len(names)
         return at, column.is_number, column.distinct
 
-    others = [c for c in columns if c.name != text and not is_id(c.name) and is_class(c)]
+    others = [c for c in columns if c.name != text and not is_id(c.name) and not c.is_date]
+    others = [column for column in others if is_class(column)]
     return sorted(others, key=rank)
 
 

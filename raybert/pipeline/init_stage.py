@@ -15,7 +15,7 @@ from raybert.data.sources import documents
 from raybert.data.sources.settings import EvaluationSource, SourceConfig
 from raybert.errors import DataError, UserError
 from raybert.experiment import Experiment
-from raybert.jobs.estimate import estimate_lines
+from raybert.jobs.estimate import estimate, format_estimate, training_of
 from raybert.pipeline.data_summary import Summary, summarize
 from raybert.pipeline.run_stages import this_command
 from raybert.storage.registry import REGISTRY
@@ -57,7 +57,7 @@ def init(
         *describe(summary),
         "",
         f"Wrote {output}, and {schema} for editors.",
-        *_estimate(experiment, "run" if summary.task else "pretrain"),
+        *_estimate(summary, experiment),
         "Next:",
         *(f"  {command}" for command in commands),
     ]
@@ -198,17 +198,28 @@ def _to_yaml(lines: Iterator[Line], output: Path) -> str:
     for depth, key, value, comment in lines:
         text = f"{key}:" if value is None else write_yaml({key: value}).rstrip("\n")
         first, *rest = (("  " * depth) + line for line in text.split("\n"))
-        found += [f"{first:<28}# {comment}" if comment else first, *rest]
+        found += [f"{first:<26}  # {comment}" if comment else first, *rest]
     return "\n".join(found) + "\n"
 
 
-def _estimate(experiment: Experiment, command: str) -> list[str]:
-    return estimate_lines(experiment, command, {"CPU": float(cores())})
+def _estimate(summary: Summary, experiment: Experiment) -> list[str]:
+    """The time of each stage that trains, in lines, from the number of tokens."""
+    lines = []
+    read = summary.total_tokens * (1 - experiment.corpus.source.hold_out)
+    for stage in ("pretrain", "finetune") if summary.task else ("pretrain",):
+        config = training_of(experiment, stage)
+        if config.minutes is None:  # the texts are not prepared yet, so epochs have no steps
+            tokens = max(1, round(read * (config.epochs or 1)))
+            changed = config.model_copy(update={"tokens": tokens, "epochs": None})
+            experiment = experiment.model_copy(update={stage: changed})
+        found = estimate(experiment, stage, {"CPU": float(cores())}, reads=False)
+        lines.append(f"{stage:<9} {format_estimate(found)[1]}")
+    return lines
 
 
 def _commands(summary: Summary, experiment: Experiment, output: Path) -> list[str]:
     raybert, config = this_command(), shlex.quote(str(output))
-    folder = shlex.quote(experiment.folder.uri)
+    folder = shlex.quote(f"{experiment.run.storage}/{experiment.run.name}")
     if summary.task is None:
         return [f"{raybert} corpus -c {config}", f"{raybert} pretrain -c {config}"]
     return [f"{raybert} run -c {config}", f"{raybert} serve {folder}"]

@@ -37,6 +37,7 @@ def runs(tmp_path_factory):
 
 
 @needs_onnx
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_a_model_of_each_task_is_exported(raybert, runs, tmp_path, name):
     import onnxruntime
@@ -71,8 +72,8 @@ def test_a_model_of_each_task_is_exported(raybert, runs, tmp_path, name):
 @pytest.mark.parametrize(
     "model",
     [
-        {"layout": "classic"},
-        {"num_layers": 3, "global_attention_every": 2, "local_attention": 8},
+        pytest.param({"layout": "classic"}, marks=pytest.mark.slow),
+        {"num_layers": 2, "global_attention_every": 2, "local_attention": 8},
     ],
 )
 def test_layouts_and_local_attention_are_exported(raybert, tmp_path, model):
@@ -84,6 +85,7 @@ def test_layouts_and_local_attention_are_exported(raybert, tmp_path, model):
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_a_graph_that_differs_is_an_error(raybert, runs, tmp_path, monkeypatch):
     from raybert.pipeline import export_stage
 

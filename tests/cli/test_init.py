@@ -56,7 +56,8 @@ def test_a_table_of_tickets_is_understood(raybert, place):
     done = raybert("init", "tickets.csv")
     assert done.code == 0, done.err
     for words in ("body: ", "<- text", "queue: 3 different values", "<- label", "scripts   Latin",
-                  "task      single_label", "billing ", "may also name priority", "Next:",
+                  "task      single_label", "billing ", "may also name priority\n", "Next:",
+                  "pretrain ", " steps, up to ",
                   "run -c tickets.yaml", "serve runs/tickets"):  # fmt: skip
         assert words in done.out, words
     text = (place / "tickets.yaml").read_text()
