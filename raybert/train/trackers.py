@@ -172,6 +172,9 @@ class _Follower:
                 self.problem = f"{MAX_WAITING:,} records wait for it"
 
     def wait(self, seconds: float) -> None:
+        """Wait for what was put; not for a tracker that is left."""
+        if self.problem is not None:
+            return
         self.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():

@@ -13,6 +13,7 @@ from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
 from raybert.train import trackers
 from raybert.train.run import train_in_process
+from raybert.train.task import Stopped
 from raybert.train.trackers import Trackers
 
 
@@ -85,6 +86,16 @@ class Hanging(Recorder):
             client.recv(1)  # never answered
 
 
+def test_the_end_of_a_run_does_not_wait_for_ever(run, monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", Hanging)
+    monkeypatch.setattr(trackers, "END_SECONDS", 0.2)
+    configure(run, "mlflow")
+    found = Trackers(run, 0)
+    assert found.finish({"loss": 1.0}) == [
+        "run.trackers: mlflow gets no more records: it has not ended within 0.2 s"
+    ]
+
+
 def messages(records):
     return [r["message"] for r in records if r["kind"] == "event" and r["event"] == "tracker"]
 
@@ -118,7 +129,6 @@ def test_a_tracker_that_fails_costs_one_message(corpus, run, monkeypatch):
 
 def test_a_tracker_that_hangs_costs_one_message(corpus, run, monkeypatch):
     monkeypatch.setitem(trackers.TRACKERS, "mlflow", Hanging)
-    monkeypatch.setattr(trackers, "END_SECONDS", 0.2)
     monkeypatch.setattr(trackers, "MAX_WAITING", 2)
     configure(run, "mlflow", "tensorboard")
     records = []
@@ -146,7 +156,7 @@ def test_an_interrupted_attempt_leaves_its_trackers(corpus, run, monkeypatch):
     configure(run, "mlflow")
     before = threading.active_count()
     attempt = Attempt(pretrain_job(corpus), run, stop_at=2)
-    with pytest.raises(BaseException, match=""):
+    with pytest.raises(Stopped):
         attempt.run()
     attempt.loop.log.leave_trackers()
     end = time.monotonic() + 30
