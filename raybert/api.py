@@ -158,7 +158,7 @@ class Classifier:
         return list(self._model.labels)
 
     @overload
-    def __call__(
+    def __call__(  # type: ignore[overload-overlap]  # a string is a sequence of strings, too
         self, texts: str, *, top_k: int | None = None, threshold: float | None = None
     ) -> dict[str, Any]: ...
 

@@ -63,7 +63,8 @@ def compare(
         folder, name = Folder.of_file(output)
         folder.write_text(name, render_comparison(found, pairs, with_curves=True))
     table = score_table(found)
-    lines = [format_table([table.head, *table.rows]), *(pair.describe() for pair in pairs)]
+    rows = [list(map(str, row)) for row in table.rows]
+    lines = [format_table([table.head, *rows]), *(pair.describe() for pair in pairs)]
     result = {
         "runs": {run.name: run.values for run in found},
         "differences": [

@@ -22,7 +22,7 @@ from raybert.storage.folder import Folder
 from raybert.tasks.comparison import Difference, paired_difference, take
 
 _COLORS = (MAIN, SECOND, WARN, INK, MUTED)
-_NO_MEASURES = {"temperature"}
+_NO_MEASURES = {"temperature", "time", "epoch", "seconds"}
 _MOST_MEASURES = 6  # of a stage, in the table
 
 
@@ -53,6 +53,8 @@ def read_runs(folders: Sequence[Folder]) -> list[ComparedRun]:
         stages = read_stages(folder) if folder.exists() else []
         if not stages:
             raise UserError(f"{folder}: no run here; name runs or experiments to compare")
+        if stages[0].name == "" and path[-1] in TITLES:  # a stage's own folder
+            stages[0].name = path[-1]
         run = ComparedRun("/".join(path[-parts:]), stages)
         _read_scored(run, folder)
         run.values = _values(run)

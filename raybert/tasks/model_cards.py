@@ -6,6 +6,7 @@ A card leaves the machine with its model: it has the names of files and folders,
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from raybert.tasks.prepared_texts import PreparedTexts
 from raybert.tasks.protocol import TextTask
 
 _STAGE_FOLDERS = {"model", "finetune", "pretrain", "tune"}
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SHOWN_LABELS = 50
 _SHOWN_SCORES = 8
 
@@ -74,7 +76,7 @@ class ClassifierCard:
                 "license": self.license,
                 "language": self.language,
                 "pipeline_tag": self.task.pipeline_tag,
-                "base_model": self.start if self.start and "://" not in self.start else None,
+                "base_model": self.start if _HUB_NAME.fullmatch(self.start or "") else None,
             }
         )
         sections = [

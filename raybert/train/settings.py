@@ -191,4 +191,4 @@ MAY_CHANGE = frozenset(
 #: when a run is resumed, unless it is deterministic: one that does not fit into memory goes on.
 ROUNDING = frozenset(("micro_batch_size", "compile", "precision"))
 #: Settings that may differ between runs that are compared: all are as long and evaluated as often.
-ALIKE_MAY_CHANGE = MAY_CHANGE - {*LIMITS, "evaluations", "examples"}
+ALIKE_MAY_CHANGE: frozenset[str] = MAY_CHANGE - {*LIMITS, "evaluations", "examples"}
