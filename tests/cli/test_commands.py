@@ -349,7 +349,7 @@ def test_pretraining_starts_from_a_model_wherever_the_workers_run(
                    "model.hidden_size=32")  # fmt: skip
     assert done.code == 0, done.err
     card = (Path(done.json["model"]) / "README.md").read_text()
-    assert "16 hidden" in card and f"Started from: {trained.run}/pretrain/model" in card
+    assert "16 hidden" in card and "Started from: tiny\n" in card  # no path of this machine
     shutil.copytree(experiment.run / "corpus", trained.path / "more" / "tiny" / "corpus")
     gone = raybert(*at, "--set", "run.storage=more", "--set", "pretrain.initialize_from=none")
     assert refused(gone).startswith("pretrain.initialize_from=none: no model here")
@@ -383,7 +383,7 @@ def test_a_measurement_counts_for_its_texts_and_weights_alone(
     texts = shutil.copy(trained.path / "test.csv", tmp_path / "t.csv")
     measured = []
 
-    def measure(experiment, model, display, baseline=None):
+    def measure(experiment, model, display, **options):
         measured.append(1)
         inputs = stages._evaluation_inputs(experiment, weights_hash(model))
         return {"accuracy": 0.5, "n": 1, "made_from": inputs}
