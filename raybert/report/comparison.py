@@ -120,7 +120,7 @@ class ComparedPair:
             return f"{self.second} against {self.first}: no interval: {self.problem}"
         value, low, high = self.difference
         verdict = "better" if value > 0 else "worse"
-        if not self.difference.is_certain:
+        if low <= 0 <= high:
             verdict = "not certainly different"
         return (
             f"{self.second} against {self.first}: {verdict}, {self.metric} {value:+.4f} "

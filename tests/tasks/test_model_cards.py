@@ -50,9 +50,14 @@ def test_a_card_tells_what_was_measured(tmp_path):
     configured = load(Configured, experiment.config, settings)
     stages.finetune(configured, Display(quiet=True), in_process=True)
     run = Folder(experiment.run) / "finetune"
-    scores = {"accuracy": 0.875, "metric": "accuracy", "n": 80, "seen_in_training": False,
-              "expected_calibration_error": 0.03, "per_class": {
-                  "neg": {"precision": 0.5, "recall": 0.25, "f1": 0.125, "support": 40}}}  # fmt: skip
+    scores = {
+        "accuracy": 0.875,
+        "metric": "accuracy",
+        "n": 80,
+        "seen_in_training": False,
+        "expected_calibration_error": 0.03,
+        "per_class": {"neg": {"precision": 0.5, "recall": 0.25, "f1": 0.125, "support": 40}},
+    }
     complete_card(configured, run, Display(quiet=True), scores)
     card = (run / "model").read_text("README.md")
     front = yaml.safe_load(card.split("---")[1])
