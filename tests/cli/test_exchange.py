@@ -69,10 +69,11 @@ def test_a_model_of_each_task_is_exported(raybert, runs, tmp_path, name):
 
 
 @needs_onnx
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param({"layout": "classic"}, marks=pytest.mark.slow),
+        {"layout": "classic"},
         {"num_layers": 2, "global_attention_every": 2, "local_attention": 8},
     ],
 )
