@@ -183,7 +183,7 @@ class Classifier:
         if threshold is not None and not task.has_threshold:
             raise UserError(f"threshold={threshold:g}: a model for {task.title} has no scores")
         options = AnswerOptions(top_k=top_k, threshold=threshold)
-        answers = self._model.answers(given, options, cut=not task.is_per_token)
+        answers = self._model.answers(given, options)
         columns = task.columns(answers)
         return columns[0] if isinstance(texts, str) else columns
 

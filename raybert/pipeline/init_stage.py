@@ -147,9 +147,13 @@ def _settings(summary: Summary, name: str, test: str | None) -> Iterator[Line]:
     yield 2, "vocab_size", 8192, "tokens at most"
     if summary.total_tokens * 0.01 < 10 * longest:
         yield 1, "heldout_fraction", 0.1, "share of the texts that measure pretraining"
-    yield 0, "model", None, "a small encoder, which learns in minutes on a CPU"
-    for key, size in (("hidden_size", 128), ("num_layers", 2), ("num_heads", 2)):
-        yield 1, key, size, ""
+    yield 0, "model", None, ""
+    yield (
+        1,
+        "size",
+        "tiny",
+        "learns in minutes on a CPU; mini, small, base, large are slower, better",
+    )
     yield 0, "pretrain", None, ""
     if summary.total_tokens * _EPOCHS < _MINUTES * _TOKENS_PER_MINUTE:
         yield 1, "epochs", _EPOCHS, "passes over the texts"
@@ -157,8 +161,6 @@ def _settings(summary: Summary, name: str, test: str | None) -> Iterator[Line]:
         yield 1, "minutes", _MINUTES, "more is better: hours for a corpus of gigabytes"
     workers = min(2, cores())
     yield 1, "workers", workers, "processes; as many as there are cores or GPUs"
-    yield 1, "global_batch_size", 64, ""
-    yield 1, "lr", 2e-3, ""
     if summary.task is None:
         return
     yield 0, "finetune", None, ""
@@ -171,7 +173,6 @@ def _settings(summary: Summary, name: str, test: str | None) -> Iterator[Line]:
     yield 1, "task", summary.task.name, "what the labels look like"
     yield 1, "epochs", 5, "passes over the labelled texts; or minutes"
     yield 1, "workers", workers, ""
-    yield 1, "lr", 1e-3, ""
     if test is not None:
         yield 0, "evaluate", None, ""
         yield 1, "source", None, ""

@@ -205,7 +205,7 @@ def test_three_commands_lead_from_a_table_to_a_server(tmp_path):
                 break
         request = urllib.request.Request(
             "http://127.0.0.1:8471/predict",
-            json.dumps({"texts": ["I was charged twice"]}).encode(),
+            json.dumps({"inputs": ["I was charged twice"]}).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=120) as answer:
