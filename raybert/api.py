@@ -182,6 +182,8 @@ class Classifier:
         task = self._model.task
         if threshold is not None and not task.has_threshold:
             raise UserError(f"threshold={threshold:g}: a model for {task.title} has no scores")
+        if not given:
+            return []
         options = AnswerOptions(top_k=top_k, threshold=threshold)
         answers = self._model.answers(given, options)
         columns = task.columns(answers)
