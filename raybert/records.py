@@ -27,6 +27,7 @@ EventName = Literal[
     # The driver's own, shown where the run is followed and in no file:
     "restart",  # of the workers
     "resize",  # to another number of workers
+    "profile",  # of some steps was written
     "waiting",  # for nodes
 ]
 

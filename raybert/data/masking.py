@@ -8,6 +8,7 @@ token, and the rest is kept (Devlin et al., arXiv 1810.04805, section 3.1). Span
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,6 +114,39 @@ def mask_rows(
     replaced = np.where(action < config.mask_share + config.random_share, random_ids, ids[n, t])
     ids[n, t] = np.where(action < config.mask_share, vocabulary.mask_id, replaced)
     return ids, labels
+
+
+def predicted(labels: npt.NDArray[Any], size: int = 0) -> tuple[I64, I64]:
+    """The predicted positions of labels [n, T] in the flattened batch, and their true ids.
+
+    Both are int64 [M], and with a `size` padded to a multiple of it: with any positions, whose ids
+    are IGNORE_INDEX.
+    """
+    flat = labels.ravel()
+    positions = np.flatnonzero(flat != IGNORE_INDEX).astype(np.int64)
+    ids = flat[positions].astype(np.int64)
+    if size:
+        padding = max(size, -(-len(positions) // size) * size) - len(positions)
+        positions = np.concatenate([positions, np.arange(padding) % flat.size])
+        ids = np.concatenate([ids, np.full(padding, IGNORE_INDEX)])
+    return positions, ids
+
+
+def usual_size(tokens: int, rate: float) -> int:
+    """How many of so many tokens are predicted at most: six deviations of independent draws."""
+    most = tokens * rate + 6 * math.sqrt(tokens * rate * (1 - rate))
+    return 64 * math.ceil(min(tokens, most) / 64)
+
+
+def document_lengths(starts: npt.NDArray[np.bool_], padding: npt.NDArray[np.bool_]) -> list[int]:
+    """The lengths of all documents in rows [n, T], one row after the other.
+
+    A document begins at each of `starts` and with each row; the padding of a row is another.
+    """
+    begins = starts.copy()
+    begins[:, 0] = True
+    begins[:, 1:] |= padding[:, 1:] & ~padding[:, :-1]
+    return [int(length) for length in np.diff(np.flatnonzero(begins), append=begins.size)]
 
 
 def _first_of_word(word_starts: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:

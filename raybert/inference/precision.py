@@ -129,7 +129,7 @@ class _FP32Output(nn.Module):
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
         positions, *plans = self.encoder.plan(input_ids, attention_mask, lengths=lengths)
-        if lengths is not None:
+        if lengths is not None and plans[0].cu_seqlens is None:
             cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
             plans = [plan._replace(lengths=None, cu_seqlens=cu_seqlens) for plan in plans]
         return self.encoder.transform(input_ids, positions, *plans).float()  # [B, T, D]

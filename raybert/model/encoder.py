@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from raybert.errors import ConfigError
-from raybert.model.attention import (
+from raybert.model.attention import has_varlen_kernel
+from raybert.model.attention_plan import (
     AttentionPlan,
     concatenated_positions,
+    cumulative_lengths,
     document_positions,
-    plan_attention,
+    local_mask,
+    rotation,
+    text_numbers,
     visibility_mask,
+    window_mask,
+    window_queries,
 )
 from raybert.model.layers import Embeddings, EncoderLayer, make_layer_norm, rotary_angles
 from raybert.model.settings import ModelConfig
@@ -87,15 +94,39 @@ class Encoder(nn.Module):
             positions = concatenated_positions(lengths, input_ids.device)
         elif document_ids is not None:
             positions = document_positions(document_ids)
-        mask = visibility_mask(attention_mask, document_ids)
-        angles = self._angles("global_angles", positions, seq_len)
-        global_plan = plan_attention(mask, angles, seq_len, lengths, None)
-        local_plan = global_plan
-        if self.config.global_attention_every > 1:
-            angles = self._angles("local_angles", positions, seq_len)
-            half_window = self.config.local_attention // 2
-            local_plan = plan_attention(mask, angles, seq_len, lengths, half_window)
-        return positions, global_plan, local_plan
+        cos, sin = self._rotation("global_angles", positions, seq_len)
+        plan = AttentionPlan(None, cos, sin, lengths)
+        if lengths is not None and self.has_varlen_kernel(input_ids.device):
+            plan = plan._replace(
+                lengths=None,
+                cu_seqlens=cumulative_lengths(lengths, input_ids.device),
+                longest=1 << (seq_len - 1).bit_length(),  # a compiled kernel may depend on it
+            )
+        elif lengths is None:
+            plan = plan._replace(mask=visibility_mask(attention_mask, document_ids))
+        if self.config.global_attention_every == 1:
+            return positions, plan, plan
+        cos, sin = self._rotation("local_angles", positions, seq_len)
+        half = self.config.local_attention // 2
+        local = plan._replace(cos=cos, sin=sin, half_window=half)
+        if lengths is None and seq_len > half + 1:
+            queries = window_queries(seq_len, half)
+            if queries:
+                texts = text_numbers(input_ids, attention_mask, document_ids)
+                local = local._replace(mask=None, windows=window_mask(texts, half, queries))
+            else:
+                near = local_mask(seq_len, half, input_ids.device)
+                local = local._replace(mask=near if plan.mask is None else plan.mask & near)
+        return positions, plan, local
+
+    def has_varlen_kernel(self, device: torch.device) -> bool:
+        """Whether one kernel attends to texts of any lengths in a row: then no mask is needed."""
+        if device.type != "cuda":
+            return False
+        dtype = next(self.parameters()).dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return has_varlen_kernel(device, dtype, self.config.head_dim)
 
     def transform(
         self,
@@ -111,9 +142,11 @@ class Encoder(nn.Module):
         x = self.final_norm(x)
         return x
 
-    def _angles(self, name: str, positions: Tensor | None, seq_len: int) -> Tensor | None:
-        """Rotary angles, fp32 [T, H/2], or [B or 1, T, H/2] by position; `classic` has none."""
+    def _rotation(
+        self, name: str, positions: Tensor | None, seq_len: int
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Cosines and sines of a row's or of all rows' rotary angles; `classic` has none."""
         if self.config.layout == "classic":
-            return None
+            return None, None
         angles = self.get_buffer(name)  # [max_seq_len, H/2]
-        return angles[:seq_len] if positions is None else angles[positions]
+        return rotation(angles[:seq_len] if positions is None else angles[positions])

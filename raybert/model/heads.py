@@ -52,20 +52,24 @@ class MaskedLM(nn.Module):
         labels: Tensor,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         """Sum the cross-entropy over the predicted tokens; a step divides by its global count.
 
-        `labels` are int64 [B, T], negative where nothing is predicted; the other arguments are as
-        in `Encoder.forward`. Returns the sum in nats, an fp32 scalar, and the number of predicted
-        tokens.
+        `labels` are int64 [B, T], negative where nothing is predicted; or, of the `positions` int64
+        [M] into the flattened batch only, int64 [M]: a GPU then waits for nobody to find them. The
+        other arguments are as in `Encoder.forward`. Returns the sum in nats, an fp32 scalar, and
+        the number of positions.
         """
-        x = self.encoder(input_ids, attention_mask, document_ids)  # [B, T, D]
-        labels = labels.flatten()  # [B T]
-        positions = (labels >= 0).nonzero().squeeze(1)  # [M]
+        x = self.encoder(input_ids, attention_mask, document_ids, lengths)  # [B, T, D]
+        if positions is None:
+            labels = labels.flatten()  # [B T]
+            positions = (labels >= 0).nonzero().squeeze(1)  # [M]
+            labels = labels.index_select(0, positions)
         x = self.head(x.flatten(0, 1).index_select(0, positions))  # [M, D]
         weight = self.encoder.embeddings.tokens.weight  # [V, D]
-        total = linear_cross_entropy(x, weight, self.bias, labels.index_select(0, positions))
-        return total, positions.numel()
+        return linear_cross_entropy(x, weight, self.bias, labels), positions.numel()
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
         """Compute the logits of the vocabulary, fp32 [M, V], for input ids int64 [B, T].

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybert.model.attention import AttentionPlan, attend
+from raybert.model.attention import attend
+from raybert.model.attention_plan import AttentionPlan
 from raybert.model.settings import ModelConfig
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 26  # logits held at once: 128 MiB of bf16, and on GPUs their softmax, too
+CACHED_LOGITS = 1 << 23  # of these, logits whose softmax and gradient of `x` are computed at once
 #: Columns added for the bias: matrix products need multiples of 2 (CPUs) or 8 (GPUs) for speed.
 BIAS_COLUMNS = {"cpu": 2}
 OTHER_BIAS_COLUMNS = 8
@@ -25,7 +26,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
     """Sum the cross-entropy of `softmax(x weight^T + bias)`, in nats, against `targets`.
 
     `x` are hidden states [M, D], `weight` is the embedding matrix [V, D], `bias` is [V], `targets`
-    are int64 [M] in 0 .. V-1. The sum is a scalar, fp32, or fp64 where `x` is.
+    are int64 [M] in 0 .. V-1, or negative: such positions count for nothing, so that batches can
+    have as many. The sum is a scalar, fp32, or fp64 where `x` is.
 
     Logits and their softmax have autocast's dtype where it is on, else that of `x`; sums over
     chunks, of the loss and of the gradients of `weight` and `bias`, are fp32. In bf16 the relative
@@ -60,29 +62,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         width = x.shape[1]
         padding = (0, BIAS_COLUMNS.get(x.device.type, OTHER_BIAS_COLUMNS))
         x, weight = F.pad(x.to(dtype), padding), F.pad(weight.to(dtype), padding)
+        is_padding = (targets < 0)[:, None]  # [M, 1]
+        targets = targets.clamp(min=0)
         x[:, width], weight[:, width] = 1, bias
+        x.masked_fill_(is_padding, 0)  # its part of the gradient of `weight`
         total = torch.zeros((), dtype=exact, device=x.device)
         grad_x = torch.empty_like(x) if train else x
         grad_weight: Tensor | None = None
-        chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS))
-        size = max(1, -(-x.shape[0] // chunks))
+        size = _rows(x.shape[0], weight.shape[0], CHUNK_LOGITS)
+        small = _rows(size, weight.shape[0], CACHED_LOGITS) if on_cpu else size
         # One buffer for all chunks: first touching fresh pages costs as much as the softmax.
         buffer = torch.empty(size, weight.shape[0], dtype=dtype, device=x.device)
         for start in range(0, x.shape[0], size):
-            rows = slice(start, start + size)
-            part, target = x[rows], targets[rows]  # [C, D], [C]
-            logits = torch.mm(part, weight.T, out=buffer[: len(part)])  # [C, V]
-            softmax = torch.softmax(logits, dim=1, out=logits if on_cpu else None)  # [C, V]
-            index = torch.arange(len(part), device=x.device)
-            likelihood = softmax[index, target].to(exact)  # [C]
-            total -= likelihood.clamp(min=torch.finfo(exact).tiny).log().sum()
-            if train:  # the gradient of the logits is softmax - 1[target]
-                # Not `scatter_`, which copies the chunk.
-                softmax[index, target] = (likelihood - 1).to(dtype)
-                torch.mm(softmax, weight, out=grad_x[rows])
-                grad = (softmax.T @ part).to(exact)
+            end = min(start + size, x.shape[0])
+            for first in range(start, end, small):
+                rows = slice(first, min(first + small, end))
+                part, target = x[rows], targets[rows]  # [C, D], [C]
+                out = buffer[first - start : rows.stop - start]
+                logits = torch.mm(part, weight.T, out=out)  # [C, V]
+                softmax = torch.softmax(logits, dim=1, out=out if on_cpu else None)  # [C, V]
+                index = torch.arange(len(part), device=x.device)
+                likelihood = softmax[index, target].to(exact)  # [C]
+                losses = likelihood.clamp(min=torch.finfo(exact).tiny).log()
+                total -= losses.masked_fill_(is_padding[rows, 0], 0).sum()
+                if train:  # the gradient of the logits is softmax - 1[target]
+                    # Not `scatter_`, which copies the chunk.
+                    softmax[index, target] = (likelihood - 1).to(dtype)
+                    torch.mm(softmax, weight, out=grad_x[rows])
+            if train:
+                if on_cpu:
+                    softmax = buffer[: end - start]
+                grad = (softmax.T @ x[start:end]).to(exact)
                 grad_weight = grad if grad_weight is None else grad_weight.add_(grad)
         if train:
+            grad_x.masked_fill_(is_padding, 0)
             if grad_weight is None:  # M is 0
                 grad_weight = torch.zeros_like(weight, dtype=exact)
             ctx.save_for_backward(
@@ -98,3 +111,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*gradients, None, None, None)
+
+
+def _rows(count: int, width: int, most: int) -> int:
+    """Rows of each of the fewest equal chunks of `count` rows with `most` elements at most."""
+    return max(1, -(-count // max(1, -(-count * width // most))))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,20 @@ from torch import Tensor, nn
 from raybert.data.corpus.manifest import Manifest
 from raybert.data.corpus.parts import PartReader
 from raybert.data.loader import BatchPlan, MicroBatch, ray_micro_batches
-from raybert.data.masking import EVALUATION, IGNORE_INDEX, Vocabulary, mask_rows
+from raybert.data.masking import (
+    EVALUATION,
+    IGNORE_INDEX,
+    Vocabulary,
+    document_lengths,
+    mask_rows,
+    predicted,
+    usual_size,
+)
 from raybert.data.order import CorpusOrder, assign_to_ranks
 from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError, DataError
 from raybert.model import huggingface
+from raybert.model.attention import MAX_MATMUL_TOKENS
 from raybert.model.cost import flops_per_token
 from raybert.model.encoder import Encoder
 from raybert.model.heads import MaskedLM
@@ -212,24 +222,58 @@ class MaskedLMTask:
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         """Sum the cross-entropy over a micro-batch's predicted tokens."""
         assert isinstance(batch, MicroBatch)
-        return self._loss(module, batch.input_ids, batch.labels)[0]
+        config, tokens = self._spec.config, batch.input_ids.size
+        if not config.compile and self._group.device.type == "cpu":
+            return self._loss(module, batch.input_ids, batch.labels)
+        masking = config.masking
+        size = usual_size(tokens, max(masking.rate(0.0), masking.rate(1.0)))
+        # Layers are compiled for whole micro-batches: the last rows of an epoch run as they are.
+        is_whole = len(batch.input_ids) == config.micro_batch_size
+        is_whole &= self._separate or not (batch.input_ids == self._tokenizer.pad_id).any()
+        is_eager = config.compile and not is_whole
+        with torch.compiler.set_stance("force_eager") if is_eager else nullcontext():
+            return self._loss(module, batch.input_ids, batch.labels, size)
 
     def _loss(
-        self, module: nn.Module, ids: npt.NDArray[Any], labels: npt.NDArray[Any]
-    ) -> tuple[Tensor, int]:
-        """The summed cross-entropy of integer arrays [B, T], and the count of predicted tokens."""
-        device = self._group.device
-        input_ids = torch.from_numpy(np.array(ids, np.int64)).to(device, non_blocking=True)
-        targets = torch.from_numpy(np.array(labels, np.int64)).to(device, non_blocking=True)
+        self, module: nn.Module, ids: npt.NDArray[Any], labels: npt.NDArray[Any], size: int = 0
+    ) -> Tensor:
+        """The summed cross-entropy of integer arrays [B, T]; `size` is that of `predicted`."""
+        put = self._to_device
+        positions, targets = predicted(labels, size)
         # Only the last row of a corpus is padded; without padding, attention runs without a mask,
         # which is faster.
         padding = ids == self._tokenizer.pad_id
-        mask = torch.from_numpy(~padding).to(device) if padding.any() else None
-        documents = None
-        if self._spec.config.packed_documents == "separate":
-            documents = (input_ids == self._tokenizer.cls_id).cumsum(1)
-        total, count = module(input_ids, targets, mask, documents)
-        return total, count
+        starts = ids == self._tokenizer.cls_id
+        mask = documents = lengths = None
+        if self._separate and self._attends_by_lengths(ids.shape[1]):
+            lengths = document_lengths(starts, padding)
+            ids = ids.reshape(1, -1)
+        else:
+            mask = put(~padding) if padding.any() else None
+            documents = put(starts.cumsum(1)) if self._separate else None
+        input_ids = put(ids.astype(np.int64))
+        total, _ = module(
+            input_ids, put(targets), mask, documents, lengths=lengths, positions=put(positions)
+        )
+        return cast(Tensor, total)
+
+    @property
+    def _separate(self) -> bool:
+        return self._spec.config.packed_documents == "separate"
+
+    def _attends_by_lengths(self, seq_len: int) -> bool:
+        """Whether attention to each document by itself is faster than with a mask [B, 1, T, T]."""
+        if self.model.encoder.has_varlen_kernel(self._group.device):
+            return True
+        # Compiled layers would be compiled for every list of lengths.
+        return seq_len > MAX_MATMUL_TOKENS and not self._spec.config.compile
+
+    def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
+        """Copy an array; a GPU is not waited for."""
+        tensor = torch.from_numpy(array)
+        if self._group.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._group.device, non_blocking=True)
 
     def lr_scale(self, name: str) -> float:
         """All parameters learn at the same rate."""
@@ -264,8 +308,8 @@ class MaskedLMTask:
         total, count = 0.0, 0.0
         for begin in range(0, len(inputs), size):
             rows = slice(begin, begin + size)
-            loss, predicted = self._loss(self.model, inputs[rows], labels[rows])
-            total, count = total + float(loss), count + predicted
+            total += float(self._loss(self.model, inputs[rows], labels[rows]))
+            count += int((labels[rows] != IGNORE_INDEX).sum())
         total, count = self._group.sum([total, count])
         loss_mean = total / count if count else math.nan
         metrics: Metrics = {"score": -loss_mean, "loss": round(loss_mean, 5)}

@@ -12,18 +12,45 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from datetime import timedelta
+from typing import Any, Literal, Self, TypeVar, cast
 
 import psutil
 import torch
 import torch.distributed as dist
+from pydantic import Field, model_validator
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from raybert.cluster.machine import cores
+from raybert.config import Settings
 from raybert.train.tensor_file import Tensors
 
 T = TypeVar("T")
+
+
+class DDPConfig(Settings):
+    """How gradients are summed over workers."""
+
+    deterministic: bool = Field(
+        False, description="equal bit for bit for the same number of workers, restarts included"
+    )
+    gradients: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="in what the workers send gradients to each other; bf16: half the bytes, for "
+        "networks that are slower than the step",
+    )
+    bucket_mb: int = Field(25, ge=1, description="megabytes of gradients that are sent at once")
+
+    @model_validator(mode="after")
+    def _check_gradients(self) -> Self:
+        if self.deterministic and self.gradients != "fp32":
+            raise ValueError(
+                f"gradients={self.gradients} and deterministic=true exclude each other; "
+                "use gradients=fp32"
+            )
+        return self
 
 
 class _Work:
@@ -61,20 +88,29 @@ class Group:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
+    numbers: Any = None  # the processes over gloo, for numbers that GPUs are not waited for
 
     @classmethod
-    def current(cls, device: torch.device) -> Group:
-        """The group of `torch.distributed`; one process where that is not initialised."""
+    def current(cls, device: torch.device, timeout_s: float | None = None) -> Group:
+        """The group of `torch.distributed`; one process where that is not initialised.
+
+        `timeout_s` is that of collectives of numbers, in which all ranks begin together.
+        """
         if not dist.is_initialized():
             return cls(device=device)
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+        numbers = None
+        if dist.get_backend() != "gloo" and dist.is_gloo_available():
+            timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+            numbers = dist.new_group(backend="gloo", timeout=timeout)
+        return cls(dist.get_rank(), dist.get_world_size(), device, numbers)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum numbers over all ranks, in float64."""
         if self.world_size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        device = self.device if self.numbers is None else "cpu"
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(tensor, group=self.numbers)
         return [float(v) for v in tensor.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
@@ -138,15 +174,29 @@ class Group:
         """The items of this rank; every item belongs to exactly one rank."""
         return items[self.rank :: self.world_size]
 
-    def wrap(self, module: nn.Module, *, deterministic: bool) -> nn.Module:
+    def wrap(
+        self,
+        module: nn.Module,
+        *,
+        deterministic: bool,
+        gradients: str = "fp32",
+        bucket_mb: int = 25,
+    ) -> nn.Module:
         """Wrap a model in DDP; `deterministic` adds gradients in the order of ranks."""
         if self.world_size == 1:
             return module
-        ids = [self.device] if self.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(
+            module,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # they are constants of the model
+            bucket_cap_mb=bucket_mb,
+        )
         if deterministic:
             # A lambda: DDP refuses a hook whose annotations are strings.
             wrapped.register_comm_hook(None, lambda state, bucket: _sum_in_rank_order(bucket))
+        elif gradients == "bf16":
+            wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
         return wrapped
 
 

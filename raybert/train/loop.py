@@ -21,12 +21,14 @@ from raybert.train.checkpoint_saver import CheckpointSaver
 from raybert.train.distributed import Group
 from raybert.train.metrics_log import MetricsLog
 from raybert.train.optimizers import make_optimizer
+from raybert.train.peaks import peak_flops
+from raybert.train.profiling import StepProfiler
 from raybert.train.settings import TrainConfig
 from raybert.train.state import Progress, TrainState, load_latest_on_all_ranks
 from raybert.train.step import Evaluator, TrainStep
 from raybert.train.task import NO_SIGNALS, Batch, ControlSignals, Preempted, Stopped, Task
 from raybert.train.tensor_file import hash_tensors
-from raybert.train.throughput import BatchStream, ThroughputMeter, peak_flops, slowest_ranks
+from raybert.train.throughput import BatchStream, ThroughputMeter, slowest_ranks
 
 MAX_SKIPPED_IN_A_ROW = 20  # after more steps that are not finite the weights are broken
 
@@ -75,6 +77,9 @@ class Loop:
         self._evaluator = Evaluator(task, config, group, self.state)
         self._budget = StepBudget(config, task, self.progress)
         self._meter = ThroughputMeter()
+        self._profiler = StepProfiler(
+            config.profile, store.run, group.rank, partial(self.log.event, "profile")
+        )
         self._skipped_in_a_row = 0
         self._is_resumed = False
         self._damaged: list[str] = []  # messages of `resume`, for which no log is open yet
@@ -113,10 +118,12 @@ class Loop:
                     self._obey(totals)
                     if task.prepare(progress.step):
                         self._step.wrap()
+                    self._profiler.before(progress.step)
                     if self._step.run(batches, progress.step, totals.global_count, budget.lr()):
                         self._skipped_in_a_row = 0
                     else:
                         self._handle_non_finite()
+                    self._profiler.after(progress.step)
                     progress.step += 1
                     progress.tokens += totals.tokens
                     self._meter.add(totals.tokens, stream.waited, self._step.own_seconds)
@@ -142,6 +149,7 @@ class Loop:
                 self.saver.wait()
             raise
         finally:
+            self._profiler.close()
             self.log.close()
 
     def resume(self) -> None:

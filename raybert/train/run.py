@@ -49,6 +49,8 @@ class TrainingRun:
         self._threads = use_threads(config.threads, workers_here)
         if group.device.type == "cpu":
             keep_freed_memory()
+        else:
+            torch.set_float32_matmul_precision("high")  # TF32 where products are in fp32
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         # Ranks may read the data and the model to start from at very different speeds.
         with advise_on_memory(config, group.device):

@@ -11,7 +11,9 @@ from raybert.config import NumberOrRange, Range, Settings
 from raybert.data.corpus.settings import CorpusConfig
 from raybert.model.settings import ModelConfig
 from raybert.train.autocast import PrecisionName
+from raybert.train.distributed import DDPConfig
 from raybert.train.optimizers import OptimizerConfig
+from raybert.train.profiling import ProfileConfig
 from raybert.train.schedules import ScheduleConfig
 
 
@@ -27,7 +29,7 @@ Workers = NumberOrRange[Elastic]
 LIMITS = ("steps", "tokens", "epochs", "minutes")  # a run has exactly one
 
 
-class TrainConfig(ScheduleConfig, OptimizerConfig):
+class TrainConfig(ScheduleConfig, OptimizerConfig, DDPConfig):
     """The settings of every training run; a stage's own class adds to them."""
 
     section: ClassVar[str]  # the stage's section of the configuration, for messages
@@ -57,9 +59,6 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
 
     precision: PrecisionName = Field("auto", description="auto: bf16 if the hardware multiplies it")
     compile: bool = Field(False, description="run the model through torch.compile")
-    deterministic: bool = Field(
-        False, description="equal bit for bit for the same number of workers, restarts included"
-    )
     on_non_finite: Literal["skip", "rollback", "stop"] = Field(
         "skip", description="what to do with a step whose gradient is NaN or infinite"
     )
@@ -97,6 +96,11 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
     )
     collective_timeout_s: float = Field(
         120, gt=0, description="seconds after which an unresponsive worker counts as lost"
+    )
+    profile: ProfileConfig | None = Field(
+        None,
+        description="steps whose trace and table of kernels each rank writes to the run's "
+        "profile/, as {steps: [20, 25]}; null: none",
     )
     digests: bool = Field(False, description="write a digest of every micro-batch, to compare runs")
 
@@ -184,11 +188,11 @@ MAY_CHANGE = frozenset(
     (
         "steps tokens epochs minutes evaluations log_every checkpoint_minutes checkpoint_steps "
         "keep_checkpoints on_checkpoint_failure workers gpu threads max_failures "
-        "collective_timeout_s digests on_non_finite examples"
+        "collective_timeout_s digests on_non_finite examples bucket_mb profile"
     ).split()
 )
 #: Settings that change nothing but how numbers are rounded, and dropout's draws. They may differ
 #: when a run is resumed, unless it is deterministic: one that does not fit into memory goes on.
-ROUNDING = frozenset(("micro_batch_size", "compile", "precision"))
+ROUNDING = frozenset(("micro_batch_size", "compile", "precision", "gradients"))
 #: Settings that may differ between runs that are compared: all are as long and evaluated as often.
 ALIKE_MAY_CHANGE: frozenset[str] = MAY_CHANGE - {*LIMITS, "evaluations", "examples"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from raybert.records import Metrics
 from raybert.storage.retry import retry
 from raybert.train.autocast import autocast
 from raybert.train.checkpoint import CheckpointStore
+from raybert.train.compiled_layers import CompiledLayers
 from raybert.train.distributed import Group
 from raybert.train.metrics_log import MetricsLog
 from raybert.train.optimizers import set_lr
@@ -45,6 +47,13 @@ class TrainStep:
         self._task, self._config, self._group = task, config, group
         self._state, self._on_batch = state, on_batch
         self._module: nn.Module = task.model
+        self._compiled = CompiledLayers(task.model) if config.compile else None
+        # A GPU skips a step by itself: its work goes on while this thread reads the norm.
+        self._skips_on_device = (
+            group.device.type == "cuda"
+            and isinstance(state.optimizer, torch.optim.AdamW)
+            and not config.average_decay
+        )
         self._loss = torch.zeros((), dtype=torch.float64, device=group.device)
         self._count = 0
         self._stopwatch = Stopwatch(group.device)
@@ -53,10 +62,12 @@ class TrainStep:
 
     def wrap(self) -> None:
         """Put the model into DDP; again after every change of what is trained."""
-        module: nn.Module = self._task.model
-        if self._config.compile:
-            module = torch.compile(module)  # type: ignore[assignment]
-        self._module = self._group.wrap(module, deterministic=self._config.deterministic)
+        self._module = self._group.wrap(
+            self._task.model,
+            deterministic=self._config.deterministic,
+            gradients=self._config.gradients,
+            bucket_mb=self._config.bucket_mb,
+        )
 
     def run(self, batches: Sequence[Batch], step: int, global_count: float, lr: float) -> bool:
         """Take a step over this rank's micro-batches; return whether the gradient was finite.
@@ -68,11 +79,16 @@ class TrainStep:
         set_lr(self._state.optimizer, lr)
         parameters = [p for p in self._task.model.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm, foreach=True)
-        self.grad_norm = float(norm)
+        if self._skips_on_device:
+            # Not a setting: the fused kernel reads it, as `torch.amp.GradScaler` sets it.
+            self._state.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            self._state.optimizer.step()
+        self.grad_norm = float(norm)  # the one time in a step that this thread waits for a GPU
         self.own_seconds = self._stopwatch.seconds()
         is_finite = math.isfinite(self.grad_norm)
         if is_finite:
-            self._state.optimizer.step()
+            if not self._skips_on_device:
+                self._state.optimizer.step()
             self._state.averages.update(step)
         else:  # the step counts for nothing
             self._loss, self._count = before, count_before
@@ -98,13 +114,16 @@ class TrainStep:
                 # DDP averages gradients in its backward pass only.
                 is_last = batch is work[-1] and part is parts[-1]
                 with contextlib.nullcontext() if is_last else no_sync():
-                    with autocast(self._config.precision, device):
+                    with autocast(self._config.precision, device), self._compiling():
                         loss = self._task.loss(self._module, part)
                     if is_last:
                         self._stopwatch.stop()
                     torch.autograd.backward(loss * scale)
                 self._loss += loss.detach()
         self._count += sum(batch.count for batch in batches)
+
+    def _compiling(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._compiled is None else self._compiled.in_use()
 
     def mean_loss(self) -> float:
         """The mean loss over all ranks since the last call, which all ranks make together.

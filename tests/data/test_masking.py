@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from raybert.config import build
 from raybert.data.corpus.parts import Rows
-from raybert.data.masking import IGNORE_INDEX, MaskingConfig, Vocabulary, mask_rows
+from raybert.data.masking import (
+    IGNORE_INDEX,
+    MaskingConfig,
+    Vocabulary,
+    document_lengths,
+    mask_rows,
+    predicted,
+    usual_size,
+)
 from raybert.errors import ConfigError
 
 V = 1000
@@ -112,3 +120,48 @@ def test_the_mask_rate_changes_linearly() -> None:
 def test_shares_over_one_are_refused() -> None:
     with pytest.raises(ConfigError, match="mask_share=0.9 and random_share=0.2 add up to more"):
         build(MaskingConfig, {"mask_share": 0.9, "random_share": 0.2}, "test")
+
+
+@given(st.data())
+def test_predicted_positions_have_labels_and_their_padding_none(
+    data: st.DataObject,
+) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 9)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    labels = np.where(rng.random(shape) < 0.4, rng.integers(0, V, shape), IGNORE_INDEX)
+    positions, ids = predicted(labels.astype(np.int32))
+    assert len(positions) == (labels != IGNORE_INDEX).sum()
+    size = data.draw(st.integers(1, 20))
+    padded, padded_ids = predicted(labels.astype(np.int32), size)
+    assert len(padded) == len(padded_ids) and len(padded) % size == 0
+    assert 0 < len(padded) < len(positions) + size + (not len(positions))
+    for at, labels_at in ((positions, ids), (padded, padded_ids)):
+        again = np.full(labels.size, IGNORE_INDEX)
+        again[at[labels_at >= 0]] = labels_at[labels_at >= 0]
+        assert (again.reshape(shape) == labels).all()
+        assert ((at >= 0) & (at < labels.size)).all()
+
+
+def test_usual_sizes_hold_the_predicted_tokens_of_nearly_every_batch() -> None:
+    for tokens, rate in ((64, 0.15), (8192, 0.2), (16384, 0.4)):
+        counts = np.random.default_rng(0).binomial(tokens, rate, 10_000)
+        size = usual_size(tokens, rate)
+        assert counts.max() <= size <= max(64, 2 * tokens * rate) and size % 64 == 0
+
+
+@given(st.data())
+def test_documents_begin_with_rows_with_their_first_token_and_with_padding(
+    data: st.DataObject,
+) -> None:
+    n, t = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    starts = rng.random((n, t)) < 0.3
+    padding = np.arange(t) >= rng.integers(1, t + 1, (n, 1))
+    lengths = document_lengths(starts & ~padding, padding)
+    assert sum(lengths) == n * t and min(lengths) > 0
+    number = np.repeat(np.arange(len(lengths)), lengths).reshape(n, t)
+    for row in range(n):
+        for at in range(t):
+            is_first = at == 0 or bool(number[row, at] != number[row, at - 1])
+            begins_padding = padding[row, at] and (at == 0 or not padding[row, at - 1])
+            assert is_first == (at == 0 or (starts & ~padding)[row, at] or begins_padding)

@@ -35,3 +35,12 @@ def test_flops_are_six_per_weight_and_token_plus_attention():
     assert flops_per_token(config, 128, 1000, 0.15) == pytest.approx(
         flops_per_token(config, 128) + head
     )
+
+
+def test_a_local_layer_attends_to_its_window_only():
+    values = {"hidden_size": 64, "num_layers": 4, "num_heads": 2, "max_seq_len": 512}
+    every = ModelConfig(**values)
+    some = ModelConfig(**values, global_attention_every=2, local_attention=128)
+    difference = flops_per_token(every, 512) - flops_per_token(some, 512)
+    assert difference == 6 * 2 * 64 * 2 * (512 - 129)  # two of the layers are local
+    assert flops_per_token(every, 100) == flops_per_token(some, 100)

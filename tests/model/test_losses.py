@@ -89,3 +89,17 @@ def test_non_finite_inputs_give_a_non_finite_loss(bad):
     with torch.no_grad():
         inputs[0][3, 2] = bad
     assert not torch.isfinite(linear_cross_entropy(*inputs, targets))
+
+
+def test_padding_positions_count_for_nothing():
+    inputs, targets = problem()
+    expected = linear_cross_entropy(*inputs, targets)
+    gradients = torch.autograd.grad(expected, inputs)
+    x = torch.cat([inputs[0], torch.full((5, 16), float("nan"))]).detach().requires_grad_()
+    padded = torch.cat([targets, torch.full((5,), -100)])
+    total = linear_cross_entropy(x, *inputs[1:], padded)
+    torch.testing.assert_close(total, expected)
+    ours = torch.autograd.grad(total, [x, *inputs[1:]])
+    assert not ours[0][37:].any()
+    for one, two in zip((ours[0][:37], *ours[1:]), gradients, strict=True):
+        torch.testing.assert_close(one, two)

@@ -13,6 +13,7 @@ from raybert.data.tokenizer import Tokenizer
 from raybert.errors import ConfigError, DamagedError, DataError
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
+from raybert.tasks import masked_lm
 from raybert.tasks.mask_predictions import predict_masks
 from raybert.train.distributed import Group
 from raybert.train.run import train_in_process
@@ -113,6 +114,24 @@ def test_separating_packed_documents_changes_the_loss(corpus):
     with torch.inference_mode():
         losses = [float(task.loss(task.model, batch)) for task in (joined, separate)]
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("layout", ["modern", "classic"])
+def test_documents_by_their_lengths_are_those_of_a_mask(corpus, monkeypatch, layout):
+    task = task_of(pretrain_job(corpus, {"layout": layout, "num_layers": 2}, micro_batch_size=8))
+    batches = [batch for step in take(task, 0, 4) for batch in step]
+    ids, labels = batches[-1].input_ids.copy(), batches[-1].labels.copy()
+    ids[-1, 11:], labels[-1, 11:] = Tokenizer.load(corpus).pad_id, IGNORE_INDEX
+    batches.append(replace(batches[-1], input_ids=ids, labels=labels))
+    found = []
+    for most in (512, 0):  # tokens of rows whose documents are separated by a mask
+        monkeypatch.setattr(masked_lm, "MAX_MATMUL_TOKENS", most)
+        task.model.zero_grad()
+        losses = [task.loss(task.model, batch) for batch in batches]
+        torch.stack(losses).sum().backward()
+        found.append([*losses, *(p.grad for p in task.model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_valid_run_passes_the_checks(corpus):

@@ -59,7 +59,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
     inputs: WorkerInputs = config["inputs"]
     group = Group.current(
-        torch.device("cuda", torch.cuda.current_device()) if inputs.gpu else torch.device("cpu")
+        torch.device("cuda", torch.cuda.current_device()) if inputs.gpu else torch.device("cpu"),
+        inputs.spec.config.collective_timeout_s,
     )
     # Decided together: a worker that returned while another did not see it would be waited for.
     [is_over] = group.sum([inputs.channel.is_over()])
