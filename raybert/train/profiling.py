@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -20,6 +22,12 @@ class ProfileConfig(Settings):
     """Which steps are profiled; they take longer, and a trace has some megabytes a step."""
 
     steps: tuple[int, int] = Field(description="the first step, and the first one after the last")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_step(cls, values: Any) -> Any:
+        is_step = isinstance(values, int) and not isinstance(values, bool)
+        return {"steps": (values, values + 1)} if is_step else values
 
     @model_validator(mode="after")
     def _check_order(self) -> ProfileConfig:
@@ -60,9 +68,9 @@ class StepProfiler:
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=key, row_limit=ROWS)
         with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "trace.json.gz"
+            path = Path(scratch) / "trace.json"
             profiler.export_chrome_trace(str(path))
-            trace = path.read_bytes()
+            trace = gzip.compress(path.read_bytes(), compresslevel=1)
         try:
             self._run.write_bytes(f"{name}.json.gz", trace)
             self._run.write_text(f"{name}.txt", table)

@@ -100,7 +100,7 @@ class TrainConfig(ScheduleConfig, OptimizerConfig, DDPConfig):
     profile: ProfileConfig | None = Field(
         None,
         description="steps whose trace and table of kernels each rank writes to the run's "
-        "profile/, as {steps: [20, 25]}; null: none",
+        "profile/, as {steps: [20, 25]}, or one step; null: none",
     )
     digests: bool = Field(False, description="write a digest of every micro-batch, to compare runs")
 

@@ -1,6 +1,7 @@
 """`benchmarks/gpu.py` works before a GPU is paid for, and where there is PyTorch alone."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ def run(tmp_path, *options):
         f"sys.argv = ['gpu.py', *{options}]; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
