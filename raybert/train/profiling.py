@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -70,9 +69,9 @@ class StepProfiler:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "trace.json"
             profiler.export_chrome_trace(str(path))
-            trace = gzip.compress(path.read_bytes(), compresslevel=1)
+            trace = path.read_bytes()
         try:
-            self._run.write_bytes(f"{name}.json.gz", trace)
+            self._run.write_bytes(f"{name}.json", trace)
             self._run.write_text(f"{name}.txt", table)
         except (StorageError, OSError) as error:
             self._on_event(f"the profile could not be written: {error}")

@@ -1,8 +1,5 @@
 """A profile of some steps is written beside the run, whatever else happens."""
 
-import gzip
-import json
-
 import pytest
 from making import Attempt, make_corpus, pretrain_job
 
@@ -22,8 +19,8 @@ def test_the_configured_steps_are_profiled(tmp_path):
         Attempt(job, run, stop_at=2).run()  # in the middle of them
     Attempt(job, run).run()
     name = "steps-1-3-rank-0"
-    assert sorted((run / "profile").names()) == [f"{name}.json.gz", f"{name}.txt"]
-    trace = json.loads(gzip.decompress((run / "profile").read_bytes(f"{name}.json.gz")))
+    assert sorted((run / "profile").names()) == [f"{name}.json", f"{name}.txt"]
+    trace = (run / "profile").read_json(f"{name}.json")
     assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
     assert "aten::mm" in (run / "profile").read_text(f"{name}.txt")
     attempt = Attempt(pretrain_job(corpus, profile=5), Folder(tmp_path) / "other")
