@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 26  # logits held at once: 128 MiB of bf16, and on GPUs their softmax, too
-CACHED_LOGITS = 1 << 23  # of these, logits whose softmax and gradient of `x` are computed at once
 #: Columns added for the bias: matrix products need multiples of 2 (CPUs) or 8 (GPUs) for speed.
 BIAS_COLUMNS = {"cpu": 2}
 OTHER_BIAS_COLUMNS = 8
@@ -69,30 +68,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=exact, device=x.device)
         grad_x = torch.empty_like(x) if train else x
         grad_weight: Tensor | None = None
-        size = _rows(x.shape[0], weight.shape[0], CHUNK_LOGITS)
-        small = _rows(size, weight.shape[0], CACHED_LOGITS) if on_cpu else size
-        # One buffer for all chunks: first touching fresh pages costs as much as the softmax.
+        chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS))
+        size = max(1, -(-x.shape[0] // chunks))
+        # One buffer for all chunks: first touching fresh pages costs as much as the softmax. Chunks
+        # that fit into a cache are slower on CPUs: each adds to all gradients of `weight`.
         buffer = torch.empty(size, weight.shape[0], dtype=dtype, device=x.device)
         for start in range(0, x.shape[0], size):
-            end = min(start + size, x.shape[0])
-            for first in range(start, end, small):
-                rows = slice(first, min(first + small, end))
-                part, target = x[rows], targets[rows]  # [C, D], [C]
-                out = buffer[first - start : rows.stop - start]
-                logits = torch.mm(part, weight.T, out=out)  # [C, V]
-                softmax = torch.softmax(logits, dim=1, out=out if on_cpu else None)  # [C, V]
-                index = torch.arange(len(part), device=x.device)
-                likelihood = softmax[index, target].to(exact)  # [C]
-                losses = likelihood.clamp(min=torch.finfo(exact).tiny).log()
-                total -= losses.masked_fill_(is_padding[rows, 0], 0).sum()
-                if train:  # the gradient of the logits is softmax - 1[target]
-                    # Not `scatter_`, which copies the chunk.
-                    softmax[index, target] = (likelihood - 1).to(dtype)
-                    torch.mm(softmax, weight, out=grad_x[rows])
-            if train:
-                if on_cpu:
-                    softmax = buffer[: end - start]
-                grad = (softmax.T @ x[start:end]).to(exact)
+            rows = slice(start, start + size)
+            part, target = x[rows], targets[rows]  # [C, D], [C]
+            logits = torch.mm(part, weight.T, out=buffer[: len(part)])  # [C, V]
+            softmax = torch.softmax(logits, dim=1, out=logits if on_cpu else None)  # [C, V]
+            index = torch.arange(len(part), device=x.device)
+            likelihood = softmax[index, target].to(exact)  # [C]
+            losses = likelihood.clamp(min=torch.finfo(exact).tiny).log()
+            total -= losses.masked_fill_(is_padding[rows, 0], 0).sum()
+            if train:  # the gradient of the logits is softmax - 1[target]
+                # Not `scatter_`, which copies the chunk.
+                softmax[index, target] = (likelihood - 1).to(dtype)
+                torch.mm(softmax, weight, out=grad_x[rows])
+                grad = (softmax.T @ part).to(exact)
                 grad_weight = grad if grad_weight is None else grad_weight.add_(grad)
         if train:
             grad_x.masked_fill_(is_padding, 0)
@@ -111,8 +105,3 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*gradients, None, None, None)
-
-
-def _rows(count: int, width: int, most: int) -> int:
-    """Rows of each of the fewest equal chunks of `count` rows with `most` elements at most."""
-    return max(1, -(-count // max(1, -(-count * width // most))))

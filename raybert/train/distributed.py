@@ -195,8 +195,9 @@ class Group:
         if deterministic:
             # A lambda: DDP refuses a hook whose annotations are strings.
             wrapped.register_comm_hook(None, lambda state, bucket: _sum_in_rank_order(bucket))
-        elif gradients == "bf16":
-            wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        elif gradients == "bf16":  # a lambda: by its name DDP refuses this hook without NCCL
+            compress: Any = default_hooks.bf16_compress_hook
+            wrapped.register_comm_hook(None, lambda state, bucket: compress(state, bucket))
         return wrapped
 
 

@@ -76,4 +76,4 @@ class StepProfiler:
         except (StorageError, OSError) as error:
             self._on_event(f"the profile could not be written: {error}")
         else:
-            self._on_event(f"written to {self._run.join(name)}.json.gz and .txt")
+            self._on_event(f"written to {self._run.join(name)}.json and .txt")

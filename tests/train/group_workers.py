@@ -311,6 +311,7 @@ def damaged_everywhere(corpus, run, group):
 SCENARIOS = {
     "uneven": uneven,
     "deterministic": lambda *args: uneven(*args, deterministic=True),
+    "bf16_gradients": lambda *args: uneven(*args, gradients="bf16", bucket_mb=1),
     "not_a_number": not_a_number_on_one_rank,
     "stop_on_one_rank": stop_on_one_rank,
     "stop_for_good": stop_for_good,

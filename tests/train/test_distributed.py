@@ -71,6 +71,14 @@ def test_averaging_in_rank_order_equals_plain_averaging(found):
         torch.testing.assert_close(ordered[0][name], gradient, rtol=1e-6, atol=1e-9)
 
 
+def test_gradients_sent_in_bf16_are_those_in_fp32_rounded(found):
+    exact, rounded = (found[2, 0][name]["gradients"][0] for name in ("uneven", "bf16_gradients"))
+    assert not same_tensors(exact, rounded)
+    for name, gradient in exact.items():
+        assert (rounded[name] - gradient).norm() <= 0.01 * gradient.norm()
+    assert same_tensors(*(found[2, rank]["bf16_gradients"]["weights"] for rank in range(2)))
+
+
 def test_all_ranks_skip_a_step_whose_loss_is_nan_on_one(found):
     assert [found[key]["not_a_number"]["skipped"] for key in ((1, 0), (2, 0), (2, 1))] == [1, 1, 1]
     weights = found[2, 0]["not_a_number"]["weights"]
