@@ -22,7 +22,12 @@ from torch import Tensor, nn
 
 from raybert.errors import UserError
 from raybert.inference.classifier import TextClassifier
-from raybert.model.attention import local_mask, plan_attention, visibility_mask
+from raybert.model.attention_plan import (
+    AttentionPlan,
+    local_mask,
+    rotation,
+    visibility_mask,
+)
 from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
 from raybert.storage.folder import Folder
@@ -56,19 +61,18 @@ class _TracedEncoder(nn.Module):
         encoder, seq_len = self.encoder, input_ids.shape[1]
         config = encoder.config
         mask = visibility_mask(attention_mask, None)
-        angles = None if config.layout == "classic" else encoder.get_buffer("global_angles")
-        plan = plan_attention(mask, _first(angles, seq_len), seq_len, None, None)
+        plan = AttentionPlan(mask, *self._rotation("global_angles", seq_len))
         local_plan = plan
         if config.global_attention_every > 1:
             near = local_mask(seq_len, config.local_attention // 2, input_ids.device)
-            angles = encoder.get_buffer("local_angles")
             mask = near if mask is None else mask & near
-            local_plan = plan_attention(mask, _first(angles, seq_len), seq_len, None, None)
+            local_plan = AttentionPlan(mask, *self._rotation("local_angles", seq_len))
         return encoder.transform(input_ids, None, plan, local_plan)
 
-
-def _first(angles: Tensor | None, seq_len: int) -> Tensor | None:
-    return None if angles is None else angles[:seq_len]
+    def _rotation(self, name: str, seq_len: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        if self.encoder.config.layout == "classic":
+            return None, None
+        return rotation(self.encoder.get_buffer(name)[:seq_len])
 
 
 class _Graph(nn.Module):
