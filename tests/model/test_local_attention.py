@@ -1,10 +1,13 @@
 """Local attention in windows equals attention with a dense mask."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 
 from raybert.model import attention_plan
@@ -106,3 +109,30 @@ def test_rows_of_windows_make_no_mask_of_all_pairs(monkeypatch):
     with LargestMask() as largest:
         encoder(torch.ones(2, 96, dtype=torch.int64))
     assert 0 < largest.elements < 2 * 96 * 96 / 4
+
+
+def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
+    """What PyTorch documents of `torch.nn.attention.varlen.varlen_attn`, which needs a GPU."""
+    assert cu_seq_q.dtype == torch.int32 and cu_seq_q is cu_seq_k and max_q == max_k
+    texts = []
+    for begin, end in itertools.pairwise(cu_seq_q.tolist()):
+        assert 0 <= end - begin <= max_q
+        heads = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))
+        left, right = window_size
+        mask = None if left < 0 else local_mask(end - begin, left, q.device)
+        assert left == right
+        texts.append(F.scaled_dot_product_attention(*heads, attn_mask=mask)[0].transpose(0, 1))
+    return torch.cat(texts)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_gpus_kernel_for_lengths_is_given_what_it_documents(every, monkeypatch):
+    encoder, lengths = local_encoder(every), [90, 31, 1, 59]
+    ids = torch.randint(1, 50, (1, sum(lengths)))
+    expected = encoder(ids, lengths=lengths)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(Encoder, "has_varlen_kernel", lambda encoder, device: True)
+    _, plan, local = encoder.plan(ids, lengths=lengths)
+    assert len(plan.cu_seqlens) == 64 and plan.longest == 128 and plan.mask is None
+    assert local.half_window == (None if every == 1 else 4)
+    torch.testing.assert_close(encoder(ids, lengths=lengths), expected, rtol=0, atol=1e-5)
