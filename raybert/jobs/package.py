@@ -12,7 +12,7 @@ CONFIG = "experiment.yaml"
 ENTRYPOINT = "raybert/jobs/entrypoint.sh"  # in the package
 MAX_BYTES = 20 << 20  # code and a configuration are far below
 #: What the package consists of: other files, as keys in a `.env`, stay on this machine.
-_SUFFIXES = {".cfg", ".css", ".html", ".js", ".py", ".sh", ".svg", ".typed", ".yaml"}
+_SUFFIXES = {".cfg", ".css", ".html", ".js", ".py", ".pyi", ".sh", ".svg", ".typed", ".yaml"}
 
 
 def _excluded(folder: str, names: list[str]) -> list[str]:

@@ -41,13 +41,18 @@ def _card(experiment: Experiment, run: Folder) -> ClassifierCard | None:
         return None
     result, task = run.read_json(RESULT), prepared.make_task()
     config = experiment.finetune
-    start = config.initialize_from
-    named = f"{experiment.run.name}, pretrained" if start == "pretrain" else public_name(start)
+    start, base = config.initialize_from, config.initialize_from
+    named = public_name(start)
+    if start == "pretrain":
+        base = experiment.pretrain.initialize_from or ""
+        named = f"{experiment.run.name}, pretrained"
+        named += f" from {public_name(base)}" if base else ""
     card = ClassifierCard(
         prepared,
         task,
         config.source.paths,
         None if start == "scratch" else named,
+        public_name(base),
         result,
         config.metric or task.default_metric,
         result.get("temperature"),

@@ -184,11 +184,13 @@ def card_of(
 ) -> ClassifierCard:
     """The model card of a fine-tuned model."""
     task = spec.prepared.make_task()
+    start = None if spec.start is None else public_name(spec.start.uri)
     return ClassifierCard(
         spec.prepared,
         task,
         spec.config.source.paths,
-        None if spec.start is None else public_name(spec.start.uri),
+        start,
+        start,
         metrics,
         spec.config.metric or task.default_metric,
         temperature,

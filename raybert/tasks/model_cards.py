@@ -18,7 +18,8 @@ from raybert.tasks.prepared_texts import PreparedTexts
 from raybert.tasks.protocol import TextTask
 
 _STAGE_FOLDERS = {"model", "finetune", "pretrain", "tune"}
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # with an owner: any folder has a name without
+_HUB_CACHE = re.compile(r"/models--([^/]+)/snapshots/")  # huggingface_hub's
 _SHOWN_LABELS = 50
 _SHOWN_SCORES = 8
 
@@ -26,8 +27,12 @@ _SHOWN_SCORES = 8
 def public_name(path: str) -> str:
     """A path without the folders that it is in; of a model in a run, the run's name.
 
-    URIs and names of embedded data stay, without their query.
+    A model in the cache of huggingface_hub has its name there. URIs and names of embedded data
+    stay, without their query.
     """
+    cached = _HUB_CACHE.search(path)
+    if cached is not None:
+        return cached[1].replace("--", "/", 1)
     if "://" in path or path.startswith("sample:"):
         return path.partition("?")[0]
     parts = [part for part in path.replace("\\", "/").split("/") if part]
@@ -56,6 +61,7 @@ class ClassifierCard:
     task: TextTask
     texts: list[str]  # paths that it was trained on
     start: str | None  # the model that it began with; None: random weights
+    base: str | None  # the published encoder that it or its pretraining began with
     validation: Mapping[str, Any]  # metrics
     metric: str  # that has selected the weights
     temperature: float | None = None
@@ -76,7 +82,7 @@ class ClassifierCard:
                 "license": self.license,
                 "language": self.language,
                 "pipeline_tag": self.task.pipeline_tag,
-                "base_model": self.start if _HUB_NAME.fullmatch(self.start or "") else None,
+                "base_model": self.base if _HUB_NAME.fullmatch(self.base or "") else None,
             }
         )
         sections = [

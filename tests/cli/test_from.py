@@ -86,7 +86,7 @@ def test_pretraining_goes_on_from_it_and_fine_tuning_from_there(raybert, tmp_pat
     tuned = raybert("finetune", *at)
     assert tuned.code == 0, tuned.err
     card = Path(tuned.json["model"], "README.md").read_text()
-    assert f"Started from: {done.json['model']}" in card
+    assert "Started from: tiny, pretrained from published\n" in card
     answered = raybert("predict", "-m", experiment.run, "a superb film")
     assert answered.code == 0, answered.err
 
@@ -98,7 +98,8 @@ def test_fine_tuning_alone_starts_from_it(raybert, tmp_path, kind):
     done = raybert("finetune", "-c", experiment.config, "--from", folder, "--bare", "--json")
     assert done.code == 0, done.err
     card = Path(done.json["model"], "README.md").read_text()
-    assert f"Started from: {folder}" in card
+    assert "Started from: published\n" in card
+    assert "base_model" not in card  # a hub knows no folder of this machine
     assert raybert("predict", "-m", experiment.run, "a superb film").code == 0
 
 

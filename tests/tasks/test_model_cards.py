@@ -29,6 +29,8 @@ def test_only_the_last_name_of_a_path_is_told(parts):
     assert public_name(f"{path}/finetune/model") == parts[-1]
     assert public_name(f"s3://{path[1:]}?region=x") == f"s3://{path[1:]}"
     assert public_name("sample:imdb") == "sample:imdb"
+    cache = f"{path}/models--owner--a--name/snapshots/{'0' * 40}"
+    assert public_name(cache) == "owner/a--name"
 
 
 @pytest.mark.parametrize("name", TASKS)
