@@ -50,7 +50,7 @@ def test_a_search_from_start_to_winner(ray_session, tmp_path, capsys):
 
     _, labels = huggingface.load_classifier(Folder(result["model"]))
     assert labels == ["neg", "pos"]
-    assert huggingface.read_preprocessing(Folder(result["model"]))["seq_len"] == 32
+    assert huggingface.read_preprocessing(Folder(result["model"]))["seq_len"] == 64
     winner = load(Experiment, result["config"])
     assert winner.finetune.lr == result["best"]["config"]["finetune.lr"]
     assert winner.finetune.seed == experiment.finetune.seed + int(result["run"][-1])
