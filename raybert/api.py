@@ -19,7 +19,7 @@ from raybert.config import flatten, load
 from raybert.errors import UserError
 from raybert.experiment import Experiment
 from raybert.inference.classifier import Text, TextClassifier
-from raybert.pipeline import stages
+from raybert.pipeline import self_training_stage, stages
 from raybert.pipeline.memory_texts import source_path
 from raybert.storage.registry import resolve_model
 from raybert.tasks.protocol import AnswerOptions, Outputs
@@ -95,7 +95,7 @@ def finetune(
         settings,
     )
     display = Display(quiet)
-    result = stages.finetune(experiment, display, in_process=not on_ray)
+    result = self_training_stage.finetune(experiment, display, in_process=not on_ray)
     if test is not None:
         result = {**stages.evaluate(experiment, display), "model": result["model"]}
     return _run(experiment, result)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from raybert.cluster.session import Resources, ray_session
 from raybert.data.sources import documents
 from raybert.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
-from raybert.errors import DataError, UserError
+from raybert.errors import ConfigError, DataError, UserError
 from raybert.experiment import Experiment
 from raybert.pipeline.named_sources import require_source, with_sources
 from raybert.pipeline.ray_stage import first_progress
@@ -207,7 +207,15 @@ def teachers(experiment: Experiment) -> list[Folder]:
     from raybert.inference.ensemble import members
 
     found: list[Folder] = []
-    for path in experiment.finetune.distill.teachers:
+    given = experiment.finetune.distill.teachers
+    if given == [BASELINE]:  # it is fitted on the texts
+        return []
+    if BASELINE in given:
+        raise ConfigError(
+            f"finetune.distill.teacher={','.join(given)}: baseline teaches alone; leave it out, or "
+            "the others"
+        )
+    for path in given:
         folder = Folder(path)
         ensemble = members(folder) or members(folder / "ensemble")
         found += ensemble or [resolve_model(path, key="finetune.distill.teacher")]

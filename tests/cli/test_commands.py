@@ -17,6 +17,7 @@ from making import reviews, tokenizer_of, write_csv
 
 from raybert.cli import commands
 from raybert.cli.options import load_experiment, print_json
+from raybert.pipeline.run_stages import check_sources
 from raybert.storage.folder import Folder
 
 
@@ -172,6 +173,23 @@ def test_a_student_learns_from_a_teacher(raybert, trained, tmp_path):
         "finetune.distill.teacher=/none: no model here (config.json is missing); name a model/ or "
         "a run"
     )
+
+
+def test_a_student_learns_from_the_linear_model(raybert, trained, tmp_path):
+    shutil.copytree(trained.run, tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "finetune")
+    at = ("-c", trained.config, "--bare", "--json", "--set", f"run.storage={tmp_path}")
+    mixed = raybert("finetune", *at, "--set", "finetune.distill.teacher=[baseline, /none]")
+    assert refused(mixed).startswith(
+        "finetune.distill.teacher=baseline,/none: baseline teaches alo"
+    )
+    given = ["finetune.distill.teacher=baseline", f"run.storage={tmp_path}"]
+    check_sources(load_experiment(trained.config, given, None))  # as `run` does before it starts
+    done = raybert("finetune", *at, "--distill-from", "baseline")
+    assert done.code == 0, done.err
+    assert done.json["accuracy"] > 0.8
+    again = raybert("finetune", *at, "--distill-from", "baseline")
+    assert (again.code, again.json) == (0, done.json)
 
 
 def test_a_mask_is_filled(raybert, trained):
