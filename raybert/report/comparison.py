@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import jinja2
 import numpy as np
 
-from raybert import __version__
 from raybert.errors import RaybertError, UserError
 from raybert.inference import scored_texts
 from raybert.inference.scored_texts import ScoredTexts
@@ -17,6 +14,7 @@ from raybert.records import measures, metric_of
 from raybert.report.elements import Figure, Table, format_value, metric_name
 from raybert.report.page import TITLES
 from raybert.report.plots import INK, MAIN, MUTED, SECOND, WARN, Line, over_steps
+from raybert.report.rendering import render_page
 from raybert.report.stage_files import Stage, curve, read_stages
 from raybert.storage.folder import Folder
 from raybert.tasks.comparison import Difference, paired_difference, take
@@ -199,18 +197,10 @@ def render_comparison(
     runs: Sequence[ComparedRun], pairs: Sequence[ComparedPair], *, with_curves: bool
 ) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("raybert.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     differences = Table("Differences", [[pair.describe()] for pair in pairs])
-    return environment.get_template("compare.html").render(
+    return render_page(
+        "compare.html",
         title=" · ".join(run.name for run in runs),
         tables=[differences, score_table(runs)],
         figures=curves(runs) if with_curves else [],
-        version=__version__,
-        now=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

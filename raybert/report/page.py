@@ -5,15 +5,12 @@ The page has no script, and its content security policy forbids requests.
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
 import yaml
 
-from raybert import __version__
 from raybert.errors import DamagedError, UserError, damaged_file
 from raybert.records import measures
 from raybert.report.elements import (
@@ -25,6 +22,7 @@ from raybert.report.elements import (
     metric_name,
 )
 from raybert.report.plots import training_plots
+from raybert.report.rendering import render_page
 from raybert.report.search import search_section
 from raybert.report.stage_files import (
     STAGE_FILES,
@@ -87,19 +85,11 @@ def render(title: str, stages: Sequence[Stage]) -> str:
     sections = [_section(stage, alone=len(stages) == 1) for stage in stages]
     tiles = {tile.label: tile for section in sections for tile in section["tiles"]}
     labels = dict.fromkeys([*map(headline_label, stages), *HEADLINES])
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("raybert.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("report.html").render(
+    return render_page(
+        "report.html",
         title=title,
         sections=sections,
         headlines=[tiles[label] for label in labels if label in tiles],
-        version=__version__,
-        now=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
