@@ -83,17 +83,8 @@ def finetune(
     `settings["finetune.initialize_from"]` names. With `test`, labelled texts, the metrics are those
     of `raybert evaluate` on them; else those of the validation.
     """
-    experiment = _experiment(
-        {
-            "finetune.source.path": data,
-            "finetune.source.text_column": text_column,
-            "finetune.source.label_column": label_column,
-            "evaluate.source.path": test,
-        },
-        name,
-        config,
-        settings,
-    )
+    given = _labelled(data, test, text_column, label_column)
+    experiment = _experiment(given, name, config, settings)
     display = Display(quiet)
     result = self_training_stage.finetune(experiment, display, in_process=not on_ray)
     if test is not None:
@@ -120,14 +111,8 @@ def tune(
     """
     from raybert.pipeline.tune_stage import tune as search
 
-    given: dict[str, Any] = {
-        "finetune.source.path": data,
-        "finetune.source.text_column": text_column,
-        "finetune.source.label_column": label_column,
-        "evaluate.source.path": test,
-        "tune.trials": trials,
-        "tune.minutes": minutes,
-    }
+    given = _labelled(data, test, text_column, label_column)
+    given |= {"tune.trials": trials, "tune.minutes": minutes}
     if data is not None and test is None:
         given["tune.test"] = False
     experiment = _experiment(given, name, config, settings)
@@ -203,6 +188,18 @@ class Classifier:
                 wanted = "a pair of texts" if self._model.reads_pairs else "one text"
                 raise UserError(f"text {index}: the model reads {wanted}, got {text!r:.60}")
         return found  # type: ignore[return-value]
+
+
+def _labelled(
+    data: Any, test: Any, text_column: str | None, label_column: str | list[str] | None
+) -> dict[str, Any]:
+    """The keys of texts to train on, and to evaluate on."""
+    return {
+        "finetune.source.path": data,
+        "finetune.source.text_column": text_column,
+        "finetune.source.label_column": label_column,
+        "evaluate.source.path": test,
+    }
 
 
 def _experiment(

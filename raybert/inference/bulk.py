@@ -86,10 +86,7 @@ class _Scorer:
             outputs = classifier.with_ngrams(encoder, classifier.ngram_outputs(texts))
             if classifier.ngrams is not None:
                 table = table.append_column("encoder_outputs", ragged(encoder))
-            given = task.no_targets(len(labels))
-            is_known = [label is not None for label in labels]
-            given[is_known] = task.targets([label for label in labels if label is not None])
-            targets = [np.atleast_1d(row) for row in given]
+            targets = [np.atleast_1d(row) for row in task.targets_where_known(labels)]
         return table.append_column("outputs", ragged(outputs)).append_column(
             "targets", ragged(targets)
         )

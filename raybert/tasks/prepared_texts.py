@@ -178,10 +178,7 @@ def tokenize_labelled(
     """Tokenize texts and turn their labels into targets."""
     if task.is_per_token:
         return _tokenize_words(part, task, tokenizer, how)
-    known = part.labels.to_pylist()
-    has_label = [label is not None for label in known]
-    targets = task.no_targets(len(known))
-    targets[has_label] = task.targets([label for label in known if label is not None])
+    targets = task.targets_where_known(part.labels.to_pylist())
     if part.pairs is None:
         rows, is_cut = tokenize(part.texts, tokenizer, how)
         return TokenizedTexts(rows, targets, cut=sum(is_cut))

@@ -183,6 +183,13 @@ class TextTask(ABC):
         """Targets of texts without a label, for tasks on whole texts."""
         return np.full((count, len(self.labels)), np.nan, np.float32)
 
+    def targets_where_known(self, labels: Sequence[str | None]) -> npt.NDArray[Any]:
+        """`targets` of the texts that have a label, `no_targets` of the others."""
+        found = self.no_targets(len(labels))
+        is_known = [label is not None for label in labels]
+        found[is_known] = self.targets([label for label in labels if label is not None])
+        return found
+
     def groups(self, labels: Sequence[str]) -> Sequence[str]:
         """A class of each text, in whose proportions a stratified split divides the texts."""
         return labels

@@ -33,18 +33,15 @@ class LinearTeacher:
 
     def logits(self, texts: Labelled, task: TextTask) -> F32:
         """The outputs [n, L] of n texts, scaled so that labelled ones are calibrated."""
-        targets = task.no_targets(len(texts.labels))
-        known = np.flatnonzero(~np.asarray(texts.labels.is_null()))
-        targets[known] = task.targets(texts.labels.take(known).to_pylist())
+        targets = task.targets_where_known(texts.labels.to_pylist())
+        is_unlabelled = np.asarray(texts.labels.is_null())
+        known = np.flatnonzero(~is_unlabelled)
         random = np.random.default_rng(self._seed)
         fold_of = random.permutation(len(known)) % _FOLDS
         features = NgramFeatures(strings(texts), task.output_kind, len(task.labels))
         outputs = np.zeros((len(targets), len(task.labels)), np.float32)
-        is_unlabelled = np.ones(len(targets), np.bool_)
-        is_unlabelled[known] = False
         for fold in range(_FOLDS):
-            held_out, others = known[fold_of == fold], known[fold_of != fold]
-            others = others[:_MAX_TEXTS]
+            held_out, others = known[fold_of == fold], known[fold_of != fold][:_MAX_TEXTS]
             weights = features.fit(others, targets[others])
             outputs[held_out] = weights.outputs(features.matrix[held_out])
             outputs[is_unlabelled] += weights.outputs(features.matrix[is_unlabelled]) / _FOLDS
