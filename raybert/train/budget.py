@@ -1,7 +1,8 @@
 """A run's length in steps: configured, or computed from minutes once the speed is measured.
 
-A run limited by minutes measures its speed while the learning rate warms up, and then fixes its
-number of steps, once: from then on, and after every restart, it is a run limited by steps.
+A run limited by minutes measures its speed while the learning rate warms up, and sets its number of
+steps. First steps and a first evaluation are slow, so the attempt that set it corrects it once, at
+the next evaluation. From then on, and after every restart, it is a run limited by steps.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class StepBudget:
         self._tokens_per_epoch = task.tokens_per_epoch
         self._began = (0, 0.0)  # steps and seconds at the start of this attempt
         self._timing_start: tuple[int, float] | None = None  # the same, once its speed is steady
+        self._is_provisional = False  # the number of steps, set by this attempt
 
     def begin(self) -> bool:
         """Apply the limit to a new or resumed run; return whether other minutes became steps."""
@@ -34,6 +36,7 @@ class StepBudget:
         steps = config.limit_in_steps(self._steps_per_epoch, self._tokens_per_epoch)
         if steps is not None:
             progress.total_steps, progress.minutes = steps, None
+            progress.corrected_step = 0
             progress.warmup_steps = round(steps * config.warmup_fraction)
         elif progress.total_steps is not None and progress.minutes != config.minutes:
             return self._fix_by_speed_so_far()
@@ -62,15 +65,21 @@ class StepBudget:
         count = self._config.evaluations
         if count is None:
             return step % self._steps_per_epoch == 0
-        return any(step == round(total * i / count) for i in range(1, count))
+        start = self._progress.corrected_step  # one of the evaluations was there
+        count -= start > 0
+        return any(step == start + round((total - start) * i / count) for i in range(1, count))
 
     def is_measured(self) -> bool:
-        """Whether the steps taken so far are enough to measure the speed by; asked every step."""
+        """Whether to set the number of steps, or correct it, after the step just taken.
+
+        Asked after every step.
+        """
         progress = self._progress
-        if progress.total_steps is not None:
-            return False
-        # Only of this attempt: one that resumes in the warm-up has slow first steps of its own.
         taken = self._taken()
+        if progress.total_steps is not None:
+            is_timed = self._timing_start is not None and taken > self._timing_start[0]
+            return self._is_provisional and is_timed and self.is_evaluation_due()
+        # Only of this attempt: one that resumes in the warm-up has slow first steps of its own.
         steps, seconds = taken - self._began[0], progress.seconds - self._began[1]
         needed = self._measured_seconds
         is_steady = steps >= UNTIMED_STEPS and seconds >= UNTIMED_SHARE * needed
@@ -84,19 +93,21 @@ class StepBudget:
         """Turn the minutes into steps by the measured speed and an evaluation's duration."""
         assert self._timing_start is not None and self._config.minutes is not None
         progress, minutes = self._progress, self._config.minutes
-        steps, seconds = (
-            self._taken() - self._timing_start[0],
-            progress.seconds - self._timing_start[1],
-        )
-        per_step = seconds / steps
+        first_step, began = self._timing_start
+        per_step = (progress.seconds - began) / (self._taken() - first_step)
+        self._timing_start = (progress.step, progress.seconds + per_step + evaluation_seconds)
         left = minutes * 60 - progress.seconds - evaluation_seconds
-        if self._config.evaluations is None:
+        evaluations = self._config.evaluations
+        if evaluations is None:
             per_step += evaluation_seconds / self._steps_per_epoch
         else:
-            left -= evaluation_seconds * self._config.evaluations
+            left -= evaluation_seconds * (evaluations - self._is_provisional)
         progress.total_steps = progress.step + max(0, int(TRAINING_SHARE * left / per_step))
-        progress.warmup_steps = progress.step
-        progress.minutes = minutes
+        if self._is_provisional:
+            progress.corrected_step = progress.step
+        else:
+            progress.warmup_steps, progress.minutes = progress.step, minutes
+        self._is_provisional = not self._is_provisional
 
     def _fix_by_speed_so_far(self) -> bool:
         """Turn other minutes than before into steps by the speed of all attempts."""

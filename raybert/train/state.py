@@ -26,6 +26,7 @@ class Progress:
     total_steps: int | None = None  # None while a run limited by minutes measures its speed
     warmup_steps: int | None = None
     minutes: float | None = None  # the limit that total_steps was computed from, if any
+    corrected_step: int = 0  # at which total_steps was computed again; 0: not yet
     tokens: float = 0.0
     seconds: float = 0.0  # of training, over all attempts
     best_score: float | None = None

@@ -43,6 +43,42 @@ def test_evaluations_after_every_epoch_make_each_step_longer():
     assert progress.total_steps == progress.step + int(0.98 * (60 - 6 - 5) / 0.2)
 
 
+def test_the_next_evaluation_corrects_the_steps_once():
+    """The first steps were twice as slow as the others, and the first evaluation four times."""
+    budget, progress = measure(0.2, minutes=1, warmup_fraction=0.1, evaluations=4)
+    budget.set_total_steps(evaluation_seconds=4.0)
+    first_total, began = progress.total_steps, progress.step
+    evaluated = []
+    for seconds in (6.0 + 4.0 + 0.2 + 0.1 * taken for taken in range(10_000)):
+        progress.seconds = seconds + 1.0 * len(evaluated)
+        progress.step += 1
+        is_measured = budget.is_measured()
+        assert is_measured == (budget.is_evaluation_due() and not evaluated)
+        if is_measured:
+            assert progress.step == round(first_total / 4)
+            budget.set_total_steps(evaluation_seconds=1.0)
+        if is_measured or budget.is_evaluation_due():
+            evaluated.append(progress.step)
+        if budget.is_spent:
+            break
+    assert progress.warmup_steps == began
+    assert progress.total_steps > 1.5 * first_total
+    assert 60 * 0.96 < progress.seconds + 1.0 <= 60  # with the evaluation at the end
+    assert len(evaluated) == 3
+    rest = progress.total_steps - evaluated[0]
+    assert evaluated[1:] == [evaluated[0] + round(rest * i / 3) for i in (1, 2)]
+
+
+def test_an_attempt_that_resumes_keeps_the_steps():
+    budget, progress = measure(0.1, minutes=1, warmup_fraction=0.1, evaluations=4)
+    budget.set_total_steps(evaluation_seconds=1.0)
+    resumed = StepBudget(TrainConfig(minutes=1, evaluations=4), TASK, progress)
+    assert not resumed.begin()
+    for step in range(progress.step, progress.total_steps):
+        progress.step = step
+        assert not resumed.is_measured()
+
+
 def test_slow_first_steps_do_not_count():
     """The measurement begins in the second half of the warm-up."""
     budget, progress = measure(0.1, slow_first=2.0, minutes=1, warmup_fraction=0.1)
