@@ -252,7 +252,7 @@ def small_classifier(given: Path | None) -> Path:
 def reviews(model: Path, count: int) -> tuple[list[str], list[str]]:
     """Draw held-out reviews; return the texts and their labels."""
     names = huggingface.read_label_names(Folder(model))
-    found = read_labelled(EvaluationSource(), SingleLabel, names)
+    found = read_labelled(EvaluationSource(path="sample:imdb"), SingleLabel, names)
     texts, labels = found.texts.to_pylist(), found.labels.to_pylist()
     rows = random.Random(0).sample(range(len(texts)), min(count, len(texts)))
     return [texts[row] for row in rows], [labels[row] for row in rows]
