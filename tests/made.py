@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from making import finetune_spec
 from scipy.stats import spearmanr
+from sklearn.metrics import cohen_kappa_score
 
 from raybert.data.preprocess import Preprocessing
 from raybert.data.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ class Made:
     metric: str
     best: float
     source: dict
+    task: str = "auto"  # of the settings
 
 
 def _sentence(draw, words, length=(5, 12)):
@@ -105,6 +107,20 @@ def regression(count, seed=0, noise=0.3):
     return Made(rows, "spearman", float(best), {})
 
 
+def ordinal(count, seed=0, noise=0.15):
+    """Stars, from the number of words of one topic; a share of them is one off."""
+    draw, rows, clean = random.Random(seed), [], []
+    for _ in range(count):
+        clean.append(draw.randint(1, 5))
+        words = draw.choices(TOPICS["art"], k=clean[-1] - 1)
+        off = draw.choice([-1, 1]) if draw.random() < noise else 0
+        stars = min(5, max(1, clean[-1] + off))
+        rows.append({"text": _sentence(draw, words, (3, 6)), "label": stars})
+    stars = [row["label"] for row in rows]
+    best = cohen_kappa_score(stars, clean, weights="quadratic")
+    return Made(rows, "quadratic_kappa", float(best), {}, "ordinal")
+
+
 def tokens(count, seed=0, noise=0.02):
     """Words with tags: people, of one or two words, and places; some tags are missing."""
     draw, rows, truth, given = random.Random(seed), [], [], []
@@ -152,6 +168,7 @@ TASKS = {
     "regression": regression,
     "token_classification": tokens,
 }
+ALL_TASKS = {**TASKS, "ordinal": ordinal}  # with the one that only a setting chooses
 
 
 def texts_of(row):
@@ -187,10 +204,11 @@ def measured_run(folder, name):
 
 def spec_of(folder, name, count=120, layout="modern", **settings):
     """A fine-tuning run from scratch on generated data of a task."""
-    made = TASKS[name](count)
+    made = ALL_TASKS[name](count)
     lines = "".join(json.dumps(row) + "\n" for row in made.rows)
     folder.write_text("rows.jsonl", lines)
     texts = [text for row in made.rows for text in texts_of(row)]
     tokenizer = make_tokenizer(TokenizerConfig(vocab_size=120, min_frequency=1), texts)
     path = (folder / "rows.jsonl").uri
+    settings = {"task": made.task, **settings}
     return finetune_spec(folder, path, tokenizer, {"layout": layout}, **settings)

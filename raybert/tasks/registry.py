@@ -13,6 +13,7 @@ from raybert.errors import DamagedError, UserError, one_line
 from raybert.model import huggingface
 from raybert.storage.folder import Folder
 from raybert.tasks.multi_label import MultiLabel
+from raybert.tasks.ordinal import Ordinal
 from raybert.tasks.protocol import TableData, TextTask
 from raybert.tasks.regression import Regression
 from raybert.tasks.single_label import SingleLabel
@@ -20,7 +21,7 @@ from raybert.tasks.token_classification import TokenClassification
 
 #: In the order in which they are asked whether labels look like theirs; the last one takes all.
 TASKS: dict[str, type[TextTask]] = {
-    task.name: task for task in (TokenClassification, MultiLabel, Regression, SingleLabel)
+    task.name: task for task in (TokenClassification, MultiLabel, Regression, Ordinal, SingleLabel)
 }
 
 
@@ -101,7 +102,7 @@ def task_of_config_json(config: Mapping[str, Any], labels: Sequence[str], where:
         found = next(described, None)
     if found is not None:
         return found(list(labels), dict(own.get("fitted", {})))
-    known = ", ".join(task.problem_type or task.name for task in TASKS.values())
+    known = ", ".join(dict.fromkeys(task.problem_type or task.name for task in TASKS.values()))
     raise UserError(
         f"{where} was trained for {name or f'problem_type={problem_type}'} "
         f"({architecture}); raybert reads "

@@ -88,7 +88,7 @@ class SingleLabel(TextTask):
     def find_labels(cls, labels: Sequence[str], source: SourceConfig) -> list[str]:
         if source.labels is not None:
             return source.labels
-        found = sorted(labels, key=_sort_key)
+        found = sorted(labels, key=sort_key)
         if len(found) < 2:
             raise DataError(
                 f"{', '.join(source.paths)}: every row has the label {found[0]!r}; a classifier "
@@ -251,7 +251,7 @@ class SingleLabel(TextTask):
         return [class_table("Scores per class", "label", "rows", metrics)]
 
 
-def _sort_key(label: str) -> tuple[int, int, str]:
+def sort_key(label: str) -> tuple[int, int, str]:
     """Sort integers first and by value, then names alphabetically."""
     # Of more digits Python converts none, and nobody counts that far.
     return (0, int(label), "") if re.fullmatch(r"-?[0-9]{1,300}", label) else (1, 0, label)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from made import TASKS as MADE
+from made import ALL_TASKS as MADE
 from made import spec_of, texts_of
 from making import Attempt, tokenizer_of
 
@@ -235,6 +235,11 @@ def test_the_words_that_decided_are_explained(trained):
             [{"text": "Anna", "label": [[0, 9, "P"]]}],
             {"task": "token_classification"},
             "line 1: span is outside of the text",
+        ),
+        (
+            [{"text": "a", "label": "low"}, {"text": "b", "label": "high"}],
+            {"task": "ordinal"},
+            "labels such as 'low' is not known; list all labels from the lowest to the highest",
         ),
         (
             [{"text": "a", "label": ["x"]}, {"text": "b", "label": ["z"]}],
