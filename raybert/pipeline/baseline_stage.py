@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from raybert.data.sources.documents import documents
 from raybert.data.sources.settings import SourceConfig
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
@@ -60,9 +61,19 @@ def fit(
     from raybert.tasks.linear.store import save_baseline
 
     config = experiment.finetune
+    unlabelled: list[str] = []
+    if config.unlabelled is not None:
+        display.progress("reading texts without labels")
+        for table in documents(config.unlabelled):
+            unlabelled += table["text"].to_pylist()
     display.progress("fitting linear models on n-grams")
     found = fit_baseline(
-        texts.task, texts.train, texts.validation, metric=config.metric, seed=config.seed
+        texts.task,
+        texts.train,
+        texts.validation,
+        metric=config.metric,
+        seed=config.seed,
+        unlabelled=unlabelled,
     )
     save_baseline(found, folder or folder_of(experiment))
     metric = config.metric or found.task.default_metric

@@ -1,6 +1,7 @@
 """The linear baseline: of every task, near the best score, the same after it was stored."""
 
 import json
+import random
 
 import numpy as np
 import pyarrow as pa
@@ -90,6 +91,25 @@ def test_rows_without_a_label_are_left_out(tmp_path):
     )
     ours, theirs = (fit_baseline(task, texts, train) for texts in (train, unlabelled))
     assert ours.metrics == theirs.metrics
+
+
+def test_few_labels_count_for_words_that_only_unlabelled_texts_join():
+    """A word of an unlabelled text that goes with those of a label has that label."""
+    draw = random.Random(0)
+    topics = {"a": ["oboe", "viola", "cello", "flute"], "b": ["lemon", "olive", "apple", "grape"]}
+
+    def text(topic, words):
+        return " ".join(draw.choices(topics[topic][:words], k=6))
+
+    train = labelled([text(t, 2) for t in "abab"], ["a", "b"] * 2)
+    unlabelled = [text(t, 4) for t in "ab" * 100]
+    unseen = [f"{topics[t][2]} {topics[t][3]}" for t in "ab"]
+    task = SingleLabel(["a", "b"])
+    alone, joined = (fit_baseline(task, train, train, unlabelled=u) for u in ((), unlabelled))
+    assert alone.model.weighting != joined.model.weighting == "latent semantic analysis"
+    texts = labelled(unseen, ["a", "b"])
+    assert np.ptp(alone.predictions(texts).outputs, axis=0).max() == 0  # it knows none of the words
+    assert joined.predictions(texts).outputs.argmax(1).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("better", [0, 1])

@@ -19,12 +19,14 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from raybert.tasks.comparison import Predictions, paired_difference
 from raybert.tasks.entities import Word
 from raybert.tasks.labelled import Labelled
-from raybert.tasks.linear.model import NgramModel, fit_ngrams
+from raybert.tasks.linear.decision import deciding_metric
+from raybert.tasks.linear.model import NgramModel, fit_latent, fit_ngrams
 from raybert.tasks.linear.words import WordModel, fit_words
 from raybert.tasks.protocol import F32, Metrics, Outputs, TextTask
 
 #: Of the training texts, a sample; more would take minutes.
 MAX_TEXTS = 100_000
+_MAX_UNLABELLED = 30_000  # for their singular vectors, of which 20,000 texts take 15 s
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,12 @@ def fit_baseline(
     *,
     metric: str | None = None,
     seed: int = 0,
+    unlabelled: Sequence[str] = (),
 ) -> Baseline:
-    """Fit the linear models of a task, and return the one with the best validation metric."""
+    """Fit the linear models of a task, and return the one with the best validation metric.
+
+    `unlabelled`: further texts, which one more model learns from where they are the most.
+    """
     begun = time.monotonic()
     labelled = np.flatnonzero(~np.asarray(train.labels.is_null()))
     if len(labelled) > MAX_TEXTS:
@@ -102,7 +108,12 @@ def fit_baseline(
         models = [fit_words(words, tags, len(task.labels))]
     else:
         targets = targets_of(task, train)
-        models = fit_ngrams(strings(train), targets, task.output_kind, len(task.labels))
+        texts = strings(train)
+        models = fit_ngrams(texts, targets, task.output_kind, len(task.labels))
+        if len(unlabelled) > len(texts) and train.pairs is None:
+            others = [(text,) for text in unlabelled[:_MAX_UNLABELLED]]
+            latent = fit_latent(texts, others, targets, task.output_kind, len(task.labels))
+            models += [latent] if latent is not None else []
     return replace(best_of(task, models, validation, metric), seconds=time.monotonic() - begun)
 
 
@@ -112,8 +123,8 @@ def best_of(
     validation: Labelled,
     metric: str | None = None,
 ) -> Baseline:
-    """The model with the best validation metric."""
-    metric, candidates = metric or task.default_metric, []
+    """The model with the best validation metric; of few texts, unless one is given, the loss."""
+    metric, candidates = metric or deciding_metric(task, validation.texts.length()), []
     for model in models:
         _, outputs, wanted = Baseline(task, model, {}, 0.0).predictions(validation)
         fitted = task.fit(outputs, wanted)

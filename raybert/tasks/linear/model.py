@@ -1,7 +1,9 @@
 """Linear models: logistic regression of labels, ridge regression of numbers.
 
 Of texts two kinds are fitted: TF-IDF, and presence of n-grams times their log-count ratio (NB-SVM
-with logistic loss: Wang and Manning, ACL 2012). Both are a matrix of weights in the end.
+with logistic loss: Wang and Manning, ACL 2012). A third one, where there are many texts without
+labels, reads a text's coordinates along the leading singular vectors of all texts' TF-IDF (latent
+semantic analysis: Deerwester et al., 1990). Each is a matrix of weights of n-grams in the end.
 
 Shapes: n texts, F n-grams, L outputs.
 """
@@ -23,12 +25,14 @@ from raybert.tasks.linear.ngrams import Ngrams, inverse_frequency, presence, tf_
 F32 = npt.NDArray[np.float32]
 #: What an output is: one class of all, a decision of its own, or a number.
 OutputKind = Literal["class", "decision", "number"]
-Weighting = Literal["tf-idf", "log-count ratio"]
+Weighting = Literal["tf-idf", "log-count ratio", "latent semantic analysis"]
 
 _MAX_WEIGHTS = 32_000_000  # numbers of a weight matrix: 128 MB
 _MAX_NGRAMS = 500_000
 _REGULARIZED_OUTPUTS = 64  # more are fitted by naive Bayes, in one pass for all of them
 _INVERSE_PENALTY = {"tf-idf": 10.0, "log-count ratio": 1.0}  # C of scikit-learn
+_LATENT_PENALTY = 30.0  # C on singular vectors, of which each is a sum of many n-grams
+_LATENT_SIZE, _TEXTS_PER_VECTOR = 200, 50  # singular vectors: as many as texts tell nothing new
 _RIDGE = 1.0
 _SMOOTHING = 1.0  # added to each n-gram's count of a label's texts
 
@@ -82,6 +86,32 @@ def fit_ngrams(
     return models
 
 
+def fit_latent(
+    texts: Sequence[tuple[str, ...]],
+    unlabelled: Sequence[tuple[str, ...]],
+    targets: npt.NDArray[Any],
+    kind: OutputKind,
+    num_outputs: int,
+) -> NgramModel | None:
+    """Fit a model of few labelled texts in the space of the singular vectors of all texts.
+
+    `targets` are those of `fit_ngrams`. None: the texts have too few n-grams for such a space.
+    """
+    from sklearn.decomposition import TruncatedSVD
+
+    together = [*texts, *unlabelled]
+    ngrams, counts = Ngrams.fit(together, _most_ngrams(together, num_outputs))
+    size = min(_LATENT_SIZE, len(together) // _TEXTS_PER_VECTOR, counts.shape[1] - 1)
+    if size < 1:
+        return None
+    idf = inverse_frequency(counts)
+    vectors = TruncatedSVD(size, n_iter=3, random_state=0)
+    latent = sparse.csr_matrix(vectors.fit_transform(tf_idf(counts, idf))[: len(texts)])
+    found = fit(latent, targets, kind, num_outputs, _LATENT_PENALTY)
+    matrix = np.asarray(vectors.components_.T @ found.matrix, np.float32)
+    return NgramModel("latent semantic analysis", ngrams, idf, Weights(matrix, found.bias))
+
+
 def _has_ratios(kind: OutputKind, num_outputs: int) -> bool:
     return kind != "number" and num_outputs <= _REGULARIZED_OUTPUTS
 
@@ -114,15 +144,18 @@ def _most_ngrams(texts: Sequence[tuple[str, ...]], num_outputs: int) -> int:
 
 
 def fit(
-    features: sparse.csr_matrix, targets: npt.NDArray[Any], kind: OutputKind, num_outputs: int
+    features: sparse.csr_matrix,
+    targets: npt.NDArray[Any],
+    kind: OutputKind,
+    num_outputs: int,
+    strength: float = _INVERSE_PENALTY["tf-idf"],
 ) -> Weights:
-    """Fit one linear model for each output."""
+    """Fit one linear model for each output; `strength` is the inverse of the penalty on weights."""
     if kind == "number":
         return _fit_numbers(features, targets)
     decisions = _decisions(targets, num_outputs)
     if num_outputs > _REGULARIZED_OUTPUTS:
         return _fit_naive_bayes(features, decisions)
-    strength = _INVERSE_PENALTY["tf-idf"]
     return _fit_each(decisions, num_outputs, lambda output: (features, strength, np.float32(1.0)))
 
 

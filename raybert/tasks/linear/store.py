@@ -141,7 +141,7 @@ def _check(model: NgramModel | WordModel, num_labels: int, ngrams: list[str] | N
         size = len(model.ngrams.index)
         if size < len(ngrams) or rows not in ((size,), (3 * size,)):
             raise ValueError(f"{rows} rows of {size} n-grams")
-        if (model.idf is None) != (model.weighting != "tf-idf"):
+        if (model.idf is None) != (model.weighting == "log-count ratio"):
             raise ValueError(f"weighting={model.weighting} does not fit the tensors")
         if model.idf is not None:
             tensors.append(model.idf)
