@@ -200,7 +200,8 @@ def test_the_manifest_describes_the_corpus(built):
 @pytest.mark.parametrize(
     ("size", "cpus", "readers"),
     [
-        (500, 4, 3),
+        (4000, 4, 3),
+        pytest.param(500, 4, 3, marks=pytest.mark.slow),
         pytest.param(1000, 1, 1, marks=pytest.mark.slow),
         pytest.param(10_000, 2, 2, marks=pytest.mark.slow),
     ],
@@ -279,7 +280,7 @@ def test_a_failed_build_leaves_no_corpus(ray_session, tmp_path):
 
 @pytest.mark.ray
 def test_duplicates_overlap_and_held_out_copies(ray_session, tmp_path, monkeypatch):
-    small_blocks(monkeypatch, 1000)
+    small_blocks(monkeypatch, 5000)
     texts = reviews(120)
     doubled = [*texts, *(text.replace(" ", "  ") for text in texts[::-1]), *texts[:30]]
     path = write_lines(tmp_path / "a.txt", doubled)
