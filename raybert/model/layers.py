@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from raybert.model.attention import attend
 from raybert.model.attention_plan import AttentionPlan
@@ -200,6 +201,8 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention and feed-forward, each with its residual connection and its LayerNorm."""
 
+    recomputes = False  # whether the backward pass computes it again instead of keeping its values
+
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.pre_norm = config.layout == "modern"
@@ -213,6 +216,15 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         """Transform hidden states: `x` [B, T, D] -> [B, T, D]."""
+        if self.recomputes and torch.is_grad_enabled():
+            draws = self.training and self.dropout.p > 0
+            y: Tensor = checkpoint(
+                self._transform, x, plan, use_reentrant=False, preserve_rng_state=draws
+            )
+            return y
+        return self._transform(x, plan)
+
+    def _transform(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.attention_norm(x), plan))
             x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

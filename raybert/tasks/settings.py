@@ -12,6 +12,7 @@ from raybert.data.sources.settings import SourceConfig
 from raybert.model.settings import HeadConfig
 from raybert.tasks.registry import TASKS
 from raybert.train.settings import TrainConfig
+from raybert.train.sharding import Sharding
 
 TaskName = Annotated[str, KeyOf(TASKS, "auto")]
 
@@ -32,12 +33,23 @@ class PretrainConfig(TrainConfig):
     initialize_from: str | None = Field(
         None, description="a model/ folder whose weights training starts from; null: random"
     )
+    sharding: Sharding = Field(
+        "none",
+        description="what each worker has only a part of; optimizer: the optimizer's states and "
+        "the summed gradients (ZeRO), as many bytes sent as without; full: the weights, too, each "
+        "layer's gathered before it computes (FSDP)",
+    )
     evaluation_rows: int = Field(2048, ge=1, description="held-out rows that are evaluated on")
     examples: list[str] | None = Field(
         None,
         description="sentences with [MASK] whose five most probable fillings are logged at every "
         "evaluation; null: three of the held-out text",
     )
+
+    @property
+    def shards(self) -> Sharding:
+        """What each worker has only a part of."""
+        return self.sharding
 
 
 class DistillConfig(Settings):

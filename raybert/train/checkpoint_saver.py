@@ -70,15 +70,17 @@ class CheckpointSaver:
             self.log_committed()
 
     def _begin_write(self, progress: Progress, snapshot: Callable[[], Snapshot]) -> None:
-        if self._store is None:
-            return
         self.log_committed()
         state = _state_to_save(progress)
-        if self.has_failed or self._saved == state:
+        is_wanted = self._store is not None and not self.has_failed and self._saved != state
+        if not self._group.sum([is_wanted])[0]:
+            return
+        copied = snapshot()  # on all ranks: each may have a part
+        if self._store is None:
             return
         self._saved, self._retry_at = state, math.inf
         try:
-            self._store.save(snapshot(), best_step=progress.best_step)
+            self._store.save(copied, best_step=progress.best_step)
             self._stalled = time.perf_counter() - self._last_began
         except StorageError as error:
             self._note_failure(error)

@@ -106,11 +106,18 @@ class Group:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum numbers over all ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, value: float) -> float:
+        """The largest of the ranks' numbers."""
+        return self._reduce([value], dist.ReduceOp.MAX)[0]
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
         if self.world_size == 1:
             return list(values)
         device = self.device if self.numbers is None else "cpu"
         tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor, group=self.numbers)
+        dist.all_reduce(tensor, operation, group=self.numbers)
         return [float(v) for v in tensor.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
@@ -129,8 +136,15 @@ class Group:
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
-    def broadcast_tensors(self, tensors: Tensors | None) -> Tensors:
-        """Return rank 0's tensors, on the CPU, on every rank; the others give none."""
+    def broadcast_tensors(
+        self,
+        tensors: Tensors | None,
+        keep: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+    ) -> Tensors:
+        """Return rank 0's tensors, on the CPU, on every rank; the others give none.
+
+        `keep` gets each as it arrives, and returns what this rank keeps of it.
+        """
         if self.world_size == 1:
             assert tensors is not None
             return tensors
@@ -145,7 +159,8 @@ class Group:
             data = tensor.detach().contiguous().flatten().view(torch.uint8).to(self.device)
             if data.numel():
                 dist.broadcast(data, src=0)
-            received[name] = tensor if self.rank == 0 else data.cpu().view(dtype).view(shape)
+            whole = tensor if self.rank == 0 else data.cpu().view(dtype).view(shape)
+            received[name] = keep(name, whole)
         return received
 
     def wait_for(self, action: Callable[[], T], timeout_s: float) -> T:

@@ -24,7 +24,8 @@ from raybert.train.optimizers import make_optimizer
 from raybert.train.peaks import peak_flops
 from raybert.train.profiling import StepProfiler
 from raybert.train.settings import TrainConfig
-from raybert.train.state import Progress, TrainState, load_latest_on_all_ranks
+from raybert.train.sharding import sharded_copy
+from raybert.train.state import Progress, TrainState
 from raybert.train.step import Evaluator, TrainStep
 from raybert.train.task import NO_SIGNALS, Batch, ControlSignals, Preempted, Stopped, Task
 from raybert.train.tensor_file import hash_tensors
@@ -67,10 +68,13 @@ class Loop:
         """
         self.task, self.config, self.group, self.store = task, config, group, store
         self.signals, self._before_save = signals, before_save
-        optimizer = make_optimizer(task.model, config, task.lr_scale)
-        averages = WeightAverages(task.model, config.average_decay)
+        model = task.model
+        if config.shards != "none" and group.world_size > 1:
+            model = sharded_copy(model, group.device, config.shards, config.gradients)
+        optimizer = make_optimizer(model, config, task.lr_scale)
+        averages = WeightAverages(model, config.average_decay)
         self.progress = Progress()
-        self.state = TrainState(task.model, optimizer, averages, self.progress)
+        self.state = TrainState(model, optimizer, averages, self.progress)
         self.log = MetricsLog(self.progress, on_record, is_first=group.rank == 0)
         self.saver = CheckpointSaver(store, group, config, self.log)
         self._step = TrainStep(task, config, group, self.state, on_batch)
@@ -88,7 +92,7 @@ class Loop:
     def evaluations(self) -> Generator[EvalRecord, None, dict[str, Any]]:
         """Train to the end, paused at each evaluation, whose record is yielded.
 
-        Leaves the best weights in rank 0's model and returns their metrics. The generator may be
+        Leaves the best weights in the task's model and returns their metrics. The generator may be
         closed where it is paused: its checkpoints stay.
 
         Raises:
@@ -166,19 +170,21 @@ class Loop:
         if self.progress.best_step not in self.group.first(self.store.steps, self._timeout_s):
             self.progress.forget_best()
         self.state.restore(snapshot)
+        weights = self.state.whole_model(self.group)
         if self.group.rank == 0:  # of the loaded model, for the log
-            self._loaded = hash_tensors(self.task.model.state_dict())
+            self._loaded = hash_tensors(weights)
 
     def _load_latest(self, on_damaged: Callable[[str], None]) -> Snapshot | None:
-        return load_latest_on_all_ranks(self.store, self.group, self._timeout_s, on_damaged)
+        read = partial(self.store.load_latest, on_damaged)
+        return self.state.load_on_all_ranks(read, self.group, self._timeout_s)
 
     @property
     def _timeout_s(self) -> float:
         return self.config.collective_timeout_s
 
     def snapshot(self) -> Snapshot:
-        """Copy the run's state to the CPU."""
-        return self.state.snapshot()
+        """Copy the run's state to the CPU of rank 0; all ranks call it."""
+        return self.state.snapshot(self.group)
 
     def save(self, wait: bool = True) -> None:
         """Write a checkpoint of the current step, on all ranks; in the background unless `wait`."""

@@ -48,6 +48,11 @@ def _advice(config: TrainConfig, device: torch.device) -> str:
         ways.append(f"{key} is 1 already: use a smaller model or shorter texts")
     if device.type == "cuda" and not TRAIN_PRECISIONS[config.precision](device):
         ways.append(f"set {section}.precision=bf16")
+    if not config.deterministic and not config.activation_checkpointing:
+        ways.append(f"set {section}.activation_checkpointing=true, which computes layers twice")
+    can_shard = "sharding" in type(config).model_fields and config.max_workers > 1
+    if can_shard and config.shards != "full" and not config.deterministic:
+        ways.append(f"set {section}.sharding=full")
     return ", or ".join(ways)
 
 

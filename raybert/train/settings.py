@@ -15,6 +15,7 @@ from raybert.train.distributed import DDPConfig
 from raybert.train.optimizers import OptimizerConfig
 from raybert.train.profiling import ProfileConfig
 from raybert.train.schedules import ScheduleConfig
+from raybert.train.sharding import Sharding
 
 
 class Elastic(Range):
@@ -59,6 +60,11 @@ class TrainConfig(ScheduleConfig, OptimizerConfig, DDPConfig):
 
     precision: PrecisionName = Field("auto", description="auto: bf16 if the hardware multiplies it")
     compile: bool = Field(False, description="run the model through torch.compile")
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep of each layer its input only, and compute the rest again in the "
+        "backward pass: a third more operations, a fraction of the memory",
+    )
     on_non_finite: Literal["skip", "rollback", "stop"] = Field(
         "skip", description="what to do with a step whose gradient is NaN or infinite"
     )
@@ -145,6 +151,11 @@ class TrainConfig(ScheduleConfig, OptimizerConfig, DDPConfig):
         return self
 
     @property
+    def shards(self) -> Sharding:
+        """What each worker has only a part of; a stage whose task can be sharded configures it."""
+        return "none"
+
+    @property
     def min_workers(self) -> int:
         """The fewest workers that train."""
         return self.workers if isinstance(self.workers, int) else self.workers.min
@@ -193,6 +204,8 @@ MAY_CHANGE = frozenset(
 )
 #: Settings that change nothing but how numbers are rounded, and dropout's draws. They may differ
 #: when a run is resumed, unless it is deterministic: one that does not fit into memory goes on.
-ROUNDING = frozenset(("micro_batch_size", "compile", "precision", "gradients"))
+ROUNDING = frozenset(
+    "micro_batch_size compile activation_checkpointing sharding precision gradients".split()
+)
 #: Settings that may differ between runs that are compared: all are as long and evaluated as often.
 ALIKE_MAY_CHANGE: frozenset[str] = MAY_CHANGE - {*LIMITS, "evaluations", "examples"}

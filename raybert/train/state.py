@@ -11,9 +11,10 @@ from torch import nn
 
 from raybert.records import Metrics, finite
 from raybert.train.averages import WeightAverages
-from raybert.train.checkpoint import CheckpointStore, Snapshot
+from raybert.train.checkpoint import Snapshot
 from raybert.train.distributed import Group
 from raybert.train.optimizers import optimizer_tensors, restore_optimizer
+from raybert.train.sharding import is_sharded, shard_like, whole
 from raybert.train.task import ReplicasDiffer
 from raybert.train.tensor_file import Tensors, checksum_tensors
 
@@ -59,25 +60,29 @@ class Progress:
 class TrainState:
     """What training changes: tensors on their device, and the progress."""
 
-    model: nn.Module
+    model: nn.Module  # the task's own, or a sharded copy of it
     optimizer: torch.optim.Optimizer
     averages: WeightAverages
     progress: Progress
 
-    def snapshot(self) -> Snapshot:
-        """Copy everything to the CPU."""
+    def snapshot(self, group: Group) -> Snapshot:
+        """Copy everything to the CPU, whole, on rank 0; all ranks call it, and send their parts."""
         return Snapshot(
             self.progress.step,
-            _copy(self.model.state_dict()),
-            _copy(optimizer_tensors(self.optimizer)),
+            self.whole_model(group),
+            _copy(optimizer_tensors(self.optimizer), group),
             asdict(self.progress),
-            _copy(self.averages.tensors()),
+            _copy(self.averages.tensors(), group),
         )
+
+    def whole_model(self, group: Group) -> Tensors:
+        """Copy the weights to the CPU, whole, on rank 0; all ranks call it."""
+        return _copy(self.model.state_dict(), group)
 
     def check_replicas(self, group: Group, *, with_optimizer: bool) -> None:
         """Raise ReplicasDiffer on all ranks unless their weights and averages are equal."""
-        if group.world_size == 1:
-            return
+        if group.world_size == 1 or any(is_sharded(p) for p in self.model.parameters()):
+            return  # there are no replicas
         tensors = [*self.model.state_dict().values(), *self.averages.tensors().values()]
         if with_optimizer:
             tensors += optimizer_tensors(self.optimizer).values()
@@ -95,33 +100,53 @@ class TrainState:
         restore_optimizer(self.optimizer, snapshot.optimizer)
         self.averages.restore(snapshot.averages)
 
+    def load_on_all_ranks(
+        self, read: Callable[[], Snapshot | None], group: Group, timeout_s: float
+    ) -> Snapshot | None:
+        """Read a checkpoint on rank 0, which sends each of the others what it keeps of it.
 
-def _copy(tensors: Tensors) -> Tensors:
-    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+        They read nothing: a storage may list or return other files to them, and each would read as
+        much again. However long rank 0 reads, they wait. Whole tensors are sent one by one, and a
+        rank keeps its part of them, so that a checkpoint does not depend on how many ranks wrote
+        it. Raises what `read` does, on all ranks.
+        """
+        found: Snapshot | None = None
+
+        def load() -> None:
+            nonlocal found
+            found = read()
+
+        group.wait_for(load if group.rank == 0 else _nothing, timeout_s)
+        header = group.broadcast(found and (found.step, found.state, found.commit))
+        if header is None:
+            return None
+        step, state, commit = header
+        parts = (found.model, found.optimizer, found.averages) if found is not None else (None,) * 3
+        model, optimizer, averages = (group.broadcast_tensors(part, self._keep()) for part in parts)
+        return Snapshot(step, model, optimizer, state, averages, commit)
+
+    def _keep(self) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        """What this rank keeps of a whole tensor: its part where the parameter is sharded."""
+        parameters = dict(self.model.named_parameters())
+
+        def keep(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            parameter = parameters.get(name.rpartition("|")[0] or name)  # or one's optimizer state
+            if parameter is None or not is_sharded(parameter) or tensor.shape != parameter.shape:
+                return tensor
+            return shard_like(tensor, parameter)
+
+        return keep
 
 
-def load_latest_on_all_ranks(
-    store: CheckpointStore, group: Group, timeout_s: float, on_damaged: Callable[[str], None]
-) -> Snapshot | None:
-    """Load the latest complete checkpoint on rank 0, which sends it to the other ranks.
-
-    They read nothing: a storage may list or return other files to them, and each would read as
-    much again. However long rank 0 reads, they wait. Raises what `load_latest` does, on all ranks.
-    """
-    found: Snapshot | None = None
-
-    def load() -> None:
-        nonlocal found
-        found = store.load_latest(on_damaged)
-
-    group.wait_for(load if group.rank == 0 else _nothing, timeout_s)
-    header = group.broadcast(found and (found.step, found.state, found.commit))
-    if header is None:
-        return None
-    step, state, commit = header
-    parts = (found.model, found.optimizer, found.averages) if found is not None else (None,) * 3
-    model, optimizer, averages = (group.broadcast_tensors(part) for part in parts)
-    return Snapshot(step, model, optimizer, state, averages, commit)
+def _copy(tensors: Tensors, group: Group) -> Tensors:
+    """Copy tensors to rank 0's CPU, one by one: no other rank has more than one of them whole."""
+    copies = {}
+    for name, tensor in tensors.items():
+        mine = tensor.detach()
+        gathered = whole(mine)
+        if group.rank == 0:
+            copies[name] = gathered.to("cpu", copy=gathered is mine).contiguous()
+    return copies
 
 
 def _nothing() -> None:

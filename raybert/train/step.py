@@ -6,10 +6,9 @@ predicted tokens (or rows): any number of ranks computes the same gradient.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 
 from raybert.data.keyed import key_of
 from raybert.errors import DamagedError
+from raybert.model.layers import EncoderLayer
 from raybert.records import Metrics
 from raybert.storage.retry import retry
 from raybert.train.autocast import autocast
@@ -28,6 +28,7 @@ from raybert.train.distributed import Group
 from raybert.train.metrics_log import MetricsLog
 from raybert.train.optimizers import set_lr
 from raybert.train.settings import TrainConfig
+from raybert.train.sharding import accumulating, fill, whole, whole_weights
 from raybert.train.state import TrainState
 from raybert.train.task import Batch, Task
 from raybert.train.throughput import Stopwatch
@@ -46,13 +47,17 @@ class TrainStep:
     ) -> None:
         self._task, self._config, self._group = task, config, group
         self._state, self._on_batch = state, on_batch
-        self._module: nn.Module = task.model
-        self._compiled = CompiledLayers(task.model) if config.compile else None
+        self._module: nn.Module = state.model
+        for layer in state.model.modules():
+            if isinstance(layer, EncoderLayer):
+                layer.recomputes = config.activation_checkpointing
+        self._compiled = CompiledLayers(state.model) if config.compile else None
         # A GPU skips a step by itself: its work goes on while this thread reads the norm.
         self._skips_on_device = (
             group.device.type == "cuda"
             and isinstance(state.optimizer, torch.optim.AdamW)
             and not config.average_decay
+            and state.model is task.model  # the kernel takes no sharded tensors with a whole one
         )
         self._loss = torch.zeros((), dtype=torch.float64, device=group.device)
         self._count = 0
@@ -62,6 +67,8 @@ class TrainStep:
 
     def wrap(self) -> None:
         """Put the model into DDP; again after every change of what is trained."""
+        if self._state.model is not self._task.model:
+            return  # it is sharded, and sums its gradients itself
         self._module = self._group.wrap(
             self._task.model,
             deterministic=self._config.deterministic,
@@ -77,8 +84,8 @@ class TrainStep:
         before, count_before = self._loss.clone(), self._count
         self._backward(batches, step, global_count)
         set_lr(self._state.optimizer, lr)
-        parameters = [p for p in self._task.model.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm, foreach=True)
+        parameters = [p for p in self._state.model.parameters() if p.grad is not None]
+        norm = whole(nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm, foreach=True))
         if self._skips_on_device:
             # Not a setting: the fused kernel reads it, as `torch.amp.GradScaler` sets it.
             self._state.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
@@ -97,23 +104,22 @@ class TrainStep:
 
     def _backward(self, batches: Sequence[Batch], step: int, global_count: float) -> None:
         device = self._group.device
-        work = [batch for batch in batches if batch.count] or [self._task.empty_batch()]
+        work = self._parts(batches)
+        left = sum(len(parts) for _, parts in work)
         # DDP averages over ranks; the loss is the sum over all ranks, divided by the global count.
         scale = self._group.world_size / max(1.0, global_count)
         self._stopwatch.start()
-        no_sync = getattr(self._module, "no_sync", contextlib.nullcontext)
-        for batch in work:
+        for batch, parts in work:
             if self._on_batch is not None and batch.count:
                 self._on_batch(batch)
             # Draws such as dropout's depend on the micro-batch, not on the rank that computes it.
             seed = key_of("draws", self._config.seed, step, batch.micro_batch_index) >> 1
             torch.manual_seed(seed)
-            # A resumed run may have smaller micro-batches than those of its order.
-            parts = batch.split(self._config.micro_batch_size)
             for part in parts:
-                # DDP averages gradients in its backward pass only.
-                is_last = batch is work[-1] and part is parts[-1]
-                with contextlib.nullcontext() if is_last else no_sync():
+                # Gradients are averaged over ranks in the last backward pass only.
+                left -= 1
+                is_last = left == 0
+                with nullcontext() if is_last else accumulating(self._module, self._config.shards):
                     with autocast(self._config.precision, device), self._compiling():
                         loss = self._task.loss(self._module, part)
                     if is_last:
@@ -122,8 +128,20 @@ class TrainStep:
                 self._loss += loss.detach()
         self._count += sum(batch.count for batch in batches)
 
+    def _parts(self, batches: Sequence[Batch]) -> list[tuple[Batch, Sequence[Batch]]]:
+        """This rank's micro-batches, each with the parts that it is computed in; never none."""
+        # A resumed run may have smaller micro-batches than those of its order.
+        rows = self._config.micro_batch_size
+        work = [(batch, batch.split(rows)) for batch in batches if batch.count]
+        passes = sum(len(parts) for _, parts in work)
+        needed = max(1, passes)
+        if self._config.shards == "full":  # each pass gathers weights from all ranks
+            needed = int(self._group.max(needed))
+        empty = self._task.empty_batch()
+        return [(empty, [empty])] * (needed - passes) + work
+
     def _compiling(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._compiled is None else self._compiled.in_use()
+        return nullcontext() if self._compiled is None else self._compiled.in_use()
 
     def mean_loss(self) -> float:
         """The mean loss over all ranks since the last call, which all ranks make together.
@@ -145,10 +163,11 @@ class Evaluator:
 
     def evaluate(self) -> tuple[Metrics, bool]:
         """Evaluate on all ranks; return the metrics, and whether they are the best so far."""
-        model = self._state.model
+        model = self._task.model
         model.eval()
         with (
             self._state.averages.swapped_in(),
+            whole_weights(model, self._state.model),
             torch.inference_mode(),
             autocast(self._config.precision, self._group.device),
         ):
@@ -159,7 +178,7 @@ class Evaluator:
         return metrics, self._state.progress.note_best(metrics)
 
     def load_best(self, store: CheckpointStore, log: MetricsLog) -> dict[str, Any]:
-        """Put the best weights into rank 0's model, or leave the last ones if those are lost.
+        """Put the best weights into the task's model, or the last ones if those are lost.
 
         Returns their metrics and the progress; `best_step` is their step, None if no evaluation
         gave a score. A StorageError if they can't be read for `retry_timeout_s`.
@@ -170,21 +189,20 @@ class Evaluator:
         if best == progress.step:
             metrics = best_metrics or metrics
         elif best is not None:
-            config = self._config
-
-            def restore() -> None:
-                if self._group.rank == 0:
-                    load = partial(store.load, best)
-                    state.restore(retry(load, config.retry_timeout_s, log.storage_event))
-
+            config, load = self._config, partial(store.load, best)
+            read = partial(retry, load, config.retry_timeout_s, log.storage_event)
             try:
-                self._group.wait_for(restore, config.collective_timeout_s)
+                found = state.load_on_all_ranks(read, self._group, config.collective_timeout_s)
+                assert found is not None
+                state.restore(found)
                 metrics = best_metrics or {}
             except DamagedError as error:
                 message = f"{error}; the model has the weights of step {progress.step} instead"
                 log.event("best checkpoint lost", message)
                 progress = replace(progress, best_score=metrics["score"], best_step=progress.step)
         state.averages.swap()
+        if state.model is not self._task.model:
+            fill(self._task.model, dict(state.model.named_parameters()))
         result = {**metrics, **asdict(progress)}
         del result["best_metrics"]
         return result

@@ -20,6 +20,7 @@ from making import (
     gradients_of,
     pretrain_job,
 )
+from sharding_workers import FAST
 
 from raybert.data.masking import IGNORE_INDEX
 from raybert.errors import DamagedError, RaybertError, UserError
@@ -324,6 +325,7 @@ SCENARIOS = {
     "slow_ranks": slow_ranks,
     "slow_storage": slow_storage,
     "damaged_everywhere": damaged_everywhere,
+    **FAST,
 }
 
 

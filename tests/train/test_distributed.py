@@ -168,6 +168,59 @@ def test_an_error_of_reading_on_rank_0_ends_all_ranks(found):
         assert ended["left"] == [1, 2]
 
 
+# Sharded over two ranks ------------------------------------------------------------------------
+
+
+def assert_close(found, expected, what, abs=1e-5):
+    """Rounded to 5 decimals, or so."""
+    for key in what:
+        assert found[key] == pytest.approx(expected[key], abs=1.1 * abs), key
+
+
+@pytest.mark.parametrize(
+    ("name", "sharding"),
+    [("sharding", "optimizer"), ("sharding", "full"), ("sharding_muon", "full")],
+)
+def test_a_sharded_model_learns_as_one_that_is_not(found, name, sharding):
+    expected = found[2, 0][name]["none"]
+    assert len(expected["losses"]) == len(expected["norms"]) == 4
+    for rank in range(2):
+        got = found[2, rank][name][sharding]
+        assert_close(got, found[2, rank][name]["none"], ("losses", "norms", "evaluations"))
+        assert got["weights"].keys() == expected["weights"].keys()
+        assert same_tensors(got["weights"], found[2, 0][name][sharding]["weights"])
+
+
+def test_a_checkpoint_is_resumed_under_another_sharding(found):
+    expected, got = found[2, 0]["sharding"]["none"], found[2, 0]["sharding_in_turn"]
+    assert got["losses"].keys() == {1, 2, 3, 4}
+    assert got["losses"] == pytest.approx(expected["losses"], abs=1.1e-5)
+    assert got["evaluations"][-1] == pytest.approx(expected["evaluations"][-1], abs=1.1e-5)
+
+
+@pytest.mark.parametrize("name", ["sharding", "sharding_muon"])
+@pytest.mark.parametrize("what", ["optimizer", "averages", "trained"])
+def test_each_rank_holds_its_share_of_what_is_sharded(found, name, what):
+    whole = found[2, 0][name]["none"]["bytes"][what]
+    parts = [found[2, rank][name]["full"]["bytes"][what] for rank in range(2)]
+    assert 0 < max(parts) <= 0.52 * whole
+    assert sum(parts) == pytest.approx(whole, rel=0.02)
+
+
+def test_a_sharded_step_that_is_not_finite_is_taken_back(found):
+    for rank in range(2):
+        plain, sharded = (found[2, rank]["sharding_nan"][kind] for kind in ("none", "full"))
+        assert plain["skipped"] == sharded["skipped"] == 1
+        for name, weight in sharded["weights"].items():
+            torch.testing.assert_close(weight, plain["weights"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sharded_deterministic_run_is_resumed_bit_for_bit(found):
+    for rank in range(2):
+        whole, parted = found[2, rank]["sharding_deterministic"]
+        assert same_tensors(whole["weights"], parted["weights"])
+
+
 # One process -------------------------------------------------------------------------------------
 
 

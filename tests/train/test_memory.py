@@ -35,6 +35,8 @@ def message(config, device, error):
         ({"micro_batch_size": 1}, CPU, "micro_batch_size is 1 already: use a smaller model"),
         ({"precision": "fp32"}, GPU, "run it again: it resumes, or set pretrain.precision=bf16"),
         ({"deterministic": True}, CPU, "micro_batch_size=4 to 2 in a new run"),
+        ({}, CPU, "or set pretrain.activation_checkpointing=true, which"),
+        ({"workers": 2}, CPU, "twice, or set pretrain.sharding=full"),
     ],
 )
 def test_the_advice_is_possible(corpus, settings, device, words):
