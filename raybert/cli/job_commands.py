@@ -1,4 +1,4 @@
-"""Commands for clusters: doctor, submit, jobs, logs, stop."""
+"""Commands for clusters: estimate, doctor, submit, jobs, logs, stop."""
 
 from __future__ import annotations
 
@@ -61,6 +61,29 @@ def doctor(
         if FOLLOWED in os.environ:  # the process that follows this job prints it
             sys.exit(2)
         raise UserError(found["problem"])
+
+
+@app.command()
+def estimate(
+    stage: Annotated[str, typer.Argument(help="pretrain or finetune.")] = "pretrain",
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs, each with a worker.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Their type.")] = "H100",
+    network: Annotated[float, typer.Option(min=0.1, help="Gb/s of a node's network.")] = 3200,
+    name: NameOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate storage, steps and time of training on GPUs, and what limits it; reads no cluster.
+
+    Example: `raybert estimate pretrain -c mine.yaml --gpus 64 --gpu H200`
+    """
+    from raybert.jobs.scaling import estimate_on
+
+    experiment = load_experiment(config, overrides, name)
+    found = estimate_on(experiment, stage, gpus, gpus_per_node, gpu, network)
+    print_result(found, as_json, "\n".join(found["lines"]))
 
 
 @app.command()

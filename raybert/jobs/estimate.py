@@ -117,7 +117,7 @@ def estimate(
     measured = read_or_none(lambda: measured_speed(experiment.folder / stage), reads)
     done = measured.step if measured else 0
     epoch = read_or_none(lambda: _epoch(experiment, stage), reads)
-    seq_len = _seq_len(experiment, stage)
+    seq_len = seq_len_of(experiment, stage)
     steps = _steps(config, epoch, seq_len)
     left = None if steps is None else max(0, steps - done)
     step_tokens = config.global_batch_size * seq_len if epoch is None else epoch[1] / epoch[0]
@@ -205,7 +205,7 @@ def read_or_none(read: Callable[[], T], reads: bool = True) -> T | None:
         return None
 
 
-def _seq_len(experiment: Experiment, stage: str) -> int:
+def seq_len_of(experiment: Experiment, stage: str) -> int:
     """Return the maximum tokens of a row."""
     if stage == "pretrain":
         return experiment.corpus.seq_len
@@ -220,7 +220,7 @@ def _epoch(experiment: Experiment, stage: str) -> tuple[int, int] | None:
         if prepared is None:
             return None
         rows = prepared.train.rows
-        seq_len = min(prepared.seq_len, _seq_len(experiment, stage))
+        seq_len = min(prepared.seq_len, seq_len_of(experiment, stage))
         return max(1, math.ceil(rows / config.global_batch_size)), rows * seq_len
     manifest = Manifest.read(experiment.folder / "corpus")
     train = manifest.splits["train"]
