@@ -11,10 +11,13 @@ many idle cores as ranks; others are left out.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
 import time
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +33,19 @@ from raybert.model.encoder import Encoder
 from raybert.model.heads import MaskedLM
 from raybert.model.settings import ModelConfig
 from raybert.train.distributed import Group
+from raybert.train.sharding import accumulating
 
 VOCAB_SIZE, SEQ_LEN, MASKED = 8192, 128, 0.2
 MODEL = ModelConfig(hidden_size=256, num_layers=4, num_heads=4, max_seq_len=SEQ_LEN)
 
 
-def measure(rank: int, ranks: int, folder: str, micro_batches: int, rows: int, steps: int) -> None:
-    """Take steps of `micro_batches` of `rows` rows on each rank; rank 0 writes their seconds."""
+MICRO_BATCHES = (1, 4)  # on each rank
+
+
+def measure(rank: int, ranks: int, folder: str, rows: int, steps: int) -> None:
+    """Take steps of micro-batches of `rows` rows on each rank; rank 0 writes their seconds."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     if ranks > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks
@@ -48,27 +56,29 @@ def measure(rank: int, ranks: int, folder: str, micro_batches: int, rows: int, s
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     ids = torch.randint(1, VOCAB_SIZE, (rows, SEQ_LEN))
     labels = torch.where(torch.rand(rows, SEQ_LEN) < MASKED, ids, -1)
-    seconds = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        for index in range(micro_batches):
-            if ranks > 1:
-                module.require_backward_grad_sync = index == micro_batches - 1
-            module(ids, labels)[0].div(rows).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - began)
+    seconds: dict[int, list[float]] = {count: [] for count in MICRO_BATCHES}
+    for step in range(steps):  # in turns: drift of the machine's speed affects both
+        for count in MICRO_BATCHES:
+            began = time.perf_counter()
+            for index in range(count):
+                with accumulating(module, "none") if index < count - 1 else nullcontext():
+                    module(ids, labels)[0].div(rows).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step >= steps // 3:
+                seconds[count].append(time.perf_counter() - began)
     if rank == 0:
-        (Path(folder) / "seconds.json").write_text(json.dumps(seconds[steps // 3 :]))
+        (Path(folder) / "seconds.json").write_text(json.dumps([*seconds.items()]))
     if ranks > 1:
         dist.destroy_process_group()
 
 
-def step_of(ranks: int, micro_batches: int, rows: int, steps: int) -> list[float]:
-    """The seconds of the steps after the first third."""
+def steps_of(ranks: int, rows: int, steps: int) -> dict[tuple[int, int], list[float]]:
+    """The seconds of the steps after the first third, by ranks and micro-batches of each."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure, (ranks, folder, micro_batches, rows, steps), nprocs=ranks)
-        return list(json.loads((Path(folder) / "seconds.json").read_text()))
+        mp.spawn(measure, (ranks, folder, rows, steps), nprocs=ranks)
+        found = json.loads((Path(folder) / "seconds.json").read_text())
+        return {(ranks, count): seconds for count, seconds in found}
 
 
 def main() -> None:
@@ -84,10 +94,7 @@ def main() -> None:
     measured: dict[tuple[int, int], list[float]] = {}
     for ranks in (1, 2, 4):
         if ranks <= cores():
-            for micro_batches in (1, 4):
-                measured[ranks, micro_batches] = step_of(
-                    ranks, micro_batches, arguments.rows, arguments.steps
-                )
+            measured |= steps_of(ranks, arguments.rows, arguments.steps)
     medians = {key: statistics.median(value) for key, value in measured.items()}
     # Four micro-batches cost three more than one does: the rest of a step is its fixed cost.
     one = (medians[1, 4] - medians[1, 1]) / 3
@@ -127,8 +134,6 @@ def local_with(
     local: Machines, ranks: int, medians: dict[tuple[int, int], float], work: Work
 ) -> Machines:
     """The machine with `ranks`, and the bandwidth that a step of one micro-batch on two shows."""
-    import dataclasses
-
     if (2, 1) not in medians:
         return dataclasses.replace(local, gpus=ranks)
     exposed = max(1e-6, medians[2, 1] - medians[1, 1])

@@ -23,16 +23,15 @@ class Machines:
     gpus: int = 8
     gpus_per_node: int = 8
     flops: float = 0.3 * 989e12  # a second, that a GPU reaches
-    #: Within a node: of an all-reduce on 8 H100 over NVLink, 460e9 of 450e9 + NVSwitch's sums.
-    node_bandwidth: float = 450e9
+    node_bandwidth: float = 450e9  # of an all-reduce within a node, here over NVLink
     network_bandwidth: float = 0.9 * 8 * 400e9 / 8  # of a node: 8 adapters of 400 Gb/s
     latency: float = 10e-6  # seconds of one hop of a collective
     fixed: float = 4e-3  # seconds a step: counts that ranks agree on, the optimizer, launches
     input_rate: float = 14e6  # tokens a second that a node reads and masks
-    copy_bandwidth: float = 1.1e9  # of a checkpoint's copy to the host
-    storage_bandwidth: float = 1e9  # of one writer
+    copy_bandwidth: float = 4e9  # of a checkpoint's copy, for which training waits
+    storage_bandwidth: float = 0.25e9  # of one writer, checksums included
     hours_between_failures: float = 50_000.0  # of one GPU
-    restart: float = 120.0  # seconds from a failure to the first step
+    restart: float = 60.0  # seconds from a failure to the first step
 
     @property
     def nodes(self) -> int:

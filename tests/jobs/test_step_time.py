@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 
 import pytest
+from commands import run_here
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -155,3 +158,24 @@ def test_a_node_without_nvlink_is_slower_inside():
     for slow, fast in (("L40S", "H100"), ("H100 PCIe", "H100"), ("A100", "H100"), ("T4", "A100")):
         bandwidths = [machines_of(8, 8, gpu, 100).node_bandwidth for gpu in (slow, fast)]
         assert bandwidths[0] < bandwidths[1]
+
+
+def test_the_documented_command_gives_the_documented_step(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    command = re.search(r"^raybert (.*)$", page, re.MULTILINE)[1].split()
+    monkeypatch.chdir(tmp_path)
+    changes = (
+        "corpus.seq_len=512",
+        "pretrain.global_batch_size=4096",
+        "pretrain.micro_batch_size=32",
+    )
+    wanted = [*command, *(f"--set={change}" for change in changes)]
+    found = run_here([*wanted, "--json"], b"", capsys, monkeypatch)
+    assert found.code == 0, found.err
+    row = re.search(r"\| base, 3,200 Gb/s a node \|(.*)\|", page)[1].split("|")[1]
+    said = re.search(r"(\d+) ms, (\d+)%", row)
+    assert found.json["micro_batches"] == 128
+    assert round(1000 * found.json["seconds"]) == int(said[1])
+    assert round(100 * found.json["efficiency"]) == int(said[2])
+    plain = run_here(command, b"", capsys, monkeypatch)
+    assert "what costs most: " in plain.out and "GPU-hours" in plain.out
