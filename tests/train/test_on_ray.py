@@ -206,6 +206,26 @@ def test_a_killed_worker_does_not_change_the_result(together, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_worker_does_not_change_the_result_of_a_sharded_run(ray_session, corpus, tmp_path):
+    settings = {"steps": 8, "checkpoint_steps": 3, "collective_timeout_s": 30}
+    job = pretrain_job(
+        corpus, {"dropout": 0.1}, workers=2, sharding="full", deterministic=True, **settings
+    )
+    whole, killed, marker = Folder(tmp_path / "whole"), Folder(tmp_path / "killed"), tmp_path / "m"
+    bare = train_in_process(job, Folder(tmp_path / "bare"), on_progress=lambda record: None)
+    results = [
+        train(job, whole),
+        train(DeadlyJob(**job.__dict__, marker=str(marker), at=5), killed),
+    ]
+    assert marker.exists()
+    assert [result["restarts"] for result in results] == [0, 1]
+    for result in results:
+        assert result["loss"] == pytest.approx(bare["loss"], abs=1e-3)
+    left, right = ((run / "model").read_bytes("model.safetensors") for run in (whole, killed))
+    assert left == right
+
+
+@pytest.mark.slow
 def test_workers_restart_when_the_model_can_not_be_written(ray_session, corpus, tmp_path):
     """The driver reports why; once the storage works again the run ends as it would have."""
     settings = {"workers": 2, "deterministic": True, "collective_timeout_s": 20}
