@@ -22,7 +22,7 @@ from raybert.model.layers import EncoderLayer
 from raybert.records import Metrics
 from raybert.storage.retry import retry
 from raybert.train.autocast import autocast
-from raybert.train.checkpoint import CheckpointStore
+from raybert.train.checkpoint import CheckpointStore, Snapshot
 from raybert.train.compiled_layers import CompiledLayers
 from raybert.train.distributed import Group
 from raybert.train.metrics_log import MetricsLog
@@ -190,7 +190,11 @@ class Evaluator:
             metrics = best_metrics or metrics
         elif best is not None:
             config, load = self._config, partial(store.load, best)
-            read = partial(retry, load, config.retry_timeout_s, log.storage_event)
+
+            def read() -> Snapshot:
+                found = retry(load, config.retry_timeout_s, log.storage_event)
+                return replace(found, optimizer={})  # no step will need it: it is not sent
+
             try:
                 found = state.load_on_all_ranks(read, self._group, config.collective_timeout_s)
                 assert found is not None
