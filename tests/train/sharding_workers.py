@@ -51,6 +51,7 @@ def train(job, run, group, stop_at=None, **options):
         "evaluations": [r["loss"] for r in attempt.of_kind("eval")],
         "weights": attempt.task.model.state_dict(),
         "skipped": attempt.loop.progress.skipped,
+        "best_step": attempt.loop.progress.best_step,
         "bytes": {
             "optimizer": local_bytes(
                 t for k, t in optimizer_tensors(state.optimizer).items() if not k.endswith("|step")
@@ -78,13 +79,24 @@ def in_turn(corpus, run, group):
     return {"losses": losses, "evaluations": found["evaluations"]}
 
 
+class SecondIsBest(Scripted):
+    """The last rank's gradient is not finite in step 1; the evaluation after it is the best."""
+
+    calls = 0
+
+    def __init__(self, task, group):
+        bad = group.rank == group.world_size - 1
+        super().__init__(task, factor=lambda b: math.nan if b.step == 1 and bad else 1.0)
+
+    def evaluate(self):
+        self.calls += 1
+        return {**self._task.evaluate(), "score": float(self.calls == 2)}
+
+
 def not_a_number(corpus, run, group):
-    """The gradient of one rank is not finite in step 1, which is taken back."""
-    bad = group.world_size - 1
-    change = functools.partial(
-        Scripted, factor=lambda b: math.nan if b.step == 1 and group.rank == bad else 1.0
-    )
-    settings = {"steps": 3, "on_non_finite": "rollback", "checkpoint_steps": 1}
+    """A step is taken back; the run ends with the weights of an evaluation before the last."""
+    settings = {"steps": 4, "evaluations": 4, "on_non_finite": "rollback", "checkpoint_steps": 1}
+    change = functools.partial(SecondIsBest, group=group)
     return {
         sharding: train(job_of(corpus, sharding, **settings), run / sharding, group, change=change)
         for sharding in ("none", "full")

@@ -207,10 +207,11 @@ def test_each_rank_holds_its_share_of_what_is_sharded(found, name, what):
     assert sum(parts) == pytest.approx(whole, rel=0.02)
 
 
-def test_a_sharded_step_that_is_not_finite_is_taken_back(found):
+def test_a_sharded_step_that_is_not_finite_is_taken_back_and_the_best_weights_are_kept(found):
     for rank in range(2):
         plain, sharded = (found[2, rank]["sharding_nan"][kind] for kind in ("none", "full"))
         assert plain["skipped"] == sharded["skipped"] == 1
+        assert plain["best_step"] == sharded["best_step"] == 2
         for name, weight in sharded["weights"].items():
             torch.testing.assert_close(weight, plain["weights"][name], rtol=1e-4, atol=1e-5)
 
