@@ -21,10 +21,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import nn
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from raybert.config import KeyOf, Settings
-from raybert.train.sharding import is_sharded, shard_like, whole
 
 Groups = list[dict[str, Any]]  # `params` are pairs of a name and a parameter
 
@@ -41,10 +39,12 @@ def _sgd(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
 
 def _muon(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Muon; its updates are scaled to the size of AdamW's, for which `lr` is chosen."""
+    from raybert.train.muon import Muon  # PyTorch has it from 2.9 on
+
     matrices, rest = split_groups(
         groups, lambda name, parameter: name.startswith("encoder.layers.") and parameter.ndim == 2
     )
-    muon = [_Muon(matrices, adjust_lr_fn="match_rms_adamw")] if matrices else []
+    muon = [Muon(matrices, adjust_lr_fn="match_rms_adamw")] if matrices else []
     return Mixed(*muon, _adamw(rest, config))
 
 
@@ -70,38 +70,6 @@ class OptimizerConfig(Settings):
     weight_decay: float = Field(0.01, ge=0, description="of matrices; never of biases and norms")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates")
     eps: float = Field(1e-6, gt=0, description="AdamW's epsilon")
-
-
-class _Muon(torch.optim.Muon):
-    """Muon, of sharded matrices, too: their momenta are sharded, their updates are gathered."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Take a step; a closure is not supported."""
-        if not any(is_sharded(p) for group in self.param_groups for p in group["params"]):
-            return super().step()  # type: ignore[no-untyped-call]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_sharded(parameter, group)
-        return None
-
-    def _step_sharded(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        # As `torch.optim.Muon` does it, with its own functions.
-        gradient, momentum = parameter.grad, group["momentum"]
-        assert gradient is not None
-        if "momentum_buffer" not in self.state[parameter]:
-            self.state[parameter]["momentum_buffer"] = torch.zeros_like(gradient)
-        buffer = self.state[parameter]["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        update = _zeropower_via_newtonschulz(
-            whole(gradient.lerp(buffer, momentum)),
-            group["ns_coefficients"],
-            group["ns_steps"],
-            group["eps"],
-        )
-        lr = _adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(shard_like(update, parameter), alpha=-lr)
 
 
 class Mixed(torch.optim.Optimizer):
