@@ -132,7 +132,7 @@ def show_config(
         found = Experiment.model_json_schema()
         print_result(found, as_json, json.dumps(found, indent=2))
         return
-    experiment = load_experiment(config, overrides, None, start=start)
+    experiment = load_experiment(config, overrides, None, start=start, command="config")
     if as_json:
         print_result(experiment.model_dump(mode="json"), as_json)
         return

@@ -35,7 +35,7 @@ FromOption = Annotated[
     typer.Option(
         "--from",
         help="Start from a published encoder: a folder of BERT's or ModernBERT's family, a run, or "
-        "a name on huggingface.co.",
+        "a name on huggingface.co; to fine-tune, of RoBERTa, DeBERTa and others, too.",
     ),
 ]
 TextColumnOption = Annotated[

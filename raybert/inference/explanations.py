@@ -83,7 +83,7 @@ class Explainer:
             is_special = [token.is_special for token in tokens]
             keep = torch.tensor(is_special, device=self._device)  # [T]
             masked = torch.where(keep, ids, self._mask_id)
-            baseline, target = embed(torch.stack([masked, ids]), None)  # [T, D] each
+            baseline, target = embed(torch.stack([masked, ids]))  # [T, D] each
             ends = self._logits(ids, torch.stack([baseline, target]))  # [2, L]
         task = self._classifier.task
         chosen = task.choose(ends[1]) if label is None else label

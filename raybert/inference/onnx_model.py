@@ -12,7 +12,6 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,6 @@ from torch import Tensor, nn
 
 from raybert.errors import UserError
 from raybert.inference.classifier import TextClassifier
-from raybert.model.attention_plan import (
-    AttentionPlan,
-    local_mask,
-    rotation,
-    visibility_mask,
-)
-from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
 from raybert.storage.folder import Folder
 
@@ -45,34 +37,6 @@ def check_onnx() -> None:
             f"--format onnx needs {', '.join(missing)}, which is not installed; "
             "pip install 'raybert[onnx]'"
         )
-
-
-class _TracedEncoder(nn.Module):
-    """The encoder without branches on the number of tokens, which a graph can't have."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int] | None = None
-    ) -> Tensor:
-        """As `Encoder.forward`; the mask of local layers is computed for any number of tokens."""
-        encoder, seq_len = self.encoder, input_ids.shape[1]
-        config = encoder.config
-        mask = visibility_mask(attention_mask, None)
-        plan = AttentionPlan(mask, *self._rotation("global_angles", seq_len))
-        local_plan = plan
-        if config.global_attention_every > 1:
-            near = local_mask(seq_len, config.local_attention // 2, input_ids.device)
-            mask = near if mask is None else mask & near
-            local_plan = AttentionPlan(mask, *self._rotation("local_angles", seq_len))
-        return encoder.transform(input_ids, None, plan, local_plan)
-
-    def _rotation(self, name: str, seq_len: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        if self.encoder.config.layout == "classic":
-            return None, None
-        return rotation(self.encoder.get_buffer(name)[:seq_len])
 
 
 class _Graph(nn.Module):
@@ -92,11 +56,10 @@ def write_onnx(folder: Folder, path: Path) -> None:
     from raybert.model import huggingface
 
     model, _ = huggingface.load_classifier(folder)
-    encoder = model.encoder
-    longest = encoder.config.max_seq_len
-    model.encoder = _TracedEncoder(encoder)  # type: ignore[assignment]
+    longest, pad_id = model.encoder.config.max_seq_len, model.encoder.pad_id
+    model.make_traceable()
     # Sizes that nothing else has, so that no dimension is taken for a constant.
-    ids = torch.full((3, min(longest, 7)), encoder.pad_id)
+    ids = torch.full((3, min(longest, 7)), pad_id)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=longest)}
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
     logger = logging.getLogger("torch.onnx")

@@ -1,8 +1,9 @@
 """The registry of precisions that a classifier runs in, and the one selected for a machine type.
 
 A new precision is one more entry (and one more value of the setting `serve.precision`). The encoder
-changes; the classification head stays in fp32. `precision_choice` selects; its choice is one file
-per machine type beside the weights, so that all replicas on such machines take the same precision.
+changes; the classification head stays in fp32, unless
+transformers computes the model. `precision_choice` selects; its choice is one file per machine type
+beside the weights, so that all replicas on such machines take the same precision.
 """
 
 from __future__ import annotations
@@ -35,12 +36,20 @@ _FP32_BUFFERS = ("global_angles", "local_angles")  # bf16 represents integers up
 
 def build_model(model: Classifier, precision: str) -> nn.Module:
     """Make a module that is called as an fp32 classifier and computes in a precision."""
+    if isinstance(model, huggingface.TransformersClassifier):
+        return model.in_bf16() if precision == "bf16" else model
     return PRECISIONS[precision].build(model, next(model.parameters()).device)
 
 
 def available_precisions(device: torch.device) -> tuple[str, ...]:
     """The precisions that this machine can compute in, fp32 first."""
     return tuple(name for name, entry in PRECISIONS.items() if entry.is_available(device))
+
+
+def suits(folder: Folder, precision: str) -> bool:
+    """Whether a precision is one of the models of a directory."""
+    is_own = huggingface.is_own(huggingface.read_config_json(folder))
+    return is_own or not PRECISIONS[precision].own_layers
 
 
 def default_precision(device: torch.device) -> str:
@@ -97,6 +106,7 @@ class Precision:
     build: Callable[[Classifier, torch.device], nn.Module]
     is_available: Callable[[torch.device], bool] = lambda device: True
     requirement: str = ""  # for the message where it is not available
+    own_layers: bool = False  # whether it is one of raybert's own encoder only
 
 
 #: From the most exact one on: a later one is selected only if it is faster than those before it.
@@ -104,10 +114,16 @@ PRECISIONS = {
     "fp32": Precision(_build_fp32),
     "bf16": Precision(_build_bf16),
     "int8": Precision(
-        _build_int8, lambda device: device.type == "cpu" and has_int8(), "an x86 CPU"
+        _build_int8,
+        lambda device: device.type == "cpu" and has_int8(),
+        "an x86 CPU",
+        own_layers=True,
     ),
     "compiled": Precision(
-        _build_compiled, lambda device: can_compile(), "a C++ compiler (g++, or CXX)"
+        _build_compiled,
+        lambda device: can_compile(),
+        "a C++ compiler (g++, or CXX)",
+        own_layers=True,
     ),
 }
 
@@ -140,6 +156,11 @@ def resolve_precision(precision: str, folder: Folder, device: torch.device) -> s
     if precision == "auto":
         choice = read_choice(folder, device)
         return str(choice["precision"]) if choice else default_precision(device)
+    if precision in PRECISIONS and not suits(folder, precision):
+        raise UserError(
+            f"serve.precision={precision} is for raybert's own encoders, and transformers computes "
+            f"{folder}; use bf16, fp32 or auto, or raybert export --format onnx --int8"
+        )
     if precision not in PRECISIONS:
         raise UserError(f"serve.precision={precision}: use auto, {', '.join(PRECISIONS)}")
     if precision not in available_precisions(device):

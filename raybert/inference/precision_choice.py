@@ -27,6 +27,7 @@ from raybert.inference.precision import (
     machine_type,
     read_choice,
     store_choice,
+    suits,
 )
 from raybert.storage.folder import Folder
 from raybert.tasks.protocol import Outputs, Targets, TextTask
@@ -104,6 +105,8 @@ def benchmark(folder: Folder, device: str) -> dict[str, Any]:
     reference: npt.NDArray[np.float32] | None = None
     measured: dict[str, dict[str, float]] = {}
     for name in available_precisions(torch.device(device)):
+        if not suits(folder, name):
+            continue
         classifier = TextClassifier(folder, device=device, precision=name)
         rows = random_rows(classifier)
         compare = classifier.task.comparable
@@ -141,6 +144,8 @@ def compare(
     where = torch.device(device)
     measured: dict[str, dict[str, float]] = {}
     for name in available_precisions(where):
+        if not suits(folder, name):
+            continue
         on_progress(f"{name}: {len(texts):,} texts")
         classifier = TextClassifier(folder, device=device, precision=name)
         classifier.logits(texts[:8])

@@ -119,6 +119,11 @@ class Encoder(nn.Module):
                 local = local._replace(mask=near if plan.mask is None else plan.mask & near)
         return positions, plan, local
 
+    @property
+    def embedding_norm(self) -> nn.Module:
+        """The module whose outputs are the normalized embeddings."""
+        return self.embeddings.norm
+
     def has_varlen_kernel(self, device: torch.device) -> bool:
         """Whether one kernel attends to texts of any lengths in a row: then no mask is needed."""
         if device.type != "cuda":
@@ -150,3 +155,31 @@ class Encoder(nn.Module):
             return None, None
         angles = self.get_buffer(name)  # [max_seq_len, H/2]
         return rotation(angles[:seq_len] if positions is None else angles[positions])
+
+
+class TracedEncoder(nn.Module):
+    """The encoder without branches on the number of tokens, which a graph can't have."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int] | None = None
+    ) -> Tensor:
+        """As `Encoder.forward`; the mask of local layers is computed for any number of tokens."""
+        encoder, seq_len = self.encoder, input_ids.shape[1]
+        config = encoder.config
+        mask = visibility_mask(attention_mask, None)
+        plan = AttentionPlan(mask, *self._rotation("global_angles", seq_len))
+        local_plan = plan
+        if config.global_attention_every > 1:
+            near = local_mask(seq_len, config.local_attention // 2, input_ids.device)
+            mask = near if mask is None else mask & near
+            local_plan = AttentionPlan(mask, *self._rotation("local_angles", seq_len))
+        return encoder.transform(input_ids, None, plan, local_plan)
+
+    def _rotation(self, name: str, seq_len: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        if self.encoder.config.layout == "classic":
+            return None, None
+        return rotation(self.encoder.get_buffer(name)[:seq_len])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybert.model.encoder import Encoder
+from raybert.model.encoder import Encoder, TracedEncoder
 from raybert.model.layers import Dropout, initialize, make_layer_norm, make_linear
 from raybert.model.losses import linear_cross_entropy
 from raybert.model.settings import HeadConfig, ModelConfig
@@ -143,6 +143,10 @@ class Classifier(nn.Module):
             x = torch.cat([pool(text[None], None, self.pooling) for text in texts])  # [B, D]
         x = self.classifier(self.dropout(self.transform(x)))  # [B, L]
         return x.float()
+
+    def make_traceable(self) -> None:
+        """Make the model, in place, one that `torch.export` traces for any number of tokens."""
+        self.encoder = TracedEncoder(self.encoder)  # type: ignore[assignment]
 
 
 def pool(x: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:

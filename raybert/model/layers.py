@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, D hidden, N heads, H head dim, I intermediate, V voca
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -20,6 +21,17 @@ from torch.utils.checkpoint import checkpoint
 from raybert.model.attention import attend
 from raybert.model.attention_plan import AttentionPlan
 from raybert.model.settings import ModelConfig
+
+_LAYER = re.compile(r"layers?\.(\d+)\.")
+
+
+def layer_number(name: str) -> int | None:
+    """The layer that a module or parameter is in, by its name; None: it is in none.
+
+    Names are raybert's or those of transformers: `encoder.layers.3.`, `roberta.encoder.layer.3.`.
+    """
+    found = _LAYER.search(name)
+    return None if found is None else int(found[1])
 
 
 def rotary_angles(config: ModelConfig, theta: float) -> Tensor:
@@ -142,7 +154,7 @@ class Embeddings(nn.Module):
         self.norm = make_layer_norm(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Embed token ids, int64 [B, T] -> [B, T, D].
 
         `positions` are int64 [B or 1, T]; None: 0 .. T-1 in each row.

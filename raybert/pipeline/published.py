@@ -67,7 +67,7 @@ def with_encoder(
     """The values of a configuration that starts from an encoder, and settings that it overrules.
 
     `command` is `finetune` or `tune` where an encoder that was not pretrained further is fine-tuned
-    itself.
+    itself, as are those that transformers computes. Others than these and `config` pretrain.
 
     Raises:
         UserError: the folder holds no model that raybert reads, or no tokenizer.
@@ -76,7 +76,11 @@ def with_encoder(
     from raybert.model import huggingface
     from raybert.model.settings import ModelConfig
 
-    model, _ = huggingface.read_model_config(folder)
+    is_own = huggingface.is_own(huggingface.read_config_json(folder))
+    begins = command in ("finetune", "tune")
+    pretrains = not begins and command != "config"
+    read = huggingface.read_own_config if pretrains else huggingface.read_model_config
+    model, _ = read(folder)
     huggingface.weight_files(folder)
     if not Tokenizer.exists(folder):
         raise UserError(
@@ -103,7 +107,7 @@ def with_encoder(
     started = _updated(started, "corpus", {"tokenizer": tokenizer})
     started = _updated(started, "pretrain", {"initialize_from": folder.uri})
     start = _section(values, "finetune").get("initialize_from", "pretrain")
-    if command in ("finetune", "tune") and start == "pretrain" and not _is_pretrained(values):
+    if start == "pretrain" and (not is_own or (begins and not _is_pretrained(values))):
         started = _updated(started, "finetune", {"initialize_from": folder.uri})
     return _filled(started, model), overruled
 

@@ -132,10 +132,10 @@ def _check_lengths(experiment: Experiment) -> None:
     path, longest = experiment.pretrain.initialize_from, experiment.model.max_seq_len
     known, remedy = f"model.max_seq_len={longest}", "raise model.max_seq_len, or lower"
     if path is not None:
-        from raybert.model.huggingface import read_model_config
+        from raybert.model.huggingface import read_own_config
 
         start = resolve_model(path, "pretrain", key="pretrain.initialize_from")
-        longest = read_model_config(start)[0].max_seq_len
+        longest = read_own_config(start)[0].max_seq_len
         known, remedy = f"the {longest} tokens that pretrain.initialize_from={path} reads", "lower"
     lengths = {"corpus.seq_len": experiment.corpus.seq_len}
     if experiment.finetune.initialize_from in ("pretrain", "scratch"):

@@ -125,7 +125,7 @@ def pretrain(
     model, start, path = experiment.model, None, experiment.pretrain.initialize_from
     if path is not None:
         start = resolve_model(path, "pretrain", key="pretrain.initialize_from")
-        own = huggingface.read_model_config(start)[0]
+        own = huggingface.read_own_config(start)[0]
         if not huggingface.has_masked_lm_head(start):
             display.print(f"pretrain  {start} predicts no masked tokens: its head begins random")
         model = own.model_copy(update={"dropout": model.dropout})

@@ -14,6 +14,7 @@ from raybert.errors import ConfigError
 from raybert.model import huggingface
 from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier
+from raybert.model.lora import add_lora, merged
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
 from raybert.tasks.finetune_task import FinetuneTask
@@ -58,6 +59,8 @@ class FinetuneSpec:
         """Check the settings against the data, before any worker starts."""
         task = self.prepared.make_task()
         self._check_that_settings_have_effect(task)
+        if self.start is not None:
+            huggingface.check_settings(self.start, self.config.head, compiles=self.config.compile)
         weights = self.config.class_weights
         names = self.prepared.labels
         if isinstance(weights, list) and len(weights) != len(names):
@@ -113,6 +116,8 @@ class FinetuneSpec:
         train, validation = (texts.shortened(how, tokenizer) for texts in self.read_texts())
         torch.manual_seed(self.config.seed)
         model = self._make_model(tokenizer)
+        if self.config.lora.rank:
+            add_lora(model, self.config.lora.rank, self.config.lora.alpha)
         task = self.prepared.make_task().prepare(train.labels)
         if train.teacher is not None:
             train = replace(train, teacher=task.from_unit(train.teacher))
@@ -149,7 +154,7 @@ class FinetuneSpec:
         }
         temperature = fitted.pop("temperature", None)  # it goes into the weights
         huggingface.save_classifier(
-            task.task.export(task.model),
+            task.task.export(merged(task.model)),
             self.prepared.labels,
             self.tokenizer,
             folder,

@@ -22,6 +22,7 @@ from raybert.data.preprocess import pad
 from raybert.data.tokenizer import Tokenizer
 from raybert.model.cost import flops_per_token
 from raybert.model.heads import Classifier
+from raybert.model.layers import layer_number
 from raybert.records import Metrics
 from raybert.tasks.protocol import NO_LABEL, TextTask
 from raybert.tasks.regularization import RegularizedLoss, SupervisedLoss
@@ -29,8 +30,6 @@ from raybert.tasks.settings import FinetuneConfig
 from raybert.tasks.tokenized_texts import TextBatch, TokenizedTexts, rows_of_length
 from raybert.train.distributed import Group
 from raybert.train.task import Batch
-
-_LAYERS = "encoder.layers."
 
 
 class FinetuneTask:
@@ -71,6 +70,8 @@ class FinetuneTask:
             config.adversarial_size,
         )
         self._is_frozen = False
+        #: What learns when the encoder is not frozen: all of it, or adapters.
+        self._trained = [p for p in model.encoder.parameters() if p.requires_grad]
         self.steps_per_epoch = self._order.steps_per_epoch
         self.tokens_per_epoch = int(lengths.sum())
         self.flops_per_token = flops_per_token(model.encoder.config, round(float(lengths.mean())))
@@ -125,13 +126,12 @@ class FinetuneTask:
 
     def lr_scale(self, name: str) -> float:
         """Layer-wise decay: the head learns at the full rate, each layer below it slower."""
-        layers = self.model.encoder.config.num_layers
-        if name.startswith("encoder.embeddings"):
+        layers, layer = self.model.encoder.config.num_layers, layer_number(name)
+        depth = layers + 1
+        if layer is not None:
+            depth = 1 + layer
+        elif "embedding" in name:
             depth = 0
-        elif name.startswith(_LAYERS):
-            depth = 1 + int(name.removeprefix(_LAYERS).partition(".")[0])
-        else:
-            depth = layers + 1
         return float(self._config.layer_decay ** (layers + 1 - depth))
 
     def prepare(self, step: int) -> bool:
@@ -139,7 +139,8 @@ class FinetuneTask:
         is_frozen = step < self._config.frozen_epochs * self.steps_per_epoch
         changed, self._is_frozen = is_frozen != self._is_frozen, is_frozen
         if changed:
-            self.model.encoder.requires_grad_(not is_frozen)
+            for parameter in self._trained:
+                parameter.requires_grad_(not is_frozen)
         return changed
 
     def evaluate(self) -> Metrics:

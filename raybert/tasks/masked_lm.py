@@ -116,7 +116,7 @@ class PretrainSpec:
 
     def _check_vocabulary(self, start: Folder, tokenizer: Tokenizer) -> None:
         """Check that the ids of the corpus denote the same tokens in the model to start from."""
-        known = huggingface.read_model_config(start)[1]
+        known = huggingface.read_own_config(start)[1]
         if self.manifest.vocab_size > known:
             raise ConfigError(
                 f"pretrain.initialize_from={start} knows {known:,} tokens, the corpus has "

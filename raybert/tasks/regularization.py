@@ -164,7 +164,7 @@ def shifted_embeddings(model: Classifier, shift: Tensor | None, passes: int = 1)
     def add_shift(norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output + whole.to(output.dtype)
 
-    handle = model.encoder.embeddings.norm.register_forward_hook(add_shift)
+    handle = model.encoder.embedding_norm.register_forward_hook(add_shift)
     try:
         yield
     finally:
@@ -179,7 +179,7 @@ def _record_embeddings(model: Classifier) -> Iterator[list[Tensor]]:
     def record(norm: nn.Module, inputs: Any, output: Tensor) -> None:
         recorded.append(output.detach())
 
-    handle = model.encoder.embeddings.norm.register_forward_hook(record)
+    handle = model.encoder.embedding_norm.register_forward_hook(record)
     try:
         yield recorded
     finally:

@@ -111,6 +111,19 @@ class TextsConfig(Settings):
     distill: DistillConfig = DistillConfig()
 
 
+class LoraConfig(Settings):
+    """LoRA: adapters learn in place of the encoder, and are merged into the finished model."""
+
+    rank: int = Field(
+        0,
+        ge=0,
+        description="rank of the adapters (arXiv 2106.09685) that learn in place of the encoder's "
+        "matrices, 8 for instance, with a learning rate about ten times as high; the optimizer "
+        "then holds states of adapters and head alone; 0: the whole encoder learns",
+    )
+    alpha: float = Field(16.0, gt=0, description="factor of the adapters, divided by their rank")
+
+
 class FinetuneConfig(TextsConfig, TrainConfig):
     """How a classifier is fine-tuned: the settings of training, with other defaults, and more."""
 
@@ -138,6 +151,7 @@ class FinetuneConfig(TextsConfig, TrainConfig):
         description="dropout probability in the encoder; higher than in pretraining, because "
         "each text is seen in several epochs",
     )
+    lora: LoraConfig = LoraConfig()
     frozen_epochs: float = Field(0, ge=0, description="epochs in which only the head learns")
     layer_decay: float = Field(
         1.0,

@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import nn
 
 from raybert.config import KeyOf, Settings
+from raybert.model.layers import layer_number
 
 Groups = list[dict[str, Any]]  # `params` are pairs of a name and a parameter
 
@@ -42,7 +43,7 @@ def _muon(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
     from raybert.train.muon import Muon  # PyTorch has it from 2.9 on
 
     matrices, rest = split_groups(
-        groups, lambda name, parameter: name.startswith("encoder.layers.") and parameter.ndim == 2
+        groups, lambda name, parameter: layer_number(name) is not None and parameter.ndim == 2
     )
     muon = [Muon(matrices, adjust_lr_fn="match_rms_adamw")] if matrices else []
     return Mixed(*muon, _adamw(rest, config))

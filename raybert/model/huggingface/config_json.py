@@ -155,8 +155,13 @@ def read_config_json(folder: Folder) -> dict[str, Any]:
     return config
 
 
-def read_model_config(folder: Folder) -> tuple[ModelConfig, int]:
-    """Read an encoder's configuration and the size of its vocabulary; the weights are not read."""
+def is_own(config: Mapping[str, Any]) -> bool:
+    """Whether raybert computes a model's architecture itself; transformers computes others."""
+    return str(config.get("model_type")).removeprefix(RAYBERT_ONLY) in MODEL_TYPES.values()
+
+
+def read_own_config(folder: Folder) -> tuple[ModelConfig, int]:
+    """As `read_model_config`, of an encoder that can be pretrained: one of raybert's layouts."""
     model, vocab_size, _ = from_config_json(folder, read_config_json(folder))
     return model, vocab_size
 
@@ -237,7 +242,8 @@ def from_config_json(folder: Folder, config: Mapping[str, Any]) -> tuple[ModelCo
     layouts = {name: layout for layout, name in MODEL_TYPES.items()}
     if model_type not in layouts:
         raise UserError(
-            f"{folder} holds a model of type {model_type}; raybert reads {' and '.join(layouts)}"
+            f"{folder} holds a model of type {model_type}; raybert pretrains "
+            f"{' and '.join(layouts)}; to fine-tune others: raybert finetune --from"
         )
     layout = layouts[model_type]
     where = folder.join(CONFIG_JSON)

@@ -11,6 +11,7 @@ from torch import Tensor
 from raybert.errors import DamagedError, RaybertError, UserError
 from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier, MaskedLM
+from raybert.model.huggingface import transformers_backend
 from raybert.model.huggingface.config_json import (
     PROBLEM_TYPE,
     RAYBERT_CLASSIFIER,
@@ -18,15 +19,18 @@ from raybert.model.huggingface.config_json import (
     architecture_of,
     from_config_json,
     head_config,
+    is_own,
     is_per_token,
     label_names,
     no_classification_head,
     read_config_json,
+    read_own_config,
     temperature_of,
     to_config_json,
     unsupported_by_transformers,
 )
 from raybert.model.huggingface.config_schema import CONFIG_JSON
+from raybert.model.huggingface.transformers_backend import TransformersClassifier
 from raybert.model.huggingface.weights import (
     WEIGHTS_FILE,
     Source,
@@ -34,11 +38,26 @@ from raybert.model.huggingface.weights import (
     read_tensors,
     serialize,
 )
-from raybert.model.settings import HeadConfig
+from raybert.model.settings import HeadConfig, ModelConfig
 from raybert.storage.folder import Folder
 
 _DIVERGED = "the weights have diverged; take an earlier checkpoint, or train again with a lower lr"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def read_model_config(folder: Folder) -> tuple[ModelConfig, int]:
+    """Read an encoder's configuration and the size of its vocabulary; the weights are not read."""
+    config = read_config_json(folder)
+    if is_own(config):
+        return read_own_config(folder)
+    return transformers_backend.read_shape(folder, config)
+
+
+def check_settings(folder: Folder, head: HeadConfig, *, compiles: bool) -> None:
+    """Raise ConfigError for settings of fine-tuning that a model's architecture has not."""
+    config = read_config_json(folder)
+    if not is_own(config):
+        transformers_backend.check_settings(config, head, compiles=compiles)
 
 
 def load_masked_lm(folder: Folder, dropout: float | None = None) -> MaskedLM:
@@ -80,6 +99,10 @@ def load_classifier(folder: Folder) -> tuple[Classifier, list[str]]:
     """Read a classifier and the names of its labels, in the order of its logits."""
     config = read_config_json(folder)
     tensors = read_tensors(folder)
+    if not is_own(config):
+        other = transformers_backend.load(folder, config, tensors)
+        _check_outputs(other, folder, DamagedError)
+        return other, label_names(folder, config, other.num_labels)
     weight = tensors.get("classifier.weight")
     if weight is None or not weight.ndim:
         raise no_classification_head(folder, config)
@@ -121,12 +144,22 @@ def make_classifier_on(
     else:
         tensors = {name: torch.tensor(array) for name, array in weights.items()}
 
-    def make(encoder: Encoder) -> Classifier:
+    def check_vocabulary(encoder: Encoder) -> None:
         if vocab_size is not None and vocab_size > encoder.vocab_size:
             raise UserError(
                 f"the tokenizer has {vocab_size} tokens and the model in {folder} knows "
                 f"{encoder.vocab_size}; use the tokenizer that lies beside the model"
             )
+
+    if not is_own(config):
+        model = transformers_backend.make_on(
+            folder, config, tensors, num_labels, head, dropout, per_token=per_token
+        )
+        check_vocabulary(model.encoder)
+        return model
+
+    def make(encoder: Encoder) -> Classifier:
+        check_vocabulary(encoder)
         return Classifier(encoder, num_labels, head, per_token=per_token)
 
     optional = ("transform.", "classifier.")
@@ -169,7 +202,7 @@ def _check_outputs(
     """Score a short text once; raise `error_type` if the outputs are not finite."""
     encoder = model.encoder
     length = min(8, encoder.vocab_size, encoder.config.max_seq_len)
-    device = encoder.embeddings.tokens.weight.device
+    device = next(model.parameters()).device
     ids = torch.arange(encoder.vocab_size - length, encoder.vocab_size, device=device)[None]
     was_training = model.training
     model.eval()
@@ -233,16 +266,21 @@ def save_classifier(
     if len(label_names) != model.num_labels:
         raise ValueError(f"{len(label_names)} label names for {model.num_labels} labels")
     _check_before_saving(model, folder)
-    config = to_config_json(model.encoder, preprocessing)
+    if isinstance(model, TransformersClassifier):
+        config = model.config_json(preprocessing)
+    else:
+        config = to_config_json(model.encoder, preprocessing)
     config["id2label"] = {str(index): name for index, name in enumerate(label_names)}
     config["label2id"] = {name: index for index, name in enumerate(label_names)}
     if problem_type is not None:
         config["problem_type"] = problem_type
     if task is not None:
         config["raybert"]["task"] = dict(task)
-    config["classifier_dropout"] = model.config.dropout
     if temperature is not None:
         config["raybert"]["calibrated_temperature"] = temperature
+    if isinstance(model, TransformersClassifier):
+        return _write(model, config, tokenizer, folder, card, temperature or 1.0)
+    config["classifier_dropout"] = model.config.dropout
     unsupported = None
     if not model.per_token:
         unsupported = unsupported_by_transformers(model.config, model.encoder.config)
@@ -275,7 +313,7 @@ def _write(
         folder.write_bytes(name, tokenizer.read_bytes(name))
     values = folder.read_json(TOKENIZER_FILES[1])
     # Pipelines cut texts there with truncation=True, and give the model no token types.
-    values["model_max_length"] = config["max_position_embeddings"]
+    values["model_max_length"] = model.encoder.config.max_seq_len
     values["model_input_names"] = ["input_ids", "attention_mask"]
     folder.write_json(TOKENIZER_FILES[1], values)
     folder.write_text("README.md", card)

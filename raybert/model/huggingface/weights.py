@@ -19,6 +19,7 @@ from torch import Tensor
 from raybert.errors import DamagedError, UserError, one_line
 from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.huggingface.parameter_names import layers_in, transformers_names
+from raybert.model.huggingface.transformers_backend import TransformersClassifier
 from raybert.storage.folder import Folder
 
 WEIGHTS_FILE = "model.safetensors"
@@ -43,13 +44,16 @@ def serialize(model: MaskedLM | Classifier, temperature: float = 1.0) -> bytes:
     `temperature` divides a classifier's logits.
     """
     tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name.startswith("classifier.") and temperature != 1.0:
-            tensor = tensor / temperature
-        names = transformers_names(name, model.encoder.config.layout)
-        for part, piece in zip(names, tensor.chunk(len(names)), strict=True):
-            tensors[part] = piece.detach().cpu().float().contiguous()
-    data: bytes = safetensors.torch.save(tensors, {"format": "pt"})
+    if isinstance(model, TransformersClassifier):
+        tensors = model.tensors(temperature)
+    else:
+        for name, tensor in model.state_dict().items():
+            if name.startswith("classifier.") and temperature != 1.0:
+                tensor = tensor / temperature
+            names = transformers_names(name, model.encoder.config.layout)
+            tensors.update(zip(names, tensor.chunk(len(names)), strict=True))
+    plain = {name: tensor.detach().cpu().float().contiguous() for name, tensor in tensors.items()}
+    data: bytes = safetensors.torch.save(plain, {"format": "pt"})
     return data
 
 
