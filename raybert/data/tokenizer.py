@@ -104,6 +104,26 @@ class Tokenizer:
         """The same tokenizer, for which the spelling of a special token in a text is that token."""
         return Tokenizer(self.to_json(), {**self._config, _SPELLED: True}, self.name)
 
+    def with_words(self, words: Sequence[str]) -> Tokenizer:
+        """The same WordPiece tokenizer with more words, whose ids follow the others."""
+        new = {word: self.vocab_size + number for number, word in enumerate(words)}
+        model = self.spec["model"]
+        spec = {**self.spec, "model": {**model, "vocab": {**model["vocab"], **new}}}
+        return Tokenizer(json.dumps(spec), self._config, self.name)
+
+    def words_beyond(self, other: Tokenizer) -> dict[str, list[int]] | None:
+        """The words that `with_words` added to another tokenizer, and their ids in that one.
+
+        None: this one is not another one with more words.
+        """
+        mine, theirs = self.hf.get_vocab(), other.hf.get_vocab()
+        new = {word: index for word, index in mine.items() if word not in theirs}
+        is_same = all(mine.get(word) == index for word, index in theirs.items())
+        if not is_same or min(new.values(), default=other.vocab_size) < other.vocab_size:
+            return None
+        encode = other.hf.encode
+        return {word: encode(word, add_special_tokens=False).ids for word in new}
+
     @classmethod
     def load(cls, folder: Folder) -> Tokenizer:
         """Read the tokenizer of a corpus or model folder; a DataError where there is none."""

@@ -23,6 +23,7 @@ from raybert.config import Settings
 from raybert.data.byte_level import BYTES, train_byte_level
 from raybert.data.encoding import STRIP_PATTERN
 from raybert.data.keyed import text_hash
+from raybert.data.new_words import with_new_words
 from raybert.data.scripts import share_without_spaces
 from raybert.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_FILE, Tokenizer
 from raybert.data.unknown import WARNED, count_unknown_of_sample
@@ -62,6 +63,13 @@ class TokenizerConfig(Settings):
         description="characters to train on, at most, of documents drawn by a hash of their text; "
         "null: all, in memory that grows with the text",
     )
+    new_words: int = Field(
+        0,
+        ge=0,
+        description="for kind file and WordPiece: so many of the text's most frequent words that "
+        "the tokenizer splits become tokens; pretraining from the model beside it begins with the "
+        "mean of their pieces' embeddings",
+    )
     special_tokens_in_text: bool = Field(
         False,
         description="whether the spelling of a special token in a text, such as [SEP], is that "
@@ -74,6 +82,8 @@ class TokenizerConfig(Settings):
             raise ValueError("kind=file needs path: a tokenizer.json, or a folder that has one")
         if self.kind != "file" and self.path:
             raise ValueError(f"path={self.path} goes with kind=file, not with kind={self.kind}")
+        if self.kind != "file" and self.new_words:
+            raise ValueError(f"new_words={self.new_words} goes with kind=file, not {self.kind}")
         if self.kind == "words" and not self.lowercase:
             raise ValueError("lowercase=false goes with kind=wordpiece; words are lower-case")
         if self.kind == "byte_bpe" and self.vocab_size < _BYTE_LEVEL_SIZE:
@@ -109,7 +119,11 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> TrainedTok
 def _load_or_train(config: TokenizerConfig, texts: Iterable[str]) -> TrainedTokenizer:
     if config.kind == "file":
         assert config.path is not None  # TokenizerConfig requires it
-        return TrainedTokenizer(load_file(config.path), config.kind)
+        loaded = load_file(config.path)
+        if config.new_words:
+            drawn = draw_texts(texts, config.train_chars)
+            loaded = with_new_words(loaded, drawn, config.new_words, config.min_frequency)
+        return TrainedTokenizer(loaded, config.kind)
     drawn = draw_texts(texts, config.train_chars)
     if not drawn:
         raise DataError("no text to train a tokenizer on")

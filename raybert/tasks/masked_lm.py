@@ -37,6 +37,7 @@ from raybert.model.attention import MAX_MATMUL_TOKENS
 from raybert.model.cost import flops_per_token
 from raybert.model.encoder import Encoder
 from raybert.model.heads import MaskedLM
+from raybert.model.new_tokens import add_tokens
 from raybert.model.settings import ModelConfig
 from raybert.records import Metrics, format_mean
 from raybert.storage.folder import Folder
@@ -117,14 +118,14 @@ class PretrainSpec:
     def _check_vocabulary(self, start: Folder, tokenizer: Tokenizer) -> None:
         """Check that the ids of the corpus denote the same tokens in the model to start from."""
         known = huggingface.read_own_config(start)[1]
+        if new_tokens(start, tokenizer) is not None:
+            return
         if self.manifest.vocab_size > known:
             raise ConfigError(
                 f"pretrain.initialize_from={start} knows {known:,} tokens, the corpus has "
                 f"{self.manifest.vocab_size:,}; {_USE_ITS_TOKENIZER}"
             )
-        if not Tokenizer.exists(start):
-            return
-        if Tokenizer.load(start).hf.get_vocab() != tokenizer.hf.get_vocab():
+        if Tokenizer.exists(start):
             raise ConfigError(
                 f"pretrain.initialize_from={start} has another vocabulary than the corpus; "
                 f"{_USE_ITS_TOKENIZER}"
@@ -158,6 +159,18 @@ class PretrainSpec:
         return {"model": folder.uri}
 
 
+def new_tokens(start: Folder, tokenizer: Tokenizer) -> dict[int, list[int]] | None:
+    """The tokens that a corpus has beside those of a model, by id: the ids of their pieces.
+
+    None: the model has no tokenizer, or the corpus' is not that one with more words.
+    """
+    words = tokenizer.words_beyond(Tokenizer.load(start)) if Tokenizer.exists(start) else None
+    if words is None:
+        return None
+    ids = tokenizer.hf.get_vocab()
+    return {ids[word]: pieces for word, pieces in words.items()}
+
+
 class MaskedLMTask:
     """Masked language modelling on a corpus, for the training loop."""
 
@@ -177,6 +190,7 @@ class MaskedLMTask:
         torch.manual_seed(config.seed)
         if spec.start is not None:
             model = huggingface.make_masked_lm_on(spec.start, spec.model.dropout)
+            add_tokens(model, new_tokens(spec.start, self._tokenizer) or {})
         else:
             encoder = Encoder(spec.model, self._tokenizer.vocab_size, self._tokenizer.pad_id)
             model = MaskedLM(encoder)

@@ -33,7 +33,7 @@ SHAPES = [
 #: Of BERT's second segment, which raybert has no inputs for, and of attention's dropout; the others
 #: say in what form a model is written, or are names of the same number.
 DIFFERENT = {"type_vocab_size", "attention_probs_dropout_prob", "attention_dropout"}
-OF_FORM = {"transformers_version", "raybert", "dtype", "torch_dtype", "architectures"}
+OF_FORM = {"transformers_version", "raybert", "dtype", "architectures", "_name_or_path"}
 
 
 def random_model(kind, layers, heads, head_dim, feed_forward, tokens, vocabulary):

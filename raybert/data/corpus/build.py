@@ -123,7 +123,7 @@ def _train_tokenizer(
     config: CorpusConfig, progress: Callable[[Progress], None]
 ) -> tuple[TrainedTokenizer, int | None]:
     """The tokenizer, and the number of documents, which only training one counts."""
-    if config.tokenizer.kind == "file":
+    if config.tokenizer.kind == "file" and not config.tokenizer.new_words:
         return train_tokenizer(config.tokenizer, ()), None
     count = 0
     began = time.monotonic()

@@ -233,7 +233,7 @@ def _read(
             f"describes an encoder of {described:,}"
         )
     with _errors_named(folder, config):
-        model, info = _auto_class(per_token).from_pretrained(
+        model, info = type(outline).from_pretrained(
             None,
             config=found,
             state_dict=dict(tensors),
