@@ -60,13 +60,13 @@ def tokenizer_of(texts):
     return make_tokenizer(config, texts)
 
 
-def make_corpus(folder, *, texts=None, documents=120, seq_len=16, config=None):
+def make_corpus(folder, *, texts=None, documents=120, seq_len=16, config=None, tokenizer=None):
     """Write a corpus as `raybert corpus` does, without Ray; returns its manifest.
 
     With a CorpusConfig as `config` it counts as made by that configuration.
     """
     texts = texts or [text for text, _ in reviews(documents)]
-    tokenizer = tokenizer_of(texts)
+    tokenizer = tokenizer or tokenizer_of(texts)
     tokenizer.save(folder)
     held = max(1, len(texts) // 10)
     splits, counts = {}, {}

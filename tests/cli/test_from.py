@@ -13,6 +13,8 @@ from making import make_corpus, reviews, tokenizer_of, write_csv
 
 from raybert.config import build
 from raybert.data.corpus.settings import CorpusConfig
+from raybert.data.tokenizer import Tokenizer
+from raybert.data.tokenizer_training import make_tokenizer
 from raybert.errors import UserError
 from raybert.model import huggingface
 from raybert.pipeline.published import find_encoder, with_encoder
@@ -43,7 +45,7 @@ def published(path, kind):
         model = transformers.ModernBertModel(config)
     else:
         config = transformers.BertConfig(vocab_size=tokenizer.vocab_size, **SIZES)
-        whole = kind == "bert, masked"
+        whole = "masked" in kind
         model = (transformers.BertForMaskedLM if whole else transformers.BertModel)(config)
     model.save_pretrained(path, max_shard_size="8KB" if "sharded" in kind else "1GB")
     if "vocab.txt" in kind:
@@ -55,12 +57,14 @@ def published(path, kind):
     return path
 
 
-def experiment_from(path, folder):
-    """An experiment whose corpus has the encoder's tokenizer."""
+def experiment_from(path, folder, texts=TEXTS, new_words=0):
+    """An experiment whose corpus has the encoder's tokenizer, with new words of its texts."""
     experiment = Experiment(path, corpus=False, epochs=1)
     tokenizer = {**experiment.values["corpus"]["tokenizer"], "kind": "file", "path": str(folder)}
+    tokenizer["new_words"] = new_words
     config = build(CorpusConfig, {**experiment.values["corpus"], "tokenizer": tokenizer}, "test")
-    make_corpus(experiment.folder / "corpus", texts=TEXTS, config=config)
+    made = make_tokenizer(config.tokenizer, texts) if new_words else None
+    make_corpus(experiment.folder / "corpus", texts=texts, config=config, tokenizer=made)
     return experiment
 
 
@@ -89,6 +93,31 @@ def test_pretraining_goes_on_from_it_and_fine_tuning_from_there(raybert, tmp_pat
     assert "Started from: tiny, pretrained from published\n" in card
     answered = raybert("predict", "-m", experiment.run, "a superb film")
     assert answered.code == 0, answered.err
+
+
+@pytest.mark.parametrize("kind", ["bert, vocab.txt", "bert, masked, vocab.txt"])
+def test_new_words_begin_with_the_mean_of_their_pieces(raybert, tmp_path, kind):
+    folder = published(tmp_path / "published", kind)
+    old = Tokenizer.load(Folder(folder))
+    texts = [f"{text} supermarket filmography" for text in TEXTS]
+    experiment = experiment_from(tmp_path, folder, texts=texts, new_words=2)
+    at = ("-c", experiment.config, "--from", folder, "--bare", "--json")
+    changed = ("--set", "pretrain.lr=1e-9", "--set", "corpus.tokenizer.new_words=2")
+    done = raybert("pretrain", *at, *changed)
+    assert done.code == 0, done.err
+    new = Tokenizer.load(Folder(done.json["model"]))
+    before, after = (
+        huggingface.make_masked_lm_on(Folder(at)).encoder.embeddings.tokens.weight
+        for at in (folder, done.json["model"])
+    )
+    assert len(after) == len(before) + 2
+    torch.testing.assert_close(after[: len(before)], before, rtol=0, atol=1e-6)
+    for word in ("supermarket", "filmography"):
+        pieces = old.hf.encode(word, add_special_tokens=False).ids
+        mean = before[pieces].mean(dim=0)
+        torch.testing.assert_close(after[new.hf.token_to_id(word)], mean, rtol=0, atol=1e-6)
+    tuned = raybert("finetune", *at, *changed)
+    assert tuned.code == 0, tuned.err
 
 
 @pytest.mark.parametrize("kind", ["bert, vocab.txt", "modern, sharded"])

@@ -41,7 +41,7 @@ def test_it_is_fine_tuned_and_predicts(raybert, tmp_path):
     assert shown["finetune"]["initialize_from"] == str(folder)
     for command in ("run", "pretrain", "corpus"):
         line = refused(raybert(command, "--data", experiment.texts, "--from", folder))
-        assert "type roberta; raybert pretrains modernbert and bert" in line
+        assert "of type roberta; of masked language models raybert reads" in line
 
 
 @pytest.mark.ray

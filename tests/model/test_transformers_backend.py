@@ -204,7 +204,7 @@ def test_the_extra_is_named_where_transformers_is_missing(copied, monkeypatch):
 
 
 def test_it_is_not_pretrained_further(copied):
-    with pytest.raises(UserError, match="of type roberta; raybert pretrains modernbert and bert"):
+    with pytest.raises(UserError, match="of type roberta; of masked language models raybert reads"):
         huggingface.read_own_config(copied)
 
 

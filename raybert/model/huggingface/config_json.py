@@ -242,8 +242,8 @@ def from_config_json(folder: Folder, config: Mapping[str, Any]) -> tuple[ModelCo
     layouts = {name: layout for layout, name in MODEL_TYPES.items()}
     if model_type not in layouts:
         raise UserError(
-            f"{folder} holds a model of type {model_type}; raybert pretrains "
-            f"{' and '.join(layouts)}; to fine-tune others: raybert finetune --from"
+            f"{folder} holds a model of type {model_type}; of masked language models raybert reads "
+            f"{' and '.join(layouts)}; `raybert finetune --from` takes others"
         )
     layout = layouts[model_type]
     where = folder.join(CONFIG_JSON)
