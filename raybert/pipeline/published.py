@@ -132,10 +132,12 @@ def _filled(values: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
         pretrain |= {"global_batch_size": batch, "micro_batch_size": micro}
     if all(own.get(limit) is None for limit in LIMITS):
         pretrain["epochs"] = 1
+    adapts = _section(_section(values, "finetune"), "lora").get("rank")
     decided = {
         "corpus": {"seq_len": min(CorpusConfig().seq_len, model.max_seq_len)},
         "pretrain": pretrain,
-        "finetune": {"lr": published_lr(width)},
+        # Adapters begin at zero, and what the encoder knows stays.
+        "finetune": {"lr": published_lr(width) * (10 if adapts else 1)},
     }
     return fill(values, decided)
 

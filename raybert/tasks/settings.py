@@ -118,8 +118,9 @@ class LoraConfig(Settings):
         0,
         ge=0,
         description="rank of the adapters (arXiv 2106.09685) that learn in place of the encoder's "
-        "matrices, 8 for instance, with a learning rate about ten times as high; the optimizer "
-        "then holds states of adapters and head alone; 0: the whole encoder learns",
+        "matrices, 8 for instance, with a learning rate about ten times as high, as --from sets "
+        "it; the optimizer then holds states of adapters and head alone; 0: the whole encoder "
+        "learns",
     )
     alpha: float = Field(16.0, gt=0, description="factor of the adapters, divided by their rank")
 

@@ -32,7 +32,7 @@ from raybert.model.huggingface.directory import (
     save_classifier,
     save_masked_lm,
 )
-from raybert.model.huggingface.transformers_backend import TransformersClassifier
+from raybert.model.huggingface.transformers_classifier import TransformersClassifier
 from raybert.model.huggingface.weights import (
     Weights,
     check_weights,

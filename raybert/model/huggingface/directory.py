@@ -30,7 +30,7 @@ from raybert.model.huggingface.config_json import (
     unsupported_by_transformers,
 )
 from raybert.model.huggingface.config_schema import CONFIG_JSON
-from raybert.model.huggingface.transformers_backend import TransformersClassifier
+from raybert.model.huggingface.transformers_classifier import TransformersClassifier
 from raybert.model.huggingface.weights import (
     WEIGHTS_FILE,
     Source,

@@ -19,7 +19,7 @@ from torch import Tensor
 from raybert.errors import DamagedError, UserError, one_line
 from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.huggingface.parameter_names import layers_in, transformers_names
-from raybert.model.huggingface.transformers_backend import TransformersClassifier
+from raybert.model.huggingface.transformers_classifier import TransformersClassifier
 from raybert.storage.folder import Folder
 
 WEIGHTS_FILE = "model.safetensors"
