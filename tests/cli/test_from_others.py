@@ -82,7 +82,7 @@ def test_it_is_fine_tuned_searched_exported_and_served(raybert, ray_session, tmp
     command = [SCRIPT, "serve", model, "--port", str(port)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as server:
         try:
-            with Client(f"http://127.0.0.1:{port}", retry_timeout_s=180) as client:
+            with Client(f"http://127.0.0.1:{port}", retry_timeout_s=600) as client:
                 served = client.predict(texts, all_scores=True)
             for found, scores in zip(served, theirs, strict=True):
                 given = {each["label"]: each["score"] for each in found}
