@@ -13,8 +13,12 @@ from raybert.errors import ConfigError, DamagedError, UserError
 from raybert.inference.classifier import TextClassifier
 from raybert.inference.explanations import Explainer
 from raybert.model import huggingface
+from raybert.model.layers import layer_number
+from raybert.model.lora import add_lora, merged
 from raybert.model.settings import HeadConfig
 from raybert.storage.folder import Folder
+from raybert.tasks.categorical import kl_divergence
+from raybert.tasks.regularization import RegularizedLoss, SupervisedLoss
 
 LABELS = ["neg", "pos", "so-so"]
 READS = {"seq_len": 48, "head_tokens": 12, "html_breaks": "space"}
@@ -231,9 +235,29 @@ def test_precisions_of_raybert_s_own_encoders_are_refused(served):
         TextClassifier(served, precision="int8")
 
 
-def test_dropout_is_what_is_configured(published):
-    for kind in ("roberta", "distilbert", "electra", "albert"):
-        model = classifier_on(published(kind), head=HeadConfig(dropout=0.0), dropout=0.0)
-        model.model.config.attention_probs_dropout_prob = 0.0
-        rates = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
-        assert rates <= {0.0, 0.1}, (kind, rates)  # 0.1: of attention, which stays
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_and_regularizers_work_on_it(kind, published):
+    model = classifier_on(published(kind))
+    add_lora(model, 2, 4.0)
+    ids = rows_of(published(kind))[0][None]
+    supervised = SupervisedLoss(lambda logits, targets: logits.sum(), kl_divergence)
+    loss = RegularizedLoss(supervised, kl_divergence, 1.0, 1.0, 0.1)
+    loss(model, model, ids, None, torch.tensor([1])).backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == learns
+    adapters = [name for name in learns if name.endswith(".up")]
+    assert adapters and all(layer_number(name) is not None for name in adapters)
+    with torch.no_grad():
+        for name in adapters:
+            model.get_parameter(name).normal_()
+        plain = merged(model.eval())
+        assert plain.state_dict().keys() == classifier_on(published(kind)).state_dict().keys()
+        torch.testing.assert_close(plain(ids), model(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "electra", "albert"])
+def test_dropout_is_what_is_configured(kind, published):
+    model = classifier_on(published(kind), head=HeadConfig(dropout=0.3), dropout=0.2)
+    rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert {0.2, 0.3} <= rates
