@@ -54,12 +54,15 @@ def prepare_finetune(
     """
     from raybert.data.sources.documents import describe
     from raybert.jobs.doctor.run_checks import run_requested_checks
+    from raybert.model import huggingface
     from raybert.tasks.finetune import FinetuneSpec
     from raybert.tasks.prepared_texts import prepare_texts, read_prepared_texts
 
     experiment = with_sources(experiment)
     config = experiment.finetune
     start, tokenizer = starting_point(experiment)
+    if start is not None:
+        huggingface.check_settings(start, config.head, compiles=config.compile)
     if not all(tokenizer.exists(name) for name in (TOKENIZER_FILE, CONFIG_FILE)):
         Tokenizer.load(tokenizer).save(data)  # a vocab.txt, whose ids a model is to be saved with
         tokenizer = data

@@ -167,6 +167,7 @@ QUERY = "roberta.encoder.layer.1.attention.self.query.weight"
             r"type mine, whose code \(auto_map\) raybert does not run",
         ),
         (lambda at: change_config(at, num_hidden_layers="two"), "roberta"),
+        (lambda at: change_config(at, hidden_act="mine"), "mine"),
         (lambda at: change_config(at, num_hidden_layers=10**8), "num_hidden_layers=100000000"),
         (lambda at: change_config(at, hidden_size=10**6, num_attention_heads=1), "do not fit"),
         (
@@ -261,3 +262,4 @@ def test_dropout_is_what_is_configured(kind, published):
     model = classifier_on(published(kind), head=HeadConfig(dropout=0.3), dropout=0.2)
     rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
     assert {0.2, 0.3} <= rates
+    assert all(module.training for module in model.modules())

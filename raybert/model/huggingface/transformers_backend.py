@@ -139,7 +139,9 @@ def _read(
     made = TransformersClassifier(
         model, _shape(folder, found, outline), HeadConfig(), per_token=per_token
     )
-    return made, [*info["missing_keys"], *shapes]
+    with _errors_named(folder, config), torch.no_grad():  # what no shape shows
+        made.eval()(torch.zeros(1, 2, dtype=torch.int64))
+    return made.train(), [*info["missing_keys"], *shapes]
 
 
 def _transformers_config(folder: Folder, config: Mapping[str, Any]) -> Any:
