@@ -5,13 +5,13 @@ Every error is one line that names key, value and remedy; an unknown key, the ne
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,7 +23,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
-from raybert.errors import ConfigError
+from raybert.errors import ConfigError, one_line
+from raybert.yaml_values import parse_yaml, write_yaml
 
 
 class Settings(BaseModel):
@@ -82,56 +83,7 @@ NumberOrRange = Annotated[
 
 _MAX_HINTS = 8  # suggested keys
 _MAX_DEPTH = 8  # of sections; YAML anchors can make a recursive mapping
-
-
-_BOOLEAN = "tag:yaml.org,2002:bool"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, with the numbers and booleans of YAML 1.2.
-
-    `1e-4` is a number, and `labels: [no, yes]` are words; a setting that is a boolean accepts them.
-    """
-
-    yaml_implicit_resolvers = {
-        first: [found for found in resolvers if found[0] != _BOOLEAN or first in "tTfF"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-class _Dumper(yaml.SafeDumper):
-    """PyYAML's, except that it quotes Unicode line breaks, which would be read as plain ones."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(
-            r"""^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
-            |[0-9][0-9_]*[eE][-+]?[0-9]+
-            |\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
-            |\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
-            re.X,
-        ),
-        list("-+0123456789."),
-    )
-_Dumper.add_representer(str, _represent_text)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML; a syntax error is raised as a ConfigError that names `source` and the line."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}" if mark else source
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise ConfigError(f"{where}: not valid YAML: {problem}") from None
+_SHOWN_CHARS = 200  # of a value in a message
 
 
 def load(
@@ -168,10 +120,12 @@ def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[
     values: Any = {}
     if path is not None:
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"--config {path}: {reason}") from None
+            content = Path(path).read_bytes()
+            # Windows PowerShell writes UTF-16 where output is redirected to a file.
+            is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            text = content.decode("utf-16" if is_wide else "utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--config {path}: {one_line(error)}") from None
         values = parse_yaml(text, str(path)) or {}
         if not isinstance(values, dict):
             raise ConfigError(
@@ -194,11 +148,6 @@ def build(root: type[S], values: Mapping[str, Any], source: str) -> S:
 def dump(settings: Settings) -> str:
     """Return a configuration as YAML, with all keys in the order of their declaration."""
     return write_yaml(settings.model_dump(mode="json"))
-
-
-def write_yaml(values: Mapping[str, Any]) -> str:
-    """Return plain values as YAML that `parse_yaml` reads as the same values, in their order."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def comment_out(text: str, keys: Iterable[str]) -> str:
@@ -270,7 +219,12 @@ def _format_error(root: type[Settings], error: ValidationError) -> str:
         return named if has_key else f"{key}: {named}"
     if first["type"] == "missing":
         return f"{key} is missing; add it, or pass --set {key}=VALUE"
-    return f"{key}={first.get('input')!r}: {message[0].lower()}{message[1:]}"
+    return f"{key}={_shown(first.get('input'))}: {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
 def _hint(root: type[BaseModel], path: Sequence[str], value: Any) -> str:

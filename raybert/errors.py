@@ -39,7 +39,7 @@ class Superseded(RaybertError):
 
 
 #: What code that reads values of JSON raises where they are not what was written.
-_UNEXPECTED = (
+UNEXPECTED = (
     ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
 
@@ -49,7 +49,7 @@ def damaged_file(path: str) -> Iterator[None]:
     """Raise what unexpected content of a file causes as a DamagedError that names the file."""
     try:
         yield
-    except _UNEXPECTED as error:
+    except UNEXPECTED as error:
         what = f"{type(error).__name__}: {one_line(error)}"[:100]
         raise DamagedError(
             f"{path} is damaged: its content is not what was written ({what})"

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raybert.cli.options import load_experiment
-from raybert.config import Settings, build, differences, dump, flatten, load, parse_yaml
+from raybert.config import Settings, build, differences, dump, flatten, load
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
 from raybert.train.settings import LIMITS
+from raybert.yaml_values import parse_yaml
 
 
 def refused(values=None, *overrides, path=None):

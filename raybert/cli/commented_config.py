@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from raybert.config import Settings, write_yaml
+from raybert.config import Settings
+from raybert.yaml_values import write_yaml
 
 _WIDTH = 100
 

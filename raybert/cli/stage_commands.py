@@ -269,10 +269,11 @@ def report(
     """
     from raybert.report import write_report
     from raybert.storage.folder import Folder
+    from raybert.storage.missing import near_names
 
     folder = Folder(path)
     if not folder.exists():
-        raise UserError(f"{path}: no such folder; name a run or an experiment")
+        raise UserError(f"{path}: no such folder{near_names(path)}; name a run or an experiment")
     write_report(folder)
     written = (folder / "report.html").uri
     print_result({"report": written}, as_json, written)

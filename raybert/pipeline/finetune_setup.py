@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from raybert.cluster.session import Resources, ray_session
 from raybert.data.sources import documents
+from raybert.data.sources.settings import SourceConfig
 from raybert.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from raybert.errors import ConfigError, DataError, UserError
 from raybert.experiment import Experiment
@@ -32,6 +33,7 @@ FULL_LENGTH = 1 << 20
 #: In finetune.distill.teacher, the linear model on n-grams; a folder of this name is ./baseline.
 BASELINE = "baseline"
 _SHOWN_LABELS = 20
+_SMALL_BYTES = 8 << 20  # of files, compressed or not
 
 
 def prepare_finetune(
@@ -248,11 +250,27 @@ def peek_training(experiment: Experiment) -> ResolvedSource:
 
 
 def peek_evaluation(experiment: Experiment) -> None:
-    """As `peek_training`, and the first document of the texts to evaluate on."""
+    """As `peek_training`, and the first document of the texts to evaluate on.
+
+    Small sources are read as a whole, since what is wrong with a later row, or with all labels, is
+    else found after hours of pretraining.
+    """
     from raybert.data.sources.columns import REMEMBERED, with_columns_of
-    from raybert.tasks.labelled import peek
+    from raybert.tasks.labelled import peek, read_labelled
+    from raybert.tasks.prepared_texts import read_and_split
 
     require_source(experiment.evaluate.source, "evaluate.source")
-    found = peek_training(experiment)
+    found, config = peek_training(experiment), experiment.finetune
     columns = found.source.model_dump(include=set(REMEMBERED))
-    peek(with_columns_of(experiment.evaluate.source, columns), found.task)
+    evaluation = with_columns_of(experiment.evaluate.source, columns)
+    peek(evaluation, found.task)
+    if all(map(_is_small, filter(None, [found.source, config.validation]))):
+        labels = read_and_split(config, found, config.seed).task.labels
+        if _is_small(evaluation):
+            read_labelled(evaluation, found.task, labels)
+
+
+def _is_small(source: SourceConfig) -> bool:
+    """Whether reading all labelled texts of a source takes about a second."""
+    shards = documents.shards(source, labels=True)
+    return sum(file.size for shard in shards for file in shard.files) <= _SMALL_BYTES

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raybert.cluster.machine import cores
-from raybert.config import build, parse_yaml, write_yaml
+from raybert.config import build
 from raybert.data.sources import documents
 from raybert.data.sources.settings import EvaluationSource, SourceConfig
 from raybert.errors import DataError, UserError
@@ -19,6 +19,7 @@ from raybert.jobs.estimate import estimate, format_estimate, training_of
 from raybert.pipeline.data_summary import Summary, summarize
 from raybert.pipeline.run_stages import this_command
 from raybert.storage.registry import REGISTRY
+from raybert.yaml_values import parse_yaml, write_yaml
 
 SCHEMA = "raybert.schema.json"  # beside the configuration, for editors
 _LENGTHS = (32, 64, 128, 256, 512)  # tokens of a text that the model reads

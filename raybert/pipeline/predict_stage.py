@@ -60,7 +60,7 @@ def _decode(found: Sequence[bytes], first: int) -> Iterator[list[NumberedText]]:
     texts: list[NumberedText] = []
     for row, line in enumerate(found, first):
         try:
-            text = line.decode("utf-8").strip()
+            text = line.decode("utf-8").removeprefix("" if row else "\ufeff").strip()
         except UnicodeDecodeError as error:
             if texts:
                 yield texts

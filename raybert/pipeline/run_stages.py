@@ -126,6 +126,7 @@ def check_sources(experiment: Experiment) -> None:
         for unlabelled in (config.distill.unlabelled, config.unlabelled):
             if unlabelled is not None:
                 documents.fingerprint(unlabelled)
+        self_training_stage.check_unlabelled(experiment)
 
 
 def _check_lengths(experiment: Experiment) -> None:

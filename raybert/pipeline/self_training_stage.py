@@ -16,10 +16,11 @@ from raybert.errors import ConfigError
 from raybert.experiment import Experiment
 from raybert.pipeline import stages
 from raybert.pipeline.baseline_stage import folder_of
-from raybert.pipeline.finetune_setup import prepare_finetune
+from raybert.pipeline.finetune_setup import peek_training, prepare_finetune
 from raybert.pipeline.named_sources import with_sources
 from raybert.pipeline.ngrams_stage import add_ngrams, score_validation
 from raybert.storage.folder import Folder
+from raybert.tasks.prepared_texts import read_prepared_texts
 from raybert.tasks.settings import DistillConfig
 from raybert.terminal.display import Display
 from raybert.train.run_folder import CONFIG, RESULT
@@ -36,12 +37,12 @@ def finetune(
     experiment: Experiment, display: Display, *, in_process: bool = False
 ) -> dict[str, Any]:
     """Fine-tune on labelled texts, then on unlabelled ones, if there are any."""
-    result = stages.finetune(experiment, display, in_process=in_process)
     experiment = with_sources(experiment)
+    check_unlabelled(experiment)
+    result = stages.finetune(experiment, display, in_process=in_process)
     run = experiment.folder / "finetune"
     if experiment.finetune.unlabelled is None or run.exists(CHOSEN):
         return result
-    _check(run)
     stage = experiment.folder / "self_training"
     rounds = [stage / str(number) for number in range(experiment.finetune.rounds + 1)]
     if not (rounds[0] / "model").exists("config.json"):
@@ -53,16 +54,19 @@ def finetune(
     return result
 
 
-def _check(run: Folder) -> None:
-    """Raise ConfigError for a task whose texts no teacher labels."""
-    from raybert.tasks.prepared_texts import read_prepared_texts
-
-    prepared = read_prepared_texts(run / "data")
-    if prepared is None:
+def check_unlabelled(experiment: Experiment) -> None:
+    """Raise ConfigError for a task whose texts no teacher labels, before anything is trained."""
+    if experiment.finetune.unlabelled is None:
         return
-    task = prepared.make_task()
-    if task.is_per_token or prepared.has_pairs:
-        what = "pairs of texts" if prepared.has_pairs else task.name
+    run = experiment.folder / "finetune"
+    prepared = read_prepared_texts(run / "data") if run.exists(CONFIG) else None
+    if prepared is None:
+        found = peek_training(experiment)
+        has_pairs, task = found.source.pair_column is not None, found.task
+    else:
+        has_pairs, task = prepared.has_pairs, type(prepared.make_task())
+    if task.is_per_token or has_pairs:
+        what = "pairs of texts" if has_pairs else task.name
         raise ConfigError(f"finetune.unlabelled has no effect on {what}; leave it out")
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from raybert.cluster.session import ray_session
-from raybert.config import build, dump, parse_yaml
+from raybert.config import build, dump
 from raybert.data.corpus import build as corpus
 from raybert.data.corpus.manifest import MANIFEST, Manifest
 from raybert.data.corpus.verification import verify_parts
@@ -42,7 +42,13 @@ from raybert.tasks.prepared_texts import check_same_texts
 from raybert.tasks.registry import read_columns, read_task
 from raybert.terminal.display import Display
 from raybert.terminal.formats import clock
-from raybert.train.run_folder import CONFIG, RESULT, open_run, order_micro_batch_size
+from raybert.train.run_folder import (
+    CONFIG,
+    RESULT,
+    open_run,
+    order_micro_batch_size,
+    read_config,
+)
 
 METRICS = "metrics.json"
 
@@ -362,9 +368,11 @@ def _evaluation_inputs(experiment: Experiment, weights_hash: str) -> dict[str, A
 
 def _find_training_file(run: Folder, source: SourceConfig) -> str | None:
     """Return a file that a run was trained on and that the source reads; None if there is none."""
-    values = parse_yaml(run.read_text(CONFIG), run.join(CONFIG)) if run.exists(CONFIG) else {}
+    values = read_config(run) if run.exists(CONFIG) else {}
     try:
-        config = build(SourceConfig, values.get("finetune", {}).get("source", {}), CONFIG)
+        with damaged_file(run.join(CONFIG)):
+            given = values.get("finetune", {}).get("source", {})
+        config = build(SourceConfig, given, CONFIG)
     except UserError:
         return None
     return find_shared_file(config, source)

@@ -64,6 +64,10 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
         return _finished_search(experiment, stage, display)
     base = TrialConfig(model=experiment.model, finetune=experiment.finetune)
     read_space(config, base)  # mistakes that need no texts
+    if experiment.finetune.unlabelled is not None:
+        display.print(
+            "tune      finetune.unlabelled is left out: only `raybert finetune` reads such texts"
+        )
     if config.test:
         peek_evaluation(experiment)
     elif not stage.exists(CONFIG):

@@ -17,6 +17,7 @@ from raybert.report.plots import INK, MAIN, MUTED, SECOND, WARN, Line, over_step
 from raybert.report.rendering import render_page
 from raybert.report.stage_files import Stage, curve, read_stages
 from raybert.storage.folder import Folder
+from raybert.storage.missing import near_names
 from raybert.tasks.comparison import Difference, paired_difference, take
 
 _COLORS = (MAIN, SECOND, WARN, INK, MUTED)
@@ -50,7 +51,8 @@ def read_runs(folders: Sequence[Folder]) -> list[ComparedRun]:
     for folder, path in zip(folders, paths, strict=True):
         stages = read_stages(folder) if folder.exists() else []
         if not stages:
-            raise UserError(f"{folder}: no run here; name runs or experiments to compare")
+            near = "" if folder.exists() else near_names(folder.uri)
+            raise UserError(f"{folder}: no run here{near}; name runs or experiments to compare")
         if stages[0].name == "" and path[-1] in TITLES:  # a stage's own folder
             stages[0].name = path[-1]
         run = ComparedRun("/".join(path[-parts:]), stages)

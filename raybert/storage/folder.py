@@ -30,7 +30,9 @@ _REQUEST_TIMEOUT_S = 10  # without a byte in either direction
 _TRIES = 4
 
 _SCHEME = re.compile(r"(?=(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]*://)")  # where a URI begins
-_SECRET_PARAMETER = re.compile(r"[?&][^=&]*(key|secret|password|token)[^=&]*=", re.IGNORECASE)
+_SECRET_PARAMETER = re.compile(
+    r"[?&][^=&]*(key|secret|passw|token|credential|\bsig|signature)[^=&]*=", re.IGNORECASE
+)
 
 
 def check_address(address: str) -> None:
@@ -197,8 +199,11 @@ class Folder:
                 return bytes(stream.read())
 
     def read_text(self, name: str) -> str:
-        """Read a whole file as UTF-8."""
-        return self.read_bytes(name).decode("utf-8")
+        """Read a whole file as UTF-8; DamagedError if it is not."""
+        try:
+            return self.read_bytes(name).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DamagedError(f"{self.join(name)} is damaged: it is not UTF-8 ({error})") from None
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file; DamagedError if it is not JSON."""

@@ -15,9 +15,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from raybert.errors import DamagedError, UserError, one_line
+from raybert.errors import DamagedError, StorageError, UserError, one_line
 from raybert.storage.exclusive import take_number
 from raybert.storage.folder import Folder
+from raybert.storage.missing import looks_like_path, near_names
 
 FORMAT_VERSION = 1
 REGISTRY = "registry"  # the folder, in a storage
@@ -27,6 +28,7 @@ _HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 _VERSION, _CURRENT = "version.json", "current.json"
 _FOLDER = re.compile(r"v(\d+)")
 _MOST_HISTORY = 100  # rollbacks
+_LOOKED_AT = 20  # folders in one that has no model itself
 
 
 _Number = Annotated[int, Field(ge=1)]
@@ -220,16 +222,31 @@ def resolve_model(path: str, stage: str = "finetune", key: str = "") -> Folder:
                 raise UserError(
                     f"{named}: no model of {stage} here, but one of {other}; name {path}/{other}"
                 )
-        hint = hub_hint(path)
-        raise UserError(
-            f"{named}: no model here (config.json is missing); name a model/ or a run{hint}"
-        )
+        if Folder(path).exists():
+            why = (
+                f"no model here (config.json is missing); name a model/ or a run{_models_in(path)}"
+            )
+        elif is_hub_name(path):
+            why = f"no model here{near_names(path)}; name a model/ or a run{hub_hint(path)}"
+        else:
+            why = f"no such folder{near_names(path)}; name a model/ or a run"
+        raise UserError(f"{named}: {why}")
     return found
 
 
+def _models_in(path: str) -> str:
+    """The end of a message about a folder of runs: the first of them with a model."""
+    folder = Folder(path)
+    with suppress(StorageError):  # a file
+        for name in folder.names()[:_LOOKED_AT]:
+            if find_model(folder / name, "finetune") is not None:
+                return f", as {path.rstrip('/')}/{name}"
+    return ""
+
+
 def is_hub_name(text: str) -> bool:
-    """Whether a text could be the name of a model on a hub."""
-    return _HUB_NAME.fullmatch(text) is not None
+    """Whether a text could be the name of a model on a hub, and is no path."""
+    return _HUB_NAME.fullmatch(text) is not None and not looks_like_path(text)
 
 
 def hub_hint(path: str) -> str:

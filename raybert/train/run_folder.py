@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
-from raybert.config import differences, flatten, parse_yaml
+from raybert.config import differences, flatten
 from raybert.errors import ConfigError, DamagedError, DataError, Superseded, damaged_file
 from raybert.storage.exclusive import numbers_taken, take_number
 from raybert.storage.folder import Folder
 from raybert.storage.retry import retry
 from raybert.train.settings import MAY_CHANGE, ROUNDING, defaults
+from raybert.yaml_values import parse_yaml
 
 CONFIG, RESULT, INPUTS = "config.yaml", "result.json", "inputs.json"
 ORDER = "order.json"  # the micro-batches of a run that was resumed with others
@@ -111,11 +112,23 @@ def read_result(run: Folder) -> dict[str, Any]:
     return result
 
 
+def read_config(run: Folder) -> dict[str, Any]:
+    """The configuration that a run began with, as plain values; a DamagedError if it is none."""
+    path = run.join(CONFIG)
+    try:
+        values = parse_yaml(run.read_text(CONFIG), path)
+    except ConfigError as error:
+        raise DamagedError(f"{path} is damaged: {error}; choose another run.name") from None
+    if not isinstance(values, dict):
+        raise DamagedError(f"{path} is damaged: it has no settings; choose another run.name")
+    return values
+
+
 def _changed_settings(
     run: Folder, config_yaml: str, sections: Set[str]
 ) -> dict[str, tuple[Any, Any]]:
     """The settings of these sections that differ from the run's: dotted key -> (old, new)."""
-    old = dict(flatten(parse_yaml(run.read_text(CONFIG), run.join(CONFIG))))
+    old = dict(flatten(read_config(run)))
     new = dict(flatten(parse_yaml(config_yaml, CONFIG)))
     # A run of an earlier version lacks the keys that were added since.
     known = dict(flatten({name: defaults(name) for name in sections}))

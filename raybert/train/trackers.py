@@ -18,10 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from raybert.config import flatten, parse_yaml
+from raybert.config import flatten
 from raybert.errors import RaybertError, UserError, one_line
 from raybert.storage.folder import Folder
 from raybert.train.run_folder import CONFIG
+from raybert.yaml_values import parse_yaml
 
 IDS = "trackers.json"  # in the run's folder: the ids of its runs elsewhere, by tracker
 MAX_WAITING = 1000  # records

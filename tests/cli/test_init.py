@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from made import TASKS
 from making import reviews
 
-from raybert.config import build, load, parse_yaml
+from raybert.config import build, load
 from raybert.data.sources.documents import documents
 from raybert.data.sources.settings import EvaluationSource, SourceConfig
 from raybert.experiment import Experiment
 from raybert.pipeline.data_summary import choose_text, describe_column, possible_labels
 from raybert.pipeline.named_sources import with_sources
 from raybert.pipeline.stages import find_shared_file
+from raybert.yaml_values import parse_yaml
 
 QUEUES = {
     "billing": "I was charged twice for my invoice",

@@ -49,8 +49,11 @@ def mistakes(tmp_path):
     for key in ("corpus.overlap", "finetune.validation", "evaluate.source"):
         given = ["--data", usual, "--set", f"{key}.path=/typo.csv"]
         yield ["run", *config, *given], "/typo.csv: no such file or folder"
-    yield ["evaluate", *config, "--data", usual, "-m", "/no"], "/no: no model here"
-    yield ["predict", *config, "-m", "/no", "a text"], "/no: no model here"
+    yield (
+        ["evaluate", *config, "--data", usual, "-m", "/no"],
+        "/no: no such folder; name a model/ or a run",
+    )
+    yield ["predict", *config, "-m", "/no", "a text"], "/no: no such folder; name a model/ or a run"
     yield ["predict", *config, "-i", "/typo.csv", "-o", "a.jsonl"], "/typo.csv: no such file"
     yield ["predict", *config, "-i", usual], "--input needs --output"
     for output, words in (("a.txt", "name a .jsonl"), (f"{usual}/a.csv", "can't be written")):

@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raybert.config import build, comment_out, dump, parse_yaml
+from raybert.config import build, comment_out, dump
 from raybert.errors import ConfigError
 from raybert.experiment import Experiment
 from raybert.model.sizes import DECIDED, SHAPES, finetuning_lr, heads_of, pretraining_lr
+from raybert.yaml_values import parse_yaml
 
 KEYS = [(section, key) for section, keys in DECIDED.items() for key in keys]
 VALUES = {"hidden_size": 192, "num_layers": 3, "num_heads": 2, "lr": 7e-4}

@@ -32,7 +32,7 @@ from raybert.data.sources.documents import documents, fingerprint
 from raybert.data.tokenizer import Tokenizer
 from raybert.data.tokenizer_training import TrainedTokenizer, make_tokenizer, train_tokenizer
 from raybert.data.unknown import check_unknown
-from raybert.errors import ConfigError, UserError
+from raybert.errors import ConfigError, UserError, damaged_file
 from raybert.storage.folder import Folder
 
 
@@ -171,7 +171,9 @@ def existing(config: CorpusConfig, folder: Folder) -> Manifest | None:
     check_config(config, manifest, folder)
     known = manifest.info.get("inputs", {})
     for key, files in inputs_of(config).items():
-        for name, was, now in changes(known.get(key, []), files):
+        with damaged_file(folder.join(MANIFEST)):
+            changed = list(changes(known.get(key, []), files))
+        for name, was, now in changed:
             raise UserError(
                 f"{folder}: its corpus was made from {name} {was}, now {now}; {_REMEDY}"
             )
@@ -184,7 +186,8 @@ def check_config(config: CorpusConfig, manifest: Manifest, folder: Folder) -> No
     with suppress(ConfigError):  # a corpus of an earlier version lacks keys that were added since
         old = build_settings(CorpusConfig, old, "").model_dump(mode="json")
     changed = differences(old, config.model_dump(mode="json"))
-    kinds = {old.get("tokenizer", {}).get("kind"), manifest.info.get("tokenizer_kind")}
+    with damaged_file(folder.join(MANIFEST)):
+        kinds = {old.get("tokenizer", {}).get("kind"), manifest.info.get("tokenizer_kind")}
     if config.tokenizer.kind in kinds or (config.tokenizer.kind == "auto" and kinds & _AUTOMATIC):
         changed.pop("tokenizer.kind", None)
     if changed:

@@ -239,6 +239,11 @@ def documents(
 def no_documents(config: SourceConfig, skipped: Mapping[str, int]) -> DataError:
     """The error for a source without a usable document."""
     counts = ", ".join(f"{count:,} {problem}" for problem, count in sorted(skipped.items()))
-    return DataError(
-        f"{', '.join(config.paths)}: no documents" + (f" (skipped: {counts})" if counts else "")
-    )
+    what = f"no documents (skipped: {counts})" if counts else "no documents"
+    if config.hold_out:
+        share = "none" if config.is_for_evaluation else "all"
+        what += (
+            f": hold_out={config.hold_out:g} sets {share} of the texts apart for evaluation; give "
+            "more texts, or name evaluate.source.path and leave it out"
+        )
+    return DataError(f"{', '.join(config.paths)}: {what}")

@@ -24,6 +24,7 @@ from fsspec.utils import glob_translate
 from raybert.data.sources.files import File
 from raybert.errors import DataError, one_line
 from raybert.storage.folder import Folder
+from raybert.storage.missing import near_names
 
 # `**` as a part of a name, which fsspec does not accept: `a**b` is `a*b` or `a*/**/*b`.
 _PARTIAL_DOUBLE_STAR = re.compile(r"(?<=[^/*])\*\*|\*\*(?=[^/*])")
@@ -81,11 +82,11 @@ def list_files(path: str, *, follow_links: bool = False) -> Listing:
         if info.type == pafs.FileType.Unknown:
             raise DataError(f"{path}: no regular file or folder; write its content to a file")
     if not is_glob:
-        raise DataError(f"{path}: no such file or folder")
+        raise DataError(f"{path}: no such file or folder{near_names(path)}")
     base, pattern = _split_glob(path, wildcards)
     folder = Folder(base or ".")
     if _info(folder, base).type != pafs.FileType.Directory:
-        raise DataError(f"{path}: no such folder: {base}")
+        raise DataError(f"{path}: no such folder: {base}{near_names(base)}")
     listing = _list(folder, base, pattern.split("/"), follow_links)
     if not listing.files:
         left = f" that can be read ({listing.left_out})" if listing.left_out.counts else ""

@@ -28,7 +28,7 @@ def read_keys(path: str | None) -> list[str]:
         where = f"serve.keys={path}" if _is_path(path) else "serve.keys"
         try:
             _check_mode(Path(path).expanduser(), where)
-            text = Path(path).expanduser().read_text(encoding="utf-8")
+            text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             problem = getattr(error, "strerror", None) or "not UTF-8"
             raise UserError(f"{where}: {problem}; name a file with one key per line") from None

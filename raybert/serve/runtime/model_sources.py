@@ -13,7 +13,8 @@ from raybert.inference.fill_mask import MaskFiller
 from raybert.model import huggingface
 from raybert.serve.settings import ServeConfig
 from raybert.storage.folder import Folder
-from raybert.storage.registry import NAME, Registry, hub_hint, resolve_model
+from raybert.storage.missing import near_names
+from raybert.storage.registry import NAME, Registry, find_model, hub_hint, resolve_model
 
 _GENERIC = ("model", "finetune", "pretrain")  # folders of a run, which do not name the model
 
@@ -45,8 +46,11 @@ def find_source(
     if registry is not None and is_registered_name(location, registry):
         if Registry(registry).versions(location):
             return ModelSource(name or location, location, registry)
+        beside = f"{registry.rstrip('/')}/{location}"  # an experiment, by its name alone
+        is_run = find_model(Folder(registry) / location, stage) is not None
+        near = f"; did you mean {beside}?" if is_run else near_names(location)
         raise UserError(
-            f"{location}: neither a folder nor a name in the registry of {registry}; name a "
+            f"{location}: neither a folder nor a name in the registry of {registry}{near}; name a "
             f"model/, a run, an experiment or a registered model{hub_hint(location)}"
         )
     folder = resolve_model(location, stage)
