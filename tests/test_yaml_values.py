@@ -53,8 +53,8 @@ def test_integers_are_those_of_yaml_1_2(text, value):
 
 
 def test_a_value_in_a_message_is_cut():
-    with pytest.raises(ConfigError, match="run.name='aaa") as caught:
-        load(Experiment, None, [f"run.name={'a' * 100_000} "])
+    with pytest.raises(ConfigError, match="pretrain.steps='aaa") as caught:
+        load(Experiment, None, [f"pretrain.steps={'a' * 100_000}"])
     assert len(str(caught.value)) < 1000
 
 

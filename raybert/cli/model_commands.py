@@ -76,13 +76,18 @@ def predict(
     `raybert predict -m runs/mine -i reviews.csv -o labels.csv --keep author`
     """
     check_model(model)
+    if source is None and (output is not None or keep):
+        raise UserError("--output and --keep are for files: name one with --input")
     if source is not None:
         from raybert.pipeline import preflight
 
+        if texts or pairs is not None:
+            raise UserError("--input reads a file; leave out the texts of the command line")
         if output is None:
             raise UserError("--input needs --output: name a .jsonl, a .csv or a .parquet file")
         preflight.check_prediction(source, output, text_column)
     experiment = load_experiment(config, overrides, name, text_column=text_column)
+    from raybert.data.tokenizer import check_unicode
     from raybert.pipeline import predict_stage
     from raybert.tasks.protocol import AnswerOptions
 
@@ -105,6 +110,7 @@ def predict(
         for number, text in enumerate(several or [], 1):
             if not text.strip():
                 raise UserError(f"{what} {number} is empty; remove it, or write a text")
+        check_unicode(several or [])
     stdin = cast(io.BufferedReader, sys.stdin.buffer)
     given = texts if pairs is None else list(zip(texts or [], pairs, strict=True))
     batches = predict_stage.number_texts(given) if given else predict_stage.read_lines(stdin)
@@ -129,8 +135,10 @@ def fill_mask(
 
     Example: `raybert fill-mask -m runs/demo "I have watched this [MASK] and it was awesome."`
     """
+    from raybert.data.tokenizer import check_unicode
     from raybert.inference.fill_mask import MaskFiller
 
+    check_unicode([text])
     experiment = load_experiment(config, overrides, name)
     found = MaskFiller(load_model_folder(model, experiment, "pretrain")).fill(text, top)
     lines = [

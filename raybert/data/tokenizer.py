@@ -261,6 +261,13 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> Ragged:
         """Turn texts into ids, special tokens included, and word starts, concatenated."""
+        try:
+            return self._encode(texts)
+        except TypeError:  # of the library, which takes no lone surrogates
+            check_unicode(texts)
+            raise
+
+    def _encode(self, texts: Sequence[str]) -> Ragged:
         starts = self.starts_by_id
         if self._cache is None or starts is None:
             return encode_plain(self.hf, texts, self.dtype, starts)
@@ -333,3 +340,15 @@ def _content(token: Any) -> str | None:
         token = token.get("content")
     is_text = isinstance(token, str) and not any("\ud800" <= c <= "\udfff" for c in token)
     return token if is_text else None
+
+
+def check_unicode(texts: Sequence[str]) -> None:
+    """Raise DataError for a text with a lone surrogate, as bytes that are not UTF-8 become."""
+    for number, text in enumerate(texts, 1):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"text {number} is not UTF-8: its character {error.start + 1} is "
+                f"{text[error.start]!a}; convert it"
+            ) from None

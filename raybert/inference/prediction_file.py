@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from types import TracebackType
@@ -112,8 +113,10 @@ def check_output(path: str) -> None:
         above = os.path.dirname(above)
     if not os.path.isdir(above):
         raise UserError(f"--output {path}: can't be written: {above} is a file")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"--output {path}: can't be written: no permission for {above}")
+    try:  # permissions say nothing of what is mounted there
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise UserError(f"--output {path}: can't be written: {one_line(error)}: {above}") from None
 
 
 def _format_of(path: str, name: str) -> Callable[[Any, pa.Schema], _Rows]:

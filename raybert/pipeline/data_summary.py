@@ -159,7 +159,9 @@ def _find_columns(source: SourceConfig, wants_labels: bool) -> Summary:
     if not present:
         return Summary(source, [])
     every = source.model_copy(update={"text_column": present[0], "keep_columns": present})
-    rows = [r.kept for r in documents.raw_rows(every, _COLUMN_ROWS, labels=False) if not r.problem]
+    found_rows = documents.raw_rows(every, _COLUMN_ROWS, labels=False)
+    # Rows of plain text, in a folder that has tables as well, have no columns.
+    rows = [r.kept for r in found_rows if not r.problem and len(r.kept) == len(present)]
     values = zip(*rows, strict=True) if rows else [()] * len(present)
     columns = [describe_column(n, v) for n, v in zip(present, values, strict=True)]
     source, _ = with_usual_columns(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from raybert.config import build
 from raybert.data.sources import documents
 from raybert.data.sources.settings import EvaluationSource, SourceConfig
 from raybert.errors import DataError, UserError
-from raybert.experiment import Experiment
+from raybert.experiment import Experiment, RunConfig
 from raybert.jobs.estimate import estimate, format_estimate, training_of
 from raybert.pipeline.data_summary import Summary, summarize
 from raybert.pipeline.run_stages import this_command
@@ -41,9 +42,12 @@ def init(
     wants_labels: bool = True,
 ) -> dict[str, Any]:
     """Write the configuration and the schema; return what was found, and lines about it."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.paths[0]).name.partition(".")[0])
+    plain = unicodedata.normalize("NFKD", Path(source.paths[0]).name.partition(".")[0])
+    plain = "".join(char for char in plain if not unicodedata.combining(char))
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", plain)
     name = name or stem.strip("-._") or "mine"
     name = "mine" if name == REGISTRY else name
+    build(RunConfig, {"name": name}, "--name")
     output = output or Path(f"{name}.yaml")
     if output.exists() and not force:
         raise UserError(f"{output} exists already; name another file with -o, or pass --force")

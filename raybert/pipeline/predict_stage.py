@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -112,6 +113,8 @@ def check_answer_options(model: Folder, options: AnswerOptions, *, has_pairs: bo
     task, reads_pairs = read_task(model)
     if has_pairs and not reads_pairs:
         raise UserError(f"--pair: the model {model} reads single texts; leave it out")
+    if options.threshold is not None and not math.isfinite(options.threshold):
+        raise UserError(f"--threshold={options.threshold}: name a number")
     if options.threshold is not None and not task.has_threshold:
         raise UserError(
             f"--threshold={options.threshold:g}: a model for {task.title} selects nothing by its "

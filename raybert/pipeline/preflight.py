@@ -6,6 +6,7 @@ starts. Only sources that the configuration names are read here: the others are 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -15,7 +16,7 @@ from raybert.data.corpus.manifest import MANIFEST, Manifest
 from raybert.data.sources import documents
 from raybert.data.sources.columns import with_columns_of, with_usual_columns
 from raybert.data.sources.settings import EvaluationSource, SourceConfig
-from raybert.errors import ConfigError, RaybertError
+from raybert.errors import ConfigError, RaybertError, UserError
 from raybert.inference.prediction_file import check_output
 from raybert.storage.folder import Folder
 
@@ -63,10 +64,13 @@ def peek_corpus(source: SourceConfig) -> None:
 def check_prediction(path: str, output: str, text_column: str | None) -> None:
     """Raise UserError if there are no texts at a path, or predictions can't be written."""
     check_output(output)
-    if text_column is not None:
-        peek_corpus(SourceConfig(path=path, text_column=text_column))
-    else:  # the model says which column it reads
-        documents.shards(SourceConfig(path=path))
+    source = SourceConfig(path=path)
+    shards = documents.shards(source)
+    written = None if "://" in output else os.path.realpath(os.path.expanduser(output))
+    if any(file.uri == written for shard in shards for file in shard.files):
+        raise UserError(f"--output {output}: is a file that --input reads; name another one")
+    if text_column is not None:  # else the model says which column it reads
+        peek_corpus(source.model_copy(update={"text_column": text_column}))
 
 
 def _source(values: Mapping[str, Any], key: str, kind: type[SourceConfig]) -> SourceConfig | None:

@@ -66,6 +66,7 @@ def open_filesystem(address: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of an address, and the path on it; a UserError if it can't be opened."""
     check_address(address)
     try:
+        address.encode()  # no lone surrogates, which no filesystem takes
         if address.startswith("s3://"):
             base, query = split_query(address)
             bucket, _, inside = base.removeprefix("s3://").partition("/")
@@ -73,9 +74,11 @@ def open_filesystem(address: str) -> tuple[pafs.FileSystem, str]:
         if "://" in address:
             filesystem, path = pafs.FileSystem.from_uri(address)
             return filesystem, path
-        return pafs.LocalFileSystem(), str(Path(address).expanduser().resolve())
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{address}: can't be opened: {one_line(error)}") from None
+        # `Path.resolve` raises for links in a circle.
+        return pafs.LocalFileSystem(), os.path.realpath(os.path.expanduser(address))
+    except (pa.ArrowException, OSError, ValueError, ImportError) as error:
+        remedy = "; download it first" if address.startswith(("http://", "https://")) else ""
+        raise UserError(f"{address}: can't be opened: {one_line(error)}{remedy}") from None
 
 
 @lru_cache(maxsize=64)

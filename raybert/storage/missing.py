@@ -25,8 +25,9 @@ def near_names(path: str) -> str:
     with suppress(OSError):
         names = sorted(name for name in os.listdir(above or ".") if name.isprintable())
     shown = [name for name in names if not name.startswith(".")]
+    shown = [name for name in shown if name != missing]  # a link to nothing
     lowered = {name.lower(): name for name in reversed(shown[:_MOST_NAMES])}
-    near = difflib.get_close_matches(missing.lower(), list(lowered), n=_SHOWN, cutoff=0.6)
+    near = difflib.get_close_matches(missing.lower(), list(lowered), n=_SHOWN, cutoff=0.7)
     if near:
         found = (os.path.join(above, lowered[name]) for name in near)
         return f"; did you mean {' or '.join(found)}?"

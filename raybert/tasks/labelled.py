@@ -85,6 +85,12 @@ def resolve_source(config: SourceConfig, task: str = "auto") -> ResolvedSource:
         DataError: as `documents`, for what is wrong with the first rows.
     """
     config, found = with_usual_columns(config)
+    labels = config.label_column
+    if config.text_column in ([labels] if isinstance(labels, str) else labels):
+        raise DataError(
+            f"text_column and label_column are both {config.text_column!r}; name the column of the "
+            "labels with --label-column"
+        )
     rows = [row for row in raw_rows(config, _SAMPLED_ROWS) if row.problem is None]
     chosen = choose_task(task, [row.text for row in rows], [row.label for row in rows])
     reasons = [*found, chosen.reason]

@@ -16,6 +16,7 @@ _TEXTS_PER_LABEL = 5  # with fewer on average, labels are ids, numbers or texts
 _DOMINANT = 0.95  # share of the texts with one label
 _SHARED = 0.01  # share of the validation texts that are trained on, too
 _SHOWN = 5
+_MISSING = {"nan", "null", "none", "na", "n/a", "<na>", "#n/a", "nil", "-"}
 
 
 def list_names(names: Iterable[str]) -> str:
@@ -62,6 +63,11 @@ def label_suspicions(
             f"{count / train.total():.1%} of the texts to train on have the label {name!r}, and "
             "always answering it would be as accurate: set finetune.class_weights=balanced and "
             "finetune.metric=f1_macro"
+        )
+    if missing := [name for name in labels if name.casefold() in _MISSING]:
+        found.append(
+            f"the label {list_names(missing)} is how programs write a missing value: leave such "
+            "rows empty, and set on_bad_row: skip, if it is none"
         )
     spellings = Counter(" ".join(label.split()).casefold() for label in labels)
     if doubled := [n for n in labels if spellings[" ".join(n.split()).casefold()] > 1]:

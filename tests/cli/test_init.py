@@ -18,6 +18,7 @@ from making import reviews
 
 from raybert.config import build, load
 from raybert.data.sources.documents import documents
+from raybert.data.sources.row_table import parse_label
 from raybert.data.sources.settings import EvaluationSource, SourceConfig
 from raybert.experiment import Experiment
 from raybert.pipeline.data_summary import choose_text, describe_column, possible_labels
@@ -215,3 +216,32 @@ def test_three_commands_lead_from_a_table_to_a_server(tmp_path):
         server.send_signal(signal.SIGTERM)
         server.wait(120)
         server.stdout.close()
+
+
+def test_a_table_without_a_header_is_written_as_a_run_reads_it(raybert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{text},{label}\r\n" for text, label in reviews(60))
+    (tmp_path / "Müller.csv").write_text(rows, encoding="latin-1")
+    found = raybert("init", "Müller.csv", "--json").json
+    assert (found["rows"], found["config"], found["labels"].keys()) == (
+        60,
+        "Muller.yaml",
+        {"neg", "pos"},
+    )
+    experiment = load(Experiment, tmp_path / "Muller.yaml")
+    sources = with_sources(experiment)
+    parts = sources.finetune.source, sources.evaluate.source
+    read = [sum(t.num_rows for t in documents(p, labels=parse_label)) for p in parts]
+    assert sum(read) == 60 and min(read) > 0
+
+
+def test_a_folder_of_tables_and_texts_is_looked_at(raybert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.csv").write_text("text,label\na film,x\nanother,y\n")
+    (tmp_path / "in/b.txt").write_text("a text\n")
+    found = raybert("init", "in", "--json").json
+    assert (found["rows"], found["task"]) == (3, None)
+    assert "run.name='a\\nb' is not a valid" in refused(raybert("init", "in", "-n", "a\nb"))
+    both = ("--text-column", "text", "--label-column", "text")
+    assert "are both 'text'" in refused(raybert("init", "in/a.csv", *both))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import refused
@@ -84,4 +85,26 @@ def test_columns_that_the_corpus_remembers_are_no_mistake(raybert, tmp_path, nam
     given = ["--set", f"finetune.source.path={texts}"] if named else []
     done = raybert("finetune", "-n", "mine", "--bare", "--set", f"run.storage={tmp_path}/runs",
                    "--set", "finetune.initialize_from=/no", *given)  # fmt: skip
-    assert "finetune.initialize_from=/no: no model here" in refused(done)
+    assert "finetune.initialize_from=/no: no such folder" in refused(done)
+
+
+def test_options_of_predict_that_exclude_each_other_are_refused(raybert, model, tmp_path):
+    texts = write_csv(Folder(tmp_path), "a.csv", reviews(4))
+    (tmp_path / "link.csv").symlink_to(texts)
+    at = ("predict", "-m", model.uri)
+    file = (*at, "-i", texts, "-o")
+    assert "leave out the texts" in refused(raybert(*file, tmp_path / "o.csv", "a text"))
+    assert "name one with --input" in refused(raybert(*at, "-o", tmp_path / "o.csv", "a text"))
+    for output in (texts, tmp_path / "link.csv", f"{tmp_path}/../{tmp_path.name}/a.csv"):
+        assert "is a file that --input reads" in refused(raybert(*file, output))
+    assert "can't be written" in refused(raybert(*file, "/proc/o.csv"))
+    assert "text 1 is not UTF-8" in refused(raybert(*at, "caf\udce9"))
+    assert "text 1 is not UTF-8" in refused(raybert("fill-mask", "[MASK] caf\udce9"))
+    assert "--threshold=nan: name a number" in refused(raybert(*at, "x", "--threshold", "nan"))
+    assert Path(texts).read_text().count("\n") == 5
+
+
+def test_the_mark_of_a_file_that_is_piped_is_no_part_of_a_text(raybert, model):
+    done = raybert("predict", "-m", model.uri, stdin=b"\xef\xbb\xbfa film\r\na film\r\n")
+    first, second = map(json.loads, done.out.splitlines())
+    assert first["text"] == "a film" and first == {**second, "row": 0}

@@ -12,7 +12,7 @@ from source_files import texts_of, write
 
 from raybert.config import build
 from raybert.data.sources.csv_records import Dialect, records
-from raybert.data.sources.documents import describe
+from raybert.data.sources.documents import describe, documents
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import ConfigError, DataError
 
@@ -250,3 +250,25 @@ def test_a_column_that_is_there_twice_is_an_error(tmp_path):
     path = write(tmp_path / "a.csv", b"text,text,label\na,b,c\n")
     with pytest.raises(DataError, match=r"a.csv: 2 columns have the name 'text'; rename one"):
         texts_of(SourceConfig(path=str(path)))
+
+
+def test_a_header_in_the_middle_is_no_document(tmp_path):
+    path = write(tmp_path / "a.csv", b"text,label\r\na,x\r\nText , label\r\ntext,label\r\nb,y\r\n")
+    skipped = Counter()
+    config = SourceConfig(path=str(path), on_bad_row="skip")
+    found = [t for part in documents(config, skipped=skipped) for t in part["text"].to_pylist()]
+    assert found == ["a", "Text", "b"]
+    assert skipped == {"the header once more": 1}
+
+
+def test_what_was_found_out_is_said_where_no_column_is_there(tmp_path):
+    path = write(tmp_path / "a.csv", b"text^label\na^x\n")
+    with pytest.raises(DataError, match="delimiter comma.*else set delimiter, or header: false"):
+        next(documents(SourceConfig(path=str(path))))
+
+
+def test_bytes_of_another_encoding_far_into_a_file_name_the_setting(tmp_path):
+    rows = b"text,label\n" + b"plain ascii,x\n" * 80_000 + "schön,y\n".encode("latin-1")
+    path = write(tmp_path / "a.csv", rows)
+    with pytest.raises(DataError, match="row 80001: not UTF-8 .* set encoding, as cp1252, or fix"):
+        list(documents(SourceConfig(path=str(path))))

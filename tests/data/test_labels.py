@@ -26,7 +26,20 @@ VALUES = st.one_of(
     st.integers(-(2**62), 2**62),
     st.integers(-(2**40), 2**40).map(float),
     st.sampled_from(
-        ["True", "FALSE", "1.0", "-2.00", "0.0", "café", "cafe\u0301", " pos ", "a  b"]
+        [
+            "True",
+            "FALSE",
+            "1.0",
+            "-2.00",
+            "0.0",
+            "-0",
+            "\ufeffpos",
+            "pos\u200b",
+            "café",
+            "cafe\u0301",
+            " pos ",
+            "a  b",
+        ]
     ),
     NAMES,
 )
@@ -153,3 +166,9 @@ def test_lists_of_labels_have_the_same_spellings():
         assert parse("text", value)[1:] == (expected, None)
     columns = {"a": "1.0", "b": False, "c": "0.0", "d": "Yes"}
     assert MultiLabel.parser(SourceConfig())("text", columns)[1] == '["a", "d"]'
+
+
+def test_marks_that_nothing_shows_and_signs_of_zero_make_no_label():
+    assert {spell(name)[0] for name in ("pos", "\ufeffpos", "pos\u200b ", "\xa0pos")} == {"pos"}
+    assert {spell(zero)[0] for zero in ("0", "-0", "-0.0", -0.0, 0)} == {"0"}
+    assert spell("\u200b")[1] == "no label"

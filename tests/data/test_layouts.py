@@ -68,6 +68,13 @@ def json_forms():
     yield "in a field, indented", json.dumps({"version": "1", "data": records}, indent=1)
     texts, labels = ({str(n): row[i] for n, row in enumerate(ROWS)} for i in (0, 1))
     yield "pandas", json.dumps({"text": texts, "label": labels})
+    lists = {"text": list(texts.values()), "label": list(labels.values())}
+    yield "pandas, lists", json.dumps(lists)
+    yield "lists, indented", json.dumps(lists, indent=1)
+    split = {"columns": ["text", "label"], "index": [*range(len(ROWS))], "data": ROWS}
+    yield "pandas, split", json.dumps(split)
+    yield "pandas, index", json.dumps({str(n): record for n, record in enumerate(records)})
+    yield "beside other rows", json.dumps({"features": [{"name": "text"}], "rows": records})
 
 
 @pytest.mark.parametrize(("form", "text"), list(json_forms()))
@@ -76,6 +83,19 @@ def test_every_form_of_json_yields_the_same_rows(tmp_path, form, text, name):
     path = write(tmp_path / name, text.encode())
     assert pairs(path) == ROWS
     assert set(column_names(SourceConfig(path=str(path)))) == {"text", "label"}
+
+
+def test_the_words_of_a_text_in_a_line_are_no_column(tmp_path):
+    row = json.dumps({"text": ["a", "film"], "label": ["O", "O"]}) + "\n"
+    path = write(tmp_path / "a.jsonl", (row * 2).encode())
+    assert texts_of(SourceConfig(path=str(path))) == ["a film"] * 2
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".ods", ".pdf", ".orc", ".7z"])
+def test_a_format_of_another_program_is_named_with_a_remedy(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", b"PK")
+    with pytest.raises(DataError, match="is a format that is not read here; (save|write|unpack)"):
+        texts_of(SourceConfig(path=str(path)))
 
 
 def test_json_that_is_cut_or_malformed_names_the_row(tmp_path):

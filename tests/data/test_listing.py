@@ -14,7 +14,7 @@ from source_files import texts_of, write
 from raybert.data.sources.documents import describe, shards
 from raybert.data.sources.listing import list_files
 from raybert.data.sources.settings import SourceConfig
-from raybert.errors import DataError
+from raybert.errors import DataError, UserError
 
 
 def names(path, **options):
@@ -182,3 +182,29 @@ def test_patterns_on_an_object_store_match_as_on_a_disk(bucket, tmp_path):
         local = [name.removeprefix(str(tmp_path)) for name in names(f"{tmp_path}/{pattern}")]
         remote = [name.removeprefix(base) for name in names(f"{base}/{pattern}?{query}")]
         assert remote == local, pattern
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("loop.csv", "a link to nothing"),
+        ("gone.csv", "a link to nothing"),
+        ("a\0b.csv", "null byte"),
+        ("\udcff.csv", "can't be opened"),
+        ("x" * 5000, "(?i)name too long"),
+    ],
+)
+def test_a_path_that_no_file_can_have_is_refused_in_a_line(tmp_path, name, words):
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    (tmp_path / "gone.csv").symlink_to("nothing")
+    for path in (f"{tmp_path}/{name}", f"{tmp_path}/{name}/*.csv"):
+        with pytest.raises(UserError, match=words if path.endswith(name) else "csv|xxx"):
+            list_files(path)
+
+
+def test_errors_of_another_librarys_filesystem_are_a_line():
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(UserError, match="hf://datasets/imdb: can't be"):
+        list_files("hf://datasets/imdb")
+    with pytest.raises(UserError, match="download it first"):
+        list_files("https://example.org/a.csv")

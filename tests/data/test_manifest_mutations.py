@@ -19,7 +19,6 @@ from raybert.data.corpus.verification import verify_parts
 from raybert.errors import RaybertError
 from raybert.pipeline.stages import _format_corpus
 from raybert.storage.folder import Folder
-from raybert.train.loop import train  # noqa: F401 - imports now, not in the first example
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 

@@ -24,10 +24,10 @@ def runs(tmp_path, monkeypatch):
     ("path", "words"),
     [
         ("runs/none", "runs/none: no such folder; runs has demo, reviews, tickets; name a model/"),
-        ("runs/Review", "no such folder; did you mean runs/reviews?; name a model/"),
-        ("runs/demo/finetun", "did you mean runs/demo/finetune?"),
+        ("runs/Review", "no such folder; did you mean runs/reviews[?]; name a model/"),
+        ("runs/demo/finetun", "did you mean runs/demo/finetune[?]"),
         ("./nothing", "./nothing: no such folder"),
-        ("rnus/demo/finetune", "did you mean runs?"),
+        ("rnus/demo/finetune", "did you mean runs[?]"),
         ("runs/gone/finetune/model", "runs has demo, reviews, tickets"),
         ("runs", "runs: no model here .* as runs/reviews$"),
         ("runs/", "as runs/reviews$"),

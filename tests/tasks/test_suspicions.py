@@ -74,6 +74,11 @@ def test_two_spellings_of_a_label_are_told(tmp_path):
     assert told(tmp_path, rows)[0].startswith("the labels 'Pos', 'pos' differ only in case")
 
 
+def test_a_label_that_programs_write_for_none_is_told(tmp_path):
+    rows = [(text, ("neg", "pos", "NaN")[i % 3]) for i, (text, _) in enumerate(reviews(90))]
+    assert told(tmp_path, rows)[0].startswith("the label 'NaN' is how programs write a missing")
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
 def test_texts_that_are_trained_and_validated_on_are_told(tmp_path, share):
     rows, others = reviews(40), reviews(40, seed=9)

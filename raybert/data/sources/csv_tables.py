@@ -29,12 +29,16 @@ def read_csv(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
         _check(file, table, columns)
         places = {c: table.names.index(c) for c in columns.keys() if c not in constants}
         number = 0
+        header = table.names if len(table.names) > 1 else None  # of tables that were joined
         try:
             for fields in _records(stream, table):
                 number += 1
                 place = f"row {number}"
                 if isinstance(fields, str):
                     yield Row(None, None, place, fields)
+                    continue
+                if table.has_header and [field.strip() for field in fields] == header:
+                    yield Row(None, None, place, "the header once more")
                     continue
                 cells = {column: fields[at] for column, at in places.items()} | constants
                 yield columns.row(cells.__getitem__, place)
@@ -57,8 +61,13 @@ def _check(file: File, table: Table, columns: Columns) -> None:
     try:
         columns.check(file, table.names)
     except DataError as error:
-        if table.has_header:
+        if table.has_header and not columns.keys().keys().isdisjoint(table.names):
             raise
+        if table.has_header:
+            raise DataError(
+                f"{error} (read with {table}, and the first row as a header; else set delimiter, "
+                "or header: false)"
+            ) from None
         raise DataError(
             f"{error} (it has no header line; columns are numbers, and header: true reads the "
             "first row as their names)"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from raybert.data.sources.cells import Columns
+from raybert.data.sources.cells import KEEP, Columns
 from raybert.data.sources.csv_records import Dialect, records
 from raybert.data.sources.files import File, ReadOptions
 
@@ -25,6 +25,7 @@ _SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n")  # the first line of Excel's files
 # A number, or the end of a sentence.
 _NO_NAME = re.compile(r"^[+-]?\d+(?:[.,]\d+)?$|[.!?\u3002]$|\n")
 _UNKNOWN_TO_CLEVERCSV = re.compile("[\0\ud800-\udfff]")  # it raises for them
+_LABEL = "label"  # the usual name of a column of labels, also where none are read
 _NAME_CHARS = 64  # of a column, at most
 _NAMES = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
 
@@ -96,14 +97,15 @@ def _name_columns(table: Table, rows: Sequence[Sequence[str]], columns: Columns)
     """
     width = len(table.names)
     names = [str(number) for number in range(1, width + 1)]
-    if width > 2 or columns.others or not columns.keys().keys().isdisjoint(names):
+    read = {column for column, key in columns.keys().items() if key != KEEP}
+    if width > 2 or columns.others or not read.isdisjoint(names):
         return table._replace(names=names)
     lengths = [sum(len(row[at]) for row in rows if at < len(row)) for at in range(width)]
     if width:
         text = lengths.index(max(lengths))
         names[text] = columns.text
-        if width == 2 and isinstance(columns.label, str):
-            names[1 - text] = columns.label
+        if width == 2 and not isinstance(columns.label, tuple):
+            names[1 - text] = columns.label or _LABEL
     return table._replace(names=names, is_guessed=True)
 
 

@@ -61,8 +61,8 @@ def read_text(file: File, shard: Shard, columns: Columns) -> Iterator[Row]:
     """Read plain text: a document per line (empty lines are skipped), or one per file."""
     if columns.label is not None and file.label is None:
         raise DataError(
-            f"{file.name}: plain text has no labels; use csv, jsonl or parquet, or a folder for "
-            "each class with its texts in it"
+            f"{file.name}: plain text has no labels; use csv, jsonl or parquet (format: csv reads "
+            "any table), or a folder for each class with its texts in it"
         )
     opened = open_text(file, shard.options.encoding)
     with opened.stream as stream:

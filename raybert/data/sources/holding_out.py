@@ -46,4 +46,5 @@ def _unit(row: Row, config: SourceConfig) -> str | None:
     if value is None:
         return None
     text = str(value).encode("utf-8", "replace").decode()  # without lone surrogates
-    return replace_line_breaks(text, "space")  # whatever a stage's html_breaks are
+    # Whatever a stage's html_breaks are, and without what the text is stripped of.
+    return replace_line_breaks(text, "space").strip()

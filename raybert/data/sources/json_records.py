@@ -1,6 +1,7 @@
 """Read JSON: an object a line, an array of objects, or objects over several lines.
 
-An object that has rows in one of its fields, and pandas' `{"text": {"0": ...}, ...}`, are read too.
+An object that has rows in one of its fields, and the forms that pandas' `to_json` writes, are read
+too: columns of cells, columns as lists, rows by their index, and names of columns beside lists.
 Values are decoded one at a time, so that memory does not grow with the file.
 """
 
@@ -115,7 +116,7 @@ def _is_lines(head: str, file: File, columns: Columns) -> bool:
 
 
 def _is_record(value: dict[str, Any], columns: Columns) -> bool:
-    rows = _rows_of(value, columns)
+    rows = _rows_of(value, columns, is_only=True)
     return len(rows) == 1 and rows[0] is value
 
 
@@ -192,10 +193,14 @@ class _Values:
 
 def _flatten(values: _Values, columns: Columns) -> Iterator[Any]:
     """Yield the elements of arrays, and the rows of objects."""
+    is_first = True
     while first := values.peek():
         if first != "[":
-            yield from _rows_of(values.take(), columns)
+            value = values.take()
+            is_only, is_first = is_first and not values.peek(), False
+            yield from _rows_of(value, columns, is_only=is_only)
             continue
+        is_first = False
         values.skip()
         sign = values.peek()
         while sign != "]":
@@ -208,17 +213,36 @@ def _flatten(values: _Values, columns: Columns) -> Iterator[Any]:
         values.skip()
 
 
-def _rows_of(value: Any, columns: Columns) -> list[Any]:
-    """The rows of an object: in the one field that has rows, or as pandas' columns; else itself."""
+def _rows_of(value: Any, columns: Columns, *, is_only: bool) -> list[Any]:
+    """The rows of an object: in the one field that has rows, or in a form of pandas'; else itself.
+
+    `is_only`: the file has no other object, so lists are columns, and not the words of a text.
+    """
     if not isinstance(value, dict):
         return [value]
     texts = nested(value, columns.text)
     if texts is MISSING:
         found = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-        return found[0] if len(found) == 1 else [value]
+        if len(found) > 1:  # of the features of a table, and its rows
+            found = [rows for rows in found if nested(rows[0], columns.text) is not MISSING]
+        if len(found) == 1:
+            return found[0]
+        names, rows = value.get("columns"), value.get("data")
+        if is_only and isinstance(names, list) and isinstance(rows, list):
+            return [
+                dict(zip(map(str, names), row, strict=False)) if isinstance(row, list) else row
+                for row in rows
+            ]
+        by_index = [row for row in value.values() if isinstance(row, dict)]
+        is_table = len(by_index) == len(value) > 1 and len({tuple(row) for row in by_index}) == 1
+        return by_index if is_only and is_table else [value]
     if isinstance(texts, dict):
         given = {name: cells for name, cells in value.items() if isinstance(cells, dict)}
         return [{name: cells.get(key) for name, cells in given.items()} for key in texts]
+    lists = {name: cells for name, cells in value.items() if isinstance(cells, list)}
+    sizes = {len(cells) for cells in lists.values()}
+    if is_only and isinstance(texts, list) and sizes == {len(texts)}:
+        return [dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True)]
     return [value]
 
 

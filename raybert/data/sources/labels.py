@@ -21,6 +21,8 @@ _WHOLE = re.compile(r"([+-]?)0*(\d+)\.0*")
 _BOOLEANS = {"true": "1", "false": "0"}
 _ID_DIGITS = 9  # of a number that may be a label's position
 _SHOWN_CHARS, _SHOWN_NAMES = 60, 20
+#: White space, and marks that no program shows, as that of UTF-8 files that were joined.
+_INVISIBLE = " \t\r\n\xa0\u3000\ufeff\u200b\u2060\u200e\u200f"
 NO_LABEL_GIVEN = "no label"  # the problem of an empty value
 
 
@@ -53,10 +55,12 @@ def spell(value: Any) -> tuple[str | None, str | None]:
         except UnicodeEncodeError:
             return None, "label is not UTF-8"
         value = unicodedata.normalize("NFC", value)
-    text = " ".join(value.split())
+    text = " ".join(value.strip(_INVISIBLE).split())
     if not text:
         return None, NO_LABEL_GIVEN
     whole = _WHOLE.fullmatch(text)
+    if text == "-0":
+        return "0", None
     if whole:
         return ("-" if whole[1] == "-" and whole[2] != "0" else "") + whole[2], None
     return text.lower() if text.lower() in _BOOLEANS else text, None

@@ -25,6 +25,16 @@ from raybert.errors import DataError, one_line, printable
 
 _MAGIC = {"PAR1": "parquet", "ARROW1": "arrow"}
 _SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")  # by datasets' save_to_disk
+#: What files of other programs are to be saved as.
+_REMEDIES = {
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods", ".numbers"), "save it as CSV (UTF-8)"),
+    **dict.fromkeys((".docx", ".doc", ".odt", ".rtf", ".pdf", ".html", ".htm"), "save it as text"),
+    **dict.fromkeys((".rar", ".7z"), "unpack it, or pack it as zip or tar"),
+    **dict.fromkeys(
+        (".orc", ".avro", ".sqlite", ".db", ".pkl", ".pickle", ".h5", ".dta", ".sav"),
+        "write it as Parquet or CSV",
+    ),
+}
 _SPLITS = {"train", "test", "dev", "valid", "validation", "val", "eval", "unsup", "unsupervised"}
 
 
@@ -77,14 +87,18 @@ def find_shards(path: str, request: Request) -> Found:
     else:
         found = list(_recognized(files, is_folder, request, listing.left_out))
     if not found:
-        raise DataError(f"{path}: {_unknown(is_folder, listing.left_out)}")
+        raise DataError(f"{path}: {_unknown(files, is_folder, listing.left_out)}")
     document, layout = request.document, ""
     if request.columns.label is not None and is_folder:
         found, document, layout = _label_by_folder(path, listing.folder or path, found, request)
     return Found(list(group(found, (), document, request.options)), listing.left_out, layout)
 
 
-def _unknown(is_folder: bool, left_out: LeftOut) -> str:
+def _unknown(files: list[File], is_folder: bool, left_out: LeftOut) -> str:
+    remedy = next((_REMEDIES[f.suffix] for f in files if f.suffix in _REMEDIES), None)
+    if remedy is not None:
+        suffixes_found = sorted({file.suffix for file in files if file.suffix in _REMEDIES})
+        return f"{', '.join(suffixes_found)} is a format that is not read here; {remedy}"
     if not is_folder:
         known = ", ".join([*FORMATS, "imdb"])
         return f"format=auto does not know this suffix; set format to one of {known}"

@@ -82,6 +82,8 @@ def list_files(path: str, *, follow_links: bool = False) -> Listing:
         if info.type == pafs.FileType.Unknown:
             raise DataError(f"{path}: no regular file or folder; write its content to a file")
     if not is_glob:
+        if os.path.islink(os.path.expanduser(path)):
+            raise DataError(f"{path}: a link to nothing; name a file or a folder")
         raise DataError(f"{path}: no such file or folder{near_names(path)}")
     base, pattern = _split_glob(path, wildcards)
     folder = Folder(base or ".")
@@ -280,6 +282,10 @@ def _info(folder: Folder, shown: str, selector: pafs.FileSelector | None = None)
     try:
         return folder.filesystem.get_file_info(selector or folder.path)
     except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{shown}: can't be read: {one_line(error)}") from None
+    except Exception as error:  # a filesystem of another library, as of hf://, has its own errors
+        if folder.is_local:
+            raise
         raise DataError(f"{shown}: can't be read: {one_line(error)}") from None
 
 

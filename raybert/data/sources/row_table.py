@@ -166,8 +166,9 @@ def accept(table: pa.Table, on_bad_row: str, skipped: Counter[str]) -> pa.Table:
         if row["place"] is None:
             raise DataError(row["problem"])
         if on_bad_row == "fail":
+            encoding = "set encoding, as cp1252, or " if "not UTF-8" in row["problem"] else ""
             raise DataError(
-                f"{row['place']}: {row['problem']}; fix the row, or set on_bad_row: skip "
+                f"{row['place']}: {row['problem']}; {encoding}fix the row, or set on_bad_row: skip "
                 "beside its source's path"
             )
         skipped[_kind_of_problem(row["problem"])] += 1

@@ -137,6 +137,8 @@ class SourceConfig(Settings):
     @classmethod
     def _column(cls, value: Any) -> Any:
         """A number is the name of a column in a table without a header."""
+        if isinstance(value, list) and (not value or len(set(map(str, value))) < len(value)):
+            raise ValueError(f"label_column={value}: name one column, or several different ones")
         return str(value) if type(value) is int else value
 
     @field_validator("encoding")
