@@ -22,6 +22,7 @@ from raybert.pipeline.finetune_setup import (
     peek_evaluation,
     peek_training,
     prepare_finetune,
+    starting_point,
 )
 from raybert.pipeline.named_sources import with_sources
 from raybert.pipeline.ray_stage import shown_ray_session
@@ -68,6 +69,7 @@ def tune(experiment: Experiment, display: Display, *, dashboard: bool = False) -
         display.print(
             "tune      finetune.unlabelled is left out: only `raybert finetune` reads such texts"
         )
+    starting_point(experiment)
     if config.test:
         peek_evaluation(experiment)
     elif not stage.exists(CONFIG):
