@@ -78,3 +78,33 @@ def test_a_manifest_as_it_was_written_is_read(corpus):
     folder.write_bytes(MANIFEST, given)
     use(folder, config)
     assert Manifest.read(folder).digest
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("dtype", "float64"),
+        ("seq_len", 10**12),
+        ("vocab_size", 0),
+        ("splits", {}),
+        ("splits.train.rows_per_group", 0),
+        ("splits.train.rows", 10**12),
+        ("splits.heldout.layout.stride", 10**15),
+        ("splits.train.layout", None),
+        ("info.config", "x"),
+        ("info.config.tokenizer", [1]),
+        ("info.unknown", "much"),
+        ("info.inputs.source", [1, 2]),
+        ("info.inputs.source", [["a.csv", {}, "x"]]),
+    ],
+)
+def test_a_value_that_no_corpus_has_is_damage(corpus, path, value):
+    folder, config, given = corpus
+    inside = values = json.loads(given)
+    *parents, last = path.split(".")
+    for parent in parents:
+        inside = inside[parent]
+    inside[last] = value
+    folder.write_json(MANIFEST, values)
+    with pytest.raises(RaybertError, match=MANIFEST):
+        use(folder, config)

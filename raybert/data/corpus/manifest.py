@@ -41,7 +41,7 @@ class Layout(Settings):
 class PartFile(Settings):
     """One part of a split."""
 
-    name: str = Field(pattern=r"^[^/]+$")  # in the corpus folder
+    name: str = Field(pattern=r"^[\w.-]+$")  # in the corpus folder
     rows: _Count
     bytes: _Count
     sha256: str
@@ -59,10 +59,13 @@ class SplitManifest(Settings):
 
     def problem(self, seq_len: int, id_bytes: int) -> str | None:
         """What is wrong with it: rows that do not add up, or a row group outside of its part."""
-        rows, last = [part.rows for part in self.parts], self.rows % self.rows_per_part
-        expected = [self.rows_per_part] * (self.rows // self.rows_per_part)
-        if rows != expected + [last] * bool(last) or self.rows_per_part % self.rows_per_group:
+        left = self.rows - self.rows_per_part * (len(self.parts) - 1)  # in the last part
+        expected = [self.rows_per_part] * (len(self.parts) - 1) + [left] * bool(self.parts)
+        is_whole = 0 < left <= self.rows_per_part if self.parts else not self.rows
+        if not is_whole or [part.rows for part in self.parts] != expected:
             return f"its parts do not have the {self.rows:,} rows in order"
+        if self.rows_per_part % self.rows_per_group:
+            return "its parts do not have full row groups"
         for part in self.parts:
             groups, short = divmod(part.rows, self.rows_per_group)
             for count, size, layout in (
@@ -131,9 +134,15 @@ class Manifest(Settings):
                 f"{FORMAT_VERSION}; upgrade raybert or make the corpus again"
             )
         try:
-            return build(cls, values, folder.join(MANIFEST))
+            manifest = build(cls, values, folder.join(MANIFEST))
         except ConfigError as error:
             raise DamagedError(f"{error}; make the corpus again") from None
+        if not {"train", "heldout"} <= manifest.splits.keys():
+            raise DamagedError(
+                f"{folder.join(MANIFEST)}: the split train or heldout is missing; make the corpus "
+                "again"
+            )
+        return manifest
 
     @property
     def source(self) -> SourceConfig | None:
