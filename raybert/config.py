@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
-from raybert.errors import ConfigError, one_line
+from raybert.errors import ConfigError, one_line, printable
 from raybert.yaml_values import parse_yaml, write_yaml
 
 
@@ -139,10 +139,14 @@ def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[
 def build(root: type[S], values: Mapping[str, Any], source: str) -> S:
     """Validate a mapping as `root`; a ConfigError begins with `source` unless that is empty."""
     try:
-        return root.model_validate(values)
+        found = root.model_validate(values)
     except ValidationError as error:
         message = _format_error(root, error)
-        raise ConfigError(f"{source}: {message}" if source else message) from None
+    except UnicodeEncodeError:  # pydantic itself, for a key or a choice
+        message = "a text has a lone surrogate such as \\ud800, which no UTF-8 file has; remove it"
+    else:
+        return found
+    raise ConfigError(f"{source}: {message}" if source else message)
 
 
 def dump(settings: Settings) -> str:
@@ -262,7 +266,7 @@ def _path(root: type[BaseModel], loc: Sequence[int | str], *, unknown: bool) -> 
     for at, part in enumerate(loc):
         is_unknown_key = unknown and at == len(loc) - 1
         if is_unknown_key or isinstance(part, int) or part in _known_keys(root, path):
-            path.append(str(part))
+            path.append(printable(str(part), _SHOWN_CHARS))
     return path
 
 

@@ -68,3 +68,13 @@ def test_a_file_is_read_as_windows_writes_it(tmp_path, encoding):
             load(Experiment, path)
         return
     assert load(Experiment, path).corpus.source.path == "Müller.csv"
+
+
+@pytest.mark.parametrize(
+    "text", ['{"\\ud800": 1}', '{run: {"\\udfff": 1}}', '{run: {name: "\\ud800"}}']
+)
+def test_a_lone_surrogate_is_refused(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(Experiment, tmp_path / "a.yaml")
+    assert "\n" not in str(caught.value)

@@ -32,7 +32,7 @@ from raybert.data.sources.documents import documents, fingerprint
 from raybert.data.tokenizer import Tokenizer
 from raybert.data.tokenizer_training import TrainedTokenizer, make_tokenizer, train_tokenizer
 from raybert.data.unknown import check_unknown
-from raybert.errors import ConfigError, UserError, damaged_file
+from raybert.errors import ConfigError, UserError, damaged_file, printable
 from raybert.storage.folder import Folder
 
 
@@ -159,6 +159,7 @@ def _overlap_digests(config: CorpusConfig) -> DigestSet | None:
     return digests
 
 
+_SHOWN_CHARS = 300  # of a value in a message
 _AUTOMATIC = {"wordpiece", "byte_bpe"}  # kinds that `auto` chooses from
 _REMEDY = "name another folder, or pass --force to make this corpus again"
 
@@ -194,7 +195,9 @@ def check_config(config: CorpusConfig, manifest: Manifest, folder: Folder) -> No
         key, (old, new) = next(iter(changed.items()))
         more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
         raise UserError(
-            f"{folder}: its corpus was made with corpus.{key}={old!r}, now it is {new!r}{more}; "
+            f"{folder}: its corpus was made with corpus.{printable(key)}="
+            f"{printable(repr(old), _SHOWN_CHARS)}, now it is {printable(repr(new), _SHOWN_CHARS)}"
+            f"{more}; "
             f"{_REMEDY}"
         )
 

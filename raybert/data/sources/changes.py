@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raybert.data.sources.files import File
+from raybert.errors import printable
 
 _BLOCK_BYTES = 1 << 20
 _MAX_HASHED_BYTES = 2 << 30  # of a source; of a larger one, times of files are compared
@@ -41,7 +42,7 @@ def changes(
         is_touched = was is not None and found is not None and was[0] == found[0]
         if known and is_touched and files and hash_content(files[name]) == known:
             continue
-        yield Change(str(name), _describe(was), _describe(found))
+        yield Change(printable(str(name)), _describe(was), _describe(found))
 
 
 def hash_files(files: Sequence[File]) -> dict[str, str]:
