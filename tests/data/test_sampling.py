@@ -1,5 +1,6 @@
 """A sample for `limit`: seeded, in the proportions of the labels, of bounded memory."""
 
+import json
 from collections import Counter
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from source_files import csv_bytes, texts_of, write
 from raybert.data.sources.documents import documents, sampled_shards
 from raybert.data.sources.files import File, Shard
 from raybert.data.sources.sampling import Sampler, chosen_rows, quotas
-from raybert.data.sources.settings import SourceConfig
+from raybert.data.sources.settings import EvaluationSource, SourceConfig
 from raybert.errors import DataError
 
 SORTED = [(f"text {n} of {label}", label) for label in ("a", "b", "c") for n in range(300)]
@@ -113,3 +114,16 @@ def test_a_sampler_keeps_no_more_than_it_needs(labels, size):
         assert rows is None if len(labels) <= size else len(rows) == size == len(set(rows))
         results.append(rows)
     assert results[0] == results[1] == results[2]
+
+
+def test_copies_with_other_spaces_are_held_out_together(tmp_path):
+    rows = [{"text": f"{space}film {n}{space}"} for n in range(200) for space in ("", " ", "\t")]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kinds = SourceConfig, EvaluationSource
+    parts = [set(texts_of(kind(path=str(path), hold_out=0.3))) for kind in kinds]
+    assert min(map(len, parts)) > 0 and parts[0].isdisjoint(parts[1])
+    with pytest.raises(DataError, match="hold_out=0.5 sets (all|none) of the texts apart"):
+        for kind in kinds:
+            path.write_text('{"text": "a film"}\n')
+            list(documents(kind(path=str(path), hold_out=0.5)))
