@@ -64,7 +64,12 @@ def prepare_finetune(
     config = experiment.finetune
     start, tokenizer = starting_point(experiment)
     if start is not None:
-        huggingface.check_settings(start, config.head, compiles=config.compile)
+        huggingface.check_settings(
+            start,
+            config.head,
+            compiles=config.compile,
+            recomputes=config.activation_checkpointing,
+        )
     if not all(tokenizer.exists(name) for name in (TOKENIZER_FILE, CONFIG_FILE)):
         Tokenizer.load(tokenizer).save(data)  # a vocab.txt, whose ids a model is to be saved with
         tokenizer = data

@@ -60,7 +60,12 @@ class FinetuneSpec:
         task = self.prepared.make_task()
         self._check_that_settings_have_effect(task)
         if self.start is not None:
-            huggingface.check_settings(self.start, self.config.head, compiles=self.config.compile)
+            huggingface.check_settings(
+                self.start,
+                self.config.head,
+                compiles=self.config.compile,
+                recomputes=self.config.activation_checkpointing,
+            )
         weights = self.config.class_weights
         names = self.prepared.labels
         if isinstance(weights, list) and len(weights) != len(names):

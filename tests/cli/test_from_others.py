@@ -37,7 +37,11 @@ def test_it_is_fine_tuned_and_predicts(raybert, tmp_path):
     assert "Started from: published" in Path(done.json["model"], "README.md").read_text()
     answered = raybert("predict", "-m", experiment.run, "a superb film", "--json")
     assert answered.code == 0, answered.err
-    for setting in ("finetune.head.kind=keras", "finetune.compile=true"):
+    for setting in (
+        "finetune.head.kind=keras",
+        "finetune.compile=true",
+        "finetune.activation_checkpointing=true",
+    ):
         run = ("--name", "other", "--set", setting)
         line = refused(raybert("finetune", *at, *run))  # before Ray starts
         assert setting in line and "transformers computes RobertaForMaskedLM" in line

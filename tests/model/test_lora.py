@@ -13,7 +13,6 @@ from raybert.model.heads import Classifier
 from raybert.model.lora import add_lora, merged
 from raybert.model.settings import ModelConfig
 from raybert.storage.folder import Folder
-from raybert.train.optimizers import optimizer_tensors
 from raybert.train.run import train_in_process
 
 IDS = torch.tensor([[5, 9, 3, 7]])
@@ -56,7 +55,7 @@ def test_a_run_learns_and_stores_adapters_and_saves_a_plain_model(tmp_path):
     attempt = Attempt(job, Folder(tmp_path / "run"))
     start = {k: v.clone() for k, v in attempt.task.model.state_dict().items()}
     attempt.run()
-    held = {name.rpartition("|")[0] for name in optimizer_tensors(attempt.loop.state.optimizer)}
+    held = {name.rpartition("|")[0] for name in attempt.store.load(4).optimizer}
     learned = {name for name, p in attempt.task.model.named_parameters() if p.requires_grad}
     assert held == learned
     for name, value in attempt.task.model.state_dict().items():
@@ -83,8 +82,8 @@ def test_a_stopped_run_resumes_bit_for_bit(frozen_epochs, tmp_path):
     resumed.run()
     states = [each.task.model.state_dict() for each in (uninterrupted, resumed)]
     assert same_tensors(*states)
-    moments = [optimizer_tensors(each.loop.state.optimizer) for each in (uninterrupted, resumed)]
-    assert same_tensors(*moments)
+    moments = [each.store.load(6).optimizer for each in (uninterrupted, resumed)]
+    assert moments[0] and same_tensors(*moments)
 
 
 def test_muon_takes_adapters(tmp_path):

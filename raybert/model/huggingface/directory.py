@@ -53,11 +53,13 @@ def read_model_config(folder: Folder) -> tuple[ModelConfig, int]:
     return transformers_backend.read_shape(folder, config)
 
 
-def check_settings(folder: Folder, head: HeadConfig, *, compiles: bool) -> None:
+def check_settings(
+    folder: Folder, head: HeadConfig, *, compiles: bool = False, recomputes: bool = False
+) -> None:
     """Raise ConfigError for settings of fine-tuning that a model's architecture has not."""
     config = read_config_json(folder)
     if not is_own(config):
-        transformers_backend.check_settings(config, head, compiles=compiles)
+        transformers_backend.check_settings(config, head, compiles=compiles, recomputes=recomputes)
 
 
 def load_masked_lm(folder: Folder, dropout: float | None = None) -> MaskedLM:

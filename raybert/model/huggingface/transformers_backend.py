@@ -40,12 +40,15 @@ def read_shape(folder: Folder, config: Mapping[str, Any]) -> tuple[ModelConfig, 
     return _shape(folder, found, _outline(folder, found, per_token=False)), found.vocab_size
 
 
-def check_settings(config: Mapping[str, Any], head: HeadConfig, *, compiles: bool) -> None:
+def check_settings(
+    config: Mapping[str, Any], head: HeadConfig, *, compiles: bool, recomputes: bool
+) -> None:
     """Raise ConfigError for settings of fine-tuning that apply to raybert's own models only."""
     given = {
         "head.kind=keras": head.kind == "keras",
         f"head.pooling={head.pooling}": head.pooling is not None,
         "compile=true": compiles,
+        "activation_checkpointing=true": recomputes,
     }
     for setting, is_given in given.items():
         if is_given:
@@ -76,7 +79,7 @@ def make_on(
     per_token: bool,
 ) -> TransformersClassifier:
     """Make a classifier on a pretrained encoder, as `make_classifier_on`."""
-    check_settings(config, head, compiles=False)
+    check_settings(config, head, compiles=False, recomputes=False)
     changes: dict[str, Any] = dict.fromkeys(_HEAD_DROPOUT, head.dropout)
     if dropout is not None:
         changes |= dict.fromkeys(_ENCODER_DROPOUT, dropout)
