@@ -71,7 +71,7 @@ def raybert_cli(capsys, monkeypatch):
 def test_mistakes_are_those_of_the_command_line(experiment):
     with pytest.raises(ConfigError, match="unknown key finetune.lrr; did you mean finetune.lr"):
         raybert.finetune(ROWS, settings={"finetune.lrr": 1})
-    with pytest.raises(UserError, match="no model here"):
+    with pytest.raises(UserError, match="none: no such folder"):
         raybert.Classifier.load(experiment.path / "none")
     with pytest.raises(AttributeError, match="has no attribute 'finetun'"):
         raybert.finetun  # noqa: B018

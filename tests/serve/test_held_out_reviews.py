@@ -8,7 +8,7 @@ from model_directories import make_directory
 
 from raybert.storage.folder import Folder
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_serving_is_measured_with_held_out_reviews(tmp_path, monkeypatch):
