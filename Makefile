@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests without Ray run in so many processes, since many wait for processes of their own, each with
-# whole files, whose fixtures are then made once. Beside them those that start Ray run one by one.
-TEST_PROCESSES ?= 3
+# Tests without Ray run in so many processes, and beside them those that start Ray, since many wait
+# for processes of their own; each has whole files, whose fixtures are then made once.
+TEST_PROCESSES ?= 2
+PARALLEL = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 # pip compiles nothing, so the first import of a module has to store its bytecode: otherwise each of
 # the many processes that tests start compiles torch again, which doubles their time.
 export PYTHONDONTWRITEBYTECODE :=
@@ -19,11 +20,10 @@ test: $(VENV)/.dev
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-local test-ray
 
 test-local: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
-	  -m "not ray and not slow and not peers"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not ray and not slow and not peers"
 
 test-ray: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "ray and not slow and not peers"
+	$(BIN)/python -m pytest $(PARALLEL) -m "ray and not slow and not peers"
 
 test-slow: $(VENV)/.dev $(VENV)/.kserve
 	RAYBERT_MANY_EXAMPLES=1 $(BIN)/python -m pytest -m "slow or hypothesis"
