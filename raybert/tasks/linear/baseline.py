@@ -19,7 +19,6 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from raybert.tasks.comparison import Predictions, paired_difference
 from raybert.tasks.entities import Word
 from raybert.tasks.labelled import Labelled
-from raybert.tasks.linear.decision import deciding_metric
 from raybert.tasks.linear.model import NgramModel, fit_latent, fit_ngrams
 from raybert.tasks.linear.words import WordModel, fit_words
 from raybert.tasks.protocol import F32, Metrics, Outputs, TextTask
@@ -123,8 +122,8 @@ def best_of(
     validation: Labelled,
     metric: str | None = None,
 ) -> Baseline:
-    """The model with the best validation metric; of few texts, unless one is given, the loss."""
-    metric, candidates = metric or deciding_metric(task, validation.texts.length()), []
+    """The model with the best validation metric."""
+    metric, candidates = metric or task.default_metric, []
     for model in models:
         _, outputs, wanted = Baseline(task, model, {}, 0.0).predictions(validation)
         fitted = task.fit(outputs, wanted)
