@@ -30,7 +30,7 @@ def near_names(path: str) -> str:
     near = difflib.get_close_matches(missing.lower(), list(lowered), n=_SHOWN, cutoff=0.7)
     if near:
         found = (os.path.join(above, lowered[name]) for name in near)
-        return f"; did you mean {' or '.join(found)}?"
+        return f" (did you mean {' or '.join(found)}?)"
     if above in ("", "/") or not shown:  # there, only what is spelled alike
         return ""
     more = ", ..." if len(shown) > _SHOWN else ""

@@ -24,7 +24,7 @@ def runs(tmp_path, monkeypatch):
     ("path", "words"),
     [
         ("runs/none", "runs/none: no such folder; runs has demo, reviews, tickets; name a model/"),
-        ("runs/Review", "no such folder; did you mean runs/reviews[?]; name a model/"),
+        ("runs/Review", r"no such folder \(did you mean runs/reviews[?]\); name a model/"),
         ("runs/demo/finetun", "did you mean runs/demo/finetune[?]"),
         ("./nothing", "./nothing: no such folder"),
         ("rnus/demo/finetune", "did you mean runs[?]"),
@@ -45,7 +45,7 @@ def test_a_mistyped_path_is_said_to_be_one(runs, path, words):
 
 
 def test_the_name_of_a_run_alone_is_completed(runs):
-    with pytest.raises(UserError, match="; did you mean runs/reviews[?]"):
+    with pytest.raises(UserError, match=r" \(did you mean runs/reviews[?]\)"):
         find_source("reviews", "runs")
     with pytest.raises(UserError, match="a registered model, or download"):
         find_source("bert-base-uncased", "runs")

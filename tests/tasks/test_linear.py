@@ -104,10 +104,9 @@ def test_few_labels_count_for_words_that_only_unlabelled_texts_join():
     train = labelled([text(t, 2) for t in "abab"], ["a", "b"] * 2)
     unlabelled = [text(t, 4) for t in "ab" * 100]
     unseen = [f"{topics[t][2]} {topics[t][3]}" for t in "ab"]
-    task = SingleLabel(["a", "b"])
-    alone, joined = (fit_baseline(task, train, train, unlabelled=u) for u in ((), unlabelled))
+    task, texts = SingleLabel(["a", "b"]), labelled(unseen, ["a", "b"])
+    alone, joined = (fit_baseline(task, train, texts, unlabelled=u) for u in ((), unlabelled))
     assert alone.model.weighting != joined.model.weighting == "latent semantic analysis"
-    texts = labelled(unseen, ["a", "b"])
     assert np.ptp(alone.predictions(texts).outputs, axis=0).max() == 0  # it knows none of the words
     assert joined.predictions(texts).outputs.argmax(1).tolist() == [0, 1]
 
