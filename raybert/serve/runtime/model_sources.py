@@ -48,7 +48,7 @@ def find_source(
             return ModelSource(name or location, location, registry)
         beside = f"{registry.rstrip('/')}/{location}"  # an experiment, by its name alone
         is_run = find_model(Folder(registry) / location, stage) is not None
-        near = f"; did you mean {beside}?" if is_run else near_names(location)
+        near = f" (did you mean {beside}?)" if is_run else near_names(location)
         raise UserError(
             f"{location}: neither a folder nor a name in the registry of {registry}{near}; name a "
             f"model/, a run, an experiment or a registered model{hub_hint(location)}"
