@@ -2,13 +2,16 @@
 
 import json
 import random
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from raybert.config import build
 from raybert.data.corpus.build import inputs_of
@@ -300,6 +303,24 @@ def damage(path, how):
         path.write_bytes(data[: len(data) // 2])
     else:
         path.unlink()
+
+
+@contextmanager
+def gloo_group(rank, rendezvous, world_size, timeout_s):
+    """Be one of `world_size` processes on one thread each; `rendezvous` is a file of the group."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    yield Group.current(torch.device("cpu"))
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 def same_tensors(one, other):

@@ -1,9 +1,9 @@
 """The registry of precisions that a classifier runs in, and the one selected for a machine type.
 
 A new precision is one more entry (and one more value of the setting `serve.precision`). The encoder
-changes; the classification head stays in fp32, unless
-transformers computes the model. `precision_choice` selects; its choice is one file per machine type
-beside the weights, so that all replicas on such machines take the same precision.
+changes; the classification head stays in fp32, unless transformers computes the model.
+`precision_choice` selects; its choice is one file per machine type beside the weights, so that all
+replicas on such machines take the same precision.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def available_precisions(device: torch.device) -> tuple[str, ...]:
     return tuple(name for name, entry in PRECISIONS.items() if entry.is_available(device))
 
 
-def suits(folder: Folder, precision: str) -> bool:
-    """Whether a precision is one of the models of a directory."""
+def suitable_precisions(folder: Folder) -> tuple[str, ...]:
+    """The names of the precisions that the model of a directory has, on some hardware."""
     is_own = huggingface.is_own(huggingface.read_config_json(folder))
-    return is_own or not PRECISIONS[precision].own_layers
+    return tuple(name for name, entry in PRECISIONS.items() if is_own or not entry.own_layers)
 
 
 def default_precision(device: torch.device) -> str:
@@ -156,7 +156,7 @@ def resolve_precision(precision: str, folder: Folder, device: torch.device) -> s
     if precision == "auto":
         choice = read_choice(folder, device)
         return str(choice["precision"]) if choice else default_precision(device)
-    if precision in PRECISIONS and not suits(folder, precision):
+    if precision in PRECISIONS and precision not in suitable_precisions(folder):
         raise UserError(
             f"serve.precision={precision} is for raybert's own encoders, and transformers computes "
             f"{folder}; use bf16, fp32 or auto, or raybert export --format onnx --int8"

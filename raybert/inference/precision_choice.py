@@ -27,7 +27,7 @@ from raybert.inference.precision import (
     machine_type,
     read_choice,
     store_choice,
-    suits,
+    suitable_precisions,
 )
 from raybert.storage.folder import Folder
 from raybert.tasks.protocol import Outputs, Targets, TextTask
@@ -63,6 +63,12 @@ def select_precision(folder: Folder, device: str, preferred: str | None = None) 
                 found["tries"] = 1 + _tries(choice)
                 choice = store_choice(folder, where, found, replace=choice is not None)
     return str(choice["precision"]) if choice else preferred or default_precision(where)
+
+
+def _candidates(folder: Folder, device: torch.device) -> list[str]:
+    """The precisions of a model that a device has."""
+    suitable = suitable_precisions(folder)
+    return [name for name in available_precisions(device) if name in suitable]
 
 
 def _must_measure(choice: dict[str, Any] | None) -> bool:
@@ -104,9 +110,7 @@ def benchmark(folder: Folder, device: str) -> dict[str, Any]:
     """
     reference: npt.NDArray[np.float32] | None = None
     measured: dict[str, dict[str, float]] = {}
-    for name in available_precisions(torch.device(device)):
-        if not suits(folder, name):
-            continue
+    for name in _candidates(folder, torch.device(device)):
         classifier = TextClassifier(folder, device=device, precision=name)
         rows = random_rows(classifier)
         compare = classifier.task.comparable
@@ -143,9 +147,7 @@ def compare(
     """
     where = torch.device(device)
     measured: dict[str, dict[str, float]] = {}
-    for name in available_precisions(where):
-        if not suits(folder, name):
-            continue
+    for name in _candidates(folder, where):
         on_progress(f"{name}: {len(texts):,} texts")
         classifier = TextClassifier(folder, device=device, precision=name)
         classifier.logits(texts[:8])

@@ -107,7 +107,6 @@ def work_of(experiment: Experiment, stage: str) -> Work | None:
 def scaling_of(work: Work, machines: Machines) -> dict[str, Any]:
     """A step's seconds by their cause, and what limits them."""
     found = step_time(work, machines)
-    failure = machines.hours_between_failures * 3600 / machines.gpus
     return {
         **found._asdict(),
         "seconds": found.seconds,
@@ -117,7 +116,7 @@ def scaling_of(work: Work, machines: Machines) -> dict[str, Any]:
         "gpus": machines.gpus,
         "nodes": machines.nodes,
         "micro_batches": work.micro_batches,
-        "seconds_between_failures": failure,
+        "seconds_between_failures": machines.seconds_between_failures,
         "best_checkpoint_seconds": best_interval(work, machines),
     }
 

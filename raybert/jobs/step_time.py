@@ -38,6 +38,11 @@ class Machines:
         """The number of nodes."""
         return -(-self.gpus // self.gpus_per_node)
 
+    @property
+    def seconds_between_failures(self) -> float:
+        """Seconds between failures of any GPU."""
+        return self.hours_between_failures * 3600 / self.gpus
+
 
 @dataclass(frozen=True)
 class Work:
@@ -79,7 +84,7 @@ class StepTime(NamedTuple):
 
     @property
     def limit(self) -> str:
-        """What costs most, in the words of `_REMEDIES`."""
+        """What costs most, a key of `REMEDIES`."""
         waits = max(0.0, self.input - self.compute - self.exposed - self.fixed)
         losses = {
             "communication": self.exposed / self.seconds,
@@ -176,11 +181,11 @@ def _failing(work: Work, machines: Machines) -> float:
     """Half an interval is repeated after a failure, and the restart takes its time."""
     if work.checkpoint_seconds is None:
         return 0.0
-    between = machines.hours_between_failures * 3600 / machines.gpus
-    return min(1.0, (_interval(work, machines) / 2 + machines.restart) / between)
+    lost = _interval(work, machines) / 2 + machines.restart
+    return min(1.0, lost / machines.seconds_between_failures)
 
 
 def best_interval(work: Work, machines: Machines) -> float:
     """Seconds between checkpoints that lose least (Young 1974, doi 10.1145/361147.361115)."""
-    between = machines.hours_between_failures * 3600 / machines.gpus
-    return math.sqrt(2 * _copied(work) / machines.copy_bandwidth * between)
+    copying = _copied(work) / machines.copy_bandwidth
+    return math.sqrt(2 * copying * machines.seconds_between_failures)

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from raybert.data.sources.documents import documents
 from raybert.data.sources.settings import SourceConfig
 from raybert.experiment import Experiment
 from raybert.storage.folder import Folder
@@ -57,15 +57,16 @@ def fit(
     experiment: Experiment, display: Display, texts: SplitTexts, folder: Folder | None = None
 ) -> Baseline:
     """Fit the linear model, and keep it in `folder`, by default the experiment's."""
-    from raybert.tasks.linear.baseline import fit_baseline
+    from raybert.tasks.linear.baseline import MAX_UNLABELLED, fit_baseline
     from raybert.tasks.linear.store import save_baseline
+    from raybert.tasks.prepared_texts import unlabelled_texts
 
     config = experiment.finetune
     unlabelled: list[str] = []
     if config.unlabelled is not None:
         display.progress("reading texts without labels")
-        for table in documents(config.unlabelled):
-            unlabelled += table["text"].to_pylist()
+        found_texts = unlabelled_texts(config, config.unlabelled)
+        unlabelled = list(itertools.islice(found_texts, MAX_UNLABELLED))
     display.progress("fitting linear models on n-grams")
     found = fit_baseline(
         texts.task,

@@ -24,8 +24,8 @@ def near_names(path: str) -> str:
     names: list[str] = []
     with suppress(OSError):
         names = sorted(name for name in os.listdir(above or ".") if name.isprintable())
-    shown = [name for name in names if not name.startswith(".")]
-    shown = [name for name in shown if name != missing]  # a link to nothing
+    # A link to nothing has the missing name itself.
+    shown = [name for name in names if not name.startswith(".") and name != missing]
     lowered = {name.lower(): name for name in reversed(shown[:_MOST_NAMES])}
     near = difflib.get_close_matches(missing.lower(), list(lowered), n=_SHOWN, cutoff=0.7)
     if near:

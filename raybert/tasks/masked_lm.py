@@ -190,7 +190,8 @@ class MaskedLMTask:
         torch.manual_seed(config.seed)
         if spec.start is not None:
             model = huggingface.make_masked_lm_on(spec.start, spec.model.dropout)
-            add_tokens(model, new_tokens(spec.start, self._tokenizer) or {})
+            if pieces := new_tokens(spec.start, self._tokenizer):
+                add_tokens(model, pieces)
         else:
             encoder = Encoder(spec.model, self._tokenizer.vocab_size, self._tokenizer.pad_id)
             model = MaskedLM(encoder)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
-from raybert.tasks.protocol import NO_LABEL, Loss, LossSettings, Metrics, Outputs, Targets
+from raybert.tasks.protocol import F32, NO_LABEL, Loss, LossSettings, Metrics, Outputs, Targets
 from raybert.tasks.single_label import SingleLabel, sort_key
 
 
@@ -66,26 +66,19 @@ class Ordinal(SingleLabel):
 
         return loss
 
-    def validate(self, outputs: Outputs, targets: Targets) -> Metrics:
-        scores = self.evaluate(outputs, targets)
-        return {name: scores[name] for name in self.selection_metrics}
-
     def ratio_parts(self, outputs: Outputs, targets: Targets) -> npt.NDArray[np.float64]:
         distance = np.abs(np.asarray(outputs).argmax(axis=1) - np.asarray(targets))
         return np.stack([distance, np.ones(len(distance))], axis=1)
 
-    def evaluate(self, outputs: Outputs, targets: Targets) -> Metrics:
-        return {**super().evaluate(outputs, targets), **self._distances(outputs, targets)}
-
-    def _distances(self, outputs: Outputs, targets: Targets) -> Metrics:
-        """The mean distance in steps, and Cohen's kappa with quadratic weights."""
+    def _metrics(self, logits: F32, targets: npt.NDArray[np.int64]) -> Metrics:
+        """Add the mean distance in steps, and Cohen's kappa with quadratic weights."""
         from sklearn.metrics import cohen_kappa_score  # takes 1.5 s
 
-        truth, found = np.asarray(targets), np.asarray(outputs).argmax(axis=1)
-        names = np.arange(len(self.labels))
-        one = len(np.unique(np.concatenate([truth, found]))) == 1  # then kappa is 0 / 0
-        kappa = 1.0 if one else cohen_kappa_score(truth, found, labels=names, weights="quadratic")
+        found, names = logits.argmax(axis=1), np.arange(len(self.labels))
+        one = len(np.unique(np.concatenate([targets, found]))) == 1  # then kappa is 0 / 0
+        kappa = 1.0 if one else cohen_kappa_score(targets, found, labels=names, weights="quadratic")
         return {
-            "mean_distance": float(np.abs(found - truth).mean()),
+            **super()._metrics(logits, targets),
+            "mean_distance": float(np.abs(found - targets).mean()),
             "quadratic_kappa": float(kappa),
         }

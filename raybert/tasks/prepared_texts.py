@@ -10,7 +10,7 @@ Shapes: B texts, T tokens, L labels.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -348,19 +348,22 @@ def read_and_split(
     return SplitTexts(texts.take(parts.rest), texts.take(parts.heldout), task(names), skipped)
 
 
+def unlabelled_texts(
+    config: TextsConfig, source: SourceConfig, skipped: Counter[str] | None = None
+) -> Iterator[str]:
+    """Texts of a source without labels, with their line breaks as those of labelled texts."""
+    source = source.model_copy(update={"html_breaks": config.source.html_breaks})
+    for table in documents.documents(source, skipped=skipped):
+        yield from table["text"].to_pylist()
+
+
 def _add_unlabelled(
     config: TextsConfig, train: Labelled, validation: Labelled, skipped: Counter[str]
 ) -> Labelled:
     """Add the unlabelled texts; those that are labelled, too, may be held out and are skipped."""
-    source = config.distill.unlabelled
-    assert source is not None
-    source = source.model_copy(update={"html_breaks": config.source.html_breaks})
+    assert config.distill.unlabelled is not None
     known = {*train.texts.to_pylist(), *validation.texts.to_pylist()}
-    found = [
-        text
-        for table in documents.documents(source, skipped=skipped)
-        for text in table["text"].to_pylist()
-    ]
+    found = list(unlabelled_texts(config, config.distill.unlabelled, skipped))
     texts = [text for text in found if text not in known]
     if len(texts) < len(found):
         skipped["labelled elsewhere"] += len(found) - len(texts)

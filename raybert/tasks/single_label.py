@@ -122,7 +122,7 @@ class SingleLabel(TextTask):
         return kl_divergence(expected, found)
 
     def validate(self, outputs: Outputs, targets: Targets) -> Metrics:
-        scores = classification_scores(np.asarray(outputs), np.asarray(targets), self.labels)
+        scores = self._metrics(np.asarray(outputs), np.asarray(targets))
         return {name: scores[name] for name in self.selection_metrics}
 
     def ratio_parts(self, outputs: Outputs, targets: Targets) -> npt.NDArray[np.float64]:
@@ -135,7 +135,10 @@ class SingleLabel(TextTask):
         )
 
     def evaluate(self, outputs: Outputs, targets: Targets) -> Metrics:
-        return classification_scores(self._scaled(outputs), np.asarray(targets), self.labels)
+        return self._metrics(self._scaled(outputs), np.asarray(targets))
+
+    def _metrics(self, logits: F32, targets: npt.NDArray[np.int64]) -> Metrics:
+        return classification_scores(logits, targets, self.labels)
 
     def _scaled(self, outputs: Outputs) -> F32:
         """The logits [n, L] divided by the temperature."""

@@ -4,19 +4,17 @@ import contextlib
 import math
 import sys
 import time
-import warnings
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from making import (
     Attempt,
     Scripted,
     committed,
     damage,
     finetune_job,
+    gloo_group,
     gradients_of,
     pretrain_job,
 )
@@ -331,24 +329,12 @@ SCENARIOS = {
 
 def work(rank, folder, world_size):
     """Run every scenario as one of `world_size` processes."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if world_size > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/rendezvous",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=60),
-        )
-    group = Group.current(torch.device("cpu"))
     found = {}
-    for name, scenario in SCENARIOS.items():
-        run = Folder(Path(folder) / f"{name}-{world_size}")
-        found[name] = scenario(Folder(Path(folder) / "corpus"), run, group)
-    torch.save(found, Path(folder) / f"found-{world_size}-{rank}.pt")
-    if world_size > 1:
-        dist.destroy_process_group()
+    with gloo_group(rank, f"{folder}/rendezvous", world_size, timeout_s=60) as group:
+        for name, scenario in SCENARIOS.items():
+            run = Folder(Path(folder) / f"{name}-{world_size}")
+            found[name] = scenario(Folder(Path(folder) / "corpus"), run, group)
+        torch.save(found, Path(folder) / f"found-{world_size}-{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -4,18 +4,14 @@ import functools
 import math
 import shutil
 import sys
-import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from making import Attempt, Scripted, make_corpus, pretrain_job
+from making import Attempt, Scripted, gloo_group, make_corpus, pretrain_job
 
 from raybert.storage.folder import Folder
 from raybert.train import step
 from raybert.train.compiled_layers import CompiledLayers
-from raybert.train.distributed import Group
 from raybert.train.optimizers import optimizer_tensors
 from raybert.train.task import Stopped
 
@@ -177,29 +173,18 @@ def compiled(folder, group):
 
 def work(rank, folder, size):
     """Run as one of `size` processes."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if size > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/rendezvous-{size}",
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=120),
-        )
-    group, here = Group.current(torch.device("cpu")), Folder(folder)
-    found = {
-        "long": long(here, group),
-        "bf16": each(here / "corpus", here / f"bf16-{size}", group, gradients="bf16"),
-        "compiled": compiled(here, group),
-    }
-    if size == 3:
-        found["taken over"] = taken_over(here, group, 2)
-    if size == 1:
-        found["taken over"] = taken_over(here, group, 3)
-    torch.save(found, Path(folder) / f"found-{size}-{rank}.pt")
-    if size > 1:
-        dist.destroy_process_group()
+    here = Folder(folder)
+    with gloo_group(rank, f"{folder}/rendezvous-{size}", size, timeout_s=120) as group:
+        found = {
+            "long": long(here, group),
+            "bf16": each(here / "corpus", here / f"bf16-{size}", group, gradients="bf16"),
+            "compiled": compiled(here, group),
+        }
+        if size == 3:
+            found["taken over"] = taken_over(here, group, 2)
+        if size == 1:
+            found["taken over"] = taken_over(here, group, 3)
+        torch.save(found, Path(folder) / f"found-{size}-{rank}.pt")
 
 
 if __name__ == "__main__":

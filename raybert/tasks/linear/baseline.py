@@ -25,7 +25,8 @@ from raybert.tasks.protocol import F32, Metrics, Outputs, TextTask
 
 #: Of the training texts, a sample; more would take minutes.
 MAX_TEXTS = 100_000
-_MAX_UNLABELLED = 30_000  # for their singular vectors, of which 20,000 texts take 15 s
+#: Of texts without labels: the singular vectors of 20,000 take 15 s.
+MAX_UNLABELLED = 30_000
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def fit_baseline(
         texts = strings(train)
         models = fit_ngrams(texts, targets, task.output_kind, len(task.labels))
         if len(unlabelled) > len(texts) and train.pairs is None:
-            others = [(text,) for text in unlabelled[:_MAX_UNLABELLED]]
+            others = [(text,) for text in unlabelled[:MAX_UNLABELLED]]
             latent = fit_latent(texts, others, targets, task.output_kind, len(task.labels))
             models += [latent] if latent is not None else []
     return replace(best_of(task, models, validation, metric), seconds=time.monotonic() - begun)
