@@ -55,7 +55,7 @@ def make_directory(folder, name, layout=None):
     if name == "ngrams":
         words = {word: i for i, word in enumerate(["film", "superb", "a superb", "文"])}
         weights = Weights(*(np.full(shape, 0.5, np.float32) for shape in ((4, 2), (2,))))
-        model = NgramModel("tf-idf", Ngrams(words), np.ones(4, np.float32), weights)
+        model = NgramModel(("tf-idf",), Ngrams(words), np.ones(4, np.float32), weights)
         fitted = task(labels, {"temperature": 2.0})
         save_part(NgramPart(model, 0.5, 1.5, fitted), target)
     return {file: target.read_bytes(file) for file in target.names()}

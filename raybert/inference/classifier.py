@@ -126,7 +126,7 @@ class TextClassifier:
         if self.ngrams is not None:  # thresholds and the like were fitted for both parts together
             found, linear = self.ngrams.task, self.ngrams.model
             sides = 3 if self.reads_pairs else 1  # the first text, the second, and both
-            fits = len(linear.weights.matrix) == sides * len(linear.ngrams.index)
+            fits = linear.columns == sides * len(linear.ngrams.index)
             if (found.name, found.labels) != (self.task.name, self.labels) or not fits:
                 raise DamagedError(f"{folder}: ngrams.json is of another model; delete it")
             self.task = found

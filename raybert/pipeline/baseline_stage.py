@@ -75,6 +75,7 @@ def fit(
         metric=config.metric,
         seed=config.seed,
         unlabelled=unlabelled,
+        refit=config.validation is None,
     )
     save_baseline(found, folder or folder_of(experiment))
     metric = config.metric or found.task.default_metric

@@ -118,7 +118,13 @@ def _fit_ngrams(
     config = experiment.finetune
     display.progress("fitting linear models on n-grams of the unlabelled texts")
     found = fit_pseudo_labels(
-        split.task, texts, outputs, split.validation, metric=config.metric, seed=config.seed
+        split.task,
+        texts,
+        outputs,
+        split.validation,
+        metric=config.metric,
+        seed=config.seed,
+        refit=config.validation is None,
     )
     save_baseline(found, folder)
 

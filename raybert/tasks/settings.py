@@ -167,8 +167,8 @@ class FinetuneConfig(TextsConfig, TrainConfig):
     )
     baseline: bool = Field(
         True,
-        description="whether a linear model on 1- and 2-grams is fitted on the same texts, which "
-        "takes seconds, and shown beside the model",
+        description="whether a linear model on n-grams is fitted on the same texts, which takes "
+        "seconds, and shown beside the model",
     )
     ngrams: Literal["auto", "on", "off"] = Field(
         "auto",

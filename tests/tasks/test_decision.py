@@ -12,7 +12,7 @@ from raybert.tasks.multi_label import MultiLabel
 from raybert.tasks.regression import Regression
 from raybert.tasks.single_label import SingleLabel
 
-MODEL = NgramModel("tf-idf", Ngrams({"a": 0}), None, Weights(np.zeros((1, 2)), np.zeros(2)))
+MODEL = NgramModel(("tf-idf",), Ngrams({"a": 0}), None, Weights(np.zeros((1, 2)), np.zeros(2)))
 
 
 def outputs_of(targets, strength, seed):

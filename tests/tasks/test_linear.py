@@ -14,8 +14,14 @@ from raybert.data.sources.settings import SourceConfig
 from raybert.storage.folder import Folder
 from raybert.tasks.comparison import Predictions, paired_difference
 from raybert.tasks.labelled import Labelled, read_labelled, resolve_source
-from raybert.tasks.linear.baseline import beside_baseline, fit_baseline
-from raybert.tasks.linear.model import fit_ngrams
+from raybert.tasks.linear.baseline import (
+    Baseline,
+    beside_baseline,
+    fit_baseline,
+    strings,
+    targets_of,
+)
+from raybert.tasks.linear.model import NgramFeatures
 from raybert.tasks.linear.ngrams import Ngrams
 from raybert.tasks.linear.store import load_baseline, save_baseline
 from raybert.tasks.regression import Regression
@@ -65,10 +71,37 @@ def test_any_texts_can_be_fitted(texts, num_outputs):
     targets = np.arange(len(texts)) % num_outputs
     rows = [(text,) for text in texts]
     for kind, wanted in (("class", targets), ("number", targets[:, None].astype(np.float32))):
-        for model in fit_ngrams(rows, wanted, kind, num_outputs if kind == "class" else 1):
+        features = NgramFeatures(rows, kind, num_outputs if kind == "class" else 1)
+        fitted = np.arange(len(rows))
+        for model in features.fit_candidates(fitted, wanted):
             outputs = model.outputs([*rows, ("unseen words",)])
+            known = features.outputs(model, fitted)
+            np.testing.assert_allclose(known, outputs[:-1], rtol=1e-4, atol=1e-5)
             assert outputs.dtype == np.float32 and np.isfinite(outputs).all()
             assert outputs.shape == (len(texts) + 1, num_outputs if kind == "class" else 1)
+
+
+def test_a_sum_of_models_adds_their_outputs_and_is_stored(tmp_path):
+    train, task, _ = read(tmp_path, "single_label", 300)
+    texts, targets = strings(train), targets_of(task, train)
+    features, rows = NgramFeatures(texts, "class", len(task.labels)), np.arange(len(texts))
+    alone = [features.fit((kind,), rows, targets) for kind in features.weightings]
+    both = features.fit(features.weightings, rows, targets)
+    expected = sum(model.outputs(texts) for model in alone)
+    np.testing.assert_allclose(both.outputs(texts), expected, rtol=1e-4, atol=1e-4)
+    save_baseline(Baseline(task, both, {}, 0.0), Folder(tmp_path / "kept"))
+    again = load_baseline(Folder(tmp_path / "kept")).model
+    np.testing.assert_array_equal(again.outputs(texts), both.outputs(texts))
+
+
+def test_a_model_that_is_fitted_again_knows_the_validation_texts_but_is_scored_without_them():
+    train = labelled([f"good word{i}" for i in range(8)] + ["bad thing"] * 8, ["a"] * 8 + ["b"] * 8)
+    unseen = labelled(["sublime", "dismal"] * 10, ["a", "b"] * 10)
+    task = SingleLabel(["a", "b"])
+    before, after = (fit_baseline(task, train, unseen, refit=refit) for refit in (False, True))
+    assert before.metrics == after.metrics and before.metrics["accuracy"] == 0.5
+    np.testing.assert_array_equal(before.validation, after.validation)
+    assert after.predictions(unseen).outputs.argmax(1).tolist() == [0, 1] * 10
 
 
 @given(st.lists(st.text("ab ,ไทย漢字", max_size=12), min_size=1, max_size=6))
@@ -106,7 +139,7 @@ def test_few_labels_count_for_words_that_only_unlabelled_texts_join():
     unseen = [f"{topics[t][2]} {topics[t][3]}" for t in "ab"]
     task, texts = SingleLabel(["a", "b"]), labelled(unseen, ["a", "b"])
     alone, joined = (fit_baseline(task, train, texts, unlabelled=u) for u in ((), unlabelled))
-    assert alone.model.weighting != joined.model.weighting == "latent semantic analysis"
+    assert alone.model.weightings != joined.model.weightings == ("latent semantic analysis",)
     assert np.ptp(alone.predictions(texts).outputs, axis=0).max() == 0  # it knows none of the words
     assert joined.predictions(texts).outputs.argmax(1).tolist() == [0, 1]
 

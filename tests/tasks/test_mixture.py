@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given as given_any
+from hypothesis import strategies as st
 from made import TASKS as MADE
 from made import spec_of, texts_of
 from test_linear import read
@@ -12,10 +14,13 @@ from test_linear import read
 from raybert.errors import DamagedError
 from raybert.inference.classifier import TextClassifier
 from raybert.inference.explanations import Explainer
+from raybert.inference.ngram_attributions import ngram_shares
 from raybert.storage.folder import Folder
 from raybert.tasks.linear.baseline import fit_baseline
-from raybert.tasks.linear.mixture import fit_part
+from raybert.tasks.linear.mixture import NgramPart, fit_part
+from raybert.tasks.linear.model import NgramFeatures
 from raybert.tasks.linear.store import load_part, save_part
+from raybert.tasks.single_label import SingleLabel
 from raybert.train.run import train_in_process
 
 NAMES = [name for name in MADE if name != "token_classification"]  # it has no text features
@@ -73,6 +78,21 @@ def test_attributions_of_both_parts_add_up_to_the_margin(model):
     sides = [text] if isinstance(text, str) else text
     for word in found.words:
         assert sides[word.input][word.start : word.end] == word.text
+
+
+@given_any(st.lists(st.sampled_from(["a", "b", "good film", "文字", "."]), max_size=12))
+def test_shares_of_words_are_those_of_all_their_ngrams(words):
+    """Of two weightings and n-grams of up to three words."""
+    texts = [("a good film a b", "文字 a b"), ("b b a good", "a film 文字")] * 3
+    features, rows = NgramFeatures(texts, "class", 2, 10_000), np.arange(6)
+    model = features.fit(features.weightings, rows, np.arange(6) % 2)
+    assert model.ngrams.longest == 3
+    part = NgramPart(model, 1.0, 2.0, SingleLabel(["x", "y"]))
+    pair = " ".join(words), " ".join(reversed(words))
+    shares = ngram_shares(part, pair, np.int64(1))
+    outputs = 2.0 * (model.outputs([pair]) - model.weights.bias)
+    margin = part.task.margin(torch.from_numpy(outputs), np.int64(1))
+    assert sum(share.weight for share in shares) == pytest.approx(margin.item(), abs=1e-4)
 
 
 def test_words_beyond_the_models_length_have_the_weights_of_ngrams(model):

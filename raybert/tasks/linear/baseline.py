@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from raybert.tasks.comparison import Predictions, paired_difference
 from raybert.tasks.entities import Word
 from raybert.tasks.labelled import Labelled
-from raybert.tasks.linear.model import NgramModel, fit_latent, fit_ngrams
+from raybert.tasks.linear.model import NgramFeatures, NgramModel
 from raybert.tasks.linear.words import WordModel, fit_words
 from raybert.tasks.protocol import F32, Metrics, Outputs, TextTask
 
@@ -45,7 +45,8 @@ class Baseline:
         if isinstance(self.model, WordModel):
             return "logistic regression on words and their neighbours"
         kind = "ridge" if self.task.output_kind == "number" else "logistic"
-        return f"{kind} regression on 1- and 2-grams, {self.model.weighting}"
+        ngrams = "1- and 2-grams" if self.model.ngrams.longest < 3 else "1- to 3-grams"
+        return f"{kind} regression on {ngrams}, {' + '.join(self.model.weightings)}"
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -92,43 +93,80 @@ def fit_baseline(
     metric: str | None = None,
     seed: int = 0,
     unlabelled: Sequence[str] = (),
+    refit: bool = False,
 ) -> Baseline:
     """Fit the linear models of a task, and return the one with the best validation metric.
 
-    `unlabelled`: further texts, which one more model learns from where they are the most.
+    Args:
+        task: what the outputs mean.
+        train: the texts to fit on; of many, `seed` draws a sample.
+        validation: the texts whose `metric` chooses; None: the task's.
+        metric: a name of `task.selection_metrics`.
+        seed: of the sample.
+        unlabelled: further texts, which one more model learns from where they are the most.
+        refit: as `fit_best`.
     """
     begun = time.monotonic()
     labelled = np.flatnonzero(~np.asarray(train.labels.is_null()))
     if len(labelled) > MAX_TEXTS:
         labelled = np.sort(np.random.default_rng(seed).choice(labelled, MAX_TEXTS, replace=False))
     train = train.take(labelled)
-    models: Sequence[NgramModel | WordModel]
     if task.is_per_token:
-        words, tags = _words(train), word_targets(task, train)
-        models = [fit_words(words, tags, len(task.labels))]
+        model = fit_words(_words(train), word_targets(task, train), len(task.labels))
+        outputs: Outputs = [model.outputs(words) for words in _words(validation)]
+        found = _best(task, [(model, outputs)], word_targets(task, validation), metric)
     else:
-        targets = targets_of(task, train)
-        texts = strings(train)
-        models = fit_ngrams(texts, targets, task.output_kind, len(task.labels))
+        texts, others = strings(train), list[tuple[str, ...]]()
         if len(unlabelled) > len(texts) and train.pairs is None:
             others = [(text,) for text in unlabelled[:MAX_UNLABELLED]]
-            latent = fit_latent(texts, others, targets, task.output_kind, len(task.labels))
-            models += [latent] if latent is not None else []
-    return replace(best_of(task, models, validation, metric), seconds=time.monotonic() - begun)
+        found = fit_best(
+            task, texts, targets_of(task, train), validation, others, metric=metric, refit=refit
+        )
+    return replace(found, seconds=time.monotonic() - begun)
 
 
-def best_of(
+def fit_best(
     task: TextTask,
-    models: Sequence[NgramModel | WordModel],
+    texts: Sequence[tuple[str, ...]],
+    targets: npt.NDArray[Any],
     validation: Labelled,
+    unlabelled: Sequence[tuple[str, ...]] = (),
+    *,
     metric: str | None = None,
+    refit: bool = False,
 ) -> Baseline:
-    """The model with the best validation metric."""
+    """Fit linear models on n-grams of texts, and return the one with the best validation metric.
+
+    With `refit` it is then fitted on the validation texts, too. Its metrics and its outputs for
+    them stay those of the model that had not seen them.
+    """
+    held_out, wanted = strings(validation), targets_of(task, validation)
+    num_labelled = len(texts) + len(held_out)
+    together = [*texts, *held_out, *unlabelled]
+    features = NgramFeatures(together, task.output_kind, len(task.labels), num_labelled)
+    rows = np.arange(num_labelled)
+    fitted, scored = np.split(rows, [len(texts)])
+    models = features.fit_candidates(fitted, targets, latent=bool(unlabelled))
+    outputs = [(model, features.outputs(model, scored)) for model in models]
+    found = _best(task, outputs, wanted, metric)
+    if refit and isinstance(found.model, NgramModel):
+        weightings = found.model.weightings
+        model = features.fit(weightings, rows, np.concatenate([targets, wanted]))
+        found = replace(found, model=model)
+    return found
+
+
+def _best(
+    task: TextTask,
+    scored: Sequence[tuple[NgramModel | WordModel, Outputs]],
+    targets: Any,
+    metric: str | None,
+) -> Baseline:
+    """The model with the best metric, of models and their outputs for the validation texts."""
     metric, candidates = metric or task.default_metric, []
-    for model in models:
-        _, outputs, wanted = Baseline(task, model, {}, 0.0).predictions(validation)
-        fitted = task.fit(outputs, wanted)
-        scores = fitted.validate(outputs, wanted)
+    for model, outputs in scored:
+        fitted = task.fit(outputs, targets)
+        scores = fitted.validate(outputs, targets)
         value = scores[metric] if task.selection_metrics[metric] else -scores[metric]
         kept = outputs if isinstance(outputs, np.ndarray) else None
         candidates.append((value, Baseline(fitted, model, scores, 0.0, kept)))

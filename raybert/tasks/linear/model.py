@@ -3,13 +3,15 @@
 Of texts two kinds are fitted: TF-IDF, and presence of n-grams times their log-count ratio (NB-SVM
 with logistic loss: Wang and Manning, ACL 2012). A third one, where there are many texts without
 labels, reads a text's coordinates along the leading singular vectors of all texts' TF-IDF (latent
-semantic analysis: Deerwester et al., 1990). Each is a matrix of weights of n-grams in the end.
+semantic analysis: Deerwester et al., 1990). Each is a matrix of weights of n-grams in the end, and
+the sum of two is a model, too.
 
-Shapes: n texts, F n-grams, L outputs.
+Shapes: n texts, F n-grams, K weightings, L outputs.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ Weighting = Literal["tf-idf", "log-count ratio", "latent semantic analysis"]
 
 _MAX_WEIGHTS = 32_000_000  # numbers of a weight matrix: 128 MB
 _MAX_NGRAMS = 500_000
+_TEXTS_FOR_TRIGRAMS = 10_000  # labelled ones: in fewer, runs of three words repeat too rarely
 _REGULARIZED_OUTPUTS = 64  # more are fitted by naive Bayes, in one pass for all of them
 _INVERSE_PENALTY = {"tf-idf": 10.0, "log-count ratio": 1.0}  # C of scikit-learn
 _LATENT_PENALTY = 30.0  # C on singular vectors, of which each is a sum of many n-grams
@@ -51,91 +54,148 @@ class Weights:
 
 @dataclass(frozen=True)
 class NgramModel:
-    """A linear model of texts."""
+    """A linear model of texts, or the sum of several with the same n-grams."""
 
-    weighting: Weighting
+    weightings: tuple[Weighting, ...]  # one for each block of features
     ngrams: Ngrams
-    idf: F32 | None  # [F], of TF-IDF
-    weights: Weights
+    idf: F32 | None  # [F]; None: no block is weighted by it
+    weights: Weights  # [K * F, L]
+
+    @property
+    def columns(self) -> int:
+        """The columns of each block of features: F, of pairs 3F of as many n-grams."""
+        return len(self.weights.matrix) // len(self.weightings)
 
     def outputs(self, texts: Sequence[tuple[str, ...]]) -> F32:
         """The outputs of texts, float32 [n, L]."""
         return self.weights.outputs(self.features(texts))
 
     def features(self, texts: Sequence[tuple[str, ...]]) -> sparse.csr_matrix:
-        """What the weights are applied to, float32 [n, F]."""
+        """What the weights are applied to, float32 [n, K * F]."""
         counts = self.ngrams.counts(texts)
-        return presence(counts) if self.idf is None else tf_idf(counts, self.idf)
+        found, idf = presence(counts), self.idf
+        weighted = found if idf is None else tf_idf(counts, idf)
+        return _side_by_side(
+            [found if kind == "log-count ratio" else weighted for kind in self.weightings]
+        )
+
+    def add(self, other: NgramModel) -> NgramModel:
+        """The sum of two models of the same n-grams."""
+        return NgramModel(
+            self.weightings + other.weightings,
+            self.ngrams,
+            other.idf if self.idf is None else self.idf,
+            Weights(
+                np.concatenate([self.weights.matrix, other.weights.matrix]),
+                self.weights.bias + other.weights.bias,
+            ),
+        )
 
 
-def fit_ngrams(
-    texts: Sequence[tuple[str, ...]], targets: npt.NDArray[Any], kind: OutputKind, num_outputs: int
-) -> list[NgramModel]:
-    """Fit the models that suit the kind of output; validation texts choose among them.
-
-    `targets`: int64 [n], or float32 [n, L]; NaN where there is none.
-    """
-    ngrams, counts = Ngrams.fit(texts, _most_ngrams(texts, num_outputs))
-    idf = inverse_frequency(counts)
-    models = [
-        NgramModel("tf-idf", ngrams, idf, fit(tf_idf(counts, idf), targets, kind, num_outputs))
-    ]
-    if _has_ratios(kind, num_outputs):
-        weights = _fit_by_ratio(presence(counts), targets, num_outputs)
-        models.append(NgramModel("log-count ratio", ngrams, None, weights))
-    return models
-
-
-def fit_latent(
-    texts: Sequence[tuple[str, ...]],
-    unlabelled: Sequence[tuple[str, ...]],
-    targets: npt.NDArray[Any],
-    kind: OutputKind,
-    num_outputs: int,
-) -> NgramModel | None:
-    """Fit a model of few labelled texts in the space of the singular vectors of all texts.
-
-    `targets` are those of `fit_ngrams`. None: the texts have too few n-grams for such a space.
-    """
-    from sklearn.decomposition import TruncatedSVD
-
-    together = [*texts, *unlabelled]
-    ngrams, counts = Ngrams.fit(together, _most_ngrams(together, num_outputs))
-    size = min(_LATENT_SIZE, len(together) // _TEXTS_PER_VECTOR, counts.shape[1] - 1)
-    if size < 1:
-        return None
-    idf = inverse_frequency(counts)
-    vectors = TruncatedSVD(size, n_iter=3, random_state=0)
-    latent = sparse.csr_matrix(vectors.fit_transform(tf_idf(counts, idf))[: len(texts)])
-    found = fit(latent, targets, kind, num_outputs, _LATENT_PENALTY)
-    matrix = np.asarray(vectors.components_.T @ found.matrix, np.float32)
-    return NgramModel("latent semantic analysis", ngrams, idf, Weights(matrix, found.bias))
-
-
-def _has_ratios(kind: OutputKind, num_outputs: int) -> bool:
-    return kind != "number" and num_outputs <= _REGULARIZED_OUTPUTS
+def _side_by_side(blocks: Sequence[sparse.csr_matrix]) -> sparse.csr_matrix:
+    if len(blocks) == 1:
+        return blocks[0]
+    return sparse.hstack(blocks, format="csr", dtype=np.float32)
 
 
 class NgramFeatures:
-    """The n-grams of texts, on parts of which linear models of one kind are fitted."""
+    """The n-grams of texts, on parts of which linear models are fitted.
+
+    They are counted once for all models. Rows are those of `texts`; which have a label does not
+    matter for the n-grams and for how rare they are.
+    """
 
     def __init__(
-        self, texts: Sequence[tuple[str, ...]], kind: OutputKind, num_outputs: int
+        self,
+        texts: Sequence[tuple[str, ...]],
+        kind: OutputKind,
+        num_outputs: int,
+        num_labelled: int | None = None,
     ) -> None:
+        """`num_labelled`: of how many texts labels are known; None: of all."""
         self._kind, self._num_outputs = kind, num_outputs
-        self._by_ratio = _has_ratios(kind, num_outputs)
-        _, counts = Ngrams.fit(texts, _most_ngrams(texts, num_outputs))
-        #: What weights are applied to, float32 [n, F].
-        self.matrix: sparse.csr_matrix = (
-            presence(counts) if self._by_ratio else tf_idf(counts, inverse_frequency(counts))
-        )
+        longest = 3 if (num_labelled or len(texts)) >= _TEXTS_FOR_TRIGRAMS else 2
+        self._ngrams, counts = Ngrams.fit(texts, _most_ngrams(texts, num_outputs), longest)
+        self._idf = inverse_frequency(counts)
+        counts.sort_indices()
+        self._weighted, self._present = tf_idf(counts, self._idf), presence(counts)
 
-    def fit(self, rows: npt.NDArray[np.int64], targets: npt.NDArray[Any]) -> Weights:
-        """Fit a model on some of the texts; `targets` are theirs, as those of `fit_ngrams`."""
-        features = self.matrix[rows]
-        if self._by_ratio:
-            return _fit_by_ratio(features, targets, self._num_outputs)
-        return fit(features, targets, self._kind, self._num_outputs)
+    @property
+    def weightings(self) -> tuple[Weighting, ...]:
+        """Of models that suit the kind of output, whether or not there are unlabelled texts."""
+        if self._kind == "number" or self._num_outputs > _REGULARIZED_OUTPUTS:
+            return ("tf-idf",)
+        return "tf-idf", "log-count ratio"
+
+    def fit_candidates(
+        self, rows: npt.NDArray[np.int64], targets: npt.NDArray[Any], *, latent: bool = False
+    ) -> list[NgramModel]:
+        """Fit the models that suit the kind of output; validation texts choose among them.
+
+        Args:
+            rows: the texts to fit on, [n].
+            targets: theirs: int64 [n], or float32 [n, L]; NaN where there is none.
+            latent: most texts have no label.
+        """
+        first, *ratios = (self.fit((kind,), rows, targets) for kind in self.weightings)
+        models = [first]
+        if latent and self._latent is not None:
+            models.append(self.fit(("latent semantic analysis",), rows, targets))
+        return models + ratios + [model.add(ratio) for ratio in ratios for model in models]
+
+    def fit(
+        self,
+        weightings: tuple[Weighting, ...],
+        rows: npt.NDArray[np.int64],
+        targets: npt.NDArray[Any],
+    ) -> NgramModel:
+        """Fit one model, the sum of one for each weighting; arguments as above."""
+        models = [
+            NgramModel(
+                (weighting,),
+                self._ngrams,
+                None if weighting == "log-count ratio" else self._idf,
+                self._fit(weighting, rows, targets),
+            )
+            for weighting in weightings
+        ]
+        return functools.reduce(NgramModel.add, models)
+
+    def outputs(self, model: NgramModel, rows: npt.NDArray[np.int64]) -> F32:
+        """What a model that was fitted here answers to some of the texts, float32 [n, L]."""
+        found, weighted = self._present, self._weighted
+        blocks = [found if kind == "log-count ratio" else weighted for kind in model.weightings]
+        return model.weights.outputs(_side_by_side([block[rows] for block in blocks]))
+
+    def _fit(
+        self, weighting: Weighting, rows: npt.NDArray[np.int64], targets: npt.NDArray[Any]
+    ) -> Weights:
+        kind, num_outputs = self._kind, self._num_outputs
+        if weighting == "log-count ratio":
+            return _fit_by_ratio(self._present[rows], targets, num_outputs)
+        if weighting == "tf-idf":
+            return fit(self._weighted[rows], targets, kind, num_outputs)
+        assert self._latent is not None
+        coordinates, vectors = self._latent
+        features = sparse.csr_matrix(coordinates[rows])
+        found = fit(features, targets, kind, num_outputs, _LATENT_PENALTY)
+        return Weights(np.asarray(vectors.T @ found.matrix, np.float32), found.bias)
+
+    @functools.cached_property
+    def _latent(self) -> tuple[F32, F32] | None:
+        """All texts' coordinates [n, V] along the leading singular vectors [V, F] of their TF-IDF.
+
+        None: the texts have too few n-grams for such a space.
+        """
+        from sklearn.decomposition import TruncatedSVD
+
+        num_texts, num_ngrams = self._weighted.shape
+        size = min(_LATENT_SIZE, num_texts // _TEXTS_PER_VECTOR, num_ngrams - 1)
+        if size < 1:
+            return None
+        vectors = TruncatedSVD(size, n_iter=3, random_state=0)
+        coordinates = vectors.fit_transform(self._weighted)
+        return np.asarray(coordinates, np.float32), np.asarray(vectors.components_, np.float32)
 
 
 def _most_ngrams(texts: Sequence[tuple[str, ...]], num_outputs: int) -> int:
@@ -156,6 +216,7 @@ def fit(
     decisions = _decisions(targets, num_outputs)
     if num_outputs > _REGULARIZED_OUTPUTS:
         return _fit_naive_bayes(features, decisions)
+    features.sort_indices()  # otherwise in place, by each of the threads that share them
     return _fit_each(decisions, num_outputs, lambda output: (features, strength, np.float32(1.0)))
 
 

@@ -1,4 +1,4 @@
-"""Words and pairs of neighbouring words of texts, as sparse matrices for a linear model.
+"""Words and runs of two or three words of texts, as sparse matrices for a linear model.
 
 Shapes: n texts, F n-grams.
 """
@@ -33,10 +33,15 @@ class Ngrams:
     index: dict[str, int]  # of the columns, in their order
 
     @classmethod
-    def fit(cls, texts: Sequence[tuple[str, ...]], limit: int) -> tuple[Ngrams, sparse.csr_matrix]:
-        """Collect the at most `limit` most frequent n-grams of texts or pairs; also count them."""
+    def fit(
+        cls, texts: Sequence[tuple[str, ...]], limit: int, longest: int = 2
+    ) -> tuple[Ngrams, sparse.csr_matrix]:
+        """Collect the at most `limit` most frequent n-grams of texts or pairs; also count them.
+
+        `longest`: words of an n-gram, at most.
+        """
         vectors = CountVectorizer(
-            ngram_range=(1, 2),
+            ngram_range=(1, longest),
             token_pattern=_TOKENS,
             min_df=_RARE_TEXTS if len(texts) > _MANY_TEXTS else 1,
             max_features=limit,
@@ -66,10 +71,18 @@ class Ngrams:
         return list(self.index)
 
     @functools.cached_property
+    def longest(self) -> int:
+        """The words of the longest n-gram; 1 where there is none."""
+        return 1 + max((name.count(" ") for name in self.index), default=0)
+
+    @functools.cached_property
     def _vectors(self) -> CountVectorizer:
         """Kept, because it checks its vocabulary when it is made."""
         return CountVectorizer(
-            ngram_range=(1, 2), token_pattern=_TOKENS, vocabulary=self.index, dtype=np.float32
+            ngram_range=(1, self.longest),
+            token_pattern=_TOKENS,
+            vocabulary=self.index,
+            dtype=np.float32,
         )
 
 

@@ -6,15 +6,13 @@ label: the others would teach its mistakes.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from raybert.tasks.labelled import Labelled
-from raybert.tasks.linear.baseline import MAX_TEXTS, Baseline, best_of, strings, targets_of
-from raybert.tasks.linear.model import fit_ngrams
+from raybert.tasks.linear.baseline import MAX_TEXTS, Baseline, fit_best, strings, targets_of
 from raybert.tasks.protocol import F32, TextTask
 
 _SURE_SHARE = 0.5
@@ -28,10 +26,11 @@ def fit_pseudo_labels(
     *,
     metric: str | None = None,
     seed: int = 0,
+    refit: bool = False,
 ) -> Baseline:
     """Fit linear models on labelled texts and on a model's answers to the others; the best one.
 
-    `outputs` are the model's for all texts, [n, L].
+    `outputs` are the model's for all texts, [n, L]; `refit` is that of `fit_best`.
     """
     is_labelled = ~np.asarray(texts.labels.is_null())
     labelled, others = np.flatnonzero(is_labelled), np.flatnonzero(~is_labelled)
@@ -43,8 +42,8 @@ def fit_pseudo_labels(
         [targets_of(task, texts.take(labelled)), _answers(task, outputs[sure])]
     )
     rows = np.concatenate([labelled, sure])
-    models = fit_ngrams(strings(texts.take(rows)), targets, task.output_kind, len(task.labels))
-    return replace(best_of(task, models, validation, metric), seconds=0.0)
+    taught = strings(texts.take(rows))
+    return fit_best(task, taught, targets, validation, metric=metric, refit=refit)
 
 
 def sure_rows(task: TextTask, outputs: F32) -> npt.NDArray[np.int64]:

@@ -86,7 +86,7 @@ def _save(
     if isinstance(model, NgramModel):
         if model.idf is not None:
             tensors["idf"] = model.idf
-        found |= {"weighting": model.weighting, "ngrams": list(model.ngrams.index)}
+        found |= {"weighting": list(model.weightings), "ngrams": list(model.ngrams.index)}
     contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     folder.write_bytes(f"{name}.safetensors", write_tensors(contiguous))
     folder.write_json(f"{name}.json", found)
@@ -108,7 +108,7 @@ def _load(
         model: NgramModel | WordModel = WordModel(weights)
         if described.ngrams is not None:
             index = {key: column for column, key in enumerate(described.ngrams)}
-            model = NgramModel(described.weighting, Ngrams(index), tensors.get("idf"), weights)
+            model = NgramModel(described.weightings, Ngrams(index), tensors.get("idf"), weights)
         _check(model, len(task.labels), described.ngrams)
     except (FileNotFoundError, KeyError, TypeError, ValueError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
@@ -127,10 +127,15 @@ class _Described(BaseModel):
     task: str
     labels: list[str]
     fitted: dict[str, Any]
-    weighting: Weighting = "tf-idf"
+    weighting: Weighting | list[Weighting] = "tf-idf"  # one alone was written as a string
     ngrams: list[str] | None = None
     encoder_weight: float | None = None
     linear_weight: float | None = None
+
+    @property
+    def weightings(self) -> tuple[Weighting, ...]:
+        """Of a sum of models, one each."""
+        return (self.weighting,) if isinstance(self.weighting, str) else tuple(self.weighting)
 
 
 def _check(model: NgramModel | WordModel, num_labels: int, ngrams: list[str] | None) -> None:
@@ -138,14 +143,15 @@ def _check(model: NgramModel | WordModel, num_labels: int, ngrams: list[str] | N
     tensors = [model.weights.matrix, model.weights.bias]
     rows = tensors[0].shape[:1]
     if ngrams is not None and isinstance(model, NgramModel):
-        size = len(model.ngrams.index)
-        if size < len(ngrams) or rows not in ((size,), (3 * size,)):
+        size, blocks = len(model.ngrams.index), len(model.weightings)
+        per_block = rows[0] // blocks if blocks else 0
+        if size < len(ngrams) or rows != (blocks * per_block,) or per_block not in (size, 3 * size):
             raise ValueError(f"{rows} rows of {size} n-grams")
-        if (model.idf is None) != (model.weighting == "log-count ratio"):
-            raise ValueError(f"weighting={model.weighting} does not fit the tensors")
+        if (model.idf is None) != (set(model.weightings) == {"log-count ratio"}):
+            raise ValueError(f"weighting={list(model.weightings)} does not fit the tensors")
         if model.idf is not None:
             tensors.append(model.idf)
-            if model.idf.shape != rows:
+            if model.idf.shape != (per_block,):
                 raise ValueError(f"idf has the shape {model.idf.shape}")
     if tensors[0].shape != (*rows, num_labels) or tensors[1].shape != (num_labels,):
         raise ValueError(f"{tensors[1].shape} biases of {num_labels} labels")

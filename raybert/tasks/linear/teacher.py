@@ -34,17 +34,17 @@ class LinearTeacher:
     def logits(self, texts: Labelled, task: TextTask) -> F32:
         """The outputs [n, L] of n texts, scaled so that labelled ones are calibrated."""
         targets = task.targets_where_known(texts.labels.to_pylist())
-        is_unlabelled = np.asarray(texts.labels.is_null())
-        known = np.flatnonzero(~is_unlabelled)
+        is_known = ~np.asarray(texts.labels.is_null())
+        known, unlabelled = np.flatnonzero(is_known), np.flatnonzero(~is_known)
         random = np.random.default_rng(self._seed)
         fold_of = random.permutation(len(known)) % _FOLDS
-        features = NgramFeatures(strings(texts), task.output_kind, len(task.labels))
+        features = NgramFeatures(strings(texts), task.output_kind, len(task.labels), len(known))
         outputs = np.zeros((len(targets), len(task.labels)), np.float32)
         for fold in range(_FOLDS):
             held_out, others = known[fold_of == fold], known[fold_of != fold][:_MAX_TEXTS]
-            weights = features.fit(others, targets[others])
-            outputs[held_out] = weights.outputs(features.matrix[held_out])
-            outputs[is_unlabelled] += weights.outputs(features.matrix[is_unlabelled]) / _FOLDS
+            model = features.fit(features.weightings, others, targets[others])
+            outputs[held_out] = features.outputs(model, held_out)
+            outputs[unlabelled] += features.outputs(model, unlabelled) / _FOLDS
             self._on_progress(len(known) * (fold + 1) // _FOLDS)
         fitted = task.fit(outputs[known], targets[known])
         temperature = np.float32(fitted.fitted.get("temperature", 1.0))
