@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # for processes of their own; each has whole files, whose fixtures are then made once.
 TEST_PROCESSES ?= 2
 PARALLEL = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+# The files with tests that start Ray: each process imports all the files that it is given.
+RAY_FILES = $(shell grep -rl --include='test_*.py' 'mark\.ray\b' tests)
 # pip compiles nothing, so the first import of a module has to store its bytecode: otherwise each of
 # the many processes that tests start compiles torch again, which doubles their time.
 export PYTHONDONTWRITEBYTECODE :=
@@ -23,7 +25,7 @@ test-local: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not ray and not slow and not peers"
 
 test-ray: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PARALLEL) -m "ray and not slow and not peers"
+	$(BIN)/python -m pytest $(PARALLEL) -m "ray and not slow and not peers" $(RAY_FILES)
 
 test-slow: $(VENV)/.dev $(VENV)/.kserve
 	RAYBERT_MANY_EXAMPLES=1 $(BIN)/python -m pytest -m "slow or hypothesis"

@@ -12,6 +12,7 @@ import uuid
 import pytest
 import torch
 from commands import run_here
+from examples import examples
 from hypothesis import HealthCheck, settings
 from making import finetune_job, make_corpus, pretrain_job, reviews
 from proxy import Proxy, s3_uri
@@ -22,7 +23,12 @@ from raybert.storage.folder import Folder
 from raybert.train.run import train_in_process
 
 # Time decides no test: other work on the machine makes any example slow.
-settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "any",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=examples(40),
+)
 settings.load_profile("any")
 
 CREDENTIALS = {

@@ -52,6 +52,7 @@ def test_imdb_archive_and_folder_yield_the_same_documents(tmp_path):
 
 
 @needs_imdb
+@pytest.mark.slow
 def test_the_official_archive_has_the_official_counts():
     counts = Counter()
     for table in documents(SourceConfig(path=str(IMDB), split=["train", "test", "unsup"])):

@@ -1,5 +1,6 @@
 """What the tests of `cluster/` share: its files as text and as YAML, and walks through them."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -53,13 +54,13 @@ def walk(tree, path=()):
 
 def changed(tree, path, change):
     """A copy of a tree in which `change` has been applied to (parent, last key) of a path."""
-    copy = yaml.safe_load(yaml.safe_dump(tree))
+    whole = copy.deepcopy(tree)
     *parents, last = path
-    parent = copy
+    parent = whole
     for key in parents:
         parent = parent[key]
     change(parent, last)
-    return copy
+    return whole
 
 
 def misspelt(tree, dotted):
