@@ -137,6 +137,7 @@ class _Wait:
         self._config, self._gpu = config, gpu
         self._channel, self._on_progress = channel, on_progress
         self._next = time.monotonic() + _WAIT_SECONDS
+        self._others = set(_placed_groups())
 
     def report(self) -> None:
         """Report what is missing, every half a minute, until the workers have been placed."""
@@ -146,12 +147,28 @@ class _Wait:
         if self._channel.has_progress or self._channel.attempt():
             self._next = math.inf
             return
+        placed = [
+            bundles for group, bundles in _placed_groups().items() if group not in self._others
+        ]
+        if max(placed, default=0) >= self._config.min_workers:  # the workers import and connect
+            return
         import ray
 
         total, free = ray.cluster_resources(), ray.available_resources()
         shortage = format_shortage(self._config, self._gpu, total, free)
         if shortage is not None:
             self._on_progress({"kind": "event", "step": 0, "event": "waiting", "message": shortage})
+
+
+def _placed_groups() -> dict[str, int]:
+    """The placement groups that have their resources, and how many workers each has room for."""
+    from ray.util import placement_group_table
+
+    return {
+        group: len(found["bundles"])
+        for group, found in placement_group_table().items()
+        if found["state"] == "CREATED"
+    }
 
 
 def _fit(
