@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,15 +12,18 @@ from raybert.errors import UserError, one_line
 from raybert.train.autocast import TRAIN_PRECISIONS
 from raybert.train.settings import TrainConfig
 
-#: Parts of the messages of PyTorch's allocators, where they raise no OutOfMemoryError.
-_MESSAGES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+#: Parts of the messages of PyTorch's allocators, where they raise no OutOfMemoryError; lower case.
+_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device's memory, or the machine's, is full."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in _MESSAGES)
+    if isinstance(error, OSError):  # of mmap and fork
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(part in text for part in _MESSAGES)
 
 
 @contextmanager
@@ -27,7 +31,7 @@ def advise_on_memory(config: TrainConfig, device: torch.device) -> Iterator[None
     """Raise a UserError that says what to lower where memory runs out."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"{one_line(error)[:200]}; {_advice(config, device)}") from error

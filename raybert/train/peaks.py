@@ -9,6 +9,8 @@ import torch
 #: Dense bf16 operations per second by words of the GPU's name, from the vendor's data sheets; the
 #: first that has all its words in the name counts. V100 and T4 have no bf16: theirs are of fp16.
 PEAK_FLOPS = {
+    "GB300": 2500e12,
+    "B300": 2250e12,
     "GB200": 2500e12,
     "B200": 2250e12,
     "B100": 1750e12,
@@ -31,6 +33,9 @@ PEAK_FLOPS = {
     "L40": 181e12,
     "L20": 119e12,
     "L4": 121e12,
+    "A6000": 155e12,
+    "6000 ADA": 364e12,
+    "V100S": 130e12,
     "V100 PCIE": 112e12,
     "V100": 125e12,
     "T4": 65e12,

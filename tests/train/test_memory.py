@@ -1,5 +1,7 @@
 """A step that does not fit into memory ends the run at once, with what to lower."""
 
+import errno
+
 import pytest
 import torch
 from making import Scripted, make_corpus, pretrain_job
@@ -55,10 +57,20 @@ def test_the_advice_is_possible(corpus, settings, device, words):
             "[enforce fail at alloc_cpu.cpp:113] DefaultCPUAllocator: can't allocate memory"
         ),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GB)"),
+        RuntimeError("NCCL error: unhandled cuda error; last error: Cuda failure 2 'Out of memory'"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
 )
 def test_every_allocators_error_is_known(error):
     assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), ValueError("memory")])
+def test_other_shortages_are_none_of_memory(error):
+    assert not is_out_of_memory(error)
 
 
 def test_other_errors_stay_as_they_are(corpus):
