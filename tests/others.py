@@ -4,12 +4,23 @@ import json
 
 import torch
 from making import reviews, tokenizer_of
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from raybert.storage.folder import Folder
 
 TEXTS = [text for text, _ in reviews(160)]
 KINDS = ["roberta", "distilbert", "electra", "deberta", "deberta-v2", "albert", "mpnet"]
+
+
+def change_tensor(path, name, change):
+    """Change a tensor of a model directory, or take it out."""
+    tensors = load_file(path / "model.safetensors")
+    assert name in tensors
+    tensor = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(tensor).contiguous()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
 
 
 def make_other(path, kind):

@@ -74,6 +74,8 @@ def prepare_finetune(
         Tokenizer.load(tokenizer).save(data)  # a vocab.txt, whose ids a model is to be saved with
         tokenizer = data
     prepared = read_prepared_texts(data) if has_begun else None
+    if start is not None and prepared is None:
+        huggingface.check_encoder(start)
     if prepared is not None:
         check_same_teacher(experiment, data)
     else:

@@ -17,7 +17,7 @@ from raybert.data.sources import documents
 from raybert.errors import ConfigError, UserError
 from raybert.experiment import Experiment
 from raybert.pipeline import self_training_stage, stages
-from raybert.pipeline.finetune_setup import peek_evaluation, teachers
+from raybert.pipeline.finetune_setup import peek_evaluation, starting_point, teachers
 from raybert.pipeline.named_sources import require_source, with_sources
 from raybert.pipeline.preflight import peek_corpus
 from raybert.pipeline.ray_stage import shown_ray_session
@@ -122,6 +122,7 @@ def check_sources(experiment: Experiment) -> None:
     if not (experiment.folder / "finetune").exists(CONFIG):  # a begun run keeps its prepared texts
         peek_evaluation(experiment)
         teachers(experiment)
+        _check_start(experiment)
         config = experiment.finetune
         for unlabelled in (config.distill.unlabelled, config.unlabelled):
             if unlabelled is not None:
@@ -129,14 +130,25 @@ def check_sources(experiment: Experiment) -> None:
         self_training_stage.check_unlabelled(experiment)
 
 
+def _check_start(experiment: Experiment) -> None:
+    """Raise where the weights that fine-tuning starts from do not fit their configuration."""
+    if experiment.finetune.initialize_from not in ("pretrain", "scratch"):
+        from raybert.model.huggingface import check_encoder
+
+        start, _ = starting_point(experiment)
+        assert start is not None
+        check_encoder(start)
+
+
 def _check_lengths(experiment: Experiment) -> None:
     path, longest = experiment.pretrain.initialize_from, experiment.model.max_seq_len
     known, remedy = f"model.max_seq_len={longest}", "raise model.max_seq_len, or lower"
     if path is not None:
-        from raybert.model.huggingface import read_own_config
+        from raybert.model.huggingface import check_encoder, read_own_config
 
         start = resolve_model(path, "pretrain", key="pretrain.initialize_from")
         longest = read_own_config(start)[0].max_seq_len
+        check_encoder(start)
         known, remedy = f"the {longest} tokens that pretrain.initialize_from={path} reads", "lower"
     lengths = {"corpus.seq_len": experiment.corpus.seq_len}
     if experiment.finetune.initialize_from in ("pretrain", "scratch"):

@@ -131,6 +131,7 @@ def pretrain(
     model, start, path = experiment.model, None, experiment.pretrain.initialize_from
     if path is not None:
         start = resolve_model(path, "pretrain", key="pretrain.initialize_from")
+        huggingface.check_encoder(start)
         own = huggingface.read_own_config(start)[0]
         if not huggingface.has_masked_lm_head(start):
             display.print(f"pretrain  {start} predicts no masked tokens: its head begins random")

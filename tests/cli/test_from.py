@@ -10,6 +10,7 @@ import torch
 import yaml
 from commands import Experiment, refused
 from making import make_corpus, reviews, tokenizer_of, write_csv
+from others import change_tensor
 
 from raybert.config import build
 from raybert.data.corpus.settings import CorpusConfig
@@ -55,6 +56,9 @@ def published(path, kind):
     else:
         tokenizer.save(Folder(path))
     return path
+
+
+QUERY = "encoder.layer.1.attention.self.query.weight"
 
 
 def experiment_from(path, folder, texts=TEXTS, new_words=0):
@@ -171,6 +175,9 @@ def test_a_search_after_pretraining_starts_where_fine_tuning_does(tmp_path):
         (lambda at: (at / "model.safetensors").unlink(), "has no weights"),
         (lambda at: (at / "config.json").unlink(), "no model here"),
         (lambda at: (at / "config.json").write_text('{"model_type": "gpt2"}'), "of type gpt2"),
+        (lambda at: change_tensor(at, QUERY, None), f"{QUERY} is missing"),
+        (lambda at: change_tensor(at, QUERY, lambda t: t[1:]), f"{QUERY} has shape [23, 24] in"),
+        (lambda at: change_tensor(at, QUERY, lambda t: t.int()), f"{QUERY} holds torch.int32"),
     ],
 )
 def test_what_is_no_encoder_is_refused(raybert, tmp_path, damage, message):
@@ -180,6 +187,7 @@ def test_what_is_no_encoder_is_refused(raybert, tmp_path, damage, message):
     done = raybert("run", "--data", texts, "--from", folder, "--set", f"run.storage={tmp_path}")
     assert message in refused(done)
     assert str(folder) in refused(done)
+    assert "Ray" not in done.err
 
 
 def test_a_name_on_the_hub_is_read_from_its_cache(raybert, tmp_path, monkeypatch):

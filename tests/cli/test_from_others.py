@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,9 +11,13 @@ from pathlib import Path
 import pytest
 from commands import SCRIPT, Experiment, refused
 from head import free_port
-from others import make_other
+from others import change_tensor, make_other
 
 from raybert.serve.client import Client
+
+
+def nan(tensor):
+    return tensor * math.nan
 
 
 def encoder_of(path, kind):
@@ -50,6 +55,21 @@ def test_it_is_fine_tuned_and_predicts(raybert, tmp_path):
     for command in ("run", "pretrain", "corpus"):
         line = refused(raybert(command, "--data", experiment.texts, "--from", folder))
         assert "of type roberta; of masked language models raybert reads" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(None, "is missing"), (lambda tensor: tensor[1:], "has shape ["), (nan, "are not finite")],
+)
+def test_tensors_that_do_not_fit_are_named_before_ray_starts(raybert, tmp_path, change, message):
+    folder = make_other(tmp_path / "published", "roberta")
+    name = "roberta.encoder.layer.0.output.dense.weight"
+    change_tensor(folder, name, change)
+    experiment = Experiment(tmp_path, corpus=False)
+    done = raybert("finetune", "-c", experiment.config, "--from", folder)
+    line = refused(done)
+    assert name in line and message in line and str(folder) in line
+    assert "Ray" not in done.err
 
 
 @pytest.mark.ray

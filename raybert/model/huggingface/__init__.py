@@ -22,6 +22,7 @@ from raybert.model.huggingface.config_json import (
     unsupported_by_transformers,
 )
 from raybert.model.huggingface.directory import (
+    check_encoder,
     check_settings,
     has_masked_lm_head,
     load_classifier,
@@ -45,6 +46,7 @@ __all__ = [
     "TransformersClassifier",
     "Weights",
     "architecture_of",
+    "check_encoder",
     "check_settings",
     "check_weights",
     "has_masked_lm_head",

@@ -62,6 +62,20 @@ def check_settings(
         transformers_backend.check_settings(config, head, compiles=compiles, recomputes=recomputes)
 
 
+def check_encoder(folder: Folder) -> None:
+    """Raise, as loading does, where the weights of an encoder do not fit its `config.json`.
+
+    What fits is built for encoders that transformers computes only, on the CPU.
+    """
+    config, tensors = read_config_json(folder), read_tensors(folder)
+    if is_own(config):
+        _settings_that_fit(folder, config, tensors, MaskedLM, ("head.", "bias"))
+    else:
+        transformers_backend.make_on(
+            folder, config, tensors, 2, HeadConfig(), None, per_token=False
+        )
+
+
 def load_masked_lm(folder: Folder, dropout: float | None = None) -> MaskedLM:
     """Read a masked language model; `dropout` replaces the one it was trained with."""
     config = read_config_json(folder)
@@ -180,22 +194,33 @@ def _make(
     dropout: float | None = None,
     optional: tuple[str, ...] = (),
 ) -> M:
-    """Make the model that `config.json` describes, and copy tensors into it.
+    """Make the model that `config.json` describes, and copy tensors into it."""
+    settings, vocab_size, pad_id = _settings_that_fit(folder, config, tensors, make, optional)
+    if dropout is not None:
+        settings = settings.model_copy(update={"dropout": dropout})
+    model = make(Encoder(settings, vocab_size, pad_id))
+    Source(tensors, folder, settings.layout, optional).copy_into(model)
+    return model
 
-    All shapes are compared on the device meta, with two layers at most, before the model is built:
+
+def _settings_that_fit(
+    folder: Folder,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    make: Callable[[Encoder], MaskedLM | Classifier],
+    optional: tuple[str, ...],
+) -> tuple[ModelConfig, int, int]:
+    """Settings, vocabulary size and padding id of an encoder whose tensors have fitting shapes.
+
+    They are compared on the device meta, with two layers at most, before the model is built:
     `config.json` may ask for any size.
     """
     settings, vocab_size, pad_id = from_config_json(folder, config)
-    if dropout is not None:
-        settings = settings.model_copy(update={"dropout": dropout})
-    source = Source(tensors, folder, settings.layout, optional)
     two = settings.model_copy(update={"num_layers": min(2, settings.num_layers)})
     with torch.device("meta"):
         outline = make(Encoder(two, vocab_size, pad_id))
-    source.check(outline, settings.num_layers)
-    model = make(Encoder(settings, vocab_size, pad_id))
-    source.copy_into(model)
-    return model
+    Source(tensors, folder, settings.layout, optional).check(outline, settings.num_layers)
+    return settings, vocab_size, pad_id
 
 
 def _check_outputs(
