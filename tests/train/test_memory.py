@@ -60,9 +60,7 @@ def test_the_advice_is_possible(corpus, settings, device, words):
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
         RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GB)"),
-        RuntimeError(
-            "NCCL error: unhandled cuda error: Cuda failure 2 'Out of memory'"
-        ),
+        RuntimeError("NCCL error: unhandled cuda error: Cuda failure 2 'Out of memory'"),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
 )

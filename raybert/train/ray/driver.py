@@ -20,6 +20,7 @@ from raybert.records import OnRecord, ignore_record
 from raybert.storage.folder import Folder
 from raybert.storage.retry import retry
 from raybert.train.ray.driver_channel import DriverChannel, run_fit
+from raybert.train.ray.flight_recorder import recorder_environment
 from raybert.train.ray.placement import check_resources, format_shortage, uses_gpus
 from raybert.train.ray.worker import WorkerInputs, train_worker
 from raybert.train.run_folder import RESULT
@@ -108,7 +109,9 @@ def _make_trainer(inputs: WorkerInputs, resources: Resources, ray_folder: Folder
             storage_filesystem=ray_folder.filesystem,
             failure_config=failures,
             logging_config=LoggingConfig(log_level="ERROR"),
-            worker_runtime_env={"env_vars": {} if gpu else KEEP_FREED_MEMORY},
+            worker_runtime_env={
+                "env_vars": recorder_environment(name) if gpu else KEEP_FREED_MEMORY
+            },
         ),
     }
     if not has_private_api("train"):

@@ -19,6 +19,7 @@ from raybert.records import Record
 from raybert.storage.folder import Folder
 from raybert.train.distributed import Group
 from raybert.train.ray.driver_channel import DriverChannel, WorkerChannel
+from raybert.train.ray.flight_recorder import FOLDER, keep_recordings
 from raybert.train.ray.placement import operator_cpus
 from raybert.train.ray.prometheus import PrometheusExporter
 from raybert.train.run import TrainingRun
@@ -32,6 +33,7 @@ from raybert.train.task import (
     TrainSpec,
 )
 
+_RECORDED = "a collective timed out: `torchfrtrace {}` compares the last ones of all ranks"
 _SEE = "a restart would fail alike; ray.logs=true or --bare shows where"
 
 
@@ -73,6 +75,10 @@ def train_worker(config: dict[str, Any]) -> None:
     )
     if is_first:
         inputs.channel.begin(attempt)
+    if keep_recordings(inputs.run, attempt):
+        inputs.channel.send_event(
+            "restart", _RECORDED.format(inputs.run / FOLDER / str(attempt - 1)), 0
+        )
     channel = WorkerChannel(inputs.channel, attempt) if is_first else None
     exporter = PrometheusExporter(inputs.run, attempt, group.world_size) if is_first else None
     signals = ControlSignals(preempt=is_preempted)
