@@ -76,9 +76,8 @@ def train_worker(config: dict[str, Any]) -> None:
     if is_first:
         inputs.channel.begin(attempt)
     if keep_recordings(inputs.run, attempt):
-        inputs.channel.send_event(
-            "restart", _RECORDED.format(inputs.run / FOLDER / str(attempt - 1)), 0
-        )
+        kept = inputs.run / FOLDER / str(attempt - 1)
+        inputs.channel.send_event("restart", _RECORDED.format(kept), 0)
     channel = WorkerChannel(inputs.channel, attempt) if is_first else None
     exporter = PrometheusExporter(inputs.run, attempt, group.world_size) if is_first else None
     signals = ControlSignals(preempt=is_preempted)
