@@ -75,7 +75,8 @@ def fit(
         metric=config.metric,
         seed=config.seed,
         unlabelled=unlabelled,
-        refit=config.validation is None,
+        # A teacher would show its students the validation texts' labels.
+        refit=config.validation is None and config.unlabelled is None,
     )
     save_baseline(found, folder or folder_of(experiment))
     metric = config.metric or found.task.default_metric

@@ -96,7 +96,9 @@ def _train_student(
             student / "data",
             has_begun=student.exists(CONFIG),
             on_ray=not in_process,
-            fit_student=functools.partial(_fit_ngrams, taught, display, student / "baseline"),
+            fit_student=functools.partial(
+                _fit_ngrams, taught, display, student / "baseline", number == config.rounds
+            ),
         )
         stages.train(
             "finetune", spec, taught, display, ("model",), in_process, run=student, title=title
@@ -108,10 +110,12 @@ def _fit_ngrams(
     experiment: Experiment,
     display: Display,
     folder: Folder,
+    is_last: bool,
     split: SplitTexts,
     texts: Labelled,
     outputs: F32,
 ) -> None:
+    """Fit a student's linear model; of the last one, which teaches none, on all labelled texts."""
     from raybert.tasks.linear.pseudo_labels import fit_pseudo_labels
     from raybert.tasks.linear.store import save_baseline
 
@@ -124,7 +128,7 @@ def _fit_ngrams(
         split.validation,
         metric=config.metric,
         seed=config.seed,
-        refit=config.validation is None,
+        refit=is_last and config.validation is None,
     )
     save_baseline(found, folder)
 
