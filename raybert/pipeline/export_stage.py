@@ -14,7 +14,7 @@ from raybert.errors import RaybertError, UserError
 from raybert.inference.classifier import Row, TextClassifier
 from raybert.inference.precision_choice import MAX_POINTS_LOST, points_lost, random_rows
 from raybert.model.huggingface.config_schema import CONFIG_JSON
-from raybert.model.huggingface.directory import TOKENIZER_FILES
+from raybert.model.huggingface.saving import TOKENIZER_FILES
 from raybert.storage.folder import Folder
 from raybert.tasks.prepared_texts import read_prepared_texts
 from raybert.tasks.protocol import Outputs, Targets

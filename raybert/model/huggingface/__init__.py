@@ -30,9 +30,8 @@ from raybert.model.huggingface.directory import (
     make_classifier_on,
     make_masked_lm_on,
     read_model_config,
-    save_classifier,
-    save_masked_lm,
 )
+from raybert.model.huggingface.saving import save_classifier, save_masked_lm
 from raybert.model.huggingface.transformers_classifier import TransformersClassifier
 from raybert.model.huggingface.weights import (
     Weights,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raybert.errors import DamagedError, UserError, one_line
 from raybert.model.heads import Classifier, MaskedLM
+from raybert.model.huggingface.finite import DIVERGED
 from raybert.model.huggingface.parameter_names import layers_in, transformers_names
 from raybert.model.huggingface.transformers_classifier import TransformersClassifier
 from raybert.storage.folder import Folder
@@ -113,10 +114,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _not_finite(where: str, name: str) -> DamagedError:
-    return DamagedError(
-        f"{where}: {name} has values that are not finite: the weights have diverged; take an "
-        "earlier checkpoint, or train again with a lower lr"
-    )
+    return DamagedError(f"{where}: {name} has values that are not finite: {DIVERGED}")
 
 
 def _load(folder: Folder) -> tuple[dict[str, Tensor], str]:
