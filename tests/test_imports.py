@@ -284,9 +284,7 @@ def test_no_module_needs_what_windows_lacks_to_be_imported():
 
 
 # Only `config.json` of a model directory, a format of others, has a problem type elsewhere.
-_WRITERS = {
-    f"model/huggingface/{name}.py" for name in ("config_json", "config_schema", "saving")
-}
+_WRITERS = {f"model/huggingface/{name}.py" for name in ("config_json", "config_schema", "saving")}
 
 
 @pytest.mark.parametrize(

@@ -72,11 +72,11 @@ def test_any_texts_can_be_fitted(texts, num_outputs):
     rows = [(text,) for text in texts]
     for kind, wanted in (("class", targets), ("number", targets[:, None].astype(np.float32))):
         features = NgramFeatures(rows, kind, num_outputs if kind == "class" else 1)
-        fitted = np.arange(len(rows))
+        fitted, later = np.arange(len(rows)), features.extend([("unseen words",)])
         for model in features.fit_candidates(fitted, wanted):
             outputs = model.outputs([*rows, ("unseen words",)])
-            known = features.outputs(model, fitted)
-            np.testing.assert_allclose(known, outputs[:-1], rtol=1e-4, atol=1e-5)
+            known = features.outputs(model, np.concatenate([fitted, later]))
+            np.testing.assert_allclose(known, outputs, rtol=1e-4, atol=1e-5)
             assert outputs.dtype == np.float32 and np.isfinite(outputs).all()
             assert outputs.shape == (len(texts) + 1, num_outputs if kind == "class" else 1)
 
@@ -95,11 +95,13 @@ def test_a_sum_of_models_adds_their_outputs_and_is_stored(tmp_path):
 
 
 def test_a_model_that_is_fitted_again_knows_the_validation_texts_but_is_scored_without_them():
-    train = labelled([f"good word{i}" for i in range(8)] + ["bad thing"] * 8, ["a"] * 8 + ["b"] * 8)
+    both = ["sublime dismal"]
+    train = labelled(["good"] * 8 + ["bad"] * 8 + both * 2, ["a"] * 8 + ["b"] * 8 + ["a", "b"])
     unseen = labelled(["sublime", "dismal"] * 10, ["a", "b"] * 10)
     task = SingleLabel(["a", "b"])
     before, after = (fit_baseline(task, train, unseen, refit=refit) for refit in (False, True))
     assert before.metrics == after.metrics and before.metrics["accuracy"] == 0.5
+    assert before.model.ngrams.index == after.model.ngrams.index
     np.testing.assert_array_equal(before.validation, after.validation)
     assert after.predictions(unseen).outputs.argmax(1).tolist() == [0, 1] * 10
 

@@ -140,19 +140,16 @@ def fit_best(
     With `refit` it is then fitted on the validation texts, too. Its metrics and its outputs for
     them stay those of the model that had not seen them.
     """
-    held_out, wanted = strings(validation), targets_of(task, validation)
-    num_labelled = len(texts) + len(held_out)
-    together = [*texts, *held_out, *unlabelled]
-    features = NgramFeatures(together, task.output_kind, len(task.labels), num_labelled)
-    rows = np.arange(num_labelled)
-    fitted, scored = np.split(rows, [len(texts)])
+    together = [*texts, *unlabelled]
+    features = NgramFeatures(together, task.output_kind, len(task.labels), len(texts))
+    fitted, scored = np.arange(len(texts)), features.extend(strings(validation))
+    wanted = targets_of(task, validation)
     models = features.fit_candidates(fitted, targets, latent=bool(unlabelled))
     outputs = [(model, features.outputs(model, scored)) for model in models]
     found = _best(task, outputs, wanted, metric)
     if refit and isinstance(found.model, NgramModel):
-        weightings = found.model.weightings
-        model = features.fit(weightings, rows, np.concatenate([targets, wanted]))
-        found = replace(found, model=model)
+        rows, known = np.concatenate([fitted, scored]), np.concatenate([targets, wanted])
+        found = replace(found, model=features.fit(found.model.weightings, rows, known))
     return found
 
 

@@ -98,11 +98,14 @@ def _side_by_side(blocks: Sequence[sparse.csr_matrix]) -> sparse.csr_matrix:
     return sparse.hstack(blocks, format="csr", dtype=np.float32)
 
 
+def _below(first: sparse.csr_matrix, second: sparse.csr_matrix) -> sparse.csr_matrix:
+    return sparse.vstack([first, second], format="csr", dtype=np.float32)
+
+
 class NgramFeatures:
     """The n-grams of texts, on parts of which linear models are fitted.
 
-    They are counted once for all models. Rows are those of `texts`; which have a label does not
-    matter for the n-grams and for how rare they are.
+    They are counted once for all models. Rows are those of `texts`, and then those of `extend`.
     """
 
     def __init__(
@@ -119,6 +122,20 @@ class NgramFeatures:
         self._idf = inverse_frequency(counts)
         counts.sort_indices()
         self._weighted, self._present = tf_idf(counts, self._idf), presence(counts)
+        self._num_texts = len(texts)
+
+    def extend(self, texts: Sequence[tuple[str, ...]]) -> npt.NDArray[np.int64]:
+        """Count the known n-grams of further texts, as those of new ones; return their rows, [n].
+
+        They add no n-gram and do not change how rare one is: a text whose own n-grams were all
+        known would look unlike new ones.
+        """
+        counts = self._ngrams.counts(texts)
+        counts.sort_indices()
+        first = self._present.shape[0]
+        self._weighted = _below(self._weighted, tf_idf(counts, self._idf))
+        self._present = _below(self._present, presence(counts))
+        return np.arange(first, first + len(texts))
 
     @property
     def weightings(self) -> tuple[Weighting, ...]:
@@ -176,26 +193,24 @@ class NgramFeatures:
         if weighting == "tf-idf":
             return fit(self._weighted[rows], targets, kind, num_outputs)
         assert self._latent is not None
-        coordinates, vectors = self._latent
-        features = sparse.csr_matrix(coordinates[rows])
-        found = fit(features, targets, kind, num_outputs, _LATENT_PENALTY)
-        return Weights(np.asarray(vectors.T @ found.matrix, np.float32), found.bias)
+        coordinates = sparse.csr_matrix(self._weighted[rows] @ self._latent.T)
+        found = fit(coordinates, targets, kind, num_outputs, _LATENT_PENALTY)
+        return Weights(np.asarray(self._latent.T @ found.matrix, np.float32), found.bias)
 
     @functools.cached_property
-    def _latent(self) -> tuple[F32, F32] | None:
-        """All texts' coordinates [n, V] along the leading singular vectors [V, F] of their TF-IDF.
+    def _latent(self) -> F32 | None:
+        """The leading singular vectors of the texts' TF-IDF, [V, F].
 
         None: the texts have too few n-grams for such a space.
         """
         from sklearn.decomposition import TruncatedSVD
 
-        num_texts, num_ngrams = self._weighted.shape
-        size = min(_LATENT_SIZE, num_texts // _TEXTS_PER_VECTOR, num_ngrams - 1)
+        texts = self._weighted[: self._num_texts]
+        size = min(_LATENT_SIZE, texts.shape[0] // _TEXTS_PER_VECTOR, texts.shape[1] - 1)
         if size < 1:
             return None
-        vectors = TruncatedSVD(size, n_iter=3, random_state=0)
-        coordinates = vectors.fit_transform(self._weighted)
-        return np.asarray(coordinates, np.float32), np.asarray(vectors.components_, np.float32)
+        found = TruncatedSVD(size, n_iter=3, random_state=0).fit(texts)
+        return np.asarray(found.components_, np.float32)
 
 
 def _most_ngrams(texts: Sequence[tuple[str, ...]], num_outputs: int) -> int:
