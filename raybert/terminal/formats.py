@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-#: Control characters but tab and line break, and what changes the direction of a text: a label or a
-#: file's name with them could rewrite what the terminal shows.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+#: Control characters but tab and line break, other separators of lines, and what changes the
+#: direction of a text: a label or a file's name with them could rewrite what the terminal shows.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def escape_controls(text: str) -> str:

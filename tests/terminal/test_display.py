@@ -25,11 +25,16 @@ TRAIN = {
 }
 
 
-@given(st.text())
+#: What changes the direction of a text: all that Unicode names Bidi_Control.
+BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+@given(st.text() | st.text(BIDI + "\u2028\u2029a\x1b", min_size=1))
 def test_no_text_controls_the_terminal(text):
     for shown in (escape_controls(text), printable(text, None)):
         assert not {c for c in shown if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
-        assert not {"\u202e", "\u2066", "\u2067", "\u2068"} & set(shown)
+        assert not {c for c in shown if unicodedata.category(c) in ("Zl", "Zp")}
+        assert not set(BIDI) & set(shown)
     assert "\n" not in printable(text, None)
     assert escape_controls(escape_controls(text)) == escape_controls(text)
     if text.isprintable():
