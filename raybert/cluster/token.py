@@ -37,7 +37,12 @@ def is_on() -> bool:
 
 def has_token() -> bool:
     """Whether Ray would find a token on this machine."""
-    return bool(os.environ.get(_TOKEN)) or token_file().exists()
+    if os.environ.get(_TOKEN):
+        return True
+    try:
+        return bool(token_file().read_bytes().strip())  # Ray passes over a file of blanks
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
 def token_file() -> Path:
@@ -84,7 +89,7 @@ def format_refusal(where: str) -> str:
     """The message for a user whom Ray at `where` refused, with the remedy."""
     state = "asks for a token, and you have none"
     if _PATH in os.environ and not has_token():
-        state = f"asks for a token, and {token_file()}, which {_PATH} names, is not there"
+        state = f"asks for a token, and {token_file()}, which {_PATH} names, is empty or not there"
     elif has_token():
         state = "refuses your token"
         if not is_on():

@@ -128,6 +128,20 @@ def test_a_token_is_sent_if_there_is_one(home, monkeypatch):
     assert "RAY_AUTH_MODE=disabled keeps yours from being sent" in token.format_refusal("it")
 
 
+@pytest.mark.parametrize("content", ["", "\n", " \r\n"])
+def test_a_blank_file_has_no_token(home, monkeypatch, content):
+    """Ray refuses to start where it is told to send a token and finds none."""
+    file = home / "blank"
+    file.write_text(content)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    assert not token.has_token()
+    token.use_token()
+    assert not token.is_on()
+    assert "is empty or not there" in token.format_refusal("http://head:8265")
+    file.write_text("abc\r\n")
+    assert token.has_token()
+
+
 class Head(grpc.GenericRpcHandler):
     """Answers a call without a token as a Ray head does: with or without authentication."""
 
