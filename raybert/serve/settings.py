@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raybert.config import NumberOrRange, Range, Settings, build
+from raybert.serve.http.hosts import host_name
 
 
 class Autoscaling(Range):
@@ -141,6 +143,14 @@ class ServeConfig(Settings):
         "scores, as `evaluate` and `predict` do; cut keeps head and tail, as in training",
     )
     explain: bool = Field(True, description="whether requests may ask for the weights of words")
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_names(cls, hosts: list[str] | None) -> list[str] | None:
+        for host in hosts or []:
+            if not host_name(host) or re.search(r"[\s/@]", host):
+                raise ValueError(f"{host!r} is no name; give one as api.example.org or ::1")
+        return hosts
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

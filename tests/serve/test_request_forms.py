@@ -84,7 +84,8 @@ def test_a_path_with_control_characters_does_not_exist(api, end):
 @pytest.fixture(scope="module")
 def named(model, pretrained):
     hosts = ServeConfig(host="10.1.2.3").with_allowed_hosts(has_keys=False).allowed_hosts
-    made = Api(model, pretrained, allowed_hosts=[*hosts, "*.Example.org"])
+    others = ["*.Example.org", "named.test:8443", "fe80::2", "[0:0:0:0:0:0:0:3]:80", "dot.test."]
+    made = Api(model, pretrained, allowed_hosts=[*hosts, *others])
     yield made
     made.service.close()
 
@@ -98,6 +99,15 @@ def named(model, pretrained):
         ("[::1]:8000", True),
         ("10.1.2.3", True),
         ("api.example.org:443", True),
+        ("named.test", True),
+        ("named.test:1", True),
+        ("[FE80::2]:8000", True),
+        ("[::3]", True),
+        ("[0:0:0:0:0:0:0:1]:8000", True),
+        ("dot.test", True),
+        ("dot.test.:80", True),
+        ("fe80", False),
+        ("[::4]", False),
         ("evil.example", False),
         ("evil.example:8000", False),
         ("localhost.evil.example", False),
@@ -126,6 +136,12 @@ def test_any_name_is_allowed_where_keys_are_required_or_all_are_named():
         "a"
     ]
     assert is_allowed_host("evil.example", ["*"])
+
+
+@pytest.mark.parametrize("name", ["", " ", "https://a.example", "a/b", "a b", "[::1", ":80"])
+def test_an_allowed_host_that_is_no_name_is_refused(name):
+    with pytest.raises(ValueError, match="allowed_hosts"):
+        ServeConfig(allowed_hosts=["localhost", name])
 
 
 @pytest.mark.parametrize("header", [{"Origin": "https://a.example"}, {"Sec-Fetch-Site": "none"}])
@@ -175,6 +191,22 @@ def test_the_page_under_a_path_is_found_without_the_last_slash(published):
     assert_error(published.ask("GET", "/reviewsx"), 404)
 
 
+def test_a_path_that_begins_as_the_root_path_stays_whole(model, pretrained):
+    """The proxy has removed the root path: `/app.js` is no `/a` with `pp.js` below it."""
+    made = Api(model, pretrained, root_path="/a", page=PAGE, keys=["a-key-of-mine-0123456789"])
+    try:
+        for prefix in ("", "/a"):
+            assert made.ask("GET", f"{prefix}/app.js").is_success
+            assert made.ask("GET", f"{prefix}/health").is_success
+            assert_error(made.ask("GET", f"{prefix}/info"), 401)
+        admission = made.app.state.admission
+        for path in ("/", "/a/", "/a", "/predict", "/a/predict"):
+            assert admission.is_queued({"method": "POST", "path": path})
+        assert not admission.is_queued({"method": "POST", "path": "/app"})
+    finally:
+        made.service.close()
+
+
 @pytest.mark.parametrize("path", ["reviews", "/a/", "/a//b", "/a b", '/"><script>', "/a?b"])
 def test_a_root_path_that_is_none_is_refused(path):
     with pytest.raises(ValueError, match="root_path"):
@@ -194,7 +226,16 @@ def test_the_trace_of_a_request_is_logged_and_returned(api, caplog):
     assert found == ["4bf92f3577b34da6a3ce929d0e0e4736"] * 2
 
 
-@pytest.mark.parametrize("value", ["", "x", TRACE[:-1], f"{TRACE}-x", TRACE.upper(), "\u00e9"])
+NO_TRACES = [
+    f"ff{TRACE[2:]}",  # the version that the standard forbids
+    TRACE.replace("4bf92f3577b34da6a3ce929d0e0e4736", "0" * 32),
+    TRACE.replace("00f067aa0ba902b7", "0" * 16),
+]
+
+
+@pytest.mark.parametrize(
+    "value", ["", "x", TRACE[:-1], f"{TRACE}-x", TRACE.upper(), "\u00e9", *NO_TRACES]
+)
 def test_what_is_no_trace_is_dropped(api, caplog, value):
     caplog.set_level(logging.INFO, logger=LOG.name)
     headers = [(b"traceparent", value.encode()), (b"content-type", b"application/json")]

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raybert.serve import request_errors
 from raybert.serve.http.authentication import Keys
-from raybert.serve.http.hosts import is_allowed_host
+from raybert.serve.http.hosts import host_name, is_allowed_host
 from raybert.serve.request_errors import (
     HEALTH_PATHS,
     QUEUE_FULL_HEADER,
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 MAX_BYTES = "raybert.max_bytes"  # key in the scope: of a body, also once it is decompressed
 TEXT_COUNT = "raybert.text_count"  # key in the scope: texts of the request
 _NO_ROUTE = "-"
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACEPARENT = re.compile(
+    rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)
 _TOO_MANY_REQUESTS = 429
 _CLIENT_CLOSED_REQUEST = 499  # as Serve counts clients that did not wait
 _LOG_INTERVAL_S = 1.0  # between two log lines about rejections by a full queue
@@ -106,10 +108,11 @@ class AdmissionControl:
         """Set up; GET of `open_paths` needs no key, and `log` gets a record for each request."""
         self._service, self._keys, self._log = service, keys, log
         self._open_paths = frozenset(open_paths)
+        self._root_path = service.config.root_path
         hosts = service.config.allowed_hosts
         self._is_known: Callable[[bytes], bool] | None = None
         if hosts is not None:
-            allowed = frozenset(map(str.lower, hosts))
+            allowed = frozenset(map(host_name, hosts))
             self._is_known = functools.lru_cache(64)(
                 lambda host: is_allowed_host(host.decode("latin-1"), allowed)
             )
@@ -126,11 +129,19 @@ class AdmissionControl:
 
     def is_queued(self, scope: Scope) -> bool:
         """Return whether a request will enter the queue of a classifier."""
-        path: str = scope["path"]
+        path = self._path(scope)
         return scope["method"] == "POST" and (path.endswith(QUEUED_PATHS) or path == "/")
 
+    def _path(self, scope: Scope) -> str:
+        """Return a request's path below the root path, which the proxy may have removed."""
+        path: str = scope["path"]
+        root = self._root_path
+        if root and path == root:
+            return "/"
+        return path.removeprefix(root) if path.startswith(f"{root}/") else path
+
     def _check(self, scope: Scope) -> None:
-        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = self._path(scope)
         if not path.isprintable():  # Starlette takes /predict%0A for /predict
             raise request_errors.not_found("a path has no control characters")
         if path in HEALTH_PATHS:  # checks of load balancers name any host
