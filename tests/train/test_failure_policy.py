@@ -153,6 +153,8 @@ class TensorError(RuntimeError):
         (RuntimeError("[gloo] Connection closed by peer [10.0.0.2]"), False),
         (RuntimeError("NCCL error: unhandled system error"), False),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), True),  # an id past a table
+        (RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm`"), True),
         (RayTaskError("f", "Traceback ...", OSError("no route to host")), False),
         (RayActorError(), False),
         (torch.distributed.DistNetworkError("the store is gone"), False),

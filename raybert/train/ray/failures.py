@@ -26,6 +26,8 @@ _OF_PROGRAMS = (
 )
 #: Parts of PyTorch's messages about a device, which another node may not have.
 _OF_DEVICES = ("CUDA error", "CUDA driver", "cuDNN", "CUBLAS", "CUDNN", "NVML", "HIP error")
+#: Those of them that a program causes: an index past a table's end, matrices of other shapes.
+_OF_KERNELS = ("device-side assert", "_STATUS_INVALID_VALUE")
 
 
 def find_causes(error: Exception) -> list[Exception]:
@@ -54,7 +56,10 @@ def is_permanent(error: Exception) -> bool:
     if isinstance(cause, RayError | ArrowException | dist.DistError):
         return False
     if isinstance(cause, RuntimeError):
-        return not (_is_consequence(cause) or any(word in str(cause) for word in _OF_DEVICES))
+        text = str(cause)
+        if any(word in text for word in _OF_KERNELS):
+            return True
+        return not (_is_consequence(cause) or any(word in text for word in _OF_DEVICES))
     return isinstance(cause, _OF_PROGRAMS)
 
 
