@@ -8,8 +8,9 @@ from raybert.model.encoder import Encoder
 from raybert.model.heads import Classifier, MaskedLM
 from raybert.model.huggingface import save_classifier, save_masked_lm
 from raybert.model.settings import HeadConfig, ModelConfig
+from raybert.tasks.linear.fitting import Weights
 from raybert.tasks.linear.mixture import NgramPart
-from raybert.tasks.linear.model import NgramModel, Weights
+from raybert.tasks.linear.model import NgramModel
 from raybert.tasks.linear.ngrams import Ngrams
 from raybert.tasks.linear.store import save_part
 from raybert.tasks.registry import TASKS as KNOWN

@@ -5,7 +5,8 @@ import pytest
 
 from raybert.tasks.comparison import text_losses
 from raybert.tasks.linear.decision import FEW_TEXTS, deciding_metric, try_part
-from raybert.tasks.linear.model import NgramModel, Weights
+from raybert.tasks.linear.fitting import Weights
+from raybert.tasks.linear.model import NgramModel
 from raybert.tasks.linear.ngrams import Ngrams
 from raybert.tasks.linear.pseudo_labels import sure_rows
 from raybert.tasks.multi_label import MultiLabel

@@ -21,7 +21,7 @@ from raybert.tasks.linear.baseline import (
     strings,
     targets_of,
 )
-from raybert.tasks.linear.model import NgramFeatures
+from raybert.tasks.linear.features import NgramFeatures
 from raybert.tasks.linear.ngrams import Ngrams
 from raybert.tasks.linear.store import load_baseline, save_baseline
 from raybert.tasks.regression import Regression

@@ -17,8 +17,8 @@ from raybert.inference.explanations import Explainer
 from raybert.inference.ngram_attributions import ngram_shares
 from raybert.storage.folder import Folder
 from raybert.tasks.linear.baseline import fit_baseline
+from raybert.tasks.linear.features import NgramFeatures
 from raybert.tasks.linear.mixture import NgramPart, fit_part
-from raybert.tasks.linear.model import NgramFeatures
 from raybert.tasks.linear.store import load_part, save_part
 from raybert.tasks.single_label import SingleLabel
 from raybert.train.run import train_in_process

@@ -19,7 +19,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from raybert.tasks.comparison import Predictions, paired_difference
 from raybert.tasks.entities import Word
 from raybert.tasks.labelled import Labelled
-from raybert.tasks.linear.model import NgramFeatures, NgramModel
+from raybert.tasks.linear.features import NgramFeatures
+from raybert.tasks.linear.model import NgramModel
 from raybert.tasks.linear.words import WordModel, fit_words
 from raybert.tasks.protocol import F32, Metrics, Outputs, TextTask
 

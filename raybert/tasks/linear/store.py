@@ -19,8 +19,9 @@ from safetensors.numpy import save as write_tensors
 from raybert.errors import DamagedError, one_line
 from raybert.storage.folder import Folder
 from raybert.tasks.linear.baseline import Baseline
+from raybert.tasks.linear.fitting import Weights
 from raybert.tasks.linear.mixture import NgramPart
-from raybert.tasks.linear.model import NgramModel, Weighting, Weights
+from raybert.tasks.linear.model import NgramModel, Weighting
 from raybert.tasks.linear.ngrams import Ngrams
 from raybert.tasks.linear.words import WordModel
 from raybert.tasks.protocol import F32, TextTask

@@ -15,7 +15,7 @@ import numpy as np
 
 from raybert.tasks.labelled import Labelled
 from raybert.tasks.linear.baseline import strings
-from raybert.tasks.linear.model import NgramFeatures
+from raybert.tasks.linear.features import NgramFeatures
 from raybert.tasks.protocol import F32, TextTask
 
 _FOLDS = 5

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import scipy.sparse as sparse
 from sklearn.feature_extraction import FeatureHasher
 
-from raybert.tasks.linear.model import F32, Weights, fit
+from raybert.tasks.linear.fitting import F32, Weights, fit
 
 _FEATURES = 1 << 18
 _MAX_WORDS = 300_000  # of the training texts: a minute of fitting
