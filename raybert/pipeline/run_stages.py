@@ -115,6 +115,11 @@ def this_command() -> str:
 def check_sources(experiment: Experiment) -> None:
     """Raise a UserError if a source, a length, an example or a teacher can't be used."""
     _check_lengths(experiment)
+    branch = experiment.pretrain.branch_from
+    if branch is not None and not (experiment.folder / "pretrain").exists(CONFIG):
+        from raybert.train.branch import find_branch
+
+        find_branch(branch)
     require_source(experiment.corpus.source, "corpus.source")
     peek_corpus(experiment.corpus.source)
     if experiment.corpus.overlap is not None:

@@ -145,6 +145,12 @@ def pretrain(
             manifest,
             lambda done, of: display.progress(f"verified {done:,} of {of:,} parts of the corpus"),
         )
+    branch = experiment.pretrain.branch_from
+    if branch is not None:
+        from raybert.train.branch import begin_with
+
+        inputs = {"corpus": manifest.digest}
+        begin_with(experiment.folder / "pretrain", branch, dump(experiment), sections, inputs)
     result = train("pretrain", spec, experiment, display, sections, in_process)
     warn_above_unigram(result, display)
     return result

@@ -33,6 +33,15 @@ class PretrainConfig(TrainConfig):
     initialize_from: str | None = Field(
         None, description="a model/ folder whose weights training starts from; null: random"
     )
+    milestones: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list,
+        description="steps whose checkpoints are kept for ever, for runs that branch from them",
+    )
+    branch_from: str | None = Field(
+        None,
+        description="a checkpoint of another run of pretraining that this one goes on from, as "
+        "runs/base@5000; what may differ is what may on resume, as its length",
+    )
     sharding: Sharding = Field(
         "none",
         description="what each worker has only a part of; optimizer: the optimizer's states and "
@@ -50,6 +59,11 @@ class PretrainConfig(TrainConfig):
     def shards(self) -> Sharding:
         """What each worker has only a part of."""
         return self.sharding
+
+    @property
+    def kept_steps(self) -> frozenset[int]:
+        """Steps whose checkpoints are kept for ever."""
+        return frozenset(self.milestones)
 
 
 class DistillConfig(Settings):

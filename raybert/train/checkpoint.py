@@ -18,7 +18,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -64,9 +64,14 @@ class Snapshot:
 class CheckpointStore:
     """The checkpoints of one run, written by one attempt at it."""
 
-    def __init__(self, run: Folder, attempt: int, keep: int) -> None:
-        """Open a run's checkpoints for an attempt that keeps the last `keep` and the best."""
-        self.run, self.attempt = run, attempt
+    def __init__(
+        self, run: Folder, attempt: int, keep: int, kept_steps: Set[int] = frozenset()
+    ) -> None:
+        """Open a run's checkpoints for an attempt that keeps the last `keep` and the best.
+
+        Those of `kept_steps` are kept, too.
+        """
+        self.run, self.attempt, self._kept_steps = run, attempt, kept_steps
         self._folder, self._keep = run / "checkpoints", keep
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -258,7 +263,9 @@ class CheckpointStore:
         self.last = snapshot.step
 
     def _prune(self, written: int, best_step: int | None, replaces_later: bool) -> None:
-        """Delete all checkpoints but the last `keep` and the best; commits before their files.
+        """Delete all checkpoints but the last `keep`, the best and those of `kept_steps`.
+
+        Commits are deleted before their files.
 
         Of later steps than the one just written an attempt deletes its own, and those that it found
         damaged. Others, unless this one replaces them, it would have begun from: the storage did
@@ -267,7 +274,9 @@ class CheckpointStore:
         check_attempt(self.run, self.attempt)
         commits = self._commits()
         latest = {commit.step: commit for commit in commits}
-        keep = {*[step for step in latest if step <= written][-self._keep :], best_step}
+        last = [step for step in latest if step <= written][-self._keep :]
+        milestones = {step for step in self._kept_steps if step <= written}
+        keep = {*last, *milestones, best_step}
         for commit in commits:
             is_kept = commit.step in keep and commit == latest[commit.step]
             is_unlisted = commit.step > written and commit.attempt < self.attempt

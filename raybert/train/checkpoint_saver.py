@@ -51,7 +51,7 @@ class CheckpointSaver:
         every, minutes = self._config.checkpoint_steps, self._config.checkpoint_minutes
         if self._store is None or step == 0:
             return False
-        if every is not None and step % every == 0:
+        if step in self._config.kept_steps or (every is not None and step % every == 0):
             return True
         if self._store.is_busy:  # a save would have to wait for the one before
             return False

@@ -57,7 +57,7 @@ class TrainingRun:
             self.task = group.wait_for(
                 lambda: spec.make_task(group, loader), config.collective_timeout_s
             )
-        self._store = CheckpointStore(run, attempt, config.keep_checkpoints)
+        self._store = CheckpointStore(run, attempt, config.keep_checkpoints, config.kept_steps)
         name = f"{attempt:04d}-{group.rank:04d}.txt"
         self._digests = LineLog(run / DIGESTS, name, lambda text: self.loop.log.storage_event(text))
         self.loop = Loop(

@@ -56,17 +56,15 @@ def open_run(
     is_finished = run.exists(RESULT)
     if run.exists(CONFIG):
         changed = _changed_settings(run, config_yaml, {stage, *sections})
-        # `finetune.workers.min` belongs to `finetune.workers`.
-        settings = {key: ".".join(key.split(".")[:2]) for key in changed}
-        refused = {key: v for key, v in changed.items() if settings[key] not in may_change}
+        refused = _without(changed, may_change)
         if refused:
             state = "is finished" if is_finished else "has begun"
             raise ConfigError(
-                f"{run} {state} with other settings ({_format_changes(refused)}); set them back, "
+                f"{run} {state} with other settings ({format_changes(refused)}); set them back, "
                 "or choose another run.name"
             )
         if changed and not is_finished:
-            log(f"goes on with other settings: {_format_changes(changed)}")
+            log(f"goes on with other settings: {format_changes(changed)}")
             _keep_order(run, changed.get(f"{stage}.micro_batch_size"))
     if inputs is not None and run.exists(INPUTS):
         with damaged_file(run.join(INPUTS)):
@@ -140,7 +138,24 @@ def _changed_settings(
     }
 
 
-def _format_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+def changed_settings(
+    run: Folder, config_yaml: str, stage: str, sections: tuple[str, ...]
+) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ from a run's, and may not in one that goes on from its state."""
+    changed = _changed_settings(run, config_yaml, {stage, *sections})
+    return _without(changed, dotted(stage, MAY_CHANGE))
+
+
+def _without(
+    changed: Mapping[str, tuple[Any, Any]], may_change: Set[str]
+) -> dict[str, tuple[Any, Any]]:
+    # `finetune.workers.min` belongs to `finetune.workers`.
+    settings = {key: ".".join(key.split(".")[:2]) for key in changed}
+    return {key: values for key, values in changed.items() if settings[key] not in may_change}
+
+
+def format_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Settings with their old and new values, for a message."""
     return "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
 
 

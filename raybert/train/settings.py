@@ -156,6 +156,11 @@ class TrainConfig(ScheduleConfig, OptimizerConfig, DDPConfig):
         return "none"
 
     @property
+    def kept_steps(self) -> frozenset[int]:
+        """Steps whose checkpoints are kept for ever."""
+        return frozenset()
+
+    @property
     def min_workers(self) -> int:
         """The fewest workers that train."""
         return self.workers if isinstance(self.workers, int) else self.workers.min
@@ -199,7 +204,8 @@ MAY_CHANGE = frozenset(
     (
         "steps tokens epochs minutes evaluations log_every checkpoint_minutes checkpoint_steps "
         "keep_checkpoints on_checkpoint_failure workers gpu threads max_failures "
-        "collective_timeout_s digests on_non_finite examples bucket_mb profile"
+        "collective_timeout_s digests on_non_finite examples bucket_mb profile milestones "
+        "branch_from"
     ).split()
 )
 #: Settings that change nothing but how numbers are rounded, and dropout's draws. They may differ
