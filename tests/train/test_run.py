@@ -132,6 +132,7 @@ def test_every_setting_that_may_change_may_change(run):
     before = Experiment().pretrain.model_dump()
     values = {"steps": 3, "tokens": 3, "minutes": 3, "gpu": "no", "on_non_finite": "stop"}
     values |= {"on_checkpoint_failure": "stop", "examples": "[a]"}
+    values |= {"milestones": "[3]", "branch_from": "a@3"}
     for key in MAY_CHANGE:
         value = values.get(key)
         if value is None:
