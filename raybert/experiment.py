@@ -69,6 +69,12 @@ class EvaluateConfig(Settings):
         EvaluationSource(),
         description="labelled test texts, which no stage uses for training or selection",
     )
+    behaviour_texts: int = Field(
+        200,
+        ge=0,
+        description="test texts that are changed (typos, case, names, negation, cut) to see "
+        "whether the answers stay; 0: none",
+    )
 
 
 class Experiment(Settings):

@@ -130,6 +130,14 @@ def format_mean(value: float | None, digits: int = 4) -> str:
     return "none" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
+def format_behaviour(found: Mapping[str, Any], metric: str) -> str:
+    """The pass rates in words, for the terminal and a model card."""
+    rates = ", ".join(f"{test['name']} {test['passed']:.0%}" for test in found["tests"])
+    cut = ", ".join(f"{row['share']:.0%} {row['score']:.4f}" for row in found["truncated"])
+    cut = f"; {metric} of the first part of each text: {cut}" if cut else ""
+    return f"{rates or 'no test fits the texts'}{cut}"
+
+
 _NOT_MEASURED = ("score", "texts_per_second")  # by a task
 
 

@@ -25,6 +25,7 @@ from raybert.data.sources.row_table import KEPT, LabelParser, accept
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DataError
 from raybert.inference import scored_texts
+from raybert.inference.behaviour import measure_behaviour
 from raybert.inference.classifier import Text, TextClassifier, pool, read_ngrams
 from raybert.inference.prediction_file import PredictionWriter
 from raybert.inference.scored_texts import ragged, rows_of, stacked
@@ -213,13 +214,15 @@ def evaluate(
     on_progress: Callable[[int], None],
     baseline: Folder | None = None,
     keep: Folder | None = None,
+    behaviour_texts: int = 0,
 ) -> dict[str, Any]:
     """Score labelled texts with the classifier in `model`, and compare it with a linear model.
 
     `on_progress` gets the number of texts so far; `baseline` is the folder of the linear model, if
-    there is one; the outputs are stored in the folder `keep`. Returns what the task's `evaluate`
-    does, with `texts_per_second`, `skipped`, `long_texts` (their number), `slices`, `label_errors`,
-    `examples` and `baseline`. A DataError as in `score`.
+    there is one; the outputs are stored in the folder `keep`; behaviour is tested on
+    `behaviour_texts` of the texts. Returns what the task's `evaluate` does, with
+    `texts_per_second`, `skipped`, `long_texts` (their number), `slices`, `label_errors`,
+    `examples`, `baseline` and `behaviour`. A DataError as in `score`.
     """
     encoder_task, _ = read_task(model)
     part = read_ngrams(model)
@@ -253,6 +256,12 @@ def evaluate(
         scored_texts.save(keep, texts, ours)
     if baseline is not None:
         beside = _beside_baseline(ours, baseline, texts)
+    if behaviour_texts:
+        rows: Sequence[Text] = texts.texts.to_pylist()
+        if texts.pairs is not None:
+            rows = list(zip(texts.texts.to_pylist(), texts.pairs.to_pylist(), strict=True))
+        classifier = TextClassifier(model)
+        beside["behaviour"] = measure_behaviour(classifier, rows, ours, behaviour_texts)
     return {
         **task.evaluate(outputs, targets),
         "task": task.name,

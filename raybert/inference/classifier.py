@@ -181,10 +181,13 @@ class TextClassifier:
 
     def answers(self, texts: Sequence[Text], options: AnswerOptions) -> list[Any]:
         """The task's answers, of elements of its `answer_schema`; long texts in windows."""
+        return self.task.answers(self.outputs(texts), self.words(texts), options)
+
+    def outputs(self, texts: Sequence[Text]) -> Outputs:
+        """The outputs of whole texts, long ones in windows. DamagedError: they are not finite."""
         rows, lengths = self.encode_windows(texts)
         outputs = self._finite(pool(self.score(rows), lengths, self.longest))
-        outputs = self.with_ngrams(outputs, self.ngram_outputs(texts))
-        return self.task.answers(outputs, self.words(texts), options)
+        return self.with_ngrams(outputs, self.ngram_outputs(texts))
 
     def ngram_outputs(self, texts: Sequence[Text]) -> F32 | None:
         """The outputs of the n-gram part for whole texts; None: it has none. Thread-safe."""

@@ -20,7 +20,7 @@ from raybert.data.sources.columns import with_columns_of
 from raybert.data.sources.holding_out import divides
 from raybert.data.sources.settings import SourceConfig
 from raybert.errors import DamagedError, UserError, damaged_file
-from raybert.experiment import Experiment
+from raybert.experiment import EvaluateConfig, Experiment
 from raybert.model import huggingface
 from raybert.pipeline import baseline_stage
 from raybert.pipeline.card_stage import complete_card
@@ -34,7 +34,7 @@ from raybert.pipeline.named_sources import require_source, with_sources
 from raybert.pipeline.ngrams_stage import add_ngrams
 from raybert.pipeline.preflight import peek_corpus
 from raybert.pipeline.ray_stage import first_progress
-from raybert.records import finite, headline
+from raybert.records import finite, format_behaviour, headline
 from raybert.storage.folder import Folder
 from raybert.storage.registry import resolve_model
 from raybert.tasks.labelled import peek
@@ -341,6 +341,7 @@ def evaluate_model(
             on_progress=lambda done: display.progress(f"{done:,} texts"),
             baseline=baseline,
             keep=keep,
+            behaviour_texts=experiment.evaluate.behaviour_texts,
         )
     display.print(
         f"evaluate  {headline(metrics)} on {metrics['n']:,} texts of {', '.join(source.paths)}"
@@ -349,6 +350,9 @@ def evaluate_model(
     )
     if "baseline" in metrics:
         display.print(f"baseline  {baseline_stage.format_comparison(metrics)}")
+    if "behaviour" in metrics:
+        told = format_behaviour(metrics["behaviour"], metrics["metric"])
+        display.print(f"behaviour {told}")
     return {
         **metrics,
         "source": source.model_dump(mode="json"),
@@ -365,8 +369,10 @@ def _format_long(count: int, source: SourceConfig) -> str:
 
 def _evaluation_inputs(experiment: Experiment, weights_hash: str) -> dict[str, Any]:
     """Return everything that the metrics depend on: the source, its files, the weights."""
-    source = experiment.evaluate.source
+    source, count = experiment.evaluate.source, experiment.evaluate.behaviour_texts
+    usual = count == EvaluateConfig().behaviour_texts
     return {
+        **({} if usual else {"behaviour_texts": count}),
         "source": source.identity(),
         "files": documents.fingerprint(source, labels=True),
         "weights": weights_hash,

@@ -115,6 +115,7 @@ def _section(stage: Stage, alone: bool) -> dict[str, Any]:
         confusion=show("metrics.json", lambda: _confusion_table(stage.scores), none),
         tables=show("metrics.json", lambda: _task_tables(stage.scores), []),
         slices=show("metrics.json", lambda: _slice_table(stage.scores), none),
+        behaviour=show("metrics.json", lambda: _behaviour_tables(stage.scores), []),
         label_errors=show("metrics.json", lambda: _label_error_table(stage.scores), none),
         folds=show("result.json", lambda: _fold_table(stage.result), none),
         mistakes=show("metrics.json", lambda: _confident_mistakes(stage.scores), []),
@@ -267,6 +268,23 @@ def _slice_table(scores: Mapping[str, Any]) -> Table:
     ]
     metric = metric_name(str(scores.get("metric", "score")))
     return Table("Slices", rows, ("by", "value", "texts", metric))
+
+
+def _behaviour_tables(scores: Mapping[str, Any]) -> list[Table]:
+    """Pass rates of behavioural tests, and the metric of texts that are cut."""
+    found = as_mapping(scores.get("behaviour"))
+    tests = [
+        [t["name"], t["kind"], format_value(t["texts"]), f"{t['passed']:.1%}", t["failed"] or ""]
+        for t in found.get("tests") or []
+    ]
+    cut = [
+        [f"{row['share']:.0%}", format_value(row["score"])] for row in found.get("truncated") or []
+    ]
+    metric = metric_name(str(scores.get("metric", "score")))
+    return [
+        Table("Behaviour", tests, ("test", "kind", "texts", "passed", "one that failed")),
+        Table("Texts that are cut", cut, ("first part", metric)),
+    ]
 
 
 def _label_error_table(scores: Mapping[str, Any]) -> Table:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from raybert.records import format_mean, measures
+from raybert.records import format_behaviour, format_mean, measures
 from raybert.tasks.prepared_texts import PreparedTexts
 from raybert.tasks.protocol import TextTask
 
@@ -161,6 +161,8 @@ class ClassifierCard:
                 f"- Against a {beside['description']}: {beside['difference']:+.4f} {self.metric} "
                 f"(95% interval {low:+.4f} to {high:+.4f}, paired bootstrap)"
             )
+        if test.get("behaviour"):
+            lines.append(f"- Behaviour: {format_behaviour(test['behaviour'], test['metric'])}")
         return lines
 
     def _limits(self) -> str:

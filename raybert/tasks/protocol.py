@@ -294,6 +294,23 @@ class TextTask(ABC):
     def decision(self, outputs: F32) -> dict[Any, float]:
         """Those scores of one text that are predicted."""
 
+    def same_answers(
+        self,
+        before: Outputs,
+        after: Outputs,
+        words: tuple[Sequence[Sequence[Word]] | None, Sequence[Sequence[Word]] | None],
+    ) -> npt.NDArray[np.bool_]:
+        """Whether each text is answered as before, after a change that should not matter, [n].
+
+        `words` are those of the texts before and after, for tasks on tokens.
+        """
+        pairs = zip(before, after, strict=True)
+        return np.array([self.decision(x).keys() == self.decision(y).keys() for x, y in pairs])
+
+    def sentiments(self) -> dict[str, int]:
+        """The outputs that mean negative, neutral or positive, where their names say so."""
+        return {}
+
     @abstractmethod
     def tensors(self, outputs: Outputs, words: Sequence[Sequence[Word]] | None) -> list[Tensors]:
         """The outputs of the Open Inference Protocol; of no texts, their names and types."""

@@ -47,6 +47,7 @@ from raybert.tasks.protocol import (
 from raybert.tasks.suspicions import list_names
 
 _COVERAGE = 0.9  # of intervals
+_SAME = 0.25  # standard deviations
 _EXAMPLES = 8  # for the report
 _F64 = npt.NDArray[np.float64]
 
@@ -278,6 +279,12 @@ class Regression(TextTask):
 
     def decision(self, outputs: F32) -> dict[Any, float]:
         return self.named_scores(outputs)
+
+    def same_answers(self, before: Outputs, after: Outputs, words: Any) -> npt.NDArray[np.bool_]:
+        """Whether all numbers stay within a quarter of their standard deviation."""
+        _, std = self._scale()
+        moved = np.abs(np.asarray(after) - np.asarray(before)) / std
+        return np.asarray((moved <= _SAME).all(axis=1))
 
     def tensors(self, outputs: Outputs, words: Sequence[Sequence[Word]] | None) -> list[Tensors]:
         """`scores` [n, L], in their unit."""

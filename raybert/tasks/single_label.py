@@ -181,6 +181,12 @@ class SingleLabel(TextTask):
         best = max(scores, key=scores.__getitem__)
         return {best: scores[best]}
 
+    def sentiments(self) -> dict[str, int]:
+        known = {name[:3]: name for name in ("negative", "neutral", "positive")}
+        known |= {name: name for name in known.values()}
+        labels = enumerate(label.casefold() for label in self.labels)
+        return {known[label]: i for i, label in labels if label in known}
+
     def tensors(self, outputs: Outputs, words: Sequence[Sequence[Word]] | None) -> list[Tensors]:
         """`label` [n], the most probable one, and `scores` [n, L], calibrated probabilities."""
         count = len(outputs)

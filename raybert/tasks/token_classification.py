@@ -264,6 +264,17 @@ class TokenClassification(TextTask):
         best = scores.argmax(axis=1).tolist()
         return {(t, tag): float(scores[t, tag]) for t, tag in enumerate(best) if tag}
 
+    def same_answers(self, before: Outputs, after: Outputs, words: Any) -> npt.NDArray[np.bool_]:
+        """Whether the same types of entities are found in the same order."""
+        each = [
+            [[entity["entity_group"] for entity in answer] for answer in answers]
+            for answers in (
+                self.answers(outputs, of, AnswerOptions())
+                for outputs, of in zip((before, after), words, strict=True)
+            )
+        ]
+        return np.array([x == y for x, y in zip(*each, strict=True)])
+
     def tensors(self, outputs: Outputs, words: Sequence[Sequence[Word]] | None) -> list[Tensors]:
         """`entities` [n]: JSON of each text's entities."""
         found = self.answers(outputs, words or [], AnswerOptions())

@@ -778,6 +778,8 @@ def test_from_raw_reviews_to_a_measured_classifier(raybert, ray_session, tmp_pat
     assert measured.code == 0, measured.err
     assert measured.json["n"] == 80
     assert measured.json["accuracy"] > 0.9
+    tests = {test["name"]: test for test in measured.json["behaviour"]["tests"]}
+    assert tests["last punctuation mark"]["texts"] == 80 and "behaviour typos" in measured.err
     again = raybert("evaluate", *at)
     assert "is evaluated already" in again.err
     (a, b), (c, d) = measured.json["confusion"]

@@ -58,6 +58,7 @@ def test_a_card_tells_what_was_measured(tmp_path):
         "n": 80,
         "seen_in_training": False,
         "expected_calibration_error": 0.03,
+        "behaviour": {"tests": [{"name": "typos", "passed": 0.75}], "truncated": []},
         "per_class": {"neg": {"precision": 0.5, "recall": 0.25, "f1": 0.125, "support": 40}},
     }
     complete_card(configured, run, Display(quiet=True), scores)
@@ -65,5 +66,6 @@ def test_a_card_tells_what_was_measured(tmp_path):
     front = yaml.safe_load(card.split("---")[1])
     assert (front["license"], front["language"]) == ("apache-2.0", "en")
     assert "accuracy 0.8750" in card and "on 80 texts of test.csv" in card
+    assert "- Behaviour: typos 75%\n" in card
     assert "expected_calibration_error 0.0300" in card and "| neg | 0.5000 |" in card
     assert not re.search(r"/tmp|/root|" + str(tmp_path), card)
