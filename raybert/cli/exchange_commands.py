@@ -1,4 +1,4 @@
-"""Commands that give a model or a run to others: export, compare."""
+"""Commands that give a model or a run to others: export, push, compare."""
 
 from __future__ import annotations
 
@@ -33,6 +33,33 @@ def export(
 
     result = export_onnx(folder, output, new_display(), int8=int8)
     print_result(result, as_json, None if as_json else format_export(result))
+
+
+@app.command()
+def push(
+    model: Annotated[str, typer.Argument(help="A `model/` folder, a run or an experiment.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on huggingface.co.")],
+    public: Annotated[
+        bool,
+        typer.Option("--public", help="Make a new repository public, or write to a public one."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files and their sizes; upload nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a model with its card to the Hugging Face Hub, to a private repository by default.
+
+    Example: `raybert push runs/mine me/my-model --dry-run`
+    """
+    from raybert.storage.registry import resolve_model
+
+    folder = resolve_model(model)
+    from raybert.pipeline.push_stage import format_push
+    from raybert.pipeline.push_stage import push as upload
+
+    result = upload(folder, repository, new_display(), public=public, dry_run=dry_run)
+    print_result(result, as_json, None if as_json else format_push(result))
 
 
 @app.command()
