@@ -1,10 +1,13 @@
 """`raybert predict` for models of every task: columns, pairs, how many scores and which."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from commands import refused
 from made import TASKS, measured_run, texts_of
+from model_directories import make_directory
 
 from raybert.storage.folder import Folder
 
@@ -115,3 +118,24 @@ def test_files_are_predicted_with_the_same_options(raybert, ray_session, models,
     for one, other in zip(found, expected, strict=True):
         assert one["text"] == other["text"]
         assert one.get("label") == pytest.approx(other.get("label"), abs=0.01)
+
+
+#: What extras bring, and what only training, the search or the server needs.
+NOT_TO_PREDICT = [
+    *("ray", "optuna", "fastapi", "starlette", "uvicorn", "matplotlib", "mlflow", "wandb"),
+    *("onnx", "onnxruntime", "onnxscript", "huggingface_hub", "transformers", "tensorboardX"),
+]
+
+
+def test_predict_needs_neither_ray_nor_the_search_nor_the_server(tmp_path):
+    make_directory(Folder(tmp_path), "ngrams")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({NOT_TO_PREDICT!r}))\n"
+        "from raybert.cli.commands import main; main()"
+    )
+    words = ["predict", "-m", str(tmp_path / "model"), "a superb film"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a superb film" in done.stdout and '"label"' in done.stdout
