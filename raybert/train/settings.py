@@ -213,7 +213,7 @@ MAY_CHANGE = frozenset(
 ROUNDING = frozenset(
     "micro_batch_size compile activation_checkpointing sharding precision gradients".split()
 )
-#: Of pretraining alone.
-_PRETRAINING = frozenset(("examples", "milestones", "branch_from"))
+#: Those of them that pretraining alone has.
+PRETRAINING = frozenset(("examples", "milestones", "branch_from"))
 #: Settings that may differ between runs that are compared: all are as long and evaluated as often.
-ALIKE_MAY_CHANGE: frozenset[str] = MAY_CHANGE - {*LIMITS, "evaluations"} - _PRETRAINING
+ALIKE_MAY_CHANGE: frozenset[str] = MAY_CHANGE - {*LIMITS, "evaluations"} - PRETRAINING
