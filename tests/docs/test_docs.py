@@ -1,5 +1,6 @@
 """The documentation: generated pages are current, links resolve, blocks are run."""
 
+import json
 import re
 import shlex
 import sys
@@ -26,6 +27,19 @@ def test_generated_pages_are_current(page):
     assert (ROOT / "docs" / page).read_text() == generate.PAGES[page](), (
         "run python docs/generate.py"
     )
+
+
+def test_the_notebook_is_of_its_cells_and_ran_without_an_error():
+    written = (ROOT / "docs" / "notebook_cells.py").read_text()
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    assert written.count("# %%") == len(cells), "run python docs/notebook.py"
+    for cell in cells:
+        prefix = "# " if cell["cell_type"] == "markdown" else ""
+        lines = [f"{prefix}{line}".rstrip() for line in "".join(cell["source"]).splitlines()]
+        assert "\n".join(lines) in written, "run python docs/notebook.py"
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert {"stream", "display_data"} <= {output["output_type"] for output in outputs}
+    assert not re.search(r"/tmp|/home|/root|Traceback", json.dumps(outputs))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
