@@ -27,6 +27,8 @@ def main() -> None:
         ).execute()
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
+        if cell.cell_type == "code":  # warnings name paths of this machine
+            cell.outputs = [found for found in cell.outputs if found.get("name") != "stderr"]
         cell.metadata.pop("execution", None)  # times, which differ between two runs
     notebook.metadata = {"kernelspec": notebook.metadata.get("kernelspec", {})}
     nbformat.write(notebook, DOCS / "notebook.ipynb")

