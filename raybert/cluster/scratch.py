@@ -64,8 +64,8 @@ def _delete_unused(folder: Path) -> None:
     about = folder.lstat()  # a link is another one's
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
         return
-    try:
-        lock = os.open(folder / _LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    try:  # O_NONBLOCK: a FIFO of that name would wait for a writer
+        lock = os.open(folder / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:  # just being made, unless it is old
         if time.time() - about.st_mtime > _UNLOCKED_S:
             shutil.rmtree(folder, ignore_errors=True)

@@ -50,9 +50,10 @@ def peak_flops(device: torch.device) -> float:
 def gpu_peak_flops(name: str) -> float:
     """The peak of a GPU by its name, in operations per second; 0 where it is unknown.
 
-    A part of one, by MIG, has the name of the whole, and an unknown share of its peak.
+    A part of one, by MIG or as a vGPU (`GRID A100-10C`), has the name of the whole, and an unknown
+    share of its peak.
     """
     words = set(re.split(r"[^A-Z0-9]+", name.upper()))
-    if "MIG" in words:
+    if words & {"MIG", "GRID"} or any(re.fullmatch(r"\d+([ABCQ]|CME)", word) for word in words):
         return 0.0
     return next((flops for key, flops in PEAK_FLOPS.items() if set(key.split()) <= words), 0.0)

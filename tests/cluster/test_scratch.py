@@ -21,6 +21,13 @@ with scratch_folder(sys.argv[1], Path(sys.argv[2])) as folder:
     time.sleep(60)
 """
 
+_SWEPT = """
+import sys
+from pathlib import Path
+from raybert.cluster.scratch import sweep
+sweep(Path(sys.argv[1]))
+"""
+
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_the_folder_of_a_killed_process_is_deleted_by_the_next(tmp_path, prefix):
@@ -51,6 +58,15 @@ def test_other_folders_are_deleted_after_an_error(tmp_path, error):
     with pytest.raises(error), scratch_folder("rbs-", tmp_path):
         raise error
     assert os.listdir(tmp_path) == []
+
+
+def test_a_fifo_in_the_place_of_a_lock_keeps_nobody_waiting(tmp_path):
+    (tmp_path / f"{PREFIXES[0]}0").mkdir()
+    os.mkfifo(tmp_path / f"{PREFIXES[0]}0" / "lock")
+    process = subprocess.run(
+        [sys.executable, "-c", _SWEPT, tmp_path], timeout=60, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
 
 
 def test_what_is_not_a_leftover_stays(tmp_path):

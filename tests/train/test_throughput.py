@@ -33,6 +33,8 @@ from raybert.train.throughput import ThroughputMeter, gpu_peak_flops, slowest_ra
         ("NVIDIA RTX A1000", 0),
         ("NVIDIA RTX A1000 Laptop GPU", 0),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 0),
+        ("GRID A100-10C", 0),
+        ("NVIDIA A40-48Q", 0),
         ("NVIDIA T400 4GB", 0),
         ("NVIDIA GeForce RTX 4090", 0),
         ("", 0),
