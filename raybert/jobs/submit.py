@@ -25,7 +25,7 @@ from raybert.tune.space_checks import read_space
 #: The commands that can be submitted, and the keys of each command's inputs outside its storage.
 INPUT_KEYS = {
     "corpus": ("corpus.source", "corpus.overlap", "corpus.tokenizer.path"),
-    "pretrain": ("pretrain.initialize_from",),
+    "pretrain": ("pretrain.initialize_from", "pretrain.branch_from"),
     "finetune": (
         *("finetune.source", "finetune.validation", "finetune.initialize_from"),
         *("finetune.distill.teacher", "finetune.distill.unlabelled", "finetune.unlabelled"),

@@ -77,6 +77,11 @@ def test_a_large_file_is_named_and_refused(tmp_path, monkeypatch):
             "corpus.source: a.csv is relative",
         ),
         (
+            "pretrain",
+            {"run": {"storage": "/runs"}, "pretrain": {"branch_from": "runs/base@5"}},
+            "pretrain.branch_from: runs/base@5 is relative",
+        ),
+        (
             "finetune",
             {"run": {"storage": "/runs"}, "finetune": {"initialize_from": "bert/"}},
             "finetune.initialize_from: bert/ is relative",
