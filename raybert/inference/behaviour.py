@@ -82,8 +82,9 @@ def measure_behaviour(
     """
     rows = np.random.default_rng(seed).permutation(len(texts))[:count]
     texts, part = [texts[row] for row in rows], take(found, rows)
-    tests = [*_invariances(classifier, texts, part.outputs)]
-    if not classifier.reads_pairs and are_english([str(text) for text in texts]):
+    is_english = are_english([" ".join(_sides(text)) for text in texts])
+    tests = _invariances(classifier, texts, part.outputs, is_english=is_english)
+    if not classifier.reads_pairs and is_english:
         sentiments = classifier.task.sentiments()
         if {"negative", "positive"} <= sentiments.keys():
             tests += _directions(classifier, texts, part.outputs, sentiments)
@@ -92,10 +93,10 @@ def measure_behaviour(
 
 
 def _invariances(
-    classifier: TextClassifier, texts: Sequence[Text], outputs: Outputs
+    classifier: TextClassifier, texts: Sequence[Text], outputs: Outputs, *, is_english: bool
 ) -> list[dict[str, Any]]:
     changes = dict(_INVARIANCES)
-    if are_english([" ".join(_sides(text)) for text in texts]):
+    if is_english:
         changes |= _ENGLISH_INVARIANCES
         if not classifier.reads_pairs:  # what is said of one text may change what it is to another
             add = functools.partial(with_sentence, sentence=_NEUTRAL_SENTENCE)

@@ -74,11 +74,11 @@ def prepare_finetune(
         Tokenizer.load(tokenizer).save(data)  # a vocab.txt, whose ids a model is to be saved with
         tokenizer = data
     prepared = read_prepared_texts(data) if has_begun else None
-    if start is not None and prepared is None:
-        huggingface.check_encoder(start)
     if prepared is not None:
         check_same_teacher(experiment, data)
     else:
+        if start is not None:
+            huggingface.check_encoder(start)
         peek_training(experiment)
         seq_len = input_length(experiment, start, config.seq_len)
         teacher = None

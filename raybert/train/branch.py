@@ -13,7 +13,13 @@ from dataclasses import asdict
 from raybert.errors import ConfigError, DataError
 from raybert.storage.folder import Folder
 from raybert.train.checkpoint import CheckpointStore
-from raybert.train.run_folder import CONFIG, INPUTS, ORDER, changed_settings, format_changes
+from raybert.train.run_folder import (
+    CONFIG,
+    ORDER,
+    changed_inputs,
+    changed_settings,
+    format_changes,
+)
 from raybert.train.state import Progress
 
 _KEY = "pretrain.branch_from"
@@ -66,10 +72,8 @@ def begin_with(
         raise ConfigError(
             f"{_KEY}={given}: {base} has other settings ({format_changes(refused)}); set them alike"
         )
-    known = dict(base.read_json(INPUTS)) if base.exists(INPUTS) else {}
-    for name, digest in inputs.items():
-        if known.get(name, digest) != digest:
-            raise DataError(f"{_KEY}={given}: {base} read another {name}; build it alike")
+    for name in changed_inputs(base, inputs):
+        raise DataError(f"{_KEY}={given}: {base} read another {name}; build it alike")
     snapshot = CheckpointStore(base, 0, 1).load(step)
     progress = Progress(**snapshot.state)
     progress.forget_best()  # its weights are in the other run

@@ -66,14 +66,10 @@ def open_run(
         if changed and not is_finished:
             log(f"goes on with other settings: {format_changes(changed)}")
             _keep_order(run, changed.get(f"{stage}.micro_batch_size"))
-    if inputs is not None and run.exists(INPUTS):
-        with damaged_file(run.join(INPUTS)):
-            known = dict(run.read_json(INPUTS))
-        for name, digest in inputs.items():
-            if known.get(name, digest) != digest:
-                raise DataError(
-                    f"{run} was started with another {name}; restore it, or choose another run.name"
-                )
+    for name in [] if inputs is None else changed_inputs(run, inputs):
+        raise DataError(
+            f"{run} was started with another {name}; restore it, or choose another run.name"
+        )
     if is_finished:
         return read_result(run)
     if inputs is not None and not run.exists(INPUTS):
@@ -136,6 +132,15 @@ def _changed_settings(
         for key, values in changed.items()
         if key.partition(".")[0] in sections and _LEFT_OPEN.get(key, ...) not in values
     }
+
+
+def changed_inputs(run: Folder, inputs: Mapping[str, str]) -> list[str]:
+    """The names of inputs that a run began with others of; `inputs` are those of `open_run`."""
+    if not run.exists(INPUTS):
+        return []
+    with damaged_file(run.join(INPUTS)):
+        known = dict(run.read_json(INPUTS))
+    return [name for name, digest in inputs.items() if known.get(name, digest) != digest]
 
 
 def changed_settings(
